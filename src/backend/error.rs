@@ -1,0 +1,67 @@
+//! What can go wrong between a wish and the host: on which machine, in which step, in the tool's own words. Decides nothing
+//! about gRPC; `driver` does.
+
+use std::path::PathBuf;
+
+/// Why the backend could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// This host can't do what the job asks for; trying again changes nothing.
+    #[error("machine {machine}: {reason}")]
+    Unsupported {
+        /// The machine name.
+        machine: String,
+        /// Which option, and what it needs.
+        reason: String,
+    },
+    /// The container did not come up.
+    #[error("machine {machine}: {step} failed: {reason}")]
+    Start {
+        /// The machine name.
+        machine: String,
+        /// What was being done.
+        step: &'static str,
+        /// What happened, with the tool's status and words.
+        reason: String,
+        /// Whether another attempt may succeed with nothing changed.
+        transient: bool,
+    },
+    /// The container is not there any more and how it ended can't be known.
+    #[error("machine {machine} is lost: {reason}")]
+    Lost {
+        /// The machine name.
+        machine: String,
+        /// How that was seen.
+        reason: String,
+    },
+    /// The container is still there although it should be gone.
+    #[error("machine {machine}: {reason}")]
+    Stuck {
+        /// The machine name.
+        machine: String,
+        /// What is still there.
+        reason: String,
+    },
+    /// A file of the driver's own could not be read or written.
+    #[error("{step} {path}")]
+    Io {
+        /// What was being done, as a verb.
+        step: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl BackendError {
+    /// Whether another attempt may succeed with nothing changed, so that Nomad may retry under the job's restart policy.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Start { transient, .. } => *transient,
+            Self::Io { .. } => true,
+            Self::Unsupported { .. } | Self::Lost { .. } | Self::Stuck { .. } => false,
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The reading room: bytes and Nomad's grants in, checked values out. The only I/O is looking paths up. Refuses everything
+//! that is not meaningful or not allowed, so that no later room asks again; starts nothing.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use crate::container::ContainerSpec;
+use crate::proto::hclspec;
+
+/// What an operator set in the agent's `plugin` block, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PluginConfig {
+    /// Whether tasks may be placed on this node at all.
+    pub enabled: bool,
+    /// Whether jobs may mount host paths from outside their allocation.
+    pub volumes: bool,
+    /// Where the state of running tasks lies.
+    pub state_dir: PathBuf,
+    /// The systemd-nspawn to use; `None` looks along `PATH`.
+    pub nspawn_path: Option<PathBuf>,
+}
+
+/// What Nomad granted to one start of a task, in our own words.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Grants {
+    /// `<allocation id>/<task name>/<8 hex digits>`.
+    pub id: String,
+    /// The task's name in the job.
+    pub task: String,
+    /// The allocation id.
+    pub alloc_id: String,
+    /// The allocation's directory on the host.
+    pub alloc_dir: PathBuf,
+    /// The complete environment.
+    pub environment: BTreeMap<String, String>,
+    /// `task.user` of the job, or empty.
+    pub user: String,
+    /// Where stdout goes; empty or the null device discards.
+    pub stdout: PathBuf,
+    /// Where stderr goes; empty or the null device discards.
+    pub stderr: PathBuf,
+    /// Host and CSI volumes.
+    pub mounts: Vec<GrantedMount>,
+    /// The network namespace that Nomad made for the group (mode `bridge`, `cni/…`, `none`), if it did.
+    pub network_namespace: Option<PathBuf>,
+    /// Ports of the group or of the task, with the number on the host and, where the job gives one, inside.
+    pub ports: Vec<GrantedPort>,
+    /// The control group Nomad made, absolute; it may not exist.
+    pub cgroup: Option<PathBuf>,
+}
+
+/// A volume that Nomad mounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GrantedMount {
+    /// Absolute host path.
+    pub source: PathBuf,
+    /// Path inside.
+    pub target: PathBuf,
+    /// Whether it can't be written.
+    pub read_only: bool,
+}
+
+/// A port that Nomad allocated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GrantedPort {
+    /// The job's name for it.
+    pub label: String,
+    /// On the host.
+    pub host: u16,
+    /// Inside; 0 is the same number.
+    pub to: u16,
+    /// Whether it comes from a task-level `network` block (the old form, for `port_map`) rather than from the group's.
+    pub task_level: bool,
+}
+
+/// Where images are looked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Places {
+    /// The directory that holds the plugin's binary; relative images are relative to it.
+    pub plugin_dir: PathBuf,
+    /// Where registered machine images lie, in the order of the search.
+    pub machine_dirs: Vec<PathBuf>,
+}
+
+/// A checked container, and what the user should be told about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checked {
+    /// The container.
+    pub spec: ContainerSpec,
+    /// Sentences for the task's events.
+    pub notes: Vec<String>,
+}
+
+/// What is wrong with a configuration: the option, the value and what is allowed, in one line.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{option}: {reason}")]
+pub struct ConfigError {
+    /// The option with its path: `config.volatile`, `config.bind["/a"]`, `plugin.state_dir`.
+    pub option: String,
+    /// The value and what is allowed.
+    pub reason: String,
+}
+
+/// The schema of the agent's `plugin` block.
+pub fn plugin_schema() -> hclspec::Spec {
+    unimplemented!()
+}
+
+/// The schema of a task's `config` block.
+pub fn task_schema() -> hclspec::Spec {
+    unimplemented!()
+}
+
+impl PluginConfig {
+    /// Reads and checks the msgpack that Nomad's agent makes of its `plugin` block. No bytes at all are an empty block.
+    pub fn decode(_bytes: &[u8]) -> Result<Self, ConfigError> {
+        unimplemented!()
+    }
+}
+
+/// Reads and checks the msgpack of a task's `config` block against what Nomad granted and what the operator allows.
+pub fn container(
+    _bytes: &[u8],
+    _grants: &Grants,
+    _policy: &PluginConfig,
+    _places: &Places,
+) -> Result<Checked, ConfigError> {
+    unimplemented!()
+}

@@ -1,0 +1,162 @@
+//! Signal numbers and the names people write for them. Refuses nothing that the kernel knows, and sends nothing.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// The first real-time signal as the C library and systemd count: the kernel's first two are taken by the C library.
+const RTMIN: i32 = 34;
+const RTMAX: i32 = 64;
+
+/// A signal by its number: 0 (nothing is sent, only checked) to 64.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Signal(i32);
+
+impl Signal {
+    /// Interrupt, Nomad's default for a stop.
+    pub const INT: Self = Self(2);
+    /// The end that nothing can refuse.
+    pub const KILL: Self = Self(9);
+    /// The polite end.
+    pub const TERM: Self = Self(15);
+    /// What systemd as the first process takes as the order to power off.
+    pub const POWER_OFF: Self = Self(RTMIN + 4);
+
+    /// The signal of this number, if there is one.
+    pub fn from_number(number: i32) -> Option<Self> {
+        (0..=RTMAX).contains(&number).then_some(Self(number))
+    }
+
+    /// Its number.
+    pub fn number(self) -> i32 {
+        self.0
+    }
+}
+
+/// A text that names no signal.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a signal: give a name such as SIGHUP, SIGRTMIN+3, or a number from 0 to 64")]
+pub struct UnknownSignal(pub String);
+
+/// Names and numbers on Linux for x86_64 and aarch64, which agree; the first name of a number is the one that is shown.
+const NAMES: &[(&str, i32)] = &[
+    ("NULL", 0),
+    ("HUP", 1),
+    ("INT", 2),
+    ("QUIT", 3),
+    ("ILL", 4),
+    ("TRAP", 5),
+    ("ABRT", 6),
+    ("IOT", 6),
+    ("BUS", 7),
+    ("FPE", 8),
+    ("KILL", 9),
+    ("USR1", 10),
+    ("SEGV", 11),
+    ("USR2", 12),
+    ("PIPE", 13),
+    ("ALRM", 14),
+    ("TERM", 15),
+    ("STKFLT", 16),
+    ("CHLD", 17),
+    ("CONT", 18),
+    ("STOP", 19),
+    ("TSTP", 20),
+    ("TTIN", 21),
+    ("TTOU", 22),
+    ("URG", 23),
+    ("XCPU", 24),
+    ("XFSZ", 25),
+    ("VTALRM", 26),
+    ("PROF", 27),
+    ("WINCH", 28),
+    ("IO", 29),
+    ("POLL", 29),
+    ("PWR", 30),
+    ("SYS", 31),
+];
+
+impl FromStr for Signal {
+    type Err = UnknownSignal;
+
+    /// Upper or lower case, with or without `SIG`, a number, or `SIGRTMIN+n` and `SIGRTMAX-n`.
+    fn from_str(text: &str) -> Result<Self, UnknownSignal> {
+        let unknown = || UnknownSignal(text.to_owned());
+        let upper = text.trim().to_ascii_uppercase();
+        if let Ok(number) = upper.parse() {
+            return Self::from_number(number).ok_or_else(unknown);
+        }
+        let name = upper.strip_prefix("SIG").unwrap_or(&upper);
+        if let Some((_, number)) = NAMES.iter().find(|(known, _)| *known == name) {
+            return Ok(Self(*number));
+        }
+        let offset = |rest: &str, sign: char| match rest.strip_prefix(sign) {
+            Some(digits) => digits.parse::<u8>().ok().map(i32::from),
+            None => rest.is_empty().then_some(0),
+        };
+        let number = if let Some(rest) = name.strip_prefix("RTMIN") {
+            offset(rest, '+').map(|n| RTMIN + n)
+        } else if let Some(rest) = name.strip_prefix("RTMAX") {
+            offset(rest, '-').map(|n| RTMAX - n)
+        } else {
+            None
+        };
+        number
+            .filter(|n| (RTMIN..=RTMAX).contains(n))
+            .map(Self)
+            .ok_or_else(unknown)
+    }
+}
+
+impl fmt::Display for Signal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match NAMES.iter().find(|(_, number)| *number == self.0) {
+            Some((name, _)) => write!(f, "SIG{name}"),
+            None if self.0 >= RTMIN => write!(f, "SIGRTMIN+{}", self.0 - RTMIN),
+            None => write!(f, "signal {}", self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case("SIGHUP", 1)]
+    #[case("hup", 1)]
+    #[case("SIGKILL", 9)]
+    #[case("9", 9)]
+    #[case("SIGIOT", 6)]
+    #[case("SIGNULL", 0)]
+    #[case("SIGRTMIN", 34)]
+    #[case("SIGRTMIN+4", 38)]
+    #[case("sigrtmax-1", 63)]
+    fn names_become_numbers(#[case] text: &str, #[case] number: i32) {
+        assert_eq!(text.parse::<Signal>().map(Signal::number), Ok(number));
+    }
+
+    #[rstest]
+    #[case("")]
+    #[case("SIGNOPE")]
+    #[case("65")]
+    #[case("-1")]
+    #[case("SIGRTMIN+31")]
+    #[case("SIGRTMIN-1")]
+    fn what_is_none_is_named(#[case] text: &str) {
+        let error = text.parse::<Signal>().unwrap_err().to_string();
+        assert!(error.contains(&format!("{text:?}")), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_shown_is_read_back(number in 0..=64i32) {
+            prop_assume!(![32, 33].contains(&number));
+            let signal = Signal::from_number(number).unwrap();
+            prop_assert_eq!(signal.to_string().parse(), Ok(signal));
+        }
+    }
+}
