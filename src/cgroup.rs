@@ -1,1 +1,369 @@
-//! cgroup
+//! Control groups: where a task's group goes, making it, ending everything in it, reading it, removing it. Version 2 where it
+//! is mounted (alone or beside version 1), the named version 1 hierarchy otherwise. Knows nothing of containers, and touches
+//! no group that the driver did not make.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use serde::{Deserialize, Serialize};
+
+use crate::container::{CgroupLayout, Usage};
+
+/// The driver's own subtree, used where Nomad gives no group.
+const SUBTREE: &str = "nomad-driver-nspawn";
+
+/// How this host's control groups are mounted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// Which versions are in use.
+    pub kind: CgroupLayout,
+    /// The hierarchy that tracks processes: version 2, or the named version 1 hierarchy.
+    pub tracking: Option<PathBuf>,
+    /// Where both are mounted: the named version 1 hierarchy, in which systemd-nspawn repeats the groups it makes.
+    pub mirror: Option<PathBuf>,
+}
+
+/// Where the group of one start goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// The group to make and to start systemd-nspawn in.
+    pub group: PathBuf,
+    /// The same group in the other hierarchy, made by systemd-nspawn itself and left by it.
+    pub mirror: Option<PathBuf>,
+}
+
+impl Layout {
+    /// Reads the layout from the text of `/proc/self/mounts`.
+    pub fn parse(mounts: &str) -> Self {
+        let mut unified = None;
+        let mut named = None;
+        let mut legacy = false;
+        for line in mounts.lines() {
+            let mut words = line.split(' ').skip(1);
+            let (Some(target), Some(kind), Some(options)) =
+                (words.next(), words.next(), words.next())
+            else {
+                continue;
+            };
+            match kind {
+                "cgroup2" => unified = unified.or_else(|| Some(PathBuf::from(target))),
+                "cgroup" => {
+                    legacy = true;
+                    if options.split(',').any(|option| option == "name=systemd") {
+                        named = named.or_else(|| Some(PathBuf::from(target)));
+                    }
+                }
+                _ => {}
+            }
+        }
+        let kind = match (&unified, legacy) {
+            (Some(_), false) => CgroupLayout::V2,
+            (Some(_), true) => CgroupLayout::Hybrid,
+            (None, true) => CgroupLayout::V1,
+            (None, false) => CgroupLayout::None,
+        };
+        match unified {
+            Some(_) => Self {
+                kind,
+                tracking: unified,
+                mirror: named,
+            },
+            None => Self {
+                kind,
+                tracking: named,
+                mirror: None,
+            },
+        }
+    }
+
+    /// The layout of this host.
+    pub fn of_this_host() -> Self {
+        Self::parse(&fs::read_to_string("/proc/self/mounts").unwrap_or_default())
+    }
+
+    /// Where the group of one start goes: below the group that Nomad made for the task if it is one of the tracking
+    /// hierarchy, else in the driver's own subtree. A new leaf for every start, because systemd-nspawn leaves its own groups
+    /// with controllers switched on, and such a group takes no process again.
+    pub fn place(&self, granted: Option<&Path>, leaf: &str) -> Option<Place> {
+        let tracking = self.tracking.as_ref()?;
+        let parent = match granted {
+            Some(granted) if granted.starts_with(tracking) && granted.is_dir() => {
+                granted.to_owned()
+            }
+            _ => tracking.join(SUBTREE),
+        };
+        let group = parent.join(leaf);
+        let mirror = self
+            .mirror
+            .as_ref()
+            .zip(group.strip_prefix(tracking).ok())
+            .map(|(mirror, below)| mirror.join(below));
+        Some(Place { group, mirror })
+    }
+}
+
+/// One group, by its directory. The directory need not exist.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group(PathBuf);
+
+impl Group {
+    /// The group of this directory.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The group `name` inside this one.
+    pub fn child(&self, name: &str) -> Self {
+        Self(self.0.join(name))
+    }
+
+    /// Makes it, with its parents. Another start may be removing an empty parent at the same moment: then again.
+    pub fn create(&self) -> io::Result<()> {
+        let mut attempts = 0;
+        loop {
+            match fs::create_dir_all(&self.0) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && attempts < 100 => {
+                    attempts += 1
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Moves the calling process into it.
+    pub fn enter(&self) -> io::Result<()> {
+        fs::write(self.0.join("cgroup.procs"), "0")
+    }
+
+    /// The processes of this group and all groups below.
+    pub fn processes(&self) -> Vec<i32> {
+        let mut found = Vec::new();
+        self.walk(&mut |group| {
+            let text = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+            found.extend(
+                text.lines()
+                    .filter_map(|line| line.parse::<i32>().ok())
+                    .filter(|pid| *pid > 0),
+            );
+        });
+        found
+    }
+
+    /// Ends every process of this group and of those below, stopped and frozen ones too. Returns when the signals are sent;
+    /// [`wait_empty`](Self::wait_empty) sees the end.
+    pub fn kill(&self) {
+        if fs::write(self.0.join("cgroup.kill"), "1").is_ok() {
+            return;
+        }
+        // Before Linux 5.14 and on version 1 there is no such file. A process that forks faster than the list is read is
+        // caught by the next round; a frozen group is thawed so that its members can die.
+        self.walk(&mut |group| {
+            let _ = fs::write(group.join("freezer.state"), "THAWED");
+        });
+        for _ in 0..50 {
+            let processes = self.processes();
+            if processes.is_empty() {
+                return;
+            }
+            for pid in processes.into_iter().filter_map(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+    }
+
+    /// Waits until no process is left, at most `limit`. A killed process needs a moment to go, and the kernel tells only of
+    /// version 2 groups when the last one has, so this looks again after ever longer pauses.
+    pub fn wait_empty(&self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        let mut pause = Duration::from_micros(200);
+        while !self.processes().is_empty() {
+            if Instant::now() >= end {
+                return false;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+        true
+    }
+
+    /// Removes it with all groups below, and the driver's own subtree when this was its last group. What still holds a
+    /// process stays and is an error; what is not there is none.
+    pub fn remove(&self) -> io::Result<()> {
+        let mut groups = Vec::new();
+        self.walk(&mut |group| groups.push(group.to_owned()));
+        for group in groups.iter().rev() {
+            match fs::remove_dir(group) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        if let Some(parent) = self.0.parent().filter(|parent| parent.ends_with(SUBTREE)) {
+            let _ = fs::remove_dir(parent);
+        }
+        Ok(())
+    }
+
+    /// How often the kernel ended a process of it for want of memory; 0 where it is not counted.
+    pub fn oom_kills(&self) -> u64 {
+        self.field("memory.events", "oom_kill").unwrap_or(0)
+    }
+
+    /// What its processes use.
+    pub fn usage(&self) -> Usage {
+        let cpu = |key: &str| self.field("cpu.stat", key);
+        let memory = |key: &str| self.field("memory.stat", key);
+        let micro = |value: u64| value.saturating_mul(1000);
+        Usage {
+            cpu_user_ns: cpu("user_usec").map(micro),
+            cpu_system_ns: cpu("system_usec").map(micro),
+            throttled_periods: cpu("nr_throttled"),
+            throttled_ns: cpu("throttled_usec").map(micro),
+            // Without the memory controller the processes themselves are asked.
+            memory_rss: memory("anon").or_else(|| self.resident()),
+            memory_cache: memory("file"),
+            memory_usage: self.value("memory.current"),
+            memory_peak: self.value("memory.peak"),
+            memory_swap: self.value("memory.swap.current"),
+        }
+    }
+
+    fn resident(&self) -> Option<u64> {
+        let kib = |pid: i32| {
+            let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("RssAnon:"))?;
+            line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+        };
+        let all: Vec<u64> = self.processes().into_iter().filter_map(kib).collect();
+        (!all.is_empty()).then(|| all.iter().sum::<u64>().saturating_mul(1024))
+    }
+
+    fn value(&self, file: &str) -> Option<u64> {
+        fs::read_to_string(self.0.join(file))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    }
+
+    fn field(&self, file: &str, key: &str) -> Option<u64> {
+        let text = fs::read_to_string(self.0.join(file)).ok()?;
+        text.lines().find_map(|line| {
+            line.strip_prefix(key)?
+                .strip_prefix(' ')?
+                .trim()
+                .parse()
+                .ok()
+        })
+    }
+
+    /// Visits this group's directory and all below it, parents first.
+    fn walk(&self, visit: &mut dyn FnMut(&Path)) {
+        let mut pending = vec![self.0.clone()];
+        while let Some(directory) = pending.pop() {
+            let Ok(entries) = fs::read_dir(&directory) else {
+                continue;
+            };
+            visit(&directory);
+            pending.extend(
+                entries
+                    .flatten()
+                    .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                    .map(|entry| entry.path()),
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_are_told_apart() {
+        let v2 = "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\n";
+        let hybrid = "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        let v1 = "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\ncgroup /sys/fs/cgroup/systemd cgroup rw,name=systemd 0 0\n";
+        assert_eq!(Layout::parse(v2).kind, CgroupLayout::V2);
+        assert_eq!(Layout::parse(hybrid).kind, CgroupLayout::Hybrid);
+        assert_eq!(
+            Layout::parse(hybrid).tracking,
+            Some("/sys/fs/cgroup/unified".into())
+        );
+        assert_eq!(Layout::parse(v1).kind, CgroupLayout::V1);
+        assert_eq!(
+            Layout::parse(v1).tracking,
+            Some("/sys/fs/cgroup/systemd".into())
+        );
+        assert_eq!(
+            Layout::parse("proc /proc proc rw 0 0\n").kind,
+            CgroupLayout::None
+        );
+    }
+
+    #[test]
+    fn a_granted_group_is_used_only_if_it_exists_in_the_tracking_hierarchy() {
+        let root = tempfile::tempdir().unwrap();
+        let granted = root.path().join("nomad.slice/a.t.scope");
+        let layout = Layout {
+            kind: CgroupLayout::Hybrid,
+            tracking: Some(root.path().to_owned()),
+            mirror: Some("/named".into()),
+        };
+        let own = Place {
+            group: root.path().join("nomad-driver-nspawn/x"),
+            mirror: Some("/named/nomad-driver-nspawn/x".into()),
+        };
+        assert_eq!(layout.place(Some(&granted), "x").as_ref(), Some(&own));
+        fs::create_dir_all(&granted).unwrap();
+        let place = layout.place(Some(&granted), "x").unwrap();
+        assert_eq!(place.group, granted.join("x"));
+        assert_eq!(place.mirror, Some("/named/nomad.slice/a.t.scope/x".into()));
+        assert_eq!(layout.place(Some(Path::new("/elsewhere")), "x"), Some(own));
+    }
+
+    #[test]
+    fn usage_is_read_from_the_files_that_are_there() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(
+            root.path().join("cpu.stat"),
+            "usage_usec 30\nuser_usec 10\nsystem_usec 20\nnr_throttled 3\nthrottled_usec 7\n",
+        )
+        .unwrap();
+        fs::write(
+            root.path().join("memory.stat"),
+            "anon 4096\nfile 8192\nanon_thp 1\n",
+        )
+        .unwrap();
+        fs::write(root.path().join("memory.current"), "12288\n").unwrap();
+        let usage = Group::new(root.path()).usage();
+        assert_eq!(usage.cpu_user_ns, Some(10_000));
+        assert_eq!(usage.cpu_system_ns, Some(20_000));
+        assert_eq!(usage.throttled_periods, Some(3));
+        assert_eq!(usage.throttled_ns, Some(7_000));
+        assert_eq!(usage.memory_rss, Some(4096));
+        assert_eq!(usage.memory_cache, Some(8192));
+        assert_eq!(usage.memory_usage, Some(12288));
+        assert_eq!(usage.memory_peak, None);
+    }
+
+    #[test]
+    fn removing_is_safe_to_repeat_and_takes_the_empty_subtree_along() {
+        let root = tempfile::tempdir().unwrap();
+        let group = Group::new(root.path().join(SUBTREE).join("x"));
+        group.child("payload").create().unwrap();
+        group.remove().unwrap();
+        group.remove().unwrap();
+        assert!(!root.path().join(SUBTREE).exists());
+    }
+}
