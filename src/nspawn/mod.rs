@@ -1,1 +1,7 @@
-//! nspawn
+//! The engine room: how systemd says it. Turns a container into the words of systemd-nspawn's command line, knows which version
+//! has which word, and reads what the tool says of itself. Uses no other room; starts no container.
+
+pub mod argv;
+pub mod hidden;
+pub mod probe;
+pub mod root;

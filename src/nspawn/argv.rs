@@ -1,0 +1,281 @@
+//! A container as the words of systemd-nspawn's command line. Pure: reads no file, asks no host; what the host can do comes in
+//! as [`Host`]. Refuses what the installed version has no word for, rather than starting something else.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::hidden::may_pass_hidden;
+use crate::container::{
+    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, Root, Users, Volatile,
+};
+
+/// The oldest systemd-nspawn that is supported.
+pub const OLDEST: u32 = 247;
+
+/// What the command line depends on.
+#[derive(Debug, Clone, Copy)]
+pub struct Host {
+    /// The systemd version of systemd-nspawn.
+    pub version: u32,
+    /// The layout of the control groups.
+    pub cgroup: CgroupLayout,
+}
+
+/// A mount, and whether it carries the container's id mapping.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// What is mounted where.
+    pub mount: Mount,
+    /// Host id n is container id n, although the container's ids lie elsewhere. Needs a file system that can.
+    pub idmap: bool,
+}
+
+/// What to start: arguments and the whole environment of the process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommandLine {
+    /// The arguments, without the program's name.
+    pub arguments: Vec<String>,
+    /// The environment. Values are secrets.
+    pub environment: BTreeMap<String, String>,
+}
+
+/// The installed systemd-nspawn has no word for what the job asks.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{option} needs systemd-nspawn {needs} or later, and this host has {has}")]
+pub struct Unsupported {
+    /// The option of the job.
+    pub option: &'static str,
+    /// The first version that can.
+    pub needs: u32,
+    /// The installed one.
+    pub has: u32,
+}
+
+/// The command line for this container, with `root` in place of the spec's (it may have been prepared) and `binds` in place
+/// of its mounts.
+pub fn command_line(
+    spec: &ContainerSpec,
+    root: &Root,
+    binds: &[Bind],
+    host: Host,
+) -> Result<CommandLine, Unsupported> {
+    let mut line = Line::new(host);
+    line.flag("--settings", "no");
+    line.switch("--keep-unit", true);
+    line.flag("--register", "no");
+    line.flag("--link-journal", "no");
+    // The process itself is shielded from the out-of-memory killer; what it starts must not be.
+    line.flag("--oom-score-adjust", "0");
+    line.flag("--machine", &spec.machine);
+    match root {
+        Root::Directory(path) => line.flag("--directory", &text(path)),
+        Root::Image(path) => line.flag("--image", &text(path)),
+    }
+    line.disk(spec);
+    line.users(&spec.users)?;
+    line.network(&spec.network);
+    for bind in binds {
+        line.bind(bind);
+    }
+    if !spec.capabilities.is_empty() {
+        line.flag("--capability", &spec.capabilities.join(","));
+    }
+    line.payload(spec);
+    line.variables(&spec.environment);
+    line.arguments.push("--".to_owned());
+    line.arguments.extend(spec.command.iter().cloned());
+    Ok(CommandLine {
+        arguments: line.arguments,
+        environment: line.environment,
+    })
+}
+
+struct Line {
+    host: Host,
+    arguments: Vec<String>,
+    environment: BTreeMap<String, String>,
+}
+
+impl Line {
+    fn new(host: Host) -> Self {
+        let mut environment = BTreeMap::from([
+            (
+                "PATH".to_owned(),
+                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".to_owned(),
+            ),
+            ("LANG".to_owned(), "C.UTF-8".to_owned()),
+            ("SYSTEMD_LOG_TARGET".to_owned(), "console".to_owned()),
+            ("SYSTEMD_LOG_COLOR".to_owned(), "0".to_owned()),
+            // A root directory put together from mounts shows its os-release only once they are made; `config` has looked.
+            ("SYSTEMD_NSPAWN_CHECK_OS_RELEASE".to_owned(), "0".to_owned()),
+        ]);
+        if host.cgroup == CgroupLayout::V2 && host.version < 258 {
+            // Else an image without systemd gets version 1 mounts that this host does not have.
+            environment.insert(
+                "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY".to_owned(),
+                "1".to_owned(),
+            );
+        }
+        Self {
+            host,
+            arguments: Vec::new(),
+            environment,
+        }
+    }
+
+    fn flag(&mut self, name: &str, value: &str) {
+        self.arguments.push(format!("{name}={value}"));
+    }
+
+    fn switch(&mut self, name: &str, on: bool) {
+        if on {
+            self.arguments.push(name.to_owned());
+        }
+    }
+
+    fn disk(&mut self, spec: &ContainerSpec) {
+        self.switch("--ephemeral", spec.ephemeral);
+        self.switch("--read-only", spec.read_only);
+        match spec.volatile {
+            Volatile::No => {}
+            Volatile::Yes => self.flag("--volatile", "yes"),
+            Volatile::State => self.flag("--volatile", "state"),
+            Volatile::Overlay => self.flag("--volatile", "overlay"),
+        }
+        if let Some(roots) = &spec.pivot_root {
+            self.flag("--pivot-root", roots);
+        }
+        if let Some(mode) = &spec.resolv_conf {
+            self.flag("--resolv-conf", mode);
+        }
+    }
+
+    fn users(&mut self, users: &Users) -> Result<(), Unsupported> {
+        let Users::Private { range, ownership } = users else {
+            // Spelled out, because a version may change its mind about the default.
+            self.flag("--private-users", "no");
+            return Ok(());
+        };
+        match range.as_str() {
+            "identity" => self.needs("private_users = \"identity\"", 249)?,
+            "managed" => self.needs("private_users = \"managed\"", 258)?,
+            _ => {}
+        }
+        self.flag("--private-users", range);
+        match ownership.as_deref() {
+            None => {}
+            Some(how) if self.host.version >= 249 => self.flag("--private-users-ownership", how),
+            // Older ones know chown alone, and do it by themselves for a picked range.
+            Some("chown") => self.switch("--private-users-chown", true),
+            Some("map") => self.needs("private_users_ownership = \"map\"", 249)?,
+            Some(_) => {}
+        }
+        Ok(())
+    }
+
+    fn needs(&self, option: &'static str, needs: u32) -> Result<(), Unsupported> {
+        match self.host.version {
+            has if has < needs => Err(Unsupported { option, needs, has }),
+            _ => Ok(()),
+        }
+    }
+
+    fn network(&mut self, network: &Network) {
+        // Joining a namespace is not systemd-nspawn's part: it would refuse one together with a user namespace. It is
+        // started inside and knows nothing of it.
+        let Network::Private {
+            veth,
+            zone,
+            bridge,
+            ports,
+        } = network
+        else {
+            return;
+        };
+        if !veth && zone.is_none() && bridge.is_none() {
+            self.switch("--private-network", true);
+        }
+        self.switch(
+            "--network-veth",
+            *veth && zone.is_none() && bridge.is_none(),
+        );
+        if let Some(zone) = zone {
+            self.flag("--network-zone", zone);
+        }
+        if let Some(bridge) = bridge {
+            self.flag("--network-bridge", bridge);
+        }
+        for port in ports {
+            for protocol in ["tcp", "udp"] {
+                self.flag(
+                    "--port",
+                    &format!("{protocol}:{}:{}", port.host, port.container),
+                );
+            }
+        }
+    }
+
+    fn bind(&mut self, bind: &Bind) {
+        let flag = if bind.mount.read_only {
+            "--bind-ro"
+        } else {
+            "--bind"
+        };
+        let mapping = if bind.idmap { ":rbind,idmap" } else { "" };
+        let paths = format!(
+            "{}:{}",
+            escape(&bind.mount.source),
+            escape(&bind.mount.target)
+        );
+        self.flag(flag, &format!("{paths}{mapping}"));
+    }
+
+    fn payload(&mut self, spec: &ContainerSpec) {
+        match spec.mode {
+            Mode::Boot => self.switch("--boot", true),
+            Mode::ProcessTwo => self.switch("--as-pid2", true),
+            Mode::Plain => {}
+        }
+        let console = match spec.console {
+            Console::Interactive => "interactive",
+            Console::ReadOnly => "read-only",
+            Console::Passive => "passive",
+            Console::Pipe => "pipe",
+            Console::Autopipe => "autopipe",
+        };
+        self.flag("--console", console);
+        self.switch("--quiet", true);
+        if let Some(directory) = &spec.working_directory {
+            self.flag("--chdir", directory);
+        }
+        if let Some(user) = &spec.user {
+            // Not --user: that word has changed its meaning in 261.
+            self.arguments.extend(["-u".to_owned(), user.clone()]);
+        }
+    }
+
+    fn variables(&mut self, variables: &BTreeMap<String, String>) {
+        for (name, value) in variables {
+            if self.host.version >= 250 && may_pass_hidden(name) {
+                self.flag("--setenv", name);
+                self.environment.insert(name.clone(), value.clone());
+            } else {
+                self.flag("--setenv", &format!("{name}={value}"));
+            }
+        }
+    }
+}
+
+/// A path within a bind: systemd-nspawn splits at colons and takes a backslash before the next character as it is.
+fn escape(path: &Path) -> String {
+    text(path).replace('\\', "\\\\").replace(':', "\\:")
+}
+
+/// `config` lets no path through that is not UTF-8.
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+#[path = "argv_tests.rs"]
+mod tests;

@@ -1,0 +1,264 @@
+use super::*;
+use rstest::rstest;
+
+const HOST: Host = Host {
+    version: 252,
+    cgroup: CgroupLayout::Hybrid,
+};
+
+fn spec() -> ContainerSpec {
+    ContainerSpec {
+        id: "0f1e/web/abcd".into(),
+        machine: "web-0f1e".into(),
+        root: Root::Directory("/srv/root".into()),
+        mode: Mode::Plain,
+        command: vec!["/bin/sh".into(), "-c".into(), "true".into()],
+        environment: BTreeMap::new(),
+        working_directory: None,
+        user: None,
+        ephemeral: false,
+        read_only: false,
+        volatile: Volatile::No,
+        pivot_root: None,
+        resolv_conf: None,
+        console: Console::Pipe,
+        users: Users::Host,
+        mounts: Vec::new(),
+        capabilities: Vec::new(),
+        network: Network::Host,
+        stdout: None,
+        stderr: None,
+        cgroup: None,
+    }
+}
+
+fn line(spec: &ContainerSpec, host: Host) -> CommandLine {
+    command_line(spec, &spec.root, &[], host).unwrap()
+}
+
+#[test]
+fn the_plainest_container() {
+    insta::assert_snapshot!(line(&spec(), HOST).arguments.join("\n"), @r"
+    --settings=no
+    --keep-unit
+    --register=no
+    --link-journal=no
+    --oom-score-adjust=0
+    --machine=web-0f1e
+    --directory=/srv/root
+    --private-users=no
+    --console=pipe
+    --quiet
+    --
+    /bin/sh
+    -c
+    true
+    ");
+}
+
+#[test]
+fn every_option_has_its_word() {
+    let full = ContainerSpec {
+        root: Root::Image("/srv/disk.raw".into()),
+        mode: Mode::ProcessTwo,
+        working_directory: Some("/srv".into()),
+        user: Some("bob".into()),
+        ephemeral: true,
+        read_only: true,
+        volatile: Volatile::Overlay,
+        pivot_root: Some("/a:/b".into()),
+        resolv_conf: Some("copy-host".into()),
+        users: Users::Private {
+            range: "pick".into(),
+            ownership: Some("auto".into()),
+        },
+        capabilities: vec!["CAP_SYS_TIME".into(), "CAP_NET_ADMIN".into()],
+        network: Network::Private {
+            veth: true,
+            zone: None,
+            bridge: None,
+            ports: vec![crate::container::PortForward {
+                label: "http".into(),
+                host: 25000,
+                container: 80,
+            }],
+        },
+        ..spec()
+    };
+    insta::assert_snapshot!(line(&full, HOST).arguments.join("\n"), @r"
+    --settings=no
+    --keep-unit
+    --register=no
+    --link-journal=no
+    --oom-score-adjust=0
+    --machine=web-0f1e
+    --image=/srv/disk.raw
+    --ephemeral
+    --read-only
+    --volatile=overlay
+    --pivot-root=/a:/b
+    --resolv-conf=copy-host
+    --private-users=pick
+    --private-users-ownership=auto
+    --network-veth
+    --port=tcp:25000:80
+    --port=udp:25000:80
+    --capability=CAP_SYS_TIME,CAP_NET_ADMIN
+    --as-pid2
+    --console=pipe
+    --quiet
+    --chdir=/srv
+    -u
+    bob
+    --
+    /bin/sh
+    -c
+    true
+    ");
+}
+
+#[rstest]
+#[case(Mode::Boot, Some("--boot"))]
+#[case(Mode::ProcessTwo, Some("--as-pid2"))]
+#[case(Mode::Plain, None)]
+fn a_mode_has_its_word(#[case] mode: Mode, #[case] word: Option<&str>) {
+    let arguments = line(&ContainerSpec { mode, ..spec() }, HOST).arguments;
+    let found: Vec<_> = arguments
+        .iter()
+        .filter(|word| ["--boot", "--as-pid2"].contains(&word.as_str()))
+        .collect();
+    assert_eq!(found, Vec::from_iter(word));
+}
+
+#[rstest]
+#[case(Network::Private { veth: false, zone: None, bridge: None, ports: vec![] }, &["--private-network"])]
+#[case(Network::Private { veth: true, zone: Some("z".into()), bridge: None, ports: vec![] }, &["--network-zone=z"])]
+#[case(Network::Private { veth: false, zone: None, bridge: Some("br0".into()), ports: vec![] }, &["--network-bridge=br0"])]
+#[case(Network::Join("/run/netns/a".into()), &[])]
+#[case(Network::Host, &[])]
+fn a_network_has_its_words(#[case] network: Network, #[case] words: &[&str]) {
+    let arguments = line(&ContainerSpec { network, ..spec() }, HOST).arguments;
+    let found: Vec<_> = arguments
+        .iter()
+        .filter(|word| word.contains("network") || word.contains("--port"))
+        .collect();
+    assert_eq!(found, words);
+}
+
+#[test]
+fn colons_and_backslashes_in_paths_are_escaped() {
+    let bind = |source: &str, read_only, idmap| Bind {
+        mount: Mount {
+            source: source.into(),
+            target: "/in side".into(),
+            read_only,
+        },
+        idmap,
+    };
+    let binds = [bind("/a:b\\c", false, false), bind("/plain", true, true)];
+    let arguments = command_line(&spec(), &spec().root, &binds, HOST)
+        .unwrap()
+        .arguments;
+    assert!(
+        arguments.contains(&r"--bind=/a\:b\\c:/in side".to_owned()),
+        "{arguments:?}"
+    );
+    assert!(
+        arguments.contains(&"--bind-ro=/plain:/in side:rbind,idmap".to_owned()),
+        "{arguments:?}"
+    );
+}
+
+#[test]
+fn values_stay_out_of_the_arguments_where_the_version_can() {
+    let environment = BTreeMap::from([
+        ("TOKEN".to_owned(), "s3cret\nline".to_owned()),
+        ("LD_PRELOAD".to_owned(), "/evil.so".to_owned()),
+    ]);
+    let spec = ContainerSpec {
+        environment,
+        ..spec()
+    };
+    let new = line(&spec, HOST);
+    assert!(new.arguments.contains(&"--setenv=TOKEN".to_owned()));
+    assert_eq!(
+        new.environment.get("TOKEN").map(String::as_str),
+        Some("s3cret\nline")
+    );
+    assert!(
+        !new.environment.contains_key("LD_PRELOAD"),
+        "a job must not steer systemd-nspawn itself"
+    );
+    assert!(
+        new.arguments
+            .contains(&"--setenv=LD_PRELOAD=/evil.so".to_owned())
+    );
+    let old = line(
+        &spec,
+        Host {
+            version: 249,
+            ..HOST
+        },
+    );
+    assert!(
+        old.arguments
+            .contains(&"--setenv=TOKEN=s3cret\nline".to_owned()),
+        "249 knows no other way"
+    );
+}
+
+#[rstest]
+#[case(
+    "identity",
+    None,
+    248,
+    "private_users = \"identity\" needs systemd-nspawn 249 or later, and this host has 248"
+)]
+#[case(
+    "managed",
+    None,
+    257,
+    "private_users = \"managed\" needs systemd-nspawn 258 or later, and this host has 257"
+)]
+#[case(
+    "pick",
+    Some("map"),
+    247,
+    "private_users_ownership = \"map\" needs systemd-nspawn 249 or later, and this host has 247"
+)]
+fn what_a_version_lacks_is_refused(
+    #[case] range: &str,
+    #[case] ownership: Option<&str>,
+    #[case] version: u32,
+    #[case] text: &str,
+) {
+    let users = Users::Private {
+        range: range.into(),
+        ownership: ownership.map(Into::into),
+    };
+    let spec = ContainerSpec { users, ..spec() };
+    let error = command_line(&spec, &spec.root, &[], Host { version, ..HOST }).unwrap_err();
+    assert_eq!(error.to_string(), text);
+}
+
+#[test]
+fn before_249_a_picked_range_changes_owners_by_itself() {
+    let users = Users::Private {
+        range: "pick".into(),
+        ownership: Some("auto".into()),
+    };
+    let arguments = line(
+        &ContainerSpec { users, ..spec() },
+        Host {
+            version: 247,
+            ..HOST
+        },
+    )
+    .arguments;
+    assert!(arguments.contains(&"--private-users=pick".to_owned()));
+    assert!(
+        !arguments
+            .iter()
+            .any(|word| word.contains("ownership") || word.contains("chown"))
+    );
+}

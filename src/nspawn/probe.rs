@@ -1,0 +1,195 @@
+//! What this host can do: the version of systemd-nspawn, the kernel's gifts, whether machined is there. Changes nothing, and
+//! holds nothing back: what is missing is said in words for a person who can mend it.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{FsType, statfs};
+
+use super::argv::OLDEST;
+
+/// Where a program is looked for besides `PATH`: an agent started by hand often lacks these.
+const USUAL: &[&str] = &[
+    "/usr/bin",
+    "/bin",
+    "/usr/local/bin",
+    "/run/current-system/sw/bin",
+];
+
+/// Looks a program up along `search` (the value of `PATH`) and then in the usual places.
+pub fn find(program: &str, search: &OsStr) -> Result<PathBuf, String> {
+    let usual = USUAL.iter().map(PathBuf::from);
+    let places: Vec<PathBuf> = std::env::split_paths(search)
+        .filter(|path| path.is_absolute())
+        .chain(usual)
+        .collect();
+    let found = places
+        .iter()
+        .map(|place| place.join(program))
+        .find(|path| is_executable(path));
+    found.ok_or_else(|| {
+        let mut seen: Vec<String> = Vec::new();
+        for place in places.iter().map(|place| place.display().to_string()) {
+            if !seen.contains(&place) {
+                seen.push(place);
+            }
+        }
+        format!("{program} is not installed (looked in {}); on Debian and Ubuntu it is in the package systemd-container", seen.join(", "))
+    })
+}
+
+/// Whether a file is there and may be run.
+pub fn is_executable(path: &Path) -> bool {
+    path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()
+}
+
+/// The version in what `systemd-nspawn --version` prints: `systemd 252 (252.39-1~deb12u2)`, or `systemd 257~rc2 …`.
+pub fn parse_version(output: &str) -> Option<u32> {
+    let digits = output.strip_prefix("systemd ")?;
+    let end = digits
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(digits.len());
+    digits[..end].parse().ok()
+}
+
+/// Why a version can't be used on this host, if it can't.
+pub fn unusable(version: u32, unified_only: bool) -> Option<String> {
+    if version < OLDEST {
+        return Some(format!(
+            "systemd-nspawn {version} is too old: {OLDEST} or later is needed"
+        ));
+    }
+    if version >= 258 && !unified_only {
+        return Some(format!(
+            "systemd-nspawn {version} needs a host with control groups version 2 alone"
+        ));
+    }
+    None
+}
+
+/// The running kernel's version, as `(6, 1)`.
+pub fn kernel() -> (u32, u32) {
+    let release =
+        nix::sys::utsname::uname().map(|names| names.release().to_string_lossy().into_owned());
+    parse_kernel(&release.unwrap_or_default())
+}
+
+fn parse_kernel(release: &str) -> (u32, u32) {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|part| part.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// The kernel from which on a file system of this type can carry an id mapping; by its magic number, from the kernel's
+/// `linux/magic.h` and the file systems' histories.
+fn idmap_since(kind: FsType) -> Option<(u32, u32)> {
+    const SINCE: &[(u32, (u32, u32))] = &[
+        (0xEF53, (5, 12)),      // ext2, ext3, ext4
+        (0x5846_5342, (5, 12)), // xfs
+        (0x4d44, (5, 12)),      // vfat
+        (0x9123_683E, (5, 15)), // btrfs
+        (0xF2F5_2010, (5, 18)), // f2fs
+        (0xE0F5_E1E2, (5, 19)), // erofs
+        (0x7371_7368, (6, 2)),  // squashfs
+        (0x0102_1994, (6, 3)),  // tmpfs
+        (0x2FC1_2FC1, (6, 6)),  // zfs 2.2
+    ];
+    let magic = u32::try_from(kind.0).ok()?;
+    SINCE
+        .iter()
+        .find(|(known, _)| *known == magic)
+        .map(|(_, since)| *since)
+}
+
+/// Whether the file system under `path` can carry an id mapping. One that is not known can't: the mount is then made without.
+pub fn can_idmap(path: &Path, kernel: (u32, u32)) -> bool {
+    statfs(path).is_ok_and(|found| {
+        idmap_since(found.filesystem_type()).is_some_and(|since| kernel >= since)
+    })
+}
+
+/// Whether the kernel gives user namespaces: they are built in and their number is not limited to none.
+pub fn has_user_namespaces() -> bool {
+    let limit = std::fs::read_to_string("/proc/sys/user/max_user_namespaces");
+    Path::new("/proc/self/ns/user").exists() && limit.map_or(true, |text| text.trim() != "0")
+}
+
+/// Whether systemd-machined can be reached: its bus name needs a system bus, its socket (257 and later) does not.
+pub fn has_machined() -> bool {
+    Path::new("/run/systemd/machine/io.systemd.Machine").exists()
+        || (Path::new("/run/dbus/system_bus_socket").exists()
+            && Path::new("/run/systemd/system").exists()
+            && machined_installed())
+}
+
+fn machined_installed() -> bool {
+    [
+        "/usr/lib/systemd/systemd-machined",
+        "/lib/systemd/systemd-machined",
+    ]
+    .iter()
+    .any(|path| Path::new(path).exists())
+}
+
+/// The id of this boot of the machine.
+pub fn boot_id() -> io::Result<String> {
+    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?
+        .trim()
+        .to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case("systemd 252 (252.39-1~deb12u2)\n+PAM +AUDIT\n", Some(252))]
+    #[case("systemd 247 (247.3-7)", Some(247))]
+    #[case("systemd 262~rc1 (x)", Some(262))]
+    #[case("systemd", None)]
+    #[case("bash 5", None)]
+    fn versions_are_read(#[case] output: &str, #[case] version: Option<u32>) {
+        assert_eq!(parse_version(output), version);
+    }
+
+    #[rstest]
+    #[case(252, false, None)]
+    #[case(262, true, None)]
+    #[case(
+        246,
+        true,
+        Some("systemd-nspawn 246 is too old: 247 or later is needed")
+    )]
+    #[case(
+        258,
+        false,
+        Some("systemd-nspawn 258 needs a host with control groups version 2 alone")
+    )]
+    fn what_cannot_be_used_says_why(
+        #[case] version: u32,
+        #[case] v2: bool,
+        #[case] text: Option<&str>,
+    ) {
+        assert_eq!(unusable(version, v2).as_deref(), text);
+    }
+
+    #[test]
+    fn a_missing_program_s_error_names_the_places() {
+        let empty = tempfile::tempdir().unwrap();
+        let error = find("no-such-tool", empty.path().as_os_str()).unwrap_err();
+        assert!(
+            error.contains(&empty.path().display().to_string()) && error.contains("/usr/bin"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn kernel_releases_are_read() {
+        assert_eq!(parse_kernel("6.18.44-fc-v669"), (6, 18));
+        assert_eq!(parse_kernel("5.10"), (5, 10));
+        assert_eq!(parse_kernel(""), (0, 0));
+    }
+}
