@@ -10,8 +10,10 @@ use crate::container::{ContainerSpec, Exit, Probe, Started, Usage};
 use crate::signal::Signal;
 
 pub mod error;
+pub mod nspawn;
 
 pub use error::BackendError;
+pub use nspawn::NspawnBackend;
 
 /// What a host does with containers.
 ///

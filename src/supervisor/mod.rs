@@ -1,1 +1,293 @@
-//! supervisor
+//! The night watch: one process per container, the same binary in another life, that is systemd-nspawn's parent and outlives
+//! plugin and agent. This file is the plugin's end of it: launching one, finding one again, asking it, hearing how it ends.
+//! It knows orders and processes; what an order should say is `backend`'s to decide.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::process::Command;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::task::TaskTracker;
+
+use crate::container::{Exit, Process, Started};
+use crate::signal::Signal;
+
+pub mod enter;
+pub mod line;
+pub mod logs;
+pub mod process;
+pub mod record;
+pub mod remains;
+pub mod run;
+
+pub use line::{Failure, Step, Verb};
+pub use record::{Order, Records};
+
+use line::{News, Request};
+
+/// How things stand with a supervised container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Status {
+    /// It is not up yet.
+    Starting,
+    /// It is up.
+    Up(Arc<Started>),
+    /// It did not come up.
+    Failed(Arc<Failure>),
+    /// It has ended.
+    Ended(Arc<Exit>),
+}
+
+/// A container with a supervisor, seen from the plugin. Clones are the same one.
+#[derive(Debug, Clone)]
+pub struct Supervised {
+    status: watch::Receiver<Status>,
+    /// Turns true when the supervisor has freed everything and is gone.
+    gone: watch::Receiver<bool>,
+    requests: mpsc::Sender<Asked>,
+}
+
+type Asked = (Verb, oneshot::Sender<Result<(), String>>);
+
+/// Starts a supervisor, which is `binary` in another life, for the order that lies in `records`, and follows it.
+pub fn launch(binary: &Path, records: &Records, tracker: &TaskTracker) -> io::Result<Supervised> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let stream = UnixStream::from_std(ours)?;
+    let log = std::fs::File::options()
+        .append(true)
+        .create(true)
+        .open(records.log())?;
+    let mut command = Command::new(binary);
+    command
+        .arg0("nomad-driver-nspawn")
+        .arg("supervise")
+        .arg(records.path())
+        .env_clear();
+    // Never the plugin's own stdout and stderr: an agent takes a plugin for alive as long as anybody holds them.
+    command
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(log);
+    let mut child = command.spawn()?;
+    drop(command);
+    tracker.spawn(async move { child.wait().await });
+    Ok(follow(stream, records.clone(), None, tracker))
+}
+
+/// Finds the supervisor of `started` again, or the end it has recorded. `None` if there is neither.
+pub async fn attach(
+    records: &Records,
+    started: &Started,
+    tracker: &TaskTracker,
+) -> io::Result<Option<Supervised>> {
+    match UnixStream::connect(records.lifeline()).await {
+        Ok(stream) => Ok(Some(follow(
+            stream,
+            records.clone(),
+            Some(started.clone()),
+            tracker,
+        ))),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            Ok(records.exit()?.map(Supervised::ended))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+impl Supervised {
+    /// One that has ended, with nobody to ask any more.
+    fn ended(exit: Exit) -> Self {
+        let (requests, _) = mpsc::channel(1);
+        let (_, status) = watch::channel(Status::Ended(Arc::new(exit)));
+        let (_, gone) = watch::channel(true);
+        Self {
+            status,
+            gone,
+            requests,
+        }
+    }
+
+    /// How things stand now.
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// Waits until the start is over, one way or the other.
+    pub async fn settled(&self) -> Status {
+        let mut status = self.status.clone();
+        let settled = status.wait_for(|status| *status != Status::Starting).await;
+        settled.map_or_else(|_| self.status(), |status| status.clone())
+    }
+
+    /// Waits for the end; `None` if it never came up.
+    pub async fn end(&self) -> Option<Exit> {
+        let mut status = self.status.clone();
+        let _ = status
+            .wait_for(|status| matches!(status, Status::Failed(_) | Status::Ended(_)))
+            .await;
+        match self.status() {
+            Status::Ended(exit) => Some((*exit).clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits until the supervisor has freed everything and is gone.
+    pub async fn gone(&self) {
+        let mut gone = self.gone.clone();
+        let _ = gone.wait_for(|gone| *gone).await;
+    }
+
+    /// Asks the supervisor for something and waits for its answer. One that is gone has nothing left to do.
+    pub async fn ask(&self, verb: Verb) -> Result<(), String> {
+        let (answer, answered) = oneshot::channel();
+        if self.requests.send((verb, answer)).await.is_err() {
+            return Ok(());
+        }
+        answered.await.unwrap_or(Ok(()))
+    }
+}
+
+/// Reads a lifeline until it ends.
+fn follow(
+    stream: UnixStream,
+    records: Records,
+    known: Option<Started>,
+    tracker: &TaskTracker,
+) -> Supervised {
+    let (asking, requests) = mpsc::channel(8);
+    let (status, status_seen) = watch::channel(Status::Starting);
+    let (gone, gone_seen) = watch::channel(false);
+    let line = Line {
+        stream,
+        records,
+        known,
+        status,
+    };
+    tracker.spawn(async move {
+        line.follow(requests).await;
+        gone.send_replace(true);
+    });
+    Supervised {
+        status: status_seen,
+        gone: gone_seen,
+        requests: asking,
+    }
+}
+
+#[derive(Debug)]
+struct Line {
+    stream: UnixStream,
+    records: Records,
+    /// What a handle says of the container, when it was not this plugin that started it.
+    known: Option<Started>,
+    status: watch::Sender<Status>,
+}
+
+impl Line {
+    async fn follow(mut self, mut requests: mpsc::Receiver<Asked>) {
+        let mut received = Vec::new();
+        let mut asked: Vec<(u64, oneshot::Sender<Result<(), String>>)> = Vec::new();
+        let mut number = 0;
+        loop {
+            tokio::select! {
+                read = self.stream.read_buf(&mut received) => match read {
+                    Ok(0) | Err(_) => break,
+                    Ok(_) => while let Some(Ok(news)) = line::next(&mut received) {
+                        self.hear(news, &mut asked);
+                    },
+                },
+                Some((verb, answer)) = requests.recv() => {
+                    number += 1;
+                    asked.push((number, answer));
+                    if self.stream.write_all(&line::line(&Request { request: number, verb })).await.is_err() {
+                        break;
+                    }
+                }
+            }
+        }
+        self.lost().await;
+    }
+
+    fn hear(&mut self, news: News, asked: &mut Vec<(u64, oneshot::Sender<Result<(), String>>)>) {
+        match news {
+            News::Started(started) => self.set(Status::Up(Arc::new(started))),
+            News::Failed(failure) => self.set(Status::Failed(Arc::new(failure))),
+            News::Exited(exit) => self.set(Status::Ended(Arc::new(exit))),
+            News::Done { request, error } => {
+                if let Some(index) = asked.iter().position(|(number, _)| *number == request) {
+                    let _ = asked.swap_remove(index).1.send(error.map_or(Ok(()), Err));
+                }
+            }
+        }
+    }
+
+    /// The first end is the end.
+    fn set(&self, new: Status) {
+        self.status.send_if_modified(|status| {
+            let open = matches!(status, Status::Starting | Status::Up(_));
+            if open {
+                *status = new;
+            }
+            open
+        });
+    }
+
+    /// The supervisor is gone. If it left no word of the end it was killed, and nobody can learn the end any more: then the
+    /// container is ended, so that it can't run on unwatched beside its successor.
+    async fn lost(&self) {
+        let status = self.status.borrow().clone();
+        let was_up = match status {
+            Status::Ended(_) | Status::Failed(_) => return,
+            Status::Up(_) => true,
+            Status::Starting => self.known.is_some(),
+        };
+        if let Ok(Some(exit)) = self.records.exit() {
+            return self.set(Status::Ended(Arc::new(exit)));
+        }
+        let records = self.records.clone();
+        let ended = tokio::task::spawn_blocking(move || remains::end(&records)).await;
+        let reason = match ended {
+            Ok(Ok(())) => "its supervisor was killed, so the container was ended and its exit status is not known".to_owned(),
+            Ok(Err(error)) => format!("its supervisor was killed and the container could not be ended: {error}"),
+            Err(error) => format!("its supervisor was killed and ending the container failed: {error}"),
+        };
+        if !was_up {
+            return self.set(Status::Failed(Arc::new(Failure {
+                step: Step::Watch,
+                reason,
+                transient: true,
+            })));
+        }
+        let code = 128 + Signal::KILL.number();
+        let error = Some(reason);
+        let exit = Exit {
+            code,
+            signal: Signal::KILL.number(),
+            oom_killed: false,
+            error,
+            ended_at: SystemTime::now(),
+        };
+        let _ = self.records.write_exit(&exit);
+        self.set(Status::Ended(Arc::new(exit)));
+    }
+}
+
+/// Ends a supervisor that does not answer. What it watched over ends with it, see [`Supervised`].
+pub async fn put_down(supervisor: Process) {
+    let _ = tokio::task::spawn_blocking(move || remains::kill(supervisor)).await;
+}
+
+/// How long a supervisor may take to carry out a kill.
+pub const PROMPT: Duration = Duration::from_secs(15);

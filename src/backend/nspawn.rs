@@ -1,0 +1,544 @@
+//! The one real backend: a supervisor and systemd-nspawn for every container. Puts the whole order together before anything is
+//! started, so that a failed start has one undo step. Holds nothing that can't be rebuilt from the state directory.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::process::Command;
+use tokio_util::task::TaskTracker;
+
+use super::{BackendError, ContainerBackend};
+use crate::cgroup::{Group, Layout};
+use crate::container::{CgroupLayout, ContainerSpec, Exit, Probe, Root, Started, Usage, Users};
+use crate::nspawn::argv::{self, Bind, Host};
+use crate::nspawn::{probe, root};
+use crate::signal::Signal;
+use crate::supervisor::{
+    self, Failure, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
+};
+
+/// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
+const START: Duration = Duration::from_secs(600);
+
+/// What an operator may set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Where the state of running containers lies.
+    pub state_dir: PathBuf,
+    /// The systemd-nspawn to use; `None` looks along `search`.
+    pub nspawn: Option<PathBuf>,
+    /// The value of `PATH`.
+    pub search: OsString,
+    /// The driver's own binary, which is also every supervisor's.
+    pub binary: PathBuf,
+}
+
+/// Containers by systemd-nspawn.
+#[derive(Debug)]
+pub struct NspawnBackend {
+    settings: Settings,
+    kernel: (u32, u32),
+    supervised: Mutex<HashMap<PathBuf, Supervised>>,
+    version: tokio::sync::Mutex<Option<(Program, u32)>>,
+    tracker: TaskTracker,
+}
+
+/// A program as it was when it was asked for its version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Program {
+    path: PathBuf,
+    inode: u64,
+    changed: i64,
+}
+
+impl NspawnBackend {
+    /// A backend with these settings. Touches nothing yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            kernel: probe::kernel(),
+            supervised: Mutex::default(),
+            version: tokio::sync::Mutex::default(),
+            tracker: TaskTracker::new(),
+        }
+    }
+
+    fn program(&self) -> Result<Program, String> {
+        let path = match &self.settings.nspawn {
+            None => probe::find("systemd-nspawn", &self.settings.search)?,
+            Some(path) if probe::is_executable(path) => path.clone(),
+            Some(path) => {
+                return Err(format!(
+                    "nspawn_path {} is not an executable file",
+                    path.display()
+                ));
+            }
+        };
+        let about = fs::metadata(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(Program {
+            path,
+            inode: about.ino(),
+            changed: about.ctime(),
+        })
+    }
+
+    /// The program and its version, asked once as long as the file stays the same.
+    async fn installed(&self) -> Result<(PathBuf, u32), String> {
+        let program = self.program()?;
+        let mut known = self.version.lock().await;
+        if let Some((_, version)) = known.as_ref().filter(|(asked, _)| *asked == program) {
+            return Ok((program.path, *version));
+        }
+        let version = ask_version(&program.path).await?;
+        *known = Some((program.clone(), version));
+        Ok((program.path, version))
+    }
+
+    fn known(&self, records: &Records) -> Option<Supervised> {
+        let supervised = self
+            .supervised
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        supervised.get(records.path()).cloned()
+    }
+
+    fn remember(&self, records: &Records, one: Supervised) {
+        let mut supervised = self
+            .supervised
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        supervised.insert(records.path().to_owned(), one);
+    }
+
+    fn forget(&self, records: &Records) {
+        let mut supervised = self
+            .supervised
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        supervised.remove(records.path());
+    }
+
+    /// The supervised container of a handle, found again if need be.
+    async fn find(&self, started: &Started) -> Result<Supervised, BackendError> {
+        let lost = |reason: &str| BackendError::Lost {
+            machine: started.machine.clone(),
+            reason: reason.to_owned(),
+        };
+        let boot = probe::boot_id().map_err(|source| {
+            io_error(
+                "reading",
+                Path::new("/proc/sys/kernel/random/boot_id"),
+                source,
+            )
+        })?;
+        if boot != started.boot {
+            return Err(lost("the host has been started anew since"));
+        }
+        let records = Records::at(&started.state);
+        if let Some(known) = self.known(&records) {
+            return Ok(known);
+        }
+        let same = match records.running() {
+            Ok(running) => {
+                running.started.id == started.id && running.started.leader == started.leader
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(lost("there is no record of it"));
+            }
+            Err(source) => return Err(io_error("reading the record in", records.path(), source)),
+        };
+        if !same {
+            return Err(lost("the record in its place is another one's"));
+        }
+        let attached = supervisor::attach(&records, started, &self.tracker).await;
+        let attached =
+            attached.map_err(|source| io_error("connecting to", &records.lifeline(), source))?;
+        let one =
+            attached.ok_or_else(|| lost("its supervisor is gone and has left no exit record"))?;
+        self.remember(&records, one.clone());
+        Ok(one)
+    }
+
+    /// Everything that has to be known before anything is started, written down.
+    fn prepare(
+        &self,
+        spec: &ContainerSpec,
+        records: &Records,
+        program: PathBuf,
+        version: u32,
+    ) -> Result<(), BackendError> {
+        let layout = Layout::of_this_host();
+        let host = Host {
+            version,
+            cgroup: layout.kind,
+        };
+        if let Some(reason) = probe::unusable(version, layout.kind == CgroupLayout::V2) {
+            return Err(BackendError::Unsupported {
+                machine: spec.machine.clone(),
+                reason,
+            });
+        }
+        records
+            .create()
+            .map_err(|source| io_error("making the directory", records.path(), source))?;
+        let (root, mut mounts) = self.root(spec, records)?;
+        mounts.extend(spec.mounts.iter().cloned());
+        let mapped =
+            matches!(&spec.users, Users::Private { range, .. } if range != "no") && version >= 250;
+        let binds: Vec<Bind> = mounts
+            .into_iter()
+            .map(|mount| Bind {
+                idmap: mapped && probe::can_idmap(&mount.source, self.kernel),
+                mount,
+            })
+            .collect();
+        let mut line = argv::command_line(spec, &root, &binds, host).map_err(|error| {
+            BackendError::Unsupported {
+                machine: spec.machine.clone(),
+                reason: error.to_string(),
+            }
+        })?;
+        line.environment.insert(
+            "NOTIFY_SOCKET".to_owned(),
+            records.notify().to_string_lossy().into_owned(),
+        );
+        let place = self.place(spec, records, &layout);
+        let mut notes = Vec::new();
+        if place.is_none() {
+            notes.push(
+                "this host gives no control groups: no limit of this task is enforced".to_owned(),
+            );
+        }
+        let order = Order {
+            id: spec.id.clone(),
+            machine: spec.machine.clone(),
+            mode: spec.mode,
+            boot: probe::boot_id().map_err(|source| {
+                io_error(
+                    "reading",
+                    Path::new("/proc/sys/kernel/random/boot_id"),
+                    source,
+                )
+            })?,
+            program,
+            arguments: line.arguments,
+            stdout: spec.stdout.clone(),
+            stderr: spec.stderr.clone(),
+            place,
+            network_namespace: match &spec.network {
+                crate::container::Network::Join(path) => Some(path.clone()),
+                _ => None,
+            },
+            copies: copies_of(spec),
+            notes,
+        };
+        records
+            .write_order(&order, &line.environment)
+            .map_err(|source| io_error("writing the order in", records.path(), source))
+    }
+
+    /// Groups are root's to make; without them the supervisor falls back to descent.
+    fn place(
+        &self,
+        spec: &ContainerSpec,
+        records: &Records,
+        layout: &Layout,
+    ) -> Option<crate::cgroup::Place> {
+        let leaf = records.path().file_name()?.to_str()?;
+        layout
+            .place(spec.cgroup.as_deref(), leaf)
+            .filter(|_| nix::unistd::geteuid().is_root())
+    }
+
+    fn root(
+        &self,
+        spec: &ContainerSpec,
+        records: &Records,
+    ) -> Result<(Root, Vec<crate::container::Mount>), BackendError> {
+        let missing = root::missing_mount_points(spec);
+        let Root::Directory(image) = &spec.root else {
+            return Ok((spec.root.clone(), Vec::new()));
+        };
+        if missing.is_empty() {
+            return Ok((spec.root.clone(), Vec::new()));
+        }
+        let skeleton = records.skeleton();
+        let made = fs::create_dir(&skeleton)
+            .and_then(|()| root::skeleton(image, &skeleton, &missing, &spec.mounts, spec.volatile));
+        let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
+        Ok((Root::Directory(skeleton), binds))
+    }
+
+    async fn bring_up(&self, records: &Records) -> Result<Started, Failure> {
+        let failed = |error: io::Error| Failure {
+            step: Step::Watch,
+            reason: format!("its supervisor can't be started: {error}"),
+            transient: true,
+        };
+        let one =
+            supervisor::launch(&self.settings.binary, records, &self.tracker).map_err(failed)?;
+        self.remember(records, one.clone());
+        match tokio::time::timeout(START, one.settled()).await {
+            Ok(Status::Up(started)) => Ok((*started).clone()),
+            Ok(Status::Failed(failure)) => Err((*failure).clone()),
+            // A command that is over before the news of its start was read.
+            Ok(Status::Ended(_)) => records
+                .running()
+                .map(|running| running.started)
+                .map_err(failed),
+            Ok(Status::Starting) => Err(Failure {
+                step: Step::Watch,
+                reason: "its supervisor died".to_owned(),
+                transient: true,
+            }),
+            Err(_) => {
+                let reason = format!("the container did not come up within {} s", START.as_secs());
+                Err(Failure {
+                    step: Step::Nspawn,
+                    reason,
+                    transient: true,
+                })
+            }
+        }
+    }
+
+    /// Ends and frees whatever stands in these records, and forgets them.
+    async fn clear(&self, records: &Records) -> Result<(), BackendError> {
+        if !records.path().exists() {
+            self.forget(records);
+            return Ok(());
+        }
+        let machine = records.order().map_or_else(
+            |_| records.path().display().to_string(),
+            |order| order.machine,
+        );
+        if let Some(one) = self.reach(records).await {
+            let _ = tokio::time::timeout(PROMPT, one.ask(Verb::Kill)).await;
+            if tokio::time::timeout(PROMPT, one.gone()).await.is_err()
+                && let Ok(running) = records.running()
+            {
+                supervisor::put_down(running.started.supervisor).await;
+            }
+        }
+        let owned = records.clone();
+        let ended =
+            tokio::task::spawn_blocking(move || remains::end(&owned).and_then(|()| owned.remove()))
+                .await;
+        self.forget(records);
+        match ended {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(BackendError::Stuck {
+                machine,
+                reason: error.to_string(),
+            }),
+            Err(error) => Err(BackendError::Stuck {
+                machine,
+                reason: error.to_string(),
+            }),
+        }
+    }
+
+    /// The supervisor of these records, whoever launched it, if it lives.
+    async fn reach(&self, records: &Records) -> Option<Supervised> {
+        if let Some(known) = self.known(records) {
+            return Some(known);
+        }
+        let running = records.running().ok()?;
+        supervisor::attach(records, &running.started, &self.tracker)
+            .await
+            .ok()
+            .flatten()
+    }
+}
+
+#[async_trait]
+impl ContainerBackend for NspawnBackend {
+    async fn probe(&self) -> Probe {
+        let installed = self.installed().await;
+        Probe {
+            idmapped_mounts: installed.as_ref().is_ok_and(|(_, version)| *version >= 250)
+                && self.kernel >= (5, 12),
+            nspawn: installed.map(|(_, version)| version),
+            root: nix::unistd::geteuid().is_root(),
+            cgroup: Layout::of_this_host().kind,
+            user_namespaces: probe::has_user_namespaces(),
+            machined: probe::has_machined(),
+        }
+    }
+
+    async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
+        let machine = spec.machine.clone();
+        let records = Records::of(&self.settings.state_dir, &spec.id);
+        self.clear(&records).await?;
+        let unsupported = |reason| BackendError::Unsupported {
+            machine: machine.clone(),
+            reason,
+        };
+        let (program, version) = self.installed().await.map_err(unsupported)?;
+        let prepared = self.prepare(&spec, &records, program, version);
+        let up = match prepared {
+            Ok(()) => self
+                .bring_up(&records)
+                .await
+                .map_err(|failure| BackendError::Start {
+                    machine: machine.clone(),
+                    step: failure.step.as_str(),
+                    reason: failure.reason,
+                    transient: failure.transient,
+                }),
+            Err(error) => Err(error),
+        };
+        if up.is_err()
+            && let Err(error) = self.clear(&records).await
+        {
+            tracing::error!(machine, %error, "a failed start could not be cleared");
+        }
+        up
+    }
+
+    async fn attach(&self, started: &Started) -> Result<Started, BackendError> {
+        let one = self.find(started).await?;
+        match one.settled().await {
+            Status::Up(found) => Ok((*found).clone()),
+            Status::Ended(_) => Ok(started.clone()),
+            Status::Failed(failure) => Err(BackendError::Lost {
+                machine: started.machine.clone(),
+                reason: failure.reason.clone(),
+            }),
+            Status::Starting => Err(BackendError::Lost {
+                machine: started.machine.clone(),
+                reason: "its supervisor is gone".to_owned(),
+            }),
+        }
+    }
+
+    async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
+        let end = self.find(started).await?.end().await;
+        end.ok_or_else(|| BackendError::Lost {
+            machine: started.machine.clone(),
+            reason: "it never came up".to_owned(),
+        })
+    }
+
+    async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
+        let one = self.find(started).await?;
+        let answer = one.ask(Verb::Signal(signal.number())).await;
+        answer.map_err(|reason| BackendError::Stuck {
+            machine: started.machine.clone(),
+            reason: format!("{signal} can't be sent: {reason}"),
+        })
+    }
+
+    async fn stop(
+        &self,
+        started: &Started,
+        signal: Option<Signal>,
+        grace: Duration,
+    ) -> Result<(), BackendError> {
+        let one = self.find(started).await?;
+        if !grace.is_zero() && matches!(one.status(), Status::Up(_)) {
+            let verb = signal.map_or(Verb::Stop, |signal| Verb::Signal(signal.number()));
+            let politely = async {
+                // A request that fails leaves the wait for the grace time, and then force.
+                if let Err(reason) = one.ask(verb).await {
+                    tracing::warn!(
+                        machine = started.machine,
+                        reason,
+                        "the stop signal can't be sent"
+                    );
+                }
+                one.end().await
+            };
+            let _ = tokio::time::timeout(grace, politely).await;
+        }
+        if !matches!(one.status(), Status::Up(_) | Status::Starting) {
+            return Ok(());
+        }
+        let by_force = async {
+            let _ = one.ask(Verb::Kill).await;
+            one.end().await
+        };
+        if tokio::time::timeout(PROMPT, by_force).await.is_ok() {
+            return Ok(());
+        }
+        // A supervisor that does not answer is put down; its end ends the container, see `supervisor`.
+        supervisor::put_down(started.supervisor).await;
+        let stuck = || BackendError::Stuck {
+            machine: started.machine.clone(),
+            reason: "it does not die".to_owned(),
+        };
+        tokio::time::timeout(PROMPT, one.end())
+            .await
+            .map(|_| ())
+            .map_err(|_| stuck())
+    }
+
+    async fn remove(&self, id: &str) -> Result<(), BackendError> {
+        self.clear(&Records::of(&self.settings.state_dir, id)).await
+    }
+
+    async fn usage(&self, started: &Started) -> Result<Usage, BackendError> {
+        let Some(path) = started.cgroup.clone() else {
+            return Ok(Usage::default());
+        };
+        let usage = tokio::task::spawn_blocking(move || Group::new(path).usage()).await;
+        usage.map_err(|error| BackendError::Stuck {
+            machine: started.machine.clone(),
+            reason: error.to_string(),
+        })
+    }
+}
+
+/// systemd-nspawn copies an ephemeral tree beside it, or into it where it is a mount point of its own.
+fn copies_of(spec: &ContainerSpec) -> Option<PathBuf> {
+    let (true, Root::Directory(tree)) = (spec.ephemeral, &spec.root) else {
+        return None;
+    };
+    let parent = tree.parent().unwrap_or(tree);
+    let device = |path: &Path| fs::metadata(path).map(|about| about.dev()).ok();
+    Some(if device(tree) == device(parent) {
+        parent.to_owned()
+    } else {
+        tree.clone()
+    })
+}
+
+async fn ask_version(program: &Path) -> Result<u32, String> {
+    let mut command = Command::new(program);
+    command
+        .arg("--version")
+        .env_clear()
+        .env("LC_ALL", "C.UTF-8")
+        .kill_on_drop(true);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    let said = tokio::time::timeout(Duration::from_secs(10), command.output()).await;
+    let said = said.map_err(|_| format!("{} --version does not answer", program.display()))?;
+    let said = said.map_err(|error| format!("{} can't be run: {error}", program.display()))?;
+    let text = String::from_utf8_lossy(&said.stdout);
+    probe::parse_version(&text).ok_or_else(|| {
+        format!(
+            "{} --version does not tell a version: {:?}",
+            program.display(),
+            text.lines().next().unwrap_or("")
+        )
+    })
+}
+
+fn io_error(step: &'static str, path: &Path, source: io::Error) -> BackendError {
+    BackendError::Io {
+        step,
+        path: path.to_owned(),
+        source,
+    }
+}

@@ -1,0 +1,78 @@
+//! Where a container's output goes: Nomad's FIFOs, opened once and handed to systemd-nspawn as they are. Copies no byte,
+//! follows no link, and waits for a reader no longer than it must.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use nix::fcntl::OFlag;
+use nix::sys::stat::{Mode, fchmod};
+
+/// How long the start waits for Nomad's log collector to open its end. It does so within milliseconds.
+const READER: Duration = Duration::from_secs(10);
+
+/// Opens the file that takes a stream. No path, the null device and a path that does not exist discard.
+pub fn open(path: Option<&Path>) -> io::Result<Stdio> {
+    let Some(path) = path else {
+        return Ok(Stdio::null());
+    };
+    let file = match open_now(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Stdio::null()),
+        // A FIFO that nobody has open for reading yet.
+        Err(error) if error.raw_os_error() == Some(nix::Error::ENXIO as i32) => {
+            open_with_reader(path)?
+        }
+        other => other?,
+    };
+    if file.metadata()?.file_type().is_fifo() {
+        // Programs open /dev/stdout anew, under any user of the container and in a user namespace that doesn't know root. The
+        // directory above stays closed to the rest of the host.
+        fchmod(&file, Mode::from_bits_truncate(0o622))?;
+        blocking(&file)?;
+    }
+    Ok(file.into())
+}
+
+fn open_now(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_APPEND | OFlag::O_NOCTTY;
+    OpenOptions::new()
+        .write(true)
+        .custom_flags(flags.bits())
+        .open(path)
+}
+
+/// Waits in the kernel for the reader. The thread that waits in vain ends with this process, which then has nothing to do.
+fn open_with_reader(path: &Path) -> io::Result<File> {
+    let (sender, receiver) = mpsc::channel();
+    let owned = path.to_owned();
+    std::thread::Builder::new()
+        .stack_size(64 * 1024)
+        .spawn(move || {
+            let flags = OFlag::O_NOFOLLOW | OFlag::O_APPEND | OFlag::O_NOCTTY;
+            let _ = sender.send(
+                OpenOptions::new()
+                    .write(true)
+                    .custom_flags(flags.bits())
+                    .open(owned),
+            );
+        })?;
+    receiver.recv_timeout(READER).unwrap_or_else(|_| {
+        let text = format!(
+            "nobody reads it: Nomad's log collector did not open its end within {} s",
+            READER.as_secs()
+        );
+        Err(io::Error::new(io::ErrorKind::TimedOut, text))
+    })
+}
+
+/// A payload expects to wait when the pipe is full.
+fn blocking(file: &File) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, fcntl};
+    let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);
+    fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
+    Ok(())
+}

@@ -1,0 +1,176 @@
+//! Processes of this machine, named so that a reused pid is never mistaken: looked up, signalled, waited for. Signals only
+//! what is still the very process it was told.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
+
+use crate::container::Process;
+use crate::signal::Signal;
+
+/// A process that is held by a descriptor: it may end, but its pid can't come to mean another one.
+#[derive(Debug)]
+pub struct Held {
+    process: Process,
+    descriptor: OwnedFd,
+}
+
+impl Held {
+    /// Takes hold of the process that has this pid now.
+    pub fn by_pid(pid: i32) -> io::Result<Self> {
+        let raw = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let descriptor = pidfd_open(raw, PidfdFlags::empty())?;
+        // Read after the descriptor is there: what is read then belongs to the process that is held, or the process is gone.
+        let start = start_time(pid)?;
+        Ok(Self {
+            process: Process { pid, start },
+            descriptor,
+        })
+    }
+
+    /// Takes hold of this very process; an error of kind `NotFound` if it is gone.
+    pub fn again(process: Process) -> io::Result<Self> {
+        let held = Self::by_pid(process.pid)?;
+        if held.process == process {
+            Ok(held)
+        } else {
+            Err(io::ErrorKind::NotFound.into())
+        }
+    }
+
+    /// Its name.
+    pub fn process(&self) -> Process {
+        self.process
+    }
+
+    /// Sends it a signal. One that is gone is success: there is nothing left to tell it.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        let Some(signal) = to_rustix(signal) else {
+            return Ok(());
+        };
+        match pidfd_send_signal(&self.descriptor, signal) {
+            Err(rustix::io::Errno::SRCH) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    /// Waits until it has ended, at most `limit`; whether it has.
+    pub fn wait(&self, limit: Duration) -> bool {
+        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        let mut descriptors = [PollFd::new(self.descriptor.as_fd(), PollFlags::POLLIN)];
+        poll(&mut descriptors, limit).is_ok_and(|ready| ready > 0)
+    }
+}
+
+impl AsFd for Held {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+}
+
+/// Whether this very process is still there, be it as a zombie.
+pub fn is_alive(process: Process) -> bool {
+    start_time(process.pid).is_ok_and(|start| start == process.start)
+}
+
+/// The name of the calling process.
+pub fn myself() -> io::Result<Process> {
+    let pid = nix::unistd::getpid().as_raw();
+    Ok(Process {
+        pid,
+        start: start_time(pid)?,
+    })
+}
+
+/// The first child of a process, in the order of their making.
+pub fn first_child(pid: i32) -> Option<i32> {
+    children(pid).first().copied()
+}
+
+/// The children of a process's main thread.
+pub fn children(pid: i32) -> Vec<i32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_ascii_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect()
+}
+
+/// Which of the given signals a process has a handler for.
+pub fn catches(pid: i32, signal: Signal) -> bool {
+    mask(pid, "SigCgt:").is_some_and(|mask| has(mask, signal))
+}
+
+/// Whether a process ignores a signal.
+pub fn ignores(pid: i32, signal: Signal) -> bool {
+    mask(pid, "SigIgn:").is_some_and(|mask| has(mask, signal))
+}
+
+fn has(mask: u64, signal: Signal) -> bool {
+    u32::try_from(signal.number() - 1)
+        .is_ok_and(|bit| mask.checked_shr(bit).is_some_and(|rest| rest & 1 == 1))
+}
+
+fn mask(pid: i32, field: &str) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+/// Field 22 of `/proc/<pid>/stat`. The second field is a name in brackets that may hold anything, so it is cut at the last one.
+fn start_time(pid: i32) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|error| {
+        match error.raw_os_error() {
+            // A process that ends while its file is open.
+            Some(code) if code == nix::Error::ESRCH as i32 => io::ErrorKind::NotFound.into(),
+            _ => error,
+        }
+    })?;
+    let field = text
+        .rsplit(')')
+        .next()
+        .and_then(|rest| rest.split_ascii_whitespace().nth(19)?.parse().ok());
+    field.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// Signal 0 asks only and has no value there.
+fn to_rustix(signal: Signal) -> Option<rustix::process::Signal> {
+    use rustix_libc_wrappers::process::SignalExt;
+    rustix::process::Signal::from_raw(signal.number())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    #[test]
+    fn a_process_is_held_signalled_and_seen_to_end() {
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let held = Held::by_pid(pid).unwrap();
+        assert!(is_alive(held.process()));
+        assert!(!held.wait(Duration::ZERO));
+        held.signal(Signal::from_number(38).unwrap()).unwrap();
+        assert!(held.wait(Duration::from_secs(10)));
+        assert_eq!(
+            child.wait().unwrap().signal(),
+            Some(38),
+            "real-time signals are counted as the C library counts"
+        );
+        assert!(!is_alive(held.process()));
+        held.signal(Signal::KILL).unwrap();
+        let reused = Process {
+            start: 1,
+            ..myself().unwrap()
+        };
+        assert_eq!(
+            Held::again(reused).unwrap_err().kind(),
+            io::ErrorKind::NotFound
+        );
+    }
+}

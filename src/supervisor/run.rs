@@ -1,0 +1,685 @@
+//! The `supervise` life of the binary: the parent of one systemd-nspawn from before its start until after its end. Outlives
+//! plugin and agent, sleeps in the kernel until something happens, and is small on purpose: no async runtime, no threads, no
+//! gRPC. It decides nothing about jobs and reads nothing but its order.
+//!
+//! ```text
+//!            order        leader's datagram           systemd-nspawn ended
+//!   preparing ──▶ starting ───────────────▶ running ───────────────────────▶ ended: record, tell, free
+//!       │             │                        │ the start can't be recorded
+//!       │             │ nspawn ended,          ▼
+//!       │             │ or the asker is gone  failing: kill
+//!       └──▶ failed ◀─┴────────────────────────┘   tell, free
+//! ```
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::SigSet;
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use super::line::{Failure, News, Request, Step, Verb, line, next};
+use super::process::{Held, catches, first_child, ignores, myself};
+use super::record::{Order, Records, Running};
+use super::{logs, remains};
+use crate::cgroup::Group;
+use crate::container::{Exit, Mode, Process, Started};
+use crate::signal::Signal;
+
+/// How long systemd-nspawn may clear up after its container was killed before it is killed too.
+const CLEAR_UP: Duration = Duration::from_secs(5);
+
+/// Watches over the container whose order lies in `directory`. Standard input is the lifeline of whoever asks for it.
+pub fn supervise(directory: &Path) -> ExitCode {
+    let records = Records::at(directory);
+    let asker = io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map(UnixStream::from);
+    let mut listeners = Listeners::default();
+    if let Ok(asker) = asker {
+        listeners.add(asker);
+    }
+    match prepare(&records)
+        .and_then(|(order, sockets)| Watch::start(records.clone(), order, sockets))
+    {
+        Ok(mut watch) => {
+            watch.listeners = listeners;
+            watch.run();
+            ExitCode::SUCCESS
+        }
+        Err(failure) => {
+            records.discard_environment();
+            listeners.tell(&News::Failed(failure));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What can be woken up by.
+#[derive(Debug)]
+struct Sockets {
+    signals: SignalFd,
+    notify: UnixDatagram,
+    lifeline: UnixListener,
+}
+
+fn prepare(records: &Records) -> Result<(Order, Sockets), Failure> {
+    let order = records
+        .order()
+        .map_err(|error| failure(Step::Order, &error))?;
+    let sockets = detach()
+        .and_then(|signals| listen(records, signals))
+        .map_err(|error| failure(Step::Notify, &error))?;
+    Ok((order, sockets))
+}
+
+/// Leaves the session of whoever started this process, and becomes the one that nothing but SIGKILL ends.
+fn detach() -> io::Result<SignalFd> {
+    // Fails for the leader of a process group, which is what a person's shell makes of it; then there is nothing to leave.
+    let _ = nix::unistd::setsid();
+    let _ = std::env::set_current_dir("/");
+    // The payload shall be the victim when memory runs out. Only root may say so.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    nix::sys::prctl::set_child_subreaper(true)?;
+    let all = SigSet::all();
+    all.thread_block()?;
+    let mut children = SigSet::empty();
+    children.add(nix::sys::signal::Signal::SIGCHLD);
+    Ok(SignalFd::with_flags(
+        &children,
+        SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
+    )?)
+}
+
+fn listen(records: &Records, signals: SignalFd) -> io::Result<Sockets> {
+    let notify = UnixDatagram::bind(records.notify())?;
+    let lifeline = UnixListener::bind(records.lifeline())?;
+    notify.set_nonblocking(true)?;
+    lifeline.set_nonblocking(true)?;
+    Ok(Sockets {
+        signals,
+        notify,
+        lifeline,
+    })
+}
+
+fn failure(step: Step, error: &io::Error) -> Failure {
+    Failure {
+        step,
+        reason: error.to_string(),
+        transient: true,
+    }
+}
+
+/// One container and everything that is known of it.
+#[derive(Debug)]
+struct Watch {
+    records: Records,
+    order: Order,
+    sockets: Sockets,
+    listeners: Listeners,
+    nspawn: Process,
+    state: State,
+    /// Set when the container was ended by force: what systemd-nspawn says of the end is then no news.
+    forced: bool,
+    /// When systemd-nspawn itself is killed, after its container was.
+    patience: Option<Instant>,
+}
+
+#[derive(Debug)]
+enum State {
+    Starting,
+    /// It came up and must not stay.
+    Failing(Failure),
+    Running {
+        started: Box<Started>,
+        leader: Option<Held>,
+        copy: Option<std::path::PathBuf>,
+    },
+}
+
+impl Watch {
+    fn start(records: Records, order: Order, sockets: Sockets) -> Result<Self, Failure> {
+        let stdout =
+            logs::open(order.stdout.as_deref()).map_err(|error| failure(Step::Logs, &error))?;
+        let stderr =
+            logs::open(order.stderr.as_deref()).map_err(|error| failure(Step::Logs, &error))?;
+        if let Some(place) = &order.place {
+            Group::new(&place.group)
+                .create()
+                .map_err(|error| failure(Step::Cgroup, &error))?;
+        }
+        remains::clear_the_way(&order.machine);
+        let child =
+            spawn(&records, stdout, stderr).map_err(|error| failure(Step::Nspawn, &error))?;
+        let pid = i32::try_from(child.id())
+            .map_err(|_| failure(Step::Nspawn, &io::ErrorKind::InvalidData.into()))?;
+        // Not reaped yet, so the pid is its own.
+        let nspawn = Held::by_pid(pid).map_or(Process { pid, start: 0 }, |held| held.process());
+        let listeners = Listeners::default();
+        Ok(Self {
+            records,
+            order,
+            sockets,
+            listeners,
+            nspawn,
+            state: State::Starting,
+            forced: false,
+            patience: None,
+        })
+    }
+
+    /// Sleeps until something happens, and deals with it, until systemd-nspawn has ended.
+    fn run(&mut self) {
+        let status = loop {
+            let awake = match self.sleep() {
+                Ok(awake) => awake,
+                Err(error) => {
+                    let _ = writeln!(io::stderr(), "waiting failed: {error}");
+                    self.kill();
+                    Awake::default()
+                }
+            };
+            if awake.notify {
+                self.hear_nspawn();
+            }
+            if awake.lifeline {
+                self.welcome();
+            }
+            self.hear_listeners();
+            if awake.signals
+                && let Some(status) = self.reap()
+            {
+                break status;
+            }
+            if self.patience.is_some_and(|end| Instant::now() >= end) {
+                self.patience = None;
+                self.kill_nspawn();
+            }
+        };
+        self.end(status);
+    }
+
+    fn sleep(&self) -> nix::Result<Awake> {
+        let mut descriptors = vec![
+            PollFd::new(self.sockets.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.sockets.notify.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.sockets.lifeline.as_fd(), PollFlags::POLLIN),
+        ];
+        descriptors.extend(
+            self.listeners
+                .descriptors()
+                .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
+        );
+        let limit = match self.patience {
+            None => PollTimeout::NONE,
+            Some(end) => {
+                let left = end.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        match poll(&mut descriptors, limit) {
+            Err(nix::Error::EINTR) => return Ok(Awake::default()),
+            other => other?,
+        };
+        let ready = |index: usize| descriptors[index].any().unwrap_or(true);
+        Ok(Awake {
+            signals: ready(0),
+            notify: ready(1),
+            lifeline: ready(2),
+        })
+    }
+
+    /// Reads what systemd-nspawn says. The pid of the leader is the start; everything else is small talk.
+    fn hear_nspawn(&mut self) {
+        let mut datagram = [0; 4096];
+        while let Ok(length) = self.sockets.notify.recv(&mut datagram) {
+            let text = String::from_utf8_lossy(&datagram[..length]);
+            let leader = text
+                .lines()
+                .find_map(|line| line.strip_prefix("X_NSPAWN_LEADER_PID=")?.parse().ok());
+            if let (Some(leader), State::Starting) = (leader, &self.state) {
+                self.started(leader);
+            }
+        }
+    }
+
+    fn started(&mut self, leader: i32) {
+        // A command may have ended before anybody could look at it: then its end is all there is to see.
+        let held = Held::by_pid(leader).ok();
+        let copy = self
+            .order
+            .copies
+            .as_deref()
+            .and_then(|copies| remains::copy_of(leader, copies));
+        let started = Started {
+            id: self.order.id.clone(),
+            machine: self.order.machine.clone(),
+            state: self.records.path().to_owned(),
+            boot: self.order.boot.clone(),
+            supervisor: myself().unwrap_or(Process { pid: 0, start: 0 }),
+            leader: held.as_ref().map_or(
+                Process {
+                    pid: leader,
+                    start: 0,
+                },
+                Held::process,
+            ),
+            mode: self.order.mode,
+            cgroup: self.order.place.as_ref().map(|place| place.group.clone()),
+            started_at: SystemTime::now(),
+            notes: self.order.notes.clone(),
+        };
+        let running = Running {
+            started: started.clone(),
+            nspawn: self.nspawn,
+            copy: copy.clone(),
+        };
+        self.state = State::Running {
+            started: Box::new(started.clone()),
+            leader: held,
+            copy,
+        };
+        if let Err(error) = self.records.write_running(&running) {
+            // A container that could not be found again must not run.
+            let _ = writeln!(io::stderr(), "the start can't be recorded: {error}");
+            self.state = State::Failing(failure(Step::Watch, &error));
+            self.kill();
+            return;
+        }
+        self.listeners.tell(&News::Started(started));
+    }
+
+    fn welcome(&mut self) {
+        while let Ok((stream, _)) = self.sockets.lifeline.accept() {
+            let news = match &self.state {
+                State::Starting | State::Failing(_) => None,
+                State::Running { started, .. } => Some(News::Started((**started).clone())),
+            };
+            self.listeners.add(stream);
+            if let (Some(news), Some(newcomer)) = (news, self.listeners.0.last_mut()) {
+                newcomer.send(&line(&news));
+            }
+        }
+    }
+
+    fn hear_listeners(&mut self) {
+        for (index, request) in self.listeners.requests() {
+            let error = match request.verb {
+                Verb::Signal(number) => self.signal(Signal::from_number(number)),
+                Verb::Stop => self.signal(self.polite()),
+                Verb::Kill => {
+                    self.kill();
+                    Ok(())
+                }
+            };
+            let error = error.err().map(|error| error.to_string());
+            if let Some(listener) = self.listeners.0.get_mut(index) {
+                listener.send(&line(&News::Done {
+                    request: request.request,
+                    error,
+                }));
+            }
+        }
+        let asker_is_gone = self.listeners.forget_the_gone();
+        if asker_is_gone && matches!(self.state, State::Starting) {
+            // Whoever asked for the start has died and will ask again; two of the same must not run.
+            self.kill();
+        }
+    }
+
+    /// The process that signals are for.
+    fn payload(&self) -> Option<i32> {
+        let State::Running {
+            leader: Some(leader),
+            ..
+        } = &self.state
+        else {
+            return None;
+        };
+        let pid = leader.process().pid;
+        match self.order.mode {
+            Mode::Boot | Mode::Plain => Some(pid),
+            Mode::ProcessTwo => first_child(pid),
+        }
+    }
+
+    /// The signal that asks this payload to end. systemd has one of its own. A command gets Nomad's default, SIGINT, unless
+    /// it is deaf to that and has an ear for SIGTERM: most programs that handle one of the two handle SIGTERM, and the
+    /// first process of a container is deaf to everything it has no handler for.
+    fn polite(&self) -> Option<Signal> {
+        if self.order.mode == Mode::Boot {
+            return Some(Signal::POWER_OFF);
+        }
+        let pid = self.payload()?;
+        let hears_term_only = !catches(pid, Signal::INT) && catches(pid, Signal::TERM);
+        let chosen = if hears_term_only || ignores(pid, Signal::INT) {
+            Signal::TERM
+        } else {
+            Signal::INT
+        };
+        Some(chosen)
+    }
+
+    fn signal(&self, signal: Option<Signal>) -> io::Result<()> {
+        let (Some(signal), Some(pid)) = (signal, self.payload()) else {
+            return Ok(());
+        };
+        match Held::by_pid(pid) {
+            Ok(held) => held.signal(signal),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) if error.raw_os_error() == Some(nix::Error::ESRCH as i32) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Ends the container by force, and lets systemd-nspawn see it and clear up.
+    fn kill(&mut self) {
+        self.forced = true;
+        let State::Running { leader, .. } = &self.state else {
+            self.kill_nspawn();
+            return;
+        };
+        if let Some(place) = &self.order.place {
+            Group::new(&place.group).child("payload").kill();
+        }
+        if let Some(leader) = leader {
+            let _ = leader.signal(Signal::KILL);
+        }
+        self.patience
+            .get_or_insert_with(|| Instant::now() + CLEAR_UP);
+    }
+
+    /// Ends everything at once, systemd-nspawn too.
+    fn kill_nspawn(&self) {
+        if let Ok(nspawn) = Held::again(self.nspawn) {
+            let _ = nspawn.signal(Signal::KILL);
+        }
+        if let Some(place) = &self.order.place {
+            Group::new(&place.group).kill();
+        }
+    }
+
+    /// Reaps whoever has ended; the status of systemd-nspawn if it is among them.
+    fn reap(&self) -> Option<WaitStatus> {
+        while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
+        let mut found = None;
+        loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::StillAlive) | Err(_) => return found,
+                Ok(status) if status.pid() == Some(Pid::from_raw(self.nspawn.pid)) => {
+                    found = Some(status)
+                }
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// systemd-nspawn has ended: so has the container, or it does now.
+    fn end(&mut self, status: WaitStatus) {
+        // What it said last may still lie in the socket: a short command is over before anybody has looked.
+        self.hear_nspawn();
+        self.records.discard_environment();
+        self.kill_the_rest();
+        let group = self
+            .order
+            .place
+            .as_ref()
+            .map(|place| Group::new(&place.group));
+        let copy = match &self.state {
+            State::Starting => {
+                let failure = self.failed(status);
+                self.listeners.tell(&News::Failed(failure));
+                None
+            }
+            State::Failing(failure) => {
+                self.listeners.tell(&News::Failed(failure.clone()));
+                None
+            }
+            State::Running { copy, .. } => {
+                let copy = copy.clone();
+                let oom = group.as_ref().is_some_and(|group| group.oom_kills() > 0);
+                let exit = exit_of(status, self.order.mode, self.forced, oom);
+                if let Err(error) = self.records.write_exit(&exit) {
+                    let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
+                }
+                self.listeners.tell(&News::Exited(exit));
+                copy
+            }
+        };
+        if let Some(group) = group {
+            group.wait_empty(CLEAR_UP);
+        }
+        if let Err(error) = remains::free(&self.order, copy.as_deref()) {
+            let _ = writeln!(io::stderr(), "not everything could be freed: {error}");
+        }
+    }
+
+    /// After a systemd-nspawn that was killed the container lives on, without anybody to tell its end.
+    fn kill_the_rest(&self) {
+        if let State::Running {
+            leader: Some(leader),
+            ..
+        } = &self.state
+        {
+            let _ = leader.signal(Signal::KILL);
+        }
+        match &self.order.place {
+            Some(place) => {
+                let group = Group::new(&place.group);
+                if !group.processes().is_empty() {
+                    group.kill();
+                }
+            }
+            None => remains::kill_descendants(nix::unistd::getpid().as_raw(), || {
+                self.reap();
+            }),
+        }
+    }
+
+    fn failed(&self, status: WaitStatus) -> Failure {
+        let how = match status {
+            WaitStatus::Exited(_, code) => format!("exited with status {code}"),
+            WaitStatus::Signaled(_, signal, _) => format!("was ended by {signal}"),
+            other => format!("ended: {other:?}"),
+        };
+        let reason = self.records.failure().unwrap_or_else(|| {
+            format!(
+                "it {how} before the container was up; what it said is in the task's stderr log"
+            )
+        });
+        Failure {
+            step: Step::Nspawn,
+            reason,
+            transient: false,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Awake {
+    signals: bool,
+    notify: bool,
+    lifeline: bool,
+}
+
+/// What systemd-nspawn's status means for Nomad. It passes a payload's code on, but has only one number for every signal.
+fn exit_of(status: WaitStatus, mode: Mode, forced: bool, oom: bool) -> Exit {
+    let killed = 128 + Signal::KILL.number();
+    let (code, signal, error) = match status {
+        _ if forced => (killed, Signal::KILL.number(), None),
+        WaitStatus::Exited(_, 1 | 255) if oom && mode != Mode::Boot => {
+            (killed, Signal::KILL.number(), None)
+        }
+        WaitStatus::Exited(_, code) => (code, 0, None),
+        WaitStatus::Signaled(_, signal, _) => {
+            let text = format!(
+                "systemd-nspawn was ended by {signal} from outside, and the container with it"
+            );
+            (128 + signal as i32, signal as i32, Some(text))
+        }
+        other => (
+            1,
+            0,
+            Some(format!("systemd-nspawn ended in an unknown way: {other:?}")),
+        ),
+    };
+    Exit {
+        code,
+        signal,
+        oom_killed: oom,
+        error,
+        ended_at: SystemTime::now(),
+    }
+}
+
+/// Starts the step between this process and systemd-nspawn.
+fn spawn(records: &Records, stdout: Stdio, stderr: Stdio) -> io::Result<Child> {
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("nomad-driver-nspawn")
+        .arg("enter")
+        .arg(records.path())
+        .env_clear();
+    command
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .stderr(stderr)
+        .spawn()
+}
+
+/// Everybody who listens on the lifeline.
+#[derive(Debug, Default)]
+struct Listeners(Vec<Listener>);
+
+#[derive(Debug)]
+struct Listener {
+    stream: UnixStream,
+    received: Vec<u8>,
+    gone: bool,
+    /// Whether this one asked for the start.
+    asker: bool,
+}
+
+impl Listeners {
+    fn add(&mut self, stream: UnixStream) {
+        let asker = self.0.is_empty();
+        if stream.set_nonblocking(true).is_ok() {
+            self.0.push(Listener {
+                stream,
+                received: Vec::new(),
+                gone: false,
+                asker,
+            });
+        }
+    }
+
+    fn tell(&mut self, news: &News) {
+        let line = line(news);
+        for listener in &mut self.0 {
+            listener.send(&line);
+        }
+    }
+
+    fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().map(|listener| listener.stream.as_fd())
+    }
+
+    /// Everything that has been asked since the last time.
+    fn requests(&mut self) -> Vec<(usize, Request)> {
+        let mut requests = Vec::new();
+        for (index, listener) in self.0.iter_mut().enumerate() {
+            listener.receive();
+            while let Some(request) = next(&mut listener.received) {
+                match request {
+                    Ok(request) => requests.push((index, request)),
+                    Err(_) => {
+                        listener.gone = true;
+                        break;
+                    }
+                }
+            }
+        }
+        requests
+    }
+
+    /// Forgets those whose end of the line is closed; whether the asker is among them.
+    fn forget_the_gone(&mut self) -> bool {
+        let asker = self
+            .0
+            .iter()
+            .any(|listener| listener.gone && listener.asker);
+        self.0.retain(|listener| !listener.gone);
+        asker
+    }
+}
+
+impl Listener {
+    /// One that does not take what it is told is dropped: nobody may make a supervisor wait.
+    fn send(&mut self, line: &[u8]) {
+        if self.stream.write_all(line).is_err() {
+            self.gone = true;
+        }
+    }
+
+    fn receive(&mut self) {
+        let mut buffer = [0; 1024];
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => self.gone = true,
+                Ok(length) => {
+                    self.received.extend_from_slice(&buffer[..length]);
+                    continue;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(_) => self.gone = true,
+            }
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    const PID: Pid = Pid::from_raw(1);
+
+    #[rstest]
+    #[case::a_code(WaitStatus::Exited(PID, 7), false, false, (7, 0, false))]
+    #[case::by_force(WaitStatus::Exited(PID, 1), true, false, (137, 9, false))]
+    #[case::out_of_memory(WaitStatus::Exited(PID, 1), false, true, (137, 9, true))]
+    #[case::one_of_many_out_of_memory(WaitStatus::Exited(PID, 3), false, true, (3, 0, true))]
+    fn a_status_becomes_an_exit(
+        #[case] status: WaitStatus,
+        #[case] forced: bool,
+        #[case] oom: bool,
+        #[case] want: (i32, i32, bool),
+    ) {
+        let exit = exit_of(status, Mode::Plain, forced, oom);
+        assert_eq!((exit.code, exit.signal, exit.oom_killed), want);
+        assert_eq!(exit.error, None);
+    }
+
+    #[test]
+    fn a_killed_systemd_nspawn_is_no_success() {
+        let exit = exit_of(
+            WaitStatus::Signaled(PID, nix::sys::signal::Signal::SIGHUP, false),
+            Mode::Plain,
+            false,
+            false,
+        );
+        assert_eq!((exit.code, exit.signal), (129, 1));
+        assert!(exit.error.unwrap().contains("SIGHUP"));
+    }
+}
