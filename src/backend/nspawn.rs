@@ -237,6 +237,7 @@ impl NspawnBackend {
                 crate::container::Network::Join(path) => Some(path.clone()),
                 _ => None,
             },
+            locks: locks_of(spec),
             copies: copies_of(spec),
             notes,
         };
@@ -322,11 +323,13 @@ impl NspawnBackend {
         );
         if let Some(one) = self.reach(records).await {
             let _ = tokio::time::timeout(PROMPT, one.ask(Verb::Kill)).await;
-            if tokio::time::timeout(PROMPT, one.gone()).await.is_err()
-                && let Ok(running) = records.running()
-            {
-                supervisor::put_down(running.started.supervisor).await;
-            }
+            let _ = tokio::time::timeout(PROMPT, one.gone()).await;
+        }
+        if let Ok(running) = records.running() {
+            supervisor::put_down(running.started.supervisor).await;
+        }
+        if let Some(known) = self.known(records) {
+            let _ = tokio::time::timeout(PROMPT, known.gone()).await;
         }
         let owned = records.clone();
         let ended =
@@ -348,8 +351,12 @@ impl NspawnBackend {
 
     /// The supervisor of these records, whoever launched it, if it lives.
     async fn reach(&self, records: &Records) -> Option<Supervised> {
-        if let Some(known) = self.known(records) {
-            return Some(known);
+        // One that has ended may stand in for a successor that another process has started.
+        let known = self
+            .known(records)
+            .filter(|known| matches!(known.status(), Status::Starting | Status::Up(_)));
+        if known.is_some() {
+            return known;
         }
         let running = records.running().ok()?;
         supervisor::attach(records, &running.started, &self.tracker)
@@ -509,6 +516,12 @@ fn copies_of(spec: &ContainerSpec) -> Option<PathBuf> {
     } else {
         tree.clone()
     })
+}
+
+/// What systemd-nspawn locks for a container.
+fn locks_of(spec: &ContainerSpec) -> Option<PathBuf> {
+    let (Root::Directory(root) | Root::Image(root)) = &spec.root;
+    (!spec.ephemeral).then(|| root.clone())
 }
 
 async fn ask_version(program: &Path) -> Result<u32, String> {

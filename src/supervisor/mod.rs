@@ -76,9 +76,10 @@ pub fn launch(binary: &Path, records: &Records, tracker: &TaskTracker) -> io::Re
         .stdout(Stdio::null())
         .stderr(log);
     let mut child = command.spawn()?;
+    // The command holds the other end of the line, which only the supervisor may have: its closing is the supervisor's end.
     drop(command);
-    tracker.spawn(async move { child.wait().await });
-    Ok(follow(stream, records.clone(), None, tracker))
+    let reaped = async move { drop(child.wait().await) };
+    Ok(follow(stream, records.clone(), None, reaped, tracker))
 }
 
 /// Finds the supervisor of `started` again, or the end it has recorded. `None` if there is neither.
@@ -88,16 +89,22 @@ pub async fn attach(
     tracker: &TaskTracker,
 ) -> io::Result<Option<Supervised>> {
     match UnixStream::connect(records.lifeline()).await {
-        Ok(stream) => Ok(Some(follow(
-            stream,
-            records.clone(),
-            Some(started.clone()),
-            tracker,
-        ))),
+        Ok(stream) => {
+            let reaped = departed(started.supervisor);
+            Ok(Some(follow(
+                stream,
+                records.clone(),
+                Some(started.clone()),
+                reaped,
+                tracker,
+            )))
+        }
         Err(error)
             if matches!(
                 error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::ConnectionRefused
+                    | io::ErrorKind::ConnectionReset
             ) =>
         {
             Ok(records.exit()?.map(Supervised::ended))
@@ -159,11 +166,12 @@ impl Supervised {
     }
 }
 
-/// Reads a lifeline until it ends.
+/// Reads a lifeline until it ends, and then waits until the process at its other end has `departed`.
 fn follow(
     stream: UnixStream,
     records: Records,
     known: Option<Started>,
+    departed: impl Future<Output = ()> + Send + 'static,
     tracker: &TaskTracker,
 ) -> Supervised {
     let (asking, requests) = mpsc::channel(8);
@@ -177,6 +185,7 @@ fn follow(
     };
     tracker.spawn(async move {
         line.follow(requests).await;
+        departed.await;
         gone.send_replace(true);
     });
     Supervised {
@@ -282,6 +291,16 @@ impl Line {
         let _ = self.records.write_exit(&exit);
         self.set(Status::Ended(Arc::new(exit)));
     }
+}
+
+/// Waits until a supervisor that nobody here is the parent of has ended.
+async fn departed(supervisor: Process) {
+    let _ = tokio::task::spawn_blocking(move || {
+        if let Ok(held) = process::Held::again(supervisor) {
+            held.wait(PROMPT);
+        }
+    })
+    .await;
 }
 
 /// Ends a supervisor that does not answer. What it watched over ends with it, see [`Supervised`].

@@ -45,6 +45,8 @@ pub struct Order {
     pub place: Option<Place>,
     /// The network namespace to start systemd-nspawn in.
     pub network_namespace: Option<PathBuf>,
+    /// The tree or image that systemd-nspawn locks, unless it works on a copy.
+    pub locks: Option<PathBuf>,
     /// The directory that takes the throw-away copy of an ephemeral root.
     pub copies: Option<PathBuf>,
     /// What the user should know about this start.

@@ -3,9 +3,11 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::mount::{MntFlags, umount2};
 
 use super::process::{Held, children, first_child};
@@ -13,6 +15,10 @@ use super::record::{Order, Records};
 use crate::cgroup::Group;
 use crate::container::Process;
 use crate::signal::Signal;
+
+/// The kind of a lock that nobody shares. The field is narrower than the constant on all platforms.
+#[expect(clippy::cast_possible_truncation, reason = "the constant is 1")]
+const WRITE_LOCK: i16 = nix::libc::F_WRLCK as i16;
 
 /// How long killed processes may take to go.
 const GONE: Duration = Duration::from_secs(10);
@@ -56,6 +62,14 @@ pub fn free(order: &Order, copy: Option<&Path>) -> io::Result<()> {
     let _ = fs::remove_dir(Path::new("/run/systemd/nspawn/propagate").join(&order.machine));
     if let Some(copy) = copy.filter(|copy| is_copy(copy, order)) {
         remove_copy(copy)?;
+    }
+    for lock in order
+        .locks
+        .iter()
+        .filter_map(|tree| locks_of(tree))
+        .flatten()
+    {
+        remove_lock(&lock);
     }
     let Some(place) = &order.place else {
         return Ok(());
@@ -114,6 +128,40 @@ fn remove_copy(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
+    }
+}
+
+/// The two files by which systemd-nspawn keeps others off a tree or an image.
+fn locks_of(tree: &Path) -> Option<[PathBuf; 2]> {
+    let about = fs::metadata(tree).ok()?;
+    let name = tree.file_name()?.to_str()?;
+    let node = format!("inode-{}:{}", about.dev(), about.ino());
+    Some([
+        tree.with_file_name(format!(".#{name}.lck")),
+        Path::new("/run/systemd/nspawn/locks").join(node),
+    ])
+}
+
+/// Removes a lock file that a killed systemd-nspawn has left, if nobody holds it: the lock is taken first, so that another
+/// container of the same tree keeps its own. systemd-nspawn notices when a file it has locked was removed, and begins again.
+fn remove_lock(path: &Path) {
+    let Ok(file) = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlag::O_NOFOLLOW.bits())
+        .open(path)
+    else {
+        return;
+    };
+    let whole = nix::libc::flock {
+        l_type: WRITE_LOCK,
+        l_whence: 0,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    if fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)).is_ok() {
+        let _ = fs::remove_file(path);
     }
 }
 

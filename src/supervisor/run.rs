@@ -352,21 +352,16 @@ impl Watch {
         }
     }
 
-    /// The signal that asks this payload to end. systemd has one of its own. A command gets Nomad's default, SIGINT, unless
-    /// it is deaf to that and has an ear for SIGTERM: most programs that handle one of the two handle SIGTERM, and the
-    /// first process of a container is deaf to everything it has no handler for.
+    /// The signal that asks this payload to end. systemd has one of its own. A command gets SIGTERM if it has a handler for
+    /// it, and else Nomad's default, SIGINT: the first process of a container is deaf to what it has no handler for, and shells
+    /// have one for SIGINT that means nothing.
     fn polite(&self) -> Option<Signal> {
         if self.order.mode == Mode::Boot {
             return Some(Signal::POWER_OFF);
         }
         let pid = self.payload()?;
-        let hears_term_only = !catches(pid, Signal::INT) && catches(pid, Signal::TERM);
-        let chosen = if hears_term_only || ignores(pid, Signal::INT) {
-            Signal::TERM
-        } else {
-            Signal::INT
-        };
-        Some(chosen)
+        let term = catches(pid, Signal::TERM) || ignores(pid, Signal::INT);
+        Some(if term { Signal::TERM } else { Signal::INT })
     }
 
     fn signal(&self, signal: Option<Signal>) -> io::Result<()> {
@@ -471,6 +466,8 @@ impl Watch {
         } = &self.state
         {
             let _ = leader.signal(Signal::KILL);
+            leader.wait(CLEAR_UP);
+            self.reap();
         }
         match &self.order.place {
             Some(place) => {

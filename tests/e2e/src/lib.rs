@@ -1,1 +1,64 @@
-//! e2e
+//! What the end-to-end tests share: the driver's binary, trees that real containers run from. Everything here needs root and
+//! the real systemd-nspawn; a test that is asked for and can't run fails.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+
+/// The driver under test: `NOMAD_DRIVER_NSPAWN`, or what cargo has built beside this test.
+pub fn driver() -> PathBuf {
+    if let Some(path) = std::env::var_os("NOMAD_DRIVER_NSPAWN") {
+        return path.into();
+    }
+    let test = std::env::current_exe().expect("the test's own path");
+    let built = test
+        .parent()
+        .and_then(Path::parent)
+        .expect("target/<profile>/deps")
+        .join("nomad-driver-nspawn");
+    assert!(
+        built.is_file(),
+        "{} is not built: run cargo build first",
+        built.display()
+    );
+    built
+}
+
+/// Real containers need root.
+pub fn needs_root() {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "these tests start real containers and need root"
+    );
+}
+
+/// Fills an empty directory with a small system around a static busybox.
+pub fn busybox_tree(tree: &Path) {
+    for directory in [
+        "bin", "dev", "etc", "proc", "root", "run", "srv", "sys", "tmp", "usr/bin", "var",
+    ] {
+        fs::create_dir_all(tree.join(directory)).expect("a directory in the tree");
+    }
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+        .iter()
+        .find(|path| Path::new(path).exists());
+    let busybox = busybox.expect("busybox is not installed (Debian: busybox-static)");
+    fs::copy(busybox, tree.join("bin/busybox")).expect("a copy of busybox");
+    let listed = std::process::Command::new(busybox)
+        .arg("--list")
+        .output()
+        .expect("busybox --list");
+    for applet in String::from_utf8_lossy(&listed.stdout)
+        .lines()
+        .filter(|applet| *applet != "busybox")
+    {
+        let _ = symlink("busybox", tree.join("bin").join(applet));
+    }
+    fs::write(
+        tree.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nbob:x:1000:1000:Bob:/srv:/bin/sh\n",
+    )
+    .expect("passwd");
+    fs::write(tree.join("etc/group"), "root:x:0:\nbob:x:1000:\n").expect("group");
+    fs::write(tree.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").expect("os-release");
+}

@@ -1,0 +1,779 @@
+//! The scenarios. One function each; its name is the promise.
+
+use std::os::unix::fs::OpenOptionsExt;
+
+use nomad_driver_nspawn::container::{Mount, Process};
+use nomad_driver_nspawn::supervisor::process::{Held, children};
+use nomad_driver_nspawn::supervisor::record::Records;
+
+use super::*;
+
+const HEARS_TERM: &str = "trap 'echo term; exit 3' TERM; echo up; while :; do sleep 0.05; done";
+const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
+
+/// Lists every scenario once; `$each` makes a test of it.
+#[macro_export]
+macro_rules! scenarios {
+    ($each:ident) => {
+        $each! {
+            a_code_of_0_is_0, a_code_of_42_is_42, a_code_of_255_is_255, a_code_of_a_second_process_is_its_own,
+            a_code_of_133_is_told_as_1, stdout_and_stderr_stay_apart, the_environment_arrives_unchanged,
+            words_arrive_unchanged, a_command_that_is_not_there_fails, a_command_that_ends_at_once_has_started,
+            many_wait_early_and_late, a_wait_given_up_changes_nothing, a_stop_reaches_a_handler_of_term,
+            a_stop_reaches_a_handler_of_int, a_stop_reaches_a_second_process, a_chosen_stop_signal_is_sent,
+            a_deaf_payload_is_ended_after_the_grace, no_grace_is_force_at_once, a_stopped_process_is_ended_too,
+            what_forked_twice_is_ended_too, a_stop_after_the_end_is_fine, a_signal_reaches_its_handler,
+            a_signal_without_a_handler_spares_the_first_process, a_signal_reaches_a_second_process,
+            a_killed_payload_is_no_success, removing_ends_what_runs, removing_is_safe_to_repeat, another_backend_finds_it_again,
+            an_end_in_the_meantime_is_known, what_was_removed_is_lost, another_boot_is_lost, another_process_is_lost,
+            a_killed_supervisor_ends_the_container, a_killed_nspawn_ends_the_container, a_tree_that_is_none_is_refused,
+            a_mount_without_a_source_is_refused, a_failed_start_can_be_repeated, a_second_start_of_an_id_replaces_the_first,
+            several_run_side_by_side, no_output_is_wanted, a_link_for_a_log_is_refused, a_fifo_gets_everything_and_its_end,
+            dev_stdout_can_be_opened_anew, an_ephemeral_root_leaves_no_copy, a_read_only_root_needs_no_mount_points,
+            usage_can_be_read, a_working_directory_is_where_it_starts, a_listener_that_talks_nonsense_is_dropped,
+        }
+    };
+}
+
+pub(crate) async fn a_code_of_0_is_0(world: World) {
+    code(world, Mode::Plain, 0, 0).await;
+}
+
+pub(crate) async fn a_code_of_42_is_42(world: World) {
+    code(world, Mode::Plain, 42, 42).await;
+}
+
+pub(crate) async fn a_code_of_255_is_255(world: World) {
+    code(world, Mode::Plain, 255, 255).await;
+}
+
+pub(crate) async fn a_code_of_a_second_process_is_its_own(world: World) {
+    code(world, Mode::ProcessTwo, 7, 7).await;
+}
+
+/// systemd-nspawn keeps 133 for a reboot.
+pub(crate) async fn a_code_of_133_is_told_as_1(world: World) {
+    code(world, Mode::Plain, 133, 1).await;
+}
+
+async fn code(world: World, mode: Mode, code: i32, told: i32) {
+    let started = world
+        .start(ContainerSpec {
+            mode,
+            ..world.spec(&format!("exit {code}"))
+        })
+        .await;
+    let exit = world.end(&started).await;
+    assert_eq!(
+        (ended(&exit), exit.oom_killed, exit.error.clone()),
+        ((told, 0), false, None)
+    );
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn stdout_and_stderr_stay_apart(world: World) {
+    let started = world
+        .start(world.spec("echo to-out; echo to-err >&2"))
+        .await;
+    world.end(&started).await;
+    assert_eq!(world.said("stdout"), "to-out\n");
+    assert!(
+        world.said("stderr").starts_with("to-err\n"),
+        "{:?}",
+        world.said("stderr")
+    );
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn the_environment_arrives_unchanged(world: World) {
+    let values = [
+        ("PLAIN", "x"),
+        ("EMPTY", ""),
+        ("LINES", "a\nb\n"),
+        ("QUOTES", "it's \"so\" \\n"),
+        ("EQUALS", "a=b=c"),
+        ("WORDS", " a  ü ☃ "),
+    ];
+    let environment = values
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect();
+    let script = "for n in PLAIN EMPTY LINES QUOTES EQUALS WORDS; do eval printf '%s=%s\\;' $n '\"$'$n'\"'; done; env | grep -c NOMAD_PLUGIN";
+    let started = world
+        .start(ContainerSpec {
+            environment,
+            ..world.spec(script)
+        })
+        .await;
+    world.end(&started).await;
+    let want: String = values
+        .iter()
+        .map(|(name, value)| format!("{name}={value};"))
+        .collect();
+    assert_eq!(world.said("stdout"), format!("{want}0\n"));
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn words_arrive_unchanged(world: World) {
+    let words = [
+        "two words",
+        "",
+        "it's",
+        "q\"q",
+        "$HOME",
+        "ü",
+        "-x",
+        "--",
+        "--bind=/etc:/x",
+        "%s",
+    ];
+    let mut spec = world.spec("for a; do printf '<%s>' \"$a\"; done");
+    spec.command.push("sh".into());
+    spec.command.extend(words.map(String::from));
+    let started = world.start(spec).await;
+    world.end(&started).await;
+    assert_eq!(
+        world.said("stdout"),
+        words.map(|word| format!("<{word}>")).concat()
+    );
+    world.leave(&[&started]).await;
+}
+
+/// The start is over before the command is executed, so this is an end, not a failed start.
+pub(crate) async fn a_command_that_is_not_there_fails(world: World) {
+    let started = world
+        .start(ContainerSpec {
+            command: vec!["/no/such/program".into()],
+            ..world.spec("")
+        })
+        .await;
+    let exit = world.end(&started).await;
+    assert_eq!(ended(&exit), (1, 0));
+    assert!(
+        world.said("stderr").contains("/no/such/program"),
+        "{:?}",
+        world.said("stderr")
+    );
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_command_that_ends_at_once_has_started(world: World) {
+    let started = world
+        .start(ContainerSpec {
+            command: vec!["/bin/true".into()],
+            ..world.spec("")
+        })
+        .await;
+    assert!(started.leader.pid > 0);
+    assert_eq!(ended(&world.end(&started).await), (0, 0));
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn many_wait_early_and_late(world: World) {
+    let started = world.start(world.spec(HEARS_TERM)).await;
+    world.heard("up").await;
+    let early = futures_of(&world, &started, 5);
+    let stop = world.backend.stop(&started, Some(signal("TERM")), AMPLE);
+    let (all, stopped) = within(async { tokio::join!(early, stop) }).await;
+    stopped.unwrap();
+    let late = world.end(&started).await;
+    assert_eq!(ended(&late), (3, 0));
+    assert!(all.iter().all(|exit| *exit == late), "{all:?}");
+    world.leave(&[&started]).await;
+}
+
+async fn futures_of(world: &World, started: &Started, number: usize) -> Vec<Exit> {
+    let mut all = Vec::new();
+    for _ in 0..number {
+        all.push(world.end(started).await);
+    }
+    all
+}
+
+pub(crate) async fn a_wait_given_up_changes_nothing(world: World) {
+    let started = world.start(world.spec(HEARS_TERM)).await;
+    let given_up =
+        tokio::time::timeout(Duration::from_millis(50), world.backend.wait(&started)).await;
+    assert!(given_up.is_err());
+    assert!(is_alive(started.leader));
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_stop_reaches_a_handler_of_term(world: World) {
+    stopped(world, Mode::Plain, HEARS_TERM, None, (3, 0)).await;
+}
+
+pub(crate) async fn a_stop_reaches_a_handler_of_int(world: World) {
+    stopped(
+        world,
+        Mode::Plain,
+        "trap 'exit 4' INT; echo up; while :; do sleep 0.05; done",
+        None,
+        (4, 0),
+    )
+    .await;
+}
+
+pub(crate) async fn a_stop_reaches_a_second_process(world: World) {
+    stopped(world, Mode::ProcessTwo, HEARS_TERM, None, (3, 0)).await;
+}
+
+pub(crate) async fn a_chosen_stop_signal_is_sent(world: World) {
+    stopped(
+        world,
+        Mode::Plain,
+        "trap 'exit 6' USR1; trap '' TERM INT; echo up; while :; do sleep 0.05; done",
+        Some("SIGUSR1"),
+        (6, 0),
+    )
+    .await;
+}
+
+async fn stopped(world: World, mode: Mode, script: &str, with: Option<&str>, want: (i32, i32)) {
+    let started = world
+        .start(ContainerSpec {
+            mode,
+            ..world.spec(script)
+        })
+        .await;
+    world.heard("up").await;
+    within(world.backend.stop(&started, with.map(signal), AMPLE))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), want);
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_deaf_payload_is_ended_after_the_grace(world: World) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                ..world.named(&format!("{mode:?}").to_lowercase(), DEAF)
+            })
+            .await;
+        world.heard("up").await;
+        within(
+            world
+                .backend
+                .stop(&started, None, Duration::from_millis(100)),
+        )
+        .await
+        .unwrap();
+        assert_eq!(ended(&world.end(&started).await), (137, 9));
+        assert!(!is_alive(started.leader));
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+pub(crate) async fn no_grace_is_force_at_once(world: World) {
+    let started = world.start(world.spec(HEARS_TERM)).await;
+    world.heard("up").await;
+    within(world.backend.stop(&started, None, Duration::ZERO))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (137, 9));
+    assert!(!world.said("stdout").contains("term"), "the handler ran");
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_stopped_process_is_ended_too(world: World) {
+    let started = world
+        .start(world.spec("trap '' TERM INT; sleep 600 & kill -STOP $!; echo up; wait"))
+        .await;
+    world.heard("up").await;
+    let inner = offspring(started.leader.pid);
+    assert!(!inner.is_empty());
+    within(
+        world
+            .backend
+            .stop(&started, None, Duration::from_millis(50)),
+    )
+    .await
+    .unwrap();
+    assert!(
+        inner.iter().all(|held| held.wait(LIMIT)),
+        "a stopped process lives on"
+    );
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn what_forked_twice_is_ended_too(world: World) {
+    let started = world
+        .start(world.spec(
+            "(sleep 600 & sleep 601 &) ; trap '' TERM INT; echo up; while :; do sleep 0.05; done",
+        ))
+        .await;
+    world.heard("up").await;
+    let inner = offspring(started.leader.pid);
+    within(
+        world
+            .backend
+            .stop(&started, None, Duration::from_millis(50)),
+    )
+    .await
+    .unwrap();
+    assert!(
+        inner.iter().all(|held| held.wait(LIMIT)),
+        "a grandchild lives on"
+    );
+    world.leave(&[&started]).await;
+}
+
+/// Everything below a leader, held so that its end can be seen.
+fn offspring(leader: i32) -> Vec<Held> {
+    let mut pending = children(leader);
+    let mut found = Vec::new();
+    while let Some(pid) = pending.pop() {
+        pending.extend(children(pid));
+        found.extend(Held::by_pid(pid).ok());
+    }
+    found
+}
+
+pub(crate) async fn a_stop_after_the_end_is_fine(world: World) {
+    let started = world.start(world.spec("exit 9")).await;
+    world.end(&started).await;
+    within(world.backend.stop(&started, None, AMPLE))
+        .await
+        .unwrap();
+    within(world.backend.signal(&started, signal("TERM")))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (9, 0));
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_signal_reaches_its_handler(world: World) {
+    let started = world.start(world.spec("trap 'echo hup' HUP; trap 'echo usr; exit 8' USR2; echo up; while :; do sleep 0.05; done")).await;
+    world.heard("up").await;
+    within(world.backend.signal(&started, signal("SIGHUP")))
+        .await
+        .unwrap();
+    world.heard("hup").await;
+    assert!(is_alive(started.leader));
+    within(world.backend.signal(&started, signal("SIGUSR2")))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (8, 0));
+    world.leave(&[&started]).await;
+}
+
+/// The kernel shields the first process of a pid namespace from signals it has no handler for.
+pub(crate) async fn a_signal_without_a_handler_spares_the_first_process(world: World) {
+    let started = world
+        .start(world.spec("trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"))
+        .await;
+    world.heard("up").await;
+    within(world.backend.signal(&started, signal("SIGUSR1")))
+        .await
+        .unwrap();
+    within(world.backend.signal(&started, signal("SIGHUP")))
+        .await
+        .unwrap();
+    world.heard("hup").await;
+    assert!(is_alive(started.leader));
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_signal_reaches_a_second_process(world: World) {
+    let script = "trap 'echo got; exit 11' USR1; echo up; while :; do sleep 0.05; done";
+    let started = world
+        .start(ContainerSpec {
+            mode: Mode::ProcessTwo,
+            ..world.spec(script)
+        })
+        .await;
+    world.heard("up").await;
+    within(world.backend.signal(&started, signal("SIGUSR1")))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (11, 0));
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_killed_payload_is_no_success(world: World) {
+    let started = world.start(world.spec(HEARS_TERM)).await;
+    world.heard("up").await;
+    strike(started.leader.pid, nix::sys::signal::Signal::SIGKILL);
+    let exit = world.end(&started).await;
+    assert_ne!(exit.code, 0);
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn removing_ends_what_runs(world: World) {
+    let started = world.start(world.spec(DEAF)).await;
+    world.heard("up").await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn removing_is_safe_to_repeat(world: World) {
+    let started = world.start(world.spec("exit 0")).await;
+    world.end(&started).await;
+    for _ in 0..3 {
+        within(world.backend.remove(&started.id)).await.unwrap();
+    }
+    within(world.backend.remove("never/was/there"))
+        .await
+        .unwrap();
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn another_backend_finds_it_again(world: World) {
+    let started = world
+        .start(world.spec("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"))
+        .await;
+    world.heard("up").await;
+    let other = NspawnBackend::new(world.settings.clone());
+    assert_eq!(within(other.attach(&started)).await.unwrap(), started);
+    assert_eq!(
+        within(other.attach(&started)).await.unwrap(),
+        started,
+        "attaching twice"
+    );
+    within(other.signal(&started, signal("SIGUSR1")))
+        .await
+        .unwrap();
+    assert_eq!(ended(&within(other.wait(&started)).await.unwrap()), (12, 0));
+    assert_eq!(
+        ended(&world.end(&started).await),
+        (12, 0),
+        "the first one hears it too"
+    );
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn an_end_in_the_meantime_is_known(world: World) {
+    let started = world.start(world.spec("exit 13")).await;
+    world.end(&started).await;
+    let other = NspawnBackend::new(world.settings.clone());
+    within(other.attach(&started)).await.unwrap();
+    assert_eq!(ended(&within(other.wait(&started)).await.unwrap()), (13, 0));
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn what_was_removed_is_lost(world: World) {
+    let started = world.start(world.spec("exit 0")).await;
+    within(world.backend.remove(&started.id)).await.unwrap();
+    lost(&world, &started).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn another_boot_is_lost(world: World) {
+    let started = world.start(world.spec(HEARS_TERM)).await;
+    lost(
+        &world,
+        &Started {
+            boot: "00000000-0000-0000-0000-000000000000".into(),
+            ..started.clone()
+        },
+    )
+    .await;
+    assert!(is_alive(started.leader), "what was not meant was touched");
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn another_process_is_lost(world: World) {
+    let started = world.start(world.spec(HEARS_TERM)).await;
+    let leader = Process {
+        start: started.leader.start + 1,
+        ..started.leader
+    };
+    lost(
+        &world,
+        &Started {
+            leader,
+            ..started.clone()
+        },
+    )
+    .await;
+    lost(
+        &world,
+        &Started {
+            id: "another/one/2".into(),
+            ..started.clone()
+        },
+    )
+    .await;
+    assert!(is_alive(started.leader), "what was not meant was touched");
+    world.leave(&[&started]).await;
+}
+
+async fn lost(world: &World, started: &Started) {
+    let other = NspawnBackend::new(world.settings.clone());
+    let error = within(other.attach(started)).await.unwrap_err();
+    assert!(matches!(error, BackendError::Lost { .. }), "{error:?}");
+    assert!(!error.is_transient());
+}
+
+pub(crate) async fn a_killed_supervisor_ends_the_container(world: World) {
+    let started = world.start(world.spec(DEAF)).await;
+    world.heard("up").await;
+    strike(started.supervisor.pid, nix::sys::signal::Signal::SIGKILL);
+    let exit = world.end(&started).await;
+    assert_ne!(exit.code, 0);
+    assert!(
+        exit.error
+            .as_ref()
+            .is_some_and(|text| text.contains("supervisor")),
+        "{exit:?}"
+    );
+    assert!(!is_alive(started.leader), "the container runs on unwatched");
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_killed_nspawn_ends_the_container(world: World) {
+    let started = world.start(world.spec(DEAF)).await;
+    world.heard("up").await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    strike(nspawn.pid, nix::sys::signal::Signal::SIGKILL);
+    let exit = world.end(&started).await;
+    assert_eq!(ended(&exit), (137, 9));
+    assert!(
+        exit.error
+            .as_ref()
+            .is_some_and(|text| text.contains("systemd-nspawn")),
+        "{exit:?}"
+    );
+    assert!(!is_alive(started.leader), "the container runs on unwatched");
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_tree_that_is_none_is_refused(world: World) {
+    let empty = world.scratch.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    let error = world
+        .refused(ContainerSpec {
+            root: Root::Directory(empty),
+            ..world.spec("exit 0")
+        })
+        .await;
+    assert!(matches!(error, BackendError::Start { .. }), "{error:?}");
+    assert!(error.to_string().contains("status 1"), "{error}");
+    assert!(!error.is_transient());
+    world.leave(&[]).await;
+}
+
+pub(crate) async fn a_mount_without_a_source_is_refused(world: World) {
+    let mounts = vec![Mount {
+        source: world.scratch.path().join("none"),
+        target: "/mnt".into(),
+        read_only: false,
+    }];
+    let error = world
+        .refused(ContainerSpec {
+            mounts,
+            ..world.spec("exit 0")
+        })
+        .await;
+    assert!(matches!(error, BackendError::Start { .. }), "{error:?}");
+    world.leave(&[]).await;
+}
+
+pub(crate) async fn a_failed_start_can_be_repeated(world: World) {
+    let empty = world.scratch.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    world
+        .refused(ContainerSpec {
+            root: Root::Directory(empty),
+            ..world.spec("exit 0")
+        })
+        .await;
+    let started = world.start(world.spec("exit 14")).await;
+    assert_eq!(ended(&world.end(&started).await), (14, 0));
+    world.leave(&[&started]).await;
+}
+
+/// As after a plugin that died between the start and its answer: Nomad asks again with the same id.
+pub(crate) async fn a_second_start_of_an_id_replaces_the_first(world: World) {
+    let first = world.start(world.spec(DEAF)).await;
+    world.heard("up").await;
+    let other = NspawnBackend::new(world.settings.clone());
+    let second = within(other.start(world.spec("exit 15"))).await.unwrap();
+    assert!(!is_alive(first.leader), "the first one lives on");
+    assert_eq!(ended(&within(other.wait(&second)).await.unwrap()), (15, 0));
+    world.leave(&[&second]).await;
+}
+
+pub(crate) async fn several_run_side_by_side(world: World) {
+    let mut all = Vec::new();
+    for number in 0..5 {
+        let mut spec = world.named(
+            &format!("t{number}"),
+            &format!("trap 'exit {number}' TERM; echo up{number}; while :; do sleep 0.05; done"),
+        );
+        spec.volatile = Volatile::Overlay;
+        all.push(world.start(spec).await);
+    }
+    for (number, started) in (0..).zip(&all) {
+        world.heard(&format!("up{number}")).await;
+        within(world.backend.stop(started, Some(signal("TERM")), AMPLE))
+            .await
+            .unwrap();
+        assert_eq!(ended(&world.end(started).await), (number, 0));
+    }
+    world.leave(&Vec::from_iter(&all)).await;
+}
+
+pub(crate) async fn no_output_is_wanted(world: World) {
+    let missing = world.scratch.path().join("missing");
+    let started = world
+        .start(ContainerSpec {
+            stdout: None,
+            stderr: Some(missing),
+            ..world.spec("echo x; echo y >&2; exit 16")
+        })
+        .await;
+    assert_eq!(ended(&world.end(&started).await), (16, 0));
+    world.leave(&[&started]).await;
+}
+
+/// The directory of the logs is open to the task: what lies there may have been replaced.
+pub(crate) async fn a_link_for_a_log_is_refused(world: World) {
+    let link = world.scratch.path().join("link");
+    let elsewhere = world.file("elsewhere");
+    std::os::unix::fs::symlink(&elsewhere, &link).unwrap();
+    let error = world
+        .refused(ContainerSpec {
+            stdout: Some(link),
+            ..world.spec("echo x")
+        })
+        .await;
+    assert!(error.to_string().contains("log"), "{error}");
+    assert_eq!(fs::read_to_string(elsewhere).unwrap(), "");
+    world.leave(&[]).await;
+}
+
+pub(crate) async fn a_fifo_gets_everything_and_its_end(world: World) {
+    let fifo = fifo(&world);
+    let reader = read_all(fifo.clone());
+    let script = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo line-$i; done; printf last";
+    let started = world
+        .start(ContainerSpec {
+            stdout: Some(fifo),
+            ..world.spec(script)
+        })
+        .await;
+    world.end(&started).await;
+    let text = within(reader).await.unwrap();
+    let want: String = (1..=2000)
+        .map(|number| format!("line-{number}\n"))
+        .collect();
+    assert_eq!(text, format!("{want}last"));
+    world.leave(&[&started]).await;
+}
+
+/// As web servers do it for their logs.
+pub(crate) async fn dev_stdout_can_be_opened_anew(world: World) {
+    let fifo = fifo(&world);
+    let reader = read_all(fifo.clone());
+    let script = "echo first; echo second > /proc/self/fd/1; echo third";
+    let started = world
+        .start(ContainerSpec {
+            stdout: Some(fifo),
+            ..world.spec(script)
+        })
+        .await;
+    assert_eq!(ended(&world.end(&started).await), (0, 0));
+    assert_eq!(within(reader).await.unwrap(), "first\nsecond\nthird\n");
+    world.leave(&[&started]).await;
+}
+
+fn fifo(world: &World) -> PathBuf {
+    let path = world.scratch.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    path
+}
+
+/// Reads a FIFO to its end, as Nomad's log collector does.
+fn read_all(path: PathBuf) -> tokio::task::JoinHandle<String> {
+    tokio::task::spawn_blocking(move || {
+        let mut text = String::new();
+        let mut file = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(0)
+            .open(path)
+            .unwrap();
+        std::io::Read::read_to_string(&mut file, &mut text).unwrap();
+        text
+    })
+}
+
+pub(crate) async fn an_ephemeral_root_leaves_no_copy(world: World) {
+    let started = world
+        .start(ContainerSpec {
+            ephemeral: true,
+            ..world.spec(DEAF)
+        })
+        .await;
+    world.heard("up").await;
+    within(world.backend.stop(&started, None, Duration::ZERO))
+        .await
+        .unwrap();
+    world.leave(&[&started]).await;
+}
+
+/// systemd-nspawn makes missing mount points in the image, and fails where it can't.
+pub(crate) async fn a_read_only_root_needs_no_mount_points(world: World) {
+    let inside = world.scratch.path().join("inside");
+    fs::create_dir(&inside).unwrap();
+    let mounts = vec![Mount {
+        source: inside,
+        target: "/no/such/place".into(),
+        read_only: false,
+    }];
+    let started = world
+        .start(ContainerSpec {
+            read_only: true,
+            mounts,
+            ..world.spec("exit 17")
+        })
+        .await;
+    assert_eq!(ended(&world.end(&started).await), (17, 0));
+    assert!(!world.tree.join("no").exists(), "the image was written");
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn usage_can_be_read(world: World) {
+    let started = world.start(world.spec(HEARS_TERM)).await;
+    world.heard("up").await;
+    let usage = within(world.backend.usage(&started)).await.unwrap();
+    let told = usage.cpu_user_ns.is_some() && usage.memory_rss.is_some_and(|bytes| bytes > 0);
+    assert_eq!(told, started.cgroup.is_some(), "{usage:?}");
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_working_directory_is_where_it_starts(world: World) {
+    let started = world
+        .start(ContainerSpec {
+            working_directory: Some("/usr".into()),
+            ..world.spec("basename $(pwd)")
+        })
+        .await;
+    world.end(&started).await;
+    assert_eq!(world.said("stdout"), "usr\n");
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_listener_that_talks_nonsense_is_dropped(world: World) {
+    use std::io::{Read, Write};
+    let started = world
+        .start(world.spec("trap 'exit 18' TERM; echo up; while :; do sleep 0.05; done"))
+        .await;
+    world.heard("up").await;
+    let lifeline = Records::at(&started.state).lifeline();
+    let dropped = tokio::task::spawn_blocking(move || {
+        let mut stream = std::os::unix::net::UnixStream::connect(lifeline).unwrap();
+        stream.write_all(b"\x00\xff{\"verb\":\n\n").unwrap();
+        let mut rest = Vec::new();
+        let _ = stream.read_to_end(&mut rest);
+    });
+    within(dropped).await.unwrap();
+    within(world.backend.stop(&started, Some(signal("TERM")), AMPLE))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (18, 0));
+    world.leave(&[&started]).await;
+}

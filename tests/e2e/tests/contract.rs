@@ -1,0 +1,26 @@
+//! The contract of the backend, kept by the real systemd-nspawn.
+
+use std::path::Path;
+
+#[path = "../../contract/mod.rs"]
+mod contract;
+
+fn world() -> contract::World {
+    e2e::needs_root();
+    contract::World::new(
+        &e2e::driver(),
+        |_| "/usr/bin/systemd-nspawn".into(),
+        |tree: &Path| e2e::busybox_tree(tree),
+    )
+}
+
+macro_rules! tests {
+    ($($name:ident,)*) => {
+        $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            contract::scenarios::$name(world()).await;
+        })*
+    };
+}
+
+scenarios!(tests);
