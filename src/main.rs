@@ -1,1 +1,3 @@
+//! The door: which of this binary's lives is asked for.
+
 fn main() {}

@@ -11,7 +11,7 @@ use crate::signal::Signal;
 
 pub mod error;
 
-pub use error::BackendError;
+pub use error::{BackendError, chain};
 
 /// What a host does with containers.
 ///
