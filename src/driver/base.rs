@@ -36,7 +36,9 @@ impl BasePlugin for Driver {
     ) -> Result<Response<proto::SetConfigResponse>, Status> {
         let request = request.into_inner();
         let policy = PluginConfig::decode(&request.msgpack_config).map_err(CallError::from)?;
-        let topology = request.nomad_config.and_then(|nomad| nomad.driver?.topology);
+        let topology = request
+            .nomad_config
+            .and_then(|nomad| nomad.driver?.topology);
         self.configure(policy, topology.as_ref().and_then(Compute::of));
         Ok(Response::new(proto::SetConfigResponse {}))
     }

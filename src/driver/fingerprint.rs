@@ -70,7 +70,10 @@ impl Fingerprint {
             unit: String::new(),
         };
         FingerprintResponse {
-            attributes: said.iter().map(|name| ((*name).to_owned(), attribute(*name))).collect(),
+            attributes: said
+                .iter()
+                .map(|name| ((*name).to_owned(), attribute(*name)))
+                .collect(),
             health: self.health.into(),
             health_description: self.description.clone(),
             err: String::new(),
@@ -87,12 +90,21 @@ fn attributes(policy: &PluginConfig, probe: &Probe, version: u32) -> BTreeMap<&'
     };
     BTreeMap::from([
         ("driver.nspawn", Value::BoolVal(true)),
-        ("driver.nspawn.version", Value::StringVal(version.to_string())),
+        (
+            "driver.nspawn.version",
+            Value::StringVal(version.to_string()),
+        ),
         ("driver.nspawn.volumes", Value::BoolVal(policy.volumes)),
         ("driver.nspawn.cgroup", Value::StringVal(cgroup.to_owned())),
-        ("driver.nspawn.user_namespaces", Value::BoolVal(probe.user_namespaces)),
+        (
+            "driver.nspawn.user_namespaces",
+            Value::BoolVal(probe.user_namespaces),
+        ),
         ("driver.nspawn.machined", Value::BoolVal(probe.machined)),
-        ("driver.nspawn.idmapped_mounts", Value::BoolVal(probe.idmapped_mounts)),
+        (
+            "driver.nspawn.idmapped_mounts",
+            Value::BoolVal(probe.idmapped_mounts),
+        ),
     ])
 }
 
@@ -103,38 +115,63 @@ mod tests {
     use prost::Message as _;
     use rstest::rstest;
 
+    fn host(change: impl FnOnce(&mut PluginConfig, &mut Probe)) -> (PluginConfig, Probe) {
+        let (mut policy, mut probe) = (policy(), probe());
+        change(&mut policy, &mut probe);
+        (policy, probe)
+    }
+
+    const TOO_OLD: &str = "systemd-nspawn 246 is too old: 247 or later is needed";
+    const TOO_NEW: &str = "systemd-nspawn 258 needs a host with cgroup version 2 alone";
+    const OFF: &str = "disabled by the plugin configuration (enabled = false)";
+
     #[rstest]
-    #[case::fine(|_, _| (), HealthState::Healthy, "Healthy")]
-    #[case::oldest(|_, p| p.nspawn = Ok(247), HealthState::Healthy, "Healthy")]
-    #[case::old(|_, p| p.nspawn = Ok(246), HealthState::Unhealthy, "systemd-nspawn 246 is too old: 247 or later is needed")]
-    #[case::new_on_hybrid(|_, p| { p.nspawn = Ok(258); p.cgroup = CgroupLayout::Hybrid }, HealthState::Unhealthy, "systemd-nspawn 258 needs a host with cgroup version 2 alone")]
-    #[case::new_on_v2(|_, p| p.nspawn = Ok(262), HealthState::Healthy, "Healthy")]
-    #[case::v1(|_, p| p.cgroup = CgroupLayout::V1, HealthState::Healthy, "Healthy")]
-    #[case::missing(|_, p| p.nspawn = Err("not on PATH".into()), HealthState::Undetected, "not on PATH")]
-    #[case::user(|_, p| p.root = false, HealthState::Undetected, "Driver must run as root")]
-    #[case::off(|c, p| { c.enabled = false; p.root = false }, HealthState::Undetected, "disabled by the plugin configuration (enabled = false)")]
+    #[case::fine(host(|_, _| ()), HealthState::Healthy, "Healthy")]
+    #[case::oldest(host(|_, p| p.nspawn = Ok(247)), HealthState::Healthy, "Healthy")]
+    #[case::old(host(|_, p| p.nspawn = Ok(246)), HealthState::Unhealthy, TOO_OLD)]
+    #[case::new_on_v1(host(|_, p| { p.nspawn = Ok(258); p.cgroup = CgroupLayout::V1 }), HealthState::Unhealthy, TOO_NEW)]
+    #[case::new_on_hybrid(host(|_, p| { p.nspawn = Ok(258); p.cgroup = CgroupLayout::Hybrid }), HealthState::Unhealthy, TOO_NEW)]
+    #[case::new_on_v2(host(|_, p| p.nspawn = Ok(262)), HealthState::Healthy, "Healthy")]
+    #[case::v1(host(|_, p| p.cgroup = CgroupLayout::V1), HealthState::Healthy, "Healthy")]
+    #[case::missing(host(|_, p| p.nspawn = Err("not on PATH".into())), HealthState::Undetected, "not on PATH")]
+    #[case::user(host(|_, p| p.root = false), HealthState::Undetected, "Driver must run as root")]
+    #[case::off(host(|c, p| { c.enabled = false; p.root = false }), HealthState::Undetected, OFF)]
     fn every_host_has_its_health(
-        #[case] change: fn(&mut PluginConfig, &mut Probe),
+        #[case] (policy, probe): (PluginConfig, Probe),
         #[case] health: HealthState,
         #[case] description: &str,
     ) {
-        let (mut policy, mut probe) = (policy(), probe());
-        change(&mut policy, &mut probe);
         let print = Fingerprint::of(&policy, &probe);
-        assert_eq!((print.health, print.description.as_str()), (health, description));
-        assert_eq!(print.attributes.is_empty(), health == HealthState::Undetected);
+        assert_eq!(
+            (print.health, print.description.as_str()),
+            (health, description)
+        );
+        assert_eq!(
+            print.attributes.is_empty(),
+            health == HealthState::Undetected
+        );
     }
 
     #[test]
     fn what_vanishes_is_said_to_be_empty() {
         let mut said = BTreeSet::new();
         let first = Fingerprint::of(&policy(), &probe()).response(&mut said);
-        assert_eq!(first.attributes["driver.nspawn"].value, Some(Value::BoolVal(true)));
-        assert_eq!(first.attributes["driver.nspawn.version"].value, Some(Value::StringVal("252".to_owned())));
+        assert_eq!(
+            first.attributes["driver.nspawn"].value,
+            Some(Value::BoolVal(true))
+        );
+        assert_eq!(
+            first.attributes["driver.nspawn.version"].value,
+            Some(Value::StringVal("252".to_owned()))
+        );
         let gone = Fingerprint::undetected("gone").response(&mut said);
         assert_eq!(gone.attributes.len(), first.attributes.len());
         let empty = Some(Value::StringVal(String::new()));
-        assert!(gone.attributes.values().all(|attribute| attribute.value == empty));
+        assert!(
+            gone.attributes
+                .values()
+                .all(|attribute| attribute.value == empty)
+        );
         let never = Fingerprint::undetected("gone").response(&mut BTreeSet::new());
         assert!(never.attributes.is_empty());
     }
@@ -144,9 +181,15 @@ mod tests {
         let print = Fingerprint {
             health: HealthState::Healthy,
             description: "Healthy".to_owned(),
-            attributes: BTreeMap::from([("driver.nspawn.version", Value::StringVal("252".to_owned()))]),
+            attributes: BTreeMap::from([(
+                "driver.nspawn.version",
+                Value::StringVal("252".to_owned()),
+            )]),
         };
         let golden = "0a1e0a156472697665722e6e737061776e2e76657273696f6e12051a0332353210021a074865616c746879";
-        assert_eq!(hex(&print.response(&mut BTreeSet::new()).encode_to_vec()), golden);
+        assert_eq!(
+            hex(&print.response(&mut BTreeSet::new()).encode_to_vec()),
+            golden
+        );
     }
 }

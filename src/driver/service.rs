@@ -29,7 +29,10 @@ fn capabilities() -> proto::DriverCapabilities {
         send_signals: true,
         exec: false,
         fs_isolation: FsIsolation::Image.into(),
-        network_isolation_modes: vec![NetworkIsolationMode::Host.into(), NetworkIsolationMode::Group.into()],
+        network_isolation_modes: vec![
+            NetworkIsolationMode::Host.into(),
+            NetworkIsolationMode::Group.into(),
+        ],
         ..Default::default()
     }
 }
@@ -42,7 +45,10 @@ impl DriverService for Driver {
         Ok(Response::new(proto::InitResponse {}))
     }
 
-    async fn shutdown(&self, _: Request<proto::ShutdownRequest>) -> Answer<proto::ShutdownResponse> {
+    async fn shutdown(
+        &self,
+        _: Request<proto::ShutdownRequest>,
+    ) -> Answer<proto::ShutdownResponse> {
         self.set_closing(true);
         Ok(Response::new(proto::ShutdownResponse {}))
     }
@@ -55,19 +61,31 @@ impl DriverService for Driver {
         Ok(Response::new(proto::TaskConfigSchemaResponse { spec }))
     }
 
-    async fn capabilities(&self, _: Request<proto::CapabilitiesRequest>) -> Answer<proto::CapabilitiesResponse> {
+    async fn capabilities(
+        &self,
+        _: Request<proto::CapabilitiesRequest>,
+    ) -> Answer<proto::CapabilitiesResponse> {
         let capabilities = Some(capabilities());
         Ok(Response::new(proto::CapabilitiesResponse { capabilities }))
     }
 
     type FingerprintStream = Feed<proto::FingerprintResponse>;
 
-    async fn fingerprint(&self, _: Request<proto::FingerprintRequest>) -> Answer<Self::FingerprintStream> {
+    async fn fingerprint(
+        &self,
+        _: Request<proto::FingerprintRequest>,
+    ) -> Answer<Self::FingerprintStream> {
         Ok(Response::new(self.fingerprint_feed()))
     }
 
-    async fn start_task(&self, request: Request<proto::StartTaskRequest>) -> Answer<proto::StartTaskResponse> {
-        let task = request.into_inner().task.ok_or(CallError::Missing("task"))?;
+    async fn start_task(
+        &self,
+        request: Request<proto::StartTaskRequest>,
+    ) -> Answer<proto::StartTaskResponse> {
+        let task = request
+            .into_inner()
+            .task
+            .ok_or(CallError::Missing("task"))?;
         let driver = self.clone();
         let (caller, outcome) = oneshot::channel();
         self.calls.spawn(async move {
@@ -81,15 +99,27 @@ impl DriverService for Driver {
         answer(outcome.await.unwrap_or(Err(CallError::Panicked)))
     }
 
-    async fn recover_task(&self, request: Request<proto::RecoverTaskRequest>) -> Answer<proto::RecoverTaskResponse> {
-        let handle = request.into_inner().handle.ok_or(CallError::Missing("handle"))?;
+    async fn recover_task(
+        &self,
+        request: Request<proto::RecoverTaskRequest>,
+    ) -> Answer<proto::RecoverTaskResponse> {
+        let handle = request
+            .into_inner()
+            .handle
+            .ok_or(CallError::Missing("handle"))?;
         let driver = self.clone();
         let recovered = self.apart(async move { driver.recover(handle).await });
         answer(recovered.await.map(|()| proto::RecoverTaskResponse {}))
     }
 
-    async fn wait_task(&self, request: Request<proto::WaitTaskRequest>) -> Answer<proto::WaitTaskResponse> {
-        let task = self.tasks.get(&request.into_inner().task_id).map_err(CallError::from)?;
+    async fn wait_task(
+        &self,
+        request: Request<proto::WaitTaskRequest>,
+    ) -> Answer<proto::WaitTaskResponse> {
+        let task = self
+            .tasks
+            .get(&request.into_inner().task_id)
+            .map_err(CallError::from)?;
         match task.wait().await {
             Some(Ok(exit)) => Ok(Response::new(wire::wait_response(&exit))),
             Some(Err(error)) => Err(CallError::from(error).into()),
@@ -98,7 +128,10 @@ impl DriverService for Driver {
         }
     }
 
-    async fn stop_task(&self, request: Request<proto::StopTaskRequest>) -> Answer<proto::StopTaskResponse> {
+    async fn stop_task(
+        &self,
+        request: Request<proto::StopTaskRequest>,
+    ) -> Answer<proto::StopTaskResponse> {
         let request = request.into_inner();
         let Ok(task) = self.tasks.get(&request.task_id) else {
             // An error would be retried for minutes, for a task that is not there.
@@ -115,22 +148,37 @@ impl DriverService for Driver {
         answer(stopped.await.map(|()| proto::StopTaskResponse {}))
     }
 
-    async fn destroy_task(&self, request: Request<proto::DestroyTaskRequest>) -> Answer<proto::DestroyTaskResponse> {
+    async fn destroy_task(
+        &self,
+        request: Request<proto::DestroyTaskRequest>,
+    ) -> Answer<proto::DestroyTaskResponse> {
         let request = request.into_inner();
         let driver = self.clone();
         let destroyed = self.apart(async move {
             let backend = driver.settings()?.backend;
-            Ok(driver.tasks.destroy(backend, &request.task_id, request.force).await?)
+            Ok(driver
+                .tasks
+                .destroy(backend, &request.task_id, request.force)
+                .await?)
         });
         answer(destroyed.await.map(|()| proto::DestroyTaskResponse {}))
     }
 
-    async fn inspect_task(&self, request: Request<proto::InspectTaskRequest>) -> Answer<proto::InspectTaskResponse> {
-        let task = self.tasks.get(&request.into_inner().task_id).map_err(CallError::from)?;
+    async fn inspect_task(
+        &self,
+        request: Request<proto::InspectTaskRequest>,
+    ) -> Answer<proto::InspectTaskResponse> {
+        let task = self
+            .tasks
+            .get(&request.into_inner().task_id)
+            .map_err(CallError::from)?;
         Ok(Response::new(wire::inspect_response(&task)))
     }
 
-    async fn signal_task(&self, request: Request<proto::SignalTaskRequest>) -> Answer<proto::SignalTaskResponse> {
+    async fn signal_task(
+        &self,
+        request: Request<proto::SignalTaskRequest>,
+    ) -> Answer<proto::SignalTaskResponse> {
         let request = request.into_inner();
         let task = self.tasks.get(&request.task_id).map_err(CallError::from)?;
         let signal: Signal = request.signal.parse().map_err(CallError::from)?;
@@ -140,7 +188,10 @@ impl DriverService for Driver {
 
     type TaskStatsStream = Feed<proto::TaskStatsResponse>;
 
-    async fn task_stats(&self, request: Request<proto::TaskStatsRequest>) -> Answer<Self::TaskStatsStream> {
+    async fn task_stats(
+        &self,
+        request: Request<proto::TaskStatsRequest>,
+    ) -> Answer<Self::TaskStatsStream> {
         let request = request.into_inner();
         let task = self.tasks.get(&request.task_id).ok();
         let every = wire::duration(request.collection_interval);
@@ -149,15 +200,22 @@ impl DriverService for Driver {
 
     type TaskEventsStream = EventStream;
 
-    async fn task_events(&self, _: Request<proto::TaskEventsRequest>) -> Answer<Self::TaskEventsStream> {
+    async fn task_events(
+        &self,
+        _: Request<proto::TaskEventsRequest>,
+    ) -> Answer<Self::TaskEventsStream> {
         Ok(Response::new(self.event_stream()))
     }
 
-    async fn exec_task(&self, _: Request<proto::ExecTaskRequest>) -> Answer<proto::ExecTaskResponse> {
+    async fn exec_task(
+        &self,
+        _: Request<proto::ExecTaskRequest>,
+    ) -> Answer<proto::ExecTaskResponse> {
         Err(CallError::Unsupported("running a command in a task (exec)").into())
     }
 
-    type ExecTaskStreamingStream = tokio_stream::Pending<Result<proto::ExecTaskStreamingResponse, Status>>;
+    type ExecTaskStreamingStream =
+        tokio_stream::Pending<Result<proto::ExecTaskStreamingResponse, Status>>;
 
     async fn exec_task_streaming(
         &self,
@@ -166,11 +224,17 @@ impl DriverService for Driver {
         Err(CallError::Unsupported("running a command in a task (exec)").into())
     }
 
-    async fn create_network(&self, _: Request<proto::CreateNetworkRequest>) -> Answer<proto::CreateNetworkResponse> {
+    async fn create_network(
+        &self,
+        _: Request<proto::CreateNetworkRequest>,
+    ) -> Answer<proto::CreateNetworkResponse> {
         Err(CallError::Unsupported("making the network of an allocation").into())
     }
 
-    async fn destroy_network(&self, _: Request<proto::DestroyNetworkRequest>) -> Answer<proto::DestroyNetworkResponse> {
+    async fn destroy_network(
+        &self,
+        _: Request<proto::DestroyNetworkRequest>,
+    ) -> Answer<proto::DestroyNetworkResponse> {
         Err(CallError::Unsupported("removing the network of an allocation").into())
     }
 }
@@ -188,7 +252,10 @@ impl Driver {
         let identity = wire::identity(&task);
         let Checked { spec, notes } = self.check(&task, &settings).await?;
         self.tell_all(&identity, &notes);
-        let started = self.tasks.start(settings.backend, identity.clone(), spec).await?;
+        let started = self
+            .tasks
+            .start(settings.backend, identity.clone(), spec)
+            .await?;
         self.tell_all(&identity, &started.notes);
         let driver_state = self.state_to_keep(&started).await?;
         Ok(proto::StartTaskResponse {
@@ -205,11 +272,17 @@ impl Driver {
 
     /// Has the configuration checked. Looking paths up may take long on a network file system, so it is done where that harms
     /// nobody.
-    async fn check(&self, task: &proto::TaskConfig, settings: &Settings) -> Result<Checked, CallError> {
+    async fn check(
+        &self,
+        task: &proto::TaskConfig,
+        settings: &Settings,
+    ) -> Result<Checked, CallError> {
         let grants = wire::grants(task)?;
         let bytes = task.msgpack_driver_config.clone();
         let (policy, places) = (settings.policy.clone(), Arc::clone(&self.places));
-        let checked = tokio::task::spawn_blocking(move || config::container(&bytes, &grants, &policy, &places));
+        let checked = tokio::task::spawn_blocking(move || {
+            config::container(&bytes, &grants, &policy, &places)
+        });
         Ok(checked.await.map_err(|_| CallError::Panicked)??)
     }
 
@@ -228,11 +301,19 @@ impl Driver {
     async fn abandon(&self, id: &str) {
         tracing::warn!(task = id, "nobody can hold the task's handle: it is ended");
         let destroyed = match self.settings() {
-            Ok(settings) => self.tasks.destroy(settings.backend, id, true).await.map_err(CallError::from),
+            Ok(settings) => self
+                .tasks
+                .destroy(settings.backend, id, true)
+                .await
+                .map_err(CallError::from),
             Err(error) => Err(error),
         };
         if let Err(error) = destroyed {
-            tracing::error!(task = id, error = crate::backend::chain(&error), "the task is left over");
+            tracing::error!(
+                task = id,
+                error = crate::backend::chain(&error),
+                "the task is left over"
+            );
         }
     }
 
@@ -258,6 +339,9 @@ impl Driver {
         &self,
         call: impl Future<Output = Result<T, CallError>> + Send + 'static,
     ) -> Result<T, CallError> {
-        self.calls.spawn(call).await.unwrap_or(Err(CallError::Panicked))
+        self.calls
+            .spawn(call)
+            .await
+            .unwrap_or(Err(CallError::Panicked))
     }
 }

@@ -21,7 +21,11 @@ impl Compute {
             known.into_iter().find(|speed| *speed > 0).unwrap_or(0)
         };
         let total = match topology.override_total_compute {
-            0 => topology.cores.iter().map(speed).fold(0, u64::saturating_add),
+            0 => topology
+                .cores
+                .iter()
+                .map(speed)
+                .fold(0, u64::saturating_add),
             fixed => fixed,
         };
         let cores = topology.cores.len();
@@ -39,7 +43,12 @@ pub(super) struct Meter {
 
 impl Meter {
     /// Takes a reading in and tells what it means.
-    pub(super) fn read(&mut self, now: Instant, usage: Usage, compute: Option<Compute>) -> TaskResourceUsage {
+    pub(super) fn read(
+        &mut self,
+        now: Instant,
+        usage: Usage,
+        compute: Option<Compute>,
+    ) -> TaskResourceUsage {
         let before = self.before.replace((now, usage));
         let percent = |counter: fn(&Usage) -> Option<u64>| {
             let after = counter(&usage)?;
@@ -48,7 +57,11 @@ impl Meter {
             };
             let spent = counter(before).map_or(0, |before| after.saturating_sub(before));
             let passed = now.saturating_duration_since(*then).as_secs_f64() * 1e9;
-            Some(if passed > 0.0 { float(spent) / passed * 100.0 } else { 0.0 })
+            Some(if passed > 0.0 {
+                float(spent) / passed * 100.0
+            } else {
+                0.0
+            })
         };
         let user = percent(|usage| usage.cpu_user_ns);
         let system = percent(|usage| usage.cpu_system_ns);
@@ -59,10 +72,17 @@ impl Meter {
     }
 }
 
-fn cpu(user: Option<f64>, system: Option<f64>, usage: &Usage, compute: Option<Compute>) -> CpuUsage {
+fn cpu(
+    user: Option<f64>,
+    system: Option<f64>,
+    usage: &Usage,
+    compute: Option<Compute>,
+) -> CpuUsage {
     use cpu_usage::Fields;
     let percent = user.zip(system).map(|(user, system)| user + system);
-    let ticks = percent.zip(compute).map(|(percent, compute)| percent / 100.0 * compute.mhz_per_core);
+    let ticks = percent
+        .zip(compute)
+        .map(|(percent, compute)| percent / 100.0 * compute.mhz_per_core);
     CpuUsage {
         system_mode: system.unwrap_or_default(),
         user_mode: user.unwrap_or_default(),
@@ -74,7 +94,10 @@ fn cpu(user: Option<f64>, system: Option<f64>, usage: &Usage, compute: Option<Co
             (Fields::SystemMode as i32, system.is_some()),
             (Fields::UserMode as i32, user.is_some()),
             (Fields::TotalTicks as i32, ticks.is_some()),
-            (Fields::ThrottledPeriods as i32, usage.throttled_periods.is_some()),
+            (
+                Fields::ThrottledPeriods as i32,
+                usage.throttled_periods.is_some(),
+            ),
             (Fields::ThrottledTime as i32, usage.throttled_ns.is_some()),
             (Fields::Percent as i32, percent.is_some()),
         ]),
@@ -102,10 +125,17 @@ fn memory(usage: &Usage) -> MemoryUsage {
 }
 
 fn measured(fields: &[(i32, bool)]) -> Vec<i32> {
-    fields.iter().filter(|(_, known)| *known).map(|(field, _)| *field).collect()
+    fields
+        .iter()
+        .filter(|(_, known)| *known)
+        .map(|(field, _)| *field)
+        .collect()
 }
 
-#[expect(clippy::cast_precision_loss, reason = "figures for people; exact below 104 days of nanoseconds")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "figures for people; exact below 104 days of nanoseconds"
+)]
 fn float(number: u64) -> f64 {
     number as f64
 }
@@ -142,9 +172,18 @@ mod tests {
         let (mut meter, start) = (Meter::default(), Instant::now());
         let first = meter.read(start, used(5000, 100), compute()).cpu.unwrap();
         assert_eq!((first.percent, first.total_ticks), (0.0, 0.0));
-        let second = meter.read(start + Duration::from_secs(2), used(8000, 1100), compute()).cpu.unwrap();
-        assert_eq!((second.user_mode, second.system_mode, second.percent), (150.0, 50.0, 200.0));
-        assert_eq!(second.total_ticks, 5000.0, "two cores of 2500 MHz on average");
+        let second = meter
+            .read(start + Duration::from_secs(2), used(8000, 1100), compute())
+            .cpu
+            .unwrap();
+        assert_eq!(
+            (second.user_mode, second.system_mode, second.percent),
+            (150.0, 50.0, 200.0)
+        );
+        assert_eq!(
+            second.total_ticks, 5000.0,
+            "two cores of 2500 MHz on average"
+        );
     }
 
     #[test]
@@ -154,8 +193,14 @@ mod tests {
         assert!(read.memory.unwrap().measured_fields.is_empty());
         let read = Meter::default().read(Instant::now(), used(1, 1), None);
         use cpu_usage::Fields::{Percent, SystemMode, UserMode};
-        assert_eq!(read.cpu.unwrap().measured_fields, [SystemMode as i32, UserMode as i32, Percent as i32]);
-        assert_eq!(read.memory.unwrap().measured_fields, [memory_usage::Fields::Rss as i32]);
+        assert_eq!(
+            read.cpu.unwrap().measured_fields,
+            [SystemMode as i32, UserMode as i32, Percent as i32]
+        );
+        assert_eq!(
+            read.memory.unwrap().measured_fields,
+            [memory_usage::Fields::Rss as i32]
+        );
     }
 
     #[test]
@@ -164,7 +209,10 @@ mod tests {
         meter.read(now, used(100, 100), None);
         let same = meter.read(now, used(200, 200), None).cpu.unwrap();
         assert_eq!(same.percent, 0.0);
-        let back = meter.read(now + Duration::from_secs(1), used(1, 1), None).cpu.unwrap();
+        let back = meter
+            .read(now + Duration::from_secs(1), used(1, 1), None)
+            .cpu
+            .unwrap();
         assert_eq!(back.percent, 0.0);
     }
 

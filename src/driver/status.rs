@@ -14,7 +14,8 @@ use crate::task::handle::HandleError;
 
 /// A tool's output can be long; a trailer can't.
 const LONGEST_MESSAGE: usize = 4 * 1024;
-const RECOVERABLE_TYPE: &str = "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";
+const RECOVERABLE_TYPE: &str =
+    "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";
 
 /// Why a call fails.
 #[derive(Debug, thiserror::Error)]
@@ -42,18 +43,22 @@ pub(super) enum CallError {
 impl From<CallError> for Status {
     fn from(error: CallError) -> Self {
         let (code, retry) = match &error {
-            CallError::Config(_) | CallError::Signal(_) | CallError::Missing(_) | CallError::Request(_) => {
-                (Code::InvalidArgument, false)
-            }
+            CallError::Config(_)
+            | CallError::Signal(_)
+            | CallError::Missing(_)
+            | CallError::Request(_) => (Code::InvalidArgument, false),
             CallError::Handle(_) => (Code::FailedPrecondition, false),
             CallError::Closing => (Code::FailedPrecondition, true),
             CallError::Unsupported(_) => (Code::Unimplemented, false),
-            CallError::Panicked | CallError::Task(TaskError::Panicked | TaskError::AttachTimeout(_)) => {
+            CallError::Panicked
+            | CallError::Task(TaskError::Panicked | TaskError::AttachTimeout(_)) => {
                 (Code::Internal, false)
             }
             CallError::Task(TaskError::AlreadyKnown(_)) => (Code::AlreadyExists, false),
             CallError::Task(TaskError::Unknown) => (Code::NotFound, false),
-            CallError::Task(TaskError::NotRunning | TaskError::StillRunning) => (Code::FailedPrecondition, false),
+            CallError::Task(TaskError::NotRunning | TaskError::StillRunning) => {
+                (Code::FailedPrecondition, false)
+            }
             CallError::Task(TaskError::Backend(cause)) => match cause {
                 cause if cause.is_transient() => (Code::FailedPrecondition, true),
                 BackendError::Unsupported { .. } => (Code::FailedPrecondition, false),
@@ -128,7 +133,10 @@ mod tests {
         }));
         assert_eq!(status.code(), Code::InvalidArgument);
         assert!(status.details().is_empty());
-        assert_eq!(status.message(), "config.volatile: \"maybe\" is not one of yes, state, overlay, no");
+        assert_eq!(
+            status.message(),
+            "config.volatile: \"maybe\" is not one of yes, state, overlay, no"
+        );
     }
 
     #[test]
@@ -150,9 +158,21 @@ mod tests {
     #[case(TaskError::AlreadyKnown("i".into()).into(), Code::AlreadyExists, "task \"i\" is already known")]
     #[case(TaskError::NotRunning.into(), Code::FailedPrecondition, "the task is not running")]
     #[case(HandleError::Version(9).into(), Code::FailedPrecondition, "handle version 9 is not known to this driver, which writes version 2")]
-    #[case(CallError::Missing("task"), Code::InvalidArgument, "the request has no task")]
-    #[case(CallError::Unsupported("exec"), Code::Unimplemented, "exec is not supported by this driver")]
-    fn every_refusal_has_its_code(#[case] error: CallError, #[case] code: Code, #[case] message: &str) {
+    #[case(
+        CallError::Missing("task"),
+        Code::InvalidArgument,
+        "the request has no task"
+    )]
+    #[case(
+        CallError::Unsupported("exec"),
+        Code::Unimplemented,
+        "exec is not supported by this driver"
+    )]
+    fn every_refusal_has_its_code(
+        #[case] error: CallError,
+        #[case] code: Code,
+        #[case] message: &str,
+    ) {
         let status = Status::from(error);
         assert_eq!((status.code(), status.message()), (code, message));
     }

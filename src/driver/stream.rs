@@ -38,7 +38,9 @@ pub struct Feed<T> {
 }
 
 impl<T: Send + 'static> Feed<T> {
-    fn new<F: Future<Output = ()> + Send + 'static>(produce: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F) -> Self {
+    fn new<F: Future<Output = ()> + Send + 'static>(
+        produce: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F,
+    ) -> Self {
         let (sender, receiver) = mpsc::channel(4);
         Self {
             answers: ReceiverStream::new(receiver),
@@ -65,7 +67,9 @@ impl Driver {
             loop {
                 settings.mark_unchanged();
                 let print = driver.look().await;
-                let due = last.as_ref().is_none_or(|(before, at)| *before != print || at.elapsed() >= REPEAT_INTERVAL);
+                let due = last
+                    .as_ref()
+                    .is_none_or(|(before, at)| *before != print || at.elapsed() >= REPEAT_INTERVAL);
                 if due {
                     if listener.send(Ok(print.response(&mut said))).await.is_err() {
                         return;
@@ -90,7 +94,9 @@ impl Driver {
         let probe = AbortOnDropHandle::new(tokio::spawn(async move { backend.probe().await }));
         match timeout(PROBE_LIMIT, probe).await {
             Ok(Ok(probe)) => Fingerprint::of(&settings.policy, &probe),
-            Ok(Err(_)) => Fingerprint::undetected("the host could not be examined: internal error, see the client's log"),
+            Ok(Err(_)) => Fingerprint::undetected(
+                "the host could not be examined: internal error, see the client's log",
+            ),
             Err(_) => Fingerprint::undetected("the host could not be examined in time"),
         }
     }
@@ -100,9 +106,17 @@ impl Driver {
         Box::pin(events.map(|event| Ok(wire::event(event))))
     }
 
-    pub(super) fn stats_feed(&self, task: Option<Task>, every: Duration) -> Feed<proto::TaskStatsResponse> {
+    pub(super) fn stats_feed(
+        &self,
+        task: Option<Task>,
+        every: Duration,
+    ) -> Feed<proto::TaskStatsResponse> {
         let driver = self.clone();
-        let every = if every.is_zero() { STATS_INTERVAL } else { every.max(STATS_SHORTEST) };
+        let every = if every.is_zero() {
+            STATS_INTERVAL
+        } else {
+            every.max(STATS_SHORTEST)
+        };
         Feed::new(move |listener| async move {
             // Statistics of a task that is not there end without a word: an error would be logged at every attempt.
             let Some(task) = task else { return };
@@ -113,7 +127,12 @@ impl Driver {
         })
     }
 
-    async fn measure(&self, task: &Task, every: Duration, listener: &mpsc::Sender<Result<proto::TaskStatsResponse, Status>>) {
+    async fn measure(
+        &self,
+        task: &Task,
+        every: Duration,
+        listener: &mpsc::Sender<Result<proto::TaskStatsResponse, Status>>,
+    ) {
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut meter = Meter::default();
@@ -127,7 +146,11 @@ impl Driver {
                     continue;
                 }
             };
-            let compute = self.settings.borrow().as_ref().and_then(|settings| settings.compute);
+            let compute = self
+                .settings
+                .borrow()
+                .as_ref()
+                .and_then(|settings| settings.compute);
             let stats = proto::TaskStats {
                 id: task.id().to_owned(),
                 timestamp: Some(wire::timestamp(SystemTime::now())),

@@ -65,7 +65,8 @@ fn mount(mount: &proto::Mount) -> GrantedMount {
 
 fn ports(resources: &proto::Resources) -> Result<Vec<GrantedPort>, CallError> {
     let port = |label: &str, number: i32, to: i32, task_level| {
-        let wrong = |_| CallError::Request(format!("port {label:?}: {number} is not a port number"));
+        let wrong =
+            |_| CallError::Request(format!("port {label:?}: {number} is not a port number"));
         Ok(GrantedPort {
             label: label.to_owned(),
             host: number.try_into().map_err(wrong)?,
@@ -74,8 +75,12 @@ fn ports(resources: &proto::Resources) -> Result<Vec<GrantedPort>, CallError> {
             task_level,
         })
     };
-    let networks = resources.allocated_resources.iter().flat_map(|allocated| &allocated.networks);
-    let task_level = networks.flat_map(|network| network.reserved_ports.iter().chain(&network.dynamic_ports));
+    let networks = resources
+        .allocated_resources
+        .iter()
+        .flat_map(|allocated| &allocated.networks);
+    let task_level =
+        networks.flat_map(|network| network.reserved_ports.iter().chain(&network.dynamic_ports));
     let group = resources.ports.iter();
     group
         .map(|mapping| port(&mapping.label, mapping.value, mapping.to, false))
@@ -85,7 +90,9 @@ fn ports(resources: &proto::Resources) -> Result<Vec<GrantedPort>, CallError> {
 
 /// A duration of the wire; negative and absent ones are zero.
 pub(super) fn duration(given: Option<prost_types::Duration>) -> Duration {
-    given.and_then(|given| given.try_into().ok()).unwrap_or_default()
+    given
+        .and_then(|given| given.try_into().ok())
+        .unwrap_or_default()
 }
 
 pub(super) fn timestamp(time: SystemTime) -> Timestamp {
@@ -114,7 +121,10 @@ pub(super) fn inspect_response(task: &Task) -> proto::InspectTaskResponse {
         (Some(_), None) => proto::TaskState::Running,
         (None, None) => proto::TaskState::Unknown,
     };
-    let started_at = life.started.as_ref().map(|started| timestamp(started.started_at));
+    let started_at = life
+        .started
+        .as_ref()
+        .map(|started| timestamp(started.started_at));
     let exit = life.exit.as_ref();
     proto::InspectTaskResponse {
         task: Some(proto::TaskStatus {
@@ -126,7 +136,11 @@ pub(super) fn inspect_response(task: &Task) -> proto::InspectTaskResponse {
             result: Some(exit.map(exit_result).unwrap_or_default()),
         }),
         driver: Some(proto::TaskDriverStatus {
-            attributes: life.started.iter().flat_map(|started| attributes(started)).collect(),
+            attributes: life
+                .started
+                .iter()
+                .flat_map(|started| attributes(started))
+                .collect(),
         }),
         network_override: None,
     }
@@ -172,7 +186,10 @@ mod tests {
 
     #[test]
     fn answers_have_the_golden_bytes() {
-        assert_eq!(hex(&wait_response(&exit(1, 9)).encode_to_vec()), "0a0408011009");
+        assert_eq!(
+            hex(&wait_response(&exit(1, 9)).encode_to_vec()),
+            "0a0408011009"
+        );
         assert_eq!(hex(&wait_response(&exit(0, 0)).encode_to_vec()), "0a00");
         assert_eq!(hex(&NOT_YET.encode_to_vec()), "088092b8c398feffffff01");
     }
@@ -190,7 +207,9 @@ mod tests {
             name: "t".to_owned(),
             alloc_id: "a".to_owned(),
             alloc_dir: "/alloc/a".to_owned(),
-            env: [("A", "env"), ("B", "env")].map(|(k, v)| (k.to_owned(), v.to_owned())).into(),
+            env: [("A", "env"), ("B", "env")]
+                .map(|(k, v)| (k.to_owned(), v.to_owned()))
+                .into(),
             device_env: [("B".to_owned(), "device".to_owned())].into(),
             user: "nobody".to_owned(),
             stdout_path: "/o".to_owned(),
@@ -229,7 +248,10 @@ mod tests {
 
     #[test]
     fn an_empty_request_grants_nothing() {
-        assert_eq!(grants(&proto::TaskConfig::default()).unwrap(), Grants::default());
+        assert_eq!(
+            grants(&proto::TaskConfig::default()).unwrap(),
+            Grants::default()
+        );
     }
 
     #[test]

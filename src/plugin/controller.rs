@@ -35,7 +35,10 @@ pub(super) struct QuietStdio;
 impl GrpcStdio for QuietStdio {
     type StreamStdioStream = tokio_stream::Pending<Result<StdioData, Status>>;
 
-    async fn stream_stdio(&self, _: Request<()>) -> Result<Response<Self::StreamStdioStream>, Status> {
+    async fn stream_stdio(
+        &self,
+        _: Request<()>,
+    ) -> Result<Response<Self::StreamStdioStream>, Status> {
         Ok(Response::new(tokio_stream::pending()))
     }
 }

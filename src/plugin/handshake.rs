@@ -23,7 +23,9 @@ pub enum HandshakeError {
     #[error("PLUGIN_CLIENT_CERT is set: automatic TLS is not supported (Nomad never asks for it)")]
     ClientCertificate,
     /// The host knows other versions only.
-    #[error("PLUGIN_PROTOCOL_VERSIONS: {0:?} does not contain {APP_VERSION}, the only version spoken here")]
+    #[error(
+        "PLUGIN_PROTOCOL_VERSIONS: {0:?} does not contain {APP_VERSION}, the only version spoken here"
+    )]
     Versions(String),
     /// The directory for the socket can't stand in the handshake line.
     #[error("PLUGIN_UNIX_SOCKET_DIR: {0:?} must be text without line breaks and without '|'")]
@@ -67,7 +69,10 @@ impl Invitation {
             .or_else(|| get("TMPDIR"))
             .map_or_else(|| PathBuf::from("/tmp"), PathBuf::from);
         let dir = std::path::absolute(&dir).unwrap_or(dir);
-        if dir.to_str().is_none_or(|text| text.contains(['|', '\n', '\r'])) {
+        if dir
+            .to_str()
+            .is_none_or(|text| text.contains(['|', '\n', '\r']))
+        {
             return Err(HandshakeError::SocketDirectory(dir));
         }
         Ok(Self {

@@ -48,7 +48,10 @@ impl Drop for SocketPath {
 ///
 /// It is bound inside a private directory, given its mode and owner there and only then moved to its place, so that there is
 /// no moment in which others could connect, and no umask to change under other threads.
-pub(super) fn listen(dir: &Path, group: Option<&str>) -> Result<(UnixListener, SocketPath), ListenError> {
+pub(super) fn listen(
+    dir: &Path,
+    group: Option<&str>,
+) -> Result<(UnixListener, SocketPath), ListenError> {
     let failed = |step, path: &Path| {
         let path = path.to_owned();
         move |source| ListenError::Socket { step, path, source }
@@ -95,15 +98,25 @@ mod tests {
     use tokio::net::UnixStream;
 
     fn names(dir: &Path) -> Vec<PathBuf> {
-        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect()
+        std::fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect()
     }
 
     #[tokio::test]
     async fn the_socket_is_private_reachable_and_removed() {
         let dir = tempfile::tempdir().unwrap();
         let (listener, place) = listen(dir.path(), None).unwrap();
-        assert_eq!(names(dir.path()), [place.path()], "the socket and nothing beside it");
-        let mode = std::fs::metadata(place.path()).unwrap().permissions().mode();
+        assert_eq!(
+            names(dir.path()),
+            [place.path()],
+            "the socket and nothing beside it"
+        );
+        let mode = std::fs::metadata(place.path())
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o600);
         let (client, server) = tokio::join!(UnixStream::connect(place.path()), listener.accept());
         assert!(client.is_ok() && server.is_ok());
@@ -116,7 +129,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let own = nix::unistd::getgid().to_string();
         let (_listener, place) = listen(dir.path(), Some(&own)).unwrap();
-        let mode = std::fs::metadata(place.path()).unwrap().permissions().mode();
+        let mode = std::fs::metadata(place.path())
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o660);
     }
 
@@ -128,7 +144,10 @@ mod tests {
         let deep = dir.path().join("d".repeat(120));
         std::fs::create_dir(&deep).unwrap();
         let long = listen(&deep, None).unwrap_err();
-        assert!(matches!(long, ListenError::Socket { step: "bind", .. }), "{long:?}");
+        assert!(
+            matches!(long, ListenError::Socket { step: "bind", .. }),
+            "{long:?}"
+        );
         assert!(names(&deep).is_empty());
     }
 }

@@ -39,7 +39,9 @@ pub struct Sink {
 
 impl fmt::Debug for Sink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sink").field("dropped", &self.dropped).finish_non_exhaustive()
+        f.debug_struct("Sink")
+            .field("dropped", &self.dropped)
+            .finish_non_exhaustive()
     }
 }
 
@@ -65,7 +67,8 @@ impl Sink {
     /// Waits until everything said so far is written, at most for `limit`. Whether it was.
     pub fn flush(&self, limit: Duration) -> bool {
         let (done, written) = sync_channel(1);
-        self.queue.try_send(Entry::Mark(done)).is_ok() && written.recv_timeout(limit) != Err(RecvTimeoutError::Timeout)
+        self.queue.try_send(Entry::Mark(done)).is_ok()
+            && written.recv_timeout(limit) != Err(RecvTimeoutError::Timeout)
     }
 }
 
@@ -135,14 +138,21 @@ impl<S: Subscriber> Layer<S> for HclogLayer {
             Level::ERROR => "error",
         };
         let target = event.metadata().target();
-        let module = target.strip_prefix("nomad_driver_nspawn::").unwrap_or(target);
-        self.sink.line(line(level, module, &fields.message, fields.others));
+        let module = target
+            .strip_prefix("nomad_driver_nspawn::")
+            .unwrap_or(target);
+        self.sink
+            .line(line(level, module, &fields.message, fields.others));
     }
 }
 
 /// One whole line. The four keys with `@` are strings and are set last, so that no field can take their place.
 fn line(level: &str, module: &str, message: &str, mut fields: Map<String, Value>) -> String {
-    for (key, value) in [("@level", level), ("@module", module), ("@message", message)] {
+    for (key, value) in [
+        ("@level", level),
+        ("@module", module),
+        ("@message", message),
+    ] {
         fields.insert(key.to_owned(), value.into());
     }
     let now = format!("{:.6}", jiff::Timestamp::now());
@@ -150,7 +160,11 @@ fn line(level: &str, module: &str, message: &str, mut fields: Map<String, Value>
     let mut text = Value::Object(fields).to_string();
     if text.len() > LONGEST_LINE {
         let mut short = Map::new();
-        for (key, value) in [("@level", level), ("@module", module), ("@message", message)] {
+        for (key, value) in [
+            ("@level", level),
+            ("@module", module),
+            ("@message", message),
+        ] {
             let end = value.floor_char_boundary(SHORTENED);
             short.insert(key.to_owned(), value[..end].into());
         }
@@ -236,7 +250,9 @@ mod tests {
         fn lines(&self) -> Vec<Value> {
             let bytes = self.0.lock().unwrap().clone();
             let text = String::from_utf8(bytes).unwrap();
-            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+            text.lines()
+                .map(|line| serde_json::from_str(line).unwrap())
+                .collect()
         }
     }
 
@@ -253,8 +269,11 @@ mod tests {
 
     #[test]
     fn a_line_has_the_agents_form() {
-        let lines = logged(|| tracing::info!(task = "a/b/c", count = 3, up = true, "it {}", "runs"));
-        let [line] = lines.as_slice() else { panic!("{lines:?}") };
+        let lines =
+            logged(|| tracing::info!(task = "a/b/c", count = 3, up = true, "it {}", "runs"));
+        let [line] = lines.as_slice() else {
+            panic!("{lines:?}")
+        };
         assert_eq!(line["@level"], "info");
         assert_eq!(line["@message"], "it runs");
         assert_eq!(line["@module"], "plugin::log::tests");
@@ -345,6 +364,10 @@ mod tests {
             std::thread::yield_now();
         }
         let lines = paper.lines();
-        assert!(lines.iter().any(|line| line["lines"].as_u64().is_some_and(|lost| lost >= 1000)));
+        assert!(
+            lines
+                .iter()
+                .any(|line| line["lines"].as_u64().is_some_and(|lost| lost >= 1000))
+        );
     }
 }

@@ -2,6 +2,8 @@
 //! unix socket and ends when told. It never ends a task, and never waits for a call: a call that is cut off by the end of this
 //! process is taken up again by the next one, a call that is answered in a hurry would be taken for the end of its task.
 
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -28,8 +30,19 @@ use controller::{Controller, QuietBroker, QuietStdio};
 
 /// The largest request that is taken; the environment of a task can be large, the library's own limit of 4 MiB is not.
 const LARGEST_REQUEST: usize = 256 << 20;
+/// What this process still says before it ends, it says in this time.
+const LAST_LINES: Duration = Duration::from_millis(100);
+/// Threads for requests; they wait more than they work.
+const THREADS: usize = 4;
 /// How long the tasks' desks may take to put down their pens once told to.
 const LAST_WORDS: Duration = Duration::from_millis(50);
+
+/// What a person reads who starts the plugin by hand.
+pub const NOTICE: &str = "\
+nomad-driver-nspawn is a task driver plugin for HashiCorp Nomad. There is nothing to do with it by hand in this way:
+put it into the directory that plugin_dir of the client's configuration names, add a block
+plugin \"nomad-driver-nspawn\" {}, and the Nomad client starts it by itself.
+";
 
 /// Why serving ended other than on request.
 #[derive(Debug, thiserror::Error)]
@@ -54,24 +67,41 @@ pub enum ServeError {
 /// SIGINT and SIGHUP reach the whole process group of a terminal and mean the agent, which needs this plugin to stop its tasks:
 /// they are ignored, with handlers, because an ignored signal would stay ignored in every program started from here.
 pub async fn serve(driver: Driver, invitation: Invitation) -> Result<(), ServeError> {
+    let announce = |socket: &Path| invitation.announce(socket);
+    serve_announced(driver, &invitation, announce).await
+}
+
+async fn serve_announced(
+    driver: Driver,
+    invitation: &Invitation,
+    announce: impl FnOnce(&Path) -> std::io::Result<()>,
+) -> Result<(), ServeError> {
     let watch = |kind| signal(kind).map_err(ServeError::Signals);
     let mut terminate = watch(SignalKind::terminate())?;
-    let _ignored = (watch(SignalKind::interrupt())?, watch(SignalKind::hangup())?);
+    let _ignored = (
+        watch(SignalKind::interrupt())?,
+        watch(SignalKind::hangup())?,
+    );
     let root = driver.root();
 
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_service_status("plugin", ServingStatus::Serving).await;
-    let (listener, socket) = listen::listen(&invitation.socket_dir, invitation.socket_group.as_deref())?;
+    health
+        .set_service_status("plugin", ServingStatus::Serving)
+        .await;
+    let (listener, socket) =
+        listen::listen(&invitation.socket_dir, invitation.socket_group.as_deref())?;
     let server = Server::builder()
         .max_concurrent_streams(Some(u32::MAX))
         .add_service(health_service)
         .add_service(GrpcControllerServer::new(Controller { root: root.clone() }))
         .add_service(GrpcStdioServer::new(QuietStdio))
         .add_service(GrpcBrokerServer::new(QuietBroker))
-        .add_service(BasePluginServer::new(driver.clone()).max_decoding_message_size(LARGEST_REQUEST))
+        .add_service(
+            BasePluginServer::new(driver.clone()).max_decoding_message_size(LARGEST_REQUEST),
+        )
         .add_service(DriverServer::new(driver.clone()).max_decoding_message_size(LARGEST_REQUEST))
         .serve_with_incoming(UnixListenerStream::new(listener));
-    invitation.announce(socket.path()).map_err(ServeError::Announce)?;
+    announce(socket.path()).map_err(ServeError::Announce)?;
     tracing::debug!(version = env!("CARGO_PKG_VERSION"), "serving");
 
     let ended = tokio::select! {
@@ -83,3 +113,40 @@ pub async fn serve(driver: Driver, invitation: Invitation) -> Result<(), ServeEr
     driver.close(LAST_WORDS).await;
     ended
 }
+
+/// The plugin life of this binary, from the invitation to the exit status. Logs to stderr in the agent's form.
+pub fn live(invitation: Invitation, driver: Driver) -> ExitCode {
+    let sink = log::install();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .enable_all()
+        .build();
+    let code = match runtime {
+        Ok(runtime) => {
+            let served = runtime.block_on(serve(driver, invitation));
+            // Calls that are still open are cut off by the end of the process, which must not wait for them.
+            runtime.shutdown_background();
+            report(served)
+        }
+        Err(error) => {
+            tracing::error!(%error, "no threads can be started");
+            ExitCode::FAILURE
+        }
+    };
+    sink.flush(LAST_LINES);
+    code
+}
+
+fn report(served: Result<(), ServeError>) -> ExitCode {
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let error = crate::backend::chain(&error);
+            tracing::error!(error, "the plugin can't serve");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

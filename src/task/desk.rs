@@ -141,7 +141,10 @@ impl Desk {
                 self.under_way.spawn(async move {
                     let attach = whole(async move { Ok(backend.attach(&started).await?) });
                     let up = tokio::time::timeout(ATTACH_LIMIT, attach).await;
-                    Outcome::Up(up.unwrap_or(Err(TaskError::AttachTimeout(ATTACH_LIMIT))), reply)
+                    Outcome::Up(
+                        up.unwrap_or(Err(TaskError::AttachTimeout(ATTACH_LIMIT))),
+                        reply,
+                    )
                 });
             }
             Birth::Leftover(reply) => {
@@ -177,10 +180,19 @@ impl Desk {
                     Outcome::Signalled(sent.await, reply)
                 });
             }
-            (Message::Stop { signal, grace, reply }, Some(started)) => {
+            (
+                Message::Stop {
+                    signal,
+                    grace,
+                    reply,
+                },
+                Some(started),
+            ) => {
                 let life = self.life.subscribe();
                 self.under_way.spawn(async move {
-                    let stopped = whole(async move { Ok(backend.stop(&started, signal, grace).await?) }).await;
+                    let stopped =
+                        whole(async move { Ok(backend.stop(&started, signal, grace).await?) })
+                            .await;
                     if stopped.is_ok() {
                         until_end(life).await;
                     }
@@ -201,7 +213,10 @@ impl Desk {
         self.under_way.spawn(async move {
             let removed = whole(async move {
                 if let Some(started) = started {
-                    match backend.stop(&started, Some(Signal::KILL), Duration::ZERO).await {
+                    match backend
+                        .stop(&started, Some(Signal::KILL), Duration::ZERO)
+                        .await
+                    {
                         Ok(()) => until_end(life).await,
                         Err(error) => log(&id, "could not be ended before it is removed", &error),
                     }
@@ -248,7 +263,8 @@ impl Desk {
             }
         };
         self.state.learn(Fact::Up);
-        self.life.send_modify(|life| life.started = Some(Arc::clone(&started)));
+        self.life
+            .send_modify(|life| life.started = Some(Arc::clone(&started)));
         let backend = Arc::clone(&self.backend);
         let id = self.identity.id.clone();
         let container = Arc::clone(&started);
@@ -287,7 +303,9 @@ impl Desk {
 impl Message {
     fn into_reply(self) -> Reply {
         match self {
-            Self::Signal { reply, .. } | Self::Stop { reply, .. } | Self::Destroy { reply, .. } => reply,
+            Self::Signal { reply, .. } | Self::Stop { reply, .. } | Self::Destroy { reply, .. } => {
+                reply
+            }
         }
     }
 }
@@ -322,13 +340,20 @@ fn lost(id: &str, error: &TaskError) -> Exit {
         code: 1,
         signal: 0,
         oom_killed: false,
-        error: Some(format!("lost track of the container: {}", crate::backend::chain(error))),
+        error: Some(format!(
+            "lost track of the container: {}",
+            crate::backend::chain(error)
+        )),
         ended_at: SystemTime::now(),
     }
 }
 
 fn log(id: &str, what: &str, error: &dyn std::error::Error) {
-    tracing::warn!(task = id, error = crate::backend::chain(error), "the task {what}");
+    tracing::warn!(
+        task = id,
+        error = crate::backend::chain(error),
+        "the task {what}"
+    );
 }
 
 /// A caller that went away needs no answer.

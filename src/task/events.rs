@@ -56,7 +56,10 @@ impl Events {
         }
         for listener in &board.listeners {
             if listener.try_send(event.clone()).is_err() {
-                tracing::warn!(task = event.task.id, "a listener is too slow for the task's event");
+                tracing::warn!(
+                    task = event.task.id,
+                    "a listener is too slow for the task's event"
+                );
             }
         }
     }
@@ -92,7 +95,9 @@ mod tests {
     }
 
     fn heard(events: &mut mpsc::Receiver<TaskEvent>) -> Vec<String> {
-        std::iter::from_fn(|| events.try_recv().ok()).map(|event| event.message).collect()
+        std::iter::from_fn(|| events.try_recv().ok())
+            .map(|event| event.message)
+            .collect()
     }
 
     #[test]

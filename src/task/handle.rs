@@ -109,7 +109,8 @@ mod tests {
 
     #[test]
     fn a_field_of_a_later_driver_does_no_harm() {
-        let mut value: serde_json::Value = serde_json::from_slice(&encode(&started("i")).unwrap()).unwrap();
+        let mut value: serde_json::Value =
+            serde_json::from_slice(&encode(&started("i")).unwrap()).unwrap();
         value["later"] = 1.into();
         value["started"]["later"] = 1.into();
         assert!(decode(VERSION, value.to_string().as_bytes(), "i").is_ok());
@@ -118,13 +119,27 @@ mod tests {
     #[test]
     fn what_is_not_ours_is_refused_by_name() {
         let bytes = encode(&started("a/t/1")).unwrap();
-        assert!(matches!(decode(1, &bytes, "a/t/1"), Err(HandleError::GoDriver)));
+        assert!(matches!(
+            decode(1, &bytes, "a/t/1"),
+            Err(HandleError::GoDriver)
+        ));
         for version in [0, 3, -1, i32::MAX] {
-            assert!(matches!(decode(version, &bytes, "a/t/1"), Err(HandleError::Version(v)) if v == version));
+            assert!(
+                matches!(decode(version, &bytes, "a/t/1"), Err(HandleError::Version(v)) if v == version)
+            );
         }
-        assert!(matches!(decode(VERSION, &bytes, "b/t/1"), Err(HandleError::Mismatch { .. })));
-        assert!(matches!(decode(VERSION, br#"{"schema":2}"#, "i"), Err(HandleError::Schema(2))));
-        assert!(matches!(decode(VERSION, b"", "i"), Err(HandleError::Damaged(_))));
+        assert!(matches!(
+            decode(VERSION, &bytes, "b/t/1"),
+            Err(HandleError::Mismatch { .. })
+        ));
+        assert!(matches!(
+            decode(VERSION, br#"{"schema":2}"#, "i"),
+            Err(HandleError::Schema(2))
+        ));
+        assert!(matches!(
+            decode(VERSION, b"", "i"),
+            Err(HandleError::Damaged(_))
+        ));
     }
 
     proptest! {

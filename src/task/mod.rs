@@ -117,7 +117,12 @@ impl Task {
 
     /// Asks the payload to end, ends it by force after `grace`, and returns when it has ended. An ended task is success.
     pub async fn stop(&self, signal: Option<Signal>, grace: Duration) -> Result<(), TaskError> {
-        self.ask(|reply| Message::Stop { signal, grace, reply }).await
+        self.ask(|reply| Message::Stop {
+            signal,
+            grace,
+            reply,
+        })
+        .await
     }
 
     /// Clears the task away; a running one only by `force`. After an error of the backend it is tried again in the background.
@@ -159,7 +164,10 @@ impl Tasks {
 
     /// The task of this id, unless it is being cleared away.
     pub fn get(&self, id: &str) -> Result<Task, TaskError> {
-        let known = self.store.seat(id).filter(|task| !task.life.borrow().forgotten);
+        let known = self
+            .store
+            .seat(id)
+            .filter(|task| !task.life.borrow().forgotten);
         known.ok_or(TaskError::Unknown)
     }
 
@@ -170,7 +178,10 @@ impl Tasks {
         identity: Identity,
         spec: ContainerSpec,
     ) -> Result<Arc<Started>, TaskError> {
-        self.bear(backend, identity, |reply| Birth::Start(Box::new(spec), reply)).await
+        self.bear(backend, identity, |reply| {
+            Birth::Start(Box::new(spec), reply)
+        })
+        .await
     }
 
     /// Finds a container again that an earlier process started. One that is known already is success and left alone.
@@ -181,18 +192,31 @@ impl Tasks {
         started: Started,
     ) -> Result<Arc<Started>, TaskError> {
         let id = identity.id.clone();
-        match self.bear(backend, identity, |reply| Birth::Attach(Box::new(started), reply)).await {
+        match self
+            .bear(backend, identity, |reply| {
+                Birth::Attach(Box::new(started), reply)
+            })
+            .await
+        {
             Err(TaskError::AlreadyKnown(_)) => {
                 let mut life = self.get(&id)?.life;
                 let known = life.wait_for(|life| life.started.is_some()).await;
-                known.ok().and_then(|life| life.started.clone()).ok_or(TaskError::Unknown)
+                known
+                    .ok()
+                    .and_then(|life| life.started.clone())
+                    .ok_or(TaskError::Unknown)
             }
             answer => answer,
         }
     }
 
     /// Clears a task away, or what is left on the host of an id that nobody here knows.
-    pub async fn destroy(&self, backend: Arc<dyn ContainerBackend>, id: &str, force: bool) -> Result<(), TaskError> {
+    pub async fn destroy(
+        &self,
+        backend: Arc<dyn ContainerBackend>,
+        id: &str,
+        force: bool,
+    ) -> Result<(), TaskError> {
         if let Some(task) = self.store.seat(id) {
             return match task.destroy(force).await {
                 Err(TaskError::Unknown) => Ok(()),
@@ -250,8 +274,21 @@ impl Tasks {
             mailbox,
         };
         self.store.insert(task.clone())?;
-        let desk = Desk::new(Arc::clone(&task.identity), backend, publish, messages, self.store.clone());
-        self.desks.spawn(self.token.child_token().run_until_cancelled_owned(desk.keep(birth)));
+        let desk = Desk::new(
+            Arc::clone(&task.identity),
+            backend,
+            publish,
+            messages,
+            self.store.clone(),
+        );
+        self.desks.spawn(
+            self.token
+                .child_token()
+                .run_until_cancelled_owned(desk.keep(birth)),
+        );
         Ok(task)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -84,16 +84,26 @@ impl State {
 
             (Self::Running | Self::Stopping(_), Request::Signal) => Do,
             (Self::Ended, Request::Signal) => Refuse(Refusal::NotRunning),
-            (Self::Removing | Self::Leftover | Self::Gone, Request::Signal) => Refuse(Refusal::Unknown),
+            (Self::Removing | Self::Leftover | Self::Gone, Request::Signal) => {
+                Refuse(Refusal::Unknown)
+            }
 
             (Self::Running, Request::Stop) => self.do_and_be(Self::Stopping(1)),
-            (Self::Stopping(waiting), Request::Stop) => self.do_and_be(Self::Stopping(waiting.saturating_add(1))),
+            (Self::Stopping(waiting), Request::Stop) => {
+                self.do_and_be(Self::Stopping(waiting.saturating_add(1)))
+            }
             (Self::Removing, Request::Stop) => Later,
             (Self::Ended | Self::Leftover | Self::Gone, Request::Stop) => Done,
 
-            (Self::Running | Self::Stopping(_), Request::Destroy { force: false }) => Refuse(Refusal::StillRunning),
-            (Self::Running | Self::Stopping(_), Request::Destroy { force: true }) => self.do_and_be(Self::Removing),
-            (Self::Ended | Self::Leftover, Request::Destroy { .. }) => self.do_and_be(Self::Removing),
+            (Self::Running | Self::Stopping(_), Request::Destroy { force: false }) => {
+                Refuse(Refusal::StillRunning)
+            }
+            (Self::Running | Self::Stopping(_), Request::Destroy { force: true }) => {
+                self.do_and_be(Self::Removing)
+            }
+            (Self::Ended | Self::Leftover, Request::Destroy { .. }) => {
+                self.do_and_be(Self::Removing)
+            }
             (Self::Removing, Request::Destroy { .. }) => Later,
             (Self::Gone, Request::Destroy { .. }) => Done,
         }
@@ -214,17 +224,29 @@ mod tests {
     fn the_usual_life() {
         let mut state = State::Starting;
         state.learn(Fact::Up);
-        assert_eq!(state.request(Request::Destroy { force: false }), Verdict::Refuse(Refusal::StillRunning));
+        assert_eq!(
+            state.request(Request::Destroy { force: false }),
+            Verdict::Refuse(Refusal::StillRunning)
+        );
         assert_eq!(state.request(Request::Stop), Verdict::Do);
         assert_eq!(state.request(Request::Stop), Verdict::Do);
         state.learn(Fact::StopFailed);
         assert_eq!(state, State::Stopping(1));
         state.learn(Fact::End);
         assert_eq!(state.request(Request::Stop), Verdict::Done);
-        assert_eq!(state.request(Request::Signal), Verdict::Refuse(Refusal::NotRunning));
-        assert_eq!(state.request(Request::Destroy { force: false }), Verdict::Do);
+        assert_eq!(
+            state.request(Request::Signal),
+            Verdict::Refuse(Refusal::NotRunning)
+        );
+        assert_eq!(
+            state.request(Request::Destroy { force: false }),
+            Verdict::Do
+        );
         state.learn(Fact::Removed);
         assert_eq!(state, State::Gone);
-        assert_eq!(state.request(Request::Destroy { force: true }), Verdict::Done);
+        assert_eq!(
+            state.request(Request::Destroy { force: true }),
+            Verdict::Done
+        );
     }
 }
