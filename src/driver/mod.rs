@@ -100,7 +100,7 @@ impl Driver {
     fn configure(&self, policy: PluginConfig, compute: Option<Compute>) {
         self.settings.send_modify(|settings| {
             let before = settings.take();
-            let compute = compute.or(before.as_ref().and_then(|before| before.compute));
+            let compute = compute.or_else(|| before.as_ref()?.compute);
             let kept = before.filter(|before| before.policy == policy);
             let backend = kept.map_or_else(|| (self.factory)(&policy), |before| before.backend);
             *settings = Some(Settings {
