@@ -7,6 +7,28 @@ use std::path::PathBuf;
 use crate::container::ContainerSpec;
 use crate::proto::hclspec;
 
+mod decode;
+mod environment;
+mod identity;
+mod mounts;
+mod network;
+mod options;
+mod paths;
+mod plugin;
+mod schema;
+mod task;
+mod tree;
+mod words;
+
+#[cfg(test)]
+mod docs;
+#[cfg(test)]
+mod sample;
+#[cfg(test)]
+mod tests;
+
+use options::{Options as _, PluginOptions, TaskOptions};
+
 /// What an operator set in the agent's `plugin` block, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PluginConfig {
@@ -101,29 +123,42 @@ pub struct ConfigError {
     pub reason: String,
 }
 
+impl ConfigError {
+    fn new(option: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self {
+            option: option.into(),
+            reason: reason.into(),
+        }
+    }
+}
+
 /// The schema of the agent's `plugin` block.
 pub fn plugin_schema() -> hclspec::Spec {
-    unimplemented!()
+    schema::block(PluginOptions::OPTIONS)
 }
 
 /// The schema of a task's `config` block.
 pub fn task_schema() -> hclspec::Spec {
-    unimplemented!()
+    schema::block(TaskOptions::OPTIONS)
 }
 
 impl PluginConfig {
     /// Reads and checks the msgpack that Nomad's agent makes of its `plugin` block. No bytes at all are an empty block.
-    pub fn decode(_bytes: &[u8]) -> Result<Self, ConfigError> {
-        unimplemented!()
+    pub fn decode(bytes: &[u8]) -> Result<Self, ConfigError> {
+        plugin::check(decode::block(bytes, "plugin")?)
     }
 }
 
 /// Reads and checks the msgpack of a task's `config` block against what Nomad granted and what the operator allows.
+///
+/// The option of an error begins with `config.`, or with `task.` where Nomad's own words are the reason. An error that is
+/// about the whole block has the option `config.*`.
 pub fn container(
-    _bytes: &[u8],
-    _grants: &Grants,
-    _policy: &PluginConfig,
-    _places: &Places,
+    bytes: &[u8],
+    grants: &Grants,
+    policy: &PluginConfig,
+    places: &Places,
 ) -> Result<Checked, ConfigError> {
-    unimplemented!()
+    let options: TaskOptions = decode::block(bytes, "config")?;
+    task::check(options, grants, policy, places)
 }

@@ -1,0 +1,242 @@
+//! msgpack as Nomad's agent writes it, into typed values. Every error carries the path of the key it is about. Null is "not
+//! set" everywhere and so is an empty string; unknown keys are ignored, because a schema and a plugin can be of different
+//! age. Refuses types that the schema can't produce; knows nothing of what a value means.
+
+use std::collections::BTreeMap;
+
+use rmpv::Value;
+
+use super::ConfigError;
+use super::options::{Kind, Options};
+
+/// Far more than any schema nests, far less than any stack holds.
+const MAX_DEPTH: usize = 32;
+
+/// The configuration in `bytes`; `at` is its name in errors. No bytes at all are an empty block.
+pub(super) fn block<T: Options>(bytes: &[u8], at: &str) -> Result<T, ConfigError> {
+    let unreadable = |reason: String| ConfigError::new(format!("{at}.*"), reason);
+    if bytes.is_empty() {
+        return T::read(&Fields::empty(at));
+    }
+    let mut rest = bytes;
+    let value = rmpv::decode::read_value_with_max_depth(&mut rest, MAX_DEPTH)
+        .map_err(|error| unreadable(format!("the block is not readable as msgpack: {error}")))?;
+    if !rest.is_empty() {
+        return Err(unreadable(format!(
+            "{} bytes follow the end of the block",
+            rest.len()
+        )));
+    }
+    match &value {
+        Value::Nil => T::read(&Fields::empty(at)),
+        Value::Map(_) => T::read(&Fields::of(&value, at)?),
+        other => Err(unreadable(format!("{} is not a block", kind(other)))),
+    }
+}
+
+/// A type an option can have.
+pub(super) trait Decode: Sized {
+    /// The same in the table.
+    const KIND: Kind;
+
+    /// Reads a value that is not null. `at` is its path.
+    fn decode(value: &Value, at: &str) -> Result<Self, ConfigError>;
+
+    /// Whether the value says no more than null does.
+    fn is_unset(&self) -> bool {
+        false
+    }
+}
+
+/// The fields of one block.
+#[derive(Debug)]
+pub(super) struct Fields<'a> {
+    at: &'a str,
+    values: BTreeMap<&'a str, &'a Value>,
+}
+
+impl<'a> Fields<'a> {
+    fn empty(at: &'a str) -> Self {
+        Self {
+            at,
+            values: BTreeMap::new(),
+        }
+    }
+
+    /// The fields of a map. A key that is no text is unknown.
+    pub(super) fn of(value: &'a Value, at: &'a str) -> Result<Self, ConfigError> {
+        let Value::Map(pairs) = value else {
+            return Err(mismatch(value, "a block", at));
+        };
+        let values = pairs
+            .iter()
+            .filter_map(|(key, value)| Some((key.as_str()?, value)))
+            .collect();
+        Ok(Self { at, values })
+    }
+
+    /// The field, if it is set.
+    pub(super) fn optional<T: Decode>(&self, key: &str) -> Result<Option<T>, ConfigError> {
+        match self.values.get(key) {
+            None | Some(Value::Nil) => Ok(None),
+            Some(value) => {
+                let read = T::decode(value, &format!("{}.{key}", self.at))?;
+                Ok((!read.is_unset()).then_some(read))
+            }
+        }
+    }
+
+    /// The field, or this.
+    pub(super) fn or_default<T: Decode, D: Into<T>>(
+        &self,
+        key: &str,
+        default: D,
+    ) -> Result<T, ConfigError> {
+        Ok(self.optional(key)?.unwrap_or_else(|| default.into()))
+    }
+
+    /// The field, which has to be there.
+    pub(super) fn required<T: Decode>(&self, key: &str) -> Result<T, ConfigError> {
+        self.optional(key)?
+            .ok_or_else(|| ConfigError::new(format!("{}.{key}", self.at), "is required"))
+    }
+}
+
+/// A number of any size or precision, as text in decimal: the wire has four ways to write one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Number(pub(super) String);
+
+impl Decode for bool {
+    const KIND: Kind = Kind::Bool;
+
+    fn decode(value: &Value, at: &str) -> Result<Self, ConfigError> {
+        value
+            .as_bool()
+            .ok_or_else(|| mismatch(value, "true or false", at))
+    }
+}
+
+impl Decode for String {
+    const KIND: Kind = Kind::String;
+
+    fn decode(value: &Value, at: &str) -> Result<Self, ConfigError> {
+        let Value::String(text) = value else {
+            return Err(mismatch(value, "a string", at));
+        };
+        let text = text
+            .as_str()
+            .ok_or_else(|| ConfigError::new(at, "the text is not UTF-8"))?;
+        if text.contains('\0') {
+            return Err(ConfigError::new(at, "a NUL character is not allowed"));
+        }
+        Ok(text.to_owned())
+    }
+
+    fn is_unset(&self) -> bool {
+        self.is_empty()
+    }
+}
+
+impl Number {
+    fn decode(value: &Value, at: &str) -> Result<Self, ConfigError> {
+        match value {
+            Value::Integer(number) => Ok(Self(number.to_string())),
+            Value::F32(number) => Ok(Self(number.to_string())),
+            Value::F64(number) => Ok(Self(number.to_string())),
+            Value::String(text) => match text.as_str() {
+                Some(text) if text.parse::<f64>().is_ok() => Ok(Self(text.to_owned())),
+                _ => Err(ConfigError::new(at, "the text is not a number")),
+            },
+            other => Err(mismatch(other, "a number", at)),
+        }
+    }
+}
+
+impl Decode for Vec<String> {
+    const KIND: Kind = Kind::Strings;
+
+    /// Null elements are left out.
+    fn decode(value: &Value, at: &str) -> Result<Self, ConfigError> {
+        let Value::Array(elements) = value else {
+            return Err(mismatch(value, "a list of strings", at));
+        };
+        elements
+            .iter()
+            .enumerate()
+            .filter(|(_, element)| !element.is_nil())
+            .map(|(index, element)| String::decode(element, &format!("{at}[{index}]")))
+            .collect()
+    }
+}
+
+impl Decode for BTreeMap<String, String> {
+    const KIND: Kind = Kind::StringMap;
+
+    fn decode(value: &Value, at: &str) -> Result<Self, ConfigError> {
+        merged(value, at, String::decode)
+    }
+}
+
+impl Decode for BTreeMap<String, Number> {
+    const KIND: Kind = Kind::NumberMap;
+
+    fn decode(value: &Value, at: &str) -> Result<Self, ConfigError> {
+        merged(value, at, Number::decode)
+    }
+}
+
+/// A map, or a list of maps of which a later one wins. Keys with null are left out.
+fn merged<T>(
+    value: &Value,
+    at: &str,
+    element: fn(&Value, &str) -> Result<T, ConfigError>,
+) -> Result<BTreeMap<String, T>, ConfigError> {
+    let maps = match value {
+        Value::Array(maps) => maps.as_slice(),
+        map => std::slice::from_ref(map),
+    };
+    let mut all = BTreeMap::new();
+    for map in maps.iter().filter(|map| !map.is_nil()) {
+        let Value::Map(pairs) = map else {
+            return Err(mismatch(map, "a map", at));
+        };
+        for (key, value) in pairs.iter().filter(|(_, value)| !value.is_nil()) {
+            let key = String::decode(key, at)?;
+            let value = element(value, &entry(at, &key))?;
+            all.insert(key, value);
+        }
+    }
+    Ok(all)
+}
+
+/// The path of one entry of a map.
+pub(super) fn entry(at: &str, key: &str) -> String {
+    format!("{at}[{}]", quoted(key))
+}
+
+/// A value of a configuration as it stands in a message: on one line, and not without end.
+pub(super) fn quoted(text: &str) -> String {
+    const MOST: usize = 200;
+    match text.char_indices().nth(MOST) {
+        None => format!("{text:?}"),
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+    }
+}
+
+fn mismatch(value: &Value, wanted: &str, at: &str) -> ConfigError {
+    ConfigError::new(at, format!("{} is not {wanted}", kind(value)))
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Nil => "null",
+        Value::Boolean(true) => "true",
+        Value::Boolean(false) => "false",
+        Value::Integer(_) | Value::F32(_) | Value::F64(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Binary(_) => "binary data",
+        Value::Array(_) => "a list",
+        Value::Map(_) => "a map",
+        Value::Ext(..) => "an extension value",
+    }
+}

@@ -1,0 +1,87 @@
+//! Keeps `docs/configuration.md` true: the same options as the table, and examples that Nomad would take.
+
+use super::decode;
+use super::options::{ImageDownload, Kind, OptionSpec, Options as _, PluginOptions, TaskOptions};
+use super::sample;
+
+const TEXT: &str = include_str!("../../docs/configuration.md");
+
+/// The part below a `## ` heading.
+fn chapter(title: &str) -> &'static str {
+    let heading = format!("\n## {title}\n");
+    let (_, rest) = TEXT.split_once(&heading).expect(title);
+    rest.split("\n## ").next().unwrap_or(rest)
+}
+
+fn described(option: &OptionSpec) -> String {
+    let kind = option.kind.expression();
+    match (option.required, option.default) {
+        (true, _) => format!("`{kind}`, required"),
+        (false, Some(default)) => format!("`{kind}`, default `{default}`"),
+        (false, None) => format!("`{kind}`, unset by default"),
+    }
+}
+
+#[rstest::rstest]
+#[case("Plugin options", PluginOptions::OPTIONS)]
+#[case("Task options", TaskOptions::OPTIONS)]
+#[case("The `image_download` block", ImageDownload::OPTIONS)]
+fn every_option_is_described_as_it_is(#[case] title: &str, #[case] options: &[OptionSpec]) {
+    let mut sections = chapter(title).split("\n### `").skip(1);
+    for option in options {
+        let section = sections.next().unwrap_or_default();
+        let (name, rest) = section.split_once("`\n\n").unwrap_or_default();
+        assert_eq!(name, option.name, "in the order of the table");
+        let (first, rest) = rest.split_once("\n\n").unwrap_or_default();
+        assert_eq!(first, described(option), "{name}");
+        assert!(
+            rest.starts_with(option.doc.trim()),
+            "{name} begins with {:?}",
+            option.doc
+        );
+        if !matches!(option.kind, Kind::Block(_)) && title == "Task options" {
+            assert!(rest.contains("On the command line: "), "{name}");
+        }
+    }
+    assert_eq!(sections.next(), None, "an option that does not exist");
+}
+
+#[test]
+fn every_example_can_be_used() {
+    let examples: Vec<_> = TEXT.split("```hcl\n").skip(1).collect();
+    let mut blocks = 0;
+    for example in &examples {
+        let (body, _) = example.split_once("```").expect("the example ends");
+        let tree: hcl::Value = hcl::from_str(body).unwrap_or_else(|e| panic!("{body}: {e}"));
+        blocks += configs(&tree, false, body);
+    }
+    assert!(blocks >= examples.len(), "an example without a config block");
+    assert!(examples.len() > TaskOptions::OPTIONS.len() / 2);
+}
+
+/// Checks every `config` block in the tree and counts them.
+fn configs(tree: &hcl::Value, plugin: bool, example: &str) -> usize {
+    let Some(object) = tree.as_object() else {
+        return 0;
+    };
+    let mut count = 0;
+    for (key, value) in object {
+        if key != "config" {
+            count += configs(value, plugin || key == "plugin", example);
+            continue;
+        }
+        count += 1;
+        let schema = match plugin {
+            true => super::plugin_schema(),
+            false => super::task_schema(),
+        };
+        let value = sample::object(&schema, value).unwrap_or_else(|e| panic!("{example}: {e}"));
+        let bytes = sample::encode(&value);
+        let read = match plugin {
+            true => super::PluginConfig::decode(&bytes).map(drop),
+            false => decode::block::<TaskOptions>(&bytes, "config").map(drop),
+        };
+        read.unwrap_or_else(|e| panic!("{example}: {e}"));
+    }
+    count
+}

@@ -1,0 +1,160 @@
+//! The names of a start: checked, because they become paths, and turned into a machine name. Looks nothing up.
+
+use sha2::{Digest as _, Sha256};
+
+use super::decode::quoted;
+use super::words::has_control;
+use super::{ConfigError, Grants};
+
+/// The longest machine name that systemd-nspawn takes.
+const MACHINE_MAX: usize = 64;
+/// The length of an allocation id.
+const ALLOC_MAX: usize = 36;
+/// The longest id of a start. Nomad's have the length of an allocation id, a task's name and ten more.
+const ID_MAX: usize = 512;
+/// The longest file name.
+const NAME_MAX: usize = 255;
+
+/// Refuses names that can't be part of a path.
+pub(super) fn check(grants: &Grants) -> Result<(), ConfigError> {
+    let fault = |option: &str, value: &str, reason: &str| {
+        Err(ConfigError::new(
+            option,
+            format!("{} {reason}", quoted(value)),
+        ))
+    };
+    let id = &grants.id;
+    if id.len() > ID_MAX || has_control(id) || id.split('/').any(|part| !is_file_name(part)) {
+        return fault(
+            "task.id",
+            id,
+            "is not an id: give names with / between them, at most 512 bytes",
+        );
+    }
+    for (option, name) in [
+        ("task.name", &grants.task),
+        ("task.alloc_id", &grants.alloc_id),
+    ] {
+        if name.len() > NAME_MAX || has_control(name) || !is_file_name(name) {
+            return fault(
+                option,
+                name,
+                "can't be the name of a directory: give 1 to 255 bytes without /",
+            );
+        }
+    }
+    Ok(())
+}
+
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains('/')
+}
+
+/// The machine name: `<task>-<allocation id>`, with what systemd-nspawn does not take in a name replaced.
+pub(super) fn machine(task: &str, alloc_id: &str) -> String {
+    let alloc = label(alloc_id, ALLOC_MAX);
+    let task = label(task, MACHINE_MAX - 1 - alloc.len());
+    format!("{task}-{alloc}")
+}
+
+/// `name` if it can stand in a machine name; otherwise what can be kept of it and a hash of the whole, so that different
+/// names stay different.
+fn label(name: &str, most: usize) -> String {
+    const HASH_DIGITS: usize = 8;
+    let plain = |name: &str| {
+        name.len() <= most
+            && name.split('.').all(|part| {
+                !part.is_empty()
+                    && !part.starts_with('-')
+                    && !part.ends_with('-')
+                    && part
+                        .bytes()
+                        .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+            })
+    };
+    if plain(name) {
+        return name.to_owned();
+    }
+    let kept: String = name
+        .chars()
+        .map(|char| if char.is_ascii_alphanumeric() { char } else { '-' })
+        .take(most - HASH_DIGITS - 1)
+        .collect();
+    let hash: String = Sha256::digest(name.as_bytes())
+        .iter()
+        .take(HASH_DIGITS / 2)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    match kept.trim_matches('-') {
+        "" => hash,
+        kept => format!("{kept}-{hash}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rstest::rstest;
+
+    const ALLOC: &str = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0";
+
+    #[rstest]
+    #[case("web", "web-0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0")]
+    #[case("Web.1", "Web.1-0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0")]
+    #[case("my_task", "my-task-5d8517a4-0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0")]
+    #[case("\u{fc}", "607474ca-0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0")]
+    fn machine_names(#[case] task: &str, #[case] machine_name: &str) {
+        assert_eq!(machine(task, ALLOC), machine_name);
+    }
+
+    #[test]
+    fn long_names_that_begin_alike_stay_apart() {
+        let (one, two) = ("a".repeat(60) + "1", "a".repeat(60) + "2");
+        assert_eq!(machine(&one, ALLOC).len(), MACHINE_MAX);
+        assert_ne!(machine(&one, ALLOC), machine(&two, ALLOC));
+        assert_ne!(machine("a_b", ALLOC), machine("a b", ALLOC));
+    }
+
+    proptest! {
+        #[test]
+        fn any_names_make_a_host_name(task in ".*", alloc in ".*") {
+            let name = machine(&task, &alloc);
+            prop_assert!((1..=MACHINE_MAX).contains(&name.len()), "{name}");
+            for part in name.split('.') {
+                prop_assert!(!part.is_empty() && !part.starts_with('-') && !part.ends_with('-'), "{name}");
+                prop_assert!(part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'), "{name}");
+            }
+        }
+    }
+
+    #[rstest]
+    #[case("", "web", ALLOC, "task.id")]
+    #[case("a/../b", "web", ALLOC, "task.id")]
+    #[case("/a", "web", ALLOC, "task.id")]
+    #[case("a/b\nc", "web", ALLOC, "task.id")]
+    #[case("a", "", ALLOC, "task.name")]
+    #[case("a", "..", ALLOC, "task.name")]
+    #[case("a", "x/y", ALLOC, "task.name")]
+    #[case("a", "web", "", "task.alloc_id")]
+    #[case("a", "web", "../x", "task.alloc_id")]
+    fn names_that_leave_their_place_are_refused(
+        #[case] id: &str,
+        #[case] task: &str,
+        #[case] alloc_id: &str,
+        #[case] option: &str,
+    ) {
+        let grants = Grants {
+            id: id.into(),
+            task: task.into(),
+            alloc_id: alloc_id.into(),
+            ..Grants::default()
+        };
+        assert_eq!(check(&grants).unwrap_err().option, option);
+        let long = Grants {
+            id: "a/".repeat(300) + "a",
+            ..grants
+        };
+        assert_eq!(check(&long).unwrap_err().option, "task.id");
+    }
+}

@@ -1,0 +1,135 @@
+//! The host directories and files that a container sees: Nomad's own, then volumes, then the job's binds. Refuses sources
+//! that are not there or not the task's business, and two mounts at one place.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::container::Mount;
+
+use super::decode::{entry, quoted};
+use super::options::TaskOptions;
+use super::paths::{Allocation, inside, sane};
+use super::words::BIND_OPTIONS;
+use super::{ConfigError, Grants, PluginConfig};
+
+/// All mounts in their order.
+pub(super) fn mounts(
+    options: &TaskOptions,
+    grants: &Grants,
+    policy: &PluginConfig,
+    allocation: &Allocation,
+) -> Result<Vec<Mount>, ConfigError> {
+    let mut mounts: Vec<_> = allocation
+        .shown()
+        .into_iter()
+        .map(|(source, target)| Mount {
+            source,
+            target: target.to_owned(),
+            read_only: false,
+        })
+        .collect();
+    volumes(&mut mounts, grants, policy)?;
+    let mut binds = |name, map: &Option<BTreeMap<String, String>>, read_only| {
+        for (source, target) in map.iter().flatten() {
+            let option = entry(name, source);
+            let bind = Mount {
+                source: bind_source(&option, source, policy, allocation)?,
+                target: bind_target(&option, target)?,
+                read_only,
+            };
+            add(&mut mounts, &option, bind)?;
+        }
+        Ok::<_, ConfigError>(())
+    };
+    binds("config.bind", &options.bind, false)?;
+    binds("config.bind_read_only", &options.bind_read_only, true)?;
+    Ok(mounts)
+}
+
+fn volumes(
+    mounts: &mut Vec<Mount>,
+    grants: &Grants,
+    policy: &PluginConfig,
+) -> Result<(), ConfigError> {
+    for volume in &grants.mounts {
+        let target = volume.target.to_string_lossy();
+        let option = entry("task.volume_mount", &target);
+        if !policy.volumes {
+            let reason = "volumes are off on this node (plugin.volumes = false)";
+            return Err(ConfigError::new(option, reason));
+        }
+        let text = volume.source.to_string_lossy();
+        sane(&option, &text)?;
+        let source = match volume.source.canonicalize() {
+            Ok(source) if volume.source.is_absolute() => source,
+            Ok(_) => {
+                let reason = format!("the source {} is not an absolute path", quoted(&text));
+                return Err(ConfigError::new(option, reason));
+            }
+            Err(error) => {
+                let reason = format!("the source {} can't be looked up: {error}", quoted(&text));
+                return Err(ConfigError::new(option, reason));
+            }
+        };
+        let mount = Mount {
+            source,
+            target: mount_point(&option, &target)?,
+            read_only: volume.read_only,
+        };
+        add(mounts, &option, mount)?;
+    }
+    Ok(())
+}
+
+fn bind_source(
+    option: &str,
+    text: &str,
+    policy: &PluginConfig,
+    allocation: &Allocation,
+) -> Result<PathBuf, ConfigError> {
+    let source = allocation.source(option, text)?;
+    if !policy.volumes && !allocation.holds(&source) {
+        let reason = format!(
+            "{} is outside the allocation, and volumes are off on this node (plugin.volumes = false)",
+            quoted(text)
+        );
+        return Err(ConfigError::new(option, reason));
+    }
+    Ok(source)
+}
+
+fn bind_target(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
+    // Escaped, they would become part of the path, which nobody means who writes them.
+    if let Some((_, last)) = text.rsplit_once(':')
+        && last.split(',').all(|word| BIND_OPTIONS.contains(&word))
+    {
+        let reason = format!(
+            "{} ends in mount options, which can't be given here",
+            quoted(text)
+        );
+        return Err(ConfigError::new(option, reason));
+    }
+    mount_point(option, text)
+}
+
+fn mount_point(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
+    let target = inside(option, text)?;
+    if target == Path::new("/") {
+        let reason = "the target \"/\" would hide the image";
+        return Err(ConfigError::new(option, reason));
+    }
+    Ok(target)
+}
+
+fn add(mounts: &mut Vec<Mount>, option: &str, mount: Mount) -> Result<(), ConfigError> {
+    if let Some(earlier) = mounts.iter().find(|earlier| earlier.target == mount.target) {
+        let reason = format!(
+            "the target {} is taken already by {}",
+            quoted(&mount.target.to_string_lossy()),
+            quoted(&earlier.source.to_string_lossy())
+        );
+        return Err(ConfigError::new(option, reason));
+    }
+    mounts.push(mount);
+    Ok(())
+}

@@ -1,0 +1,238 @@
+//! Which network a container is in, and which ports lead into it. Pure: whether a bridge exists is seen when it is joined.
+
+use std::collections::BTreeMap;
+
+use crate::container::{Network, PortForward};
+
+use super::decode::{Number, entry, quoted};
+use super::options::TaskOptions;
+use super::words::is_interface_name;
+use super::{ConfigError, GrantedPort, Grants};
+
+const BRIDGE: &str = "config.network_bridge";
+const PORT_MAP: &str = "config.port_map";
+const PORTS: &str = "config.ports";
+const VETH: &str = "config.network_veth";
+const ZONE: &str = "config.network_zone";
+
+/// The network of the container, and what to tell the user about it.
+pub(super) fn network(
+    options: &TaskOptions,
+    grants: &Grants,
+) -> Result<(Network, Vec<String>), ConfigError> {
+    names(options)?;
+    let ports = forwards(options, grants)?;
+    let attached = [
+        (ZONE, &options.network_zone),
+        (BRIDGE, &options.network_bridge),
+    ]
+    .into_iter()
+    .find_map(|(option, name)| Some((option, name.as_deref()?)));
+    if let Some(namespace) = &grants.network_namespace {
+        if !namespace.is_absolute() {
+            let path = quoted(&namespace.to_string_lossy());
+            let reason = format!("{path} is not an absolute path");
+            return Err(ConfigError::new("task.network_isolation", reason));
+        }
+        if let Some((option, name)) = attached {
+            let reason = format!(
+                "{} can't be combined with a network mode of the group",
+                quoted(name)
+            );
+            return Err(ConfigError::new(option, reason));
+        }
+        let notes = joined(options, grants)?;
+        return Ok((Network::Join(namespace.clone()), notes));
+    }
+    let wanted = options.network_veth == Some(true);
+    if attached.is_none() && ports.is_empty() && !wanted {
+        return Ok((Network::Host, Vec::new()));
+    }
+    if options.network_veth == Some(false) && attached.is_none() {
+        let reason = format!("false can't be combined with {PORTS} or {PORT_MAP}: ports lead into a network of its own");
+        return Err(ConfigError::new(VETH, reason));
+    }
+    let private = Network::Private {
+        veth: wanted || attached.is_none(),
+        zone: options.network_zone.clone(),
+        bridge: options.network_bridge.clone(),
+        ports,
+    };
+    Ok((private, Vec::new()))
+}
+
+/// Nomad's port variables as the container needs them: the port inside, where ports are forwarded.
+pub(super) fn variables(network: &Network) -> BTreeMap<String, String> {
+    let Network::Private { ports, .. } = network else {
+        return BTreeMap::new();
+    };
+    let name = |label: &str| {
+        let plain = label.replace(
+            |char: char| !char.is_ascii_alphanumeric() && char != '.',
+            "_",
+        );
+        format!("NOMAD_PORT_{plain}")
+    };
+    ports
+        .iter()
+        .map(|port| (name(&port.label), port.container.to_string()))
+        .collect()
+}
+
+fn names(options: &TaskOptions) -> Result<(), ConfigError> {
+    if let Some(zone) = &options.network_zone
+        // The bridge of a zone is called after it.
+        && !is_interface_name(&format!("vz-{zone}"))
+    {
+        let reason = format!(
+            "{} is not the name of a zone: give 1 to 12 printable characters without space, :, / and %",
+            quoted(zone)
+        );
+        return Err(ConfigError::new(ZONE, reason));
+    }
+    let Some(bridge) = &options.network_bridge else {
+        return Ok(());
+    };
+    if !is_interface_name(bridge) {
+        let reason = format!(
+            "{} is not the name of an interface: give 1 to 15 printable characters without space, :, / and %, not digits alone",
+            quoted(bridge)
+        );
+        return Err(ConfigError::new(BRIDGE, reason));
+    }
+    if options.network_zone.is_some() {
+        let reason = format!("{} can't be combined with {ZONE}", quoted(bridge));
+        return Err(ConfigError::new(BRIDGE, reason));
+    }
+    Ok(())
+}
+
+/// What the options about a private network come to in a network that Nomad made: nothing, or a contradiction.
+fn joined(options: &TaskOptions, grants: &Grants) -> Result<Vec<String>, ConfigError> {
+    for (label, number) in options.port_map.iter().flatten() {
+        let (port, inside) = mapped(label, number, grants)?;
+        let nomads = inside_port(port);
+        if inside != nomads {
+            let reason = format!(
+                "{inside} is not {nomads}, the port that the network of the group leads to: set to = {inside} in its port block"
+            );
+            return Err(ConfigError::new(entry(PORT_MAP, label), reason));
+        }
+    }
+    let without_effect = [
+        (VETH, options.network_veth == Some(true)),
+        (PORTS, options.ports.iter().flatten().next().is_some()),
+        (PORT_MAP, options.port_map.iter().flatten().next().is_some()),
+    ];
+    Ok(without_effect
+        .into_iter()
+        .filter(|(_, set)| *set)
+        .map(|(option, _)| format!("{option} has no effect: the task is in the network of its group"))
+        .collect())
+}
+
+fn forwards(options: &TaskOptions, grants: &Grants) -> Result<Vec<PortForward>, ConfigError> {
+    let labels = options.ports.as_deref().unwrap_or_default();
+    let map = options.port_map.iter().flatten().collect::<Vec<_>>();
+    if !labels.is_empty() && !map.is_empty() {
+        return Err(ConfigError::new(
+            PORT_MAP,
+            format!("can't be combined with {PORTS}"),
+        ));
+    }
+    let mut forwards: Vec<PortForward> = Vec::new();
+    for (index, label) in labels.iter().enumerate() {
+        let option = format!("{PORTS}[{index}]");
+        let port = find(label, false, grants, &option)?;
+        if forwards.iter().any(|earlier| earlier.label == *label) {
+            let reason = format!("{} is listed twice", quoted(label));
+            return Err(ConfigError::new(option, reason));
+        }
+        add(&mut forwards, port, inside_port(port), &option)?;
+    }
+    for (label, number) in &map {
+        let (port, inside) = mapped(label, number, grants)?;
+        add(&mut forwards, port, inside, &entry(PORT_MAP, label))?;
+    }
+    // The ports of the task's own network all lead inside once one of them is mapped.
+    for port in grants.ports.iter().filter(|port| port.task_level) {
+        if !map.is_empty() && forwards.iter().all(|earlier| earlier.label != port.label) {
+            add(&mut forwards, port, port.host, PORT_MAP)?;
+        }
+    }
+    Ok(forwards)
+}
+
+fn add(
+    forwards: &mut Vec<PortForward>,
+    port: &GrantedPort,
+    container: u16,
+    option: &str,
+) -> Result<(), ConfigError> {
+    let label = quoted(&port.label);
+    if port.host == 0 {
+        let reason = format!("{label} has no port on the host");
+        return Err(ConfigError::new(option, reason));
+    }
+    if let Some(earlier) = forwards.iter().find(|earlier| earlier.host == port.host) {
+        let reason = format!(
+            "{label} has the host port {} that {} has already",
+            port.host,
+            quoted(&earlier.label)
+        );
+        return Err(ConfigError::new(option, reason));
+    }
+    forwards.push(PortForward {
+        label: port.label.clone(),
+        host: port.host,
+        container,
+    });
+    Ok(())
+}
+
+/// The port of a `port_map` entry and its number inside.
+fn mapped<'a>(
+    label: &str,
+    number: &Number,
+    grants: &'a Grants,
+) -> Result<(&'a GrantedPort, u16), ConfigError> {
+    let option = entry(PORT_MAP, label);
+    let inside = number.0.parse().ok().filter(|inside| *inside != 0);
+    let inside = inside.ok_or_else(|| {
+        let shown: String = number.0.chars().take(40).collect();
+        ConfigError::new(
+            &option,
+            format!("{shown} is not a port number from 1 to 65535"),
+        )
+    })?;
+    Ok((find(label, true, grants, &option)?, inside))
+}
+
+fn inside_port(port: &GrantedPort) -> u16 {
+    if port.to == 0 { port.host } else { port.to }
+}
+
+/// The granted port of this label, of the task's own network first or last.
+fn find<'a>(
+    label: &str,
+    task_level_first: bool,
+    grants: &'a Grants,
+    option: &str,
+) -> Result<&'a GrantedPort, ConfigError> {
+    grants
+        .ports
+        .iter()
+        .filter(|port| port.label == label)
+        .max_by_key(|port| port.task_level == task_level_first)
+        .ok_or_else(|| {
+            let mut known: Vec<_> = grants.ports.iter().map(|port| quoted(&port.label)).collect();
+            known.sort();
+            known.dedup();
+            let known = match known.as_slice() {
+                [] => "the job has no ports".to_owned(),
+                known => format!("the job's ports are {}", known.join(", ")),
+            };
+            let reason = format!("{} is not the label of a port: {known}", quoted(label));
+            ConfigError::new(option, reason)
+        })
+}

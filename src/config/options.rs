@@ -1,0 +1,190 @@
+//! The table of options: every word of both configurations once, with type, default and meaning. The schema, the decoder and
+//! the test of `docs/configuration.md` are made from it. It checks nothing: what a value may be is decided in `plugin` and
+//! `task`.
+
+use std::collections::BTreeMap;
+
+use super::ConfigError;
+use super::decode::{Decode, Fields, Number};
+
+/// One option as operators and jobs see it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OptionSpec {
+    pub(super) name: &'static str,
+    pub(super) kind: Kind,
+    /// As an HCL expression. The wire format does not convert it, so it has the option's own type.
+    pub(super) default: Option<&'static str>,
+    pub(super) required: bool,
+    /// One sentence, or two.
+    #[cfg_attr(not(test), expect(dead_code, reason = "read by the test of the documentation"))]
+    pub(super) doc: &'static str,
+}
+
+/// The type of an option.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kind {
+    Bool,
+    String,
+    Strings,
+    /// In the schema a list of maps: Nomad's parser wraps every `{ … }` of a job file into a list.
+    StringMap,
+    /// Likewise.
+    NumberMap,
+    Block(&'static [OptionSpec]),
+}
+
+impl Kind {
+    /// The type expression of the schema; a block has none.
+    pub(super) fn expression(self) -> &'static str {
+        match self {
+            Self::Bool => "bool",
+            Self::String => "string",
+            Self::Strings => "list(string)",
+            Self::StringMap => "list(map(string))",
+            Self::NumberMap => "list(map(number))",
+            Self::Block(_) => "block",
+        }
+    }
+}
+
+/// A block of options that can be read.
+pub(super) trait Options: Sized {
+    /// Its rows of the table.
+    const OPTIONS: &'static [OptionSpec];
+
+    /// Takes the values out of `fields`.
+    fn read(fields: &Fields<'_>) -> Result<Self, ConfigError>;
+}
+
+/// What stands in the brackets of a row: nothing (may be absent), `required`, or the default.
+macro_rules! row {
+    (type $ty:ty;) => { Option<$ty> };
+    (type $ty:ty; required) => { $ty };
+    (type $ty:ty; $default:literal) => { $ty };
+    (read $fields:ident $key:literal;) => { $fields.optional($key)? };
+    (read $fields:ident $key:literal; required) => { $fields.required($key)? };
+    (read $fields:ident $key:literal; $default:literal) => { $fields.or_default($key, $default)? };
+    (default) => { None };
+    (default required) => { None };
+    (default $default:literal) => { Some(stringify!($default)) };
+    (required required) => { true };
+    (required $($other:literal)?) => { false };
+}
+
+macro_rules! options {
+    ($(#[doc = $about:literal])+ struct $name:ident {
+        $($(#[doc = $doc:literal])+ $key:literal => $field:ident: $ty:ty [$($how:tt)?],)+
+    }) => {
+        $(#[doc = $about])+
+        #[derive(Debug, Clone)]
+        pub(super) struct $name {
+            $($(#[doc = $doc])+ pub(super) $field: row!(type $ty; $($how)?),)+
+        }
+
+        impl Options for $name {
+            const OPTIONS: &'static [OptionSpec] = &[$(OptionSpec {
+                name: $key,
+                kind: <$ty as Decode>::KIND,
+                default: row!(default $($how)?),
+                required: row!(required $($how)?),
+                doc: concat!($($doc),+),
+            }),+];
+
+            fn read(fields: &Fields<'_>) -> Result<Self, ConfigError> {
+                Ok(Self { $($field: row!(read fields $key; $($how)?)),+ })
+            }
+        }
+
+        impl Decode for $name {
+            const KIND: Kind = Kind::Block(<Self as Options>::OPTIONS);
+
+            fn decode(value: &rmpv::Value, at: &str) -> Result<Self, ConfigError> {
+                Self::read(&Fields::of(value, at)?)
+            }
+        }
+    };
+}
+
+options! {
+    /// The agent's `plugin` block as it was written.
+    struct PluginOptions {
+        /// Whether tasks may be placed on this node at all.
+        "enabled" => enabled: bool [true],
+        /// Whether jobs may mount host paths from outside their allocation.
+        "volumes" => volumes: bool [true],
+        /// The directory in which the state of running tasks lies.
+        "state_dir" => state_dir: String ["/run/nomad-driver-nspawn"],
+        /// The systemd-nspawn program to use instead of the one along `PATH`.
+        "nspawn_path" => nspawn_path: String [],
+    }
+}
+
+options! {
+    /// A task's `config` block as it was written.
+    struct TaskOptions {
+        /// Run the image's own init as the first process.
+        "boot" => boot: bool [true],
+        /// Work on a copy of the image that is thrown away at the end.
+        "ephemeral" => ephemeral: bool [false],
+        /// Run the command as process 2, below a small init.
+        "process_two" => process_two: bool [false],
+        /// Mount the root file system read-only.
+        "read_only" => read_only: bool [false],
+        /// Run the container in a user namespace of its own.
+        "user_namespacing" => user_namespacing: bool [true],
+        /// The range of user ids of the user namespace.
+        "private_users" => private_users: String [],
+        /// How the files of the image come to belong to that range.
+        "private_users_ownership" => private_users_ownership: String [],
+        /// The command and its arguments, or arguments for the image's init.
+        "command" => command: Vec<String> [],
+        /// How standard input, output and error are connected.
+        "console" => console: String ["pipe"],
+        /// The root file system: a directory, a disk image, a block device or the name of a machine image.
+        "image" => image: String [required],
+        /// Where to download the image from.
+        "image_download" => image_download: ImageDownload [],
+        /// A directory of the image that becomes the root, and where the old root goes.
+        "pivot_root" => pivot_root: String [],
+        /// How the container's `/etc/resolv.conf` is made.
+        "resolv_conf" => resolv_conf: String [],
+        /// The user of the container's own database that runs the command.
+        "user" => user: String [],
+        /// Which part of the root file system is thrown away at the end.
+        "volatile" => volatile: String [],
+        /// The directory inside in which the command starts.
+        "working_directory" => working_directory: String [],
+        /// Host files and directories to show inside, as source = target.
+        "bind" => bind: BTreeMap<String, String> [],
+        /// The same, read-only.
+        "bind_read_only" => bind_read_only: BTreeMap<String, String> [],
+        /// Environment variables; they win over those of Nomad and of the job.
+        "environment" => environment: BTreeMap<String, String> [],
+        /// Container ports by port label, for ports of the task's own `network` block.
+        "port_map" => port_map: BTreeMap<String, Number> [],
+        /// Labels of the group's ports that lead into the container.
+        "ports" => ports: Vec<String> [],
+        /// Capabilities to add to those a container has.
+        "capability" => capability: Vec<String> [],
+        /// Give the container a network of its own, with a virtual cable to the host.
+        "network_veth" => network_veth: bool [],
+        /// Join a zone: a bridge that containers of the same zone share.
+        "network_zone" => network_zone: String [],
+        /// Join an existing bridge of the host.
+        "network_bridge" => network_bridge: String [],
+    }
+}
+
+options! {
+    /// The `image_download` block as it was written.
+    struct ImageDownload {
+        /// The URL, or an image reference for the type `docker`.
+        "url" => url: String [required],
+        /// What lies there.
+        "type" => kind: String ["tar"],
+        /// Download again although the image is there.
+        "force" => force: bool [false],
+        /// How the download is checked.
+        "verify" => verify: String ["no"],
+    }
+}

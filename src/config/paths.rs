@@ -1,0 +1,274 @@
+//! Host paths from words of a job: where they are looked for, and that they stay where they belong. The task can write in
+//! its allocation, so a link there is not to be trusted; what an operator put elsewhere is. Opens and changes nothing.
+
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use super::decode::quoted;
+use super::words::has_control;
+use super::{ConfigError, Grants, Places};
+
+/// The directory of an allocation that all of its tasks share.
+pub(super) const SHARED: &str = "alloc";
+/// The directories of one task that it sees, and the one that it does not.
+pub(super) const LOCAL: &str = "local";
+pub(super) const SECRETS: &str = "secrets";
+const PRIVATE: &str = "private";
+
+/// The kernel's limit for a path, without the end mark.
+const PATH_MAX: usize = 4095;
+
+/// The directories of an allocation on the host.
+#[derive(Debug)]
+pub(super) struct Allocation {
+    /// As Nomad writes it.
+    written: PathBuf,
+    /// Without links.
+    root: PathBuf,
+    task: String,
+}
+
+/// Why a path was not found, with the option left out.
+enum Fault {
+    Missing(PathBuf),
+    Leaves(PathBuf),
+    Unreadable(PathBuf, io::Error),
+}
+
+impl Fault {
+    fn on(self, option: &str, text: &str) -> ConfigError {
+        let text = quoted(text);
+        let reason = match self {
+            Self::Missing(looked) => {
+                format!(
+                    "{text} does not exist; looked at {}",
+                    quoted(&looked.to_string_lossy())
+                )
+            }
+            Self::Leaves(base) => {
+                format!(
+                    "{text} leads out of {}",
+                    quoted(&base.to_string_lossy())
+                )
+            }
+            Self::Unreadable(path, error) => {
+                format!(
+                    "{text} can't be looked up at {}: {error}",
+                    quoted(&path.to_string_lossy())
+                )
+            }
+        };
+        ConfigError::new(option, reason)
+    }
+}
+
+impl Allocation {
+    /// The allocation of this start. Its directories have to be there.
+    pub(super) fn of(grants: &Grants) -> Result<Self, ConfigError> {
+        let option = "task.alloc_dir";
+        let written = grants.alloc_dir.clone();
+        let text = written.to_string_lossy().into_owned();
+        if !written.is_absolute() {
+            let reason = format!("{} is not an absolute path", quoted(&text));
+            return Err(ConfigError::new(option, reason));
+        }
+        let root = real(&written).map_err(|fault| fault.on(option, &text))?;
+        let allocation = Self {
+            written,
+            root,
+            task: grants.task.clone(),
+        };
+        for (directory, _) in allocation.shown() {
+            let found = real(&directory).map_err(|fault| fault.on(option, &text))?;
+            if found != directory {
+                return Err(Fault::Leaves(allocation.root).on(option, &text));
+            }
+        }
+        Ok(allocation)
+    }
+
+    fn task_dir(&self) -> PathBuf {
+        self.root.join(&self.task)
+    }
+
+    /// Nomad's directories on the host, and where the task sees them.
+    pub(super) fn shown(&self) -> [(PathBuf, &'static Path); 3] {
+        [
+            (self.root.join(SHARED), Path::new("/alloc")),
+            (self.task_dir().join(LOCAL), Path::new("/local")),
+            (self.task_dir().join(SECRETS), Path::new("/secrets")),
+        ]
+    }
+
+    /// Whether a path without links lies in this allocation.
+    pub(super) fn holds(&self, path: &Path) -> bool {
+        path.starts_with(&self.root)
+    }
+
+    /// The host path that an absolute path of a job means: what the task sees below Nomad's directories is looked for
+    /// behind them first.
+    fn absolute(&self, path: &Path) -> Result<PathBuf, Fault> {
+        for (host, inside) in self.shown() {
+            if let Ok(rest) = path.strip_prefix(inside) {
+                match below(&host, rest) {
+                    Err(Fault::Missing(_)) => {}
+                    found => return found,
+                }
+            }
+        }
+        let rest = [&self.written, &self.root]
+            .into_iter()
+            .find_map(|root| path.strip_prefix(root).ok());
+        let Some(mut parts) = rest.map(Path::components) else {
+            return real(path);
+        };
+        match parts.next() {
+            Some(Component::Normal(first)) => below(&self.root.join(first), parts.as_path()),
+            Some(_) => Err(Fault::Leaves(self.root.clone())),
+            None => Ok(self.root.clone()),
+        }
+    }
+
+    /// Refuses what no task may see: Nomad's private directories, and what other tasks keep to themselves.
+    fn guard(&self, option: &str, text: &str, path: &Path) -> Result<(), ConfigError> {
+        let Ok(rest) = path.strip_prefix(&self.root) else {
+            return Ok(());
+        };
+        let parts: Vec<_> = rest.components().map(Component::as_os_str).collect();
+        let hidden = match parts.as_slice() {
+            [] => true,
+            [first, ..] if *first == SHARED => false,
+            [_] => path.join(PRIVATE).exists(),
+            [owner, part, ..] => {
+                *part == PRIVATE || (*part == SECRETS && *owner != self.task.as_str())
+            }
+        };
+        if !hidden {
+            return Ok(());
+        }
+        let reason = format!(
+            "{} is or holds a directory that Nomad keeps from the task",
+            quoted(text)
+        );
+        Err(ConfigError::new(option, reason))
+    }
+
+    /// The host path of the source of a bind, without links.
+    pub(super) fn source(&self, option: &str, text: &str) -> Result<PathBuf, ConfigError> {
+        sane(option, text)?;
+        let path = Path::new(text);
+        let found = if path.is_absolute() {
+            self.absolute(path)
+        } else {
+            below(&self.task_dir(), path)
+        };
+        let found = found.map_err(|fault| fault.on(option, text))?;
+        sane(option, &found.to_string_lossy())?;
+        self.guard(option, text, &found)?;
+        Ok(found)
+    }
+
+    /// The host path of an image, without links.
+    pub(super) fn image(
+        &self,
+        option: &str,
+        text: &str,
+        places: &Places,
+    ) -> Result<PathBuf, ConfigError> {
+        sane(option, text)?;
+        let path = Path::new(text);
+        let found = if path.is_absolute() {
+            self.absolute(path).map_err(|fault| fault.on(option, text))?
+        } else {
+            relative_image(option, text, places)?
+        };
+        sane(option, &found.to_string_lossy())?;
+        self.guard(option, text, &found)?;
+        Ok(found)
+    }
+}
+
+/// An image below the plugin's directory, or a registered one.
+fn relative_image(option: &str, text: &str, places: &Places) -> Result<PathBuf, ConfigError> {
+    let mut looked = match below(&places.plugin_dir, Path::new(text)) {
+        Err(Fault::Missing(path)) => vec![path],
+        found => return found.map_err(|fault| fault.on(option, text)),
+    };
+    if !text.contains('/') && text != "." && text != ".." {
+        for directory in &places.machine_dirs {
+            for name in [text.to_owned(), format!("{text}.raw")] {
+                match real(&directory.join(name)) {
+                    Err(Fault::Missing(path)) => looked.push(path),
+                    found => return found.map_err(|fault| fault.on(option, text)),
+                }
+            }
+        }
+    }
+    let looked: Vec<_> = looked
+        .iter()
+        .map(|path| quoted(&path.to_string_lossy()))
+        .collect();
+    let reason = format!(
+        "{} does not exist; looked at {}",
+        quoted(text),
+        looked.join(", ")
+    );
+    Err(ConfigError::new(option, reason))
+}
+
+/// What stands at `rest` below `base`, without links, and still below it.
+fn below(base: &Path, rest: &Path) -> Result<PathBuf, Fault> {
+    let mut depth = 0_usize;
+    for part in rest.components() {
+        let deeper = match part {
+            Component::Normal(_) => depth.checked_add(1),
+            Component::ParentDir => depth.checked_sub(1),
+            _ => Some(depth),
+        };
+        depth = deeper.ok_or_else(|| Fault::Leaves(base.to_owned()))?;
+    }
+    let found = real(&base.join(rest))?;
+    match found.starts_with(real(base)?) {
+        true => Ok(found),
+        false => Err(Fault::Leaves(base.to_owned())),
+    }
+}
+
+fn real(path: &Path) -> Result<PathBuf, Fault> {
+    path.canonicalize().map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Fault::Missing(path.to_owned()),
+        _ => Fault::Unreadable(path.to_owned(), error),
+    })
+}
+
+/// Refuses text that can't be a path on a command line.
+pub(super) fn sane(option: &str, text: &str) -> Result<(), ConfigError> {
+    let fault = if text.is_empty() {
+        "is empty"
+    } else if has_control(text) {
+        "has a control character"
+    } else if text.len() > PATH_MAX {
+        "is longer than a path can be (4095 bytes)"
+    } else {
+        return Ok(());
+    };
+    Err(ConfigError::new(
+        option,
+        format!("{} {fault}", quoted(text)),
+    ))
+}
+
+/// An absolute path inside the container, without `.` and doubled slashes.
+pub(super) fn inside(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
+    sane(option, text)?;
+    let path = Path::new(text);
+    if !path.is_absolute() {
+        let reason = format!("{} is not an absolute path", quoted(text));
+        return Err(ConfigError::new(option, reason));
+    }
+    if path.components().any(|part| part == Component::ParentDir) {
+        let reason = format!("{} has a .. in it", quoted(text));
+        return Err(ConfigError::new(option, reason));
+    }
+    Ok(path.components().collect())
+}

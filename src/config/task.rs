@@ -1,0 +1,353 @@
+//! A task's `config` block against what Nomad granted and what the operator allows: the one place where a wish becomes a
+//! container, and the last one that refuses anything for what it says.
+
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+
+use crate::container::{ContainerSpec, Mode, Network, Root, Users, Volatile};
+
+use super::decode::quoted;
+use super::environment::{self, STRING_MAX};
+use super::options::{ImageDownload, TaskOptions};
+use super::paths::{Allocation, inside};
+use super::words::{self, one_of};
+use super::{Checked, ConfigError, Grants, Places, PluginConfig, identity, mounts, network, tree};
+
+const IMAGE: &str = "config.image";
+const OWNERSHIP: &str = "config.private_users_ownership";
+const PIVOT_ROOT: &str = "config.pivot_root";
+const PRIVATE_USERS: &str = "config.private_users";
+const VOLATILE: &str = "config.volatile";
+
+/// The container, or the first thing that is wrong. What needs no look-up comes first.
+pub(super) fn check(
+    options: TaskOptions,
+    grants: &Grants,
+    policy: &PluginConfig,
+    places: &Places,
+) -> Result<Checked, ConfigError> {
+    identity::check(grants)?;
+    let mode = mode(&options)?;
+    let user = user(&options, grants, mode)?;
+    let console = one_of("config.console", &options.console, words::CONSOLE)?;
+    let volatile = match &options.volatile {
+        None => Volatile::No,
+        Some(word) => one_of(VOLATILE, word, words::VOLATILE)?,
+    };
+    if let Some(word) = &options.resolv_conf {
+        one_of("config.resolv_conf", word, words::RESOLV_CONF)?;
+    }
+    if let Some(path) = &options.working_directory {
+        inside_as_written("config.working_directory", path)?;
+    }
+    let pivot = options.pivot_root.as_deref().map(pivot_root).transpose()?;
+    let capabilities = words::capabilities(
+        "config.capability",
+        options.capability.as_deref().unwrap_or_default(),
+    )?;
+    let command = options.command.clone().unwrap_or_default();
+    command_words(&command)?;
+    let (network, mut notes) = network::network(&options, grants)?;
+    let users = users(&options, volatile, &network, &mut notes)?;
+    let (environment, note) = environment::environment(
+        &grants.environment,
+        network::variables(&network),
+        options.environment.as_ref(),
+    )?;
+    notes.extend(note);
+    environment::fits(&command, &environment)?;
+    let stdout = stream("task.stdout_path", &grants.stdout)?;
+    let stderr = stream("task.stderr_path", &grants.stderr)?;
+    if let Some(path) = &grants.cgroup {
+        absolute("task.cgroup", path)?;
+    }
+    if let Some(download) = &options.image_download {
+        return Err(download_fault(download));
+    }
+    let allocation = Allocation::of(grants)?;
+    let root = root(&options.image, &allocation, places)?;
+    if let Root::Directory(path) = &root {
+        start_from(path, &options, mode, volatile, &users, pivot.as_deref())?;
+    }
+    let spec = ContainerSpec {
+        id: grants.id.clone(),
+        machine: identity::machine(&grants.task, &grants.alloc_id),
+        root,
+        mode,
+        command,
+        environment,
+        mounts: mounts::mounts(&options, grants, policy, &allocation)?,
+        working_directory: options.working_directory,
+        user,
+        ephemeral: options.ephemeral,
+        read_only: options.read_only,
+        volatile,
+        pivot_root: options.pivot_root,
+        resolv_conf: options.resolv_conf,
+        console,
+        users,
+        capabilities,
+        network,
+        stdout,
+        stderr,
+        cgroup: grants.cgroup.clone(),
+    };
+    Ok(Checked { spec, notes })
+}
+
+fn mode(options: &TaskOptions) -> Result<Mode, ConfigError> {
+    match (options.boot, options.process_two) {
+        (true, true) => Err(ConfigError::new(
+            "config.process_two",
+            "true can't be combined with config.boot, which is true unless it is set to false",
+        )),
+        (true, false) => Ok(Mode::Boot),
+        (false, true) => Ok(Mode::ProcessTwo),
+        (false, false) => Ok(Mode::Plain),
+    }
+}
+
+/// The user that the command runs as: the driver's option before the task's.
+fn user(
+    options: &TaskOptions,
+    grants: &Grants,
+    mode: Mode,
+) -> Result<Option<String>, ConfigError> {
+    const NAME_MAX: usize = 256;
+    let (option, name) = match &options.user {
+        Some(name) => ("config.user", name),
+        None if grants.user.is_empty() => return Ok(None),
+        None => ("task.user", &grants.user),
+    };
+    let fault = if words::has_control(name) {
+        "has a control character"
+    } else if name.starts_with('-') {
+        "begins with -"
+    } else if name.contains(':') {
+        "has a : in it; systemd-nspawn takes the name of a user and finds its groups itself"
+    } else if name.len() > NAME_MAX {
+        "is longer than 256 bytes"
+    } else if mode == Mode::Boot {
+        "can't be combined with config.boot, which is true unless it is set to false"
+    } else {
+        return Ok(Some(name.clone()));
+    };
+    Err(ConfigError::new(
+        option,
+        format!("{} {fault}", quoted(name)),
+    ))
+}
+
+/// Checks `NEW[:OLD]` and returns `NEW`.
+fn pivot_root(text: &str) -> Result<PathBuf, ConfigError> {
+    let (new, old) = match text.split_once(':') {
+        None => (text, None),
+        Some((new, old)) => (new, Some(old)),
+    };
+    let new = inside(PIVOT_ROOT, new)?;
+    if let Some(old) = old {
+        // A further colon or a backslash means something else to every reader of this list.
+        if old.contains(':') || text.contains('\\') {
+            let reason = format!("{} is not NEW or NEW:OLD", quoted(text));
+            return Err(ConfigError::new(PIVOT_ROOT, reason));
+        }
+        if inside(PIVOT_ROOT, old)? == new {
+            let reason = format!("{} puts the old root where the new one is", quoted(text));
+            return Err(ConfigError::new(PIVOT_ROOT, reason));
+        }
+    }
+    Ok(new)
+}
+
+fn inside_as_written(option: &str, path: &str) -> Result<(), ConfigError> {
+    absolute(option, Path::new(path))?;
+    super::paths::sane(option, path)
+}
+
+fn command_words(command: &[String]) -> Result<(), ConfigError> {
+    match command.iter().position(|word| word.len() > STRING_MAX) {
+        None => Ok(()),
+        Some(index) => Err(ConfigError::new(
+            format!("config.command[{index}]"),
+            format!(
+                "has {} bytes; a program takes at most {STRING_MAX}",
+                command[index].len()
+            ),
+        )),
+    }
+}
+
+/// The user namespace and how the image comes to belong to it.
+fn users(
+    options: &TaskOptions,
+    volatile: Volatile,
+    network: &Network,
+    notes: &mut Vec<String>,
+) -> Result<Users, ConfigError> {
+    let range = options.private_users.as_deref();
+    let ownership = options.private_users_ownership.as_deref();
+    let is_word = |range| ["yes", "no", "pick", "identity", "managed"].contains(&range);
+    if let Some(range) = range.filter(|range| !is_word(*range))
+        && let Some(fault) = words::uid_range_fault(range)
+    {
+        return Err(ConfigError::new(
+            PRIVATE_USERS,
+            format!("{} {fault}", quoted(range)),
+        ));
+    }
+    if let Some(word) = ownership {
+        one_of(OWNERSHIP, word, words::OWNERSHIP)?;
+    }
+    if !options.user_namespacing {
+        for (option, set) in [(PRIVATE_USERS, range), (OWNERSHIP, ownership)] {
+            if set.is_some_and(|word| word != "no") {
+                notes.push(format!(
+                    "{option} has no effect: config.user_namespacing is false"
+                ));
+            }
+        }
+        return Ok(Users::Host);
+    }
+    let range = range.unwrap_or("pick");
+    if range == "no" {
+        return Ok(Users::Host);
+    }
+    if range == "managed" && !matches!(network, Network::Private { .. }) {
+        let reason = "\"managed\" needs a private network: set config.network_veth, network_zone or network_bridge";
+        return Err(ConfigError::new(PRIVATE_USERS, reason));
+    }
+    if ownership == Some("chown") {
+        let other = match volatile {
+            Volatile::No => options.read_only.then_some("config.read_only"),
+            _ => Some(VOLATILE),
+        };
+        if let Some(other) = other {
+            let reason = format!("\"chown\" can't be combined with {other}");
+            return Err(ConfigError::new(OWNERSHIP, reason));
+        }
+    }
+    // With the other ranges the files of the image have their owners already.
+    let mapped = range == "pick" || range.starts_with(|first: char| first.is_ascii_digit());
+    Ok(Users::Private {
+        range: range.to_owned(),
+        ownership: ownership.or(mapped.then_some("auto")).map(str::to_owned),
+    })
+}
+
+fn stream(option: &str, path: &Path) -> Result<Option<PathBuf>, ConfigError> {
+    if path.as_os_str().is_empty() || path == Path::new("/dev/null") {
+        return Ok(None);
+    }
+    absolute(option, path)?;
+    Ok(Some(path.to_owned()))
+}
+
+fn absolute(option: &str, path: &Path) -> Result<(), ConfigError> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    let reason = format!(
+        "{} is not an absolute path",
+        quoted(&path.to_string_lossy())
+    );
+    Err(ConfigError::new(option, reason))
+}
+
+/// What is wrong with a download: at best, that nothing downloads.
+fn download_fault(download: &ImageDownload) -> ConfigError {
+    let option = |name| format!("config.image_download.{name}");
+    if let Err(error) = one_of(&option("type"), &download.kind, words::DOWNLOAD_TYPE) {
+        return error;
+    }
+    if let Err(error) = one_of(&option("verify"), &download.verify, words::DOWNLOAD_VERIFY) {
+        return error;
+    }
+    let web = ["http://", "https://"];
+    if download.kind != "docker" && !web.iter().any(|scheme| download.url.starts_with(scheme)) {
+        let reason = format!(
+            "{} does not begin with http:// or https://",
+            quoted(&download.url)
+        );
+        return ConfigError::new(option("url"), reason);
+    }
+    ConfigError::new(
+        "config.image_download",
+        "downloading is not built yet: use an artifact block and an image below local/",
+    )
+}
+
+/// The image, looked up.
+fn root(image: &str, allocation: &Allocation, places: &Places) -> Result<Root, ConfigError> {
+    let path = allocation.image(IMAGE, image, places)?;
+    let kind = path
+        .metadata()
+        .map_err(|error| {
+            let reason = format!("{} can't be looked at: {error}", quoted(image));
+            ConfigError::new(IMAGE, reason)
+        })?
+        .file_type();
+    if kind.is_dir() {
+        Ok(Root::Directory(path))
+    } else if kind.is_file() || kind.is_block_device() {
+        Ok(Root::Image(path))
+    } else {
+        let reason = format!(
+            "{} is neither a directory nor a disk image nor a block device",
+            quoted(image)
+        );
+        Err(ConfigError::new(IMAGE, reason))
+    }
+}
+
+/// What systemd-nspawn would refuse about a directory as the root.
+fn start_from(
+    path: &Path,
+    options: &TaskOptions,
+    mode: Mode,
+    volatile: Volatile,
+    users: &Users,
+    pivot: Option<&Path>,
+) -> Result<(), ConfigError> {
+    if path == Path::new("/") && !options.ephemeral {
+        if !matches!(volatile, Volatile::Yes | Volatile::State) {
+            let reason = "\"/\" needs config.ephemeral = true, or config.volatile yes or state";
+            return Err(ConfigError::new(IMAGE, reason));
+        }
+        // The ids of a file system that is in use everywhere can't be mapped.
+        if *users != Users::Host {
+            let reason = "\"/\" can't be used in a user namespace: set config.user_namespacing = false";
+            return Err(ConfigError::new(IMAGE, reason));
+        }
+    }
+    let top = match pivot {
+        None => path.to_owned(),
+        Some(new) => tree::resolve(path, new)
+            .filter(|found| found.is_dir())
+            .ok_or_else(|| {
+                let new = quoted(&new.to_string_lossy());
+                let reason = format!("{new} is not a directory of the image");
+                ConfigError::new(PIVOT_ROOT, reason)
+            })?,
+    };
+    if let Some(lacking) = tree::lacks(&top, mode) {
+        let hint = match mode {
+            Mode::Boot => "; to run a command instead of an init, set config.boot = false",
+            Mode::ProcessTwo | Mode::Plain => "",
+        };
+        let reason = format!(
+            "{} holds no operating system: it lacks {lacking}{hint}",
+            quoted(&top.to_string_lossy())
+        );
+        return Err(ConfigError::new(IMAGE, reason));
+    }
+    let unmerged = || {
+        path.join("bin")
+            .symlink_metadata()
+            .is_ok_and(|bin| bin.is_dir())
+    };
+    if volatile == Volatile::Yes && unmerged() {
+        let reason = "\"yes\" needs an image whose /bin is a link into /usr; use state or overlay";
+        return Err(ConfigError::new(VOLATILE, reason));
+    }
+    Ok(())
+}

@@ -1,0 +1,197 @@
+//! The words and small grammars that systemd-nspawn takes: tables and pure checks. Looks nothing up on the host.
+
+use crate::container::{Console, Volatile};
+
+use super::ConfigError;
+use super::decode::quoted;
+
+/// A word of an option and what it stands for.
+pub(super) type Words<T> = [(&'static str, T)];
+
+pub(super) const CONSOLE: &Words<Console> = &[
+    ("interactive", Console::Interactive),
+    ("read-only", Console::ReadOnly),
+    ("passive", Console::Passive),
+    ("pipe", Console::Pipe),
+    ("autopipe", Console::Autopipe),
+];
+
+pub(super) const VOLATILE: &Words<Volatile> = &[
+    ("yes", Volatile::Yes),
+    ("state", Volatile::State),
+    ("overlay", Volatile::Overlay),
+    ("no", Volatile::No),
+];
+
+pub(super) const RESOLV_CONF: &Words<()> = &[
+    ("off", ()),
+    ("copy-host", ()),
+    ("copy-static", ()),
+    ("copy-uplink", ()),
+    ("copy-stub", ()),
+    ("replace-host", ()),
+    ("replace-static", ()),
+    ("replace-uplink", ()),
+    ("replace-stub", ()),
+    ("bind-host", ()),
+    ("bind-static", ()),
+    ("bind-uplink", ()),
+    ("bind-stub", ()),
+    ("delete", ()),
+    ("auto", ()),
+];
+
+pub(super) const OWNERSHIP: &Words<()> = &[("off", ()), ("chown", ()), ("map", ()), ("auto", ())];
+
+pub(super) const DOWNLOAD_TYPE: &Words<()> = &[("tar", ()), ("raw", ()), ("docker", ())];
+
+pub(super) const DOWNLOAD_VERIFY: &Words<()> = &[("no", ()), ("checksum", ()), ("signature", ())];
+
+/// Words after the last `:` of a bind that systemd-nspawn takes as mount options.
+pub(super) const BIND_OPTIONS: &[&str] = &[
+    "rbind",
+    "norbind",
+    "idmap",
+    "noidmap",
+    "rootidmap",
+    "owneridmap",
+];
+
+/// The kernel's capabilities, by number.
+const CAPABILITIES: &[&str] = &[
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+];
+
+/// What `word` stands for, or an error that lists the words.
+pub(super) fn one_of<T: Copy>(
+    option: &str,
+    word: &str,
+    words: &Words<T>,
+) -> Result<T, ConfigError> {
+    words
+        .iter()
+        .find(|(known, _)| *known == word)
+        .map(|(_, meaning)| *meaning)
+        .ok_or_else(|| {
+            let known: Vec<_> = words.iter().map(|(known, _)| *known).collect();
+            let reason = format!("{} is not one of {}", quoted(word), known.join(", "));
+            ConfigError::new(option, reason)
+        })
+}
+
+/// The capabilities of a list, in upper case and each once. An element may hold several with commas between. `all` stands for
+/// every capability and stays as it is.
+pub(super) fn capabilities(option: &str, list: &[String]) -> Result<Vec<String>, ConfigError> {
+    let mut names = Vec::new();
+    for name in list.iter().flat_map(|element| element.split(',')) {
+        let upper = name.trim().to_ascii_uppercase();
+        let known = if upper == "ALL" {
+            "all"
+        } else {
+            CAPABILITIES
+                .iter()
+                .find(|known| **known == upper)
+                .ok_or_else(|| {
+                    let reason = format!(
+                        "{} is not a capability: give names such as CAP_NET_ADMIN, or all",
+                        quoted(name)
+                    );
+                    ConfigError::new(option, reason)
+                })?
+        };
+        if !names.iter().any(|name| name == known) {
+            names.push(known.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// Whether systemd-nspawn takes it as the name of an environment variable.
+pub(super) fn is_variable_name(name: &str) -> bool {
+    !name.starts_with(|first: char| first.is_ascii_digit())
+        && !name.is_empty()
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+}
+
+/// Whether the kernel and systemd take it as the name of a network interface.
+pub(super) fn is_interface_name(name: &str) -> bool {
+    (1..=15).contains(&name.len())
+        && !["all", "default", ".", ".."].contains(&name)
+        && !name.bytes().all(|byte| byte.is_ascii_digit())
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_graphic() && !b":/%".contains(&byte))
+}
+
+/// What is wrong with a range of user ids, `UID[:COUNT]`; nothing if it can be used.
+pub(super) fn uid_range_fault(range: &str) -> Option<&'static str> {
+    let (uid, count) = match range.split_once(':') {
+        None => (range, "65536"),
+        Some(parts) => parts,
+    };
+    let number = |text: &str| match text.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => text.parse::<u32>().ok(),
+        false => None,
+    };
+    let (Some(first), Some(count)) = (number(uid), number(count)) else {
+        return Some("is not one of yes, no, pick, identity, managed, and not UID[:COUNT]");
+    };
+    if [0xFFFF, u32::MAX].contains(&first) {
+        return Some("begins with a user id that the kernel keeps for itself");
+    }
+    if count == 0 {
+        return Some("is a range of no user ids");
+    }
+    // The last id of all is "no user" and can't be in a range.
+    if first > u32::MAX - count {
+        return Some("goes beyond the last user id, 4294967294");
+    }
+    None
+}
+
+/// The first control character in `text` makes it unfit for a command line or a log line.
+pub(super) fn has_control(text: &str) -> bool {
+    text.chars().any(char::is_control)
+}
