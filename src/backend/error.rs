@@ -65,3 +65,15 @@ impl BackendError {
         }
     }
 }
+
+/// An error with all its causes in one line, outermost first. For those who print: a message never repeats its source.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}

@@ -12,7 +12,7 @@ use crate::signal::Signal;
 pub mod error;
 pub mod nspawn;
 
-pub use error::BackendError;
+pub use error::{BackendError, chain};
 pub use nspawn::NspawnBackend;
 
 /// What a host does with containers.

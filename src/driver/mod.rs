@@ -1,1 +1,148 @@
-//! driver
+//! Reception: speaks Nomad's two services and decides nothing. It holds what the operator configured, hands every request on to
+//! the room that knows, and turns the answer back into Nomad's messages.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::backend::ContainerBackend;
+use crate::config::{Places, PluginConfig};
+use crate::task::Tasks;
+use crate::task::events::Events;
+
+mod base;
+mod fingerprint;
+mod service;
+mod stats;
+mod status;
+mod stream;
+mod wire;
+
+pub use stream::{EventStream, Feed};
+
+use stats::Compute;
+use status::CallError;
+
+/// The driver's name in job files.
+pub const NAME: &str = "nspawn";
+
+type Factory = dyn Fn(&PluginConfig) -> Arc<dyn ContainerBackend> + Send + Sync;
+
+/// What the operator and the agent told us last.
+#[derive(Debug, Clone)]
+struct Settings {
+    policy: PluginConfig,
+    backend: Arc<dyn ContainerBackend>,
+    compute: Option<Compute>,
+}
+
+/// The driver. Clones are the same driver.
+#[derive(Clone)]
+pub struct Driver {
+    factory: Arc<Factory>,
+    places: Arc<Places>,
+    /// `None` until somebody configures or needs it.
+    settings: watch::Sender<Option<Settings>>,
+    tasks: Tasks,
+    events: Events,
+    /// Calls that run to their end whoever goes away.
+    calls: TaskTracker,
+    root: CancellationToken,
+    closing: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for Driver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Driver")
+            .field("settings", &self.settings)
+            .field("tasks", &self.tasks)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Driver {
+    /// A driver without tasks, whose backends come from `factory`: one for each configuration it is given. Touches nothing.
+    pub fn new(
+        factory: impl Fn(&PluginConfig) -> Arc<dyn ContainerBackend> + Send + Sync + 'static,
+        places: Places,
+    ) -> Self {
+        let root = CancellationToken::new();
+        Self {
+            factory: Arc::new(factory),
+            places: Arc::new(places),
+            settings: watch::Sender::new(None),
+            tasks: Tasks::new(root.child_token()),
+            events: Events::default(),
+            calls: TaskTracker::new(),
+            root,
+            closing: Arc::new(AtomicBool::new(false)),
+        }
+    }
+
+    /// The root of the token tree: cancelling it ends everything of this process, and no task.
+    pub fn root(&self) -> CancellationToken {
+        self.root.clone()
+    }
+
+    /// Ends everything that runs here, and no task; waits at most for `limit`. Calls under way are not waited for.
+    pub async fn close(&self, limit: Duration) {
+        self.root.cancel();
+        self.calls.close();
+        self.tasks.close(limit).await;
+    }
+
+    /// Takes a configuration over. An unchanged one keeps its backend; tasks keep the one they were started with.
+    fn configure(&self, policy: PluginConfig, compute: Option<Compute>) {
+        self.settings.send_modify(|settings| {
+            let before = settings.take();
+            let compute = compute.or_else(|| before.as_ref()?.compute);
+            let kept = before.filter(|before| before.policy == policy);
+            let backend = kept.map_or_else(|| (self.factory)(&policy), |before| before.backend);
+            *settings = Some(Settings {
+                policy,
+                backend,
+                compute,
+            });
+        });
+    }
+
+    /// What holds now; the defaults where nobody configured anything.
+    fn settings(&self) -> Result<Settings, CallError> {
+        if let Some(settings) = self.settings.borrow().clone() {
+            return Ok(settings);
+        }
+        let defaults = PluginConfig::decode(&[])?;
+        // Somebody may have been faster; theirs holds.
+        self.settings.send_if_modified(|settings| {
+            let missing = settings.is_none();
+            if missing {
+                *settings = Some(Settings {
+                    backend: (self.factory)(&defaults),
+                    policy: defaults,
+                    compute: None,
+                });
+            }
+            missing
+        });
+        self.settings()
+    }
+
+    fn set_closing(&self, closing: bool) {
+        self.closing.store(closing, Ordering::Relaxed);
+    }
+
+    fn refuse_when_closing(&self) -> Result<(), CallError> {
+        if self.closing.load(Ordering::Relaxed) {
+            return Err(CallError::Closing);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,1 +1,152 @@
-//! plugin
+//! The porch: speaks the plugin framework's protocol, knows nothing of containers. It answers the host's invitation, serves one
+//! unix socket and ends when told. It never ends a task, and never waits for a call: a call that is cut off by the end of this
+//! process is taken up again by the next one, a call that is answered in a hurry would be taken for the end of its task.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+
+use crate::driver::Driver;
+use crate::proto::base::base_plugin_server::BasePluginServer;
+use crate::proto::driver::driver_server::DriverServer;
+use crate::proto::plugin::grpc_broker_server::GrpcBrokerServer;
+use crate::proto::plugin::grpc_controller_server::GrpcControllerServer;
+use crate::proto::plugin::grpc_stdio_server::GrpcStdioServer;
+
+mod controller;
+mod handshake;
+mod listen;
+pub mod log;
+
+pub use handshake::{HandshakeError, Invitation};
+pub use listen::ListenError;
+
+use controller::{Controller, QuietBroker, QuietStdio};
+
+/// The largest request that is taken; the environment of a task can be large, the library's own limit of 4 MiB is not.
+const LARGEST_REQUEST: usize = 256 << 20;
+/// What this process still says before it ends, it says in this time.
+const LAST_LINES: Duration = Duration::from_millis(100);
+/// Threads for requests; they wait more than they work.
+const THREADS: usize = 4;
+/// How long the tasks' desks may take to put down their pens once told to.
+const LAST_WORDS: Duration = Duration::from_millis(50);
+
+/// What a person reads who starts the plugin by hand.
+pub const NOTICE: &str = "\
+nomad-driver-nspawn is a task driver plugin for HashiCorp Nomad. There is nothing to do with it by hand in this way:
+put it into the directory that plugin_dir of the client's configuration names, add a block
+plugin \"nomad-driver-nspawn\" {}, and the Nomad client starts it by itself.
+";
+
+/// Why serving ended other than on request.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket could not be made.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The handshake line could not be written.
+    #[error("write the handshake line")]
+    Announce(#[source] std::io::Error),
+    /// The signals could not be watched.
+    #[error("watch for signals")]
+    Signals(#[source] std::io::Error),
+    /// The server failed.
+    #[error("serve the socket")]
+    Server(#[from] tonic::transport::Error),
+}
+
+/// Serves `driver` to the host that sent `invitation` until the host or SIGTERM ends it. The socket is gone on return; tasks
+/// keep running. The process shall end at once then, without waiting for what the runtime still holds.
+///
+/// SIGINT and SIGHUP reach the whole process group of a terminal and mean the agent, which needs this plugin to stop its tasks:
+/// they are ignored, with handlers, because an ignored signal would stay ignored in every program started from here.
+pub async fn serve(driver: Driver, invitation: Invitation) -> Result<(), ServeError> {
+    let announce = |socket: &Path| invitation.announce(socket);
+    serve_announced(driver, &invitation, announce).await
+}
+
+async fn serve_announced(
+    driver: Driver,
+    invitation: &Invitation,
+    announce: impl FnOnce(&Path) -> std::io::Result<()>,
+) -> Result<(), ServeError> {
+    let watch = |kind| signal(kind).map_err(ServeError::Signals);
+    let mut terminate = watch(SignalKind::terminate())?;
+    let _ignored = (
+        watch(SignalKind::interrupt())?,
+        watch(SignalKind::hangup())?,
+    );
+    let root = driver.root();
+
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health
+        .set_service_status("plugin", ServingStatus::Serving)
+        .await;
+    let (listener, socket) =
+        listen::listen(&invitation.socket_dir, invitation.socket_group.as_deref())?;
+    let server = Server::builder()
+        .max_concurrent_streams(Some(u32::MAX))
+        .add_service(health_service)
+        .add_service(GrpcControllerServer::new(Controller { root: root.clone() }))
+        .add_service(GrpcStdioServer::new(QuietStdio))
+        .add_service(GrpcBrokerServer::new(QuietBroker))
+        .add_service(
+            BasePluginServer::new(driver.clone()).max_decoding_message_size(LARGEST_REQUEST),
+        )
+        .add_service(DriverServer::new(driver.clone()).max_decoding_message_size(LARGEST_REQUEST))
+        .serve_with_incoming(UnixListenerStream::new(listener));
+    announce(socket.path()).map_err(ServeError::Announce)?;
+    tracing::debug!(version = env!("CARGO_PKG_VERSION"), "serving");
+
+    let ended = tokio::select! {
+        ended = server => ended.map_err(ServeError::from),
+        () = root.cancelled() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+    };
+    drop(socket);
+    driver.close(LAST_WORDS).await;
+    ended
+}
+
+/// The plugin life of this binary, from the invitation to the exit status. Logs to stderr in the agent's form.
+pub fn live(invitation: Invitation, driver: Driver) -> ExitCode {
+    let sink = log::install();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(THREADS)
+        .enable_all()
+        .build();
+    let code = match runtime {
+        Ok(runtime) => {
+            let served = runtime.block_on(serve(driver, invitation));
+            // Calls that are still open are cut off by the end of the process, which must not wait for them.
+            runtime.shutdown_background();
+            report(served)
+        }
+        Err(error) => {
+            tracing::error!(%error, "no threads can be started");
+            ExitCode::FAILURE
+        }
+    };
+    sink.flush(LAST_LINES);
+    code
+}
+
+fn report(served: Result<(), ServeError>) -> ExitCode {
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let error = crate::backend::chain(&error);
+            tracing::error!(error, "the plugin can't serve");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,3 @@
+//! The hermetic tests: a list of modules, nothing more.
 
+mod house;

@@ -1,0 +1,195 @@
+//! What the node says of itself: a reading of the host and the operator's wishes, turned into health and attributes. Pure. The
+//! description of a state never varies, because every new one is an event that travels to Nomad's servers.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::config::PluginConfig;
+use crate::container::{CgroupLayout, Probe};
+use crate::proto::driver::FingerprintResponse;
+use crate::proto::driver::fingerprint_response::HealthState;
+use crate::proto::structs::{Attribute, attribute::Value};
+
+/// The oldest systemd whose systemd-nspawn does what the driver needs.
+const OLDEST: u32 = 247;
+/// From this version on systemd knows cgroup version 2 alone.
+const V2_ALONE: u32 = 258;
+
+/// One reading, comparable with the one before.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Fingerprint {
+    health: HealthState,
+    description: String,
+    attributes: BTreeMap<&'static str, Value>,
+}
+
+impl Fingerprint {
+    pub(super) fn of(policy: &PluginConfig, probe: &Probe) -> Self {
+        if !policy.enabled {
+            return Self::undetected("disabled by the plugin configuration (enabled = false)");
+        }
+        if !probe.root {
+            return Self::undetected("Driver must run as root");
+        }
+        let version = match &probe.nspawn {
+            Ok(version) => *version,
+            Err(reason) => return Self::undetected(reason),
+        };
+        let split = matches!(probe.cgroup, CgroupLayout::V1 | CgroupLayout::Hybrid);
+        let (health, description) = if version < OLDEST {
+            let text = format!("systemd-nspawn {version} is too old: {OLDEST} or later is needed");
+            (HealthState::Unhealthy, text)
+        } else if version >= V2_ALONE && split {
+            let text = format!("systemd-nspawn {version} needs a host with cgroup version 2 alone");
+            (HealthState::Unhealthy, text)
+        } else {
+            (HealthState::Healthy, "Healthy".to_owned())
+        };
+        Self {
+            health,
+            description,
+            attributes: attributes(policy, probe, version),
+        }
+    }
+
+    /// Nothing is known of this host, for a reason that a person can act on.
+    pub(super) fn undetected(reason: &str) -> Self {
+        Self {
+            health: HealthState::Undetected,
+            description: reason.to_owned(),
+            attributes: BTreeMap::new(),
+        }
+    }
+
+    /// The message. Attributes that were `said` before and are no more are sent empty, which removes them from the node.
+    pub(super) fn response(&self, said: &mut BTreeSet<&'static str>) -> FingerprintResponse {
+        said.extend(self.attributes.keys());
+        let empty = Value::StringVal(String::new());
+        let value = |name| self.attributes.get(name).unwrap_or(&empty).clone();
+        let attribute = |name| Attribute {
+            value: Some(value(name)),
+            unit: String::new(),
+        };
+        FingerprintResponse {
+            attributes: said
+                .iter()
+                .map(|name| ((*name).to_owned(), attribute(*name)))
+                .collect(),
+            health: self.health.into(),
+            health_description: self.description.clone(),
+            err: String::new(),
+        }
+    }
+}
+
+fn attributes(policy: &PluginConfig, probe: &Probe, version: u32) -> BTreeMap<&'static str, Value> {
+    let cgroup = match probe.cgroup {
+        CgroupLayout::V2 => "v2",
+        CgroupLayout::Hybrid => "hybrid",
+        CgroupLayout::V1 => "v1",
+        CgroupLayout::None => "none",
+    };
+    BTreeMap::from([
+        ("driver.nspawn", Value::BoolVal(true)),
+        (
+            "driver.nspawn.version",
+            Value::StringVal(version.to_string()),
+        ),
+        ("driver.nspawn.volumes", Value::BoolVal(policy.volumes)),
+        ("driver.nspawn.cgroup", Value::StringVal(cgroup.to_owned())),
+        (
+            "driver.nspawn.user_namespaces",
+            Value::BoolVal(probe.user_namespaces),
+        ),
+        ("driver.nspawn.machined", Value::BoolVal(probe.machined)),
+        (
+            "driver.nspawn.idmapped_mounts",
+            Value::BoolVal(probe.idmapped_mounts),
+        ),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::tests::{hex, policy, probe};
+    use prost::Message as _;
+    use rstest::rstest;
+
+    fn host(change: impl FnOnce(&mut PluginConfig, &mut Probe)) -> (PluginConfig, Probe) {
+        let (mut policy, mut probe) = (policy(), probe());
+        change(&mut policy, &mut probe);
+        (policy, probe)
+    }
+
+    const TOO_OLD: &str = "systemd-nspawn 246 is too old: 247 or later is needed";
+    const TOO_NEW: &str = "systemd-nspawn 258 needs a host with cgroup version 2 alone";
+    const OFF: &str = "disabled by the plugin configuration (enabled = false)";
+
+    #[rstest]
+    #[case::fine(host(|_, _| ()), HealthState::Healthy, "Healthy")]
+    #[case::oldest(host(|_, p| p.nspawn = Ok(247)), HealthState::Healthy, "Healthy")]
+    #[case::old(host(|_, p| p.nspawn = Ok(246)), HealthState::Unhealthy, TOO_OLD)]
+    #[case::new_on_v1(host(|_, p| { p.nspawn = Ok(258); p.cgroup = CgroupLayout::V1 }), HealthState::Unhealthy, TOO_NEW)]
+    #[case::new_on_hybrid(host(|_, p| { p.nspawn = Ok(258); p.cgroup = CgroupLayout::Hybrid }), HealthState::Unhealthy, TOO_NEW)]
+    #[case::new_on_v2(host(|_, p| p.nspawn = Ok(262)), HealthState::Healthy, "Healthy")]
+    #[case::v1(host(|_, p| p.cgroup = CgroupLayout::V1), HealthState::Healthy, "Healthy")]
+    #[case::missing(host(|_, p| p.nspawn = Err("not on PATH".into())), HealthState::Undetected, "not on PATH")]
+    #[case::user(host(|_, p| p.root = false), HealthState::Undetected, "Driver must run as root")]
+    #[case::off(host(|c, p| { c.enabled = false; p.root = false }), HealthState::Undetected, OFF)]
+    fn every_host_has_its_health(
+        #[case] (policy, probe): (PluginConfig, Probe),
+        #[case] health: HealthState,
+        #[case] description: &str,
+    ) {
+        let print = Fingerprint::of(&policy, &probe);
+        assert_eq!(
+            (print.health, print.description.as_str()),
+            (health, description)
+        );
+        assert_eq!(
+            print.attributes.is_empty(),
+            health == HealthState::Undetected
+        );
+    }
+
+    #[test]
+    fn what_vanishes_is_said_to_be_empty() {
+        let mut said = BTreeSet::new();
+        let first = Fingerprint::of(&policy(), &probe()).response(&mut said);
+        assert_eq!(
+            first.attributes["driver.nspawn"].value,
+            Some(Value::BoolVal(true))
+        );
+        assert_eq!(
+            first.attributes["driver.nspawn.version"].value,
+            Some(Value::StringVal("252".to_owned()))
+        );
+        let gone = Fingerprint::undetected("gone").response(&mut said);
+        assert_eq!(gone.attributes.len(), first.attributes.len());
+        let empty = Some(Value::StringVal(String::new()));
+        assert!(
+            gone.attributes
+                .values()
+                .all(|attribute| attribute.value == empty)
+        );
+        let never = Fingerprint::undetected("gone").response(&mut BTreeSet::new());
+        assert!(never.attributes.is_empty());
+    }
+
+    #[test]
+    fn the_message_has_the_golden_bytes() {
+        let print = Fingerprint {
+            health: HealthState::Healthy,
+            description: "Healthy".to_owned(),
+            attributes: BTreeMap::from([(
+                "driver.nspawn.version",
+                Value::StringVal("252".to_owned()),
+            )]),
+        };
+        let golden = "0a1e0a156472697665722e6e737061776e2e76657273696f6e12051a0332353210021a074865616c746879";
+        assert_eq!(
+            hex(&print.response(&mut BTreeSet::new()).encode_to_vec()),
+            golden
+        );
+    }
+}

@@ -1,0 +1,347 @@
+//! The driver service: decode, one call, encode; a short method per verb. What changes a task runs apart from the handler, so
+//! that an agent that dies in the middle leaves nothing half done.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::status::CallError;
+use super::stream::{EventStream, Feed};
+use super::{Driver, Settings, wire};
+use crate::config::{self, Checked};
+use crate::container::Started;
+use crate::proto::driver as proto;
+use crate::proto::driver::driver_capabilities::FsIsolation;
+use crate::proto::driver::driver_server::Driver as DriverService;
+use crate::proto::driver::network_isolation_spec::NetworkIsolationMode;
+use crate::signal::Signal;
+use crate::task::{Identity, TaskError, handle};
+
+type Answer<T> = Result<Response<T>, Status>;
+
+fn answer<T>(result: Result<T, CallError>) -> Answer<T> {
+    Ok(Response::new(result?))
+}
+
+fn capabilities() -> proto::DriverCapabilities {
+    proto::DriverCapabilities {
+        send_signals: true,
+        exec: false,
+        fs_isolation: FsIsolation::Image.into(),
+        network_isolation_modes: vec![
+            NetworkIsolationMode::Host.into(),
+            NetworkIsolationMode::Group.into(),
+        ],
+        ..Default::default()
+    }
+}
+
+#[tonic::async_trait]
+impl DriverService for Driver {
+    async fn init(&self, _: Request<proto::InitRequest>) -> Answer<proto::InitResponse> {
+        // A host that attaches again after it said goodbye is served again.
+        self.set_closing(false);
+        Ok(Response::new(proto::InitResponse {}))
+    }
+
+    async fn shutdown(
+        &self,
+        _: Request<proto::ShutdownRequest>,
+    ) -> Answer<proto::ShutdownResponse> {
+        self.set_closing(true);
+        Ok(Response::new(proto::ShutdownResponse {}))
+    }
+
+    async fn task_config_schema(
+        &self,
+        _: Request<proto::TaskConfigSchemaRequest>,
+    ) -> Answer<proto::TaskConfigSchemaResponse> {
+        let spec = Some(config::task_schema());
+        Ok(Response::new(proto::TaskConfigSchemaResponse { spec }))
+    }
+
+    async fn capabilities(
+        &self,
+        _: Request<proto::CapabilitiesRequest>,
+    ) -> Answer<proto::CapabilitiesResponse> {
+        let capabilities = Some(capabilities());
+        Ok(Response::new(proto::CapabilitiesResponse { capabilities }))
+    }
+
+    type FingerprintStream = Feed<proto::FingerprintResponse>;
+
+    async fn fingerprint(
+        &self,
+        _: Request<proto::FingerprintRequest>,
+    ) -> Answer<Self::FingerprintStream> {
+        Ok(Response::new(self.fingerprint_feed()))
+    }
+
+    async fn start_task(
+        &self,
+        request: Request<proto::StartTaskRequest>,
+    ) -> Answer<proto::StartTaskResponse> {
+        let task = request
+            .into_inner()
+            .task
+            .ok_or(CallError::Missing("task"))?;
+        let driver = self.clone();
+        let (caller, outcome) = oneshot::channel();
+        self.calls.spawn(async move {
+            let id = task.id.clone();
+            let started = driver.start(task).await;
+            if let Err(Ok(_)) = caller.send(started) {
+                // The agent died meanwhile: nobody holds the handle, so nobody would ever ask for this task again.
+                driver.abandon(&id).await;
+            }
+        });
+        answer(outcome.await.unwrap_or(Err(CallError::Panicked)))
+    }
+
+    async fn recover_task(
+        &self,
+        request: Request<proto::RecoverTaskRequest>,
+    ) -> Answer<proto::RecoverTaskResponse> {
+        let handle = request
+            .into_inner()
+            .handle
+            .ok_or(CallError::Missing("handle"))?;
+        let driver = self.clone();
+        let recovered = self.apart(async move { driver.recover(handle).await });
+        answer(recovered.await.map(|()| proto::RecoverTaskResponse {}))
+    }
+
+    async fn wait_task(
+        &self,
+        request: Request<proto::WaitTaskRequest>,
+    ) -> Answer<proto::WaitTaskResponse> {
+        let task = self
+            .tasks
+            .get(&request.into_inner().task_id)
+            .map_err(CallError::from)?;
+        match task.wait().await {
+            Some(Ok(exit)) => Ok(Response::new(wire::wait_response(&exit))),
+            Some(Err(error)) => Err(CallError::from(error).into()),
+            // This process is ending. Any answer would be taken for the end of the task; the connection's end is not.
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn stop_task(
+        &self,
+        request: Request<proto::StopTaskRequest>,
+    ) -> Answer<proto::StopTaskResponse> {
+        let request = request.into_inner();
+        let Ok(task) = self.tasks.get(&request.task_id) else {
+            // An error would be retried for minutes, for a task that is not there.
+            return Ok(Response::new(proto::StopTaskResponse {}));
+        };
+        let signal = parse_signal(&request.signal)?;
+        let grace = wire::duration(request.timeout);
+        let stopped = self.apart(async move {
+            match task.stop(signal, grace).await {
+                Ok(()) | Err(TaskError::Unknown) => Ok(()),
+                Err(error) => Err(error.into()),
+            }
+        });
+        answer(stopped.await.map(|()| proto::StopTaskResponse {}))
+    }
+
+    async fn destroy_task(
+        &self,
+        request: Request<proto::DestroyTaskRequest>,
+    ) -> Answer<proto::DestroyTaskResponse> {
+        let request = request.into_inner();
+        let driver = self.clone();
+        let destroyed = self.apart(async move {
+            let backend = driver.settings()?.backend;
+            Ok(driver
+                .tasks
+                .destroy(backend, &request.task_id, request.force)
+                .await?)
+        });
+        answer(destroyed.await.map(|()| proto::DestroyTaskResponse {}))
+    }
+
+    async fn inspect_task(
+        &self,
+        request: Request<proto::InspectTaskRequest>,
+    ) -> Answer<proto::InspectTaskResponse> {
+        let task = self
+            .tasks
+            .get(&request.into_inner().task_id)
+            .map_err(CallError::from)?;
+        Ok(Response::new(wire::inspect_response(&task)))
+    }
+
+    async fn signal_task(
+        &self,
+        request: Request<proto::SignalTaskRequest>,
+    ) -> Answer<proto::SignalTaskResponse> {
+        let request = request.into_inner();
+        let task = self.tasks.get(&request.task_id).map_err(CallError::from)?;
+        let signal: Signal = request.signal.parse().map_err(CallError::from)?;
+        let sent = self.apart(async move { Ok(task.signal(signal).await?) });
+        answer(sent.await.map(|()| proto::SignalTaskResponse {}))
+    }
+
+    type TaskStatsStream = Feed<proto::TaskStatsResponse>;
+
+    async fn task_stats(
+        &self,
+        request: Request<proto::TaskStatsRequest>,
+    ) -> Answer<Self::TaskStatsStream> {
+        let request = request.into_inner();
+        let task = self.tasks.get(&request.task_id).ok();
+        let every = wire::duration(request.collection_interval);
+        Ok(Response::new(self.stats_feed(task, every)))
+    }
+
+    type TaskEventsStream = EventStream;
+
+    async fn task_events(
+        &self,
+        _: Request<proto::TaskEventsRequest>,
+    ) -> Answer<Self::TaskEventsStream> {
+        Ok(Response::new(self.event_stream()))
+    }
+
+    async fn exec_task(
+        &self,
+        _: Request<proto::ExecTaskRequest>,
+    ) -> Answer<proto::ExecTaskResponse> {
+        Err(CallError::Unsupported("running a command in a task (exec)").into())
+    }
+
+    type ExecTaskStreamingStream =
+        tokio_stream::Pending<Result<proto::ExecTaskStreamingResponse, Status>>;
+
+    async fn exec_task_streaming(
+        &self,
+        _: Request<Streaming<proto::ExecTaskStreamingRequest>>,
+    ) -> Answer<Self::ExecTaskStreamingStream> {
+        Err(CallError::Unsupported("running a command in a task (exec)").into())
+    }
+
+    async fn create_network(
+        &self,
+        _: Request<proto::CreateNetworkRequest>,
+    ) -> Answer<proto::CreateNetworkResponse> {
+        Err(CallError::Unsupported("making the network of an allocation").into())
+    }
+
+    async fn destroy_network(
+        &self,
+        _: Request<proto::DestroyNetworkRequest>,
+    ) -> Answer<proto::DestroyNetworkResponse> {
+        Err(CallError::Unsupported("removing the network of an allocation").into())
+    }
+}
+
+/// The job's signal; an empty name leaves the choice to the backend.
+fn parse_signal(name: &str) -> Result<Option<Signal>, CallError> {
+    let given = Some(name).filter(|name| !name.is_empty());
+    Ok(given.map(str::parse).transpose()?)
+}
+
+impl Driver {
+    async fn start(&self, task: proto::TaskConfig) -> Result<proto::StartTaskResponse, CallError> {
+        self.refuse_when_closing()?;
+        let settings = self.settings()?;
+        let identity = wire::identity(&task);
+        let Checked { spec, notes } = self.check(&task, &settings).await?;
+        self.tell_all(&identity, &notes);
+        let started = self
+            .tasks
+            .start(settings.backend, identity.clone(), spec)
+            .await?;
+        self.tell_all(&identity, &started.notes);
+        let driver_state = self.state_to_keep(&started).await?;
+        Ok(proto::StartTaskResponse {
+            handle: Some(proto::TaskHandle {
+                version: handle::VERSION,
+                // Unchanged: Nomad finds the task by it after a restart.
+                config: Some(task),
+                state: proto::TaskState::Running.into(),
+                driver_state,
+            }),
+            ..Default::default()
+        })
+    }
+
+    /// Has the configuration checked. Looking paths up may take long on a network file system, so it is done where that harms
+    /// nobody.
+    async fn check(
+        &self,
+        task: &proto::TaskConfig,
+        settings: &Settings,
+    ) -> Result<Checked, CallError> {
+        let grants = wire::grants(task)?;
+        let bytes = task.msgpack_driver_config.clone();
+        let (policy, places) = (settings.policy.clone(), Arc::clone(&self.places));
+        let checked = tokio::task::spawn_blocking(move || {
+            config::container(&bytes, &grants, &policy, &places)
+        });
+        Ok(checked.await.map_err(|_| CallError::Panicked)??)
+    }
+
+    /// The state for Nomad to keep. Without it the task could never be found again, so it must not run on.
+    async fn state_to_keep(&self, started: &Started) -> Result<Vec<u8>, CallError> {
+        match handle::encode(started) {
+            Ok(state) => Ok(state),
+            Err(error) => {
+                self.abandon(&started.id).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Ends and clears away a task that nobody will ask for.
+    async fn abandon(&self, id: &str) {
+        tracing::warn!(task = id, "nobody can hold the task's handle: it is ended");
+        let destroyed = match self.settings() {
+            Ok(settings) => self
+                .tasks
+                .destroy(settings.backend, id, true)
+                .await
+                .map_err(CallError::from),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = destroyed {
+            tracing::error!(
+                task = id,
+                error = crate::backend::chain(&error),
+                "the task is left over"
+            );
+        }
+    }
+
+    async fn recover(&self, handle: proto::TaskHandle) -> Result<(), CallError> {
+        let config = handle.config.ok_or(CallError::Missing("handle.config"))?;
+        let identity = wire::identity(&config);
+        let started = handle::decode(handle.version, &handle.driver_state, &identity.id)?;
+        let backend = self.settings()?.backend;
+        let id = identity.id.clone();
+        self.tasks.recover(backend, identity, started).await?;
+        tracing::info!(task = id, "recovered");
+        Ok(())
+    }
+
+    fn tell_all(&self, identity: &Identity, notes: &[String]) {
+        for note in notes {
+            self.events.tell(identity, note);
+        }
+    }
+
+    /// Runs a call to its end even if the caller goes away, and turns its panic into an error of this call alone.
+    async fn apart<T: Send + 'static>(
+        &self,
+        call: impl Future<Output = Result<T, CallError>> + Send + 'static,
+    ) -> Result<T, CallError> {
+        self.calls
+            .spawn(call)
+            .await
+            .unwrap_or(Err(CallError::Panicked))
+    }
+}

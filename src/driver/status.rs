@@ -1,0 +1,179 @@
+//! The one place where our errors become gRPC statuses. Nomad reads three things from one: whether it may retry (a detail that
+//! only a transient error of the host carries), the text, which a person reads, and the two codes UNAVAILABLE and CANCELLED,
+//! which it takes for the end of this process; those are never given.
+
+use prost::Message as _;
+use tonic::{Code, Status};
+
+use crate::backend::{BackendError, chain};
+use crate::config::ConfigError;
+use crate::proto::{rpc, structs};
+use crate::signal::UnknownSignal;
+use crate::task::TaskError;
+use crate::task::handle::HandleError;
+
+/// A tool's output can be long; a trailer can't.
+const LONGEST_MESSAGE: usize = 4 * 1024;
+const RECOVERABLE_TYPE: &str =
+    "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";
+
+/// Why a call fails.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CallError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Signal(#[from] UnknownSignal),
+    #[error("the request has no {0}")]
+    Missing(&'static str),
+    #[error("{0}")]
+    Request(String),
+    #[error(transparent)]
+    Handle(#[from] HandleError),
+    #[error(transparent)]
+    Task(#[from] TaskError),
+    #[error("the plugin is shutting down and starts no more tasks")]
+    Closing,
+    #[error("{0} is not supported by this driver")]
+    Unsupported(&'static str),
+    #[error("internal error, see the client's log")]
+    Panicked,
+}
+
+impl From<CallError> for Status {
+    fn from(error: CallError) -> Self {
+        let (code, retry) = match &error {
+            CallError::Config(_)
+            | CallError::Signal(_)
+            | CallError::Missing(_)
+            | CallError::Request(_) => (Code::InvalidArgument, false),
+            CallError::Handle(_) => (Code::FailedPrecondition, false),
+            CallError::Closing => (Code::FailedPrecondition, true),
+            CallError::Unsupported(_) => (Code::Unimplemented, false),
+            CallError::Panicked
+            | CallError::Task(TaskError::Panicked | TaskError::AttachTimeout(_)) => {
+                (Code::Internal, false)
+            }
+            CallError::Task(TaskError::AlreadyKnown(_)) => (Code::AlreadyExists, false),
+            CallError::Task(TaskError::Unknown) => (Code::NotFound, false),
+            CallError::Task(TaskError::NotRunning | TaskError::StillRunning) => {
+                (Code::FailedPrecondition, false)
+            }
+            CallError::Task(TaskError::Backend(cause)) => match cause {
+                cause if cause.is_transient() => (Code::FailedPrecondition, true),
+                BackendError::Unsupported { .. } => (Code::FailedPrecondition, false),
+                _ => (Code::Internal, false),
+            },
+        };
+        let mut message = chain(&error);
+        message.truncate(message.floor_char_boundary(LONGEST_MESSAGE));
+        if retry {
+            let details = recoverable(code, &message);
+            return Self::with_details(code, message, details.into());
+        }
+        Self::new(code, message)
+    }
+}
+
+/// The rich status that allows a retry.
+fn recoverable(code: Code, message: &str) -> Vec<u8> {
+    let mark = structs::RecoverableError { recoverable: true };
+    rpc::Status {
+        code: code.into(),
+        message: message.to_owned(),
+        details: vec![prost_types::Any {
+            type_url: RECOVERABLE_TYPE.to_owned(),
+            value: mark.encode_to_vec(),
+        }],
+    }
+    .encode_to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::tests::hex;
+    use rstest::rstest;
+
+    fn start(transient: bool) -> CallError {
+        let error = BackendError::Start {
+            machine: "m".to_owned(),
+            step: "boot",
+            reason: "no".to_owned(),
+            transient,
+        };
+        TaskError::from(error).into()
+    }
+
+    #[test]
+    fn the_retry_mark_has_the_golden_bytes() {
+        let golden = "08091204626f6f6d1a510a4b747970652e676f6f676c65617069732e636f6d2f6861736869636f72702e6e6f6d61642e706c7567696e732e7368617265642e737472756374732e5265636f76657261626c654572726f7212020801";
+        assert_eq!(hex(&recoverable(Code::FailedPrecondition, "boom")), golden);
+    }
+
+    #[test]
+    fn only_what_may_pass_by_itself_may_be_retried() {
+        let transient = Status::from(start(true));
+        assert_eq!(transient.code(), Code::FailedPrecondition);
+        let details = rpc::Status::decode(transient.details()).unwrap();
+        assert_eq!(details.message, transient.message());
+        assert_eq!(details.details[0].type_url, RECOVERABLE_TYPE);
+
+        let lasting = Status::from(start(false));
+        assert_eq!(lasting.code(), Code::Internal);
+        assert!(lasting.details().is_empty());
+        assert_eq!(lasting.message(), "machine m: boot failed: no");
+    }
+
+    #[test]
+    fn a_configuration_error_is_final_and_told_in_one_line() {
+        let status = Status::from(CallError::from(ConfigError {
+            option: "config.volatile".to_owned(),
+            reason: "\"maybe\" is not one of yes, state, overlay, no".to_owned(),
+        }));
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.details().is_empty());
+        assert_eq!(
+            status.message(),
+            "config.volatile: \"maybe\" is not one of yes, state, overlay, no"
+        );
+    }
+
+    #[test]
+    fn a_message_tells_its_causes_once_and_stays_short() {
+        let io = |cause: String| {
+            let error = BackendError::Io {
+                step: "write",
+                path: "/run/x".into(),
+                source: std::io::Error::other(cause),
+            };
+            Status::from(CallError::from(TaskError::from(error)))
+        };
+        assert_eq!(io("full".to_owned()).message(), "write /run/x: full");
+        assert!(io("ä".repeat(9000)).message().len() <= LONGEST_MESSAGE);
+    }
+
+    #[rstest]
+    #[case(TaskError::Unknown.into(), Code::NotFound, "task not found for given id")]
+    #[case(TaskError::AlreadyKnown("i".into()).into(), Code::AlreadyExists, "task \"i\" is already known")]
+    #[case(TaskError::NotRunning.into(), Code::FailedPrecondition, "the task is not running")]
+    #[case(HandleError::Version(9).into(), Code::FailedPrecondition, "handle version 9 is not known to this driver, which writes version 2")]
+    #[case(
+        CallError::Missing("task"),
+        Code::InvalidArgument,
+        "the request has no task"
+    )]
+    #[case(
+        CallError::Unsupported("exec"),
+        Code::Unimplemented,
+        "exec is not supported by this driver"
+    )]
+    fn every_refusal_has_its_code(
+        #[case] error: CallError,
+        #[case] code: Code,
+        #[case] message: &str,
+    ) {
+        let status = Status::from(error);
+        assert_eq!((status.code(), status.message()), (code, message));
+    }
+}

@@ -1,0 +1,589 @@
+//! The verbs against a mock of the backend, as Nomad would call them.
+
+use std::time::Duration;
+
+use mockall::predicate::{always, eq};
+use prost::Message as _;
+use tokio::time::timeout;
+use tokio_stream::StreamExt as _;
+use tonic::{Code, Request};
+
+use super::*;
+use crate::backend::{BackendError, MockContainerBackend};
+use crate::container::{CgroupLayout, Exit, Probe, Usage};
+use crate::proto::driver as proto;
+use crate::proto::driver::driver_server::Driver as DriverService;
+use crate::proto::driver::fingerprint_response::HealthState;
+use crate::proto::hclspec;
+use crate::signal::Signal;
+use crate::task::handle;
+use crate::task::tests::{Stage, exit, identity, spec, started, starts};
+
+const ID: &str = "a/t/1";
+const LIMIT: Duration = Duration::from_secs(20);
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub(crate) fn policy() -> PluginConfig {
+    PluginConfig {
+        enabled: true,
+        volumes: true,
+        state_dir: "/run/nomad-driver-nspawn".into(),
+        nspawn_path: None,
+    }
+}
+
+pub(crate) fn probe() -> Probe {
+    Probe {
+        nspawn: Ok(252),
+        root: true,
+        cgroup: CgroupLayout::V2,
+        user_namespaces: true,
+        machined: false,
+        idmapped_mounts: true,
+    }
+}
+
+/// A configured driver with this backend.
+pub(crate) fn driver(backend: Arc<dyn ContainerBackend>) -> Driver {
+    let places = Places {
+        plugin_dir: "/opt/nomad/plugins".into(),
+        machine_dirs: Vec::new(),
+    };
+    let driver = Driver::new(move |_| Arc::clone(&backend), places);
+    driver.configure(policy(), None);
+    driver
+}
+
+/// A driver with one running task, and the hand that ends it.
+async fn running(mock: MockContainerBackend) -> (Driver, watch::Sender<Option<Exit>>) {
+    let (stage, end) = Stage::new(mock);
+    let driver = driver(stage.clone());
+    driver
+        .tasks
+        .start(stage, identity(ID), spec(ID))
+        .await
+        .unwrap();
+    (driver, end)
+}
+
+fn kept(version: i32, id: &str) -> Request<proto::RecoverTaskRequest> {
+    Request::new(proto::RecoverTaskRequest {
+        task_id: String::new(),
+        handle: Some(proto::TaskHandle {
+            version,
+            config: Some(proto::TaskConfig {
+                id: id.to_owned(),
+                name: "t".to_owned(),
+                alloc_id: "a".to_owned(),
+                ..Default::default()
+            }),
+            state: proto::TaskState::Running.into(),
+            driver_state: handle::encode(&started(ID)).unwrap(),
+        }),
+    })
+}
+
+fn wait_request() -> Request<proto::WaitTaskRequest> {
+    Request::new(proto::WaitTaskRequest {
+        task_id: ID.to_owned(),
+    })
+}
+
+fn stop_request(id: &str, signal: &str, seconds: i64) -> Request<proto::StopTaskRequest> {
+    Request::new(proto::StopTaskRequest {
+        task_id: id.to_owned(),
+        timeout: Some(prost_types::Duration { seconds, nanos: 0 }),
+        signal: signal.to_owned(),
+    })
+}
+
+fn destroy_request(force: bool) -> Request<proto::DestroyTaskRequest> {
+    Request::new(proto::DestroyTaskRequest {
+        task_id: ID.to_owned(),
+        force,
+    })
+}
+
+fn inspect_request() -> Request<proto::InspectTaskRequest> {
+    Request::new(proto::InspectTaskRequest {
+        task_id: ID.to_owned(),
+    })
+}
+
+#[tokio::test]
+async fn capabilities_have_the_golden_bytes_but_for_exec() {
+    let driver = driver(Arc::new(MockContainerBackend::new()));
+    let response = driver
+        .capabilities(Request::new(proto::CapabilitiesRequest {}))
+        .await
+        .unwrap()
+        .into_inner();
+    let given = response.capabilities.unwrap();
+    assert!(!given.exec, "not built");
+    let with_exec = proto::CapabilitiesResponse {
+        capabilities: Some(proto::DriverCapabilities {
+            exec: true,
+            ..given
+        }),
+    };
+    assert_eq!(hex(&with_exec.encode_to_vec()), "0a0a08011001180222020001");
+}
+
+#[test]
+fn the_transcribed_messages_have_the_golden_bytes() {
+    use hclspec::spec::Block;
+    let spec = |block| hclspec::Spec { block: Some(block) };
+    let enabled = spec(Block::Attr(hclspec::Attr {
+        name: "enabled".to_owned(),
+        r#type: "bool".to_owned(),
+        required: false,
+    }));
+    let literal = spec(Block::Literal(hclspec::Literal {
+        value: "true".to_owned(),
+    }));
+    let default = spec(Block::Default(Box::new(hclspec::Default {
+        primary: Some(Box::new(enabled)),
+        default: Some(Box::new(literal)),
+    })));
+    let object = spec(Block::Object(hclspec::Object {
+        attributes: [("enabled".to_owned(), default)].into(),
+    }));
+    let golden = "0a2c0a2a0a07656e61626c6564121f4a1d0a111a0f0a07656e61626c65641204626f6f6c120852060a0474727565";
+    assert_eq!(hex(&object.encode_to_vec()), golden);
+
+    let exited = proto::ExecTaskStreamingResponse {
+        exited: true,
+        result: Some(proto::ExitResult {
+            exit_code: 43,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    assert_eq!(hex(&exited.encode_to_vec()), "18012202082b");
+    let closed = proto::ExecTaskStreamingResponse {
+        stdout: Some(proto::ExecTaskStreamingIoOperation {
+            close: true,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    assert_eq!(hex(&closed.encode_to_vec()), "0a021001");
+}
+
+#[tokio::test]
+async fn an_unchanged_configuration_keeps_its_backend() {
+    let made = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counter = Arc::clone(&made);
+    let places = Places {
+        plugin_dir: "/".into(),
+        machine_dirs: Vec::new(),
+    };
+    let factory = move |_: &PluginConfig| -> Arc<dyn ContainerBackend> {
+        counter.fetch_add(1, Ordering::Relaxed);
+        Arc::new(MockContainerBackend::new())
+    };
+    let driver = Driver::new(factory, places);
+    assert_eq!(made.load(Ordering::Relaxed), 0);
+    driver.configure(policy(), None);
+    driver.configure(policy(), None);
+    assert_eq!(made.load(Ordering::Relaxed), 1);
+    let off = PluginConfig {
+        enabled: false,
+        ..policy()
+    };
+    driver.configure(off.clone(), None);
+    assert_eq!(made.load(Ordering::Relaxed), 2);
+    assert_eq!(driver.settings().unwrap().policy, off, "the last one wins");
+}
+
+#[tokio::test]
+async fn a_kept_handle_alone_finds_the_task_again() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_attach()
+        .times(1)
+        .returning(|started| Ok(started.clone()));
+    let (stage, end) = Stage::new(mock);
+    let driver = driver(stage);
+    driver.recover_task(kept(2, ID)).await.unwrap();
+    driver.recover_task(kept(2, ID)).await.unwrap();
+    end.send_replace(Some(exit(7, 0)));
+    let waited = timeout(LIMIT, driver.wait_task(wait_request()))
+        .await
+        .unwrap()
+        .unwrap()
+        .into_inner();
+    assert_eq!(waited.result.unwrap().exit_code, 7);
+    assert_eq!(waited.err, "");
+}
+
+#[tokio::test]
+async fn a_handle_that_is_not_ours_is_refused_and_can_be_destroyed() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_remove()
+        .with(eq(ID))
+        .times(1)
+        .returning(|_| Ok(()));
+    let driver = driver(Arc::new(mock));
+    let go = driver.recover_task(kept(1, ID)).await.unwrap_err();
+    assert_eq!(go.code(), Code::FailedPrecondition);
+    assert!(go.message().contains("Go driver"), "{}", go.message());
+    let other = driver.recover_task(kept(2, "other")).await.unwrap_err();
+    assert!(
+        other.message().contains("belongs to"),
+        "{}",
+        other.message()
+    );
+    let none = driver
+        .recover_task(Request::new(proto::RecoverTaskRequest::default()))
+        .await
+        .unwrap_err();
+    assert_eq!(none.code(), Code::InvalidArgument);
+    driver.destroy_task(destroy_request(true)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_recovery_that_fails_leaves_nothing_known() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_attach().returning(|_| {
+        Err(BackendError::Lost {
+            machine: "t-a".to_owned(),
+            reason: "the host was booted since".to_owned(),
+        })
+    });
+    let driver = driver(Arc::new(mock));
+    let lost = driver.recover_task(kept(2, ID)).await.unwrap_err();
+    assert_eq!(
+        lost.message(),
+        "machine t-a is lost: the host was booted since"
+    );
+    assert_eq!(
+        driver.wait_task(wait_request()).await.unwrap_err().code(),
+        Code::NotFound
+    );
+}
+
+#[tokio::test]
+async fn inspection_is_complete_at_every_moment() {
+    let (driver, end) = running(starts()).await;
+    let look = async || {
+        driver
+            .inspect_task(inspect_request())
+            .await
+            .unwrap()
+            .into_inner()
+            .task
+            .unwrap()
+    };
+    let up = look().await;
+    assert_eq!(
+        (up.id.as_str(), up.name.as_str(), up.state()),
+        (ID, "t", proto::TaskState::Running)
+    );
+    assert_eq!(up.started_at.unwrap().seconds, 1_700_000_000);
+    assert_eq!(up.completed_at, Some(wire::NOT_YET));
+    assert!(up.result.is_some());
+    end.send_replace(Some(exit(137, 9)));
+    timeout(LIMIT, driver.wait_task(wait_request()))
+        .await
+        .unwrap()
+        .unwrap();
+    let over = look().await;
+    assert_eq!(over.state(), proto::TaskState::Exited);
+    assert_eq!(over.completed_at.unwrap().seconds, 1_700_000_001);
+    assert_eq!(over.result.unwrap().signal, 9);
+}
+
+#[tokio::test]
+async fn a_lost_watch_is_an_answer_with_an_error_text() {
+    let (driver, end) = running(starts()).await;
+    end.send_replace(Some(Exit {
+        error: Some("the watch was lost".to_owned()),
+        ..exit(1, 0)
+    }));
+    let waited = timeout(LIMIT, driver.wait_task(wait_request()))
+        .await
+        .unwrap()
+        .unwrap()
+        .into_inner();
+    assert!(waited.result.is_some());
+    assert_eq!(waited.err, "the watch was lost");
+}
+
+#[tokio::test]
+async fn unknown_ids_are_answered_as_nomad_needs_it() {
+    let driver = driver(Arc::new(MockContainerBackend::new()));
+    driver
+        .stop_task(stop_request("nobody", "SIGNOPE", 5))
+        .await
+        .unwrap();
+    for status in [
+        driver.wait_task(wait_request()).await.unwrap_err(),
+        driver.inspect_task(inspect_request()).await.unwrap_err(),
+        driver
+            .signal_task(Request::new(proto::SignalTaskRequest {
+                task_id: ID.to_owned(),
+                signal: "SIGHUP".to_owned(),
+            }))
+            .await
+            .unwrap_err(),
+    ] {
+        assert_eq!(
+            (status.code(), status.message()),
+            (Code::NotFound, "task not found for given id")
+        );
+    }
+    let mut stats = driver
+        .task_stats(Request::new(proto::TaskStatsRequest::default()))
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(
+        timeout(LIMIT, stats.next()).await.unwrap().is_none(),
+        "ends without an error"
+    );
+}
+
+#[tokio::test]
+async fn a_stop_hands_over_signal_and_patience() {
+    let mut mock = starts();
+    mock.expect_stop()
+        .with(always(), eq(Some(Signal::TERM)), eq(Duration::from_secs(9)))
+        .times(1)
+        .returning(|_, _, _| Ok(()));
+    let (driver, end) = running(mock).await;
+    let unknown = driver
+        .stop_task(stop_request(ID, "SIGNOPE", 9))
+        .await
+        .unwrap_err();
+    assert_eq!(unknown.code(), Code::InvalidArgument);
+    let stop = driver.stop_task(stop_request(ID, "sigterm", 9));
+    let (stopped, _) = tokio::join!(stop, async { end.send_replace(Some(exit(143, 15))) });
+    stopped.unwrap();
+    driver
+        .inspect_task(inspect_request())
+        .await
+        .expect("still known");
+}
+
+#[tokio::test]
+async fn signals_reach_the_payload_by_name() {
+    let mut mock = starts();
+    mock.expect_signal()
+        .with(always(), eq(Signal::INT))
+        .times(1)
+        .returning(|_, _| Ok(()));
+    let (driver, _end) = running(mock).await;
+    let signal = |name: &str| {
+        driver.signal_task(Request::new(proto::SignalTaskRequest {
+            task_id: ID.to_owned(),
+            signal: name.to_owned(),
+        }))
+    };
+    signal("SIGINT").await.unwrap();
+    assert_eq!(
+        signal("SIGNOPE").await.unwrap_err().code(),
+        Code::InvalidArgument
+    );
+}
+
+#[tokio::test]
+async fn only_force_destroys_a_running_task() {
+    let mut mock = starts();
+    mock.expect_remove().times(1).returning(|_| Ok(()));
+    let (driver, end) = running(mock).await;
+    let refused = driver
+        .destroy_task(destroy_request(false))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    end.send_replace(Some(exit(0, 0)));
+    timeout(LIMIT, driver.wait_task(wait_request()))
+        .await
+        .unwrap()
+        .unwrap();
+    driver.destroy_task(destroy_request(false)).await.unwrap();
+    assert_eq!(
+        driver
+            .inspect_task(inspect_request())
+            .await
+            .unwrap_err()
+            .code(),
+        Code::NotFound
+    );
+}
+
+#[tokio::test]
+async fn statistics_come_at_once_and_end_with_the_task() {
+    let mut mock = starts();
+    mock.expect_usage().returning(|_| {
+        Ok(Usage {
+            memory_rss: Some(4096),
+            ..Usage::default()
+        })
+    });
+    let (driver, end) = running(mock).await;
+    let request = proto::TaskStatsRequest {
+        task_id: ID.to_owned(),
+        collection_interval: Some(prost_types::Duration {
+            seconds: 3600,
+            nanos: 0,
+        }),
+    };
+    let mut stats = driver
+        .task_stats(Request::new(request))
+        .await
+        .unwrap()
+        .into_inner();
+    let first = timeout(LIMIT, stats.next())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap()
+        .stats
+        .unwrap();
+    let usage = first.agg_resource_usage.unwrap();
+    assert!(first.timestamp.is_some() && usage.cpu.is_some());
+    assert_eq!(usage.memory.unwrap().rss, 4096);
+    end.send_replace(Some(exit(0, 0)));
+    assert!(timeout(LIMIT, stats.next()).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn events_carry_what_nomad_routes_them_by() {
+    let driver = driver(Arc::new(MockContainerBackend::new()));
+    driver.events.tell(&identity(ID), "early");
+    let mut events = driver
+        .task_events(Request::new(proto::TaskEventsRequest {}))
+        .await
+        .unwrap()
+        .into_inner();
+    let event = timeout(LIMIT, events.next())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        (
+            event.task_id.as_str(),
+            event.alloc_id.as_str(),
+            event.task_name.as_str()
+        ),
+        (ID, "a", "t")
+    );
+    assert_eq!(event.message, "early");
+    assert!(event.timestamp.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fingerprint_comes_at_once_on_change_and_now_and_then() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_probe().returning(probe);
+    let driver = driver(Arc::new(mock));
+    let mut prints = driver
+        .fingerprint(Request::new(proto::FingerprintRequest {}))
+        .await
+        .unwrap()
+        .into_inner();
+    let begin = tokio::time::Instant::now();
+    let first = prints.next().await.unwrap().unwrap();
+    assert_eq!(
+        (first.health(), first.health_description.as_str()),
+        (HealthState::Healthy, "Healthy")
+    );
+    assert_eq!(begin.elapsed(), Duration::ZERO, "of the paused clock");
+
+    let again = prints.next().await.unwrap().unwrap();
+    assert_eq!(again, first);
+    assert_eq!(
+        begin.elapsed(),
+        Duration::from_secs(30),
+        "of the paused clock"
+    );
+
+    let off = PluginConfig {
+        enabled: false,
+        ..policy()
+    };
+    driver.configure(off, None);
+    let changed = prints.next().await.unwrap().unwrap();
+    assert_eq!(
+        begin.elapsed(),
+        Duration::from_secs(30),
+        "of the paused clock"
+    );
+    assert_eq!(changed.health(), HealthState::Undetected);
+    assert_eq!(
+        changed.attributes.len(),
+        first.attributes.len(),
+        "emptied, not forgotten"
+    );
+}
+
+#[tokio::test]
+async fn a_host_that_can_not_be_examined_is_told_not_dropped() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_probe().returning(|| panic!("on purpose"));
+    let driver = driver(Arc::new(mock));
+    let mut prints = driver
+        .fingerprint(Request::new(proto::FingerprintRequest {}))
+        .await
+        .unwrap()
+        .into_inner();
+    let print = timeout(LIMIT, prints.next())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    assert_eq!(print.health(), HealthState::Undetected);
+}
+
+#[tokio::test]
+async fn after_the_goodbye_nothing_starts_until_a_new_welcome() {
+    let driver = driver(Arc::new(MockContainerBackend::new()));
+    driver
+        .shutdown(Request::new(proto::ShutdownRequest {}))
+        .await
+        .unwrap();
+    let task = proto::TaskConfig {
+        id: ID.to_owned(),
+        ..Default::default()
+    };
+    let refused = driver
+        .start_task(Request::new(proto::StartTaskRequest { task: Some(task) }))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(!refused.details().is_empty(), "may be retried");
+    driver
+        .init(Request::new(proto::InitRequest {}))
+        .await
+        .unwrap();
+    assert!(driver.refuse_when_closing().is_ok());
+}
+
+#[tokio::test]
+async fn what_is_not_built_says_so() {
+    let driver = driver(Arc::new(MockContainerBackend::new()));
+    let exec = driver
+        .exec_task(Request::new(proto::ExecTaskRequest::default()))
+        .await
+        .unwrap_err();
+    assert_eq!(exec.code(), Code::Unimplemented);
+    assert_eq!(
+        exec.message(),
+        "running a command in a task (exec) is not supported by this driver"
+    );
+    let made = driver
+        .create_network(Request::new(proto::CreateNetworkRequest::default()))
+        .await
+        .unwrap_err();
+    assert_eq!(made.code(), Code::Unimplemented);
+    let gone = driver
+        .destroy_network(Request::new(proto::DestroyNetworkRequest::default()))
+        .await
+        .unwrap_err();
+    assert_eq!(gone.code(), Code::Unimplemented);
+}

@@ -1,0 +1,287 @@
+//! Between Nomad's messages and our nouns, both ways. Pure; it decides nothing, and leaves no field out whose absence would end
+//! the agent.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use prost_types::Timestamp;
+
+use super::status::CallError;
+use crate::config::{GrantedMount, GrantedPort, Grants};
+use crate::container::{Exit, Started};
+use crate::proto::driver as proto;
+use crate::proto::driver::network_isolation_spec::NetworkIsolationMode;
+use crate::task::events::TaskEvent;
+use crate::task::{Identity, Task};
+
+/// Go's zero time, by which Nomad says "not yet".
+pub(super) const NOT_YET: Timestamp = Timestamp {
+    seconds: -62_135_596_800,
+    nanos: 0,
+};
+
+pub(super) fn identity(task: &proto::TaskConfig) -> Identity {
+    Identity {
+        id: task.id.clone(),
+        name: task.name.clone(),
+        alloc_id: task.alloc_id.clone(),
+    }
+}
+
+/// What Nomad granted, out of the wire's many messages.
+pub(super) fn grants(task: &proto::TaskConfig) -> Result<Grants, CallError> {
+    let resources = task.resources.clone().unwrap_or_default();
+    let path = |text: &String| Some(PathBuf::from(text)).filter(|path| path.is_absolute());
+    let mut environment: std::collections::BTreeMap<_, _> = task.env.clone().into_iter().collect();
+    environment.extend(task.device_env.clone());
+    let network = task.network_isolation_spec.as_ref();
+    let group = network.filter(|network| network.mode == NetworkIsolationMode::Group as i32);
+    Ok(Grants {
+        id: task.id.clone(),
+        task: task.name.clone(),
+        alloc_id: task.alloc_id.clone(),
+        alloc_dir: task.alloc_dir.clone().into(),
+        environment,
+        user: task.user.clone(),
+        stdout: task.stdout_path.clone().into(),
+        stderr: task.stderr_path.clone().into(),
+        mounts: task.mounts.iter().map(mount).collect(),
+        network_namespace: group.and_then(|network| path(&network.path)),
+        ports: ports(&resources)?,
+        cgroup: resources
+            .linux_resources
+            .as_ref()
+            .and_then(|linux| path(&linux.cpuset_cgroup)),
+    })
+}
+
+fn mount(mount: &proto::Mount) -> GrantedMount {
+    GrantedMount {
+        source: mount.host_path.clone().into(),
+        target: mount.task_path.clone().into(),
+        read_only: mount.readonly,
+    }
+}
+
+fn ports(resources: &proto::Resources) -> Result<Vec<GrantedPort>, CallError> {
+    let port = |label: &str, number: i32, to: i32, task_level| {
+        let wrong =
+            |_| CallError::Request(format!("port {label:?}: {number} is not a port number"));
+        Ok(GrantedPort {
+            label: label.to_owned(),
+            host: number.try_into().map_err(wrong)?,
+            // -1 is the job's word for "the same number".
+            to: to.max(0).try_into().map_err(wrong)?,
+            task_level,
+        })
+    };
+    let networks = resources
+        .allocated_resources
+        .iter()
+        .flat_map(|allocated| &allocated.networks);
+    let task_level =
+        networks.flat_map(|network| network.reserved_ports.iter().chain(&network.dynamic_ports));
+    let group = resources.ports.iter();
+    group
+        .map(|mapping| port(&mapping.label, mapping.value, mapping.to, false))
+        .chain(task_level.map(|given| port(&given.label, given.value, 0, true)))
+        .collect()
+}
+
+/// A duration of the wire; negative and absent ones are zero.
+pub(super) fn duration(given: Option<prost_types::Duration>) -> Duration {
+    given
+        .and_then(|given| given.try_into().ok())
+        .unwrap_or_default()
+}
+
+pub(super) fn timestamp(time: SystemTime) -> Timestamp {
+    Timestamp::from(time)
+}
+
+pub(super) fn exit_result(exit: &Exit) -> proto::ExitResult {
+    proto::ExitResult {
+        exit_code: exit.code,
+        signal: exit.signal,
+        oom_killed: exit.oom_killed,
+    }
+}
+
+pub(super) fn wait_response(exit: &Exit) -> proto::WaitTaskResponse {
+    proto::WaitTaskResponse {
+        result: Some(exit_result(exit)),
+        err: exit.error.clone().unwrap_or_default(),
+    }
+}
+
+pub(super) fn inspect_response(task: &Task) -> proto::InspectTaskResponse {
+    let life = task.life();
+    let state = match (&life.started, &life.exit) {
+        (_, Some(_)) => proto::TaskState::Exited,
+        (Some(_), None) => proto::TaskState::Running,
+        (None, None) => proto::TaskState::Unknown,
+    };
+    let started_at = life
+        .started
+        .as_ref()
+        .map(|started| timestamp(started.started_at));
+    let exit = life.exit.as_ref();
+    proto::InspectTaskResponse {
+        task: Some(proto::TaskStatus {
+            id: task.id().to_owned(),
+            name: task.identity().name.clone(),
+            state: state.into(),
+            started_at: Some(started_at.unwrap_or(NOT_YET)),
+            completed_at: Some(exit.map_or(NOT_YET, |exit| timestamp(exit.ended_at))),
+            result: Some(exit.map(exit_result).unwrap_or_default()),
+        }),
+        driver: Some(proto::TaskDriverStatus {
+            attributes: life
+                .started
+                .iter()
+                .flat_map(|started| attributes(started))
+                .collect(),
+        }),
+        network_override: None,
+    }
+}
+
+fn attributes(started: &Started) -> impl Iterator<Item = (String, String)> {
+    let cgroup = started.cgroup.as_ref();
+    [
+        ("machine", Some(started.machine.clone())),
+        ("pid", Some(started.leader.pid.to_string())),
+        ("cgroup", cgroup.map(|path| path.display().to_string())),
+    ]
+    .into_iter()
+    .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+}
+
+pub(super) fn event(event: TaskEvent) -> proto::DriverTaskEvent {
+    proto::DriverTaskEvent {
+        task_id: event.task.id,
+        alloc_id: event.task.alloc_id,
+        task_name: event.task.name,
+        timestamp: Some(timestamp(event.at)),
+        message: event.message,
+        annotations: std::collections::HashMap::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::tests::hex;
+    use prost::Message as _;
+
+    fn exit(code: i32, signal: i32) -> Exit {
+        Exit {
+            code,
+            signal,
+            oom_killed: false,
+            error: None,
+            ended_at: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn answers_have_the_golden_bytes() {
+        assert_eq!(
+            hex(&wait_response(&exit(1, 9)).encode_to_vec()),
+            "0a0408011009"
+        );
+        assert_eq!(hex(&wait_response(&exit(0, 0)).encode_to_vec()), "0a00");
+        assert_eq!(hex(&NOT_YET.encode_to_vec()), "088092b8c398feffffff01");
+    }
+
+    #[test]
+    fn grants_come_from_every_corner_of_the_message() {
+        let port = |label: &str, value, to| proto::PortMapping {
+            label: label.to_owned(),
+            value,
+            to,
+            host_ip: String::new(),
+        };
+        let task = proto::TaskConfig {
+            id: "a/t/1".to_owned(),
+            name: "t".to_owned(),
+            alloc_id: "a".to_owned(),
+            alloc_dir: "/alloc/a".to_owned(),
+            env: [("A", "env"), ("B", "env")]
+                .map(|(k, v)| (k.to_owned(), v.to_owned()))
+                .into(),
+            device_env: [("B".to_owned(), "device".to_owned())].into(),
+            user: "nobody".to_owned(),
+            stdout_path: "/o".to_owned(),
+            resources: Some(proto::Resources {
+                allocated_resources: Some(proto::AllocatedTaskResources {
+                    networks: vec![proto::NetworkResource {
+                        dynamic_ports: vec![proto::NetworkPort {
+                            label: "old".to_owned(),
+                            value: 9000,
+                        }],
+                        ..Default::default()
+                    }],
+                    ..Default::default()
+                }),
+                linux_resources: Some(proto::LinuxResources {
+                    cpuset_cgroup: "/sys/fs/cgroup/nomad.slice/share.slice/a.t.scope".to_owned(),
+                    ..Default::default()
+                }),
+                ports: vec![port("http", 25000, 80), port("same", 25001, -1)],
+            }),
+            mounts: vec![proto::Mount {
+                task_path: "/data".to_owned(),
+                host_path: "/srv/data".to_owned(),
+                readonly: true,
+                ..Default::default()
+            }],
+            network_isolation_spec: Some(proto::NetworkIsolationSpec {
+                mode: NetworkIsolationMode::Group.into(),
+                path: "/var/run/netns/a".to_owned(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        insta::assert_debug_snapshot!(grants(&task).unwrap());
+    }
+
+    #[test]
+    fn an_empty_request_grants_nothing() {
+        assert_eq!(
+            grants(&proto::TaskConfig::default()).unwrap(),
+            Grants::default()
+        );
+    }
+
+    #[test]
+    fn a_namespace_only_in_group_mode_and_ports_only_in_range() {
+        let mut task = proto::TaskConfig {
+            network_isolation_spec: Some(proto::NetworkIsolationSpec {
+                mode: NetworkIsolationMode::Host.into(),
+                path: "/var/run/netns/a".to_owned(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        assert_eq!(grants(&task).unwrap().network_namespace, None);
+        task.resources = Some(proto::Resources {
+            ports: vec![proto::PortMapping {
+                label: "x".to_owned(),
+                value: 70_000,
+                ..Default::default()
+            }],
+            ..Default::default()
+        });
+        let error = grants(&task).unwrap_err().to_string();
+        assert_eq!(error, "port \"x\": 70000 is not a port number");
+    }
+
+    #[test]
+    fn odd_durations_are_zero() {
+        let given = |seconds, nanos| Some(prost_types::Duration { seconds, nanos });
+        assert_eq!(duration(given(2, 500_000_000)), Duration::from_millis(2500));
+        assert_eq!(duration(given(-1, 0)), Duration::ZERO);
+        assert_eq!(duration(None), Duration::ZERO);
+    }
+}

@@ -1,0 +1,174 @@
+//! What the host says through the environment, and the one line it is answered with. Reads nothing but the environment, writes
+//! nothing but that line, and refuses to go on where a misunderstanding would only show later.
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+/// The variable by which a host shows that it is one. It protects nothing; it tells a person from a host.
+const COOKIE: &str = "NOMAD_PLUGIN_MAGIC_COOKIE";
+const COOKIE_VALUE: &str = "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d757a8cec6e91a7255";
+/// The version of the plugin framework's own protocol.
+const CORE_VERSION: u32 = 1;
+/// The version of Nomad's protocol above it; there is only this one.
+const APP_VERSION: u32 = 2;
+
+/// Why a process that was started by a host can't serve it. Read by a person in the agent's log.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HandshakeError {
+    /// No cookie, or another one: a person started this program.
+    #[error("the plugin cookie is missing: this program is started by a Nomad client, not by hand")]
+    NotAHost,
+    /// The host wants TLS.
+    #[error("PLUGIN_CLIENT_CERT is set: automatic TLS is not supported (Nomad never asks for it)")]
+    ClientCertificate,
+    /// The host knows other versions only.
+    #[error(
+        "PLUGIN_PROTOCOL_VERSIONS: {0:?} does not contain {APP_VERSION}, the only version spoken here"
+    )]
+    Versions(String),
+    /// The directory for the socket can't stand in the handshake line.
+    #[error("PLUGIN_UNIX_SOCKET_DIR: {0:?} must be text without line breaks and without '|'")]
+    SocketDirectory(PathBuf),
+}
+
+/// What a host asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Invitation {
+    /// The absolute directory in which the socket shall appear.
+    pub socket_dir: PathBuf,
+    /// The group (name or number) that may connect; `None` is this user alone.
+    pub socket_group: Option<String>,
+    /// Whether the host asked about broker multiplexing and so reads a seventh field.
+    pub multiplex_asked: bool,
+}
+
+impl Invitation {
+    /// Reads the invitation from this process's environment.
+    pub fn from_environment() -> Result<Self, HandshakeError> {
+        Self::read(|name| std::env::var_os(name))
+    }
+
+    /// Reads the invitation through `variable`. An empty variable is one that is not set.
+    pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, HandshakeError> {
+        let get = |name: &str| variable(name).filter(|value| !value.is_empty());
+        if get(COOKIE).is_none_or(|value| value != COOKIE_VALUE) {
+            return Err(HandshakeError::NotAHost);
+        }
+        if get("PLUGIN_CLIENT_CERT").is_some() {
+            return Err(HandshakeError::ClientCertificate);
+        }
+        if let Some(versions) = get("PLUGIN_PROTOCOL_VERSIONS") {
+            let versions = versions.to_string_lossy().into_owned();
+            let known = |text: &str| text.trim().parse() == Ok(APP_VERSION);
+            if !versions.split(',').any(known) {
+                return Err(HandshakeError::Versions(versions));
+            }
+        }
+        let dir = get("PLUGIN_UNIX_SOCKET_DIR")
+            .or_else(|| get("TMPDIR"))
+            .map_or_else(|| PathBuf::from("/tmp"), PathBuf::from);
+        let dir = std::path::absolute(&dir).unwrap_or(dir);
+        if dir
+            .to_str()
+            .is_none_or(|text| text.contains(['|', '\n', '\r']))
+        {
+            return Err(HandshakeError::SocketDirectory(dir));
+        }
+        Ok(Self {
+            socket_dir: dir,
+            socket_group: get("PLUGIN_UNIX_SOCKET_GROUP")
+                .map(|group| group.to_string_lossy().into_owned()),
+            multiplex_asked: get("PLUGIN_MULTIPLEX_GRPC").is_some(),
+        })
+    }
+
+    /// The line that tells the host where to connect. The sixth field, a certificate, stays empty: anything in it ends the agent.
+    pub fn line(&self, socket: &Path) -> String {
+        let multiplex = if self.multiplex_asked { "|false" } else { "" };
+        format!(
+            "{CORE_VERSION}|{APP_VERSION}|unix|{}|grpc|{multiplex}\n",
+            socket.display()
+        )
+    }
+
+    /// Writes [`line`](Self::line) to stdout, whole and flushed. Nothing else of this program writes there while it is a plugin.
+    pub fn announce(&self, socket: &Path) -> std::io::Result<()> {
+        let mut stdout = std::io::stdout().lock();
+        stdout.write_all(self.line(socket).as_bytes())?;
+        stdout.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    fn read(pairs: &[(&str, &str)]) -> Result<Invitation, HandshakeError> {
+        Invitation::read(|name| {
+            pairs
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| OsString::from(value))
+        })
+    }
+
+    fn invited(more: &[(&str, &str)]) -> Result<Invitation, HandshakeError> {
+        read(&[&[(COOKIE, COOKIE_VALUE)], more].concat())
+    }
+
+    #[rstest]
+    #[case::none(&[])]
+    #[case::empty(&[(COOKIE, "")])]
+    #[case::wrong(&[(COOKIE, "e4327c2e")])]
+    fn without_the_cookie_nobody_is_served(#[case] pairs: &[(&str, &str)]) {
+        assert_eq!(read(pairs), Err(HandshakeError::NotAHost));
+    }
+
+    #[test]
+    fn the_line_has_six_fields_and_the_last_is_empty() {
+        let line = invited(&[]).unwrap().line(Path::new("/tmp/plugin-x"));
+        assert_eq!(line, "1|2|unix|/tmp/plugin-x|grpc|\n");
+    }
+
+    #[test]
+    fn a_seventh_field_only_for_those_who_ask() {
+        let asked = invited(&[("PLUGIN_MULTIPLEX_GRPC", "true")]).unwrap();
+        assert_eq!(asked.line(Path::new("/s")), "1|2|unix|/s|grpc||false\n");
+        let not = invited(&[("PLUGIN_MULTIPLEX_GRPC", "")]).unwrap();
+        assert_eq!(not.line(Path::new("/s")), "1|2|unix|/s|grpc|\n");
+    }
+
+    #[rstest]
+    #[case("2", true)]
+    #[case("1,2,3", true)]
+    #[case(" 1, 2 ", true)]
+    #[case("", true)]
+    #[case("3", false)]
+    #[case("22,x", false)]
+    fn the_version_must_be_offered(#[case] offered: &str, #[case] served: bool) {
+        let result = invited(&[("PLUGIN_PROTOCOL_VERSIONS", offered)]);
+        assert_eq!(result.is_ok(), served, "{result:?}");
+    }
+
+    #[test]
+    fn a_certificate_is_refused_by_name() {
+        let error = invited(&[("PLUGIN_CLIENT_CERT", "-----BEGIN")]).unwrap_err();
+        assert!(error.to_string().starts_with("PLUGIN_CLIENT_CERT"));
+    }
+
+    #[rstest]
+    #[case(&[], "/tmp")]
+    #[case(&[("TMPDIR", "/var/tmp")], "/var/tmp")]
+    #[case(&[("TMPDIR", "/var/tmp"), ("PLUGIN_UNIX_SOCKET_DIR", "/run/x")], "/run/x")]
+    fn the_socket_goes_where_the_host_wants(#[case] pairs: &[(&str, &str)], #[case] dir: &str) {
+        assert_eq!(invited(pairs).unwrap().socket_dir, Path::new(dir));
+    }
+
+    #[test]
+    fn a_directory_that_breaks_the_line_is_refused() {
+        let error = invited(&[("PLUGIN_UNIX_SOCKET_DIR", "/run/a|b")]).unwrap_err();
+        assert_eq!(error, HandshakeError::SocketDirectory("/run/a|b".into()));
+    }
+}

@@ -1,0 +1,174 @@
+//! The porch, in this process and over a real socket.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+
+use super::*;
+use crate::backend::MockContainerBackend;
+use crate::driver::tests::driver;
+use crate::proto::driver as wire;
+use crate::proto::driver::driver_client::DriverClient;
+use crate::proto::plugin::grpc_broker_client::GrpcBrokerClient;
+use crate::proto::plugin::grpc_controller_client::GrpcControllerClient;
+use crate::proto::plugin::grpc_stdio_client::GrpcStdioClient;
+use crate::proto::plugin::{ConnInfo, Empty};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+struct Served {
+    socket: PathBuf,
+    ended: JoinHandle<Result<(), ServeError>>,
+    _dir: tempfile::TempDir,
+}
+
+async fn served(mock: MockContainerBackend) -> Served {
+    let dir = tempfile::tempdir().unwrap();
+    let invitation = Invitation {
+        socket_dir: dir.path().to_owned(),
+        socket_group: None,
+        multiplex_asked: false,
+    };
+    let driver = driver(Arc::new(mock));
+    let (announce, announced) = oneshot::channel();
+    let ended = tokio::spawn(async move {
+        let announce = |socket: &Path| {
+            announce.send(socket.to_owned()).unwrap();
+            Ok(())
+        };
+        serve_announced(driver, &invitation, announce).await
+    });
+    Served {
+        socket: announced.await.unwrap(),
+        ended,
+        _dir: dir,
+    }
+}
+
+impl Served {
+    async fn connect(&self) -> Channel {
+        let socket = self.socket.clone();
+        let connector = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        Endpoint::from_static("http://unused")
+            .connect_with_connector(connector)
+            .await
+            .unwrap()
+    }
+}
+
+#[tokio::test]
+async fn health_is_told_of_the_plugin_and_of_nobody_in_particular() {
+    let served = served(MockContainerBackend::new()).await;
+    let mut health = HealthClient::new(served.connect().await);
+    for service in ["plugin", ""] {
+        let request = HealthCheckRequest {
+            service: service.to_owned(),
+        };
+        let answer = health.check(request).await.unwrap().into_inner();
+        assert_eq!(
+            answer.status(),
+            tonic_health::pb::health_check_response::ServingStatus::Serving
+        );
+    }
+}
+
+#[tokio::test]
+async fn shutdown_waits_for_no_stream_and_removes_the_socket() {
+    let served = served(MockContainerBackend::new()).await;
+    let channel = served.connect().await;
+    let mut stdio = GrpcStdioClient::new(channel.clone())
+        .stream_stdio(())
+        .await
+        .unwrap()
+        .into_inner();
+    let broker = tokio_stream::pending::<ConnInfo>();
+    let mut broker = GrpcBrokerClient::new(channel.clone())
+        .start_stream(broker)
+        .await
+        .unwrap()
+        .into_inner();
+    let mut events = DriverClient::new(channel.clone())
+        .task_events(wire::TaskEventsRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    tokio::select! {
+        biased;
+        _ = stdio.message() => panic!("stdio ended"),
+        _ = broker.message() => panic!("the broker ended"),
+        _ = events.message() => panic!("the events ended"),
+        () = std::future::ready(()) => {}
+    }
+    // The answer may be lost with the connection.
+    let _ = GrpcControllerClient::new(channel).shutdown(Empty {}).await;
+    timeout(LIMIT, served.ended)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    assert!(!served.socket.exists());
+}
+
+#[tokio::test]
+async fn a_connection_without_a_word_harms_nobody() {
+    let served = served(MockContainerBackend::new()).await;
+    drop(UnixStream::connect(&served.socket).await.unwrap());
+    let mut driver = DriverClient::new(served.connect().await);
+    assert!(
+        driver
+            .capabilities(wire::CapabilitiesRequest {})
+            .await
+            .is_ok()
+    );
+}
+
+#[tokio::test]
+async fn a_large_request_is_taken() {
+    let served = served(MockContainerBackend::new()).await;
+    let mut driver = DriverClient::new(served.connect().await);
+    driver.shutdown(wire::ShutdownRequest {}).await.unwrap();
+    let task = wire::TaskConfig {
+        env: [("LARGE".to_owned(), "x".repeat(8 << 20))].into(),
+        ..Default::default()
+    };
+    let refused = driver
+        .start_task(wire::StartTaskRequest { task: Some(task) })
+        .await
+        .unwrap_err();
+    assert_eq!(
+        refused.message(),
+        "the plugin is shutting down and starts no more tasks"
+    );
+}
+
+#[tokio::test]
+async fn a_panic_costs_one_call() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_remove().returning(|_| panic!("on purpose"));
+    let served = served(mock).await;
+    let mut driver = DriverClient::new(served.connect().await);
+    let request = wire::DestroyTaskRequest {
+        task_id: "a/t/1".to_owned(),
+        force: true,
+    };
+    let status = driver.destroy_task(request).await.unwrap_err();
+    assert_eq!(status.code(), tonic::Code::Internal);
+    assert!(
+        driver
+            .capabilities(wire::CapabilitiesRequest {})
+            .await
+            .is_ok(),
+        "on the same connection"
+    );
+}

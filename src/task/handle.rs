@@ -1,0 +1,163 @@
+//! The state that Nomad keeps for us between plugin processes. It is written once, read by this and later versions, and trusted
+//! by nobody: it names a start, and the backend checks that what it finds is that start. Refuses everything it does not know.
+//!
+//! When its form changes: add a schema number, keep reading the old ones, and think of an older driver reading the new one.
+
+use serde::{Deserialize, Serialize};
+
+use crate::container::Started;
+
+/// The version of our handles. 1 is the Go driver's.
+pub const VERSION: i32 = 2;
+/// The form of the state within this version.
+const SCHEMA: u32 = 1;
+
+/// Why a handle can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum HandleError {
+    /// A handle of the Go driver.
+    #[error(
+        "the task was started by the Go driver for systemd-nspawn (handle version 1) and can't be recovered; Nomad starts it anew"
+    )]
+    GoDriver,
+    /// A version that no released driver wrote, or a later one.
+    #[error("handle version {0} is not known to this driver, which writes version {VERSION}")]
+    Version(i32),
+    /// A later form of the state.
+    #[error("state schema {0} is newer than this driver, which writes schema {SCHEMA}")]
+    Schema(u32),
+    /// Not a state at all.
+    #[error("the stored state can't be read")]
+    Damaged(#[source] serde_json::Error),
+    /// The state of another start.
+    #[error("the stored state belongs to {state:?}, not to {handle:?}")]
+    Mismatch {
+        /// The id in the state.
+        state: String,
+        /// The id in the handle's configuration.
+        handle: String,
+    },
+    /// The state can't be written.
+    #[error("the state can't be written")]
+    Unwritable(#[source] serde_json::Error),
+}
+
+#[derive(Serialize)]
+struct Written<'a> {
+    schema: u32,
+    started: &'a Started,
+}
+
+#[derive(Deserialize)]
+struct Schema {
+    schema: u32,
+}
+
+#[derive(Deserialize)]
+struct Read {
+    started: Started,
+}
+
+/// The bytes for Nomad to keep.
+pub fn encode(started: &Started) -> Result<Vec<u8>, HandleError> {
+    let written = Written {
+        schema: SCHEMA,
+        started,
+    };
+    serde_json::to_vec(&written).map_err(HandleError::Unwritable)
+}
+
+/// Reads the bytes that Nomad kept in a handle of this `version` for the start `id`.
+pub fn decode(version: i32, state: &[u8], id: &str) -> Result<Started, HandleError> {
+    match version {
+        VERSION => {}
+        1 => return Err(HandleError::GoDriver),
+        other => return Err(HandleError::Version(other)),
+    }
+    let Schema { schema } = serde_json::from_slice(state).map_err(HandleError::Damaged)?;
+    if schema != SCHEMA {
+        return Err(HandleError::Schema(schema));
+    }
+    let Read { started } = serde_json::from_slice(state).map_err(HandleError::Damaged)?;
+    if started.id != id {
+        return Err(HandleError::Mismatch {
+            state: started.id,
+            handle: id.to_owned(),
+        });
+    }
+    Ok(started)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::tests::started;
+    use proptest::prelude::*;
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let started = started("a/t/1");
+        let bytes = encode(&started).unwrap();
+        assert_eq!(decode(VERSION, &bytes, "a/t/1").unwrap(), started);
+    }
+
+    /// What released drivers left with Nomad. Never change a line; add one when the form changes.
+    const RELEASED: &[&str] = &[
+        r#"{"schema":1,"started":{"id":"a/t/1","machine":"t-a","state":"/run/nomad-driver-nspawn/x","boot":"11111111-2222-3333-4444-555555555555","supervisor":{"pid":10,"start":100},"leader":{"pid":11,"start":101},"mode":"Plain","cgroup":"/sys/fs/cgroup/x","started_at":{"secs_since_epoch":1700000000,"nanos_since_epoch":123000000},"notes":["a note"]}}"#,
+    ];
+
+    #[test]
+    fn what_was_ever_released_is_read_and_the_last_is_written() {
+        for state in RELEASED {
+            let read = decode(VERSION, state.as_bytes(), "a/t/1").unwrap();
+            assert_eq!(read, started("a/t/1"));
+        }
+        let written = String::from_utf8(encode(&started("a/t/1")).unwrap()).unwrap();
+        assert_eq!(Some(written.as_str()), RELEASED.last().copied());
+    }
+
+    #[test]
+    fn a_field_of_a_later_driver_does_no_harm() {
+        let mut value: serde_json::Value =
+            serde_json::from_slice(&encode(&started("i")).unwrap()).unwrap();
+        value["later"] = 1.into();
+        value["started"]["later"] = 1.into();
+        assert!(decode(VERSION, value.to_string().as_bytes(), "i").is_ok());
+    }
+
+    #[test]
+    fn what_is_not_ours_is_refused_by_name() {
+        let bytes = encode(&started("a/t/1")).unwrap();
+        assert!(matches!(
+            decode(1, &bytes, "a/t/1"),
+            Err(HandleError::GoDriver)
+        ));
+        for version in [0, 3, -1, i32::MAX] {
+            assert!(
+                matches!(decode(version, &bytes, "a/t/1"), Err(HandleError::Version(v)) if v == version)
+            );
+        }
+        assert!(matches!(
+            decode(VERSION, &bytes, "b/t/1"),
+            Err(HandleError::Mismatch { .. })
+        ));
+        assert!(matches!(
+            decode(VERSION, br#"{"schema":2}"#, "i"),
+            Err(HandleError::Schema(2))
+        ));
+        assert!(matches!(
+            decode(VERSION, b"", "i"),
+            Err(HandleError::Damaged(_))
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(version in 0..4i32, bytes: Vec<u8>, cut in 0..300usize) {
+            let _ = decode(version, &bytes, "i");
+            let whole = encode(&started("i")).unwrap();
+            let cut = cut % whole.len();
+            prop_assert!(decode(VERSION, &whole[..cut], "i").is_err());
+        }
+    }
+}

@@ -1,0 +1,459 @@
+//! The desks against a backend that plays along, and one that does not.
+
+use std::time::{Duration, SystemTime};
+
+use mockall::predicate::{always, eq};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use super::*;
+use crate::backend::MockContainerBackend;
+use crate::container::{Console, Mode, Network, Probe, Process, Root, Users, Volatile};
+
+const ID: &str = "a/t/1";
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// The generated mock, which answers at once, and what it can't play: the time until an end, and a start that takes long.
+#[derive(Debug)]
+pub(crate) struct Stage {
+    pub(crate) mock: MockContainerBackend,
+    pub(crate) end: watch::Sender<Option<Exit>>,
+    pub(crate) gate: Semaphore,
+}
+
+impl Stage {
+    /// A stage on which everything but an end happens at once.
+    pub(crate) fn new(mock: MockContainerBackend) -> (Arc<Self>, watch::Sender<Option<Exit>>) {
+        let end = watch::Sender::new(None);
+        let gate = Semaphore::new(Semaphore::MAX_PERMITS);
+        let stage = Self {
+            mock,
+            end: end.clone(),
+            gate,
+        };
+        (Arc::new(stage), end)
+    }
+
+    async fn pass(&self) {
+        self.gate.acquire().await.unwrap().forget();
+    }
+}
+
+#[async_trait::async_trait]
+impl ContainerBackend for Stage {
+    async fn probe(&self) -> Probe {
+        self.mock.probe().await
+    }
+
+    async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
+        self.pass().await;
+        self.mock.start(spec).await
+    }
+
+    async fn attach(&self, started: &Started) -> Result<Started, BackendError> {
+        self.pass().await;
+        self.mock.attach(started).await
+    }
+
+    async fn wait(&self, _: &Started) -> Result<Exit, BackendError> {
+        let mut end = self.end.subscribe();
+        Ok(end
+            .wait_for(Option::is_some)
+            .await
+            .unwrap()
+            .clone()
+            .unwrap())
+    }
+
+    async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
+        self.mock.signal(started, signal).await
+    }
+
+    async fn stop(
+        &self,
+        started: &Started,
+        signal: Option<Signal>,
+        grace: Duration,
+    ) -> Result<(), BackendError> {
+        self.mock.stop(started, signal, grace).await
+    }
+
+    async fn remove(&self, id: &str) -> Result<(), BackendError> {
+        self.mock.remove(id).await
+    }
+
+    async fn usage(&self, started: &Started) -> Result<Usage, BackendError> {
+        self.mock.usage(started).await
+    }
+}
+
+pub(crate) fn started(id: &str) -> Started {
+    Started {
+        id: id.to_owned(),
+        machine: "t-a".to_owned(),
+        state: "/run/nomad-driver-nspawn/x".into(),
+        boot: "11111111-2222-3333-4444-555555555555".to_owned(),
+        supervisor: Process {
+            pid: 10,
+            start: 100,
+        },
+        leader: Process {
+            pid: 11,
+            start: 101,
+        },
+        mode: Mode::Plain,
+        cgroup: Some("/sys/fs/cgroup/x".into()),
+        started_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
+        notes: vec!["a note".to_owned()],
+    }
+}
+
+pub(crate) fn exit(code: i32, signal: i32) -> Exit {
+    Exit {
+        code,
+        signal,
+        oom_killed: false,
+        error: None,
+        ended_at: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_001),
+    }
+}
+
+pub(crate) fn identity(id: &str) -> Identity {
+    Identity {
+        id: id.to_owned(),
+        name: "t".to_owned(),
+        alloc_id: "a".to_owned(),
+    }
+}
+
+pub(crate) fn spec(id: &str) -> ContainerSpec {
+    ContainerSpec {
+        id: id.to_owned(),
+        machine: "t-a".to_owned(),
+        root: Root::Directory("/".into()),
+        mode: Mode::Plain,
+        command: vec!["true".to_owned()],
+        environment: std::collections::BTreeMap::new(),
+        working_directory: None,
+        user: None,
+        ephemeral: false,
+        read_only: false,
+        volatile: Volatile::No,
+        pivot_root: None,
+        resolv_conf: None,
+        console: Console::Pipe,
+        users: Users::Host,
+        mounts: Vec::new(),
+        capabilities: Vec::new(),
+        network: Network::Host,
+        stdout: None,
+        stderr: None,
+        cgroup: None,
+    }
+}
+
+pub(crate) fn starts() -> MockContainerBackend {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_start().returning(|spec| Ok(started(&spec.id)));
+    mock
+}
+
+fn trouble() -> BackendError {
+    BackendError::Stuck {
+        machine: "t-a".to_owned(),
+        reason: "it hangs".to_owned(),
+    }
+}
+
+fn tasks() -> Tasks {
+    Tasks::new(CancellationToken::new())
+}
+
+async fn in_time<T>(work: impl Future<Output = T>) -> T {
+    timeout(LIMIT, work).await.expect("in time")
+}
+
+#[tokio::test]
+async fn everybody_early_or_late_hears_the_same_end() {
+    let (stage, end) = Stage::new(starts());
+    let tasks = tasks();
+    tasks.start(stage, identity(ID), spec(ID)).await.unwrap();
+    let task = tasks.get(ID).unwrap();
+    let early =
+        [task.clone(), task.clone()].map(|task| tokio::spawn(async move { task.wait().await }));
+    end.send_replace(Some(exit(7, 0)));
+    for wait in early {
+        assert_eq!(in_time(wait).await.unwrap().unwrap().unwrap(), exit(7, 0));
+    }
+    assert_eq!(in_time(task.wait()).await.unwrap().unwrap(), exit(7, 0));
+}
+
+#[tokio::test]
+async fn a_second_start_of_an_id_leaves_the_first_alone() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_start()
+        .times(1)
+        .returning(|spec| Ok(started(&spec.id)));
+    let (stage, _end) = Stage::new(mock);
+    let tasks = tasks();
+    tasks
+        .start(stage.clone(), identity(ID), spec(ID))
+        .await
+        .unwrap();
+    let second = tasks.start(stage, identity(ID), spec(ID)).await;
+    assert!(matches!(second, Err(TaskError::AlreadyKnown(id)) if id == ID));
+    assert!(tasks.get(ID).unwrap().life().started.is_some());
+}
+
+#[tokio::test]
+async fn after_a_failed_start_the_id_is_free() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_start().times(1).returning(|_| Err(trouble()));
+    mock.expect_start()
+        .times(1)
+        .returning(|spec| Ok(started(&spec.id)));
+    let (stage, _end) = Stage::new(mock);
+    let tasks = tasks();
+    let first = tasks.start(stage.clone(), identity(ID), spec(ID)).await;
+    assert!(matches!(first, Err(TaskError::Backend(_))));
+    assert!(tasks.start(stage, identity(ID), spec(ID)).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_stop_returns_after_the_end_and_may_be_repeated() {
+    let mut mock = starts();
+    let (ends, heard) = std::sync::mpsc::channel::<watch::Sender<Option<Exit>>>();
+    mock.expect_stop()
+        .with(always(), eq(Some(Signal::TERM)), eq(Duration::from_secs(3)))
+        .times(1)
+        .returning(move |_, _, _| {
+            heard.recv().unwrap().send_replace(Some(exit(143, 15)));
+            Ok(())
+        });
+    let (stage, end) = Stage::new(mock);
+    ends.send(end).unwrap();
+    let tasks = tasks();
+    tasks.start(stage, identity(ID), spec(ID)).await.unwrap();
+    let task = tasks.get(ID).unwrap();
+    for _ in 0..2 {
+        in_time(task.stop(Some(Signal::TERM), Duration::from_secs(3)))
+            .await
+            .unwrap();
+        assert_eq!(task.life().exit, Some(exit(143, 15)));
+    }
+    assert!(matches!(
+        task.signal(Signal::INT).await,
+        Err(TaskError::NotRunning)
+    ));
+}
+
+#[tokio::test]
+async fn a_failed_stop_is_told_and_may_be_tried_again() {
+    let mut mock = starts();
+    mock.expect_stop()
+        .times(2)
+        .returning(|_, _, _| Err(trouble()));
+    let (stage, _end) = Stage::new(mock);
+    let tasks = tasks();
+    tasks.start(stage, identity(ID), spec(ID)).await.unwrap();
+    let task = tasks.get(ID).unwrap();
+    for _ in 0..2 {
+        assert!(matches!(
+            in_time(task.stop(None, Duration::ZERO)).await,
+            Err(TaskError::Backend(_))
+        ));
+    }
+}
+
+#[tokio::test]
+async fn force_ends_a_running_task_and_tells_its_true_end() {
+    let mut mock = starts();
+    let (ends, heard) = std::sync::mpsc::channel::<watch::Sender<Option<Exit>>>();
+    mock.expect_stop()
+        .with(always(), eq(Some(Signal::KILL)), eq(Duration::ZERO))
+        .times(1)
+        .returning(move |_, _, _| {
+            heard.recv().unwrap().send_replace(Some(exit(137, 9)));
+            Ok(())
+        });
+    mock.expect_remove()
+        .with(eq(ID))
+        .times(1)
+        .returning(|_| Ok(()));
+    let (stage, end) = Stage::new(mock);
+    ends.send(end).unwrap();
+    let tasks = tasks();
+    tasks
+        .start(stage.clone(), identity(ID), spec(ID))
+        .await
+        .unwrap();
+    let task = tasks.get(ID).unwrap();
+    let pending = tokio::spawn({
+        let task = task.clone();
+        async move { task.wait().await }
+    });
+    let unforced = tasks.destroy(stage.clone(), ID, false).await;
+    assert!(matches!(unforced, Err(TaskError::StillRunning)));
+    in_time(tasks.destroy(stage.clone(), ID, true))
+        .await
+        .unwrap();
+    assert_eq!(
+        in_time(pending).await.unwrap().unwrap().unwrap(),
+        exit(137, 9)
+    );
+    assert!(matches!(tasks.get(ID), Err(TaskError::Unknown)));
+    assert!(matches!(
+        task.signal(Signal::INT).await,
+        Err(TaskError::Unknown)
+    ));
+}
+
+#[tokio::test]
+async fn destroying_an_unknown_id_clears_leftovers_away() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_remove()
+        .with(eq("x/y/z"))
+        .times(2)
+        .returning(|_| Ok(()));
+    let (stage, _end) = Stage::new(mock);
+    let tasks = tasks();
+    for _ in 0..2 {
+        in_time(tasks.destroy(stage.clone(), "x/y/z", true))
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_removal_that_fails_is_told_once_and_tried_again() {
+    let mut mock = starts();
+    mock.expect_remove().times(3).returning(|_| Err(trouble()));
+    mock.expect_remove().times(1).returning(|_| Ok(()));
+    let (stage, end) = Stage::new(mock);
+    let tasks = tasks();
+    tasks
+        .start(stage.clone(), identity(ID), spec(ID))
+        .await
+        .unwrap();
+    let task = tasks.get(ID).unwrap();
+    end.send_replace(Some(exit(0, 0)));
+    task.wait().await.unwrap().unwrap();
+    let destroyed = tasks.destroy(stage.clone(), ID, false).await;
+    assert!(matches!(destroyed, Err(TaskError::Backend(_))));
+    assert!(
+        matches!(tasks.get(ID), Err(TaskError::Unknown)),
+        "it is out of sight"
+    );
+    assert!(matches!(
+        tasks.start(stage, identity(ID), spec(ID)).await,
+        Err(TaskError::AlreadyKnown(_))
+    ));
+    tasks.desks.close();
+    timeout(Duration::from_secs(60), tasks.desks.wait())
+        .await
+        .expect("the retries succeed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_removal_that_never_works_is_given_up() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_remove().times(6).returning(|_| Err(trouble()));
+    let (stage, _end) = Stage::new(mock);
+    let tasks = tasks();
+    assert!(tasks.destroy(stage, ID, true).await.is_err());
+    tasks.desks.close();
+    timeout(Duration::from_secs(600), tasks.desks.wait())
+        .await
+        .expect("it is given up");
+    assert!(tasks.store.seat(ID).is_none());
+}
+
+#[tokio::test]
+async fn a_panic_is_an_error_of_this_task_alone() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_start()
+        .withf(|spec| spec.id == "bad")
+        .returning(|_| panic!("on purpose"));
+    mock.expect_start()
+        .withf(|spec| spec.id == ID)
+        .returning(|spec| Ok(started(&spec.id)));
+    let (stage, _end) = Stage::new(mock);
+    let tasks = tasks();
+    let bad = tasks
+        .start(stage.clone(), identity("bad"), spec("bad"))
+        .await;
+    assert!(matches!(bad, Err(TaskError::Panicked)));
+    assert!(tasks.start(stage, identity(ID), spec(ID)).await.is_ok());
+}
+
+#[tokio::test]
+async fn recovering_what_is_known_attaches_once() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_attach()
+        .times(1)
+        .returning(|started| Ok(started.clone()));
+    let (stage, end) = Stage::new(mock);
+    let tasks = tasks();
+    for _ in 0..2 {
+        let found = tasks
+            .recover(stage.clone(), identity(ID), started(ID))
+            .await
+            .unwrap();
+        assert_eq!(*found, started(ID));
+    }
+    end.send_replace(Some(exit(3, 0)));
+    let task = tasks.get(ID).unwrap();
+    assert_eq!(in_time(task.wait()).await.unwrap().unwrap(), exit(3, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn recovering_never_takes_long() {
+    let (stage, _end) = Stage::new(MockContainerBackend::new());
+    stage.gate.forget_permits(usize::MAX);
+    let tasks = tasks();
+    let lost = timeout(
+        Duration::from_secs(6),
+        tasks.recover(stage, identity(ID), started(ID)),
+    )
+    .await;
+    assert!(matches!(lost, Ok(Err(TaskError::AttachTimeout(_)))));
+    assert!(matches!(tasks.get(ID), Err(TaskError::Unknown)));
+}
+
+#[tokio::test]
+async fn requests_during_the_start_wait_for_it() {
+    let mut mock = starts();
+    mock.expect_signal()
+        .with(always(), eq(Signal::INT))
+        .times(1)
+        .returning(|_, _| Ok(()));
+    let (stage, _end) = Stage::new(mock);
+    stage.gate.forget_permits(usize::MAX);
+    let tasks = tasks();
+    let start = tokio::spawn({
+        let (tasks, stage) = (tasks.clone(), stage.clone());
+        async move { tasks.start(stage, identity(ID), spec(ID)).await.map(drop) }
+    });
+    let task = loop {
+        match tasks.get(ID) {
+            Ok(task) => break task,
+            Err(_) => tokio::task::yield_now().await,
+        }
+    };
+    let signal = tokio::spawn(async move { task.signal(Signal::INT).await });
+    tokio::task::yield_now().await;
+    assert!(!signal.is_finished());
+    stage.gate.add_permits(1);
+    in_time(start).await.unwrap().unwrap();
+    in_time(signal).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn the_end_of_the_process_is_no_end_of_a_task() {
+    let (stage, _end) = Stage::new(starts());
+    let tasks = tasks();
+    tasks.start(stage, identity(ID), spec(ID)).await.unwrap();
+    let task = tasks.get(ID).unwrap();
+    tasks.close(LIMIT).await;
+    assert!(in_time(task.wait()).await.is_none(), "no conclusion");
+}
