@@ -1,1 +1,64 @@
-fn main() {}
+//! A stand-in for systemd-nspawn, machinectl and systemctl in the hermetic tests: it acts as the tool it is called as, without
+//! privileges, systemd or network, and keeps a ledger of what it was asked. Never shipped.
+//!
+//! It is used through a link or a copy named as the tool. Beside that link lie `scenario.json` (what should go differently, see
+//! [`scenario`]) and `ledger.jsonl` (what happened, see [`ledger`]); it has no environment variables of its own. What it refuses
+//! and how it ends was measured on the real tools; `ci/compare-fake` measures again. What it can't be like the real one in
+//! is listed in [`leader`].
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+
+mod leader;
+mod ledger;
+mod notify;
+mod nspawn;
+mod options;
+mod process;
+mod scenario;
+mod tools;
+mod tree;
+mod values;
+
+/// The exit status when the stand-in itself is at fault, for instance over a scenario that it can't read.
+const OWN_FAULT: u8 = 70;
+
+#[expect(clippy::print_stderr, reason = "there is nobody else to tell")]
+fn main() -> ExitCode {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    match act(&words) {
+        // The kernel keeps the low eight bits, as of any process.
+        Ok(status) => ExitCode::from(status.to_le_bytes()[0]),
+        Err(error) => {
+            eprintln!("fake-nspawn: {error:#}");
+            ExitCode::from(OWN_FAULT)
+        }
+    }
+}
+
+fn act(words: &[OsString]) -> anyhow::Result<i32> {
+    let called = Path::new(words.first().context("called without a name")?);
+    let tool = called
+        .file_name()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
+    let directory = called.parent().unwrap_or(Path::new("."));
+    let plan = || -> anyhow::Result<leader::Plan> {
+        let text = words
+            .get(1)
+            .and_then(|word| word.to_str())
+            .context("a role without a plan")?;
+        Ok(serde_json::from_str(text)?)
+    };
+    match tool {
+        "systemd-nspawn" => nspawn::act(directory, words),
+        "machinectl" | "systemctl" => tools::act(directory, tool, words),
+        leader::LEADER => leader::lead(plan()?).map(|()| 0),
+        leader::PAYLOAD => leader::become_payload(&plan()?),
+        leader::GUARD => leader::guard(&plan()?).map(|()| 0),
+        other => anyhow::bail!("{other:?} is not systemd-nspawn, machinectl or systemctl"),
+    }
+}

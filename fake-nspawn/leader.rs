@@ -1,0 +1,316 @@
+//! The leader: the process that the real tool makes the container's first. It runs the payload as an ordinary child, gives
+//! signals from outside the meaning they have for a first process of a pid namespace, and takes everything with it when
+//! it ends. Three roles of this program make that up without privileges:
+//!
+//! - the *leader* blocks all signals, reads them as events and passes on what the kernel would deliver;
+//! - the *payload* ties its life to the leader's, then becomes the command;
+//! - the *guard* waits for the leader's end and kills what SIGKILL on the leader would leave.
+//!
+//! What differs from a real container, and stays so: the payload sees the host's paths and process ids, its pid is not 1
+//! (`LISTEN_PID` included), it keeps the caller's user, and a signal that it sends to itself has its usual effect.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::WaitStatus;
+use nix::unistd::{Pid, getppid, setsid};
+use serde::{Deserialize, Serialize};
+
+use crate::ledger::{Event, Ledger, Role};
+use crate::options::Mode;
+use crate::process::{self, RTMIN};
+use crate::scenario::Instead;
+
+/// What this program is called as, in each role.
+pub(crate) const LEADER: &str = "(sd-stubinit)";
+pub(crate) const PAYLOAD: &str = "(sd-payload)";
+pub(crate) const GUARD: &str = "(sd-guard)";
+
+/// What the leader is to do: its only argument.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Plan {
+    pub(crate) ledger: PathBuf,
+    pub(crate) mode: Mode,
+    pub(crate) root: Option<PathBuf>,
+    pub(crate) command: Vec<String>,
+    /// The host's directory, or what to print.
+    pub(crate) cwd: Result<PathBuf, String>,
+    pub(crate) instead: Option<Instead>,
+    pub(crate) ignore_signals: Vec<i32>,
+    /// An identity that only this container has, or nothing.
+    pub(crate) uuid: String,
+    /// The descriptor on which [`End`] is told.
+    pub(crate) tell: i32,
+    /// How many descriptors from 3 on the payload gets.
+    pub(crate) passed: i32,
+    /// The leader's pid; filled in for the roles that it starts.
+    pub(crate) leader: i32,
+    /// The payload's pid, which is its session too; filled in for the guard.
+    pub(crate) payload: i32,
+}
+
+/// How the first process ended, as its parent would see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum End {
+    Exit(i32),
+    /// reboot(2) shows as INT (power-off) and HUP (restart), as in any pid namespace.
+    Signal(i32),
+}
+
+const POWER_OFF: End = End::Signal(2);
+const RESTART: End = End::Signal(1);
+
+/// This program again, in another role.
+pub(crate) fn role(name: &str, plan: &Plan) -> anyhow::Result<Command> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(name).arg(serde_json::to_string(plan)?);
+    Ok(command)
+}
+
+/// The leader's life.
+pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<()> {
+    let mut tell = OpenOptions::new()
+        .write(true)
+        .open(format!("/proc/self/fd/{}", plan.tell))?;
+    close_all_but(&tell, plan.passed)?;
+    let mask = SigSet::all();
+    mask.thread_block()?;
+    // A process group leader can't; it has its session already.
+    setsid().ok();
+    prctl::set_child_subreaper(true)?;
+    plan.leader = Pid::this().as_raw();
+    let events = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let ledger = Ledger::open(&plan.ledger)?;
+    let end = match early_end(&plan) {
+        Some(end) => end,
+        None => Leader::start(plan, events, ledger)?.live()?,
+    };
+    process::kill_descendants();
+    tell.write_all(&serde_json::to_vec(&end)?)?;
+    Ok(())
+}
+
+fn close_all_but(keep: &File, passed: i32) -> anyhow::Result<()> {
+    use std::os::fd::AsRawFd;
+    for number in process::open_descriptors()? {
+        if number >= 3 + passed && number != keep.as_raw_fd() {
+            nix::unistd::close(number).ok();
+        }
+    }
+    Ok(())
+}
+
+/// What fails between the announcement and the first instruction of the command.
+#[expect(clippy::print_stderr, reason = "the tool's own words")]
+fn early_end(plan: &Plan) -> Option<End> {
+    if let Err(message) = &plan.cwd {
+        eprintln!("{message}");
+        return Some(End::Exit(1));
+    }
+    let inits = [
+        "usr/lib/systemd/systemd",
+        "lib/systemd/systemd",
+        "sbin/init",
+    ];
+    let root = plan.root.as_deref().filter(|_| plan.mode == Mode::Boot)?;
+    let found = inits
+        .iter()
+        .any(|path| root.join(path).symlink_metadata().is_ok());
+    if found {
+        return None;
+    }
+    eprintln!(
+        "execv(/usr/lib/systemd/systemd, /lib/systemd/systemd, /sbin/init) failed: No such file or directory"
+    );
+    Some(End::Exit(1))
+}
+
+struct Leader {
+    plan: Plan,
+    events: SignalFd,
+    ledger: Ledger,
+    /// The payload's pid; a booted container has none, the init is simulated.
+    payload: Option<i32>,
+    /// What the stub does when the payload is gone or the time is up.
+    ending: Option<(End, Instant)>,
+}
+
+impl Leader {
+    fn start(mut plan: Plan, events: SignalFd, ledger: Ledger) -> anyhow::Result<Self> {
+        let simulated = plan.mode == Mode::Boot
+            && !matches!(plan.instead, Some(Instead::Exit(_) | Instead::Signal(_)));
+        let mut payload = None;
+        if !simulated {
+            let mut command = role(PAYLOAD, &plan)?;
+            command.current_dir(plan.cwd.as_deref().unwrap_or(Path::new("/")));
+            let child = command.spawn()?;
+            plan.payload = i32::try_from(child.id())?;
+            payload = Some(plan.payload);
+        }
+        role(GUARD, &plan)?
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        Ok(Self {
+            plan,
+            events,
+            ledger,
+            payload,
+            ending: None,
+        })
+    }
+
+    fn live(mut self) -> anyhow::Result<End> {
+        loop {
+            if let Some(end) = self.reap() {
+                return Ok(end);
+            }
+            let timeout = match self.ending {
+                Some((end, at)) if Instant::now() >= at => return Ok(end),
+                Some((_, at)) => {
+                    PollTimeout::try_from(at - Instant::now()).unwrap_or(PollTimeout::MAX)
+                }
+                None => PollTimeout::NONE,
+            };
+            let mut wanted = [PollFd::new(self.events.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut wanted, timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            while let Some(event) = self.events.read_signal()? {
+                let number = i32::try_from(event.ssi_signo)?;
+                if number == Signal::SIGCHLD as i32 {
+                    continue;
+                }
+                self.ledger.write(&Event::Signal {
+                    role: Role::Leader,
+                    signal: number,
+                })?;
+                if let Some(end) = self.signal(number) {
+                    return Ok(end);
+                }
+            }
+        }
+    }
+
+    /// Takes in ended children; the payload's end is the container's.
+    fn reap(&mut self) -> Option<End> {
+        let mut ended = None;
+        process::reap(|pid, status| {
+            if Some(pid) == self.payload {
+                ended = match status {
+                    WaitStatus::Exited(_, code) => Some(End::Exit(code)),
+                    WaitStatus::Signaled(_, signal, _) => Some(End::Signal(signal as i32)),
+                    _ => None,
+                };
+            }
+        });
+        let ended = ended?;
+        Some(match (self.plan.mode, self.ending, ended) {
+            (Mode::AsPid2, Some((end, _)), _) => end,
+            // The stub has no way to say by which signal; it exits with this.
+            (Mode::AsPid2, None, End::Signal(_)) => End::Exit(255),
+            (_, _, end) => end,
+        })
+    }
+
+    fn signal(&mut self, number: i32) -> Option<End> {
+        match (self.plan.mode, number - RTMIN) {
+            (Mode::Plain, _) => {
+                let payload = self.payload?;
+                if !self.plan.ignore_signals.contains(&number) && process::catches(payload, number)
+                {
+                    process::send(payload, number);
+                }
+                None
+            }
+            (Mode::AsPid2, 3 | 4) => self.stop(POWER_OFF),
+            (Mode::AsPid2, 5) => self.stop(RESTART),
+            (Mode::AsPid2, _) if number == Signal::SIGINT as i32 => self.stop(RESTART),
+            (Mode::Boot, _) if self.plan.ignore_signals.contains(&number) => None,
+            (Mode::Boot, 3 | 4) => Some(POWER_OFF),
+            (Mode::Boot, 5) => Some(RESTART),
+            (Mode::Boot, _) if number == Signal::SIGINT as i32 => Some(RESTART),
+            _ => None,
+        }
+    }
+
+    /// The stub's way to end: asks the payload, and waits a minute and a half at most.
+    fn stop(&mut self, end: End) -> Option<End> {
+        let payload = self.payload?;
+        self.ending = Some((end, Instant::now() + Duration::from_secs(90)));
+        for number in [Signal::SIGTERM as i32, Signal::SIGHUP as i32] {
+            if !self.plan.ignore_signals.contains(&number) {
+                process::send(payload, number);
+            }
+        }
+        None
+    }
+}
+
+/// The payload's life up to the command: returns only when that could not be run.
+#[expect(clippy::print_stderr, reason = "the tool's own words")]
+pub(crate) fn become_payload(plan: &Plan) -> anyhow::Result<i32> {
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    if getppid().as_raw() != plan.leader {
+        return Ok(1);
+    }
+    setsid()?;
+    SigSet::empty().thread_set_mask()?;
+    match plan.instead {
+        Some(Instead::Exit(code)) => return Ok(code),
+        Some(Instead::Signal(number)) => match process::die_by(number)? {},
+        Some(Instead::Sleep(true)) => loop {
+            nix::unistd::pause();
+        },
+        Some(Instead::Sleep(false)) | None => {}
+    }
+    let (program, mut command) = match plan.command.split_first() {
+        Some((program, rest)) => {
+            let mut command = Command::new(program);
+            command.args(rest);
+            (program.as_str(), command)
+        }
+        None => {
+            let mut command = Command::new("/bin/sh");
+            command.arg0("-sh");
+            ("/bin/sh", command)
+        }
+    };
+    let error = command.exec();
+    let reason = error
+        .raw_os_error()
+        .map_or("Invalid argument", |number| Errno::from_raw(number).desc());
+    eprintln!("execv({program}) failed: {reason}");
+    Ok(1)
+}
+
+/// The guard's life.
+pub(crate) fn guard(plan: &Plan) -> anyhow::Result<()> {
+    setsid()?;
+    let Some(leader) = rustix::process::Pid::from_raw(plan.leader) else {
+        return Ok(());
+    };
+    // An error means that the leader is gone already.
+    if let Ok(watched) = rustix::process::pidfd_open(leader, rustix::process::PidfdFlags::empty()) {
+        if getppid().as_raw() == plan.leader {
+            let mut wanted = [PollFd::new(watched.as_fd(), PollFlags::POLLIN)];
+            while poll(&mut wanted, PollTimeout::NONE) == Err(Errno::EINTR) {}
+        }
+    }
+    process::kill_members(plan.payload, &plan.uuid);
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! The ledger beside the link: one JSON line per event, each written whole by a single append, so that readers never see half
+//! a line and writers need no lock. Counts starts; interprets nothing else.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use nix::fcntl::{Flock, FlockArg};
+use serde::Serialize;
+
+/// The open ledger.
+#[derive(Debug)]
+pub(crate) struct Ledger {
+    path: PathBuf,
+    file: File,
+}
+
+/// One line.
+#[derive(Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum Event {
+    /// A tool was called. Written before anything is checked.
+    Call(Call),
+    /// The container was started.
+    Started { leader: i32 },
+    /// A signal arrived.
+    Signal { role: Role, signal: i32 },
+    /// The tool is about to end.
+    Exit { status: i32 },
+}
+
+/// Who got a signal.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Role {
+    Nspawn,
+    Leader,
+}
+
+/// How a tool was called.
+#[derive(Debug, Serialize)]
+pub(crate) struct Call {
+    tool: String,
+    /// Counted from 0 over the starts of systemd-nspawn; `null` for everything that starts nothing.
+    number: Option<usize>,
+    argv: Vec<String>,
+    environment: BTreeMap<String, String>,
+    cwd: String,
+    /// Number to what `/proc/self/fd` says. Without the ledger's own.
+    descriptors: BTreeMap<i32, String>,
+    /// The text of `/proc/self/cgroup`.
+    cgroup: String,
+    pid: u32,
+    oom_score_adj: i32,
+    /// `SigBlk` as hexadecimal digits.
+    signal_mask: String,
+    /// `SigIgn` as hexadecimal digits without SIGPIPE: the language's runtime ignores that one before `main`.
+    ignored: String,
+}
+
+impl Ledger {
+    /// Opens the ledger in this directory, or makes it.
+    pub(crate) fn beside(directory: &Path) -> anyhow::Result<Self> {
+        Self::open(&directory.join("ledger.jsonl"))
+    }
+
+    /// Opens this ledger.
+    pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        let file = file.with_context(|| path.display().to_string())?;
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+        })
+    }
+
+    /// Where it lies.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Appends one event.
+    pub(crate) fn write(&mut self, event: &Event) -> anyhow::Result<()> {
+        let mut line = serde_json::to_vec(event)?;
+        line.push(b'\n');
+        self.file
+            .write_all(&line)
+            .with_context(|| self.path.display().to_string())
+    }
+
+    /// Appends a call and gives its number among the starts.
+    pub(crate) fn call(
+        &mut self,
+        argv: &[OsString],
+        tool: &str,
+        starts: bool,
+    ) -> anyhow::Result<usize> {
+        // Two starts at the same moment must not get the same number.
+        let _turn =
+            Flock::lock(File::open(&self.path)?, FlockArg::LockExclusive).map_err(|(_, e)| e)?;
+        let number = fs::read_to_string(&self.path)?
+            .lines()
+            .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+            .filter(|event| event["number"].is_u64())
+            .count();
+        let call = Call::observe(argv, tool, starts.then_some(number))?;
+        self.write(&Event::Call(call))?;
+        Ok(number)
+    }
+}
+
+impl Call {
+    fn observe(argv: &[OsString], tool: &str, number: Option<usize>) -> anyhow::Result<Self> {
+        let status = fs::read_to_string("/proc/self/status")?;
+        let ignored = u64::from_str_radix(&status_field(&status, "SigIgn"), 16)?;
+        Ok(Self {
+            tool: tool.to_owned(),
+            number,
+            argv: argv
+                .iter()
+                .map(|word| word.to_string_lossy().into_owned())
+                .collect(),
+            environment: std::env::vars_os()
+                .map(|(name, value)| {
+                    (
+                        name.to_string_lossy().into_owned(),
+                        value.to_string_lossy().into_owned(),
+                    )
+                })
+                .collect(),
+            cwd: std::env::current_dir()?.display().to_string(),
+            descriptors: descriptors()?,
+            cgroup: fs::read_to_string("/proc/self/cgroup")?,
+            pid: std::process::id(),
+            oom_score_adj: fs::read_to_string("/proc/self/oom_score_adj")?
+                .trim()
+                .parse()?,
+            signal_mask: status_field(&status, "SigBlk"),
+            ignored: format!("{:016x}", ignored & !(1 << 12)),
+        })
+    }
+}
+
+/// The value of a line of `/proc/<pid>/status`, or nothing.
+pub(crate) fn status_field(status: &str, name: &str) -> String {
+    let value = status
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    value.unwrap_or_default().trim().to_owned()
+}
+
+fn descriptors() -> anyhow::Result<BTreeMap<i32, String>> {
+    let mut found = BTreeMap::new();
+    for number in crate::process::open_descriptors()? {
+        let Ok(target) = fs::read_link(format!("/proc/self/fd/{number}")) else {
+            continue;
+        };
+        if target.file_name().is_none_or(|name| name != "ledger.jsonl") {
+            found.insert(number, target.display().to_string());
+        }
+    }
+    Ok(found)
+}

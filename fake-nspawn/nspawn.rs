@@ -1,0 +1,397 @@
+//! The life of one systemd-nspawn call: read, refuse or start, announce, pass on or kill, end with the right status. Starts the
+//! leader and nothing else; what the arguments mean is for `options` and `tree`.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::WaitStatus;
+
+use crate::leader::{self, End, Plan};
+use crate::ledger::{Event, Ledger, Role};
+use crate::options::{self, Options, Parsed, Refusal};
+use crate::process;
+use crate::scenario::{Call, Scenario};
+use crate::tree::{self, Prepared};
+use crate::{notify, tools};
+
+/// The exit status that asks for a new start.
+const RESTART: i32 = 133;
+
+/// Acts the tool; gives the exit status.
+pub(crate) fn act(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
+    let scenario = Scenario::beside(directory)?;
+    let mut ledger = Ledger::beside(directory)?;
+    let texts: Vec<String> = words[1..]
+        .iter()
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    let parsed = options::parse(scenario.version, &texts, |name| std::env::var(name).ok());
+    let starts = !matches!(
+        parsed,
+        Ok(Parsed::Help | Parsed::Version | Parsed::Words(_))
+    );
+    let number = ledger.call(words, "systemd-nspawn", starts)?;
+    let call = scenario.call(number);
+    let status = match parsed {
+        Ok(Parsed::Help) => tools::say(&options::help(scenario.version)),
+        Ok(Parsed::Version) => tools::say(&tools::version(scenario.version)),
+        Ok(Parsed::Words(known)) => tools::say(&format!("{}\n", known.join("\n"))),
+        Ok(Parsed::Run(options)) => container(directory, &scenario, &call, &options, &mut ledger)?,
+        Err(refusal) => refuse(scenario.version, &refusal),
+    };
+    ledger.write(&Event::Exit { status })?;
+    Ok(status)
+}
+
+#[expect(clippy::print_stderr, reason = "the tool's own words")]
+fn refuse(version: u32, refusal: &Refusal) -> i32 {
+    eprintln!("{refusal}");
+    farewell(version, 1, Some(refusal.errno));
+    1
+}
+
+/// What the service manager hears at the end.
+fn farewell(version: u32, status: i32, errno: Option<i32>) {
+    let doing = if status == RESTART {
+        "Restarting"
+    } else {
+        "Terminating"
+    };
+    notify::send(&format!("STOPPING=1\nSTATUS={doing}..."));
+    if let Some(errno) = errno {
+        notify::send(&format!("ERRNO={errno}"));
+    }
+    if version >= 257 {
+        notify::send(&format!("EXIT_STATUS={status}"));
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the tool's own words")]
+fn container(
+    directory: &Path,
+    scenario: &Scenario,
+    call: &Call,
+    options: &Options,
+    ledger: &mut Ledger,
+) -> anyhow::Result<i32> {
+    for warning in &options.warnings {
+        eprintln!("{warning}");
+    }
+    if options.image.is_some() && !scenario.udev && scenario.version <= 257 {
+        let words = "Sorry, but --image= requires access to the host's /run/ hierarchy, since we need access to udev.";
+        return Ok(refuse(
+            scenario.version,
+            &Refusal {
+                message: words.to_owned(),
+                errno: 95,
+            },
+        ));
+    }
+    if options.notify_ready {
+        // The socket would lie at a path that only exists inside a real container.
+        let words = "fake-nspawn: --notify-ready=yes is not simulated";
+        return Ok(refuse(
+            scenario.version,
+            &Refusal {
+                message: words.to_owned(),
+                errno: 95,
+            },
+        ));
+    }
+    let prepared = match tree::prepare(options, scenario) {
+        Ok(prepared) => prepared,
+        Err(refusal) => return Ok(refuse(scenario.version, &refusal)),
+    };
+    let _lock = match lock(directory, options, &prepared)? {
+        Ok(lock) => lock,
+        Err(refusal) => return Ok(refuse(scenario.version, &refusal)),
+    };
+    if options.scope_settings && options.keep_unit && !options.register {
+        eprintln!(
+            "Machine and scope registration turned off, --slice= and --property= settings will have no effect."
+        );
+    }
+    if let Some(refusal) = &call.refuse {
+        eprintln!("{}", refusal.stderr);
+        farewell(scenario.version, refusal.status, Some(5));
+        return Ok(refusal.status);
+    }
+    if !options.quiet && !options.pipe {
+        let root = prepared.root.as_deref().unwrap_or(Path::new("image"));
+        eprintln!(
+            "Spawning container {} on {}.",
+            prepared.machine,
+            root.display()
+        );
+        eprintln!("Press ^] three times within 1s to kill container.");
+    }
+    let mut nspawn = Nspawn {
+        scenario,
+        call,
+        options,
+        ledger,
+        leader: None,
+        asked: false,
+    };
+    let (status, errno) = nspawn.live(&prepared)?;
+    std::thread::sleep(Duration::from_millis(call.delay_before_exit_ms));
+    let status = call.exit_status.unwrap_or(status);
+    farewell(scenario.version, status, errno);
+    Ok(status)
+}
+
+/// One writer or any number of readers of a tree, among the callers of one link.
+fn lock(
+    directory: &Path,
+    options: &Options,
+    prepared: &Prepared,
+) -> anyhow::Result<Result<Option<Flock<File>>, Refusal>> {
+    use std::os::unix::fs::MetadataExt;
+    let Some(root) = prepared.root.as_deref().filter(|_| !options.ephemeral) else {
+        return Ok(Ok(None));
+    };
+    let found = std::fs::metadata(root)?;
+    let file = File::create(directory.join(format!(".lock-{:x}-{}", found.dev(), found.ino())))?;
+    let kind = if options.read_only {
+        FlockArg::LockSharedNonblock
+    } else {
+        FlockArg::LockExclusiveNonblock
+    };
+    Ok(match Flock::lock(file, kind) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, Errno::EWOULDBLOCK)) => Err(Refusal {
+            message: format!("Directory tree {} is currently busy.", root.display()),
+            errno: 16,
+        }),
+        Err((_, error)) => return Err(error.into()),
+    })
+}
+
+struct Nspawn<'a> {
+    scenario: &'a Scenario,
+    call: &'a Call,
+    options: &'a Options,
+    ledger: &'a mut Ledger,
+    leader: Option<i32>,
+    /// The kill signal has been sent.
+    asked: bool,
+}
+
+impl Nspawn<'_> {
+    /// From the start to the end of the container: exit status, and an error number if it was a failure.
+    fn live(&mut self, prepared: &Prepared) -> anyhow::Result<(i32, Option<i32>)> {
+        let mut mask = SigSet::empty();
+        for signal in [
+            Signal::SIGCHLD,
+            Signal::SIGTERM,
+            Signal::SIGINT,
+            Signal::SIGWINCH,
+        ] {
+            mask.add(signal);
+        }
+        mask.thread_block()?;
+        let events = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        if self.told_to_end_within(
+            &events,
+            Duration::from_millis(self.call.delay_before_notify_ms),
+        )? {
+            return Ok((1, Some(5)));
+        }
+        if let Some(number) = self.call.die_before_notify {
+            match process::die_by(number)? {}
+        }
+        prctl::set_child_subreaper(true)?;
+        let told = self.start(prepared)?;
+        let status = self.wait(&events)?;
+        process::kill_descendants();
+        let end = told_end(told)?.unwrap_or(match status {
+            WaitStatus::Signaled(_, signal, _) => End::Signal(signal as i32),
+            WaitStatus::Exited(_, code) => End::Exit(code),
+            _ => End::Exit(1),
+        });
+        Ok(self.status(&prepared.machine, end))
+    }
+
+    /// Starts the leader and announces it. Gives the end of the pipe on which the leader tells its end.
+    fn start(&mut self, prepared: &Prepared) -> anyhow::Result<OwnedFd> {
+        let (hear, tell) = nix::unistd::pipe()?;
+        fcntl(&hear, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+        let plan = Plan {
+            ledger: self.ledger.path().to_owned(),
+            mode: self.options.mode,
+            root: prepared.root.clone(),
+            command: self.options.command.clone(),
+            cwd: prepared.cwd.clone(),
+            instead: self.call.instead.clone(),
+            ignore_signals: self.call.ignore_signals.clone(),
+            uuid: prepared.own_uuid.clone(),
+            tell: tell.as_raw_fd(),
+            passed: tree::passed_descriptors().unwrap_or_default(),
+            leader: 0,
+            payload: 0,
+        };
+        let mut command = leader::role(leader::LEADER, &plan)?;
+        command.env_clear().envs(
+            prepared
+                .environment
+                .iter()
+                .map(|(name, value)| (name, value)),
+        );
+        let child = command.spawn()?;
+        let pid = i32::try_from(child.id())?;
+        self.leader = Some(pid);
+        self.ledger.write(&Event::Started { leader: pid })?;
+        if !self.call.never_notify {
+            let doing = if self.scenario.version >= 258 {
+                "started"
+            } else {
+                "running"
+            };
+            notify::send(&format!(
+                "STATUS=Container {doing}.\nX_NSPAWN_LEADER_PID={pid}"
+            ));
+            notify::send("READY=1\n");
+        }
+        Ok(hear)
+    }
+
+    fn told_to_end_within(&mut self, events: &SignalFd, time: Duration) -> anyhow::Result<bool> {
+        let until = Instant::now() + time;
+        while let Some(left) = until
+            .checked_duration_since(Instant::now())
+            .filter(|left| !left.is_zero())
+        {
+            ready(
+                events,
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX),
+            )?;
+            if self.take_signals(events)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn wait(&mut self, events: &SignalFd) -> anyhow::Result<WaitStatus> {
+        loop {
+            let mut ended = None;
+            let leader = self.leader;
+            process::reap(|pid, status| {
+                if Some(pid) == leader {
+                    match status {
+                        WaitStatus::Stopped(..) => self.freeze(pid, Signal::SIGSTOP),
+                        WaitStatus::Continued(_) => self.freeze(pid, Signal::SIGCONT),
+                        status => ended = Some(status),
+                    }
+                }
+            });
+            if let Some(status) = ended {
+                return Ok(status);
+            }
+            ready(events, PollTimeout::NONE)?;
+            self.take_signals(events)?;
+        }
+    }
+
+    /// Outside plain mode the leader's own stop stops nobody else.
+    fn freeze(&self, leader: i32, signal: Signal) {
+        if self.options.mode == options::Mode::Plain {
+            process::children(leader)
+                .first()
+                .map(|payload| process::send(*payload, signal as i32));
+        }
+    }
+
+    /// Acts on the signals that are there; whether one of them asked for the end.
+    fn take_signals(&mut self, events: &SignalFd) -> anyhow::Result<bool> {
+        let mut asked = false;
+        while let Some(event) = events.read_signal()? {
+            let number = i32::try_from(event.ssi_signo)?;
+            if number == Signal::SIGCHLD as i32 {
+                continue;
+            }
+            self.ledger.write(&Event::Signal {
+                role: Role::Nspawn,
+                signal: number,
+            })?;
+            if number != Signal::SIGWINCH as i32 {
+                asked = true;
+                self.end_leader();
+            }
+        }
+        Ok(asked)
+    }
+
+    #[expect(clippy::print_stderr, reason = "the tool's own words")]
+    fn end_leader(&mut self) {
+        let Some(leader) = self.leader else { return };
+        match self.options.kill_signal.filter(|_| !self.asked) {
+            Some(number) => {
+                self.asked = true;
+                eprintln!(
+                    "Trying to halt container. Send SIGTERM again to trigger immediate termination."
+                );
+                process::send(leader, number);
+            }
+            None => process::send(leader, Signal::SIGKILL as i32),
+        }
+    }
+
+    /// What the real tool makes of the first process's end.
+    #[expect(clippy::print_stderr, reason = "the tool's own words")]
+    fn status(&self, machine: &str, end: End) -> (i32, Option<i32>) {
+        let quiet = self.options.quiet || self.options.pipe;
+        let say = |words: String| {
+            if !quiet {
+                eprintln!("{words}");
+            }
+        };
+        match end {
+            End::Exit(0) => say(format!("Container {machine} exited successfully.")),
+            End::Exit(code) => say(format!(
+                "Container {machine} failed with error code {code}."
+            )),
+            End::Signal(2) => say(format!("Container {machine} has been shut down.")),
+            End::Signal(1) => say(format!("Container {machine} is being rebooted.")),
+            End::Signal(number) => {
+                eprintln!(
+                    "Container {machine} terminated by signal {}.",
+                    process::signal_name(number)
+                );
+            }
+        }
+        match end {
+            End::Exit(RESTART) => (1, None),
+            End::Exit(code) => (code, None),
+            End::Signal(2) => (0, None),
+            End::Signal(1) => (RESTART, None),
+            End::Signal(_) => (1, Some(5)),
+        }
+    }
+}
+
+fn ready(events: &SignalFd, timeout: PollTimeout) -> anyhow::Result<()> {
+    match poll(
+        &mut [PollFd::new(events.as_fd(), PollFlags::POLLIN)],
+        timeout,
+    ) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn told_end(told: OwnedFd) -> anyhow::Result<Option<End>> {
+    let mut text = Vec::new();
+    File::from(told).read_to_end(&mut text)?;
+    Ok(serde_json::from_slice(&text).ok())
+}

@@ -1,0 +1,182 @@
+//! What the roles ask of the kernel: signals by number, who descends from whom, which descriptors are open. Decides nothing.
+
+use std::collections::HashSet;
+use std::convert::Infallible;
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
+
+/// The first real-time signal, as systemd counts.
+pub(crate) const RTMIN: i32 = 34;
+
+/// Sends a signal. A process that is gone is no error.
+pub(crate) fn send(pid: i32, number: i32) {
+    match Signal::try_from(number) {
+        Ok(known) => {
+            // The only failure left is that the process is gone.
+            signal::kill(Pid::from_raw(pid), known).ok();
+        }
+        // The safe wrappers of kill(2) know no real-time signals; the shell does.
+        Err(_) => {
+            let script = format!("kill -{number} {pid}");
+            Command::new("/bin/sh")
+                .arg("-c")
+                .arg(script)
+                .stderr(Stdio::null())
+                .status()
+                .ok();
+        }
+    }
+}
+
+/// Ends this process by a signal. Returns only when that failed.
+pub(crate) fn die_by(number: i32) -> io::Result<Infallible> {
+    // A shell has none of the handlers and ignored signals that the language's runtime set up here.
+    Err(Command::new("/bin/sh")
+        .arg("-c")
+        .arg(format!("kill -{number} $$"))
+        .exec())
+}
+
+/// The name that systemd prints, without `SIG`.
+pub(crate) fn signal_name(number: i32) -> String {
+    match Signal::try_from(number) {
+        Ok(known) => known.as_str().trim_start_matches("SIG").to_owned(),
+        Err(_) if number >= RTMIN => format!("RTMIN+{}", number - RTMIN),
+        Err(_) => number.to_string(),
+    }
+}
+
+/// Parent and session of a process.
+fn relations(pid: i32) -> Option<(i32, i32)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in brackets may hold anything; what follows the last bracket is numbers.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    if fields.next() == Some("Z") {
+        return None;
+    }
+    let parent = fields.next()?.parse().ok()?;
+    let session = fields.nth(1)?.parse().ok()?;
+    Some((parent, session))
+}
+
+fn living() -> Vec<(i32, i32, i32)> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter_map(|pid| relations(pid).map(|(parent, session)| (pid, parent, session)))
+        .collect()
+}
+
+/// All living descendants of this process.
+fn descendants() -> HashSet<i32> {
+    let all = living();
+    let mut found = HashSet::new();
+    let mut parents = vec![Pid::this().as_raw()];
+    while let Some(parent) = parents.pop() {
+        for (pid, _, _) in all.iter().filter(|(_, of, _)| *of == parent) {
+            if found.insert(*pid) {
+                parents.push(*pid);
+            }
+        }
+    }
+    found
+}
+
+/// Kills all descendants, and those that they leave to this process while they die, until there are none.
+pub(crate) fn kill_descendants() {
+    loop {
+        let left = descendants();
+        if left.is_empty() {
+            break;
+        }
+        for pid in left {
+            send(pid, 9);
+        }
+        reap_one_blocking();
+    }
+    reap(|_, _| {});
+}
+
+fn reap_one_blocking() {
+    // No child at all means that the tree changed between looking and waiting; the caller looks again.
+    nix::sys::wait::wait().ok();
+}
+
+/// Takes in all children that have ended or changed, without waiting.
+pub(crate) fn reap(mut seen: impl FnMut(i32, nix::sys::wait::WaitStatus)) {
+    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED | WaitPidFlag::WCONTINUED;
+    loop {
+        match waitpid(None, Some(flags)) {
+            Ok(WaitStatus::StillAlive) | Err(_) => return,
+            Ok(status) => {
+                if let Some(pid) = status.pid() {
+                    seen(pid.as_raw(), status);
+                }
+            }
+        }
+    }
+}
+
+/// Kills what belongs to a container: the processes of the payload's session and those with its identity in their
+/// environment. 0 is no session, the empty text no identity.
+pub(crate) fn kill_members(session: i32, identity: &str) {
+    let mark = format!("container_uuid={identity}");
+    let belongs = |pid: i32, of: i32| {
+        (session > 0 && of == session) || (!identity.is_empty() && carries(pid, &mark))
+    };
+    loop {
+        let me = Pid::this().as_raw();
+        let members: Vec<_> = living()
+            .into_iter()
+            .filter(|(pid, _, of)| *pid != me && belongs(*pid, *of))
+            .collect();
+        if members.is_empty() {
+            return;
+        }
+        for (pid, _, _) in members {
+            send(pid, 9);
+        }
+        std::thread::yield_now();
+    }
+}
+
+fn carries(pid: i32, mark: &str) -> bool {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment
+        .split(|byte| *byte == 0)
+        .any(|entry| entry == mark.as_bytes())
+}
+
+/// The children of a process, oldest first.
+pub(crate) fn children(pid: i32) -> Vec<i32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect()
+}
+
+/// Whether a process has installed a handler for this signal.
+pub(crate) fn catches(pid: i32, number: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let caught = crate::ledger::status_field(&status, "SigCgt");
+    u64::from_str_radix(&caught, 16).is_ok_and(|mask| mask >> (number - 1) & 1 == 1)
+}
+
+/// The open descriptors of this process, without the one that was needed to look.
+pub(crate) fn open_descriptors() -> io::Result<Vec<i32>> {
+    let numbers: Vec<i32> = fs::read_dir("/proc/self/fd")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    Ok(numbers
+        .into_iter()
+        .filter(|number| fs::symlink_metadata(format!("/proc/self/fd/{number}")).is_ok())
+        .collect())
+}
