@@ -465,3 +465,7 @@ async fn wait_readable(pidfd: &Arc<OwnedFd>, wait: Duration) -> bool {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+#[path = "plugin_tests.rs"]
+mod tests;

@@ -1,11 +1,12 @@
 //! The calls Nomad's agent makes, in its order: methods for each, and [`run_task`], which drives one task from configuration
 //! to clean-up. Retries nothing, except that a plugin that dies under a running task is started again to find the task.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -293,8 +294,8 @@ pub async fn run_task<O, E>(
     tell: &(dyn Fn(Happening) + Sync),
 ) -> Result<TaskExit, HostError>
 where
-    O: AsyncWrite + Unpin + Send + 'static,
-    E: AsyncWrite + Unpin + Send + 'static,
+    O: Write + Send + 'static,
+    E: Write + Send + 'static,
 {
     let mut plugin = prepare(&run, tell).await?;
     let allocation = match Allocation::create(&run.allocations, run.task.clone()) {
@@ -361,8 +362,8 @@ async fn drive<O, E>(
     tell: &(dyn Fn(Happening) + Sync),
 ) -> Result<TaskExit, HostError>
 where
-    O: AsyncWrite + Unpin + Send + 'static,
-    E: AsyncWrite + Unpin + Send + 'static,
+    O: Write + Send + 'static,
+    E: Write + Send + 'static,
 {
     let task = plugin.task_config(allocation).await?;
     let id = task.id.clone();
@@ -385,7 +386,7 @@ where
     let started = match started {
         Ok(started) => started,
         Err(error) => {
-            copies.each_ref().map(tokio::task::JoinHandle::abort);
+            copies.iter().for_each(tokio::task::JoinHandle::abort);
             return Err(error);
         }
     };
@@ -472,15 +473,23 @@ fn tell_event(event: &DriverTaskEvent, allocation: &Allocation, tell: &(dyn Fn(H
 }
 
 /// Copies until the last writer is gone, each piece as it comes.
-async fn copy(mut from: pipe::Receiver, mut to: impl AsyncWrite + Unpin) -> std::io::Result<()> {
+async fn copy(
+    mut from: pipe::Receiver,
+    mut to: impl Write + Send + 'static,
+) -> std::io::Result<()> {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let n = from.read(&mut buffer).await?;
         if n == 0 {
             return Ok(());
         }
-        to.write_all(&buffer[..n]).await?;
-        to.flush().await?;
+        // Whoever reads our stdout may be slow, and must not hold up everything else.
+        let written = tokio::task::spawn_blocking(move || {
+            to.write_all(&buffer[..n])?;
+            to.flush()?;
+            Ok::<_, std::io::Error>((to, buffer))
+        });
+        (to, buffer) = written.await.map_err(std::io::Error::other)??;
     }
 }
 

@@ -34,7 +34,7 @@ impl Variables {
         let mut out = String::new();
         for element in &template {
             match element {
-                Element::Literal(literal) => out.push_str(&unescape(literal)),
+                Element::Literal(literal) => out.push_str(literal),
                 Element::Interpolation(part) => out.push_str(self.name(&part.expr)?),
                 Element::Directive(_) => {
                     return Err(TemplateError(format!(
@@ -136,11 +136,6 @@ fn show(expression: &Expression) -> String {
     expression.to_string().trim().to_owned()
 }
 
-/// The doubled marks by which a template says that it means the marks themselves.
-pub(crate) fn unescape(literal: &str) -> String {
-    literal.replace("$${", "${").replace("%%{", "%{")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,6 +161,7 @@ mod tests {
     #[case("${env.NOMAD_TASK_NAME}", "web")]
     #[case("${meta.rack}", "r1")]
     #[case("a $${NOMAD_TASK_NAME} b", "a ${NOMAD_TASK_NAME} b")]
+    #[case("%%{x} ${NOMAD_TASK_NAME}", "%{x} web")]
     #[case("100% $5", "100% $5")]
     #[case("\\n ${NOMAD_TASK_NAME}", "\\n web")]
     fn names_are_replaced(#[case] text: &str, #[case] expected: &str) {
