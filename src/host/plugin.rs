@@ -34,6 +34,8 @@ pub const GRACE: Duration = Duration::from_secs(2);
 
 const MESSAGE_LIMIT: usize = i32::MAX as usize;
 const LAST_WORDS: usize = 10;
+/// A longer line of the log comes in pieces, as in Nomad; without this a plugin could fill our memory.
+const LINE: usize = 64 * 1024;
 /// Bytes of stdout after the handshake that are kept: none should ever come.
 const STRAY: usize = 64 * 1024;
 
@@ -408,7 +410,11 @@ fn read_log(
     tokio::spawn(async move {
         let mut stderr = BufReader::new(stderr);
         let mut line = Vec::new();
-        while matches!(stderr.read_until(b'\n', &mut line).await, Ok(1..)) {
+        loop {
+            let mut piece = (&mut stderr).take(LINE as u64);
+            if !matches!(piece.read_until(b'\n', &mut line).await, Ok(1..)) {
+                break;
+            }
             let text = String::from_utf8_lossy(&line);
             let text = text.trim_end_matches(['\r', '\n']).to_owned();
             {

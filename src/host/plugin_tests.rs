@@ -38,7 +38,7 @@ async fn a_launched_plugin_has_nomads_environment_and_its_lines_are_heard() {
     let dir = server().await;
     let (sender, mut lines) = mpsc::unbounded_channel();
     let text = format!(
-        "{}; echo \"$PLUGIN_PROTOCOL_VERSIONS $PLUGIN_MIN_PORT $PLUGIN_MAX_PORT $X ${{HOME-no home}}\" >&2; echo stray; exec cat",
+        "{}; echo \"$PLUGIN_PROTOCOL_VERSIONS $PLUGIN_MIN_PORT $PLUGIN_MAX_PORT $X ${{HOME-no home}}\" >&2; echo stray; exec tail -f /dev/null",
         greeting(&dir)
     );
     let mut launch = script(&text).set("X", "x").unset("HOME");
@@ -79,7 +79,7 @@ async fn a_bad_handshake_ends_the_process_and_says_why(#[case] text: &str, #[cas
 
 #[tokio::test]
 async fn a_plugin_that_says_nothing_is_killed() {
-    let mut launch = script("exec cat /dev/zero >&2");
+    let mut launch = script("exec tail -f /dev/null");
     launch.start_timeout = Duration::from_millis(50);
     let error = Plugin::launch(launch).await.unwrap_err().to_string();
     assert!(error.contains("none in 0.05 s (killed)"), "{error}");
@@ -87,9 +87,11 @@ async fn a_plugin_that_says_nothing_is_killed() {
 
 #[tokio::test]
 async fn a_socket_that_is_not_there_is_named() {
-    let error = Plugin::launch(script("echo '1|2|unix|/nonexistent/s|grpc|'; exec cat"))
-        .await
-        .unwrap_err();
+    let error = Plugin::launch(script(
+        "echo '1|2|unix|/nonexistent/s|grpc|'; exec tail -f /dev/null",
+    ))
+    .await
+    .unwrap_err();
     assert!(matches!(error, HostError::Connect { .. }), "{error}");
 }
 
