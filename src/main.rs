@@ -1,16 +1,85 @@
-//! The door: which of the binary's lives is this?
+//! The door: which of the binary's lives is this? A host invites a plugin by a cookie; a supervisor and the step to
+//! systemd-nspawn are asked for by name; everything else is a person.
 
-use std::path::Path;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
-use nomad_driver_nspawn::supervisor;
+use anyhow::Context as _;
+use nomad_driver_nspawn::backend::NspawnBackend;
+use nomad_driver_nspawn::backend::nspawn::Settings;
+use nomad_driver_nspawn::config::{Places, PluginConfig};
+use nomad_driver_nspawn::driver::Driver;
+use nomad_driver_nspawn::plugin::{self, HandshakeError, Invitation};
+use nomad_driver_nspawn::{cli, supervisor};
+
+/// Where systemd itself looks for registered images, in its order.
+const MACHINES: &[&str] = &[
+    "/etc/machines",
+    "/run/machines",
+    "/var/lib/machines",
+    "/var/lib/container",
+    "/usr/local/lib/machines",
+    "/usr/lib/machines",
+];
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().collect();
-    let words: Vec<&str> = arguments.iter().skip(1).map(String::as_str).collect();
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    let words: Vec<&OsStr> = arguments.iter().skip(1).map(OsString::as_os_str).collect();
     match words.as_slice() {
-        ["supervise", directory] => supervisor::run::supervise(Path::new(directory)),
-        ["enter", directory] => supervisor::enter::enter(Path::new(directory)),
-        _ => ExitCode::FAILURE,
+        [life, directory] if *life == "supervise" => {
+            supervisor::run::supervise(Path::new(directory))
+        }
+        [life, directory] if *life == "enter" => supervisor::enter::enter(Path::new(directory)),
+        _ => match Invitation::from_environment() {
+            Ok(invitation) => serve(invitation),
+            Err(HandshakeError::NotAHost) => cli::main(arguments),
+            Err(error) => fail(&error.into()),
+        },
     }
+}
+
+fn serve(invitation: Invitation) -> ExitCode {
+    match driver() {
+        Ok(driver) => plugin::live(invitation, driver),
+        Err(error) => fail(&error),
+    }
+}
+
+/// The real driver: containers by systemd-nspawn, supervisors by this very binary.
+fn driver() -> anyhow::Result<Driver> {
+    let binary = std::env::current_exe().context("find this program's own path")?;
+    let plugin_dir = binary
+        .parent()
+        .context("find this program's directory")?
+        .to_owned();
+    let search = std::env::var_os("PATH").unwrap_or_default();
+    let factory =
+        move |config: &PluginConfig| -> Arc<dyn nomad_driver_nspawn::backend::ContainerBackend> {
+            Arc::new(NspawnBackend::new(Settings {
+                state_dir: config.state_dir.clone(),
+                nspawn: config.nspawn_path.clone(),
+                search: search.clone(),
+                // Not its path: an upgrade may have put another version there while this one runs.
+                binary: "/proc/self/exe".into(),
+            }))
+        };
+    let machine_dirs = MACHINES.iter().map(PathBuf::from).collect();
+    Ok(Driver::new(
+        factory,
+        Places {
+            plugin_dir,
+            machine_dirs,
+        },
+    ))
+}
+
+#[expect(
+    clippy::print_stderr,
+    reason = "the one word of a program that does not get as far as its log"
+)]
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("nomad-driver-nspawn: {error:#}");
+    ExitCode::FAILURE
 }

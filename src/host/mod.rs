@@ -1,1 +1,26 @@
-//! host
+//! A small Nomad-like host: it starts a plugin the way Nomad's agent does, encodes configuration against the plugin's own
+//! schema, makes an allocation directory, and drives one task from start to end. `cli run` and the integration tests are its
+//! two users. It schedules nothing, keeps nothing between two runs, and knows nothing of containers: what the plugin says is
+//! all it sees.
+//!
+//! ```text
+//! Plugin::launch ─ set_config ─ healthy ─┐
+//! Allocation::create ─ open_logs ────────┼─ StartTask ─ WaitTask ─ DestroyTask ─ Plugin::shutdown ─ Allocation::remove
+//! configure::encode(task schema) ────────┘
+//! ```
+
+pub mod allocation;
+pub mod configure;
+pub mod error;
+pub mod handshake;
+pub mod log;
+pub mod plugin;
+pub mod run;
+pub mod variables;
+
+pub use allocation::{Allocation, Logs, TaskSpec};
+pub use error::HostError;
+pub use log::LogLine;
+pub use plugin::{Launch, Plugin, Stopped};
+pub use run::{Run, TaskExit, run_task};
+pub use variables::Variables;

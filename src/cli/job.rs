@@ -1,0 +1,614 @@
+//! What a job file means for one run of one task. Takes what a task's start depends on; what only a cluster can do is either
+//! named as ignored, when the task can do without, or refused, when it can't.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::tree::{Entry, JobError, Thing, stored};
+use super::{duration, hcl, json};
+use crate::host::TaskSpec;
+use crate::signal::Signal;
+
+/// The driver whose tasks can be run.
+pub(super) const DRIVER: &str = "nspawn";
+
+/// What becomes of an entry that is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    /// It means nothing for one run.
+    Quiet,
+    /// The task runs without it, and the user is told.
+    Ignored,
+    /// The task would not be the same without it.
+    Refused(&'static str),
+}
+
+use Verdict::{Ignored, Quiet, Refused};
+
+const JOB: &[(&str, Verdict)] = &[
+    ("affinity", Ignored),
+    ("all_at_once", Quiet),
+    ("constraint", Ignored),
+    ("migrate", Ignored),
+    ("multiregion", Ignored),
+    ("node_pool", Quiet),
+    ("parameterized", Ignored),
+    ("periodic", Ignored),
+    ("priority", Quiet),
+    ("reschedule", Ignored),
+    ("spread", Ignored),
+    ("type", Quiet),
+    ("ui", Quiet),
+    ("update", Ignored),
+];
+
+const GROUP: &[(&str, Verdict)] = &[
+    ("affinity", Ignored),
+    ("constraint", Ignored),
+    ("consul", Refused("there is no Consul")),
+    ("disconnect", Ignored),
+    ("ephemeral_disk", Ignored),
+    ("max_client_disconnect", Ignored),
+    ("migrate", Ignored),
+    ("prevent_reschedule_on_lost", Ignored),
+    ("reschedule", Ignored),
+    ("restart", Ignored),
+    ("scaling", Ignored),
+    ("service", Ignored),
+    ("shutdown_delay", Ignored),
+    ("spread", Ignored),
+    ("stop_after_client_disconnect", Ignored),
+    ("update", Ignored),
+    ("vault", Refused("there is no Vault")),
+    ("volume", Refused("there are no volumes; use bind")),
+];
+
+const TASK: &[(&str, Verdict)] = &[
+    ("action", Ignored),
+    ("affinity", Ignored),
+    ("artifact", Refused("nothing is downloaded")),
+    ("constraint", Ignored),
+    ("consul", Refused("there is no Consul")),
+    ("csi_plugin", Refused("there is no cluster")),
+    ("dispatch_payload", Refused("there is no payload")),
+    ("identity", Refused("there is no server to sign a token")),
+    ("kind", Ignored),
+    ("leader", Quiet),
+    ("lifecycle", Ignored),
+    ("logs", Ignored),
+    ("restart", Ignored),
+    ("scaling", Ignored),
+    ("schedule", Ignored),
+    ("secret", Refused("there is no store of secrets")),
+    ("service", Ignored),
+    ("shutdown_delay", Ignored),
+    ("template", Refused("templates are not rendered")),
+    ("vault", Refused("there is no Vault")),
+    ("volume_mount", Refused("there are no volumes; use bind")),
+];
+
+const RESOURCES: &[(&str, Verdict)] = &[
+    ("cores", Ignored),
+    ("device", Refused("there are no device plugins")),
+    ("disk", Quiet),
+    ("iops", Quiet),
+    ("network", Refused("no ports are allocated")),
+    ("numa", Ignored),
+    ("secrets", Quiet),
+];
+
+/// A job file, read.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Job {
+    id: String,
+    name: Option<String>,
+    region: Option<String>,
+    namespace: Option<String>,
+    datacenter: Option<String>,
+    meta: BTreeMap<String, String>,
+    notes: Vec<Note>,
+    groups: Vec<Group>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Group {
+    name: String,
+    meta: BTreeMap<String, String>,
+    notes: Vec<Note>,
+    tasks: Vec<Task>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Task {
+    name: String,
+    driver: String,
+    line: Option<usize>,
+    notes: Vec<Note>,
+    meta: BTreeMap<String, String>,
+    spec: TaskSpec,
+}
+
+/// An entry that is not taken.
+#[derive(Debug, Clone, PartialEq)]
+struct Note {
+    what: String,
+    line: Option<usize>,
+    refused: Option<&'static str>,
+}
+
+/// A task ready to run, and what of its job is not done.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Picked {
+    /// The task.
+    pub(super) spec: TaskSpec,
+    /// What is ignored, with lines: `group.restart (line 7)`.
+    pub(super) ignored: Vec<String>,
+}
+
+impl Job {
+    /// Reads a job file in either notation: what starts with `{` is JSON.
+    pub(super) fn read(source: &str) -> Result<Self, JobError> {
+        let entries = if source.trim_start().starts_with('{') {
+            json::read(source)?
+        } else {
+            hcl::read(source)?
+        };
+        let mut job = None;
+        for entry in &entries {
+            match &entry.thing {
+                Thing::Block { labels, body } if entry.name == "job" && job.is_none() => {
+                    job = Some(Self::from_entries(label(entry, labels)?, body)?);
+                }
+                _ if entry.name == "job" => {
+                    return Err(JobError::new(entry.line, "a file has one job"));
+                }
+                _ => return Err(unknown(entry, "outside of the job")),
+            }
+        }
+        job.ok_or_else(|| JobError::new(None, "not a job: there is no job block"))
+    }
+
+    fn from_entries(id: String, entries: &[Entry]) -> Result<Self, JobError> {
+        let mut job = Self {
+            id,
+            name: None,
+            region: None,
+            namespace: None,
+            datacenter: None,
+            meta: BTreeMap::new(),
+            notes: Vec::new(),
+            groups: Vec::new(),
+        };
+        for entry in entries {
+            match (entry.name.as_str(), &entry.thing) {
+                ("id", _) => job.id = string(entry)?,
+                ("name", _) => job.name = Some(string(entry)?),
+                ("region", _) => job.region = Some(string(entry)?),
+                ("namespace", _) => job.namespace = Some(string(entry)?),
+                ("datacenters", Thing::Value { value, .. }) => {
+                    let first = value.get(0).and_then(Value::as_str);
+                    job.datacenter = first.filter(|name| !name.contains('*')).map(str::to_owned);
+                }
+                ("meta", _) => job.meta.extend(strings(entry)?),
+                ("group", Thing::Block { labels, body }) => {
+                    job.groups
+                        .push(Group::from_entries(label(entry, labels)?, body)?);
+                }
+                // Nomad makes a group of its own for a task that stands in the job.
+                ("task", Thing::Block { labels, body }) => {
+                    let task = Task::from_entries(label(entry, labels)?, entry.line, body)?;
+                    job.groups.push(Group {
+                        name: task.name.clone(),
+                        tasks: vec![task],
+                        ..Group::default()
+                    });
+                }
+                _ => note(entry, "job", JOB, &mut job.notes)?,
+            }
+        }
+        Ok(job)
+    }
+
+    /// Picks the task to run: the one named, as `TASK` or `GROUP/TASK`, or the only one of this driver. `meta` is put over
+    /// the metadata of the file, and stands for that of the client node, which does not exist here.
+    pub(super) fn pick(
+        &self,
+        wanted: Option<&str>,
+        meta: &BTreeMap<String, String>,
+    ) -> Result<Picked, JobError> {
+        let all = || {
+            self.groups
+                .iter()
+                .flat_map(|group| group.tasks.iter().map(move |task| (group, task)))
+        };
+        let full = |(group, task): &(&Group, &Task)| format!("{}/{}", group.name, task.name);
+        let list =
+            |tasks: &[(&Group, &Task)]| tasks.iter().map(full).collect::<Vec<_>>().join(", ");
+        let candidates: Vec<_> = match wanted {
+            Some(wanted) => all()
+                .filter(|pair| pair.1.name == wanted || full(pair) == wanted)
+                .collect(),
+            None => all().filter(|(_, task)| task.driver == DRIVER).collect(),
+        };
+        let (group, task) = match candidates.as_slice() {
+            [one] => *one,
+            [] => {
+                let all: Vec<_> = all().collect();
+                let reason = match wanted {
+                    Some(wanted) => {
+                        format!("there is no task {wanted:?}; the job has {}", list(&all))
+                    }
+                    None => format!(
+                        "there is no task of the driver {DRIVER}; the job has {}",
+                        list(&all)
+                    ),
+                };
+                return Err(JobError::new(None, reason));
+            }
+            several => {
+                let reason = format!("give --task, one of {}", list(several));
+                return Err(JobError::new(None, reason));
+            }
+        };
+        if task.driver != DRIVER {
+            let reason = format!(
+                "task {}: the driver {:?} is not {DRIVER}",
+                full(&(group, task)),
+                task.driver
+            );
+            return Err(JobError::new(task.line, reason));
+        }
+        let notes = || self.notes.iter().chain(&group.notes).chain(&task.notes);
+        if let Some((note, why)) = notes().find_map(|note| Some((note, note.refused?))) {
+            let reason = format!("`run` can't do {}: {why}", note.what);
+            return Err(JobError::new(note.line, reason));
+        }
+        let mut ignored: Vec<_> = notes().map(Note::to_string).collect();
+        let others = all().filter(|other| !std::ptr::eq(other.1, task));
+        ignored.extend(others.map(|other| format!("task {}", full(&other))));
+        Ok(Picked {
+            spec: self.spec(group, task, meta),
+            ignored,
+        })
+    }
+
+    fn spec(&self, group: &Group, task: &Task, meta: &BTreeMap<String, String>) -> TaskSpec {
+        let mut merged = self.meta.clone();
+        for level in [&group.meta, &task.meta, meta] {
+            merged.extend(level.clone());
+        }
+        let or = |value: &Option<String>, default: &str| {
+            value.clone().unwrap_or_else(|| default.to_owned())
+        };
+        TaskSpec {
+            job_id: self.id.clone(),
+            job_name: or(&self.name, &self.id),
+            namespace: or(&self.namespace, "default"),
+            region: or(&self.region, "global"),
+            datacenter: or(&self.datacenter, "dc1"),
+            group: group.name.clone(),
+            meta: merged,
+            node: meta
+                .iter()
+                .map(|(key, value)| (format!("meta.{key}"), value.clone()))
+                .collect(),
+            ..task.spec.clone()
+        }
+    }
+}
+
+impl Group {
+    fn from_entries(name: String, entries: &[Entry]) -> Result<Self, JobError> {
+        let mut group = Self {
+            name,
+            ..Self::default()
+        };
+        for entry in entries {
+            match (entry.name.as_str(), &entry.thing) {
+                ("name", _) => group.name = string(entry)?,
+                ("meta", _) => group.meta.extend(strings(entry)?),
+                ("count", _) if integer(entry)? == 1 => {}
+                ("count", _) => group.notes.push(Note::new(entry, "group", None)),
+                ("network", _) => group.notes.extend(network(entry)),
+                ("task", Thing::Block { labels, body }) => {
+                    group
+                        .tasks
+                        .push(Task::from_entries(label(entry, labels)?, entry.line, body)?);
+                }
+                _ => note(entry, "group", GROUP, &mut group.notes)?,
+            }
+        }
+        Ok(group)
+    }
+}
+
+impl Task {
+    fn from_entries(
+        name: String,
+        line: Option<usize>,
+        entries: &[Entry],
+    ) -> Result<Self, JobError> {
+        // Nomad's own rule: the name is a directory beside `alloc`.
+        if name.is_empty()
+            || name == "alloc"
+            || name.starts_with('.')
+            || name.contains(['/', '\\', '\0'])
+        {
+            return Err(JobError::new(
+                line,
+                format!("{name:?} can't be the name of a task"),
+            ));
+        }
+        let mut task = Self {
+            spec: TaskSpec::new(&name, Value::Object(serde_json::Map::new())),
+            name,
+            driver: String::new(),
+            line,
+            notes: Vec::new(),
+            meta: BTreeMap::new(),
+        };
+        let mut configured = false;
+        for entry in entries {
+            let spec = &mut task.spec;
+            match (entry.name.as_str(), &entry.thing) {
+                // The label has it already.
+                ("name", _) => {}
+                ("driver", _) => task.driver = string(entry)?,
+                ("config", _) if configured => {
+                    return Err(JobError::new(entry.line, "config is given twice"));
+                }
+                ("config", thing) => {
+                    spec.config = config(thing)
+                        .ok_or_else(|| JobError::new(entry.line, "config is no block"))?;
+                    configured = true;
+                }
+                ("env", _) => spec.env.extend(strings(entry)?),
+                ("meta", _) => task.meta.extend(strings(entry)?),
+                ("user", _) => spec.user = string(entry)?,
+                ("kill_timeout", _) => spec.kill_timeout = time(entry)?,
+                ("kill_signal", _) => {
+                    spec.kill_signal = string(entry)?;
+                    let known: Result<Signal, _> = spec.kill_signal.parse();
+                    known.map_err(|error| {
+                        JobError::new(entry.line, format!("kill_signal: {error}"))
+                    })?;
+                }
+                ("resources", _) => resources(entry, spec, &mut task.notes)?,
+                _ => note(entry, "task", TASK, &mut task.notes)?,
+            }
+        }
+        Ok(task)
+    }
+}
+
+impl Note {
+    fn new(entry: &Entry, level: &str, refused: Option<&'static str>) -> Self {
+        Self {
+            what: format!("{level}.{}", entry.name),
+            line: entry.line,
+            refused,
+        }
+    }
+}
+
+impl std::fmt::Display for Note {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.what)?;
+        self.line.map_or(Ok(()), |line| write!(f, " (line {line})"))
+    }
+}
+
+fn note(
+    entry: &Entry,
+    level: &str,
+    verdicts: &[(&str, Verdict)],
+    notes: &mut Vec<Note>,
+) -> Result<(), JobError> {
+    let verdict = verdicts.iter().find(|(name, _)| *name == entry.name);
+    match verdict.map(|(_, verdict)| verdict) {
+        Some(Quiet) => {}
+        Some(Ignored) => notes.push(Note::new(entry, level, None)),
+        Some(Refused(why)) => notes.push(Note::new(entry, level, Some(why))),
+        // The API grows, and a server adds to a job what was never in a file; HCL is written by hand.
+        None if entry.line.is_none() => {
+            if ![
+                "create_index",
+                "modify_index",
+                "job_modify_index",
+                "submit_time",
+                "version",
+                "status",
+                "stable",
+            ]
+            .contains(&entry.name.as_str())
+            {
+                notes.push(Note::new(entry, level, None));
+            }
+        }
+        None => return Err(unknown(entry, &format!("in a {level}"))),
+    }
+    Ok(())
+}
+
+fn unknown(entry: &Entry, place: &str) -> JobError {
+    JobError::new(entry.line, format!("{:?} is not known {place}", entry.name))
+}
+
+/// A group's network: the host's without ports is what a task has anyway.
+fn network(entry: &Entry) -> Option<Note> {
+    let (mode, ports) = match &entry.thing {
+        Thing::Block { body, .. } => {
+            let mode = body.iter().find(|entry| entry.name == "mode");
+            let mode = mode.and_then(|entry| string(entry).ok());
+            (mode, body.iter().any(|entry| entry.name == "port"))
+        }
+        Thing::Value { value, .. } => {
+            let networks: Vec<_> = value.as_array().into_iter().flatten().collect();
+            let mode = networks
+                .iter()
+                .find_map(|network| network.get("Mode")?.as_str());
+            let ports = |network: &&Value| {
+                ["DynamicPorts", "ReservedPorts"].iter().any(|key| {
+                    network
+                        .get(key)
+                        .and_then(Value::as_array)
+                        .is_some_and(|list| !list.is_empty())
+                })
+            };
+            (mode.map(str::to_owned), networks.iter().any(ports))
+        }
+    };
+    let why = match mode.as_deref() {
+        None | Some("" | "host") if ports => "no ports are allocated",
+        None | Some("" | "host") => return None,
+        Some(_) => "no network namespace is made; the modes here are none given and host",
+    };
+    Some(Note::new(entry, "group", Some(why)))
+}
+
+fn resources(entry: &Entry, spec: &mut TaskSpec, notes: &mut Vec<Note>) -> Result<(), JobError> {
+    for entry in &nested(entry)? {
+        match entry.name.as_str() {
+            "cpu" => spec.cpu_mhz = integer(entry)?,
+            "memory" => spec.memory_mb = integer(entry)?,
+            "memory_max" => spec.memory_max_mb = integer(entry)?,
+            _ => note(entry, "resources", RESOURCES, notes)?,
+        }
+    }
+    if !(0..=i64::from(u32::MAX)).contains(&spec.memory_mb)
+        || !(-1..=i64::from(u32::MAX)).contains(&spec.memory_max_mb)
+    {
+        return Err(JobError::new(
+            entry.line,
+            "resources: memory is out of range",
+        ));
+    }
+    Ok(())
+}
+
+/// The entries of a block, or of an object in JSON.
+fn nested(entry: &Entry) -> Result<Vec<Entry>, JobError> {
+    match &entry.thing {
+        Thing::Block { body, .. } => Ok(body.clone()),
+        Thing::Value {
+            value: Value::Object(object),
+            ..
+        } => Ok(object
+            .iter()
+            .filter(|(_, value)| !matches!(value, Value::Null))
+            .map(|(key, value)| Entry {
+                name: json::hcl_name(key),
+                line: entry.line,
+                thing: Thing::Value {
+                    value: value.clone(),
+                    literal: false,
+                },
+            })
+            .collect()),
+        Thing::Value { .. } => Err(JobError::new(
+            entry.line,
+            format!("{} is no block", entry.name),
+        )),
+    }
+}
+
+/// The tree that Nomad stores for `config`.
+fn config(thing: &Thing) -> Option<Value> {
+    match thing {
+        Thing::Block { body, .. } => Some(stored(body)),
+        Thing::Value {
+            value: value @ Value::Object(_),
+            ..
+        } => Some(value.clone()),
+        Thing::Value { .. } => None,
+    }
+}
+
+fn label(entry: &Entry, labels: &[String]) -> Result<String, JobError> {
+    match labels {
+        [one] if !one.is_empty() => Ok(one.clone()),
+        _ => Err(JobError::new(
+            entry.line,
+            format!("{} has one label, its name", entry.name),
+        )),
+    }
+}
+
+fn scalar(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
+        _ => None,
+    }
+}
+
+fn string(entry: &Entry) -> Result<String, JobError> {
+    let text = match &entry.thing {
+        Thing::Value {
+            value: Value::Null, ..
+        } => Some(String::new()),
+        Thing::Value { value, .. } => scalar(value),
+        Thing::Block { .. } => None,
+    };
+    text.ok_or_else(|| JobError::new(entry.line, format!("{} is not a string", entry.name)))
+}
+
+fn integer(entry: &Entry) -> Result<i64, JobError> {
+    let number = match &entry.thing {
+        Thing::Value {
+            value: Value::String(text),
+            ..
+        } => text.parse().ok(),
+        Thing::Value { value, .. } => value.as_i64(),
+        Thing::Block { .. } => None,
+    };
+    number.ok_or_else(|| JobError::new(entry.line, format!("{} is not a whole number", entry.name)))
+}
+
+/// A duration: Go's notation in HCL, nanoseconds in JSON.
+fn time(entry: &Entry) -> Result<Duration, JobError> {
+    if let Thing::Value { value, .. } = &entry.thing
+        && let Some(nanoseconds) = value.as_u64()
+    {
+        return Ok(Duration::from_nanos(nanoseconds));
+    }
+    let text = string(entry)?;
+    duration::parse(&text)
+        .map_err(|error| JobError::new(entry.line, format!("{}: {error}", entry.name)))
+}
+
+/// A block or object whose values are texts.
+fn strings(entry: &Entry) -> Result<BTreeMap<String, String>, JobError> {
+    let pairs: Vec<(String, Option<usize>, Option<String>)> = match &entry.thing {
+        Thing::Block { body, .. } => body
+            .iter()
+            .map(|entry| (entry.name.clone(), entry.line, string(entry).ok()))
+            .collect(),
+        Thing::Value {
+            value: Value::Object(object),
+            ..
+        } => object
+            .iter()
+            .map(|(key, value)| (key.clone(), entry.line, scalar(value)))
+            .collect(),
+        Thing::Value { .. } => {
+            return Err(JobError::new(
+                entry.line,
+                format!("{} is no block", entry.name),
+            ));
+        }
+    };
+    pairs
+        .into_iter()
+        .map(|(key, line, value)| {
+            let reason = || JobError::new(line, format!("{}.{key} is not a string", entry.name));
+            Ok((key.clone(), value.ok_or_else(reason)?))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+#[path = "job_tests.rs"]
+mod tests;

@@ -1,0 +1,477 @@
+//! One plugin process, or the connection to one that somebody else started: launch, handshake, clients, stop. Follows the
+//! protocol of Nomad's agent in order and deadlines. It never sends a signal other than the last one.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::timeout;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::health_client::HealthClient;
+
+use super::error::HostError;
+use super::handshake;
+use crate::proto::base::base_plugin_client::BasePluginClient;
+use crate::proto::driver::driver_client::DriverClient;
+use crate::proto::plugin::grpc_controller_client::GrpcControllerClient;
+use crate::proto::{driver, plugin as wire};
+
+/// How long Nomad waits for the handshake line.
+pub const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long Nomad waits for a plugin to be gone after it was asked to.
+pub const GRACE: Duration = Duration::from_secs(2);
+
+const MESSAGE_LIMIT: usize = i32::MAX as usize;
+const LAST_WORDS: usize = 10;
+/// A longer line of the log comes in pieces, as in Nomad; without this a plugin could fill our memory.
+const LINE: usize = 64 * 1024;
+/// Bytes of stdout after the handshake that are kept: none should ever come.
+const STRAY: usize = 64 * 1024;
+
+/// How to start a plugin.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// The program.
+    pub binary: PathBuf,
+    /// Its arguments; Nomad gives those of the agent's `plugin` block.
+    pub args: Vec<OsString>,
+    /// What is changed in the environment after Nomad's own variables were added; `None` removes a variable.
+    pub environment: BTreeMap<OsString, Option<OsString>>,
+    /// Where the raw lines of the plugin's stderr go; nowhere when not given.
+    pub log: Option<mpsc::UnboundedSender<String>>,
+    /// How long the handshake line may take.
+    pub start_timeout: Duration,
+}
+
+impl Launch {
+    /// Starts `binary` as Nomad does: no arguments, the environment of this process.
+    pub fn new(binary: impl Into<PathBuf>) -> Self {
+        Self {
+            binary: binary.into(),
+            args: Vec::new(),
+            environment: BTreeMap::new(),
+            log: None,
+            start_timeout: START_TIMEOUT,
+        }
+    }
+
+    /// With this variable.
+    #[must_use]
+    pub fn set(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.environment.insert(name.into(), Some(value.into()));
+        self
+    }
+
+    /// Without this variable.
+    #[must_use]
+    pub fn unset(mut self, name: impl Into<OsString>) -> Self {
+        self.environment.insert(name.into(), None);
+        self
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.binary);
+        command
+            .args(&self.args)
+            .envs(handshake::ENVIRONMENT)
+            .stdin(Stdio::inherit())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        for (name, value) in &self.environment {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command
+    }
+}
+
+/// How a plugin's end went.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The exit status; `None` for a plugin that this process did not start.
+    pub status: Option<ExitStatus>,
+    /// Whether it was still there after [`GRACE`] and had to be killed.
+    pub killed: bool,
+    /// What `Driver.Shutdown` answered when that was neither success nor "not implemented".
+    pub driver_shutdown: Option<tonic::Status>,
+}
+
+/// A connection to a plugin, and its process. A process that was launched dies with this value; one that was found again
+/// does not.
+#[derive(Debug)]
+pub struct Plugin {
+    address: PathBuf,
+    channel: Channel,
+    process: Process,
+}
+
+#[derive(Debug)]
+enum Process {
+    Own(Own),
+    Found { pid: i32, pidfd: Arc<OwnedFd> },
+}
+
+#[derive(Debug)]
+struct Own {
+    pid: i32,
+    kill: Arc<Notify>,
+    /// The status once it has been reaped.
+    exit: watch::Receiver<Option<ExitStatus>>,
+    stdout_open: watch::Receiver<bool>,
+    stderr_open: watch::Receiver<bool>,
+    stray: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Plugin {
+    /// Starts a plugin, waits for its handshake and connects. After an error no process is left.
+    pub async fn launch(launch: Launch) -> Result<Self, HostError> {
+        let mut child = launch
+            .command()
+            .spawn()
+            .map_err(|source| HostError::Spawn {
+                binary: launch.binary.clone(),
+                source,
+            })?;
+        let words = Arc::new(Mutex::new(VecDeque::new()));
+        let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
+            unreachable!("both were asked for");
+        };
+        let stderr_open = read_log(stderr, launch.log.clone(), Arc::clone(&words));
+        let mut stdout = BufReader::new(stdout);
+        let own = |child, stdout, stderr_open| Own::watch(child, stdout, stderr_open);
+
+        let mut line = String::new();
+        let heard = timeout(launch.start_timeout, stdout.read_line(&mut line)).await;
+        let mut own = own(child, stdout, stderr_open);
+        let address = match heard {
+            Ok(Ok(0)) => Err("it ended without one".to_owned()),
+            Ok(Ok(_)) if !line.ends_with('\n') => Err(format!("it ended within the line {line:?}")),
+            Ok(Ok(_)) => handshake::read(&line),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("none in {} s", launch.start_timeout.as_secs_f64())),
+        };
+        let address = match address {
+            Ok(address) => address,
+            Err(reason) => {
+                let status = own.end(GRACE).await;
+                let stderr = lock(&words).iter().cloned().collect();
+                let reason = format!("{reason} ({status})");
+                return Err(HostError::Handshake { reason, stderr });
+            }
+        };
+        match connect(&address).await {
+            Ok(channel) => Ok(Self {
+                address,
+                channel,
+                process: Process::Own(own),
+            }),
+            Err(error) => {
+                own.end(Duration::ZERO).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Connects to a plugin that already runs, as an agent does that was killed and started again.
+    pub async fn reattach(address: &Path, pid: i32) -> Result<Self, HostError> {
+        let open = || {
+            let pid = Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH)?;
+            pidfd_open(pid, PidfdFlags::empty())
+        };
+        let pidfd = open().map_err(|errno| {
+            HostError::io("find the process", format!("/proc/{pid}"))(errno.into())
+        })?;
+        Ok(Self {
+            channel: connect(address).await?,
+            address: address.to_owned(),
+            process: Process::Found {
+                pid,
+                pidfd: Arc::new(pidfd),
+            },
+        })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        match &self.process {
+            Process::Own(own) => own.pid,
+            Process::Found { pid, .. } => *pid,
+        }
+    }
+
+    /// Its socket.
+    pub fn address(&self) -> &Path {
+        &self.address
+    }
+
+    /// A client of the base service.
+    pub fn base(&self) -> BasePluginClient<Channel> {
+        BasePluginClient::new(self.channel.clone())
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(MESSAGE_LIMIT)
+    }
+
+    /// A client of the driver service.
+    pub fn driver(&self) -> DriverClient<Channel> {
+        DriverClient::new(self.channel.clone())
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(MESSAGE_LIMIT)
+    }
+
+    /// A client of the plugin framework's controller.
+    pub fn controller(&self) -> GrpcControllerClient<Channel> {
+        GrpcControllerClient::new(self.channel.clone())
+    }
+
+    /// A client of the health service.
+    pub fn health(&self) -> HealthClient<Channel> {
+        HealthClient::new(self.channel.clone())
+    }
+
+    /// The bare connection, for services that have no client here.
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// What the plugin wrote to stdout after the handshake: should be nothing. Empty for a plugin found again.
+    pub fn stray_stdout(&self) -> Vec<u8> {
+        match &self.process {
+            Process::Own(own) => lock(&own.stray).clone(),
+            Process::Found { .. } => Vec::new(),
+        }
+    }
+
+    /// Whether the process has ended, as far as is known now.
+    pub fn has_exited(&self) -> bool {
+        match &self.process {
+            Process::Own(own) => own.exit.borrow().is_some(),
+            Process::Found { pidfd, .. } => readable(pidfd, Duration::ZERO),
+        }
+    }
+
+    /// Waits until the process is gone as Nomad understands it: reaped, and its stdout and stderr closed by everybody. Gives
+    /// its exit status, or `None` for a plugin found again.
+    pub async fn gone(&mut self) -> Option<ExitStatus> {
+        match &mut self.process {
+            Process::Own(own) => own.gone().await,
+            Process::Found { pidfd, .. } => {
+                while !wait_readable(pidfd, Duration::from_millis(250)).await {}
+                None
+            }
+        }
+    }
+
+    /// Ends the process at once, like a crash, and returns when it is gone.
+    pub async fn kill(&mut self) -> Option<ExitStatus> {
+        self.strike();
+        self.gone().await
+    }
+
+    /// Asks the plugin to end the way Nomad does, and kills it when it is not gone after [`GRACE`]. Tasks are not touched.
+    pub async fn shutdown(mut self) -> Stopped {
+        let mut request = tonic::Request::new(driver::ShutdownRequest {});
+        request.set_timeout(GRACE);
+        let driver_shutdown = match timeout(GRACE, self.driver().shutdown(request)).await {
+            Ok(Ok(_)) => None,
+            Ok(Err(status)) if status.code() == tonic::Code::Unimplemented => None,
+            Ok(Err(status)) => Some(status),
+            Err(_) => Some(tonic::Status::deadline_exceeded("no answer in 2 s")),
+        };
+        // The answer may be lost in the exit it asks for, so it means nothing.
+        let asked = self.controller().shutdown(wire::Empty {}).await;
+        drop(asked);
+        let gone = timeout(GRACE, self.gone()).await;
+        let killed = gone.is_err();
+        let status = match gone {
+            Ok(status) => status,
+            Err(_) => self.kill_reaped().await,
+        };
+        Stopped {
+            status,
+            killed,
+            driver_shutdown,
+        }
+    }
+
+    /// Kills and waits for the process alone: who inherited its stderr can hold that for ever.
+    async fn kill_reaped(&mut self) -> Option<ExitStatus> {
+        self.strike();
+        match &mut self.process {
+            Process::Own(own) => own.reaped().await,
+            Process::Found { .. } => self.gone().await,
+        }
+    }
+
+    fn strike(&self) {
+        match &self.process {
+            Process::Own(own) => own.kill.notify_one(),
+            // An error means that it is gone already.
+            Process::Found { pidfd, .. } => drop(pidfd_send_signal(pidfd, Signal::KILL)),
+        }
+    }
+}
+
+impl Own {
+    fn watch(
+        mut child: Child,
+        stdout: impl AsyncRead + Unpin + Send + 'static,
+        stderr_open: watch::Receiver<bool>,
+    ) -> Self {
+        let pid = child.id().and_then(|pid| pid.try_into().ok()).unwrap_or(0);
+        let kill = Arc::new(Notify::new());
+        let stray = Arc::new(Mutex::new(Vec::new()));
+        let stdout_open = read_stray(stdout, Arc::clone(&stray));
+        let (told, exit) = watch::channel(None);
+        let killed = Arc::clone(&kill);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    status = child.wait() => {
+                        told.send_replace(status.ok());
+                        return;
+                    }
+                    // Fails only when the process has ended, which the next turn sees.
+                    () = killed.notified() => drop(child.start_kill()),
+                    // Nobody is left to wait or to kill; dropping the child ends it.
+                    () = told.closed() => return,
+                }
+            }
+        });
+        Self {
+            pid,
+            kill,
+            exit,
+            stdout_open,
+            stderr_open,
+            stray,
+        }
+    }
+
+    async fn reaped(&mut self) -> Option<ExitStatus> {
+        // An error means that the watching task ended, which it does only after it told.
+        drop(self.exit.wait_for(Option::is_some).await);
+        *self.exit.borrow()
+    }
+
+    async fn gone(&mut self) -> Option<ExitStatus> {
+        drop(self.stdout_open.wait_for(|open| !open).await);
+        drop(self.stderr_open.wait_for(|open| !open).await);
+        self.reaped().await
+    }
+
+    /// Gives a process that is of no use a little time to end by itself, so that its own status is seen, then kills it.
+    async fn end(&mut self, grace: Duration) -> String {
+        if timeout(grace, self.gone()).await.is_err() {
+            self.kill.notify_one();
+            self.reaped().await;
+            return "killed".to_owned();
+        }
+        let status = *self.exit.borrow();
+        status.map_or_else(|| "status unknown".to_owned(), |status| status.to_string())
+    }
+}
+
+async fn connect(address: &Path) -> Result<Channel, HostError> {
+    let path = address.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    Endpoint::from_static("http://unused")
+        .connect_with_connector(connector)
+        .await
+        .map_err(|source| HostError::Connect {
+            address: address.to_owned(),
+            source,
+        })
+}
+
+/// Hands on the lines of the plugin's stderr until everybody has closed it.
+fn read_log(
+    stderr: impl AsyncRead + Unpin + Send + 'static,
+    log: Option<mpsc::UnboundedSender<String>>,
+    words: Arc<Mutex<VecDeque<String>>>,
+) -> watch::Receiver<bool> {
+    let (open, receiver) = watch::channel(true);
+    tokio::spawn(async move {
+        let mut stderr = BufReader::new(stderr);
+        let mut line = Vec::new();
+        loop {
+            let mut piece = (&mut stderr).take(LINE as u64);
+            if !matches!(piece.read_until(b'\n', &mut line).await, Ok(1..)) {
+                break;
+            }
+            let text = String::from_utf8_lossy(&line);
+            let text = text.trim_end_matches(['\r', '\n']).to_owned();
+            {
+                let mut words = lock(&words);
+                if words.len() == LAST_WORDS {
+                    words.pop_front();
+                }
+                words.push_back(text.clone());
+            }
+            if let Some(log) = &log {
+                // Whoever wanted the log is gone; the pipe must be emptied all the same.
+                drop(log.send(text));
+            }
+            line.clear();
+        }
+        open.send_replace(false);
+    });
+    receiver
+}
+
+/// Empties stdout for as long as it is open, as Nomad does, and keeps the first of what comes.
+fn read_stray(
+    mut stdout: impl AsyncRead + Unpin + Send + 'static,
+    stray: Arc<Mutex<Vec<u8>>>,
+) -> watch::Receiver<bool> {
+    let (open, receiver) = watch::channel(true);
+    tokio::spawn(async move {
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = stdout.read(&mut buffer).await {
+            let mut stray = lock(&stray);
+            let room = STRAY.saturating_sub(stray.len());
+            stray.extend_from_slice(&buffer[..n.min(room)]);
+        }
+        open.send_replace(false);
+    });
+    receiver
+}
+
+fn readable(pidfd: &OwnedFd, wait: Duration) -> bool {
+    use std::os::fd::AsFd;
+    let wait = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    matches!(poll(&mut fds, wait), Ok(1..))
+}
+
+/// Waits for a process that is not our child. Tokio has no safe way to await a foreign descriptor, so a thread does.
+async fn wait_readable(pidfd: &Arc<OwnedFd>, wait: Duration) -> bool {
+    let pidfd = Arc::clone(pidfd);
+    tokio::task::spawn_blocking(move || readable(&pidfd, wait))
+        .await
+        .unwrap_or(false)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+#[path = "plugin_tests.rs"]
+mod tests;

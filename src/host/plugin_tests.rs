@@ -1,0 +1,136 @@
+//! Launch and stop against shell scripts that print the handshake of a server in this process.
+
+use std::os::unix::process::ExitStatusExt;
+
+use rstest::rstest;
+use tempfile::TempDir;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic_health::ServingStatus;
+
+use super::*;
+
+/// A server that answers health and nothing else, and the directory of its socket.
+async fn server() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+    let (health, service) = tonic_health::server::health_reporter();
+    health
+        .set_service_status("plugin", ServingStatus::Serving)
+        .await;
+    let server = tonic::transport::Server::builder().add_service(service);
+    tokio::spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
+    dir
+}
+
+fn script(text: &str) -> Launch {
+    let mut launch = Launch::new("/bin/sh");
+    launch.args = vec!["-c".into(), text.into()];
+    launch
+}
+
+fn greeting(dir: &TempDir) -> String {
+    format!("echo '1|2|unix|{}/s|grpc|'", dir.path().display())
+}
+
+#[tokio::test]
+async fn a_launched_plugin_has_nomads_environment_and_its_lines_are_heard() {
+    let dir = server().await;
+    let (sender, mut lines) = mpsc::unbounded_channel();
+    let text = format!(
+        "{}; echo \"$PLUGIN_PROTOCOL_VERSIONS $PLUGIN_MIN_PORT $PLUGIN_MAX_PORT $X ${{HOME-no home}}\" >&2; echo stray; exec tail -f /dev/null",
+        greeting(&dir)
+    );
+    let mut launch = script(&text).set("X", "x").unset("HOME");
+    launch.log = Some(sender);
+    let mut plugin = Plugin::launch(launch).await.unwrap();
+    assert_eq!(
+        lines.recv().await.as_deref(),
+        Some("2 10000 25000 x no home")
+    );
+    let request = tonic_health::pb::HealthCheckRequest {
+        service: "plugin".to_owned(),
+    };
+    let health = plugin.health().check(request).await.unwrap().into_inner();
+    assert_eq!(
+        health.status(),
+        tonic_health::pb::health_check_response::ServingStatus::Serving
+    );
+    assert_eq!(
+        plugin.kill().await.and_then(|status| status.signal()),
+        Some(9)
+    );
+    assert!(plugin.has_exited());
+    assert_eq!(plugin.stray_stdout(), b"stray\n");
+}
+
+#[rstest]
+#[case(
+    "echo oh no >&2; exit 3",
+    "it ended without one (exit status: 3); its last words: oh no"
+)]
+#[case("echo hello", "not a handshake line")]
+#[case("printf '1|2|unix|/s|grpc|'", "within the line")]
+#[tokio::test]
+async fn a_bad_handshake_ends_the_process_and_says_why(#[case] text: &str, #[case] part: &str) {
+    let error = Plugin::launch(script(text)).await.unwrap_err().to_string();
+    assert!(error.contains(part), "{error}");
+}
+
+#[tokio::test]
+async fn a_plugin_that_says_nothing_is_killed() {
+    let mut launch = script("exec tail -f /dev/null");
+    launch.start_timeout = Duration::from_millis(50);
+    let error = Plugin::launch(launch).await.unwrap_err().to_string();
+    assert!(error.contains("none in 0.05 s (killed)"), "{error}");
+}
+
+#[tokio::test]
+async fn a_socket_that_is_not_there_is_named() {
+    let error = Plugin::launch(script(
+        "echo '1|2|unix|/nonexistent/s|grpc|'; exec tail -f /dev/null",
+    ))
+    .await
+    .unwrap_err();
+    assert!(matches!(error, HostError::Connect { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn who_does_not_end_is_killed() {
+    let dir = server().await;
+    let plugin = Plugin::launch(script(&format!(
+        "{}; exec tail -f /dev/null",
+        greeting(&dir)
+    )))
+    .await
+    .unwrap();
+    let stopped = plugin.shutdown().await;
+    assert!(stopped.killed);
+    assert_eq!(stopped.status.and_then(|status| status.signal()), Some(9));
+    assert!(
+        stopped.driver_shutdown.is_none(),
+        "{:?}",
+        stopped.driver_shutdown
+    );
+}
+
+#[tokio::test]
+async fn a_running_plugin_is_found_again() {
+    let dir = server().await;
+    let first = Plugin::launch(script(&format!(
+        "{}; exec tail -f /dev/null",
+        greeting(&dir)
+    )))
+    .await
+    .unwrap();
+    let mut again = Plugin::reattach(first.address(), first.pid())
+        .await
+        .unwrap();
+    assert!(!again.has_exited());
+    assert_eq!(again.kill().await, None);
+    assert!(again.has_exited());
+    let error = Plugin::reattach(Path::new("/nonexistent/s"), i32::MAX)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, HostError::Io { .. }), "{error}");
+}
