@@ -2,6 +2,7 @@
 //! systemd-nspawn are asked for by name; everything else is a person.
 
 use std::ffi::{OsStr, OsString};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -75,11 +76,7 @@ fn driver() -> anyhow::Result<Driver> {
     ))
 }
 
-#[expect(
-    clippy::print_stderr,
-    reason = "the one word of a program that does not get as far as its log"
-)]
 fn fail(error: &anyhow::Error) -> ExitCode {
-    eprintln!("nomad-driver-nspawn: {error:#}");
+    let _ = writeln!(std::io::stderr(), "nomad-driver-nspawn: {error:#}");
     ExitCode::FAILURE
 }
