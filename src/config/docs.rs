@@ -55,7 +55,10 @@ fn every_example_can_be_used() {
         let tree: hcl::Value = hcl::from_str(body).unwrap_or_else(|e| panic!("{body}: {e}"));
         blocks += configs(&tree, false, body);
     }
-    assert!(blocks >= examples.len(), "an example without a config block");
+    assert!(
+        blocks >= examples.len(),
+        "an example without a config block"
+    );
     assert!(examples.len() > TaskOptions::OPTIONS.len() / 2);
 }
 

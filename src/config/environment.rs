@@ -34,7 +34,8 @@ pub(super) fn environment(
     for (name, value) in jobs.into_iter().flatten() {
         let option = entry(OPTION, name);
         if !is_variable_name(name) {
-            let reason = "is not the name of a variable: give letters, digits and _, no digit first";
+            let reason =
+                "is not the name of a variable: give letters, digits and _, no digit first";
             return Err(ConfigError::new(option, reason));
         }
         check(&option, name, value)?;
@@ -45,14 +46,12 @@ pub(super) fn environment(
 
 fn check(option: &str, name: &str, value: &str) -> Result<(), ConfigError> {
     if value.contains('\0') {
-        return Err(ConfigError::new(
-            option,
-            "a NUL character is not allowed",
-        ));
+        return Err(ConfigError::new(option, "a NUL character is not allowed"));
     }
     let length = name.len() + 1 + value.len();
     if length > STRING_MAX {
-        let reason = format!("has {length} bytes with its name; a program takes at most {STRING_MAX}");
+        let reason =
+            format!("has {length} bytes with its name; a program takes at most {STRING_MAX}");
         return Err(ConfigError::new(option, reason));
     }
     Ok(())

@@ -77,7 +77,13 @@ fn label(name: &str, most: usize) -> String {
     }
     let kept: String = name
         .chars()
-        .map(|char| if char.is_ascii_alphanumeric() { char } else { '-' })
+        .map(|char| {
+            if char.is_ascii_alphanumeric() {
+                char
+            } else {
+                '-'
+            }
+        })
         .take(most - HASH_DIGITS - 1)
         .collect();
     let hash: String = Sha256::digest(name.as_bytes())

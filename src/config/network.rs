@@ -49,7 +49,9 @@ pub(super) fn network(
         return Ok((Network::Host, Vec::new()));
     }
     if options.network_veth == Some(false) && attached.is_none() {
-        let reason = format!("false can't be combined with {PORTS} or {PORT_MAP}: ports lead into a network of its own");
+        let reason = format!(
+            "false can't be combined with {PORTS} or {PORT_MAP}: ports lead into a network of its own"
+        );
         return Err(ConfigError::new(VETH, reason));
     }
     let private = Network::Private {
@@ -127,7 +129,9 @@ fn joined(options: &TaskOptions, grants: &Grants) -> Result<Vec<String>, ConfigE
     Ok(without_effect
         .into_iter()
         .filter(|(_, set)| *set)
-        .map(|(option, _)| format!("{option} has no effect: the task is in the network of its group"))
+        .map(|(option, _)| {
+            format!("{option} has no effect: the task is in the network of its group")
+        })
         .collect())
 }
 
@@ -225,7 +229,11 @@ fn find<'a>(
         .filter(|port| port.label == label)
         .max_by_key(|port| port.task_level == task_level_first)
         .ok_or_else(|| {
-            let mut known: Vec<_> = grants.ports.iter().map(|port| quoted(&port.label)).collect();
+            let mut known: Vec<_> = grants
+                .ports
+                .iter()
+                .map(|port| quoted(&port.label))
+                .collect();
             known.sort();
             known.dedup();
             let known = match known.as_slice() {

@@ -16,7 +16,10 @@ pub(super) struct OptionSpec {
     pub(super) default: Option<&'static str>,
     pub(super) required: bool,
     /// One sentence, or two.
-    #[cfg_attr(not(test), expect(dead_code, reason = "read by the test of the documentation"))]
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "read by the test of the documentation")
+    )]
     pub(super) doc: &'static str,
 }
 

@@ -46,10 +46,7 @@ impl Fault {
                 )
             }
             Self::Leaves(base) => {
-                format!(
-                    "{text} leads out of {}",
-                    quoted(&base.to_string_lossy())
-                )
+                format!("{text} leads out of {}", quoted(&base.to_string_lossy()))
             }
             Self::Unreadable(path, error) => {
                 format!(
@@ -178,7 +175,8 @@ impl Allocation {
         sane(option, text)?;
         let path = Path::new(text);
         let found = if path.is_absolute() {
-            self.absolute(path).map_err(|fault| fault.on(option, text))?
+            self.absolute(path)
+                .map_err(|fault| fault.on(option, text))?
         } else {
             relative_image(option, text, places)?
         };

@@ -26,7 +26,10 @@ pub(super) fn object(schema: &Spec, tree: &hcl::Value) -> Result<Value, String> 
         return Err("the schema is not an object".into());
     };
     let body = tree.as_object().ok_or("not a block")?;
-    if let Some(extra) = body.keys().find(|key| !object.attributes.contains_key(*key)) {
+    if let Some(extra) = body
+        .keys()
+        .find(|key| !object.attributes.contains_key(*key))
+    {
         return Err(format!("no option is called {extra}"));
     }
     let mut names: Vec<_> = object.attributes.keys().collect();
@@ -59,7 +62,11 @@ fn field(schema: &Spec, value: Option<&hcl::Value>) -> Result<Value, String> {
         spec::Block::Literal(literal) => {
             let line: hcl::Value =
                 hcl::from_str(&format!("x = {}", literal.value)).map_err(|e| e.to_string())?;
-            Ok(plain(line.as_object().and_then(|body| body.get("x")).ok_or("no value")?))
+            Ok(plain(
+                line.as_object()
+                    .and_then(|body| body.get("x"))
+                    .ok_or("no value")?,
+            ))
         }
         spec::Block::BlockValue(block) => match value {
             None => Ok(Value::Nil),
@@ -147,10 +154,22 @@ impl Host {
             },
             directory,
         };
-        for directory in ["alloc", "web/local", "web/secrets", "web/private", "db/secrets", "db/local"] {
+        for directory in [
+            "alloc",
+            "web/local",
+            "web/secrets",
+            "web/private",
+            "db/secrets",
+            "db/local",
+        ] {
             host.make(format!("{}/{directory}/.", alloc.display()));
         }
-        for directory in ["plugins/tree/usr/.", "plugins/empty/.", "machines/.", "data/."] {
+        for directory in [
+            "plugins/tree/usr/.",
+            "plugins/empty/.",
+            "machines/.",
+            "data/.",
+        ] {
             host.make(directory);
         }
         host.make("plugins/system/usr/lib/os-release");

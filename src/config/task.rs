@@ -108,11 +108,7 @@ fn mode(options: &TaskOptions) -> Result<Mode, ConfigError> {
 }
 
 /// The user that the command runs as: the driver's option before the task's.
-fn user(
-    options: &TaskOptions,
-    grants: &Grants,
-    mode: Mode,
-) -> Result<Option<String>, ConfigError> {
+fn user(options: &TaskOptions, grants: &Grants, mode: Mode) -> Result<Option<String>, ConfigError> {
     const NAME_MAX: usize = 256;
     let (option, name) = match &options.user {
         Some(name) => ("config.user", name),
@@ -315,7 +311,8 @@ fn start_from(
         }
         // The ids of a file system that is in use everywhere can't be mapped.
         if *users != Users::Host {
-            let reason = "\"/\" can't be used in a user namespace: set config.user_namespacing = false";
+            let reason =
+                "\"/\" can't be used in a user namespace: set config.user_namespacing = false";
             return Err(ConfigError::new(IMAGE, reason));
         }
     }
