@@ -1,4 +1,5 @@
 //! The whole room through its front door: every option good and bad with the exact message, and that no bytes panic.
+//! Long because it is tables: a row for each thing that is refused.
 
 use proptest::prelude::*;
 use rmpv::Value;
