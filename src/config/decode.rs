@@ -240,3 +240,73 @@ fn kind(value: &Value) -> &'static str {
         Value::Ext(..) => "an extension value",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    /// The field `a` of a block, from bytes that Nomad's own encoder made.
+    fn field<T: Decode>(hex: &str) -> Result<Option<T>, ConfigError> {
+        let bytes: Vec<u8> = (0..hex.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal"))
+            .collect();
+        let value = rmpv::decode::read_value(&mut bytes.as_slice()).expect("a golden row");
+        Fields::of(&value, "config")?.optional("a")
+    }
+
+    #[test]
+    fn scalars_and_lists() {
+        assert_eq!(field::<String>("80"), Ok(None));
+        assert_eq!(field::<String>("81a161c0"), Ok(None));
+        assert_eq!(field::<String>("81a161a135"), Ok(Some("5".into())));
+        let long = format!("81a161d928{}", "78".repeat(40));
+        assert_eq!(field::<String>(&long), Ok(Some("x".repeat(40))));
+        assert_eq!(field::<bool>("81a161c3"), Ok(Some(true)));
+        assert_eq!(field::<bool>("81a161c2"), Ok(Some(false)));
+        assert_eq!(field::<Vec<String>>("81a161c0"), Ok(None));
+        assert_eq!(field::<Vec<String>>("81a16190"), Ok(Some(vec![])));
+        assert_eq!(
+            field::<Vec<String>>("81a16194a178a131a474727565c0"),
+            Ok(Some(["x", "1", "true"].map(String::from).into()))
+        );
+    }
+
+    #[rstest]
+    #[case("2a", "42")]
+    #[case("cc80", "128")]
+    #[case("ce00010000", "65536")]
+    #[case("d0df", "-33")]
+    #[case("cf7fffffffffffffff", "9223372036854775807")]
+    #[case("cb3ff8000000000000", "1.5")]
+    #[case("a3302e31", "0.1")]
+    fn numbers(#[case] hex: &str, #[case] text: &str) {
+        let numbers: BTreeMap<_, _> = [("k".to_owned(), Number(text.to_owned()))].into();
+        assert_eq!(field(&format!("81a1619181a16b{hex}")), Ok(Some(numbers)));
+    }
+
+    #[rstest]
+    #[case("81a1619182a16ba176a16ea131", &[("k", "v"), ("n", "1")])]
+    #[case("81a1619281a16ba17681a17aa177", &[("k", "v"), ("z", "w")])]
+    #[case("81a16182a16ba176a16ea131", &[("k", "v"), ("n", "1")])]
+    #[case("81a1619281a16ba17681a16ba177", &[("k", "w")])]
+    fn maps(#[case] hex: &str, #[case] pairs: &[(&str, &str)]) {
+        let pairs: BTreeMap<String, String> = pairs
+            .iter()
+            .map(|(key, value)| (key.to_string(), value.to_string()))
+            .collect();
+        assert_eq!(field(hex), Ok(Some(pairs)));
+    }
+
+    #[test]
+    fn two_port_maps_in_one() {
+        let expected: BTreeMap<_, _> = [("http", "8080"), ("s", "53")]
+            .map(|(label, port)| (label.to_owned(), Number(port.to_owned())))
+            .into();
+        assert_eq!(
+            field("81a1619182a468747470cd1f90a17335"),
+            Ok(Some(expected))
+        );
+    }
+}

@@ -135,7 +135,10 @@ impl Allocation {
         let hidden = match parts.as_slice() {
             [] => true,
             [first, ..] if *first == SHARED => false,
-            [_] => path.join(PRIVATE).exists(),
+            [owner] => {
+                path.join(PRIVATE).exists()
+                    || (*owner != self.task.as_str() && path.join(SECRETS).exists())
+            }
             [owner, part, ..] => {
                 *part == PRIVATE || (*part == SECRETS && *owner != self.task.as_str())
             }

@@ -19,7 +19,8 @@ const PIVOT_ROOT: &str = "config.pivot_root";
 const PRIVATE_USERS: &str = "config.private_users";
 const VOLATILE: &str = "config.volatile";
 
-/// The container, or the first thing that is wrong. What needs no look-up comes first.
+/// The container, or the first thing that is wrong. What needs no look-up comes first. Longer than a screen because it is one
+/// list: each line settles one field, and its order is the order in which mistakes are reported.
 pub(super) fn check(
     options: TaskOptions,
     grants: &Grants,
@@ -226,7 +227,9 @@ fn users(
     let mapped = range == "pick" || range.starts_with(|first: char| first.is_ascii_digit());
     Ok(Users::Private {
         range: range.to_owned(),
-        ownership: ownership.or(mapped.then_some("auto")).map(str::to_owned),
+        ownership: ownership
+            .or_else(|| mapped.then_some("auto"))
+            .map(str::to_owned),
     })
 }
 
@@ -266,10 +269,11 @@ fn download_fault(download: &ImageDownload) -> ConfigError {
         );
         return ConfigError::new(option("url"), reason);
     }
-    ConfigError::new(
-        "config.image_download",
-        "downloading is not built yet: use an artifact block and an image below local/",
-    )
+    let again = if download.force { " again" } else { "" };
+    let reason = format!(
+        "downloading{again} is not built yet: use an artifact block and an image below local/"
+    );
+    ConfigError::new("config.image_download", reason)
 }
 
 /// The image, looked up.

@@ -26,10 +26,8 @@ pub(super) fn lacks(root: &Path, mode: Mode) -> Option<&'static str> {
             let usr = resolve(root, Path::new("usr")).is_some_and(|found| found.is_dir());
             (!usr).then_some("the directory usr")
         }
-        Mode::Boot if !OS_RELEASE.iter().any(|path| file(&path)) => {
-            Some("etc/os-release and usr/lib/os-release")
-        }
-        Mode::Boot if !INITS.iter().any(|path| file(&path)) => {
+        Mode::Boot if !OS_RELEASE.iter().any(file) => Some("etc/os-release and usr/lib/os-release"),
+        Mode::Boot if !INITS.iter().any(file) => {
             Some("an init (usr/lib/systemd/systemd, lib/systemd/systemd or sbin/init)")
         }
         Mode::Boot => None,
