@@ -1,1 +1,3 @@
+//! The hermetic tests: no root, no systemd, no network.
 
+mod fake;
