@@ -141,6 +141,8 @@ pub(crate) struct Options {
     bind_users: bool,
     link_journal: Option<String>,
     credentials: HashSet<String>,
+    /// Files that credentials are read from.
+    pub(crate) credential_files: Vec<String>,
     /// What is said on stderr although the call goes on.
     pub(crate) warnings: Vec<String>,
 }
@@ -541,6 +543,10 @@ impl Options {
 
     fn take_credential(&mut self, name: &str, text: &str) -> Result<(), Refusal> {
         let id = values::credential(name, text, self.version)?;
+        if name == "load-credential" {
+            self.credential_files
+                .extend(text.split_once(':').map(|(_, path)| path.to_owned()));
+        }
         if !self.credentials.insert(id.clone()) {
             return Err(Refusal {
                 message: format!("Duplicate credential '{id}', refusing."),
@@ -572,9 +578,6 @@ impl Options {
         }
         if self.template.is_some() && self.image.is_some() {
             return refuse("--template= and --image= may not be combined.");
-        }
-        if self.template.is_some() && self.directory.is_none() && self.machine.is_none() {
-            return refuse("--template= needs --directory= or --machine=.");
         }
         if self.ephemeral && self.template.is_some() {
             return refuse("--ephemeral and --template= may not be combined.");

@@ -31,6 +31,13 @@ pub(crate) fn prepare(options: &Options, scenario: &Scenario) -> Result<Prepared
             errno: 95,
         });
     }
+    if let Some(file) = options
+        .credential_files
+        .iter()
+        .find(|file| !Path::new(file).exists())
+    {
+        return Err(missing(format!("Failed to read credential '{file}'")));
+    }
     let root = root(options)?;
     if let Some(root) = &root {
         check_root(options, root)?;
@@ -82,7 +89,14 @@ fn root(options: &Options) -> Result<Option<PathBuf>, Refusal> {
         if !there && !Path::new(template).exists() {
             return Err(missing(format!("Failed to resolve path {template}")));
         }
-        if !there {
+        if there || options.directory.is_none() {
+            let shown = options.directory.clone().unwrap_or_else(|| ".".to_owned());
+            let shown = fs::canonicalize(&shown).unwrap_or_default();
+            notice(&format!(
+                "Directory {} already exists, not populating from template {template}.",
+                shown.display()
+            ));
+        } else {
             // Nothing is copied here: the template itself stands in for its copy.
             return Ok(fs::canonicalize(template).ok());
         }
@@ -128,6 +142,11 @@ fn root(options: &Options) -> Result<Option<PathBuf>, Refusal> {
     current
         .map(Some)
         .map_err(|_| missing("Failed to determine current directory"))
+}
+
+#[expect(clippy::print_stderr, reason = "the tool's own words")]
+fn notice(words: &str) {
+    eprintln!("{words}");
 }
 
 fn check_root(options: &Options, root: &Path) -> Result<(), Refusal> {
@@ -227,6 +246,7 @@ fn check_mounts(options: &Options, root: Option<&Path>) -> Result<(), Refusal> {
         }
     }
     let Some(root) = root else { return Ok(()) };
+    check_base(options, root)?;
     let mut mounts: Vec<_> = options.mounts.iter().collect();
     mounts.sort_by_key(|mount| mount.destination().to_owned());
     let mut covered: Vec<&str> = vec!["/tmp", "/run", "/dev", "/proc", "/sys"];
@@ -242,6 +262,26 @@ fn check_mounts(options: &Options, root: Option<&Path>) -> Result<(), Refusal> {
         covered.push(destination);
     }
     Ok(())
+}
+
+/// The directories that the real tool mounts over but can't make in a tree that it may not write to.
+fn check_base(options: &Options, root: &Path) -> Result<(), Refusal> {
+    let needed: &[&str] = match options.volatile {
+        Volatile::State => &["var", "sys", "dev", "run", "tmp", "proc"],
+        Volatile::No if options.read_only => &["run", "tmp"],
+        _ => &[],
+    };
+    match needed
+        .iter()
+        .map(|name| root.join(name))
+        .find(|path| !path.exists())
+    {
+        Some(path) => Err(missing(format!(
+            "Failed to mount tmpfs (type tmpfs) on {}",
+            path.display()
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn check_mount(options: &Options, root: &Path, mount: &Mount) -> Result<(), Refusal> {

@@ -472,7 +472,7 @@ pub(crate) fn port(text: &str) -> Result<String, Refusal> {
             "Failed to parse {what} port {shown}: Invalid argument"
         ))),
     };
-    number("host", host, host)?;
+    number("host", rest, host)?;
     number("container", container, container)?;
     Ok(format!("{protocol}:{host}"))
 }
@@ -534,7 +534,7 @@ pub(crate) fn credential(option: &str, text: &str, version: u32) -> Result<Strin
         )));
     }
     if option == "load-credential" && !value.starts_with('/') {
-        let message = format!("Credential not available (no credentials passed at all): {value}");
+        let message = format!("Credential not available (no credentials passed at all): {id}");
         return Err(Refusal { message, errno: 2 });
     }
     Ok(id.to_owned())

@@ -1,3 +1,4 @@
 //! The hermetic tests: a list of modules, nothing more.
 
+mod fake;
 mod house;
