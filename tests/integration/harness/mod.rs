@@ -1,6 +1,13 @@
 //! What every hermetic test stands on: a directory of its own with fake tools, a small root tree and allocations, and the
 //! real plugin binary started by the host that ships. A test owns all of it; nothing is shared, so nothing is serialised.
 //! At its end a [`Host`] looks for processes that were left and fails the test over them.
+#![cfg_attr(
+    test,
+    expect(
+        dead_code,
+        reason = "the verbs of the harness come before the tests that use them"
+    )
+)]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -437,7 +444,7 @@ impl Output {
         let all = |seen: &Seen| String::from_utf8_lossy(&seen.bytes).into_owned();
         let mut receiver = self.seen.clone();
         let wait = receiver.wait_for(|seen| seen.ended || all(seen).contains(text));
-        let found = all(&*within(text, wait).await.unwrap());
+        let found = all(&within(text, wait).await.unwrap());
         assert!(
             found.contains(text),
             "the output ended without {text:?}: {found:?}"
