@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::health_client::HealthClient;
@@ -125,10 +125,19 @@ enum Process {
     Found { pid: i32, pidfd: Arc<OwnedFd> },
 }
 
+impl Process {
+    fn pidfd(&self) -> &Arc<OwnedFd> {
+        match self {
+            Self::Own(own) => &own.pidfd,
+            Self::Found { pidfd, .. } => pidfd,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Own {
     pid: i32,
-    kill: Arc<Notify>,
+    pidfd: Arc<OwnedFd>,
     /// The status once it has been reaped.
     exit: watch::Receiver<Option<ExitStatus>>,
     stdout_open: watch::Receiver<bool>,
@@ -152,11 +161,12 @@ impl Plugin {
         };
         let stderr_open = read_log(stderr, launch.log.clone(), Arc::clone(&words));
         let mut stdout = BufReader::new(stdout);
-        let own = |child, stdout, stderr_open| Own::watch(child, stdout, stderr_open);
-
+        // Before anything can reap it, so that the number means this process.
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
+        let (pid, pidfd) = find(pid.unwrap_or(0))?;
         let mut line = String::new();
         let heard = timeout(launch.start_timeout, stdout.read_line(&mut line)).await;
-        let mut own = own(child, stdout, stderr_open);
+        let mut own = Own::watch(child, (pid, pidfd), stdout, stderr_open);
         let address = match heard {
             Ok(Ok(0)) => Err("it ended without one".to_owned()),
             Ok(Ok(_)) if !line.ends_with('\n') => Err(format!("it ended within the line {line:?}")),
@@ -188,20 +198,11 @@ impl Plugin {
 
     /// Connects to a plugin that already runs, as an agent does that was killed and started again.
     pub async fn reattach(address: &Path, pid: i32) -> Result<Self, HostError> {
-        let open = || {
-            let pid = Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH)?;
-            pidfd_open(pid, PidfdFlags::empty())
-        };
-        let pidfd = open().map_err(|errno| {
-            HostError::io("find the process", format!("/proc/{pid}"))(errno.into())
-        })?;
+        let (pid, pidfd) = find(pid)?;
         Ok(Self {
             channel: connect(address).await?,
             address: address.to_owned(),
-            process: Process::Found {
-                pid,
-                pidfd: Arc::new(pidfd),
-            },
+            process: Process::Found { pid, pidfd },
         })
     }
 
@@ -317,10 +318,14 @@ impl Plugin {
     }
 
     fn strike(&self) {
-        match &self.process {
-            Process::Own(own) => own.kill.notify_one(),
-            // An error means that it is gone already.
-            Process::Found { pidfd, .. } => drop(pidfd_send_signal(pidfd, Signal::KILL)),
+        strike(self.process.pidfd());
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        if self.exit.borrow().is_none() {
+            strike(&self.pidfd);
         }
     }
 }
@@ -328,32 +333,17 @@ impl Plugin {
 impl Own {
     fn watch(
         mut child: Child,
+        (pid, pidfd): (i32, Arc<OwnedFd>),
         stdout: impl AsyncRead + Unpin + Send + 'static,
         stderr_open: watch::Receiver<bool>,
     ) -> Self {
-        let pid = child.id().and_then(|pid| pid.try_into().ok()).unwrap_or(0);
-        let kill = Arc::new(Notify::new());
         let stray = Arc::new(Mutex::new(Vec::new()));
         let stdout_open = read_stray(stdout, Arc::clone(&stray));
         let (told, exit) = watch::channel(None);
-        let killed = Arc::clone(&kill);
-        tokio::spawn(async move {
-            loop {
-                tokio::select! {
-                    status = child.wait() => {
-                        told.send_replace(status.ok());
-                        return;
-                    }
-                    // Fails only when the process has ended, which the next turn sees.
-                    () = killed.notified() => drop(child.start_kill()),
-                    // Nobody is left to wait or to kill; dropping the child ends it.
-                    () = told.closed() => return,
-                }
-            }
-        });
+        tokio::spawn(async move { told.send_replace(child.wait().await.ok()) });
         Self {
             pid,
-            kill,
+            pidfd,
             exit,
             stdout_open,
             stderr_open,
@@ -376,7 +366,7 @@ impl Own {
     /// Gives a process that is of no use a little time to end by itself, so that its own status is seen, then kills it.
     async fn end(&mut self, grace: Duration) -> String {
         if timeout(grace, self.gone()).await.is_err() {
-            self.kill.notify_one();
+            strike(&self.pidfd);
             self.reaped().await;
             return "killed".to_owned();
         }
@@ -451,6 +441,27 @@ fn read_stray(
         open.send_replace(false);
     });
     receiver
+}
+
+/// A process by its number, from now on safe against reuse of that number.
+fn find(pid: i32) -> Result<(i32, Arc<OwnedFd>), HostError> {
+    let open = |pid| {
+        pidfd_open(
+            Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH)?,
+            PidfdFlags::empty(),
+        )
+    };
+    match open(pid) {
+        Ok(pidfd) => Ok((pid, Arc::new(pidfd))),
+        Err(errno) => Err(HostError::io("find the process", format!("/proc/{pid}"))(
+            errno.into(),
+        )),
+    }
+}
+
+fn strike(pidfd: &OwnedFd) {
+    // An error means that it is gone already.
+    let _ = pidfd_send_signal(pidfd, Signal::KILL);
 }
 
 fn readable(pidfd: &OwnedFd, wait: Duration) -> bool {

@@ -1,0 +1,556 @@
+//! What every hermetic test stands on: a directory of its own with fake tools, a small root tree and allocations, and the
+//! real plugin binary started by the host that ships. A test owns all of it; nothing is shared, so nothing is serialised.
+//! At its end a [`Host`] looks for processes that were left and fails the test over them.
+#![cfg_attr(
+    test,
+    expect(
+        dead_code,
+        reason = "the verbs of the harness come before the tests that use them"
+    )
+)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::future::Future;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nomad_driver_nspawn::host::run::StartedTask;
+use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+use tokio::sync::{mpsc, watch};
+
+/// How long anything may take before a test gives up on it. Only a broken test ever waits this long.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+/// How long processes that are on their way out may take before they count as left.
+const OUTGOING: Duration = Duration::from_secs(5);
+
+/// The tools that the fake stands in for.
+const TOOLS: [&str; 3] = ["systemd-nspawn", "machinectl", "systemctl"];
+
+/// Waits for something with a deadline; `what` is named when it does not come.
+pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
+    match tokio::time::timeout(DEADLINE, future).await {
+        Ok(output) => output,
+        Err(_) => panic!("{what}: not within {DEADLINE:?}"),
+    }
+}
+
+/// One test's machine.
+#[derive(Debug)]
+pub(crate) struct Host {
+    dir: TempDir,
+    log: Lines,
+}
+
+impl Host {
+    /// A healthy machine with an image named `root`.
+    pub(crate) fn new() -> Self {
+        // Short, because sockets lie below it and their paths are limited.
+        let dir = tempfile::Builder::new().prefix("nd-").tempdir().unwrap();
+        for name in ["bin", "state", "plugins", "alloc"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        for tool in TOOLS {
+            let link = dir.path().join("bin").join(tool);
+            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_fake-nspawn"), link).unwrap();
+        }
+        let host = Self {
+            dir,
+            log: Lines::default(),
+        };
+        host.tree("root");
+        host
+    }
+
+    /// The directory that holds everything.
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A path in it.
+    pub(crate) fn join(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.path().join(path)
+    }
+
+    /// The plugin's state directory.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.join("state")
+    }
+
+    /// The root tree that tasks use when they name no other.
+    pub(crate) fn root(&self) -> PathBuf {
+        self.join("root")
+    }
+
+    /// Makes a small root tree of this name, as systemd-nspawn wants one, with an init.
+    pub(crate) fn tree(&self, name: &str) -> PathBuf {
+        let root = self.join(name);
+        for path in [
+            "usr/bin",
+            "usr/lib/systemd",
+            "etc",
+            "var",
+            "tmp",
+            "root",
+            "proc",
+            "sys",
+            "dev",
+            "run",
+        ] {
+            fs::create_dir_all(root.join(path)).unwrap();
+        }
+        for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib")] {
+            std::os::unix::fs::symlink(target, root.join(link)).unwrap();
+        }
+        fs::write(root.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").unwrap();
+        fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
+        )
+        .unwrap();
+        fs::write(root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n").unwrap();
+        for tool in ["usr/bin/sh", "usr/lib/systemd/systemd"] {
+            fs::write(root.join(tool), "#!/bin/sh\n").unwrap();
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            fs::set_permissions(root.join(tool), mode).unwrap();
+        }
+        std::os::unix::fs::symlink("usr/lib/systemd/systemd", root.join("init")).unwrap();
+        root
+    }
+
+    /// Tells the fake tools what shall go differently from now on; the words are those of its `scenario.rs`.
+    pub(crate) fn scenario(&self, scenario: &Value) {
+        let path = self.join("bin/scenario.json");
+        fs::write(self.join("bin/scenario.new"), scenario.to_string()).unwrap();
+        // Renamed, so that a tool that runs just now reads the old one or the new one.
+        fs::rename(self.join("bin/scenario.new"), path).unwrap();
+    }
+
+    /// Everything that the fake tools wrote down so far, in order.
+    pub(crate) fn ledger(&self) -> Vec<Value> {
+        let text = match fs::read_to_string(self.join("bin/ledger.jsonl")) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
+            Err(error) => panic!("ledger: {error}"),
+        };
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    /// The calls of systemd-nspawn that were starts, in order.
+    pub(crate) fn starts(&self) -> Vec<Value> {
+        let mut events = self.ledger();
+        events.retain(|event| event["event"] == "call" && event["number"].is_u64());
+        events
+    }
+
+    /// The plugin's configuration: this test's directories and tools.
+    pub(crate) fn config(&self) -> Value {
+        json!({
+            "state_dir": self.state(),
+            "nspawn_path": self.join("bin/systemd-nspawn"),
+        })
+    }
+
+    /// How the plugin is started here.
+    pub(crate) fn launch(&self) -> Launch {
+        let mut launch = Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))
+            .set(
+                "PATH",
+                format!("{}:/usr/bin:/bin", self.join("bin").display()),
+            )
+            .set("TMPDIR", self.path());
+        launch.start_timeout = DEADLINE;
+        launch.log = Some(self.log.sender());
+        launch
+    }
+
+    /// A plugin, launched and configured with [`config`](Self::config).
+    pub(crate) async fn plugin(&self) -> Plugin {
+        self.plugin_with(&json!({})).await
+    }
+
+    /// A plugin with these options over [`config`](Self::config).
+    pub(crate) async fn plugin_with(&self, options: &Value) -> Plugin {
+        let mut config = self.config();
+        for (key, value) in options.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        within("the plugin's start", async {
+            let plugin = Plugin::launch(self.launch()).await.unwrap();
+            plugin.configure(&config).await.unwrap();
+            plugin
+        })
+        .await
+    }
+
+    /// The lines of all plugins' logs, as they come.
+    pub(crate) fn log(&self) -> &Lines {
+        &self.log
+    }
+
+    /// A task in the small root tree that runs this command as its first process.
+    pub(crate) fn task(&self, command: &[&str]) -> Task {
+        let config = json!({
+            "image": self.root(),
+            "boot": false,
+            "user_namespacing": false,
+            "command": command,
+        });
+        Task {
+            spec: TaskSpec::new("web", config),
+        }
+    }
+
+    /// A task that runs this shell text.
+    pub(crate) fn shell(&self, text: &str) -> Task {
+        self.task(&["/bin/sh", "-c", text])
+    }
+
+    /// A new allocation for this task.
+    pub(crate) fn allocation(&self, task: Task) -> Allocation {
+        Allocation::create(&self.join("alloc"), task.spec).unwrap()
+    }
+
+    /// Starts a task in an allocation of its own; it must come up.
+    pub(crate) async fn start(&self, plugin: &Plugin, task: Task) -> Running {
+        match self.try_start(plugin, task).await {
+            Ok(running) => running,
+            Err(error) => panic!("{error}\nplugin's log:\n{}", self.log.text().join("\n")),
+        }
+    }
+
+    /// Starts a task in an allocation of its own.
+    pub(crate) async fn try_start(
+        &self,
+        plugin: &Plugin,
+        task: Task,
+    ) -> Result<Running, HostError> {
+        self.start_in(plugin, Arc::new(self.allocation(task))).await
+    }
+
+    /// Starts the task of an allocation, again or for the first time, with a new id.
+    pub(crate) async fn start_in(
+        &self,
+        plugin: &Plugin,
+        allocation: Arc<Allocation>,
+    ) -> Result<Running, HostError> {
+        let logs = allocation.open_logs()?;
+        let (stdout, stderr) = (Output::collect(logs.stdout), Output::collect(logs.stderr));
+        let task = plugin.task_config(&allocation).await?;
+        let id = task.id.clone();
+        let started = within("StartTask", plugin.start(task)).await?;
+        Ok(Running {
+            id,
+            started,
+            stdout,
+            stderr,
+            allocation,
+        })
+    }
+
+    /// The processes that belong to this test: its directory is in their arguments, environment or working directory.
+    pub(crate) fn processes(&self) -> Vec<Found> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap() {
+            let Ok(pid) = entry.unwrap().file_name().to_string_lossy().parse::<i32>() else {
+                continue;
+            };
+            if let Some(one) = Found::of(pid, self.path()) {
+                found.push(one);
+            }
+        }
+        found
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let patience = if std::thread::panicking() {
+            Duration::ZERO
+        } else {
+            OUTGOING
+        };
+        let end = Instant::now() + patience;
+        let mut left = Vec::new();
+        for process in self.processes() {
+            if !process.gone(end.saturating_duration_since(Instant::now())) {
+                // An error means that it is gone after all.
+                let _ = pidfd_send_signal(&process.pidfd, Signal::KILL);
+                process.gone(OUTGOING);
+                left.push(process.command);
+            }
+        }
+        assert!(
+            left.is_empty() || std::thread::panicking(),
+            "processes were left:\n{}\nplugin's log:\n{}",
+            left.join("\n"),
+            self.log.text().join("\n")
+        );
+    }
+}
+
+/// A process of this test, safe against reuse of its number.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// Its number.
+    pub(crate) pid: i32,
+    /// Its arguments.
+    pub(crate) command: String,
+    pidfd: OwnedFd,
+}
+
+impl Found {
+    fn of(pid: i32, dir: &Path) -> Option<Self> {
+        if pid == std::process::id().cast_signed() {
+            return None;
+        }
+        // Opened before the look: what is seen afterwards is this process or none.
+        let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+        let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
+        let environment = String::from_utf8_lossy(&read("environ")).into_owned();
+        let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+        let name = dir.to_string_lossy();
+        let ours = command.contains(&*name) || environment.contains(&*name) || cwd.starts_with(dir);
+        ours.then_some(Self {
+            pid,
+            command,
+            pidfd,
+        })
+    }
+
+    /// Waits for its end.
+    fn gone(&self, wait: Duration) -> bool {
+        let wait = PollTimeout::try_from(wait).unwrap();
+        let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+        matches!(poll(&mut fds, wait), Ok(1..))
+    }
+}
+
+/// A task to start.
+#[derive(Debug, Clone)]
+pub(crate) struct Task {
+    /// What is started.
+    pub(crate) spec: TaskSpec,
+}
+
+impl Task {
+    /// With this option of the `config` block.
+    pub(crate) fn with(mut self, option: &str, value: Value) -> Self {
+        self.spec.config[option] = value;
+        self
+    }
+
+    /// Without this option.
+    pub(crate) fn without(mut self, option: &str) -> Self {
+        self.spec.config.as_object_mut().unwrap().remove(option);
+        self
+    }
+
+    /// With this variable in the job's `env` block.
+    pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
+        self.spec.env.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// With this name.
+    pub(crate) fn named(mut self, name: &str) -> Self {
+        self.spec.task = name.to_owned();
+        self
+    }
+}
+
+/// A task that was started.
+#[derive(Debug)]
+pub(crate) struct Running {
+    /// The id of this start.
+    pub(crate) id: String,
+    /// What StartTask gave.
+    pub(crate) started: StartedTask,
+    /// What it prints.
+    pub(crate) stdout: Output,
+    /// What it prints on stderr.
+    pub(crate) stderr: Output,
+    /// Its directories.
+    pub(crate) allocation: Arc<Allocation>,
+}
+
+impl Running {
+    /// Waits for its end.
+    pub(crate) async fn wait(&self, plugin: &Plugin) -> TaskExit {
+        within("WaitTask", plugin.wait(&self.id)).await.unwrap()
+    }
+
+    /// Stops it and waits for its end.
+    pub(crate) async fn stop(&self, plugin: &Plugin, grace: Duration, signal: &str) -> TaskExit {
+        within("StopTask", plugin.stop(&self.id, grace, signal))
+            .await
+            .unwrap();
+        self.wait(plugin).await
+    }
+
+    /// Destroys it by force.
+    pub(crate) async fn destroy(&self, plugin: &Plugin) {
+        within("DestroyTask", plugin.destroy(&self.id, true))
+            .await
+            .unwrap();
+    }
+}
+
+/// What comes out of a task's FIFO.
+#[derive(Debug)]
+pub(crate) struct Output {
+    seen: watch::Receiver<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    bytes: Vec<u8>,
+    ended: bool,
+}
+
+impl Output {
+    fn collect(mut from: pipe::Receiver) -> Self {
+        let (sender, seen) = watch::channel(Seen::default());
+        tokio::spawn(async move {
+            let mut buffer = vec![0; 64 * 1024];
+            loop {
+                let n = from.read(&mut buffer).await.unwrap_or(0);
+                sender.send_modify(|seen| {
+                    seen.bytes.extend_from_slice(&buffer[..n]);
+                    seen.ended = n == 0;
+                });
+                if n == 0 {
+                    return;
+                }
+            }
+        });
+        Self { seen }
+    }
+
+    /// Waits until this text has come, and gives all that has.
+    pub(crate) async fn contains(&self, text: &str) -> String {
+        let all = |seen: &Seen| String::from_utf8_lossy(&seen.bytes).into_owned();
+        let mut receiver = self.seen.clone();
+        let wait = receiver.wait_for(|seen| seen.ended || all(seen).contains(text));
+        let found = all(&within(text, wait).await.unwrap());
+        assert!(
+            found.contains(text),
+            "the output ended without {text:?}: {found:?}"
+        );
+        found
+    }
+
+    /// Waits until the last writer is gone, and gives all that came.
+    pub(crate) async fn all(&self) -> String {
+        let mut receiver = self.seen.clone();
+        let wait = receiver.wait_for(|seen| seen.ended);
+        let seen = within("the end of the output", wait).await.unwrap();
+        String::from_utf8_lossy(&seen.bytes).into_owned()
+    }
+}
+
+/// The log lines of this test's plugins.
+#[derive(Debug)]
+pub(crate) struct Lines {
+    sender: mpsc::UnboundedSender<String>,
+    state: Arc<Mutex<(mpsc::UnboundedReceiver<String>, Vec<String>)>>,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        Self {
+            sender,
+            state: Arc::new(Mutex::new((receiver, Vec::new()))),
+        }
+    }
+}
+
+impl Lines {
+    fn sender(&self) -> mpsc::UnboundedSender<String> {
+        self.sender.clone()
+    }
+
+    /// All raw lines so far.
+    pub(crate) fn text(&self) -> Vec<String> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (receiver, lines) = &mut *state;
+        while let Ok(line) = receiver.try_recv() {
+            lines.push(line);
+        }
+        lines.clone()
+    }
+
+    /// Waits for a line that has this text in it, and gives it.
+    pub(crate) async fn contains(&self, text: &str) -> String {
+        let wait = async {
+            let mut seen = 0;
+            loop {
+                let lines = self.text();
+                if let Some(line) = lines[seen..].iter().find(|line| line.contains(text)) {
+                    return line.clone();
+                }
+                seen = lines.len();
+                std::future::poll_fn(|context| {
+                    let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                    let (receiver, lines) = &mut *state;
+                    receiver.poll_recv(context).map(|line| lines.extend(line))
+                })
+                .await;
+            }
+        };
+        within(text, wait).await
+    }
+}
+
+/// A place to write that remembers what was written, for a run in this process.
+#[derive(Debug, Clone)]
+pub(crate) struct Written(Arc<watch::Sender<Vec<u8>>>);
+
+impl Default for Written {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(Vec::new())))
+    }
+}
+
+impl Written {
+    /// What was written so far.
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.borrow()).into_owned()
+    }
+
+    /// Waits until this text was written.
+    pub(crate) async fn contains(&self, text: &str) {
+        let mut receiver = self.0.subscribe();
+        let wait = receiver.wait_for(|bytes| String::from_utf8_lossy(bytes).contains(text));
+        within(text, wait).await.unwrap();
+    }
+}
+
+impl Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.send_modify(|all| all.extend_from_slice(bytes));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The environment of a call in the ledger.
+pub(crate) fn environment(start: &Value) -> BTreeMap<String, String> {
+    serde_json::from_value(start["environment"].clone()).unwrap()
+}
