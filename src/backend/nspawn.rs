@@ -191,8 +191,7 @@ impl NspawnBackend {
             .map_err(|source| io_error("making the directory", records.path(), source))?;
         let (root, mut mounts) = self.root(spec, records)?;
         mounts.extend(spec.mounts.iter().cloned());
-        let mapped =
-            matches!(&spec.users, Users::Private { range, .. } if range != "no") && version >= 250;
+        let mapped = version >= 250 && is_shifted(&spec.users);
         let binds: Vec<Bind> = mounts
             .into_iter()
             .map(|mount| Bind {
@@ -516,6 +515,15 @@ fn copies_of(spec: &ContainerSpec) -> Option<PathBuf> {
     } else {
         tree.clone()
     })
+}
+
+/// Whether ids inside are other ids outside. Where they are the same, the kernel refuses to map a mount.
+fn is_shifted(users: &Users) -> bool {
+    let Users::Private { range, .. } = users else {
+        return false;
+    };
+    let first = range.split(':').next().unwrap_or_default();
+    !matches!(first, "no" | "identity") && first.parse::<u32>() != Ok(0)
 }
 
 /// What systemd-nspawn locks for a container.
