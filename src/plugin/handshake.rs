@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// The variable by which a host shows that it is one. It protects nothing; it tells a person from a host.
 const COOKIE: &str = "NOMAD_PLUGIN_MAGIC_COOKIE";
-const COOKIE_VALUE: &str = "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d757a8cec6e91a7255";
+const COOKIE_VALUE: &str = "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255";
 /// The version of the plugin framework's own protocol.
 const CORE_VERSION: u32 = 1;
 /// The version of Nomad's protocol above it; there is only this one.
