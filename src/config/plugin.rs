@@ -4,11 +4,22 @@ use super::options::PluginOptions;
 use super::paths::inside;
 use super::{ConfigError, PluginConfig};
 
+/// The longest state directory, in bytes: sockets lie below it, and the kernel takes no path of one over 107 bytes. A start's
+/// directory and the socket's name in it need up to 43.
+const LONGEST_STATE_DIR: usize = 64;
+
 pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError> {
+    let state_dir = inside("plugin.state_dir", &options.state_dir)?;
+    if state_dir.as_os_str().len() > LONGEST_STATE_DIR {
+        let reason = format!(
+            "{state_dir:?} is longer than {LONGEST_STATE_DIR} bytes, which sockets below it can't be"
+        );
+        return Err(ConfigError::new("plugin.state_dir", reason));
+    }
     Ok(PluginConfig {
         enabled: options.enabled,
         volumes: options.volumes,
-        state_dir: inside("plugin.state_dir", &options.state_dir)?,
+        state_dir,
         nspawn_path: options
             .nspawn_path
             .map(|text| inside("plugin.nspawn_path", &text))

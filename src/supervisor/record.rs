@@ -170,7 +170,9 @@ impl Records {
 
     /// Keeps the end. It is on the disk when this returns.
     pub fn write_exit(&self, exit: &Exit) -> io::Result<()> {
-        self.write("exit", exit)
+        self.write("exit", exit)?;
+        // The other files mean nothing after a crash of the host; this one tells what happened before it.
+        File::open(self.0.join("exit"))?.sync_data()
     }
 
     /// The end, if there is one.
@@ -204,7 +206,6 @@ impl Records {
             .mode(0o600)
             .open(&beside)?;
         file.write_all(&serde_json::to_vec(value)?)?;
-        file.sync_data()?;
         fs::rename(&beside, self.0.join(name))
     }
 

@@ -1,0 +1,337 @@
+//! What the driver adds to systemd-nspawn: the same container started and ended by hand and through the plugin, in turn, in one
+//! run. Prints medians and ratios; judges nothing. Needs root, systemd-nspawn and busybox (Debian: busybox-static).
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use nomad_driver_nspawn::cgroup::{Group, Layout};
+use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
+use nomad_driver_nspawn::supervisor::process::Held;
+use nomad_driver_nspawn::supervisor::record::Records;
+use serde_json::json;
+
+/// Pairs of runs; the first ones warm the caches and are not counted.
+const PAIRS: usize = 40;
+const WARM_UP: usize = 5;
+/// Longer than anything here takes.
+const LONG: Duration = Duration::from_secs(30);
+/// What every container runs: it waits for a word and ends.
+const PAYLOAD: &str = "read word < /alloc/go; exit 3";
+
+fn main() -> anyhow::Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the benchmark starts real containers and needs root"
+    );
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(compare())
+}
+
+async fn compare() -> anyhow::Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let tree = scratch.path().join("tree");
+    make_tree(&tree)?;
+    let state = scratch.path().join("state");
+    let launched = Instant::now();
+    let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
+    let handshake = launched.elapsed();
+    plugin.configure(&json!({ "state_dir": state })).await?;
+
+    let mut bare = Series::default();
+    let mut driven = Series::default();
+    let mut resting = Vec::new();
+    for pair in 0..WARM_UP + PAIRS {
+        let by_hand = bare_container(scratch.path(), &tree)?;
+        let (through, rest) =
+            driven_container(&plugin, scratch.path(), &tree, pair == WARM_UP).await?;
+        if pair >= WARM_UP {
+            bare.add(by_hand);
+            driven.add(through);
+            resting.extend(rest);
+        }
+    }
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{PAIRS} pairs, medians in ms (p99 in brackets)")?;
+    writeln!(
+        out,
+        "start to notification, bare systemd-nspawn   {}",
+        bare.up()
+    )?;
+    writeln!(
+        out,
+        "StartTask to its answer                      {}   {}",
+        driven.up(),
+        driven.against(&bare, |run| run.up)
+    )?;
+    writeln!(
+        out,
+        "payload's end to nspawn's end, bare          {}",
+        bare.down()
+    )?;
+    writeln!(
+        out,
+        "payload's end to WaitTask's answer           {}   {}",
+        driven.down(),
+        driven.against(&bare, |run| run.down)
+    )?;
+    writeln!(
+        out,
+        "exec of the plugin to its handshake line     {:.1}",
+        ms(handshake)
+    )?;
+    writeln!(
+        out,
+        "plugin's resident memory after {} tasks      {:.1} MiB",
+        WARM_UP + PAIRS,
+        kib(plugin.pid(), "status", "VmRSS:") / 1024.0
+    )?;
+    for line in resting {
+        writeln!(out, "{line}")?;
+    }
+    plugin.shutdown().await;
+    Ok(())
+}
+
+/// One container's life in two spans.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    up: Duration,
+    down: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Series(Vec<Run>);
+
+impl Series {
+    fn add(&mut self, run: Run) {
+        self.0.push(run);
+    }
+
+    fn sorted(&self, span: impl Fn(&Run) -> Duration) -> Vec<Duration> {
+        let mut all: Vec<Duration> = self.0.iter().map(span).collect();
+        all.sort_unstable();
+        all
+    }
+
+    fn told(&self, span: impl Fn(&Run) -> Duration) -> String {
+        let all = self.sorted(span);
+        let last = all.len() * 99 / 100;
+        format!("{:6.1} ({:.1})", ms(all[all.len() / 2]), ms(all[last]))
+    }
+
+    fn up(&self) -> String {
+        self.told(|run| run.up)
+    }
+
+    fn down(&self) -> String {
+        self.told(|run| run.down)
+    }
+
+    /// The median of the differences and of the ratios, pair by pair: both sides saw the machine in the same mood.
+    fn against(&self, other: &Self, span: impl Fn(&Run) -> Duration) -> String {
+        let pairs: Vec<(f64, f64)> = self
+            .0
+            .iter()
+            .zip(&other.0)
+            .map(|(ours, theirs)| (ms(span(ours)), ms(span(theirs))))
+            .collect();
+        let median = |mut all: Vec<f64>| {
+            all.sort_by(f64::total_cmp);
+            all[all.len() / 2]
+        };
+        let more = median(pairs.iter().map(|(ours, theirs)| ours - theirs).collect());
+        let ratio = median(pairs.iter().map(|(ours, theirs)| ours / theirs).collect());
+        format!("{more:+.1} ms, ratio {ratio:.2}")
+    }
+}
+
+fn ms(span: Duration) -> f64 {
+    span.as_secs_f64() * 1000.0
+}
+
+/// systemd-nspawn by hand, told as the driver tells it, in a control group of its own.
+fn bare_container(scratch: &Path, tree: &Path) -> anyhow::Result<Run> {
+    let alloc = scratch.join("bare");
+    fs::create_dir_all(&alloc)?;
+    let go = fifo(&alloc)?;
+    let place = Layout::of_this_host()
+        .place(None, "bench")
+        .context("no control groups")?;
+    let group = Group::new(&place.group);
+    group.create()?;
+    let socket = scratch.join("notify");
+    let _ = fs::remove_file(&socket);
+    let notify = UnixDatagram::bind(&socket)?;
+    notify.set_read_timeout(Some(LONG))?;
+    let begun = Instant::now();
+    let mut child = spawn_bare(&socket, &place.group, tree, &alloc)?;
+    let leader = leader_of(&notify)?;
+    let up = begun.elapsed();
+    let held = Held::by_pid(leader)?;
+    fs::write(&go, "go\n")?;
+    ensure!(held.wait(LONG), "the payload does not end");
+    let ended = Instant::now();
+    child.wait()?;
+    let down = ended.elapsed();
+    group.wait_empty(LONG);
+    group.remove()?;
+    if let Some(mirror) = place.mirror {
+        Group::new(mirror).remove()?;
+    }
+    let _ = fs::remove_dir("/run/systemd/nspawn/propagate/bench");
+    fs::remove_file(go)?;
+    Ok(Run { up, down })
+}
+
+fn spawn_bare(socket: &Path, group: &Path, tree: &Path, alloc: &Path) -> anyhow::Result<Child> {
+    let enter = "echo 0 > \"$1\"/cgroup.procs; shift; exec systemd-nspawn \"$@\"";
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", enter, "sh"]).arg(group);
+    command.args([
+        "--settings=no",
+        "--keep-unit",
+        "--register=no",
+        "--link-journal=no",
+        "--machine=bench",
+        "--console=pipe",
+        "--quiet",
+    ]);
+    command
+        .arg(format!("--directory={}", tree.display()))
+        .arg(format!("--bind={}:/alloc", alloc.display()));
+    command
+        .args(["--", "/bin/sh", "-c", PAYLOAD])
+        .env("NOTIFY_SOCKET", socket);
+    Ok(command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?)
+}
+
+fn leader_of(notify: &UnixDatagram) -> anyhow::Result<i32> {
+    let mut buffer = [0; 4096];
+    loop {
+        let length = notify.recv(&mut buffer)?;
+        let text = String::from_utf8_lossy(&buffer[..length]);
+        if let Some(pid) = text
+            .lines()
+            .find_map(|line| line.strip_prefix("X_NSPAWN_LEADER_PID="))
+        {
+            return Ok(pid.parse()?);
+        }
+    }
+}
+
+/// The same container as a task of the plugin. With `rest`, what it costs while nothing happens.
+async fn driven_container(
+    plugin: &Plugin,
+    scratch: &Path,
+    tree: &Path,
+    rest: bool,
+) -> anyhow::Result<(Run, Vec<String>)> {
+    let config = json!({
+        "image": tree, "boot": false, "user_namespacing": false, "command": ["/bin/sh", "-c", PAYLOAD],
+    });
+    let allocation = Allocation::create(scratch, TaskSpec::new("bench", config))?;
+    let _logs = allocation.open_logs()?;
+    let go = fifo(&allocation.dir().join("alloc"))?;
+    let task = plugin.task_config(&allocation).await?;
+    let id = task.id.clone();
+    let begun = Instant::now();
+    let started = plugin.start(task).await?;
+    let up = begun.elapsed();
+    let running = Records::of(&scratch.join("state"), &id).running()?;
+    let held = Held::by_pid(running.started.leader.pid)?;
+    drop(started);
+    let resting = if rest {
+        at_rest(running.started.supervisor.pid).await?
+    } else {
+        Vec::new()
+    };
+    let answer = {
+        let waited = plugin.wait(&id);
+        let ended = tokio::task::spawn_blocking(move || {
+            held.wait(LONG);
+            Instant::now()
+        });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        tokio::fs::write(&go, "go\n").await?;
+        let (exit, ended) = tokio::join!(waited, ended);
+        let answered = Instant::now();
+        ensure!(exit?.code == 3, "the exit code is not the payload's");
+        answered.duration_since(ended?)
+    };
+    plugin.destroy(&id, true).await?;
+    fs::remove_file(go)?;
+    allocation.remove()?;
+    Ok((Run { up, down: answer }, resting))
+}
+
+/// Memory and wake-ups of an idle supervisor.
+async fn at_rest(supervisor: i32) -> anyhow::Result<Vec<String>> {
+    let before = switches(supervisor)?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let woken = switches(supervisor)? - before;
+    let private = kib(supervisor, "smaps_rollup", "Private_Dirty:")
+        + kib(supervisor, "smaps_rollup", "Private_Clean:");
+    Ok(vec![
+        format!(
+            "supervisor's private memory                  {:.0} KiB ({:.0} KiB of it written)",
+            private,
+            kib(supervisor, "smaps_rollup", "Private_Dirty:")
+        ),
+        format!("supervisor's wake-ups in 3 idle seconds      {woken}"),
+    ])
+}
+
+fn switches(pid: i32) -> anyhow::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let all = text
+        .lines()
+        .filter(|line| line.contains("ctxt_switches"))
+        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    Ok(all.sum())
+}
+
+fn kib(pid: i32, file: &str, field: &str) -> f64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let value = text.lines().find_map(|line| {
+        line.strip_prefix(field)?
+            .split_whitespace()
+            .next()?
+            .parse()
+            .ok()
+    });
+    value.unwrap_or(f64::NAN)
+}
+
+fn fifo(directory: &Path) -> anyhow::Result<PathBuf> {
+    let path = directory.join("go");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+    Ok(path)
+}
+
+fn make_tree(tree: &Path) -> anyhow::Result<()> {
+    for directory in ["bin", "etc", "usr", "alloc", "local", "secrets"] {
+        fs::create_dir_all(tree.join(directory))?;
+    }
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+        .iter()
+        .find(|path| Path::new(path).exists());
+    fs::copy(
+        busybox.context("busybox is not installed (Debian: busybox-static)")?,
+        tree.join("bin/busybox"),
+    )?;
+    std::os::unix::fs::symlink("busybox", tree.join("bin/sh"))?;
+    fs::write(tree.join("etc/os-release"), "ID=bench\n")?;
+    Ok(())
+}
