@@ -106,8 +106,6 @@ impl Line {
             ("LANG".to_owned(), "C.UTF-8".to_owned()),
             ("SYSTEMD_LOG_TARGET".to_owned(), "console".to_owned()),
             ("SYSTEMD_LOG_COLOR".to_owned(), "0".to_owned()),
-            // A root directory put together from mounts shows its os-release only once they are made; `config` has looked.
-            ("SYSTEMD_NSPAWN_CHECK_OS_RELEASE".to_owned(), "0".to_owned()),
         ]);
         if host.cgroup == CgroupLayout::V2 && host.version < 258 {
             // Else an image without systemd gets version 1 mounts that this host does not have.

@@ -10,11 +10,8 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::container::{ContainerSpec, Mount, Root, Volatile};
 
-/// What systemd-nspawn mounts anew in every container; the image's own is not seen.
-const ALWAYS_NEW: &[&str] = &["dev", "proc", "run", "sys", "tmp"];
-
-/// The targets of mounts for which the image has no mount point, if the root will not be writable. Empty means that the
-/// image can be used as it is.
+/// The targets of mounts for which the image has no mount point, if the root will not be writable, and the directories that
+/// systemd-nspawn itself mounts over. Empty means that the image can be used as it is.
 pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<PathBuf> {
     let Root::Directory(image) = &spec.root else {
         return Vec::new();
@@ -22,19 +19,25 @@ pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<PathBuf> {
     if !spec.read_only && spec.volatile != Volatile::State {
         return Vec::new();
     }
-    let new_anyway = |target: &Path| {
-        ALWAYS_NEW
-            .iter()
-            .any(|name| below_root(target).starts_with(name))
-    };
-    let var_is_new =
-        |target: &Path| spec.volatile == Volatile::State && below_root(target).starts_with("var");
+    let there = |below: &Path| image.join(below).symlink_metadata().is_ok();
     let targets = spec.mounts.iter().map(|mount| mount.target.clone());
-    targets
-        .filter(|target| {
-            !new_anyway(target) && !var_is_new(target) && !image.join(below_root(target)).exists()
-        })
+    let wanted = targets.filter(|target| new_anyway(spec.volatile, below_root(target)).is_none());
+    let bases = always_new(spec.volatile).map(|name| Path::new("/").join(name));
+    wanted
+        .chain(bases)
+        .filter(|target| !there(below_root(target)))
         .collect()
+}
+
+/// What systemd-nspawn mounts anew in every container, so that the image's own is not seen.
+fn always_new(volatile: Volatile) -> impl Iterator<Item = &'static str> {
+    let var = (volatile == Volatile::State).then_some("var");
+    ["dev", "proc", "run", "sys", "tmp"].into_iter().chain(var)
+}
+
+/// The one of them that a path lies in.
+fn new_anyway(volatile: Volatile, below: &Path) -> Option<&'static str> {
+    always_new(volatile).find(|name| below.starts_with(name))
 }
 
 /// Builds the skeleton of `image` in the empty directory `skeleton`, with a mount point at each of `missing` (those of
@@ -60,6 +63,7 @@ pub fn skeleton(
             .any(|mount| mount.target == *target && mount.source.is_file());
         builder.mount_point(below_root(target), file)?;
     }
+    builder.os_release()?;
     Ok(builder.binds)
 }
 
@@ -77,7 +81,7 @@ impl Skeleton<'_> {
         for entry in fs::read_dir(self.image.join(below))? {
             let entry = entry?;
             let inner = below.join(entry.file_name());
-            if below.as_os_str().is_empty() && self.is_new_anyway(&inner) {
+            if below.as_os_str().is_empty() && new_anyway(self.volatile, &inner).is_some() {
                 make_like(&self.skeleton.join(&inner), &entry.metadata()?)?;
                 continue;
             }
@@ -104,17 +108,31 @@ impl Skeleton<'_> {
         Ok(())
     }
 
-    fn is_new_anyway(&self, inner: &Path) -> bool {
-        ALWAYS_NEW.iter().any(|name| inner == Path::new(name))
-            || (self.volatile == Volatile::State && inner == Path::new("var"))
-    }
-
     fn bind(&mut self, inner: &Path) {
         self.binds.push(Mount {
             source: self.image.join(inner),
             target: Path::new("/").join(inner),
             read_only: true,
         });
+    }
+
+    /// systemd-nspawn boots nothing without an os-release file, and looks before it mounts anything.
+    fn os_release(&self) -> io::Result<()> {
+        let here = self.skeleton.join("usr/lib/os-release");
+        let known = ["etc/os-release", "usr/lib/os-release"];
+        let text = known
+            .iter()
+            .find_map(|name| fs::read(self.image.join(name)).ok());
+        match text {
+            Some(text) if !here.exists() => {
+                fs::DirBuilder::new()
+                    .recursive(true)
+                    .mode(0o755)
+                    .create(self.skeleton.join("usr/lib"))?;
+                fs::write(here, text)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn mount_point(&self, below: &Path, file: bool) -> io::Result<()> {
@@ -200,10 +218,26 @@ mod tests {
             assert!(target.join(directory).is_dir(), "{directory}");
         }
         assert!(target.join("etc-file").is_file());
+        assert!(!target.join("usr/lib/os-release").exists());
         assert_eq!(
             fs::read_link(target.join("bin")).unwrap(),
             Path::new("usr/bin")
         );
         assert!(!image.join("alloc").exists(), "the image was written");
+    }
+
+    #[test]
+    fn an_os_release_is_seen_before_anything_is_mounted() {
+        let temp = tempfile::tempdir().unwrap();
+        let image = temp.path().join("image");
+        fs::create_dir_all(image.join("usr/lib")).unwrap();
+        fs::write(image.join("usr/lib/os-release"), "ID=x\n").unwrap();
+        let target = temp.path().join("skeleton");
+        fs::create_dir(&target).unwrap();
+        skeleton(&image, &target, &["/alloc".into()], &[], Volatile::No).unwrap();
+        assert_eq!(
+            fs::read_to_string(target.join("usr/lib/os-release")).unwrap(),
+            "ID=x\n"
+        );
     }
 }

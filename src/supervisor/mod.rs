@@ -18,8 +18,10 @@ use tokio_util::task::TaskTracker;
 use crate::container::{Exit, Process, Started};
 use crate::signal::Signal;
 
+mod ending;
 pub mod enter;
 pub mod line;
+mod listeners;
 pub mod logs;
 pub mod process;
 pub mod record;

@@ -11,26 +11,27 @@
 //!       └──▶ failed ◀─┴────────────────────────┘   tell, free
 //! ```
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use rustix::process::{WaitOptions, wait};
 
-use super::line::{Failure, News, Request, Step, Verb, line, next};
+use super::ending::{exit_of, told};
+use super::line::{Failure, News, Step, Verb};
+use super::listeners::Listeners;
 use super::process::{Held, catches, first_child, ignores, myself};
 use super::record::{Order, Records, Running};
 use super::{logs, remains};
 use crate::cgroup::Group;
-use crate::container::{Exit, Mode, Process, Started};
+use crate::container::{Mode, Process, Started};
 use crate::signal::Signal;
 
 /// How long systemd-nspawn may clear up after its container was killed before it is killed too.
@@ -305,8 +306,8 @@ impl Watch {
                 State::Running { started, .. } => Some(News::Started((**started).clone())),
             };
             self.listeners.add(stream);
-            if let (Some(news), Some(newcomer)) = (news, self.listeners.0.last_mut()) {
-                newcomer.send(&line(&news));
+            if let Some(news) = news {
+                self.listeners.tell_newcomer(&news);
             }
         }
     }
@@ -322,12 +323,8 @@ impl Watch {
                 }
             };
             let error = error.err().map(|error| error.to_string());
-            if let Some(listener) = self.listeners.0.get_mut(index) {
-                listener.send(&line(&News::Done {
-                    request: request.request,
-                    error,
-                }));
-            }
+            let request = request.request;
+            self.listeners.answer(index, &News::Done { request, error });
         }
         let asker_is_gone = self.listeners.forget_the_gone();
         if asker_is_gone && matches!(self.state, State::Starting) {
@@ -404,22 +401,19 @@ impl Watch {
     }
 
     /// Reaps whoever has ended; the status of systemd-nspawn if it is among them.
-    fn reap(&self) -> Option<WaitStatus> {
+    fn reap(&self) -> Option<ExitStatus> {
         while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
         let mut found = None;
-        loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) | Err(_) => return found,
-                Ok(status) if status.pid() == Some(Pid::from_raw(self.nspawn.pid)) => {
-                    found = Some(status)
-                }
-                Ok(_) => {}
+        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+            if pid.as_raw_nonzero().get() == self.nspawn.pid {
+                found = Some(ExitStatus::from_raw(status.as_raw()));
             }
         }
+        found
     }
 
     /// systemd-nspawn has ended: so has the container, or it does now.
-    fn end(&mut self, status: WaitStatus) {
+    fn end(&mut self, status: ExitStatus) {
         // What it said last may still lie in the socket: a short command is over before anybody has looked.
         self.hear_nspawn();
         self.records.discard_environment();
@@ -482,16 +476,10 @@ impl Watch {
         }
     }
 
-    fn failed(&self, status: WaitStatus) -> Failure {
-        let how = match status {
-            WaitStatus::Exited(_, code) => format!("exited with status {code}"),
-            WaitStatus::Signaled(_, signal, _) => format!("was ended by {signal}"),
-            other => format!("ended: {other:?}"),
-        };
+    fn failed(&self, status: ExitStatus) -> Failure {
         let reason = self.records.failure().unwrap_or_else(|| {
-            format!(
-                "it {how} before the container was up; what it said is in the task's stderr log"
-            )
+            let how = told(status);
+            format!("{how} before the container was up; what it said is in the task's stderr log")
         });
         Failure {
             step: Step::Nspawn,
@@ -508,36 +496,6 @@ struct Awake {
     lifeline: bool,
 }
 
-/// What systemd-nspawn's status means for Nomad. It passes a payload's code on, but has only one number for every signal.
-fn exit_of(status: WaitStatus, mode: Mode, forced: bool, oom: bool) -> Exit {
-    let killed = 128 + Signal::KILL.number();
-    let (code, signal, error) = match status {
-        _ if forced => (killed, Signal::KILL.number(), None),
-        WaitStatus::Exited(_, 1 | 255) if oom && mode != Mode::Boot => {
-            (killed, Signal::KILL.number(), None)
-        }
-        WaitStatus::Exited(_, code) => (code, 0, None),
-        WaitStatus::Signaled(_, signal, _) => {
-            let text = format!(
-                "systemd-nspawn was ended by {signal} from outside, and the container with it"
-            );
-            (128 + signal as i32, signal as i32, Some(text))
-        }
-        other => (
-            1,
-            0,
-            Some(format!("systemd-nspawn ended in an unknown way: {other:?}")),
-        ),
-    };
-    Exit {
-        code,
-        signal,
-        oom_killed: oom,
-        error,
-        ended_at: SystemTime::now(),
-    }
-}
-
 /// Starts the step between this process and systemd-nspawn.
 fn spawn(records: &Records, stdout: Stdio, stderr: Stdio) -> io::Result<Child> {
     let mut command = Command::new("/proc/self/exe");
@@ -551,132 +509,4 @@ fn spawn(records: &Records, stdout: Stdio, stderr: Stdio) -> io::Result<Child> {
         .stdout(stdout)
         .stderr(stderr)
         .spawn()
-}
-
-/// Everybody who listens on the lifeline.
-#[derive(Debug, Default)]
-struct Listeners(Vec<Listener>);
-
-#[derive(Debug)]
-struct Listener {
-    stream: UnixStream,
-    received: Vec<u8>,
-    gone: bool,
-    /// Whether this one asked for the start.
-    asker: bool,
-}
-
-impl Listeners {
-    fn add(&mut self, stream: UnixStream) {
-        let asker = self.0.is_empty();
-        if stream.set_nonblocking(true).is_ok() {
-            self.0.push(Listener {
-                stream,
-                received: Vec::new(),
-                gone: false,
-                asker,
-            });
-        }
-    }
-
-    fn tell(&mut self, news: &News) {
-        let line = line(news);
-        for listener in &mut self.0 {
-            listener.send(&line);
-        }
-    }
-
-    fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.0.iter().map(|listener| listener.stream.as_fd())
-    }
-
-    /// Everything that has been asked since the last time.
-    fn requests(&mut self) -> Vec<(usize, Request)> {
-        let mut requests = Vec::new();
-        for (index, listener) in self.0.iter_mut().enumerate() {
-            listener.receive();
-            while let Some(request) = next(&mut listener.received) {
-                match request {
-                    Ok(request) => requests.push((index, request)),
-                    Err(_) => {
-                        listener.gone = true;
-                        break;
-                    }
-                }
-            }
-        }
-        requests
-    }
-
-    /// Forgets those whose end of the line is closed; whether the asker is among them.
-    fn forget_the_gone(&mut self) -> bool {
-        let asker = self
-            .0
-            .iter()
-            .any(|listener| listener.gone && listener.asker);
-        self.0.retain(|listener| !listener.gone);
-        asker
-    }
-}
-
-impl Listener {
-    /// One that does not take what it is told is dropped: nobody may make a supervisor wait.
-    fn send(&mut self, line: &[u8]) {
-        if self.stream.write_all(line).is_err() {
-            self.gone = true;
-        }
-    }
-
-    fn receive(&mut self) {
-        let mut buffer = [0; 1024];
-        loop {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => self.gone = true,
-                Ok(length) => {
-                    self.received.extend_from_slice(&buffer[..length]);
-                    continue;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => self.gone = true,
-            }
-            return;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rstest::rstest;
-
-    const PID: Pid = Pid::from_raw(1);
-
-    #[rstest]
-    #[case::a_code(WaitStatus::Exited(PID, 7), false, false, (7, 0, false))]
-    #[case::by_force(WaitStatus::Exited(PID, 1), true, false, (137, 9, false))]
-    #[case::out_of_memory(WaitStatus::Exited(PID, 1), false, true, (137, 9, true))]
-    #[case::one_of_many_out_of_memory(WaitStatus::Exited(PID, 3), false, true, (3, 0, true))]
-    fn a_status_becomes_an_exit(
-        #[case] status: WaitStatus,
-        #[case] forced: bool,
-        #[case] oom: bool,
-        #[case] want: (i32, i32, bool),
-    ) {
-        let exit = exit_of(status, Mode::Plain, forced, oom);
-        assert_eq!((exit.code, exit.signal, exit.oom_killed), want);
-        assert_eq!(exit.error, None);
-    }
-
-    #[test]
-    fn a_killed_systemd_nspawn_is_no_success() {
-        let exit = exit_of(
-            WaitStatus::Signaled(PID, nix::sys::signal::Signal::SIGHUP, false),
-            Mode::Plain,
-            false,
-            false,
-        );
-        assert_eq!((exit.code, exit.signal), (129, 1));
-        assert!(exit.error.unwrap().contains("SIGHUP"));
-    }
 }

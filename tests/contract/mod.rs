@@ -14,7 +14,7 @@ use nomad_driver_nspawn::container::{
     Console, ContainerSpec, Exit, Mode, Network, Root, Started, Users, Volatile,
 };
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::process::is_alive;
+use nomad_driver_nspawn::supervisor::process::{Held, is_alive};
 
 pub(crate) mod scenarios;
 
@@ -202,8 +202,8 @@ pub(crate) fn ended(exit: &Exit) -> (i32, i32) {
 }
 
 /// Sends a signal to a process of this host from outside, as an operator would.
-pub(crate) fn strike(pid: i32, signal: nix::sys::signal::Signal) {
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).unwrap();
+pub(crate) fn strike(pid: i32, signal: Signal) {
+    Held::by_pid(pid).unwrap().signal(signal).unwrap();
 }
 
 /// The signal with this name.

@@ -26,7 +26,9 @@ macro_rules! scenarios {
             a_signal_without_a_handler_spares_the_first_process, a_signal_reaches_a_second_process,
             a_killed_payload_is_no_success, removing_ends_what_runs, removing_is_safe_to_repeat, another_backend_finds_it_again,
             an_end_in_the_meantime_is_known, what_was_removed_is_lost, another_boot_is_lost, another_process_is_lost,
-            a_killed_supervisor_ends_the_container, a_killed_nspawn_ends_the_container, a_tree_that_is_none_is_refused,
+            a_killed_supervisor_ends_the_container, a_killed_nspawn_ends_the_container,
+            an_nspawn_ended_by_a_real_time_signal_is_noticed, an_identity_mapping_needs_no_mapped_mounts,
+            a_read_only_root_without_base_directories_starts, a_tree_that_is_none_is_refused,
             a_mount_without_a_source_is_refused, a_failed_start_can_be_repeated, a_second_start_of_an_id_replaces_the_first,
             several_run_side_by_side, no_output_is_wanted, a_link_for_a_log_is_refused, a_fifo_gets_everything_and_its_end,
             dev_stdout_can_be_opened_anew, an_ephemeral_root_leaves_no_copy, a_read_only_root_needs_no_mount_points,
@@ -397,7 +399,7 @@ pub(crate) async fn a_signal_reaches_a_second_process(world: World) {
 pub(crate) async fn a_killed_payload_is_no_success(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
     world.heard("up").await;
-    strike(started.leader.pid, nix::sys::signal::Signal::SIGKILL);
+    strike(started.leader.pid, Signal::KILL);
     let exit = world.end(&started).await;
     assert_ne!(exit.code, 0);
     world.leave(&[&started]).await;
@@ -511,7 +513,7 @@ async fn lost(world: &World, started: &Started) {
 pub(crate) async fn a_killed_supervisor_ends_the_container(world: World) {
     let started = world.start(world.spec(DEAF)).await;
     world.heard("up").await;
-    strike(started.supervisor.pid, nix::sys::signal::Signal::SIGKILL);
+    strike(started.supervisor.pid, Signal::KILL);
     let exit = world.end(&started).await;
     assert_ne!(exit.code, 0);
     assert!(
@@ -525,12 +527,22 @@ pub(crate) async fn a_killed_supervisor_ends_the_container(world: World) {
 }
 
 pub(crate) async fn a_killed_nspawn_ends_the_container(world: World) {
+    nspawn_struck_by(world, "SIGKILL").await;
+}
+
+/// Up to 252 the signal by which systemd lowers a log level ends systemd-nspawn.
+pub(crate) async fn an_nspawn_ended_by_a_real_time_signal_is_noticed(world: World) {
+    nspawn_struck_by(world, "SIGRTMIN+25").await;
+}
+
+async fn nspawn_struck_by(world: World, name: &str) {
     let started = world.start(world.spec(DEAF)).await;
     world.heard("up").await;
     let nspawn = Records::at(&started.state).running().unwrap().nspawn;
-    strike(nspawn.pid, nix::sys::signal::Signal::SIGKILL);
+    strike(nspawn.pid, signal(name));
     let exit = world.end(&started).await;
-    assert_eq!(ended(&exit), (137, 9));
+    let number = signal(name).number();
+    assert_eq!(ended(&exit), (128 + number, number));
     assert!(
         exit.error
             .as_ref()
@@ -775,5 +787,44 @@ pub(crate) async fn a_listener_that_talks_nonsense_is_dropped(world: World) {
         .await
         .unwrap();
     assert_eq!(ended(&world.end(&started).await), (18, 0));
+    world.leave(&[&started]).await;
+}
+
+/// Ids are the same inside and outside: there is nothing to map, and the kernel refuses to.
+pub(crate) async fn an_identity_mapping_needs_no_mapped_mounts(world: World) {
+    let source = world.scratch.path().join("inside");
+    fs::create_dir(&source).unwrap();
+    let mounts = vec![Mount {
+        source,
+        target: "/mnt".into(),
+        read_only: false,
+    }];
+    let users = Users::Private {
+        range: "identity".into(),
+        ownership: None,
+    };
+    let started = world
+        .start(ContainerSpec {
+            users,
+            mounts,
+            ..world.spec("exit 19")
+        })
+        .await;
+    assert_eq!(ended(&world.end(&started).await), (19, 0));
+    world.leave(&[&started]).await;
+}
+
+/// systemd-nspawn mounts over some directories of every tree, and fails where it can neither find nor make them.
+pub(crate) async fn a_read_only_root_without_base_directories_starts(world: World) {
+    for base in ["dev", "proc", "run", "sys", "tmp"] {
+        let _ = fs::remove_dir_all(world.tree.join(base));
+    }
+    let started = world
+        .start(ContainerSpec {
+            read_only: true,
+            ..world.spec("exit 20")
+        })
+        .await;
+    assert_eq!(ended(&world.end(&started).await), (20, 0));
     world.leave(&[&started]).await;
 }
