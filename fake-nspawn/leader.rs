@@ -22,7 +22,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::WaitStatus;
 use nix::unistd::{Pid, getppid, setsid};
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +67,17 @@ pub(crate) enum End {
     Signal(i32),
 }
 
+impl End {
+    /// Of a child that was waited for; nothing while it lives.
+    pub(crate) fn of(status: rustix::process::WaitStatus) -> Option<Self> {
+        let exit = status.exit_status().map(Self::Exit);
+        exit.or_else(|| status.terminating_signal().map(Self::Signal))
+    }
+}
+
+/// What the leader tells first: from now on no signal is lost or kills it.
+pub(crate) const READY: &[u8] = b"ready\n";
+
 const POWER_OFF: End = End::Signal(2);
 const RESTART: End = End::Signal(1);
 
@@ -92,6 +102,7 @@ pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<()> {
     plan.leader = Pid::this().as_raw();
     let events = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let ledger = Ledger::open(&plan.ledger)?;
+    tell.write_all(READY)?;
     let end = match early_end(&plan) {
         Some(end) => end,
         None => Leader::start(plan, events, ledger)?.live()?,
@@ -153,7 +164,7 @@ impl Leader {
         let mut payload = None;
         if !simulated {
             let mut command = role(PAYLOAD, &plan)?;
-            command.current_dir(plan.cwd.as_deref().unwrap_or(Path::new("/")));
+            command.current_dir(plan.cwd.as_deref().unwrap_or_else(|_| Path::new("/")));
             let child = command.spawn()?;
             plan.payload = i32::try_from(child.id())?;
             payload = Some(plan.payload);
@@ -211,11 +222,7 @@ impl Leader {
         let mut ended = None;
         process::reap(|pid, status| {
             if Some(pid) == self.payload {
-                ended = match status {
-                    WaitStatus::Exited(_, code) => Some(End::Exit(code)),
-                    WaitStatus::Signaled(_, signal, _) => Some(End::Signal(signal as i32)),
-                    _ => None,
-                };
+                ended = End::of(status);
             }
         });
         let ended = ended?;
@@ -305,11 +312,12 @@ pub(crate) fn guard(plan: &Plan) -> anyhow::Result<()> {
         return Ok(());
     };
     // An error means that the leader is gone already.
-    if let Ok(watched) = rustix::process::pidfd_open(leader, rustix::process::PidfdFlags::empty()) {
-        if getppid().as_raw() == plan.leader {
-            let mut wanted = [PollFd::new(watched.as_fd(), PollFlags::POLLIN)];
-            while poll(&mut wanted, PollTimeout::NONE) == Err(Errno::EINTR) {}
-        }
+    let watched = rustix::process::pidfd_open(leader, rustix::process::PidfdFlags::empty());
+    if let Ok(watched) = watched
+        && getppid().as_raw() == plan.leader
+    {
+        let mut wanted = [PollFd::new(watched.as_fd(), PollFlags::POLLIN)];
+        while poll(&mut wanted, PollTimeout::NONE) == Err(Errno::EINTR) {}
     }
     process::kill_members(plan.payload, &plan.uuid);
     Ok(())

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::WaitStatus;
 
 use crate::leader::{self, End, Plan};
 use crate::ledger::{Event, Ledger, Role};
@@ -127,7 +126,10 @@ fn container(
         return Ok(refusal.status);
     }
     if !options.quiet && !options.pipe {
-        let root = prepared.root.as_deref().unwrap_or(Path::new("image"));
+        let root = prepared
+            .root
+            .as_deref()
+            .unwrap_or_else(|| Path::new("image"));
         eprintln!(
             "Spawning container {} on {}.",
             prepared.machine,
@@ -212,18 +214,14 @@ impl Nspawn<'_> {
         }
         prctl::set_child_subreaper(true)?;
         let told = self.start(prepared)?;
-        let status = self.wait(&events)?;
+        let seen = self.wait(&events)?;
         process::kill_descendants();
-        let end = told_end(told)?.unwrap_or(match status {
-            WaitStatus::Signaled(_, signal, _) => End::Signal(signal as i32),
-            WaitStatus::Exited(_, code) => End::Exit(code),
-            _ => End::Exit(1),
-        });
+        let end = told_end(told)?.unwrap_or(seen);
         Ok(self.status(&prepared.machine, end))
     }
 
     /// Starts the leader and announces it. Gives the end of the pipe on which the leader tells its end.
-    fn start(&mut self, prepared: &Prepared) -> anyhow::Result<OwnedFd> {
+    fn start(&mut self, prepared: &Prepared) -> anyhow::Result<File> {
         let (hear, tell) = nix::unistd::pipe()?;
         fcntl(&hear, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         let plan = Plan {
@@ -250,6 +248,10 @@ impl Nspawn<'_> {
         let child = command.spawn()?;
         let pid = i32::try_from(child.id())?;
         self.leader = Some(pid);
+        drop(tell);
+        let mut hear = File::from(hear);
+        // A leader that dies before it is ready ends this too; its death is seen soon enough.
+        hear.read_exact(&mut [0; leader::READY.len()]).ok();
         self.ledger.write(&Event::Started { leader: pid })?;
         if !self.call.never_notify {
             let doing = if self.scenario.version >= 258 {
@@ -282,21 +284,23 @@ impl Nspawn<'_> {
         Ok(false)
     }
 
-    fn wait(&mut self, events: &SignalFd) -> anyhow::Result<WaitStatus> {
+    fn wait(&mut self, events: &SignalFd) -> anyhow::Result<End> {
         loop {
             let mut ended = None;
             let leader = self.leader;
             process::reap(|pid, status| {
                 if Some(pid) == leader {
-                    match status {
-                        WaitStatus::Stopped(..) => self.freeze(pid, Signal::SIGSTOP),
-                        WaitStatus::Continued(_) => self.freeze(pid, Signal::SIGCONT),
-                        status => ended = Some(status),
+                    if status.stopped() {
+                        self.freeze(pid, Signal::SIGSTOP);
+                    } else if status.continued() {
+                        self.freeze(pid, Signal::SIGCONT);
+                    } else {
+                        ended = End::of(status);
                     }
                 }
             });
-            if let Some(status) = ended {
-                return Ok(status);
+            if let Some(end) = ended {
+                return Ok(end);
             }
             ready(events, PollTimeout::NONE)?;
             self.take_signals(events)?;
@@ -305,10 +309,10 @@ impl Nspawn<'_> {
 
     /// Outside plain mode the leader's own stop stops nobody else.
     fn freeze(&self, leader: i32, signal: Signal) {
-        if self.options.mode == options::Mode::Plain {
-            process::children(leader)
-                .first()
-                .map(|payload| process::send(*payload, signal as i32));
+        if self.options.mode == options::Mode::Plain
+            && let Some(payload) = process::children(leader).first()
+        {
+            process::send(*payload, signal as i32);
         }
     }
 
@@ -390,8 +394,8 @@ fn ready(events: &SignalFd, timeout: PollTimeout) -> anyhow::Result<()> {
     }
 }
 
-fn told_end(told: OwnedFd) -> anyhow::Result<Option<End>> {
+fn told_end(mut told: File) -> anyhow::Result<Option<End>> {
     let mut text = Vec::new();
-    File::from(told).read_to_end(&mut text)?;
+    told.read_to_end(&mut text)?;
     Ok(serde_json::from_slice(&text).ok())
 }

@@ -9,6 +9,8 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
+// The other crate's wait fails on a death by a real-time signal, after it took the child in.
+use rustix::process::{WaitOptions, WaitStatus};
 
 /// The first real-time signal, as systemd counts.
 pub(crate) const RTMIN: i32 = 34;
@@ -106,22 +108,15 @@ pub(crate) fn kill_descendants() {
 
 fn reap_one_blocking() {
     // No child at all means that the tree changed between looking and waiting; the caller looks again.
-    nix::sys::wait::wait().ok();
+    rustix::process::wait(WaitOptions::empty()).ok();
 }
 
 /// Takes in all children that have ended or changed, without waiting.
-pub(crate) fn reap(mut seen: impl FnMut(i32, nix::sys::wait::WaitStatus)) {
-    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED | WaitPidFlag::WCONTINUED;
-    loop {
-        match waitpid(None, Some(flags)) {
-            Ok(WaitStatus::StillAlive) | Err(_) => return,
-            Ok(status) => {
-                if let Some(pid) = status.pid() {
-                    seen(pid.as_raw(), status);
-                }
-            }
-        }
+pub(crate) fn reap(mut seen: impl FnMut(i32, WaitStatus)) {
+    let options = WaitOptions::NOHANG | WaitOptions::UNTRACED | WaitOptions::CONTINUED;
+    // An error means that there are no children.
+    while let Ok(Some((pid, status))) = rustix::process::wait(options) {
+        seen(pid.as_raw_pid(), status);
     }
 }
 

@@ -1,5 +1,5 @@
 //! The grammar of single option values: what a capability, a port, a bind mount or a machine name is. Pure; knows nothing of
-//! how options combine.
+//! how options combine. Longer than a file should be, because it is one short function per grammar and their tables.
 
 use crate::options::{Mount, Refusal, Users, Volatile};
 
@@ -48,15 +48,18 @@ const CAPABILITIES: &[&str] = &[
 ];
 
 /// What a container keeps without being asked.
-pub(crate) const DEFAULT_CAPABILITIES: u64 = !(0
-    | 1 << 12 // net_admin
-    | 1 << 14 // ipc_lock
-    | 1 << 16 // sys_module
-    | 1 << 17 // sys_rawio
-    | 1 << 20 // sys_pacct
-    | 1 << 25 // sys_time
-    | 0xff << 32 // mac_override to checkpoint_restore
-    | u64::MAX << 40);
+pub(crate) const DEFAULT_CAPABILITIES: u64 = {
+    let (net_admin, ipc_lock, sys_module, sys_rawio, sys_pacct, sys_time) =
+        (12, 14, 16, 17, 20, 25);
+    let up_to_setfcap = (1 << 32) - 1;
+    up_to_setfcap
+        & !(1 << net_admin
+            | 1 << ipc_lock
+            | 1 << sys_module
+            | 1 << sys_rawio
+            | 1 << sys_pacct
+            | 1 << sys_time)
+};
 
 /// What a private network adds.
 pub(crate) const NET_ADMIN: u64 = 1 << 12;
@@ -235,7 +238,7 @@ pub(crate) fn check(version: u32, option: &str, text: &str) -> Result<(), Refusa
 }
 
 fn root_hash(text: &str) -> Result<(), Refusal> {
-    if text.len() % 2 != 0 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+    if !text.len().is_multiple_of(2) || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(Refusal::invalid(format!(
             "Failed to parse root hash: {text}"
         )));
@@ -643,7 +646,7 @@ fn word_list(text: &str) -> String {
     options
         .split(',')
         .find(|word| !["rbind", "norbind", "noidmap", "idmap", "rootidmap"].contains(word))
-        .map_or(options.clone(), str::to_owned)
+        .map_or_else(|| options.clone(), str::to_owned)
 }
 
 #[cfg(test)]

@@ -88,10 +88,11 @@ impl Bench {
     fn heard(&self, start: &str) -> String {
         let mut buffer = [0; 4096];
         loop {
-            let length = self
-                .socket
-                .recv(&mut buffer)
-                .unwrap_or_else(|e| panic!("no {start}: {e}"));
+            let length = match self.socket.recv(&mut buffer) {
+                // A timeout makes the call one that signals interrupt.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                other => other.unwrap_or_else(|error| panic!("no {start}: {error}")),
+            };
             let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
             if let Some(rest) = text.lines().find_map(|line| line.strip_prefix(start)) {
                 return rest.to_owned();
@@ -141,8 +142,18 @@ impl Running {
         i32::try_from(self.nspawn.id()).unwrap()
     }
 
-    fn end(mut self) -> ExitStatus {
+    fn end(&mut self) -> ExitStatus {
         self.nspawn.wait().unwrap()
+    }
+}
+
+impl Drop for Running {
+    /// A test that failed leaves nothing running.
+    fn drop(&mut self) {
+        if matches!(self.nspawn.try_wait(), Ok(None)) {
+            kill(Pid::from_raw(self.leader), Signal::SIGKILL).ok();
+            self.nspawn.wait().ok();
+        }
     }
 }
 
@@ -180,7 +191,7 @@ fn a_leader_takes_signals_as_a_first_process_does(
     #[case] status: i32,
 ) {
     let bench = Bench::new();
-    let running = bench.start(mode, script);
+    let mut running = bench.start(mode, script);
     for (sent, number) in signals.iter().enumerate() {
         send(running.leader, *number);
         // Nobody can write down a KILL, and only what was taken in may be followed by the next one.
@@ -204,7 +215,7 @@ fn nspawn_ends_its_container_when_told(
     #[case] status: i32,
 ) {
     let bench = Bench::new();
-    let running = bench.start(mode, script);
+    let mut running = bench.start(mode, script);
     for number in signals {
         send(running.pid(), *number);
         let told = || {
@@ -223,7 +234,7 @@ fn nspawn_ends_its_container_when_told(
 #[case(1)]
 fn a_killed_nspawn_leaves_its_container_alive(#[case] number: i32) {
     let bench = Bench::new();
-    let running = bench.start(&[], "sleep 1000 &");
+    let mut running = bench.start(&[], "sleep 1000 &");
     let (leader, payload) = (running.leader, first_child(running.leader));
     send(running.pid(), number);
     assert_eq!(running.end().signal(), Some(number));
@@ -238,7 +249,7 @@ fn a_killed_nspawn_leaves_its_container_alive(#[case] number: i32) {
 #[test]
 fn the_payload_is_the_first_child_of_a_stub() {
     let bench = Bench::new();
-    let running = bench.start(&["--as-pid2"], TRAP);
+    let mut running = bench.start(&["--as-pid2"], TRAP);
     send(first_child(running.leader), 15);
     assert_eq!(running.end().code(), Some(42));
 }
@@ -268,17 +279,18 @@ fn a_simulated_init_powers_off() {
     fs::write(bench.path("tree/sbin/init"), "").unwrap();
     fs::create_dir_all(bench.path("tree/etc")).unwrap();
     fs::write(bench.path("tree/etc/os-release"), "ID=test\n").unwrap();
-    let mut nspawn = bench.command(&["--boot"]).spawn().unwrap();
+    let nspawn = bench.command(&["--boot"]).spawn().unwrap();
     let leader = bench.heard("X_NSPAWN_LEADER_PID=").parse().unwrap();
+    let mut running = Running { nspawn, leader };
     send(leader, 15);
     send(leader, 38);
-    assert_eq!(nspawn.wait().unwrap().code(), Some(0));
+    assert_eq!(running.end().code(), Some(0));
 }
 
 #[test]
 fn a_tree_has_one_writer() {
     let bench = Bench::new();
-    let running = bench.start(&[], TRAP);
+    let mut running = bench.start(&[], TRAP);
     let second = bench.run(&["/bin/true"]);
     assert_eq!(second.status.code(), Some(1));
     assert!(
