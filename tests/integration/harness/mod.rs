@@ -94,36 +94,7 @@ impl Host {
     /// Makes a small root tree of this name, as systemd-nspawn wants one, with an init.
     pub(crate) fn tree(&self, name: &str) -> PathBuf {
         let root = self.join(name);
-        for path in [
-            "usr/bin",
-            "usr/lib/systemd",
-            "etc",
-            "var",
-            "tmp",
-            "root",
-            "proc",
-            "sys",
-            "dev",
-            "run",
-        ] {
-            fs::create_dir_all(root.join(path)).unwrap();
-        }
-        for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib")] {
-            std::os::unix::fs::symlink(target, root.join(link)).unwrap();
-        }
-        fs::write(root.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").unwrap();
-        fs::write(
-            root.join("etc/passwd"),
-            "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
-        )
-        .unwrap();
-        fs::write(root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n").unwrap();
-        for tool in ["usr/bin/sh", "usr/lib/systemd/systemd"] {
-            fs::write(root.join(tool), "#!/bin/sh\n").unwrap();
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-            fs::set_permissions(root.join(tool), mode).unwrap();
-        }
-        std::os::unix::fs::symlink("usr/lib/systemd/systemd", root.join("init")).unwrap();
+        fill_tree(&root);
         root
     }
 
@@ -272,6 +243,40 @@ impl Host {
         }
         found
     }
+}
+
+/// Makes a small root tree as systemd-nspawn wants one, with an init.
+pub(crate) fn fill_tree(root: &Path) {
+    for path in [
+        "usr/bin",
+        "usr/lib/systemd",
+        "etc",
+        "var",
+        "tmp",
+        "root",
+        "proc",
+        "sys",
+        "dev",
+        "run",
+    ] {
+        fs::create_dir_all(root.join(path)).unwrap();
+    }
+    for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib")] {
+        std::os::unix::fs::symlink(target, root.join(link)).unwrap();
+    }
+    fs::write(root.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").unwrap();
+    fs::write(
+        root.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
+    )
+    .unwrap();
+    fs::write(root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n").unwrap();
+    for tool in ["usr/bin/sh", "usr/lib/systemd/systemd"] {
+        fs::write(root.join(tool), "#!/bin/sh\n").unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(root.join(tool), mode).unwrap();
+    }
+    std::os::unix::fs::symlink("usr/lib/systemd/systemd", root.join("init")).unwrap();
 }
 
 impl Drop for Host {
