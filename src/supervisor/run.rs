@@ -26,7 +26,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::line::{Failure, News, Request, Step, Verb, line, next};
-use super::process::{Held, catches, first_child, ignores, myself};
+use super::process::{Held, catches, close_inherited, first_child, ignores, myself};
 use super::record::{Order, Records, Running};
 use super::{logs, remains};
 use crate::cgroup::Group;
@@ -38,6 +38,7 @@ const CLEAR_UP: Duration = Duration::from_secs(5);
 
 /// Watches over the container whose order lies in `directory`. Standard input is the lifeline of whoever asks for it.
 pub fn supervise(directory: &Path) -> ExitCode {
+    close_inherited();
     let records = Records::at(directory);
     let asker = io::stdin()
         .as_fd()
@@ -314,6 +315,11 @@ impl Watch {
     fn hear_listeners(&mut self) {
         for (index, request) in self.listeners.requests() {
             let error = match request.verb {
+                // As a signal like others it would end the container too, but systemd-nspawn would tell another end.
+                Verb::Signal(number) if number == Signal::KILL.number() => {
+                    self.kill();
+                    Ok(())
+                }
                 Verb::Signal(number) => self.signal(Signal::from_number(number)),
                 Verb::Stop => self.signal(self.polite()),
                 Verb::Kill => {

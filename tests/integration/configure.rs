@@ -150,7 +150,7 @@ async fn check_19_the_same_configuration_twice() {
 #[case(json!({"enabled": [1]}), "plugin.enabled: ")]
 #[case(json!({"state_dir": "relative"}), "plugin.state_dir: \"relative\" ")]
 #[case(json!({"nspawn_path": "bin/x"}), "plugin.nspawn_path: \"bin/x\" ")]
-#[case(json!([1]), "plugin: ")]
+#[case(json!([1]), "plugin.*: a list is not a block")]
 #[tokio::test]
 async fn check_20_a_bad_configuration_names_the_field(#[case] config: Value, #[case] start: &str) {
     let host = Host::new();
@@ -446,7 +446,7 @@ async fn a_driver_that_is_switched_off_says_so() {
 #[case("working_directory", json!("srv"), "config.working_directory: \"srv\" is not an absolute path")]
 #[case("pivot_root", json!("new"), "config.pivot_root: \"new\" is not an absolute path")]
 #[case("user", json!("-x"), "config.user: \"-x\" begins with -")]
-#[case("private_users", json!("some"), "")]
+#[case("private_users", json!("some"), "config.private_users: \"some\" is not one of yes, no, pick, identity, managed, and not UID[:COUNT]")]
 #[case("environment", json!([{"a-b": "1"}]), "config.environment[\"a-b\"]: is not the name of a variable")]
 #[case("bind", json!([{"/no/such/place": "/x"}]), "config.bind[\"/no/such/place\"]: \"/no/such/place\" does not exist")]
 #[case("bind", json!([{"../../x": "/x"}]), "config.bind[\"../../x\"]: \"../../x\" leads out of ")]

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::StartTaskRequest;
 use nomad_driver_nspawn::proto::rpc;
 use prost::Message as _;
@@ -13,35 +12,7 @@ use rstest::rstest;
 use serde_json::{Value, json};
 
 use crate::harness::{Host, eventually, refusal, within};
-
-/// Nothing runs but the plugin, and nothing lies in the state directory or the driver's control groups.
-async fn nothing_left(host: &Host, plugin: &Plugin) {
-    host.quiet(&[plugin.pid()]).await;
-    let left: Vec<_> = std::fs::read_dir(host.state()).unwrap().flatten().collect();
-    assert!(left.is_empty(), "{left:?}");
-    let calls = host.starts();
-    for group in calls.iter().flat_map(groups) {
-        assert!(!group.exists(), "{} is left", group.display());
-    }
-}
-
-/// The directories of the control groups that a start was in and that were made for it.
-fn groups(start: &Value) -> Vec<std::path::PathBuf> {
-    let text = start["cgroup"].as_str().unwrap();
-    let made = text
-        .lines()
-        .filter(|line| line.contains("nomad-driver-nspawn"));
-    let roots = [
-        "/sys/fs/cgroup",
-        "/sys/fs/cgroup/unified",
-        "/sys/fs/cgroup/systemd",
-    ];
-    made.filter_map(|line| line.splitn(3, ':').nth(2))
-        .flat_map(|group| {
-            roots.map(|root| std::path::Path::new(root).join(group.trim_start_matches('/')))
-        })
-        .collect()
-}
+use crate::lifecycle::nothing_left;
 
 #[rstest]
 #[case::refused(json!({"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}}), "status 1")]

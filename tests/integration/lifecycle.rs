@@ -7,10 +7,10 @@ use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{Mount, TaskConfig, TaskState};
 use nomad_driver_nspawn::supervisor::process::{Held, children};
 use rstest::rstest;
-use serde_json::json;
+use serde_json::{Value, json};
 use tonic::Code;
 
-use crate::harness::{DEADLINE, Host, Running, argv, environment, refusal, within};
+use crate::harness::{DEADLINE, Host, Running, argv, environment, eventually, refusal, within};
 
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
 
@@ -231,10 +231,32 @@ async fn check_63_destroying_what_runs_takes_force() {
 }
 
 /// Nothing runs but the plugin, and nothing lies in its state directory.
-async fn nothing_left(host: &Host, plugin: &Plugin) {
+pub(crate) async fn nothing_left(host: &Host, plugin: &Plugin) {
     host.quiet(&[plugin.pid()]).await;
-    let left: Vec<_> = std::fs::read_dir(host.state()).unwrap().flatten().collect();
-    assert!(left.is_empty(), "{left:?}");
+    let empty = || std::fs::read_dir(host.state()).unwrap().next().is_none();
+    eventually("the state directory is empty", empty).await;
+    let calls = host.starts();
+    for group in calls.iter().flat_map(groups) {
+        eventually("the control group is gone", || !group.exists()).await;
+    }
+}
+
+/// The directories of the control groups that a start was in and that were made for it.
+fn groups(start: &Value) -> Vec<std::path::PathBuf> {
+    let text = start["cgroup"].as_str().unwrap();
+    let made = text
+        .lines()
+        .filter(|line| line.contains("nomad-driver-nspawn"));
+    let roots = [
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/unified",
+        "/sys/fs/cgroup/systemd",
+    ];
+    made.filter_map(|line| line.splitn(3, ':').nth(2))
+        .flat_map(|group| {
+            roots.map(|root| std::path::Path::new(root).join(group.trim_start_matches('/')))
+        })
+        .collect()
 }
 
 #[tokio::test]
@@ -496,7 +518,9 @@ async fn systemd_nspawn_gets_nothing_of_the_plugins_own() {
         "{descriptors:?}"
     );
     assert_eq!(start["signal_mask"], "0000000000000000");
-    assert_eq!(start["ignored"], "0000000000000000");
+    let ignored = u64::from_str_radix(start["ignored"].as_str().unwrap(), 16).unwrap();
+    // 32 and 33 belong to the C library, which lets nobody set them: as the tests' own parent left them.
+    assert_eq!(ignored & !(0b11 << 31), 0, "{ignored:x}");
     task.destroy(&plugin).await;
 }
 

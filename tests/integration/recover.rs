@@ -287,6 +287,7 @@ async fn a_plugin_that_dies_during_a_start_leaves_nothing() {
     host.scenario(&json!({"calls": [{"never_notify": true}, {}]}));
     let mut plugin = host.plugin().await;
     let allocation = std::sync::Arc::new(host.allocation(host.shell("exit 2")));
+    let logs = allocation.open_logs().unwrap();
     let config = plugin.task_config(&allocation).await.unwrap();
     let mut client = plugin.driver();
     let request = nomad_driver_nspawn::proto::driver::StartTaskRequest {
@@ -299,7 +300,6 @@ async fn a_plugin_that_dies_during_a_start_leaves_nothing() {
     host.quiet(&[]).await;
     // Nomad asks the next plugin for the same id.
     let plugin = host.plugin().await;
-    let logs = allocation.open_logs().unwrap();
     within("StartTask", plugin.start(config.clone()))
         .await
         .unwrap();

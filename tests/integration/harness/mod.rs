@@ -424,12 +424,6 @@ impl Task {
         self
     }
 
-    /// Without this option.
-    pub(crate) fn without(mut self, option: &str) -> Self {
-        self.spec.config.as_object_mut().unwrap().remove(option);
-        self
-    }
-
     /// With this variable in the job's `env` block.
     pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
         self.spec.env.insert(name.to_owned(), value.to_owned());
