@@ -6,6 +6,9 @@
 //! - the *payload* ties its life to the leader's, then becomes the command;
 //! - the *guard* waits for the leader's end and kills what SIGKILL on the leader would leave.
 //!
+//! The leader stands for the payload in `/proc` too: it shows handlers for the signals that the payload has handlers for, a moment
+//! after the payload has them.
+//!
 //! What differs from a real container, and stays so: the payload sees the host's paths and process ids, its pid is not 1
 //! (`LISTEN_PID` included), it keeps the caller's user, and a signal that it sends to itself has its usual effect.
 
@@ -77,6 +80,8 @@ impl End {
 
 /// What the leader tells first: from now on no signal is lost or kills it.
 pub(crate) const READY: &[u8] = b"ready\n";
+/// How often the leader looks which handlers the payload has. Nothing tells it.
+const LOOK: Duration = Duration::from_millis(10);
 
 const POWER_OFF: End = End::Signal(2);
 const RESTART: End = End::Signal(1);
@@ -155,6 +160,35 @@ struct Leader {
     payload: Option<i32>,
     /// What the stub does when the payload is gone or the time is up.
     ending: Option<(End, Instant)>,
+    handlers: Handlers,
+}
+
+/// The signals for which the leader shows a handler. None of them ever runs: all signals are blocked.
+struct Handlers {
+    runtime: tokio::runtime::Runtime,
+    shown: u64,
+}
+
+impl Handlers {
+    fn new() -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()?;
+        Ok(Self { runtime, shown: 0 })
+    }
+
+    /// Shows what `payload` has a handler for. What is shown once stays: that misleads nobody, because what arrives is passed
+    /// on by the payload's own handlers alone.
+    fn follow(&mut self, payload: i32) {
+        let new = process::caught(payload) & !self.shown;
+        let _inside = self.runtime.enter();
+        for number in (1..=64).filter(|number| new >> (number - 1) & 1 == 1) {
+            self.shown |= 1 << (number - 1);
+            let kind = tokio::signal::unix::SignalKind::from_raw(number);
+            // The few that can't be caught in this way are those of programming errors.
+            tokio::signal::unix::signal(kind).ok();
+        }
+    }
 }
 
 impl Leader {
@@ -181,6 +215,7 @@ impl Leader {
             ledger,
             payload,
             ending: None,
+            handlers: Handlers::new()?,
         })
     }
 
@@ -194,7 +229,7 @@ impl Leader {
                 Some((_, at)) => {
                     PollTimeout::try_from(at - Instant::now()).unwrap_or(PollTimeout::MAX)
                 }
-                None => PollTimeout::NONE,
+                None => self.look(),
             };
             let mut wanted = [PollFd::new(self.events.as_fd(), PollFlags::POLLIN)];
             match poll(&mut wanted, timeout) {
@@ -214,6 +249,17 @@ impl Leader {
                     return Ok(end);
                 }
             }
+        }
+    }
+
+    /// In plain mode the payload is the first process, and what it handles is to be seen here.
+    fn look(&mut self) -> PollTimeout {
+        match self.payload.filter(|_| self.plan.mode == Mode::Plain) {
+            Some(payload) => {
+                self.handlers.follow(payload);
+                PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::MAX)
+            }
+            None => PollTimeout::NONE,
         }
     }
 

@@ -160,9 +160,14 @@ pub(crate) fn children(pid: i32) -> Vec<i32> {
 
 /// Whether a process has installed a handler for this signal.
 pub(crate) fn catches(pid: i32, number: i32) -> bool {
+    caught(pid) >> (number - 1) & 1 == 1
+}
+
+/// The signals that a process has handlers for: signal 1 is the lowest bit.
+pub(crate) fn caught(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let caught = crate::ledger::status_field(&status, "SigCgt");
-    u64::from_str_radix(&caught, 16).is_ok_and(|mask| mask >> (number - 1) & 1 == 1)
+    u64::from_str_radix(&caught, 16).unwrap_or_default()
 }
 
 /// The open descriptors of this process, without the one that was needed to look.

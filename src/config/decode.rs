@@ -145,7 +145,11 @@ impl Number {
             Value::F64(number) => Ok(Self(number.to_string())),
             Value::String(text) => match text.as_str() {
                 Some(text) if text.parse::<f64>().is_ok() => Ok(Self(text.to_owned())),
-                _ => Err(ConfigError::new(at, "the text is not a number")),
+                Some(text) => Err(ConfigError::new(
+                    at,
+                    format!("{} is not a number", quoted(text)),
+                )),
+                None => Err(ConfigError::new(at, "the text is not UTF-8")),
             },
             other => Err(mismatch(other, "a number", at)),
         }

@@ -710,7 +710,7 @@ fn a_task_directory_that_is_a_link_is_refused() {
 )]
 #[case::not_a_number(
     b"\x82\xa5image\xa1x\xa8port_map\x91\x81\xa1k\xa1z",
-    r#"config.port_map["k"]: the text is not a number"#
+    r#"config.port_map["k"]: "z" is not a number"#
 )]
 #[case::not_utf8(b"\x81\xa5image\xa1\xff", "config.image: the text is not UTF-8")]
 #[case::not_a_block(&[0x05], "config.*: a number is not a block")]

@@ -11,12 +11,14 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::SigSet;
 use nix::sys::stat::{Mode, umask};
 
+use super::process::close_inherited;
 use super::record::Records;
 use crate::cgroup::Group;
 
 /// Becomes systemd-nspawn as the order in this directory says. Returns only if that failed, with the reason left beside the
 /// order: stderr is the task's by now.
 pub fn enter(directory: &Path) -> ExitCode {
+    close_inherited();
     let records = Records::at(directory);
     let reason = become_nspawn(&records);
     let _ = records.write_failure(&reason);

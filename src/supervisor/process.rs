@@ -120,6 +120,23 @@ fn mask(pid: i32, field: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
+/// Closes everything but standard input, output and error. For the start of a process, before it has opened anything: an agent
+/// that does not mark its descriptors must not have them held open by containers for days.
+pub fn close_inherited() {
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let numbers: Vec<i32> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|number| *number > 2)
+        .collect();
+    for number in numbers {
+        // One of them was the directory's own, which is closed by now.
+        let _ = nix::unistd::close(number);
+    }
+}
+
 /// Field 22 of `/proc/<pid>/stat`. The second field is a name in brackets that may hold anything, so it is cut at the last one.
 fn start_time(pid: i32) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|error| {

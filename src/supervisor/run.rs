@@ -27,7 +27,7 @@ use rustix::process::{WaitOptions, wait};
 use super::ending::{exit_of, told};
 use super::line::{Failure, News, Step, Verb};
 use super::listeners::Listeners;
-use super::process::{Held, catches, first_child, ignores, myself};
+use super::process::{Held, catches, close_inherited, first_child, ignores, myself};
 use super::record::{Order, Records, Running};
 use super::{logs, remains};
 use crate::cgroup::Group;
@@ -39,6 +39,7 @@ const CLEAR_UP: Duration = Duration::from_secs(5);
 
 /// Watches over the container whose order lies in `directory`. Standard input is the lifeline of whoever asks for it.
 pub fn supervise(directory: &Path) -> ExitCode {
+    close_inherited();
     let records = Records::at(directory);
     let asker = io::stdin()
         .as_fd()
@@ -315,6 +316,11 @@ impl Watch {
     fn hear_listeners(&mut self) {
         for (index, request) in self.listeners.requests() {
             let error = match request.verb {
+                // As a signal like others it would end the container too, but systemd-nspawn would tell another end.
+                Verb::Signal(number) if number == Signal::KILL.number() => {
+                    self.kill();
+                    Ok(())
+                }
                 Verb::Signal(number) => self.signal(Signal::from_number(number)),
                 Verb::Stop => self.signal(self.polite()),
                 Verb::Kill => {

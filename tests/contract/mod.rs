@@ -14,7 +14,7 @@ use nomad_driver_nspawn::container::{
     Console, ContainerSpec, Exit, Mode, Network, Root, Started, Users, Volatile,
 };
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::process::{Held, is_alive};
+use nomad_driver_nspawn::supervisor::process::{Held, catches, is_alive};
 
 pub(crate) mod scenarios;
 
@@ -117,6 +117,17 @@ impl World {
     pub(crate) async fn heard(&self, word: &str) {
         within(async {
             while !self.said("stdout").contains(word) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+
+    /// Waits until the first process is seen to have a handler for this signal. The fake shows it a moment after its payload
+    /// has it.
+    pub(crate) async fn handles(&self, started: &Started, name: &str) {
+        within(async {
+            while !catches(started.leader.pid, signal(name)) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         })

@@ -202,7 +202,7 @@ pub(crate) async fn a_wait_given_up_changes_nothing(world: World) {
 }
 
 pub(crate) async fn a_stop_reaches_a_handler_of_term(world: World) {
-    stopped(world, Mode::Plain, HEARS_TERM, None, (3, 0)).await;
+    stopped(world, Mode::Plain, HEARS_TERM, "TERM", None, (3, 0)).await;
 }
 
 pub(crate) async fn a_stop_reaches_a_handler_of_int(world: World) {
@@ -210,6 +210,7 @@ pub(crate) async fn a_stop_reaches_a_handler_of_int(world: World) {
         world,
         Mode::Plain,
         "trap 'exit 4' INT; echo up; while :; do sleep 0.05; done",
+        "INT",
         None,
         (4, 0),
     )
@@ -217,7 +218,7 @@ pub(crate) async fn a_stop_reaches_a_handler_of_int(world: World) {
 }
 
 pub(crate) async fn a_stop_reaches_a_second_process(world: World) {
-    stopped(world, Mode::ProcessTwo, HEARS_TERM, None, (3, 0)).await;
+    stopped(world, Mode::ProcessTwo, HEARS_TERM, "TERM", None, (3, 0)).await;
 }
 
 pub(crate) async fn a_chosen_stop_signal_is_sent(world: World) {
@@ -225,13 +226,21 @@ pub(crate) async fn a_chosen_stop_signal_is_sent(world: World) {
         world,
         Mode::Plain,
         "trap 'exit 6' USR1; trap '' TERM INT; echo up; while :; do sleep 0.05; done",
+        "USR1",
         Some("SIGUSR1"),
         (6, 0),
     )
     .await;
 }
 
-async fn stopped(world: World, mode: Mode, script: &str, with: Option<&str>, want: (i32, i32)) {
+async fn stopped(
+    world: World,
+    mode: Mode,
+    script: &str,
+    handled: &str,
+    with: Option<&str>,
+    want: (i32, i32),
+) {
     let started = world
         .start(ContainerSpec {
             mode,
@@ -239,6 +248,9 @@ async fn stopped(world: World, mode: Mode, script: &str, with: Option<&str>, wan
         })
         .await;
     world.heard("up").await;
+    if mode == Mode::Plain {
+        world.handles(&started, handled).await;
+    }
     within(world.backend.stop(&started, with.map(signal), AMPLE))
         .await
         .unwrap();

@@ -1,6 +1,18 @@
 //! The hermetic tests: a list of modules, nothing more.
 
 mod cli;
+mod configure;
+mod contract;
+mod docs;
+mod events;
 mod fake;
+mod faults;
+mod handshake;
 mod harness;
 mod house;
+mod lifecycle;
+mod logs;
+mod recover;
+mod shutdown;
+mod signals;
+mod stats;

@@ -1,13 +1,6 @@
 //! What every hermetic test stands on: a directory of its own with fake tools, a small root tree and allocations, and the
 //! real plugin binary started by the host that ships. A test owns all of it; nothing is shared, so nothing is serialised.
 //! At its end a [`Host`] looks for processes that were left and fails the test over them.
-#![cfg_attr(
-    test,
-    expect(
-        dead_code,
-        reason = "the verbs of the harness come before the tests that use them"
-    )
-)]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,6 +14,9 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nomad_driver_nspawn::host::run::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
+use nomad_driver_nspawn::proto::driver::{
+    InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, TaskConfig, TaskHandle,
+};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -42,6 +38,34 @@ pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
         Ok(output) => output,
         Err(_) => panic!("{what}: not within {DEADLINE:?}"),
     }
+}
+
+/// Looks again and again until this holds, for what tells nobody that it has changed.
+pub(crate) async fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let looking = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    within(what, looking).await;
+}
+
+/// Whether the tests run as root. Without that there are no control groups, and the driver calls itself undetected.
+pub(crate) fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// What a call was answered with that failed.
+pub(crate) fn refusal<T: std::fmt::Debug>(result: Result<T, HostError>) -> tonic::Status {
+    match result.unwrap_err() {
+        HostError::Call { status, .. } => *status,
+        other => panic!("not refused by the plugin: {other}"),
+    }
+}
+
+/// The arguments of a call in the ledger.
+pub(crate) fn argv(start: &Value) -> Vec<String> {
+    serde_json::from_value(start["argv"].clone()).unwrap()
 }
 
 /// One test's machine.
@@ -94,36 +118,7 @@ impl Host {
     /// Makes a small root tree of this name, as systemd-nspawn wants one, with an init.
     pub(crate) fn tree(&self, name: &str) -> PathBuf {
         let root = self.join(name);
-        for path in [
-            "usr/bin",
-            "usr/lib/systemd",
-            "etc",
-            "var",
-            "tmp",
-            "root",
-            "proc",
-            "sys",
-            "dev",
-            "run",
-        ] {
-            fs::create_dir_all(root.join(path)).unwrap();
-        }
-        for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib")] {
-            std::os::unix::fs::symlink(target, root.join(link)).unwrap();
-        }
-        fs::write(root.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").unwrap();
-        fs::write(
-            root.join("etc/passwd"),
-            "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
-        )
-        .unwrap();
-        fs::write(root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n").unwrap();
-        for tool in ["usr/bin/sh", "usr/lib/systemd/systemd"] {
-            fs::write(root.join(tool), "#!/bin/sh\n").unwrap();
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-            fs::set_permissions(root.join(tool), mode).unwrap();
-        }
-        std::os::unix::fs::symlink("usr/lib/systemd/systemd", root.join("init")).unwrap();
+        fill_tree(&root);
         root
     }
 
@@ -245,9 +240,20 @@ impl Host {
         plugin: &Plugin,
         allocation: Arc<Allocation>,
     ) -> Result<Running, HostError> {
+        self.start_edited(plugin, allocation, |_| {}).await
+    }
+
+    /// The same with a change to what goes over the wire.
+    pub(crate) async fn start_edited(
+        &self,
+        plugin: &Plugin,
+        allocation: Arc<Allocation>,
+        edit: impl FnOnce(&mut TaskConfig),
+    ) -> Result<Running, HostError> {
         let logs = allocation.open_logs()?;
         let (stdout, stderr) = (Output::collect(logs.stdout), Output::collect(logs.stderr));
-        let task = plugin.task_config(&allocation).await?;
+        let mut task = plugin.task_config(&allocation).await?;
+        edit(&mut task);
         let id = task.id.clone();
         let started = within("StartTask", plugin.start(task)).await?;
         Ok(Running {
@@ -257,6 +263,38 @@ impl Host {
             stderr,
             allocation,
         })
+    }
+
+    /// Starts this task with these bytes for its `config` block.
+    pub(crate) async fn start_packed(
+        &self,
+        plugin: &Plugin,
+        task: Task,
+        config: Vec<u8>,
+    ) -> Result<Running, HostError> {
+        let allocation = Arc::new(self.allocation(task));
+        let edit = |task: &mut TaskConfig| task.msgpack_driver_config = config;
+        self.start_edited(plugin, allocation, edit).await
+    }
+
+    /// A new plugin in place of one that is gone, with the task found again from what Nomad would have stored: the handle
+    /// without the configuration and without an id beside it.
+    pub(crate) async fn recovered(&self, running: &Running) -> Plugin {
+        let plugin = self.plugin().await;
+        within("RecoverTask", plugin.recover(running.stored()))
+            .await
+            .unwrap();
+        plugin
+    }
+
+    /// Waits until nothing runs any more that belongs to this test, except what `spared` names by pid.
+    pub(crate) async fn quiet(&self, spared: &[i32]) {
+        let others = || {
+            self.processes()
+                .into_iter()
+                .filter(|found| !spared.contains(&found.pid))
+        };
+        eventually("everything has ended", || others().next().is_none()).await;
     }
 
     /// The processes that belong to this test: its directory is in their arguments, environment or working directory.
@@ -272,6 +310,40 @@ impl Host {
         }
         found
     }
+}
+
+/// Makes a small root tree as systemd-nspawn wants one, with an init.
+pub(crate) fn fill_tree(root: &Path) {
+    for path in [
+        "usr/bin",
+        "usr/lib/systemd",
+        "etc",
+        "var",
+        "tmp",
+        "root",
+        "proc",
+        "sys",
+        "dev",
+        "run",
+    ] {
+        fs::create_dir_all(root.join(path)).unwrap();
+    }
+    for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib")] {
+        std::os::unix::fs::symlink(target, root.join(link)).unwrap();
+    }
+    fs::write(root.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").unwrap();
+    fs::write(
+        root.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
+    )
+    .unwrap();
+    fs::write(root.join("etc/group"), "root:x:0:\nnogroup:x:65534:\n").unwrap();
+    for tool in ["usr/bin/sh", "usr/lib/systemd/systemd"] {
+        fs::write(root.join(tool), "#!/bin/sh\n").unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(root.join(tool), mode).unwrap();
+    }
+    std::os::unix::fs::symlink("usr/lib/systemd/systemd", root.join("init")).unwrap();
 }
 
 impl Drop for Host {
@@ -352,12 +424,6 @@ impl Task {
         self
     }
 
-    /// Without this option.
-    pub(crate) fn without(mut self, option: &str) -> Self {
-        self.spec.config.as_object_mut().unwrap().remove(option);
-        self
-    }
-
     /// With this variable in the job's `env` block.
     pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
         self.spec.env.insert(name.to_owned(), value.to_owned());
@@ -390,6 +456,58 @@ impl Running {
     /// Waits for its end.
     pub(crate) async fn wait(&self, plugin: &Plugin) -> TaskExit {
         within("WaitTask", plugin.wait(&self.id)).await.unwrap()
+    }
+
+    /// What Nomad would have stored of it.
+    pub(crate) fn stored(&self) -> TaskHandle {
+        let mut handle = self.started.handle.clone();
+        handle
+            .config
+            .as_mut()
+            .unwrap()
+            .msgpack_driver_config
+            .clear();
+        handle
+    }
+
+    /// A figure of the driver's own state of it: `["leader", "pid"]` and the like.
+    pub(crate) fn state(&self, path: &[&str]) -> Value {
+        let state: Value = serde_json::from_slice(&self.started.handle.driver_state).unwrap();
+        path.iter()
+            .fold(state["started"].clone(), |value, key| value[*key].clone())
+    }
+
+    /// The pid of its first process.
+    pub(crate) fn leader(&self) -> i32 {
+        i32::try_from(self.state(&["leader", "pid"]).as_i64().unwrap()).unwrap()
+    }
+
+    /// What InspectTask says.
+    pub(crate) async fn inspect(
+        &self,
+        plugin: &Plugin,
+    ) -> Result<InspectTaskResponse, tonic::Status> {
+        let request = InspectTaskRequest {
+            task_id: self.id.clone(),
+        };
+        let answer = within("InspectTask", async {
+            plugin.driver().inspect_task(request).await
+        })
+        .await;
+        answer.map(tonic::Response::into_inner)
+    }
+
+    /// Sends it a signal by name.
+    pub(crate) async fn signal(&self, plugin: &Plugin, signal: &str) -> Result<(), tonic::Status> {
+        let request = SignalTaskRequest {
+            task_id: self.id.clone(),
+            signal: signal.to_owned(),
+        };
+        let answer = within("SignalTask", async {
+            plugin.driver().signal_task(request).await
+        })
+        .await;
+        answer.map(drop)
     }
 
     /// Stops it and waits for its end.

@@ -1,0 +1,33 @@
+//! The contract of the backend, kept by the fake: what makes it worth trusting. The end-to-end tests run the same suite
+//! against the real systemd-nspawn.
+
+use std::fs;
+use std::path::Path;
+
+#[path = "../contract/mod.rs"]
+mod suite;
+
+/// A world whose systemd-nspawn is the fake.
+fn world() -> suite::World {
+    suite::World::new(
+        Path::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn")),
+        |dir| {
+            let link = dir.join("bin/systemd-nspawn");
+            fs::create_dir(dir.join("bin")).unwrap();
+            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_fake-nspawn"), &link).unwrap();
+            link
+        },
+        |tree: &Path| super::harness::fill_tree(tree),
+    )
+}
+
+macro_rules! tests {
+    ($($name:ident,)*) => {
+        $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            suite::scenarios::$name(world()).await;
+        })*
+    };
+}
+
+crate::scenarios!(tests);

@@ -1,0 +1,90 @@
+//! `docs/testing.md` against the sources: the table of conformance checks names tests that exist, and leaves none out.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// One row: the check's number, and what stands in its last column.
+fn rows() -> Vec<(u32, String)> {
+    let text =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/testing.md")).unwrap();
+    let cells = |line: &str| {
+        line.trim_matches('|')
+            .split('|')
+            .map(|cell| cell.trim().to_owned())
+            .collect::<Vec<_>>()
+    };
+    text.lines()
+        .map(cells)
+        .filter_map(|cells| Some((cells.first()?.parse().ok()?, cells.get(2)?.clone())))
+        .collect()
+}
+
+/// The names of all functions in the tests.
+fn functions(directory: &Path, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(directory).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            functions(&path, found);
+        } else if path.extension().is_some_and(|kind| kind == "rs") {
+            for line in fs::read_to_string(&path).unwrap().lines() {
+                let name = line
+                    .split_once("fn ")
+                    .and_then(|(_, rest)| rest.split_once(['(', '<']));
+                found.extend(name.map(|(name, _)| name.to_owned()));
+            }
+        }
+    }
+}
+
+/// What stands between back quotes.
+fn quoted(cell: &str) -> impl Iterator<Item = &str> {
+    cell.split('`').skip(1).step_by(2)
+}
+
+#[test]
+fn the_table_has_every_check_once() {
+    let numbers: Vec<u32> = rows().iter().map(|(number, _)| *number).collect();
+    assert_eq!(numbers, (1..=84).collect::<Vec<_>>());
+    for (number, proof) in rows() {
+        let has_proof = quoted(&proof).next().is_some() || proof.contains("later work");
+        assert!(
+            has_proof,
+            "check {number} is proved nowhere and waits for nothing: {proof:?}"
+        );
+    }
+}
+
+#[test]
+fn every_test_that_the_table_names_exists_and_every_check_stands_in_it() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut functions_found = BTreeSet::new();
+    for directory in ["tests", "src"] {
+        functions(&top.join(directory), &mut functions_found);
+    }
+    let mut named = BTreeSet::new();
+    for (number, proof) in rows() {
+        for name in quoted(&proof) {
+            assert!(
+                functions_found.contains(name),
+                "check {number}: there is no test {name}"
+            );
+            if let Some(rest) = name.strip_prefix("check_") {
+                assert!(
+                    rest.starts_with(&format!("{number:02}_")),
+                    "check {number}: {name}"
+                );
+            }
+            named.insert(name.to_owned());
+        }
+    }
+    let checks = functions_found.iter().filter(|name| {
+        name.strip_prefix("check_")
+            .is_some_and(|rest| rest.as_bytes().first().is_some_and(u8::is_ascii_digit))
+    });
+    let missing: Vec<_> = checks.filter(|name| !named.contains(*name)).collect();
+    assert!(
+        missing.is_empty(),
+        "not in the table of docs/testing.md: {missing:?}"
+    );
+}

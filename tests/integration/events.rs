@@ -1,0 +1,57 @@
+//! TaskEvents: open for as long as somebody listens, and what an event carries.
+
+use std::time::SystemTime;
+
+use crate::harness::{Host, within};
+
+#[tokio::test]
+async fn check_60_the_stream_stays_open() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let (mut one, mut two) = (
+        plugin.events().await.unwrap(),
+        plugin.events().await.unwrap(),
+    );
+    let whole_life = async {
+        let task = host.start(&plugin, host.shell("exit 0")).await;
+        task.wait(&plugin).await;
+        task.destroy(&plugin).await;
+    };
+    tokio::pin!(whole_life);
+    // A host without control groups has something to say about every task; nothing ends the stream.
+    loop {
+        tokio::select! {
+            () = &mut whole_life => break,
+            message = one.message() => assert!(message.unwrap().is_some(), "the stream ended"),
+            message = two.message() => assert!(message.unwrap().is_some(), "the stream ended"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn check_60_an_event_says_whose_it_is() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let (mut one, mut two) = (
+        plugin.events().await.unwrap(),
+        plugin.events().await.unwrap(),
+    );
+    // What does not speak must not hold up the others.
+    let _deaf = plugin.events().await.unwrap();
+    let before = SystemTime::now();
+    let task = host
+        .start(&plugin, host.shell("exit 0").env("a.b", "x"))
+        .await;
+    for stream in [&mut one, &mut two] {
+        let event = within("an event", stream.message()).await.unwrap().unwrap();
+        assert_eq!(event.alloc_id, task.allocation.id());
+        assert_eq!(
+            (event.task_id.as_str(), event.task_name.as_str()),
+            (task.id.as_str(), "web")
+        );
+        assert!(event.message.contains("\"a.b\""), "{}", event.message);
+        assert!(SystemTime::try_from(event.timestamp.unwrap()).unwrap() >= before);
+    }
+    task.wait(&plugin).await;
+    task.destroy(&plugin).await;
+}

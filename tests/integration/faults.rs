@@ -1,0 +1,179 @@
+//! What goes wrong below the plugin: the start that fails, the tool that hangs or dies, the watch that is killed. Each is an
+//! error of one task, told in words, and leaves nothing.
+
+use std::sync::Arc;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use nomad_driver_nspawn::proto::driver::StartTaskRequest;
+use nomad_driver_nspawn::proto::rpc;
+use prost::Message as _;
+use rstest::rstest;
+use serde_json::{Value, json};
+
+use crate::harness::{Host, eventually, refusal, within};
+use crate::lifecycle::nothing_left;
+
+#[rstest]
+#[case::refused(json!({"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}}), "status 1")]
+#[case::killed(json!({"die_before_notify": 9}), "SIGKILL")]
+#[case::silent_and_over(json!({"never_notify": true, "instead": {"exit": 3}}), "status 3")]
+#[tokio::test]
+async fn check_34_a_start_that_fails(#[case] call: Value, #[case] words: &str) {
+    let host = Host::new();
+    host.scenario(&json!({"calls": [call, {}]}));
+    let plugin = host.plugin().await;
+    let allocation = Arc::new(host.allocation(host.shell("exit 5")));
+    let status = refusal(host.start_in(&plugin, Arc::clone(&allocation)).await);
+    assert!(status.message().contains(words), "{}", status.message());
+    assert!(
+        status.message().starts_with("machine web-"),
+        "{}",
+        status.message()
+    );
+    assert_eq!(host.starts().len(), 1);
+    nothing_left(&host, &plugin).await;
+    let task = host.start_in(&plugin, allocation).await.unwrap();
+    assert_eq!(
+        task.wait(&plugin).await.code,
+        5,
+        "the next attempt is not harmed"
+    );
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn what_the_tool_said_is_in_the_tasks_log() {
+    let host = Host::new();
+    host.scenario(
+        &json!({"calls": [{"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}}]}),
+    );
+    let plugin = host.plugin().await;
+    let allocation = host.allocation(host.shell("exit 0"));
+    let mut logs = allocation.open_logs().unwrap();
+    let config = plugin.task_config(&allocation).await.unwrap();
+    let status = refusal(within("StartTask", plugin.start(config)).await);
+    assert!(
+        status.message().contains("the task's stderr log"),
+        "{}",
+        status.message()
+    );
+    let mut text = String::new();
+    within(
+        "the log",
+        tokio::io::AsyncReadExt::read_to_string(&mut logs.stderr, &mut text),
+    )
+    .await
+    .unwrap();
+    assert!(text.contains("Failed to fork: out of luck"), "{text}");
+}
+
+#[tokio::test]
+async fn check_35_only_what_may_pass_by_itself_may_be_retried() {
+    let host = Host::new();
+    // A state directory that can't be made, as when a disk is not mounted yet.
+    std::fs::write(host.join("occupied"), "").unwrap();
+    let plugin = host
+        .plugin_with(&json!({"state_dir": host.join("occupied/state")}))
+        .await;
+    let status = refusal(host.try_start(&plugin, host.shell("exit 0")).await);
+    let details = rpc::Status::decode(status.details()).unwrap();
+    let first = details.details.first().expect("a detail");
+    assert!(
+        first
+            .type_url
+            .ends_with("/hashicorp.nomad.plugins.shared.structs.RecoverableError"),
+        "{}",
+        first.type_url
+    );
+    assert_eq!(first.value, [8, 1]);
+    let wrong = host.shell("exit 0").with("volatile", json!("maybe"));
+    assert!(
+        refusal(host.try_start(&plugin, wrong).await)
+            .details()
+            .is_empty()
+    );
+    plugin.configure(&host.config()).await.unwrap();
+    host.scenario(&json!({"calls": [{"refuse": {"status": 1, "stderr": "no"}}]}));
+    assert!(
+        refusal(host.try_start(&plugin, host.shell("exit 0")).await)
+            .details()
+            .is_empty()
+    );
+}
+
+#[tokio::test]
+async fn a_start_that_nobody_waits_for_any_more_is_undone() {
+    let host = Host::new();
+    host.scenario(&json!({"calls": [{"delay_before_notify_ms": 300}]}));
+    let plugin = host.plugin().await;
+    let allocation = host.allocation(host.shell("exec sleep 1000"));
+    let logs = allocation.open_logs().unwrap();
+    let config = plugin.task_config(&allocation).await.unwrap();
+    let id = config.id.clone();
+    let mut client = plugin.driver();
+    let start = tokio::spawn(async move {
+        client
+            .start_task(StartTaskRequest { task: Some(config) })
+            .await
+    });
+    eventually("systemd-nspawn was called", || !host.starts().is_empty()).await;
+    start.abort();
+    assert!(start.await.unwrap_err().is_cancelled());
+    host.log()
+        .contains("nobody can hold the task's handle")
+        .await;
+    nothing_left(&host, &plugin).await;
+    assert!(plugin.wait(&id).await.is_err());
+    drop(logs);
+}
+
+#[rstest]
+#[case::supervisor(&["supervisor", "pid"], "supervisor")]
+#[tokio::test]
+async fn a_killed_watch_ends_its_task_with_a_reason(#[case] whom: &[&str], #[case] words: &str) {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host
+        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .await;
+    task.stdout.contains("up").await;
+    let pid = i32::try_from(task.state(whom).as_i64().unwrap()).unwrap();
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    let exit = task.wait(&plugin).await;
+    assert_ne!(exit.code, 0);
+    assert!(
+        exit.error.as_ref().is_some_and(|text| text.contains(words)),
+        "{exit:?}"
+    );
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
+#[tokio::test]
+async fn a_tool_that_vanishes_is_an_error_of_the_next_task() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host
+        .start(
+            &plugin,
+            host.shell("trap 'exit 4' USR1; echo up; while :; do sleep 0.05; done"),
+        )
+        .await;
+    task.stdout.contains("up").await;
+    std::fs::remove_file(host.join("bin/systemd-nspawn")).unwrap();
+    let status = refusal(host.try_start(&plugin, host.shell("exit 0")).await);
+    assert!(
+        status.message().contains("nspawn_path")
+            && status.message().contains("not an executable file"),
+        "{}",
+        status.message()
+    );
+    task.signal(&plugin, "SIGUSR1").await.unwrap();
+    assert_eq!(
+        task.wait(&plugin).await.code,
+        4,
+        "the one that runs is not harmed"
+    );
+    task.destroy(&plugin).await;
+}

@@ -1,0 +1,659 @@
+//! A task from StartTask to DestroyTask: what is answered, what systemd-nspawn gets, how an end is told, what is left.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nomad_driver_nspawn::host::Plugin;
+use nomad_driver_nspawn::proto::driver::{Mount, TaskConfig, TaskState};
+use nomad_driver_nspawn::supervisor::process::{Held, children};
+use rstest::rstest;
+use serde_json::{Value, json};
+use tonic::Code;
+
+use crate::harness::{DEADLINE, Host, Running, argv, environment, eventually, refusal, within};
+
+const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
+
+#[tokio::test]
+async fn check_32_what_a_start_answers() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let allocation = Arc::new(host.allocation(host.shell("exec sleep 1000")));
+    let mut sent = TaskConfig::default();
+    let task = host
+        .start_edited(&plugin, allocation, |task| sent = task.clone())
+        .await
+        .unwrap();
+    let handle = &task.started.handle;
+    assert!(handle.version >= 1 && !handle.driver_state.is_empty());
+    assert_eq!(handle.config.as_ref(), Some(&sent));
+    assert_eq!(handle.state(), TaskState::Running);
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_33_an_id_is_started_once() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host
+        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .await;
+    task.stdout.contains("up").await;
+    let again = task.started.handle.config.clone().unwrap();
+    let status = refusal(within("StartTask", plugin.start(again)).await);
+    assert_eq!(status.code(), Code::AlreadyExists);
+    assert_eq!(
+        task.inspect(&plugin).await.unwrap().task.unwrap().state(),
+        TaskState::Running
+    );
+    assert_eq!(host.starts().len(), 1);
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_36_an_exit_status() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell("exit 7")).await;
+    let exit = task.wait(&plugin).await;
+    assert_eq!(
+        (exit.code, exit.signal, exit.oom_killed, exit.error),
+        (7, 0, false, None)
+    );
+    task.destroy(&plugin).await;
+}
+
+#[rstest]
+#[case(false)]
+#[case(true)]
+#[tokio::test]
+async fn check_37_death_by_kill(#[case] process_two: bool) {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let job = host
+        .shell("echo up; exec sleep 1000")
+        .with("process_two", json!(process_two));
+    let task = host.start(&plugin, job).await;
+    task.stdout.contains("up").await;
+    task.signal(&plugin, "SIGKILL").await.unwrap();
+    let exit = task.wait(&plugin).await;
+    assert_eq!((exit.code, exit.signal, exit.error), (137, 9, None));
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_38_everybody_who_waits_hears_it() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell("exit 9")).await;
+    let first = task.wait(&plugin).await;
+    let (one, two) = tokio::join!(task.wait(&plugin), task.wait(&plugin));
+    assert_eq!((first.code, &one, &two), (9, &first, &first));
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_39_a_wait_that_is_given_up() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host
+        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .await;
+    let id = task.id.clone();
+    tokio::select! {
+        end = plugin.wait(&id) => panic!("{end:?}"),
+        _ = task.stdout.contains("up") => {}
+    }
+    assert_eq!(
+        task.inspect(&plugin).await.unwrap().task.unwrap().state(),
+        TaskState::Running
+    );
+    task.destroy(&plugin).await;
+}
+
+/// Starts what ignores polite signals, stops it so, and looks that nothing of it lives.
+async fn stopped_by_force(grace: Duration) {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell(DEAF)).await;
+    task.stdout.contains("up").await;
+    let payload: Vec<Held> = children(task.leader())
+        .into_iter()
+        .filter_map(|pid| Held::by_pid(pid).ok())
+        .collect();
+    assert!(!payload.is_empty());
+    let exit = task.stop(&plugin, grace, "SIGTERM").await;
+    assert_eq!((exit.code, exit.signal, exit.error), (137, 9, None));
+    assert!(payload.iter().all(|process| process.wait(DEADLINE)));
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_40_what_ignores_the_signal_is_killed_after_the_grace() {
+    stopped_by_force(Duration::from_millis(300)).await;
+}
+
+#[tokio::test]
+async fn check_41_no_grace_is_force_at_once() {
+    stopped_by_force(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn a_polite_stop_has_the_tasks_own_end() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let job = host.shell("trap 'echo bye; exit 3' USR1; echo up; while :; do sleep 0.05; done");
+    let task = host.start(&plugin, job).await;
+    task.stdout.contains("up").await;
+    let exit = task.stop(&plugin, DEADLINE, "SIGUSR1").await;
+    assert_eq!((exit.code, exit.signal), (3, 0));
+    assert_eq!(task.stdout.all().await, "up\nbye\n");
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_42_stopping_and_destroying_what_is_not_there() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    for id in ["", "never/was/there", "../../etc"] {
+        within("StopTask", plugin.stop(id, Duration::ZERO, "SIGTERM"))
+            .await
+            .unwrap();
+        for force in [false, true] {
+            within("DestroyTask", plugin.destroy(id, force))
+                .await
+                .unwrap();
+        }
+    }
+    let task = host.start(&plugin, host.shell("exit 0")).await;
+    task.wait(&plugin).await;
+    for _ in 0..2 {
+        within("StopTask", plugin.stop(&task.id, Duration::ZERO, ""))
+            .await
+            .unwrap();
+    }
+    for _ in 0..2 {
+        within("DestroyTask", plugin.destroy(&task.id, false))
+            .await
+            .unwrap();
+    }
+    within("StopTask", plugin.stop(&task.id, Duration::ZERO, ""))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn check_62_what_inspect_says() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host
+        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .await;
+    task.stdout.contains("up").await;
+    let running = task.inspect(&plugin).await.unwrap().task.unwrap();
+    assert_eq!(
+        (running.id.as_str(), running.name.as_str(), running.state()),
+        (task.id.as_str(), "web", TaskState::Running)
+    );
+    assert!(running.started_at.unwrap().seconds > 1_500_000_000);
+    assert_eq!(running.completed_at.unwrap().seconds, -62_135_596_800);
+    assert!(running.result.is_some());
+    task.stop(&plugin, Duration::ZERO, "").await;
+    let ended = task.inspect(&plugin).await.unwrap().task.unwrap();
+    assert_eq!(
+        (ended.state(), ended.result.unwrap().signal),
+        (TaskState::Exited, 9)
+    );
+    assert!(ended.completed_at.unwrap().seconds >= ended.started_at.unwrap().seconds);
+    task.destroy(&plugin).await;
+    let status = task.inspect(&plugin).await.unwrap_err();
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::NotFound, "task not found for given id")
+    );
+}
+
+#[tokio::test]
+async fn check_63_destroying_what_runs_takes_force() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell(DEAF)).await;
+    task.stdout.contains("up").await;
+    let status = refusal(within("DestroyTask", plugin.destroy(&task.id, false)).await);
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert_eq!(
+        task.inspect(&plugin).await.unwrap().task.unwrap().state(),
+        TaskState::Running
+    );
+    task.destroy(&plugin).await;
+    assert!(task.inspect(&plugin).await.is_err());
+    nothing_left(&host, &plugin).await;
+}
+
+/// Nothing runs but the plugin, and nothing lies in its state directory.
+pub(crate) async fn nothing_left(host: &Host, plugin: &Plugin) {
+    host.quiet(&[plugin.pid()]).await;
+    let empty = || std::fs::read_dir(host.state()).unwrap().next().is_none();
+    eventually("the state directory is empty", empty).await;
+    let calls = host.starts();
+    for group in calls.iter().flat_map(groups) {
+        eventually("the control group is gone", || !group.exists()).await;
+    }
+}
+
+/// The directories of the control groups that a start was in and that were made for it.
+fn groups(start: &Value) -> Vec<std::path::PathBuf> {
+    let text = start["cgroup"].as_str().unwrap();
+    let made = text
+        .lines()
+        .filter(|line| line.contains("nomad-driver-nspawn"));
+    let roots = [
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/unified",
+        "/sys/fs/cgroup/systemd",
+    ];
+    made.filter_map(|line| line.splitn(3, ':').nth(2))
+        .flat_map(|group| {
+            roots.map(|root| std::path::Path::new(root).join(group.trim_start_matches('/')))
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn check_67_mounts() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let allocation = Arc::new(host.allocation(host.shell("exit 0")));
+    let volume = host.join("volume:1");
+    std::fs::create_dir(&volume).unwrap();
+    let mut number = 0;
+    let mut mount = |read_only: bool, propagation: &str| {
+        number += 1;
+        Mount {
+            task_path: format!("/v{number}"),
+            host_path: volume.display().to_string(),
+            readonly: read_only,
+            propagation_mode: propagation.to_owned(),
+            ..Mount::default()
+        }
+    };
+    let mounts: Vec<Mount> = ["private", "host-to-task", "bidirectional"]
+        .into_iter()
+        .flat_map(|mode| [mount(true, mode), mount(false, mode)])
+        .collect();
+    let task = host
+        .start_edited(&plugin, allocation, |task| task.mounts = mounts.clone())
+        .await
+        .unwrap();
+    let words = argv(&host.starts()[0]);
+    let source = volume
+        .canonicalize()
+        .unwrap()
+        .display()
+        .to_string()
+        .replace(':', "\\:");
+    for mount in &mounts {
+        let flag = if mount.readonly {
+            "--bind-ro"
+        } else {
+            "--bind"
+        };
+        let word = format!("{flag}={source}:{}", mount.task_path);
+        assert!(
+            words.iter().any(|found| found.starts_with(&word)),
+            "{word} is not in {words:?}"
+        );
+    }
+    task.wait(&plugin).await;
+    task.destroy(&plugin).await;
+    assert!(volume.exists());
+}
+
+#[tokio::test]
+async fn check_71_environment_values_arrive_unchanged() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let values = [
+        ("LINES2", "a\nb\n"),
+        ("QUOTES", "it's \"so\" \\n $X"),
+        ("EQUALS", "a=b=c"),
+        ("OTHER", " ü ☃ "),
+        ("EMPTY", ""),
+    ];
+    let script =
+        "for n in LINES2 QUOTES EQUALS OTHER EMPTY; do eval printf '%s=%s\\;' $n '\"$'$n'\"'; done";
+    let job = values
+        .iter()
+        .fold(host.shell(script), |job, (name, value)| {
+            job.env(name, value)
+        });
+    // systemd-nspawn takes no such names. The task is told, and starts without it.
+    let mut events = plugin.events().await.unwrap();
+    let task = host.start(&plugin, job.env("with.dot", "x")).await;
+    let want: String = values
+        .iter()
+        .map(|(name, value)| format!("{name}={value};"))
+        .collect();
+    assert_eq!(task.stdout.all().await, want);
+    let event = within("an event", events.message()).await.unwrap().unwrap();
+    assert!(event.message.contains("\"with.dot\""), "{}", event.message);
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_72_nomads_directories() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell("exit 0")).await;
+    task.wait(&plugin).await;
+    let words = argv(&host.starts()[0]);
+    let alloc = task.allocation.dir().canonicalize().unwrap();
+    for (source, target) in [
+        ("alloc", "/alloc"),
+        ("web/local", "/local"),
+        ("web/secrets", "/secrets"),
+    ] {
+        let word = format!("--bind={}:{target}", alloc.join(source).display());
+        assert!(
+            words.iter().any(|found| found.starts_with(&word)),
+            "{word} is not in {words:?}"
+        );
+    }
+    assert!(
+        words
+            .iter()
+            .all(|word| !word.contains("private") || word.starts_with("--private-users")),
+        "{words:?}"
+    );
+    task.destroy(&plugin).await;
+}
+
+/// Waits for a task with a number of its own and looks that everything of it is its own.
+async fn ends_as_number(plugin: &Plugin, number: usize, task: &Running) {
+    let exit = task.wait(plugin).await;
+    assert_eq!(usize::try_from(exit.code).unwrap(), number % 100);
+    assert_eq!(task.stdout.all().await, format!("out {number}\n"));
+    task.destroy(plugin).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_84_many_at_once() {
+    let host = Host::new();
+    let plugin = Arc::new(host.plugin().await);
+    let starts = (0..50).map(|number| {
+        // Each has a tree of its own: one tree has one writer.
+        let root = host.tree(&format!("root{number}"));
+        let script = format!(
+            "trap 'exit {number}' USR1; echo out {number}; while :; do sleep 1; done & wait"
+        );
+        let job = host
+            .shell(&script)
+            .named(&format!("t{number}"))
+            .with("image", json!(root));
+        host.start(&plugin, job)
+    });
+    let tasks = within("50 starts", futures_of(starts)).await;
+    assert_eq!(host.starts().len(), 50);
+    // Every wait and every stream of statistics stays open beside the others, two of each.
+    let mut streams = Vec::new();
+    let mut waits = tokio::task::JoinSet::new();
+    for task in &tasks {
+        for _ in 0..2 {
+            streams.push(crate::stats::stream(&plugin, &task.id, Duration::from_secs(10)).await);
+            let (plugin, id) = (Arc::clone(&plugin), task.id.clone());
+            waits.spawn(async move { (id.clone(), plugin.wait(&id).await.unwrap()) });
+        }
+    }
+    for stream in &mut streams {
+        let sample = within("a sample", stream.message()).await.unwrap().unwrap();
+        assert!(sample.stats.unwrap().agg_resource_usage.is_some());
+    }
+    assert!(waits.try_join_next().is_none(), "a wait ended early");
+    for (number, task) in tasks.iter().enumerate() {
+        task.stdout.contains(&format!("out {number}\n")).await;
+        task.signal(&plugin, "SIGUSR1").await.unwrap();
+    }
+    for (number, task) in tasks.iter().enumerate() {
+        ends_as_number(&plugin, number, task).await;
+    }
+    let mut ended = 0;
+    while let Some(end) = within("the waits", waits.join_next()).await {
+        let (id, exit) = end.unwrap();
+        let number = tasks.iter().position(|task| task.id == id).unwrap();
+        assert_eq!(usize::try_from(exit.code).unwrap(), number);
+        ended += 1;
+    }
+    assert_eq!(ended, 100);
+    for stream in &mut streams {
+        while let Some(sample) = within("the end of the samples", stream.message())
+            .await
+            .unwrap()
+        {
+            assert!(sample.stats.is_some());
+        }
+    }
+}
+
+/// Runs all at the same time, and gives what they gave in their order.
+async fn futures_of<F: Future>(all: impl Iterator<Item = F>) -> Vec<F::Output> {
+    let mut pending: Vec<_> = all.map(|one| (Box::pin(one), None)).collect();
+    std::future::poll_fn(|context| {
+        let mut open = false;
+        for (one, done) in &mut pending {
+            if done.is_none() {
+                match one.as_mut().poll(context) {
+                    std::task::Poll::Ready(output) => *done = Some(output),
+                    std::task::Poll::Pending => open = true,
+                }
+            }
+        }
+        if open {
+            std::task::Poll::Pending
+        } else {
+            std::task::Poll::Ready(())
+        }
+    })
+    .await;
+    pending.into_iter().filter_map(|(_, done)| done).collect()
+}
+
+#[tokio::test]
+async fn nothing_is_left_after_a_whole_life() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let job = host.shell("(sleep 1000 & sleep 1001 &); echo up; exit 0");
+    let task = host.start(&plugin, job).await;
+    task.wait(&plugin).await;
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
+#[tokio::test]
+async fn systemd_nspawn_gets_nothing_of_the_plugins_own() {
+    let host = Host::new();
+    let plugin = Plugin::launch(host.launch().set("OPERATORS_OWN", "marker-of-the-agent"))
+        .await
+        .unwrap();
+    plugin.configure(&host.config()).await.unwrap();
+    let task = host.start(&plugin, host.shell("env; exit 0")).await;
+    let inside = task.stdout.all().await;
+    let start = &host.starts()[0];
+    let outside = environment(start);
+    for (name, value) in &outside {
+        let plugins = name.starts_with("PLUGIN_")
+            || name.contains("COOKIE")
+            || name == "OPERATORS_OWN"
+            || name == "TMPDIR";
+        assert!(
+            !plugins && !value.contains("marker-of-the-agent"),
+            "{name}={value}"
+        );
+    }
+    assert!(
+        !inside.contains("COOKIE") && !inside.contains("marker-of-the-agent"),
+        "{inside}"
+    );
+    assert!(
+        outside["NOTIFY_SOCKET"].starts_with(host.state().to_str().unwrap()),
+        "{outside:?}"
+    );
+    assert!(!inside.contains(&outside["NOTIFY_SOCKET"]), "{inside}");
+    // Standard input, output and error; no descriptor of plugin or supervisor.
+    let descriptors = start["descriptors"].as_object().unwrap();
+    let numbers: Vec<_> = descriptors.keys().map(String::as_str).collect();
+    assert_eq!(numbers, ["0", "1", "2"], "{descriptors:?}");
+    assert_eq!(descriptors["0"], "/dev/null");
+    assert!(
+        descriptors["1"]
+            .as_str()
+            .unwrap()
+            .ends_with(".web.stdout.fifo"),
+        "{descriptors:?}"
+    );
+    assert!(
+        descriptors["2"]
+            .as_str()
+            .unwrap()
+            .ends_with(".web.stderr.fifo"),
+        "{descriptors:?}"
+    );
+    assert_eq!(start["signal_mask"], "0000000000000000");
+    let ignored = u64::from_str_radix(start["ignored"].as_str().unwrap(), 16).unwrap();
+    // 32 and 33 belong to the C library, which lets nobody set them: as the tests' own parent left them.
+    assert_eq!(ignored & !(0b11 << 31), 0, "{ignored:x}");
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn a_secret_is_in_nobodys_hands() {
+    const SECRET: &str = "marker-of-a-secret";
+    let host = Host::new();
+    let plugin = Plugin::launch(host.launch().set("NOMAD_LOG_LEVEL", "TRACE"))
+        .await
+        .unwrap();
+    plugin.configure(&host.config()).await.unwrap();
+    let job = || {
+        host.shell(
+            "test \"$TOKEN\" = marker-of-a-secret && test \"$OTHER\" = marker-of-a-secret; exit $?",
+        )
+        .env("TOKEN", SECRET)
+        .with("environment", json!([{"OTHER": SECRET}]))
+    };
+    let task = host.start(&plugin, job()).await;
+    assert_eq!(task.wait(&plugin).await.code, 0, "the task has it");
+    for call in host
+        .ledger()
+        .iter()
+        .filter(|event| event["event"] == "call")
+    {
+        assert!(
+            argv(call)
+                .iter()
+                .all(|word| !word.contains(SECRET) || word.contains("test")),
+            "{call}"
+        );
+    }
+    for file in walk(&host.state()) {
+        let text = String::from_utf8_lossy(&std::fs::read(&file).unwrap())
+            .replace("= marker-of-a-secret", "");
+        assert!(!text.contains(SECRET), "{}", file.display());
+    }
+    assert!(!String::from_utf8_lossy(&task.started.handle.driver_state).contains(SECRET));
+    task.destroy(&plugin).await;
+    host.scenario(&json!({"calls": [{"refuse": {"status": 1, "stderr": "out of luck"}}]}));
+    let status = refusal(host.try_start(&plugin, job()).await);
+    assert!(!status.message().contains(SECRET), "{}", status.message());
+    let status = refusal(
+        host.try_start(&plugin, job().with("volatile", json!("maybe")))
+            .await,
+    );
+    assert!(!status.message().contains(SECRET), "{}", status.message());
+    plugin.shutdown().await;
+    for line in host.log().text() {
+        assert!(!line.contains(SECRET), "{line}");
+    }
+}
+
+/// All plain files below a directory.
+fn walk(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).unwrap().flatten() {
+        let kind = entry.file_type().unwrap();
+        if kind.is_dir() {
+            found.extend(walk(&entry.path()));
+        } else if kind.is_file() {
+            found.push(entry.path());
+        }
+    }
+    found
+}
+
+#[rstest]
+#[case::old(
+    247,
+    "--private-users=4194304:65536",
+    "--setenv=WHO=me",
+    "--private-users-ownership=auto"
+)]
+#[case::less_old(
+    249,
+    "--private-users-ownership=auto",
+    "--setenv=WHO=me",
+    "--setenv=WHO"
+)]
+#[case::new(
+    252,
+    "--private-users-ownership=auto",
+    "--setenv=WHO",
+    "--setenv=WHO=me"
+)]
+#[tokio::test]
+async fn an_old_systemd_nspawn_gets_words_that_it_knows(
+    #[case] version: u32,
+    #[case] has: &str,
+    #[case] has_too: &str,
+    #[case] has_not: &str,
+) {
+    let host = Host::new();
+    host.scenario(&json!({"version": version}));
+    let plugin = host.plugin().await;
+    let job = host
+        .shell("echo $WHO")
+        .env("WHO", "me")
+        .with("user_namespacing", json!(true))
+        .with("private_users", json!("4194304:65536"));
+    let task = host.start(&plugin, job).await;
+    assert_eq!(task.stdout.all().await, "me\n");
+    let words = argv(&host.starts()[0]);
+    for word in [has, has_too] {
+        assert!(
+            words.iter().any(|found| found == word),
+            "{word} is not in {words:?}"
+        );
+    }
+    assert!(
+        words.iter().all(|found| found != has_not),
+        "{has_not} is in {words:?}"
+    );
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn what_the_installed_version_lacks_is_refused_by_name() {
+    let host = Host::new();
+    host.scenario(&json!({"version": 248}));
+    let plugin = host.plugin().await;
+    let job = host
+        .shell("exit 0")
+        .with("user_namespacing", json!(true))
+        .with("private_users", json!("identity"));
+    let status = refusal(host.try_start(&plugin, job).await);
+    assert!(
+        status
+            .message()
+            .contains("needs systemd-nspawn 249 or later, and this host has 248"),
+        "{}",
+        status.message()
+    );
+    assert!(host.starts().is_empty() && status.details().is_empty());
+}

@@ -1,0 +1,91 @@
+//! The task's output on its way into Nomad's FIFOs.
+
+use std::sync::Arc;
+
+use nomad_driver_nspawn::proto::driver::TaskConfig;
+use rstest::rstest;
+
+use crate::harness::{Host, refusal};
+
+#[tokio::test]
+async fn check_73_both_streams_apart_and_whole() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let script = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo out-$i; echo err-$i >&2; done; printf last; printf LAST >&2";
+    let task = host.start(&plugin, host.shell(script)).await;
+    assert_eq!(task.wait(&plugin).await.code, 0);
+    let lines = |word: &str| {
+        (1..=2000)
+            .map(|number| format!("{word}-{number}\n"))
+            .collect::<String>()
+    };
+    // The end of the streams comes without DestroyTask: nobody holds the write ends once the task is over.
+    assert_eq!(task.stdout.all().await, lines("out") + "last");
+    assert_eq!(task.stderr.all().await, lines("err") + "LAST");
+    task.destroy(&plugin).await;
+}
+
+#[rstest]
+#[case("/dev/null")]
+#[case("")]
+#[tokio::test]
+async fn check_74_no_output_is_wanted(#[case] path: &str) {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let allocation = Arc::new(host.allocation(host.shell("echo x; echo y >&2; exit 4")));
+    let edit = |task: &mut TaskConfig| {
+        task.stdout_path = path.to_owned();
+        task.stderr_path = path.to_owned();
+    };
+    let task = host.start_edited(&plugin, allocation, edit).await.unwrap();
+    assert_eq!(task.wait(&plugin).await.code, 4);
+    let descriptors = &host.starts()[0]["descriptors"];
+    assert_eq!(
+        (&descriptors["1"], &descriptors["2"]),
+        (&"/dev/null".into(), &"/dev/null".into())
+    );
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_75_output_flows_on_without_a_plugin() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let script =
+        "i=0; while [ $i -lt 400 ]; do i=$((i+1)); echo line-$i; sleep 0.002; done; exit 3";
+    let task = host.start(&plugin, host.shell(script)).await;
+    task.stdout.contains("line-20\n").await;
+    plugin.kill().await;
+    let all = task.stdout.all().await;
+    let want: String = (1..=400).map(|number| format!("line-{number}\n")).collect();
+    assert_eq!(all, want);
+    let plugin = host.recovered(&task).await;
+    assert_eq!(task.wait(&plugin).await.code, 3);
+    task.destroy(&plugin).await;
+}
+
+#[rstest]
+#[case("stdout")]
+#[case("stderr")]
+#[tokio::test]
+async fn check_76_a_link_in_place_of_a_fifo(#[case] stream: &str) {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let allocation = host.allocation(host.shell("echo x; echo y >&2"));
+    let elsewhere = host.join("elsewhere");
+    std::fs::write(&elsewhere, "untouched").unwrap();
+    let path = if stream == "stdout" {
+        allocation.stdout_path()
+    } else {
+        allocation.stderr_path()
+    };
+    let logs = allocation.open_logs().unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+    let config = plugin.task_config(&allocation).await.unwrap();
+    let status = refusal(plugin.start(config).await);
+    assert!(status.message().contains("log"), "{}", status.message());
+    assert_eq!(std::fs::read_to_string(elsewhere).unwrap(), "untouched");
+    assert!(host.starts().is_empty());
+    drop(logs);
+}

@@ -1,0 +1,317 @@
+//! RecoverTask: a task is found again by plugins that did not start it, and nothing else is.
+
+use std::time::Duration;
+
+use nomad_driver_nspawn::host::Plugin;
+use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskHandle, TaskState};
+use rstest::rstest;
+use serde_json::{Value, json};
+
+use crate::harness::{Host, Running, eventually, refusal, within};
+
+const TRAPS: &str = "trap 'echo got; exit 12' USR1; echo up; while :; do sleep 0.05; done";
+
+/// A started task whose plugin is dead.
+async fn orphan(host: &Host, script: &str) -> Running {
+    let mut plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell(script)).await;
+    task.stdout.contains("up").await;
+    plugin.kill().await;
+    task
+}
+
+#[tokio::test]
+async fn check_77_a_new_plugin_takes_over() {
+    let host = Host::new();
+    let task = orphan(&host, TRAPS).await;
+    assert!(
+        task.stored()
+            .config
+            .unwrap()
+            .msgpack_driver_config
+            .is_empty()
+    );
+    let plugin = host.recovered(&task).await;
+    let inspected = task.inspect(&plugin).await.unwrap();
+    assert_eq!(inspected.task.unwrap().state(), TaskState::Running);
+    assert_eq!(
+        inspected.driver.unwrap().attributes["pid"],
+        task.leader().to_string()
+    );
+    let mut stats = crate::stats::stream(&plugin, &task.id, Duration::from_secs(10)).await;
+    assert!(within("a sample", stats.message()).await.unwrap().is_some());
+    task.signal(&plugin, "SIGUSR1").await.unwrap();
+    assert_eq!(task.wait(&plugin).await.code, 12);
+    assert_eq!(task.stdout.all().await, "up\ngot\n");
+    task.destroy(&plugin).await;
+    // And one that is stopped instead.
+    let task = orphan(
+        &host,
+        "trap '' TERM INT; echo up; while :; do sleep 0.05; done",
+    )
+    .await;
+    let plugin = host.recovered(&task).await;
+    let exit = task.stop(&plugin, Duration::from_millis(100), "").await;
+    assert_eq!((exit.code, exit.signal), (137, 9));
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_78_recovering_twice() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell(TRAPS)).await;
+    task.stdout.contains("up").await;
+    for _ in 0..3 {
+        plugin.recover(task.stored()).await.unwrap();
+    }
+    let (one, two) = tokio::join!(task.wait(&plugin), async {
+        task.signal(&plugin, "SIGUSR1").await.unwrap();
+        task.wait(&plugin).await
+    });
+    assert_eq!((one.code, two.code), (12, 12));
+    plugin.recover(task.stored()).await.unwrap();
+    assert_eq!(task.wait(&plugin).await.code, 12);
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn check_79_an_end_while_no_plugin_ran() {
+    let host = Host::new();
+    let gate = host.join("gate");
+    let script = format!(
+        "echo up; while ! test -e {}; do sleep 0.01; done; exit 21",
+        gate.display()
+    );
+    let task = orphan(&host, &script).await;
+    std::fs::write(gate, "").unwrap();
+    host.quiet(&[]).await;
+    let plugin = host.recovered(&task).await;
+    let exit = task.wait(&plugin).await;
+    assert_eq!((exit.code, exit.signal, exit.error), (21, 0, None));
+    task.destroy(&plugin).await;
+}
+
+/// A handle whose state was changed in one place.
+fn changed(task: &Running, change: impl FnOnce(&mut Value)) -> TaskHandle {
+    let mut handle = task.stored();
+    let mut state: Value = serde_json::from_slice(&handle.driver_state).unwrap();
+    change(&mut state["started"]);
+    handle.driver_state = serde_json::to_vec(&state).unwrap();
+    handle
+}
+
+/// Another one's handle is refused, the task is not touched, and DestroyTask of what was refused is fine.
+async fn refused(host: &Host, handle: TaskHandle, words: &str) -> Plugin {
+    let plugin = host.plugin().await;
+    let status = refusal(within("RecoverTask", plugin.recover(handle)).await);
+    assert!(status.message().contains(words), "{}", status.message());
+    plugin
+}
+
+#[tokio::test]
+async fn check_80_another_boot_and_another_process() {
+    let host = Host::new();
+    let task = orphan(&host, TRAPS).await;
+    let boot = changed(&task, |started| {
+        started["boot"] = json!("00000000-0000-0000-0000-000000000000")
+    });
+    drop(refused(&host, boot, "started anew").await);
+    let reused = changed(&task, |started| {
+        let start = started["leader"]["start"].as_u64().unwrap();
+        started["leader"]["start"] = json!(start + 1);
+    });
+    drop(refused(&host, reused, "another one's").await);
+    let gone = changed(&task, |started| {
+        started["state"] = json!(host.state().join("gone"))
+    });
+    let plugin = refused(&host, gone, "no record").await;
+    // What was not meant was not touched.
+    plugin.recover(task.stored()).await.unwrap();
+    assert_eq!(
+        task.inspect(&plugin).await.unwrap().task.unwrap().state(),
+        TaskState::Running
+    );
+    task.destroy(&plugin).await;
+    within("DestroyTask", plugin.destroy(&task.id, true))
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn check_80_what_was_refused_can_be_destroyed() {
+    let host = Host::new();
+    let task = orphan(&host, TRAPS).await;
+    let boot = changed(&task, |started| {
+        started["boot"] = json!("00000000-0000-0000-0000-000000000000")
+    });
+    let plugin = refused(&host, boot, "started anew").await;
+    within("DestroyTask", plugin.destroy(&task.id, true))
+        .await
+        .unwrap();
+    host.quiet(&[plugin.pid()]).await;
+    assert_eq!(std::fs::read_dir(host.state()).unwrap().count(), 0);
+}
+
+#[rstest]
+#[case::version_0(0, None, "handle version 0 is not known")]
+#[case::later(3, None, "handle version 3 is not known")]
+#[case::empty(2, Some(&b""[..]), "can't be read")]
+#[case::nonsense(2, Some(&b"\xff\x00{"[..]), "can't be read")]
+#[case::later_form(2, Some(&br#"{"schema":99}"#[..]), "schema 99 is newer")]
+#[case::half(2, Some(&br#"{"schema":1,"started":{"id":"x"}}"#[..]), "can't be read")]
+#[tokio::test]
+async fn check_81_handles_that_can_not_be_read(
+    #[case] version: i32,
+    #[case] state: Option<&[u8]>,
+    #[case] words: &str,
+) {
+    let host = Host::new();
+    let handle = TaskHandle {
+        version,
+        config: Some(TaskConfig {
+            id: "a/t/1".to_owned(),
+            name: "t".to_owned(),
+            alloc_id: "a".to_owned(),
+            ..TaskConfig::default()
+        }),
+        state: TaskState::Running.into(),
+        driver_state: state.unwrap_or_default().to_vec(),
+    };
+    let plugin = refused(&host, handle, words).await;
+    within("DestroyTask", plugin.destroy("a/t/1", true))
+        .await
+        .unwrap();
+    let status = refusal(plugin.recover(TaskHandle::default()).await);
+    assert!(
+        status.message().contains("no handle.config"),
+        "{}",
+        status.message()
+    );
+    assert!(!plugin.has_exited() && host.ledger().is_empty());
+}
+
+#[tokio::test]
+async fn a_handle_of_the_go_driver_is_refused_by_name() {
+    const STATE: &str = "83ab4d616368696e654e616d65a87765622d30663165ae5265617474616368436f6e66696784a441646472ae2f746d702f706c7567696e313233a74e6574776f726ba4756e6978a3506964d11092a850726f746f636f6ca467727063a9537461727465644174af010000000edce5e8000754d4c0ffff";
+    let host = Host::new();
+    let bytes = (0..STATE.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&STATE[at..at + 2], 16).unwrap());
+    let id = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0/web/00c0ffee";
+    let handle = TaskHandle {
+        version: 1,
+        config: Some(TaskConfig {
+            id: id.to_owned(),
+            name: "web".to_owned(),
+            ..TaskConfig::default()
+        }),
+        state: TaskState::Running.into(),
+        driver_state: bytes.collect(),
+    };
+    let plugin = refused(&host, handle, "Go driver").await;
+    within("DestroyTask", plugin.destroy(id, true))
+        .await
+        .unwrap();
+    assert!(!plugin.has_exited());
+}
+
+#[tokio::test]
+async fn check_82_a_second_connection_is_served_fully() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell(TRAPS)).await;
+    task.stdout.contains("up").await;
+    let mut events = plugin.events().await.unwrap();
+    // The agent was killed: its connection is gone and another agent comes to the same plugin.
+    let again = Plugin::reattach(plugin.address(), plugin.pid())
+        .await
+        .unwrap();
+    again.configure(&host.config()).await.unwrap();
+    again.recover(task.stored()).await.unwrap();
+    let mut heard = again.events().await.unwrap();
+    let second = host
+        .start(
+            &again,
+            host.shell("exit 2")
+                .named("second")
+                .with("image", json!(host.tree("other")))
+                .env("a.b", ""),
+        )
+        .await;
+    for stream in [&mut events, &mut heard] {
+        let hear = async {
+            loop {
+                let event = stream.message().await.unwrap().unwrap();
+                if event.task_name == "second" {
+                    return;
+                }
+            }
+        };
+        within("the event of the second task", hear).await;
+    }
+    assert_eq!(second.wait(&again).await.code, 2);
+    second.destroy(&again).await;
+    task.signal(&again, "SIGUSR1").await.unwrap();
+    assert_eq!(task.wait(&again).await.code, 12);
+    task.destroy(&again).await;
+}
+
+#[tokio::test]
+async fn check_83_ten_deaths_and_the_same_task() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell(TRAPS)).await;
+    task.stdout.contains("up").await;
+    for _ in 0..10 {
+        plugin.kill().await;
+        plugin = host.recovered(&task).await;
+        let attributes = task
+            .inspect(&plugin)
+            .await
+            .unwrap()
+            .driver
+            .unwrap()
+            .attributes;
+        assert_eq!(attributes["pid"], task.leader().to_string());
+    }
+    assert_eq!(host.starts().len(), 1);
+    task.signal(&plugin, "SIGUSR1").await.unwrap();
+    assert_eq!(task.wait(&plugin).await.code, 12);
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn a_plugin_that_dies_during_a_start_leaves_nothing() {
+    let host = Host::new();
+    host.scenario(&json!({"calls": [{"never_notify": true}, {}]}));
+    let mut plugin = host.plugin().await;
+    let allocation = std::sync::Arc::new(host.allocation(host.shell("exit 2")));
+    let logs = allocation.open_logs().unwrap();
+    let config = plugin.task_config(&allocation).await.unwrap();
+    let mut client = plugin.driver();
+    let request = nomad_driver_nspawn::proto::driver::StartTaskRequest {
+        task: Some(config.clone()),
+    };
+    let start = tokio::spawn(async move { client.start_task(request).await });
+    eventually("systemd-nspawn was called", || !host.starts().is_empty()).await;
+    plugin.kill().await;
+    assert!(within("StartTask", start).await.unwrap().is_err());
+    host.quiet(&[]).await;
+    // Nomad asks the next plugin for the same id.
+    let plugin = host.plugin().await;
+    within("StartTask", plugin.start(config.clone()))
+        .await
+        .unwrap();
+    assert_eq!(
+        within("WaitTask", plugin.wait(&config.id))
+            .await
+            .unwrap()
+            .code,
+        2
+    );
+    within("DestroyTask", plugin.destroy(&config.id, true))
+        .await
+        .unwrap();
+    drop(logs);
+}

@@ -1,0 +1,183 @@
+//! How the plugin process ends, what it leaves running, and the calls that are answered with "not implemented".
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use nomad_driver_nspawn::proto::driver as proto;
+use nomad_driver_nspawn::proto::plugin::Empty;
+use nomad_driver_nspawn::proto::plugin::grpc_stdio_client::GrpcStdioClient;
+use tonic::Code;
+
+use crate::harness::{Host, refusal, within};
+
+const TRAPS: &str = "trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done";
+
+#[tokio::test]
+async fn check_11_an_end_with_everything_open() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell(TRAPS)).await;
+    task.stdout.contains("up").await;
+    let (_print, _fingerprints) = plugin.fingerprint().await.unwrap();
+    let _events = plugin.events().await.unwrap();
+    let _stdio = GrpcStdioClient::new(plugin.channel())
+        .stream_stdio(())
+        .await
+        .unwrap();
+    let mut client = plugin.driver();
+    let request = proto::WaitTaskRequest {
+        task_id: task.id.clone(),
+    };
+    let wait = tokio::spawn(async move { client.wait_task(request).await });
+    let socket = plugin.address().to_owned();
+    // The answer may be lost in the end that it announces.
+    let _ = plugin.controller().shutdown(Empty {}).await;
+    let status = within("the plugin's end", plugin.gone()).await.unwrap();
+    assert!(status.success(), "{status}");
+    assert!(!socket.exists());
+    let cut_off = within("WaitTask", wait).await.unwrap();
+    assert!(
+        cut_off.is_err(),
+        "an answer would be taken for the end of the task: {cut_off:?}"
+    );
+    let plugin = host.recovered(&task).await;
+    task.signal(&plugin, "SIGUSR1").await.unwrap();
+    assert_eq!(task.wait(&plugin).await.code, 12);
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn a_terminated_plugin_ends_well_and_leaves_its_tasks() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell(TRAPS)).await;
+    task.stdout.contains("up").await;
+    let socket = plugin.address().to_owned();
+    kill(Pid::from_raw(plugin.pid()), Signal::SIGTERM).unwrap();
+    assert!(
+        within("the plugin's end", plugin.gone())
+            .await
+            .unwrap()
+            .success()
+    );
+    assert!(!socket.exists());
+    let plugin = host.recovered(&task).await;
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn init_and_shutdown_are_answered() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let mut driver = plugin.driver();
+    driver.init(proto::InitRequest {}).await.unwrap();
+    let task = host.start(&plugin, host.shell(TRAPS)).await;
+    task.stdout.contains("up").await;
+    driver.shutdown(proto::ShutdownRequest {}).await.unwrap();
+    let status = refusal(host.try_start(&plugin, host.shell("exit 0")).await);
+    assert!(
+        status.message().contains("shutting down"),
+        "{}",
+        status.message()
+    );
+    assert_eq!(
+        task.inspect(&plugin).await.unwrap().task.unwrap().state(),
+        proto::TaskState::Running
+    );
+    // An agent that comes back is served again.
+    driver.init(proto::InitRequest {}).await.unwrap();
+    task.signal(&plugin, "SIGUSR1").await.unwrap();
+    assert_eq!(task.wait(&plugin).await.code, 12);
+    task.destroy(&plugin).await;
+    let next = host.start(&plugin, host.shell("exit 0")).await;
+    assert_eq!(next.wait(&plugin).await.code, 0);
+    next.destroy(&plugin).await;
+    let stopped = plugin.shutdown().await;
+    assert!(
+        !stopped.killed && stopped.driver_shutdown.is_none(),
+        "{stopped:?}"
+    );
+    assert!(stopped.status.unwrap().success());
+}
+
+#[tokio::test]
+async fn what_is_not_built_says_so() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let mut driver = plugin.driver();
+    let capabilities = driver
+        .capabilities(proto::CapabilitiesRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .capabilities
+        .unwrap();
+    assert!(!capabilities.exec && !capabilities.must_create_network);
+    let task = host.start(&plugin, host.shell("exec sleep 1000")).await;
+    let exec = proto::ExecTaskRequest {
+        task_id: task.id.clone(),
+        command: vec!["/bin/true".to_owned()],
+        timeout: None,
+    };
+    let setup = proto::ExecTaskStreamingRequest::default();
+    let answers = [
+        driver.exec_task(exec).await.map(drop),
+        driver
+            .exec_task_streaming(tokio_stream::once(setup))
+            .await
+            .map(drop),
+        driver
+            .create_network(proto::CreateNetworkRequest::default())
+            .await
+            .map(drop),
+        driver
+            .destroy_network(proto::DestroyNetworkRequest::default())
+            .await
+            .map(drop),
+    ];
+    for answer in answers {
+        let status = answer.unwrap_err();
+        assert_eq!(status.code(), Code::Unimplemented, "{status:?}");
+        assert!(
+            status
+                .message()
+                .ends_with("is not supported by this driver"),
+            "{}",
+            status.message()
+        );
+    }
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn requests_without_their_parts_are_refused() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let mut driver = plugin.driver();
+    let answers = [
+        driver
+            .start_task(proto::StartTaskRequest::default())
+            .await
+            .map(drop),
+        driver
+            .start_task(proto::StartTaskRequest {
+                task: Some(proto::TaskConfig::default()),
+            })
+            .await
+            .map(drop),
+        driver
+            .recover_task(proto::RecoverTaskRequest::default())
+            .await
+            .map(drop),
+    ];
+    for answer in answers {
+        assert_eq!(answer.unwrap_err().code(), Code::InvalidArgument);
+    }
+    let status = driver
+        .wait_task(proto::WaitTaskRequest::default())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::NotFound, "task not found for given id")
+    );
+}
