@@ -38,7 +38,7 @@ async fn a_launched_plugin_has_nomads_environment_and_its_lines_are_heard() {
     let dir = server().await;
     let (sender, mut lines) = mpsc::unbounded_channel();
     let text = format!(
-        "{}; echo \"$PLUGIN_PROTOCOL_VERSIONS $PLUGIN_MIN_PORT $PLUGIN_MAX_PORT $X ${{HOME-no home}}\" >&2; echo stray; exec tail -f /dev/null",
+        "{}; echo stray; echo \"$PLUGIN_PROTOCOL_VERSIONS $PLUGIN_MIN_PORT $PLUGIN_MAX_PORT $X ${{HOME-no home}}\" >&2; exec tail -f /dev/null",
         greeting(&dir)
     );
     let mut launch = script(&text).set("X", "x").unset("HOME");
