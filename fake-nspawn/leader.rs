@@ -153,7 +153,7 @@ impl Leader {
         let mut payload = None;
         if !simulated {
             let mut command = role(PAYLOAD, &plan)?;
-            command.current_dir(plan.cwd.as_deref().unwrap_or(Path::new("/")));
+            command.current_dir(plan.cwd.as_deref().unwrap_or_else(|_| Path::new("/")));
             let child = command.spawn()?;
             plan.payload = i32::try_from(child.id())?;
             payload = Some(plan.payload);
@@ -305,11 +305,11 @@ pub(crate) fn guard(plan: &Plan) -> anyhow::Result<()> {
         return Ok(());
     };
     // An error means that the leader is gone already.
-    if let Ok(watched) = rustix::process::pidfd_open(leader, rustix::process::PidfdFlags::empty()) {
-        if getppid().as_raw() == plan.leader {
-            let mut wanted = [PollFd::new(watched.as_fd(), PollFlags::POLLIN)];
-            while poll(&mut wanted, PollTimeout::NONE) == Err(Errno::EINTR) {}
-        }
+    if let Ok(watched) = rustix::process::pidfd_open(leader, rustix::process::PidfdFlags::empty())
+        && getppid().as_raw() == plan.leader
+    {
+        let mut wanted = [PollFd::new(watched.as_fd(), PollFlags::POLLIN)];
+        while poll(&mut wanted, PollTimeout::NONE) == Err(Errno::EINTR) {}
     }
     process::kill_members(plan.payload, &plan.uuid);
     Ok(())

@@ -23,7 +23,7 @@ pub(crate) struct Ledger {
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(crate) enum Event {
     /// A tool was called. Written before anything is checked.
-    Call(Call),
+    Call(Box<Call>),
     /// The container was started.
     Started { leader: i32 },
     /// A signal arrived.
@@ -107,7 +107,7 @@ impl Ledger {
             .filter(|event| event["number"].is_u64())
             .count();
         let call = Call::observe(argv, tool, starts.then_some(number))?;
-        self.write(&Event::Call(call))?;
+        self.write(&Event::Call(Box::new(call)))?;
         Ok(number)
     }
 }

@@ -45,7 +45,7 @@ fn act(words: &[OsString]) -> anyhow::Result<i32> {
         .file_name()
         .and_then(|name| name.to_str())
         .unwrap_or_default();
-    let directory = called.parent().unwrap_or(Path::new("."));
+    let directory = called.parent().unwrap_or_else(|| Path::new("."));
     let plan = || -> anyhow::Result<leader::Plan> {
         let text = words
             .get(1)

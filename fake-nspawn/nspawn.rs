@@ -127,7 +127,10 @@ fn container(
         return Ok(refusal.status);
     }
     if !options.quiet && !options.pipe {
-        let root = prepared.root.as_deref().unwrap_or(Path::new("image"));
+        let root = prepared
+            .root
+            .as_deref()
+            .unwrap_or_else(|| Path::new("image"));
         eprintln!(
             "Spawning container {} on {}.",
             prepared.machine,
@@ -305,10 +308,10 @@ impl Nspawn<'_> {
 
     /// Outside plain mode the leader's own stop stops nobody else.
     fn freeze(&self, leader: i32, signal: Signal) {
-        if self.options.mode == options::Mode::Plain {
-            process::children(leader)
-                .first()
-                .map(|payload| process::send(*payload, signal as i32));
+        if self.options.mode == options::Mode::Plain
+            && let Some(payload) = process::children(leader).first()
+        {
+            process::send(*payload, signal as i32);
         }
     }
 

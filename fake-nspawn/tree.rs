@@ -183,11 +183,7 @@ fn check_root(options: &Options, root: &Path) -> Result<(), Refusal> {
             .symlink_metadata()
             .is_ok_and(|found| !found.is_symlink())
     };
-    if options.volatile == Volatile::Yes
-        && ["bin", "sbin", "lib", "lib64"]
-            .iter()
-            .any(|name| split(&name))
-    {
+    if options.volatile == Volatile::Yes && ["bin", "sbin", "lib", "lib64"].iter().any(split) {
         return Err(Refusal::invalid(
             "Sorry, --volatile=yes mode is not supported with OS images that have not merged /bin/, /sbin/, /lib/, /lib64/ into /usr/. Please work with your distribution and help them adopt the merged /usr scheme.\nShort read while reading cgroup mode (0 bytes). The child is most likely dead.",
         ));
@@ -256,7 +252,7 @@ fn check_mounts(options: &Options, root: Option<&Path>) -> Result<(), Refusal> {
     for mount in mounts {
         let destination = mount.destination();
         let below = |top: &&str| Path::new(destination).starts_with(top);
-        if !covered.iter().any(|top| below(top)) {
+        if !covered.iter().any(below) {
             check_mount(options, root, mount)?;
         }
         covered.push(destination);
@@ -355,7 +351,7 @@ fn create(point: &Path, file: bool) -> std::io::Result<()> {
 
 fn machine_name(options: &Options, root: Option<&Path>) -> String {
     let last = || {
-        let path = root.or(options.image.as_deref().map(Path::new));
+        let path = root.or_else(|| options.image.as_deref().map(Path::new));
         let name = path
             .and_then(Path::file_name)
             .map(|name| name.to_string_lossy().into_owned());

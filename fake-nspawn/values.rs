@@ -48,8 +48,7 @@ const CAPABILITIES: &[&str] = &[
 ];
 
 /// What a container keeps without being asked.
-pub(crate) const DEFAULT_CAPABILITIES: u64 = !(0
-    | 1 << 12 // net_admin
+pub(crate) const DEFAULT_CAPABILITIES: u64 = !(1 << 12 // net_admin
     | 1 << 14 // ipc_lock
     | 1 << 16 // sys_module
     | 1 << 17 // sys_rawio
@@ -235,7 +234,7 @@ pub(crate) fn check(version: u32, option: &str, text: &str) -> Result<(), Refusa
 }
 
 fn root_hash(text: &str) -> Result<(), Refusal> {
-    if text.len() % 2 != 0 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+    if !text.len().is_multiple_of(2) || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(Refusal::invalid(format!(
             "Failed to parse root hash: {text}"
         )));
@@ -643,7 +642,7 @@ fn word_list(text: &str) -> String {
     options
         .split(',')
         .find(|word| !["rbind", "norbind", "noidmap", "idmap", "rootidmap"].contains(word))
-        .map_or(options.clone(), str::to_owned)
+        .map_or_else(|| options.clone(), str::to_owned)
 }
 
 #[cfg(test)]
