@@ -539,6 +539,10 @@ fn exit_of(status: WaitStatus, mode: Mode, forced: bool, oom: bool) -> Exit {
 }
 
 /// Starts the step between this process and systemd-nspawn.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the container's own process begins here"
+)]
 fn spawn(records: &Records, stdout: Stdio, stderr: Stdio) -> io::Result<Child> {
     let mut command = Command::new("/proc/self/exe");
     command
