@@ -1,6 +1,11 @@
 //! What the driver adds to systemd-nspawn: the same container started and ended by hand and through the plugin, in turn, in one
 //! run. Prints medians and ratios; judges nothing. Needs root, systemd-nspawn and busybox (Debian: busybox-static).
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the container by hand, without the driver, is what this compares with"
+)]
+
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::net::UnixDatagram;
@@ -278,6 +283,8 @@ async fn driven_container(
 
 /// Memory and wake-ups of an idle supervisor.
 async fn at_rest(supervisor: i32) -> anyhow::Result<Vec<String>> {
+    // systemd-nspawn has a last word after the start.
+    tokio::time::sleep(Duration::from_millis(200)).await;
     let before = switches(supervisor)?;
     tokio::time::sleep(Duration::from_secs(3)).await;
     let woken = switches(supervisor)? - before;
