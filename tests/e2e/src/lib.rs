@@ -4,6 +4,38 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+pub mod agent;
+pub mod debian;
+pub mod leftovers;
+pub mod stage;
+
+/// How long anything may take before a test gives up on it. Only a broken test ever waits this long.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Waits until `look` finds something; `what` is named when it does not come. For things that tell nobody when they happen.
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < end, "{what}: not within {DEADLINE:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A short word that no other run uses, fit for a host name.
+pub fn unique() -> String {
+    let mut bytes = [0; 4];
+    std::io::Read::read_exact(
+        &mut fs::File::open("/dev/urandom").expect("/dev/urandom"),
+        &mut bytes,
+    )
+    .expect("random bytes");
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
 
 /// The driver under test: `NOMAD_DRIVER_NSPAWN`, or what cargo has built beside this test.
 pub fn driver() -> PathBuf {
