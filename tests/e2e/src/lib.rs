@@ -2,7 +2,7 @@
 //! the real systemd-nspawn; a test that is asked for and can't run fails.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -64,6 +64,13 @@ pub fn needs_root() {
     );
 }
 
+const GETENT: &str = "#!/bin/sh
+case $1 in
+    initgroups) echo \"$2 1000\" ;;
+    *) grep \"^$2:\" \"/etc/$1\" ;;
+esac
+";
+
 /// Fills an empty directory with a small system around a static busybox.
 pub fn busybox_tree(tree: &Path) {
     for directory in [
@@ -91,6 +98,10 @@ pub fn busybox_tree(tree: &Path) {
         "root:x:0:0:root:/root:/bin/sh\nbob:x:1000:1000:Bob:/srv:/bin/sh\n",
     )
     .expect("passwd");
+    // systemd-nspawn asks this program of the image for users.
+    let getent = tree.join("bin/getent");
+    fs::write(&getent, GETENT).expect("getent");
+    fs::set_permissions(getent, fs::Permissions::from_mode(0o755)).expect("getent");
     fs::write(tree.join("etc/group"), "root:x:0:\nbob:x:1000:\n").expect("group");
     fs::write(tree.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").expect("os-release");
 }

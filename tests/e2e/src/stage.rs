@@ -2,6 +2,7 @@
 //! containers. Everything on it carries the stage's mark, and [`Stage::leave`] fails the test over anything that is left.
 
 use std::ffi::OsString;
+use std::fmt;
 use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -114,10 +115,20 @@ impl Stage {
 
     /// A plugin, and with it all containers, in a network namespace that is not the machine's.
     pub async fn plugin_in(&self, namespace: &Namespace) -> Plugin {
+        // The interfaces are looked up below /sys too, so that has to show the namespace; the control groups stay.
+        const SCRIPT: &str = "set -e; mkdir \"$1\"; mount --rbind /sys/fs/cgroup \"$1\"; \
+            mount -t sysfs sysfs /sys; mount --rbind \"$1\" /sys/fs/cgroup; umount -l \"$1\"; rmdir \"$1\"; exec \"$2\"";
         let mut launch = Launch::new("nsenter");
         let mut file = OsString::from("--net=");
         file.push(namespace.path());
-        launch.args = vec![file, self.join("plugins/nomad-driver-nspawn").into()];
+        launch.args = vec![file];
+        launch
+            .args
+            .extend(["unshare", "--mount", "sh", "-c", SCRIPT, "sh"].map(Into::into));
+        launch.args.extend([
+            self.join("cgroup").into(),
+            self.join("plugins/nomad-driver-nspawn").into(),
+        ]);
         self.launch(launch, json!({})).await
     }
 
@@ -165,7 +176,7 @@ impl Stage {
         let allocation = self.allocation(&task);
         match self.start_in(plugin, &task, allocation).await {
             Ok(running) => running,
-            Err(error) => panic!("{error}\nplugin's log:\n{}", self.log()),
+            Err(refused) => panic!("{refused:?}\nplugin's log:\n{}", self.log()),
         }
     }
 
@@ -174,7 +185,7 @@ impl Stage {
         let allocation = self.allocation(&task);
         match self.start_in(plugin, &task, allocation).await {
             Ok(running) => panic!("{} has started", running.id),
-            Err(error) => error.to_string(),
+            Err(refused) => refused.error.to_string(),
         }
     }
 
@@ -184,9 +195,13 @@ impl Stage {
         plugin: &Plugin,
         task: &Task,
         allocation: Arc<Allocation>,
-    ) -> Result<Running, HostError> {
-        let logs = allocation.open_logs()?;
-        let mut config = plugin.task_config(&allocation).await?;
+    ) -> Result<Running, Refused> {
+        let logs = allocation.open_logs().expect("the logs");
+        let (stdout, stderr) = (Output::collect(logs.stdout), Output::collect(logs.stderr));
+        let mut config = match plugin.task_config(&allocation).await {
+            Ok(config) => config,
+            Err(error) => return Err(Refused { error, stderr }),
+        };
         config.network_isolation_spec =
             task.network
                 .as_ref()
@@ -196,14 +211,16 @@ impl Stage {
                     ..driver::NetworkIsolationSpec::default()
                 });
         let id = config.id.clone();
-        let started = within("StartTask", plugin.start(config)).await?;
-        Ok(Running {
-            id,
-            started,
-            stdout: Output::collect(logs.stdout),
-            stderr: Output::collect(logs.stderr),
-            allocation,
-        })
+        match within("StartTask", plugin.start(config)).await {
+            Ok(started) => Ok(Running {
+                id,
+                started,
+                stdout,
+                stderr,
+                allocation,
+            }),
+            Err(error) => Err(Refused { error, stderr }),
+        }
     }
 
     /// The whole life of a task that ends by itself.
@@ -314,6 +331,15 @@ impl Task {
     }
 }
 
+/// A task that was not started.
+#[derive(Debug)]
+pub struct Refused {
+    /// Why not.
+    pub error: HostError,
+    /// What systemd-nspawn had to say about it.
+    pub stderr: Output,
+}
+
 /// A task that was started.
 #[derive(Debug)]
 pub struct Running {
@@ -360,7 +386,12 @@ impl Running {
     /// Waits until it has ended by itself and removes it.
     pub async fn finish(self, plugin: &Plugin) -> Ended {
         let exit = self.wait(plugin).await;
-        let (stdout, stderr) = (self.stdout.all().await, self.stderr.all().await);
+        let (stdout, mut stderr) = (self.stdout.all().await, self.stderr.all().await);
+        // systemd-nspawn says so at the end where /run is not a tmpfs.
+        if let Some(start) = stderr.find("Attempted to remove disk file system") {
+            let length = stderr[start..].find('\n').map_or(0, |end| end + 1);
+            stderr.replace_range(start..start + length, "");
+        }
         self.destroy(plugin).await;
         Ended {
             stdout,
@@ -407,10 +438,16 @@ pub struct Output {
     seen: watch::Receiver<Seen>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Seen {
     bytes: Vec<u8>,
     ended: bool,
+}
+
+impl fmt::Debug for Seen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&String::from_utf8_lossy(&self.bytes))
+    }
 }
 
 impl Output {
