@@ -2,8 +2,40 @@
 //! the real systemd-nspawn; a test that is asked for and can't run fails.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+pub mod agent;
+pub mod debian;
+pub mod leftovers;
+pub mod stage;
+
+/// How long anything may take before a test gives up on it. Only a broken test ever waits this long.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Waits until `look` finds something; `what` is named when it does not come. For things that tell nobody when they happen.
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + DEADLINE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < end, "{what}: not within {DEADLINE:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A short word that no other run uses, fit for a host name.
+pub fn unique() -> String {
+    let mut bytes = [0; 4];
+    std::io::Read::read_exact(
+        &mut fs::File::open("/dev/urandom").expect("/dev/urandom"),
+        &mut bytes,
+    )
+    .expect("random bytes");
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
 
 /// The driver under test: `NOMAD_DRIVER_NSPAWN`, or what cargo has built beside this test.
 pub fn driver() -> PathBuf {
@@ -32,6 +64,13 @@ pub fn needs_root() {
     );
 }
 
+const GETENT: &str = "#!/bin/sh
+case $1 in
+    initgroups) echo \"$2 1000\" ;;
+    *) grep \"^$2:\" \"/etc/$1\" ;;
+esac
+";
+
 /// Fills an empty directory with a small system around a static busybox.
 pub fn busybox_tree(tree: &Path) {
     for directory in [
@@ -59,6 +98,10 @@ pub fn busybox_tree(tree: &Path) {
         "root:x:0:0:root:/root:/bin/sh\nbob:x:1000:1000:Bob:/srv:/bin/sh\n",
     )
     .expect("passwd");
+    // systemd-nspawn asks this program of the image for users.
+    let getent = tree.join("bin/getent");
+    fs::write(&getent, GETENT).expect("getent");
+    fs::set_permissions(getent, fs::Permissions::from_mode(0o755)).expect("getent");
     fs::write(tree.join("etc/group"), "root:x:0:\nbob:x:1000:\n").expect("group");
     fs::write(tree.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").expect("os-release");
 }

@@ -1,0 +1,80 @@
+//! A Debian tree with systemd in it, made once by debootstrap and kept outside the work tree. Everybody gets a copy of their
+//! own: systemd-nspawn locks a tree while it runs.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nix::fcntl::{Flock, FlockArg};
+
+/// Where the tree is kept, unless `NOMAD_DRIVER_NSPAWN_E2E_CACHE` says otherwise.
+const CACHE: &str = "/var/cache/nomad-driver-nspawn-e2e";
+/// Where it comes from, unless `NOMAD_DRIVER_NSPAWN_E2E_MIRROR` says otherwise.
+const MIRROR: &str = "http://deb.debian.org/debian";
+const SUITE: &str = "bookworm";
+
+fn setting(name: &str, default: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| default.to_owned())
+}
+
+/// The kept tree, made when it is missing.
+pub fn tree() -> PathBuf {
+    let cache = PathBuf::from(setting("NOMAD_DRIVER_NSPAWN_E2E_CACHE", CACHE));
+    fs::create_dir_all(&cache).expect("the cache directory");
+    // Other processes want it too, and one of them makes it.
+    let lock = fs::File::create(cache.join("lock")).expect("the lock of the cache");
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).expect("the lock of the cache");
+    let tree = cache.join(SUITE);
+    if !tree.is_dir() {
+        let new = cache.join(format!("{SUITE}.new"));
+        drop(fs::remove_dir_all(&new));
+        make(&new);
+        fs::rename(&new, &tree).expect("the finished tree");
+    }
+    tree
+}
+
+fn make(tree: &Path) {
+    let made = Command::new("debootstrap")
+        .args([
+            "--variant=minbase",
+            "--include=systemd,systemd-sysv,dbus",
+            SUITE,
+        ])
+        .arg(tree)
+        .arg(setting("NOMAD_DRIVER_NSPAWN_E2E_MIRROR", MIRROR))
+        .env("LC_ALL", "C")
+        .output()
+        .expect("debootstrap is not installed (Debian: debootstrap)");
+    assert!(
+        made.status.success(),
+        "debootstrap: {}\n{}",
+        made.status,
+        String::from_utf8_lossy(&made.stdout)
+    );
+    for heavy in [
+        "var/cache/apt",
+        "var/lib/apt/lists",
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/locale",
+    ] {
+        drop(fs::remove_dir_all(tree.join(heavy)));
+    }
+}
+
+/// A copy of the kept tree at `target`, with this unit in it, started at boot as `e2e.service`.
+pub fn copy(target: &Path, unit: &str) {
+    let copied = Command::new("cp")
+        .args(["-a", "--reflink=auto", "--"])
+        .arg(tree())
+        .arg(target)
+        .status()
+        .expect("cp");
+    assert!(copied.success(), "cp: {copied}");
+    let units = target.join("etc/systemd/system");
+    fs::write(units.join("e2e.service"), unit).expect("the unit");
+    let wants = units.join("multi-user.target.wants");
+    fs::create_dir_all(&wants).expect("multi-user.target.wants");
+    std::os::unix::fs::symlink("../e2e.service", wants.join("e2e.service")).expect("the link");
+}

@@ -1,0 +1,257 @@
+//! What a run leaves on the machine: processes, mounts, control groups, network namespaces and links, loop devices, and files
+//! in the places that systemd-nspawn and the driver use. Judges only what carries the run's own marks, its directory and its
+//! names, because other runs may be at work on the same machine. Removes nothing, except the processes of a failed test.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// How long what is on its way out may take before it counts as left.
+const OUTGOING: Duration = Duration::from_secs(5);
+/// Names of this length and longer are marks; a shorter one could be part of anything.
+const SHORTEST: usize = 6;
+/// Where systemd-nspawn and the driver keep files by name, and how deep below that names are looked at.
+const PLACES: [(&str, usize); 8] = [
+    ("/sys/fs/cgroup", usize::MAX),
+    ("/run/nomad-driver-nspawn", 1),
+    ("/run/systemd/nspawn", 3),
+    ("/run/systemd/machines", 1),
+    ("/run/netns", 1),
+    ("/var/lib/machines", 1),
+    ("/var/tmp", 1),
+    ("/tmp", 1),
+];
+
+/// What one run's things can be told by.
+#[derive(Debug, Clone)]
+pub struct Marks {
+    dir: PathBuf,
+    names: BTreeSet<String>,
+}
+
+impl Marks {
+    /// Everything of this run names `dir`, an absolute path.
+    pub fn new(dir: &Path) -> Self {
+        let dir = fs::canonicalize(dir).expect("the run's directory");
+        assert!(
+            dir.components().count() > 2,
+            "{} is everybody's",
+            dir.display()
+        );
+        Self {
+            dir,
+            names: BTreeSet::new(),
+        }
+    }
+
+    /// This name, part of others as well, is the run's too.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        assert!(name.len() >= SHORTEST, "{name:?} is too short for a mark");
+        self.names.insert(name.to_owned());
+        self
+    }
+
+    fn carried_by(&self, text: &str) -> bool {
+        text.contains(&*self.dir.to_string_lossy())
+            || self.names.iter().any(|name| text.contains(name))
+    }
+
+    /// Everything that is there now, a line each.
+    pub fn left(&self) -> Vec<String> {
+        let mut left: Vec<_> = self
+            .processes()
+            .into_iter()
+            .map(|found| format!("process {} {}", found.pid, found.command))
+            .collect();
+        left.extend(
+            self.mounts()
+                .into_iter()
+                .map(|line| format!("mount {line}")),
+        );
+        for (place, depth) in PLACES {
+            self.walk(Path::new(place), depth, &mut left);
+        }
+        left.extend(self.locks());
+        left.extend(self.links());
+        left.extend(self.loops());
+        left
+    }
+
+    /// Fails when something is left after a moment.
+    #[track_caller]
+    pub fn assert_none_left(&self) {
+        let end = Instant::now() + OUTGOING;
+        loop {
+            let left = self.left();
+            if left.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < end, "left behind:\n{}", left.join("\n"));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The run's processes, this one and its ancestors aside.
+    pub fn processes(&self) -> Vec<Found> {
+        let kin = ancestors();
+        let own_mounts = fs::read_link("/proc/self/ns/mnt").ok();
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+            let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
+                continue;
+            };
+            if !kin.contains(&pid) {
+                found.extend(self.process(pid, own_mounts.as_deref()));
+            }
+        }
+        found
+    }
+
+    fn process(&self, pid: i32, own_mounts: Option<&Path>) -> Option<Found> {
+        // Opened before the look: what is seen afterwards is this process or none.
+        let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        let read = |name: &str| {
+            let bytes = fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).replace('\0', " ")
+        };
+        let link = |name: &str| fs::read_link(format!("/proc/{pid}/{name}")).unwrap_or_default();
+        let command = read("cmdline");
+        if command.is_empty() {
+            // A kernel thread, or a process that has ended and waits for its parent.
+            return None;
+        }
+        // A payload names nothing of the host, but its mounts come from the run's trees.
+        let mounted = || {
+            own_mounts.is_some_and(|own| link("ns/mnt") != own)
+                && self.carried_by(&read("mountinfo"))
+        };
+        let ours = self.carried_by(&command)
+            || self.carried_by(&read("environ"))
+            || self.carried_by(&read("cgroup"))
+            || link("cwd").starts_with(&self.dir)
+            || mounted();
+        ours.then_some(Found {
+            pid,
+            command,
+            pidfd,
+        })
+    }
+
+    /// Ends the run's processes, after a test that failed.
+    pub fn kill(&self) {
+        for found in self.processes() {
+            // An error means that it has ended.
+            let _ = pidfd_send_signal(&found.pidfd, Signal::KILL);
+        }
+    }
+
+    fn mounts(&self) -> Vec<String> {
+        let table = fs::read_to_string("/proc/self/mountinfo").expect("the mount table");
+        let mut lines: Vec<_> = table.lines().map(str::to_owned).collect();
+        lines.retain(|line| self.carried_by(line));
+        lines
+    }
+
+    fn walk(&self, dir: &Path, depth: usize, left: &mut Vec<String>) {
+        let Ok(entries) = fs::read_dir(dir) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            if path.starts_with(&self.dir) || self.dir.starts_with(&path) {
+                continue;
+            }
+            // The directory itself has been looked at: only the last part of the path counts.
+            if self.carried_by(&entry.file_name().to_string_lossy()) {
+                left.push(format!("file {}", path.display()));
+            } else if depth > 1 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                self.walk(&path, depth - 1, left);
+            }
+        }
+    }
+
+    /// systemd-nspawn's locks of trees, which are called by the numbers of the inode.
+    fn locks(&self) -> Vec<String> {
+        let mut trees = vec![self.dir.clone()];
+        let below = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        trees.extend(below.map(|entry| entry.path()));
+        trees
+            .iter()
+            .filter_map(|tree| fs::metadata(tree).ok())
+            .map(|tree| {
+                format!(
+                    "/run/systemd/nspawn/locks/inode-{}:{}",
+                    tree.dev(),
+                    tree.ino()
+                )
+            })
+            .filter(|lock| Path::new(lock).exists())
+            .map(|lock| format!("file {lock}"))
+            .collect()
+    }
+
+    /// Network interfaces: their names are cut short, so a part of the name has to do.
+    fn links(&self) -> Vec<String> {
+        let ours = |link: &str| {
+            let short = link
+                .strip_prefix("ve-")
+                .or_else(|| link.strip_prefix("vb-"))
+                .or_else(|| link.strip_prefix("vz-"))
+                .and_then(|name| name.get(..SHORTEST));
+            short.is_some_and(|short| self.names.iter().any(|name| name.starts_with(short)))
+                || self.carried_by(link)
+        };
+        let links = fs::read_dir("/sys/class/net").into_iter().flatten();
+        links
+            .flatten()
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .filter(|link| ours(link))
+            .map(|link| format!("link {link}"))
+            .collect()
+    }
+
+    fn loops(&self) -> Vec<String> {
+        let devices = fs::read_dir("/sys/block").into_iter().flatten();
+        devices
+            .flatten()
+            .filter_map(|device| {
+                let file = fs::read_to_string(device.path().join("loop/backing_file")).ok()?;
+                let name = device.file_name();
+                self.carried_by(&file)
+                    .then(|| format!("loop device {} of {}", name.display(), file.trim()))
+            })
+            .collect()
+    }
+}
+
+/// A process that carries a mark, safe against reuse of its number.
+#[derive(Debug)]
+pub struct Found {
+    /// Its number.
+    pub pid: i32,
+    /// Its arguments.
+    pub command: String,
+    pidfd: OwnedFd,
+}
+
+/// This process and those it was started by.
+fn ancestors() -> BTreeSet<i32> {
+    let mut all = BTreeSet::new();
+    let mut pid = std::process::id().cast_signed();
+    while pid > 0 && all.insert(pid) {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let after = stat.rsplit(')').next().unwrap_or_default();
+        pid = after
+            .split_whitespace()
+            .nth(1)
+            .and_then(|parent| parent.parse().ok())
+            .unwrap_or(0);
+    }
+    all
+}

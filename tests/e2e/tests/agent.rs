@@ -1,0 +1,212 @@
+//! Tier (b): a real Nomad agent runs real job files, one per promise.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use e2e::agent::{Agent, Allocation};
+use e2e::{debian, until};
+
+fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("jobs")
+        .join(format!("{name}.nomad.hcl"))
+}
+
+/// A small tree of the caller's own: systemd-nspawn locks it.
+fn image(agent: &Agent, name: &str) -> String {
+    let tree = agent.join(name);
+    fs::create_dir(&tree).unwrap();
+    e2e::busybox_tree(&tree);
+    tree.to_str().unwrap().to_owned()
+}
+
+fn run<'a>(agent: &'a Agent, job: &str) -> Allocation<'a> {
+    agent.run(&file(job), &[("image", &image(agent, job))])
+}
+
+/// Every line is there once, in order, then the last.
+#[track_caller]
+fn assert_no_gap(printed: &str) {
+    let mut lines = printed.lines();
+    assert_eq!(lines.next_back(), Some("last"));
+    let mut count = 0;
+    for (number, line) in (1..).zip(lines) {
+        assert_eq!(line, format!("line-{number}-"));
+        count = number;
+    }
+    assert!(count > 0, "nothing was written");
+}
+
+/// Waits for lines that are written from now on.
+fn goes_on(writer: &Allocation<'_>) {
+    let now = writer.output("stdout").lines().count();
+    writer.printed(&format!("line-{}-", now + 20));
+}
+
+#[test]
+fn the_example_says_hello() {
+    let agent = Agent::new();
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/hello.nomad.hcl");
+    let hello = agent.run(&example, &[]);
+    assert_eq!(hello.dead(), [0]);
+    let printed = hello.printed("greetings from a file");
+    assert!(printed.starts_with("hello from "), "{printed}");
+    assert_eq!(
+        hello.output("stderr").lines().next(),
+        Some("this line goes to stderr")
+    );
+    agent.leave();
+}
+
+#[test]
+fn a_batch_task_has_the_exit_code_of_its_command() {
+    let agent = Agent::new();
+    let codes = [0, 1, 42];
+    let started = codes.map(|code| {
+        let image = image(&agent, &format!("tree{code}"));
+        agent.run(
+            &file("batch"),
+            &[("image", &image), ("code", &code.to_string())],
+        )
+    });
+    for (code, task) in codes.into_iter().zip(started) {
+        assert_eq!(task.dead(), [code]);
+        assert_eq!(task.output("stdout"), "said\n");
+        assert!(task.output("stderr").starts_with("complained\n"));
+        assert_eq!(task.task()["Failed"], code != 0);
+    }
+    agent.leave();
+}
+
+#[test]
+fn a_service_that_fails_is_started_again_as_its_policy_says() {
+    let agent = Agent::new();
+    let task = run(&agent, "restart");
+    assert_eq!(task.dead(), [11, 12, 13]);
+    assert_eq!(task.starts(), 3);
+    agent.leave();
+}
+
+#[test]
+fn a_stop_is_graceful_and_forced_at_the_timeout() {
+    let agent = Agent::new();
+    let stop = |name: &str, handler: &str| {
+        let image = image(&agent, name);
+        let task = agent.run(&file("stop"), &[("image", &image), ("handler", handler)]);
+        task.printed("up");
+        let exits = task.stop();
+        (exits, task.output("stdout"))
+    };
+    assert_eq!(
+        stop("polite", "echo bye; exit 7"),
+        (vec![7], "up\nbye\n".to_owned())
+    );
+    assert_eq!(stop("deaf", "echo no").0, [137]);
+    agent.leave();
+}
+
+#[test]
+fn a_signal_reaches_the_command() {
+    let agent = Agent::new();
+    let task = run(&agent, "signal");
+    task.printed("up");
+    task.signal("SIGHUP");
+    task.printed("heard");
+    until("the task's state", || {
+        (task.task()["State"] == "running").then_some(())
+    });
+    assert_eq!(task.stop(), [0]);
+    agent.leave();
+}
+
+/// What happens to the agent while a task writes, and what must be true of the task afterwards.
+fn survives(what: impl FnOnce(&mut Agent)) {
+    let mut agent = Agent::new();
+    let (writer, leader) = {
+        let writer = run(&agent, "writer");
+        writer.printed("line-20-");
+        (writer.name(), writer.leader())
+    };
+    what(&mut agent);
+    let writer = writer.on(&agent);
+    goes_on(&writer);
+    assert_eq!(writer.leader(), leader, "another container");
+    fs::write(writer.dir().join("local/end"), "").unwrap();
+    assert_eq!(writer.dead(), [42]);
+    assert_eq!(writer.starts(), 1);
+    assert_no_gap(&writer.printed("last\n"));
+    agent.leave();
+}
+
+#[test]
+fn a_task_survives_a_killed_agent() {
+    survives(|agent| {
+        agent.kill();
+        agent.start();
+    });
+}
+
+#[test]
+fn a_task_survives_an_orderly_restart_of_the_agent() {
+    survives(|agent| {
+        agent.stop();
+        agent.start();
+    });
+}
+
+#[test]
+fn a_task_survives_a_killed_plugin() {
+    survives(|agent| {
+        let plugin = agent.plugin();
+        let pid = nix::unistd::Pid::from_raw(plugin);
+        let sockets = agent.sockets();
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        until("another plugin", || {
+            (agent.plugin() != plugin).then_some(())
+        });
+        // Who is killed can't remove its own.
+        sockets
+            .iter()
+            .for_each(|left| fs::remove_file(left).unwrap());
+    });
+}
+
+#[test]
+fn a_task_that_ended_while_the_agent_was_down_has_its_true_exit_code() {
+    let mut agent = Agent::new();
+    let writer = {
+        let writer = run(&agent, "writer");
+        writer.printed("line-20-");
+        writer.name()
+    };
+    agent.kill();
+    let local = writer.on(&agent).dir().join("local");
+    fs::write(local.join("end"), "").unwrap();
+    // The log collector lives on without the agent.
+    writer.on(&agent).printed("last\n");
+    agent.start();
+    let writer = writer.on(&agent);
+    assert_eq!(writer.dead(), [42]);
+    assert_eq!(writer.starts(), 1);
+    assert_no_gap(&writer.output("stdout"));
+    agent.leave();
+}
+
+#[test]
+fn a_debian_system_is_booted_and_shut_down_in_order() {
+    let agent = Agent::new();
+    let tree = agent.join("debian");
+    debian::copy(
+        &tree,
+        "[Service]\nType=oneshot\nRemainAfterExit=yes\n\
+         ExecStart=/bin/sh -c 'echo started >> /alloc/data/said'\n\
+         ExecStop=/bin/sh -c 'echo stopped >> /alloc/data/said'\n",
+    );
+    let task = agent.run(&file("boot"), &[("image", tree.to_str().unwrap())]);
+    let said = task.dir().join("../alloc/data/said");
+    let read = || fs::read_to_string(&said).unwrap_or_default();
+    until("the unit's start", || (read() == "started\n").then_some(()));
+    assert_eq!(task.stop(), [0]);
+    assert_eq!(read(), "started\nstopped\n");
+    agent.leave();
+}

@@ -1,0 +1,131 @@
+//! What is left is found: every kind of thing is left on purpose, seen, and taken away again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+use e2e::leftovers::Marks;
+use e2e::stage::Namespace;
+
+struct Ground {
+    dir: tempfile::TempDir,
+    name: String,
+    marks: Marks,
+}
+
+fn ground() -> Ground {
+    e2e::needs_root();
+    let dir = tempfile::Builder::new().prefix("nde-").tempdir().unwrap();
+    let name = format!("t{}", e2e::unique());
+    let marks = Marks::new(dir.path()).named(&name);
+    assert_eq!(marks.left(), Vec::<String>::new());
+    Ground { dir, name, marks }
+}
+
+impl Ground {
+    #[track_caller]
+    fn sees(&self, what: &str) {
+        let left = self.marks.left();
+        assert!(left.iter().any(|line| line.contains(what)), "{left:?}");
+    }
+}
+
+fn finish(mut child: Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_process_is_found_by_its_words_environment_and_directory() {
+    let ground = ground();
+    let sleep = || {
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        command
+    };
+    let mut commands = [sleep(), sleep(), Command::new("sh")];
+    commands[0].env("X", ground.dir.path());
+    commands[1].current_dir(ground.dir.path());
+    commands[2].args(["-c", "sleep 1000; :", &ground.name]);
+    for mut command in commands {
+        let child = command.spawn().unwrap();
+        e2e::until("the process is seen", || {
+            let want = format!("process {} ", child.id());
+            ground
+                .marks
+                .left()
+                .iter()
+                .find(|line| line.starts_with(&want))
+                .cloned()
+        });
+        ground.marks.kill();
+        finish(child);
+    }
+    ground.marks.assert_none_left();
+}
+
+#[test]
+fn a_payload_is_found_by_its_mounts() {
+    let ground = ground();
+    let tree = ground.dir.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    let script = "mount --bind \"$0\" /mnt && cd / && exec sleep 1000";
+    let child = Command::new("unshare")
+        .args(["--mount", "sh", "-c", script])
+        .arg(&tree)
+        .spawn()
+        .unwrap();
+    let want = format!("process {} sleep 1000", child.id());
+    e2e::until("the process is seen", || {
+        ground
+            .marks
+            .left()
+            .iter()
+            .find(|line| line.starts_with(&want))
+            .cloned()
+    });
+    finish(child);
+    ground.marks.assert_none_left();
+}
+
+#[test]
+fn a_mount_a_control_group_and_a_namespace_are_found() {
+    let ground = ground();
+    let point = ground.dir.path().join("point");
+    fs::create_dir(&point).unwrap();
+    let flags = nix::mount::MsFlags::empty();
+    nix::mount::mount(None::<&str>, &point, Some("tmpfs"), flags, None::<&str>).unwrap();
+    ground.sees("mount ");
+    nix::mount::umount(&point).unwrap();
+
+    let group = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"].map(PathBuf::from);
+    let group = group
+        .into_iter()
+        .find(|mount| mount.join("cgroup.procs").exists())
+        .unwrap();
+    let group = group.join(format!("{}.leaf", ground.name));
+    fs::create_dir(&group).unwrap();
+    ground.sees(group.to_str().unwrap());
+    fs::remove_dir(group).unwrap();
+
+    let namespace = Namespace::new(&ground.name);
+    ground.sees("/run/netns/");
+    drop(namespace);
+    ground.marks.assert_none_left();
+}
+
+#[test]
+fn a_lock_of_a_tree_is_found() {
+    use std::os::unix::fs::MetadataExt;
+    let ground = ground();
+    let tree = ground.dir.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    let of = fs::metadata(&tree).unwrap();
+    let locks = Path::new("/run/systemd/nspawn/locks");
+    fs::create_dir_all(locks).unwrap();
+    let lock = locks.join(format!("inode-{}:{}", of.dev(), of.ino()));
+    fs::write(&lock, "").unwrap();
+    ground.sees("inode-");
+    fs::remove_file(lock).unwrap();
+    ground.marks.assert_none_left();
+}
