@@ -46,7 +46,9 @@ fn a_process_is_found_by_its_words_environment_and_directory() {
     let mut commands = [sleep(), sleep(), Command::new("sh")];
     commands[0].env("X", ground.dir.path());
     commands[1].current_dir(ground.dir.path());
-    commands[2].args(["-c", "sleep 1000; :", &ground.name]);
+    commands[2].args(["-c", "read line", &ground.name]);
+    // Nothing ever comes, and it starts no process that would outlive it.
+    commands[2].stdin(std::process::Stdio::piped());
     for mut command in commands {
         let child = command.spawn().unwrap();
         e2e::until("the process is seen", || {

@@ -376,10 +376,26 @@ async fn pivot_root_makes_a_directory_of_the_image_the_root() {
         .words(&["/bin/cat", "/id"])
         .with("pivot_root", "/inner");
     assert_eq!(stage.run_on(&plugin, task).await.said(), "inner\n");
+    // Some kernels refuse systemd-nspawn the move of the old root.
+    let tree = stage.join("tree");
+    let directory = format!("--directory={}", tree.display());
+    let bare = bare(&[&directory, "--pivot-root=/inner:/old", "/bin/true"]);
     let task = stage
         .words(&["/bin/cat", "/id", "/old/outer"])
         .with("pivot_root", "/inner:/old");
-    assert_eq!(stage.run_on(&plugin, task).await.said(), "inner\nouter\n");
+    let allocation = stage.allocation(&task);
+    match stage.start_in(&plugin, &task, allocation).await {
+        Ok(running) => assert_eq!(running.finish(&plugin).await.said(), "inner\nouter\n"),
+        Err(refused) => {
+            let said = String::from_utf8_lossy(&bare.stderr);
+            assert!(
+                !bare.status.success(),
+                "systemd-nspawn itself can: {refused:?}"
+            );
+            assert!(said.contains("MS_MOVE"), "{said}");
+            refused.stderr.contains("MS_MOVE").await;
+        }
+    }
     end(plugin).await;
     stage.leave();
 }
