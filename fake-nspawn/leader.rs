@@ -25,8 +25,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::WaitStatus;
 use nix::unistd::{Pid, getppid, setsid};
+use rustix::process::WaitStatus;
 use serde::{Deserialize, Serialize};
 
 use crate::ledger::{Event, Ledger, Role};
@@ -73,6 +73,14 @@ pub(crate) enum End {
 
 /// How often the leader looks which handlers the payload has. Nothing tells it.
 const LOOK: Duration = Duration::from_millis(10);
+
+impl End {
+    /// The end that a status tells, if it tells one.
+    pub(crate) fn of(status: WaitStatus) -> Option<Self> {
+        let exit = status.exit_status().map(Self::Exit);
+        exit.or_else(|| status.terminating_signal().map(Self::Signal))
+    }
+}
 
 const POWER_OFF: End = End::Signal(2);
 const RESTART: End = End::Signal(1);
@@ -258,11 +266,7 @@ impl Leader {
         let mut ended = None;
         process::reap(|pid, status| {
             if Some(pid) == self.payload {
-                ended = match status {
-                    WaitStatus::Exited(_, code) => Some(End::Exit(code)),
-                    WaitStatus::Signaled(_, signal, _) => Some(End::Signal(signal as i32)),
-                    _ => None,
-                };
+                ended = End::of(status);
             }
         });
         let ended = ended?;

@@ -14,7 +14,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::WaitStatus;
 
 use crate::leader::{self, End, Plan};
 use crate::ledger::{Event, Ledger, Role};
@@ -212,13 +211,9 @@ impl Nspawn<'_> {
         }
         prctl::set_child_subreaper(true)?;
         let told = self.start(prepared)?;
-        let status = self.wait(&events)?;
+        let seen = self.wait(&events)?;
         process::kill_descendants();
-        let end = told_end(told)?.unwrap_or(match status {
-            WaitStatus::Signaled(_, signal, _) => End::Signal(signal as i32),
-            WaitStatus::Exited(_, code) => End::Exit(code),
-            _ => End::Exit(1),
-        });
+        let end = told_end(told)?.unwrap_or(seen);
         Ok(self.status(&prepared.machine, end))
     }
 
@@ -247,7 +242,12 @@ impl Nspawn<'_> {
                 .iter()
                 .map(|(name, value)| (name, value)),
         );
-        let child = command.spawn()?;
+        // The leader is announced before it has blocked its signals itself, so it is born with all of them blocked.
+        let before = SigSet::thread_get_mask()?;
+        SigSet::all().thread_block()?;
+        let child = command.spawn();
+        before.thread_set_mask()?;
+        let child = child?;
         let pid = i32::try_from(child.id())?;
         self.leader = Some(pid);
         self.ledger.write(&Event::Started { leader: pid })?;
@@ -282,21 +282,23 @@ impl Nspawn<'_> {
         Ok(false)
     }
 
-    fn wait(&mut self, events: &SignalFd) -> anyhow::Result<WaitStatus> {
+    fn wait(&mut self, events: &SignalFd) -> anyhow::Result<End> {
         loop {
             let mut ended = None;
             let leader = self.leader;
             process::reap(|pid, status| {
                 if Some(pid) == leader {
-                    match status {
-                        WaitStatus::Stopped(..) => self.freeze(pid, Signal::SIGSTOP),
-                        WaitStatus::Continued(_) => self.freeze(pid, Signal::SIGCONT),
-                        status => ended = Some(status),
+                    if status.stopped() {
+                        self.freeze(pid, Signal::SIGSTOP);
+                    } else if status.continued() {
+                        self.freeze(pid, Signal::SIGCONT);
+                    } else {
+                        ended = End::of(status);
                     }
                 }
             });
-            if let Some(status) = ended {
-                return Ok(status);
+            if let Some(end) = ended {
+                return Ok(end);
             }
             ready(events, PollTimeout::NONE)?;
             self.take_signals(events)?;

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
+use rustix::process::{WaitOptions, WaitStatus, wait};
 
 /// The first real-time signal, as systemd counts.
 pub(crate) const RTMIN: i32 = 34;
@@ -110,18 +111,10 @@ fn reap_one_blocking() {
 }
 
 /// Takes in all children that have ended or changed, without waiting.
-pub(crate) fn reap(mut seen: impl FnMut(i32, nix::sys::wait::WaitStatus)) {
-    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-    let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED | WaitPidFlag::WCONTINUED;
-    loop {
-        match waitpid(None, Some(flags)) {
-            Ok(WaitStatus::StillAlive) | Err(_) => return,
-            Ok(status) => {
-                if let Some(pid) = status.pid() {
-                    seen(pid.as_raw(), status);
-                }
-            }
-        }
+pub(crate) fn reap(mut seen: impl FnMut(i32, WaitStatus)) {
+    let options = WaitOptions::NOHANG | WaitOptions::UNTRACED | WaitOptions::CONTINUED;
+    while let Ok(Some((pid, status))) = wait(options) {
+        seen(pid.as_raw_pid(), status);
     }
 }
 

@@ -22,8 +22,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use rustix::process::{WaitOptions, WaitStatus, wait};
 
 use super::line::{Failure, News, Request, Step, Verb, line, next};
 use super::process::{Held, catches, close_inherited, first_child, ignores, myself};
@@ -410,22 +409,19 @@ impl Watch {
     }
 
     /// Reaps whoever has ended; the status of systemd-nspawn if it is among them.
-    fn reap(&self) -> Option<WaitStatus> {
+    fn reap(&self) -> Option<Death> {
         while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
         let mut found = None;
-        loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::StillAlive) | Err(_) => return found,
-                Ok(status) if status.pid() == Some(Pid::from_raw(self.nspawn.pid)) => {
-                    found = Some(status)
-                }
-                Ok(_) => {}
+        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+            if pid.as_raw_pid() == self.nspawn.pid {
+                found = Some(death(status));
             }
         }
+        found
     }
 
     /// systemd-nspawn has ended: so has the container, or it does now.
-    fn end(&mut self, status: WaitStatus) {
+    fn end(&mut self, end: Death) {
         // What it said last may still lie in the socket: a short command is over before anybody has looked.
         self.hear_nspawn();
         self.records.discard_environment();
@@ -437,7 +433,7 @@ impl Watch {
             .map(|place| Group::new(&place.group));
         let copy = match &self.state {
             State::Starting => {
-                let failure = self.failed(status);
+                let failure = self.failed(end);
                 self.listeners.tell(&News::Failed(failure));
                 None
             }
@@ -448,7 +444,7 @@ impl Watch {
             State::Running { copy, .. } => {
                 let copy = copy.clone();
                 let oom = group.as_ref().is_some_and(|group| group.oom_kills() > 0);
-                let exit = exit_of(status, self.order.mode, self.forced, oom);
+                let exit = exit_of(end, self.order.mode, self.forced, oom);
                 if let Err(error) = self.records.write_exit(&exit) {
                     let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
                 }
@@ -488,11 +484,10 @@ impl Watch {
         }
     }
 
-    fn failed(&self, status: WaitStatus) -> Failure {
-        let how = match status {
-            WaitStatus::Exited(_, code) => format!("exited with status {code}"),
-            WaitStatus::Signaled(_, signal, _) => format!("was ended by {signal}"),
-            other => format!("ended: {other:?}"),
+    fn failed(&self, end: Death) -> Failure {
+        let how = match end {
+            Death::Exit(code) => format!("exited with status {code}"),
+            Death::Signal(signal) => format!("was ended by {}", name(signal)),
         };
         let reason = self.records.failure().unwrap_or_else(|| {
             format!(
@@ -514,26 +509,38 @@ struct Awake {
     lifeline: bool,
 }
 
+/// How a process ended. The signal is a number, because any may end it, those without a name too.
+#[derive(Debug, Clone, Copy)]
+enum Death {
+    Exit(i32),
+    Signal(i32),
+}
+
+fn death(status: WaitStatus) -> Death {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => Death::Exit(code),
+        (None, signal) => Death::Signal(signal.unwrap_or_default()),
+    }
+}
+
+fn name(signal: i32) -> String {
+    Signal::from_number(signal).map_or_else(|| signal.to_string(), |signal| signal.to_string())
+}
+
 /// What systemd-nspawn's status means for Nomad. It passes a payload's code on, but has only one number for every signal.
-fn exit_of(status: WaitStatus, mode: Mode, forced: bool, oom: bool) -> Exit {
+fn exit_of(end: Death, mode: Mode, forced: bool, oom: bool) -> Exit {
     let killed = 128 + Signal::KILL.number();
-    let (code, signal, error) = match status {
+    let (code, signal, error) = match end {
         _ if forced => (killed, Signal::KILL.number(), None),
-        WaitStatus::Exited(_, 1 | 255) if oom && mode != Mode::Boot => {
-            (killed, Signal::KILL.number(), None)
-        }
-        WaitStatus::Exited(_, code) => (code, 0, None),
-        WaitStatus::Signaled(_, signal, _) => {
+        Death::Exit(1 | 255) if oom && mode != Mode::Boot => (killed, Signal::KILL.number(), None),
+        Death::Exit(code) => (code, 0, None),
+        Death::Signal(signal) => {
             let text = format!(
-                "systemd-nspawn was ended by {signal} from outside, and the container with it"
+                "systemd-nspawn was ended by {} from outside, and the container with it",
+                name(signal)
             );
-            (128 + signal as i32, signal as i32, Some(text))
+            (128 + signal, signal, Some(text))
         }
-        other => (
-            1,
-            0,
-            Some(format!("systemd-nspawn ended in an unknown way: {other:?}")),
-        ),
     };
     Exit {
         code,
@@ -656,33 +663,28 @@ mod tests {
     use super::*;
     use rstest::rstest;
 
-    const PID: Pid = Pid::from_raw(1);
-
     #[rstest]
-    #[case::a_code(WaitStatus::Exited(PID, 7), false, false, (7, 0, false))]
-    #[case::by_force(WaitStatus::Exited(PID, 1), true, false, (137, 9, false))]
-    #[case::out_of_memory(WaitStatus::Exited(PID, 1), false, true, (137, 9, true))]
-    #[case::one_of_many_out_of_memory(WaitStatus::Exited(PID, 3), false, true, (3, 0, true))]
+    #[case::a_code(Death::Exit(7), false, false, (7, 0, false))]
+    #[case::by_force(Death::Exit(1), true, false, (137, 9, false))]
+    #[case::out_of_memory(Death::Exit(1), false, true, (137, 9, true))]
+    #[case::one_of_many_out_of_memory(Death::Exit(3), false, true, (3, 0, true))]
     fn a_status_becomes_an_exit(
-        #[case] status: WaitStatus,
+        #[case] end: Death,
         #[case] forced: bool,
         #[case] oom: bool,
         #[case] want: (i32, i32, bool),
     ) {
-        let exit = exit_of(status, Mode::Plain, forced, oom);
+        let exit = exit_of(end, Mode::Plain, forced, oom);
         assert_eq!((exit.code, exit.signal, exit.oom_killed), want);
         assert_eq!(exit.error, None);
     }
 
-    #[test]
-    fn a_killed_systemd_nspawn_is_no_success() {
-        let exit = exit_of(
-            WaitStatus::Signaled(PID, nix::sys::signal::Signal::SIGHUP, false),
-            Mode::Plain,
-            false,
-            false,
-        );
-        assert_eq!((exit.code, exit.signal), (129, 1));
-        assert!(exit.error.unwrap().contains("SIGHUP"));
+    #[rstest]
+    #[case(1, "SIGHUP")]
+    #[case(38, "SIGRTMIN+4")]
+    fn a_killed_systemd_nspawn_is_no_success(#[case] number: i32, #[case] name: &str) {
+        let exit = exit_of(Death::Signal(number), Mode::Plain, false, false);
+        assert_eq!((exit.code, exit.signal), (128 + number, number));
+        assert!(exit.error.unwrap().contains(name));
     }
 }
