@@ -247,7 +247,6 @@ async fn start_with_number(
 #[tokio::test]
 async fn check_23_numbers_come_in_many_forms(#[case] number: &[u8], #[case] port: u16) {
     let host = Host::new();
-    // The fake is as strict as the real one: a private network needs a host that can make one.
     let plugin = host.plugin().await;
     let started = start_with_number(&host, &plugin, number).await.unwrap();
     let words = argv(&host.starts()[0]);
@@ -515,7 +514,8 @@ async fn bytes_that_are_no_configuration_are_refused() {
 async fn names_that_lead_elsewhere_are_refused() {
     let host = Host::new();
     let plugin = host.plugin().await;
-    let edits: [(&str, fn(&mut TaskConfig)); 4] = [
+    type Edit = fn(&mut TaskConfig);
+    let edits: [(&str, Edit); 4] = [
         ("task.id", |task| task.id = "../../etc/x".to_owned()),
         ("task.name", |task| task.name = "..".to_owned()),
         ("task.alloc_id", |task| task.alloc_id = "a/b".to_owned()),
