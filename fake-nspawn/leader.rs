@@ -26,6 +26,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{Pid, getppid, setsid};
+use rustix::process::WaitStatus;
 use serde::{Deserialize, Serialize};
 
 use crate::ledger::{Event, Ledger, Role};
@@ -82,6 +83,14 @@ impl End {
 pub(crate) const READY: &[u8] = b"ready\n";
 /// How often the leader looks which handlers the payload has. Nothing tells it.
 const LOOK: Duration = Duration::from_millis(10);
+
+impl End {
+    /// The end that a status tells, if it tells one.
+    pub(crate) fn of(status: WaitStatus) -> Option<Self> {
+        let exit = status.exit_status().map(Self::Exit);
+        exit.or_else(|| status.terminating_signal().map(Self::Signal))
+    }
+}
 
 const POWER_OFF: End = End::Signal(2);
 const RESTART: End = End::Signal(1);

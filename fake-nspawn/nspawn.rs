@@ -245,7 +245,12 @@ impl Nspawn<'_> {
                 .iter()
                 .map(|(name, value)| (name, value)),
         );
-        let child = command.spawn()?;
+        // The leader is announced before it has blocked its signals itself, so it is born with all of them blocked.
+        let before = SigSet::thread_get_mask()?;
+        SigSet::all().thread_block()?;
+        let child = command.spawn();
+        before.thread_set_mask()?;
+        let child = child?;
         let pid = i32::try_from(child.id())?;
         self.leader = Some(pid);
         drop(tell);

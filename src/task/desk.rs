@@ -121,7 +121,7 @@ impl Desk {
                 else => break,
             }
         }
-        self.store.remove(&self.identity.id);
+        self.store.remove(&self.identity);
         self.life.send_modify(|life| {
             life.forgotten = true;
             life.over = true;
@@ -257,7 +257,7 @@ impl Desk {
             Err(error) => {
                 self.state.learn(Fact::StartFailed);
                 // Out of the store before anybody hears of it: a second attempt may have the same id.
-                self.store.remove(&self.identity.id);
+                self.store.remove(&self.identity);
                 let _ = reply.send(Err(error));
                 return;
             }
@@ -279,7 +279,7 @@ impl Desk {
         let Err(error) = &result else {
             self.state.learn(Fact::Removed);
             // Out of the store before anybody hears of it: who asks again shall find nothing.
-            self.store.remove(&self.identity.id);
+            self.store.remove(&self.identity);
             answer_some(reply, Ok(()));
             return;
         };

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Task, TaskError};
+use super::{Identity, Task, TaskError};
 
 /// The tasks of this plugin process. Clones are the same store.
 #[derive(Debug, Clone, Default)]
@@ -30,13 +30,54 @@ impl TaskStore {
         self.tasks().get(id).cloned()
     }
 
-    /// Strikes the task off.
-    pub(super) fn remove(&self, id: &str) {
-        self.tasks().remove(id);
+    /// Strikes this very task off. Another one of the same id, which may have come meanwhile, stays.
+    pub(super) fn remove(&self, identity: &Arc<Identity>) {
+        let mut tasks = self.tasks();
+        let same = tasks
+            .get(&identity.id)
+            .is_some_and(|task| Arc::ptr_eq(&task.identity, identity));
+        if same {
+            tasks.remove(&identity.id);
+        }
     }
 
     fn tasks(&self) -> MutexGuard<'_, HashMap<String, Task>> {
         // Every change of the map is a single call; a panic of another holder left it whole.
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::MockContainerBackend;
+    use crate::task::Life;
+    use tokio::sync::{mpsc, watch};
+
+    fn task() -> Task {
+        Task {
+            identity: Arc::new(Identity {
+                id: "a/t/1".to_owned(),
+                alloc_id: "a".to_owned(),
+                name: "t".to_owned(),
+            }),
+            backend: Arc::new(MockContainerBackend::new()),
+            life: watch::channel(Life::default()).1,
+            mailbox: mpsc::channel(1).0,
+        }
+    }
+
+    #[test]
+    fn a_task_that_ends_late_does_not_strike_off_its_successor() {
+        let store = TaskStore::default();
+        let (first, second) = (task(), task());
+        store.insert(first.clone()).unwrap();
+        assert!(store.insert(second.clone()).is_err());
+        store.remove(&first.identity);
+        store.insert(second.clone()).unwrap();
+        store.remove(&first.identity);
+        assert!(store.seat("a/t/1").is_some());
+        store.remove(&second.identity);
+        assert!(store.seat("a/t/1").is_none());
     }
 }

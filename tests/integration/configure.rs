@@ -247,7 +247,6 @@ async fn start_with_number(
 #[tokio::test]
 async fn check_23_numbers_come_in_many_forms(#[case] number: &[u8], #[case] port: u16) {
     let host = Host::new();
-    // The fake is as strict as the real one: a private network needs a host that can make one.
     let plugin = host.plugin().await;
     let started = start_with_number(&host, &plugin, number).await.unwrap();
     let words = argv(&host.starts()[0]);
@@ -433,7 +432,7 @@ async fn a_driver_that_is_switched_off_says_so() {
 }
 
 #[rstest]
-#[case("image", json!("no-such-image"), "config.image: \"no-such-image\" does not exist; looked at ")]
+#[case("image", json!("no/such-image"), "config.image: \"no/such-image\" does not exist; looked at ")]
 #[case("image", json!("../state"), "config.image: \"../state\" leads out of ")]
 #[case("image", json!(true), "config.image: ")]
 #[case("volatile", json!("maybe"), "config.volatile: \"maybe\" is not one of yes, state, overlay, no")]
@@ -511,14 +510,12 @@ async fn bytes_that_are_no_configuration_are_refused() {
     assert!(host.ledger().is_empty());
 }
 
-/// A name for a bad grant and what makes it bad.
-type Edit = (&'static str, fn(&mut TaskConfig));
-
 #[tokio::test]
 async fn names_that_lead_elsewhere_are_refused() {
     let host = Host::new();
     let plugin = host.plugin().await;
-    let edits: [Edit; 4] = [
+    type Edit = fn(&mut TaskConfig);
+    let edits: [(&str, Edit); 4] = [
         ("task.id", |task| task.id = "../../etc/x".to_owned()),
         ("task.name", |task| task.name = "..".to_owned()),
         ("task.alloc_id", |task| task.alloc_id = "a/b".to_owned()),

@@ -129,21 +129,52 @@ async fn a_start_that_nobody_waits_for_any_more_is_undone() {
 }
 
 #[rstest]
-#[case::supervisor(&["supervisor", "pid"], "supervisor")]
+#[case(9, "SIGKILL")]
+// A number without a name among the plain ones: its status must not be lost.
+#[case(40, "SIGRTMIN+6")]
 #[tokio::test]
-async fn a_killed_watch_ends_its_task_with_a_reason(#[case] whom: &[&str], #[case] words: &str) {
+async fn a_killed_systemd_nspawn_ends_its_task_with_a_reason(
+    #[case] number: i32,
+    #[case] words: &str,
+) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
         .start(&plugin, host.shell("echo up; exec sleep 1000"))
         .await;
     task.stdout.contains("up").await;
-    let pid = i32::try_from(task.state(whom).as_i64().unwrap()).unwrap();
+    let nspawn = host.starts()[0]["pid"].as_i64().unwrap();
+    // The safe wrappers of kill(2) know no real-time signals; the shell does.
+    let sent = std::process::Command::new("/bin/sh")
+        .args(["-c", &format!("kill -{number} {nspawn}")])
+        .status();
+    assert!(sent.unwrap().success());
+    let exit = task.wait(&plugin).await;
+    assert_eq!((exit.code, exit.signal), (128 + number, number));
+    assert!(
+        exit.error.as_ref().is_some_and(|text| text.contains(words)),
+        "{exit:?}"
+    );
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
+#[tokio::test]
+async fn a_killed_supervisor_ends_its_task_with_a_reason() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host
+        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .await;
+    task.stdout.contains("up").await;
+    let pid = i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap();
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
     let exit = task.wait(&plugin).await;
     assert_ne!(exit.code, 0);
     assert!(
-        exit.error.as_ref().is_some_and(|text| text.contains(words)),
+        exit.error
+            .as_ref()
+            .is_some_and(|text| text.contains("supervisor")),
         "{exit:?}"
     );
     task.destroy(&plugin).await;

@@ -7,7 +7,7 @@ use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{Mount, TaskConfig, TaskState};
 use nomad_driver_nspawn::supervisor::process::{Held, children};
 use rstest::rstest;
-use serde_json::{Value, json};
+use serde_json::json;
 use tonic::Code;
 
 use crate::harness::{DEADLINE, Host, Running, argv, environment, eventually, refusal, within};
@@ -235,28 +235,9 @@ pub(crate) async fn nothing_left(host: &Host, plugin: &Plugin) {
     host.quiet(&[plugin.pid()]).await;
     let empty = || std::fs::read_dir(host.state()).unwrap().next().is_none();
     eventually("the state directory is empty", empty).await;
-    let calls = host.starts();
-    for group in calls.iter().flat_map(groups) {
+    for group in host.groups() {
         eventually("the control group is gone", || !group.exists()).await;
     }
-}
-
-/// The directories of the control groups that a start was in and that were made for it.
-fn groups(start: &Value) -> Vec<std::path::PathBuf> {
-    let text = start["cgroup"].as_str().unwrap();
-    let made = text
-        .lines()
-        .filter(|line| line.contains("nomad-driver-nspawn"));
-    let roots = [
-        "/sys/fs/cgroup",
-        "/sys/fs/cgroup/unified",
-        "/sys/fs/cgroup/systemd",
-    ];
-    made.filter_map(|line| line.splitn(3, ':').nth(2))
-        .flat_map(|group| {
-            roots.map(|root| std::path::Path::new(root).join(group.trim_start_matches('/')))
-        })
-        .collect()
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! What every hermetic test stands on: a directory of its own with fake tools, a small root tree and allocations, and the
 //! real plugin binary started by the host that ships. A test owns all of it; nothing is shared, so nothing is serialised.
-//! At its end a [`Host`] looks for processes that were left and fails the test over them.
+//! At its end a [`Host`] looks for processes and control groups that were left and fails the test over them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -297,6 +297,27 @@ impl Host {
         eventually("everything has ended", || others().next().is_none()).await;
     }
 
+    /// The control groups that were made for the starts of this test.
+    pub(crate) fn groups(&self) -> Vec<PathBuf> {
+        let roots = ["", "unified", "systemd"].map(|name| Path::new("/sys/fs/cgroup").join(name));
+        let mut found = Vec::new();
+        for start in self.starts() {
+            let text = start["cgroup"].as_str().unwrap().to_owned();
+            let made = text
+                .lines()
+                .filter_map(|line| line.splitn(3, ':').nth(2))
+                .filter(|group| group.contains("nomad-driver-nspawn/"));
+            for group in made {
+                found.extend(
+                    roots
+                        .iter()
+                        .map(|root| root.join(group.trim_start_matches('/'))),
+                );
+            }
+        }
+        found
+    }
+
     /// The processes that belong to this test: its directory is in their arguments, environment or working directory.
     pub(crate) fn processes(&self) -> Vec<Found> {
         let mut found = Vec::new();
@@ -361,6 +382,12 @@ impl Drop for Host {
                 let _ = pidfd_send_signal(&process.pidfd, Signal::KILL);
                 process.gone(OUTGOING);
                 left.push(process.command);
+            }
+        }
+        // The control group of what was killed here has nobody else to remove it.
+        for group in self.groups() {
+            if fs::remove_dir(&group).is_ok() {
+                left.push(format!("(control group) {}", group.display()));
             }
         }
         assert!(
