@@ -1,5 +1,5 @@
 //! One desk per task: it keeps the life of one container, from the start or the recovery to the last trace. Every request goes
-//! through its desk, which asks [`state`] whether it may happen now, and makes one call on the backend. Knows nothing of Nomad's
+//! through its desk, which asks `state` whether it may happen now, and makes one call on the backend. Knows nothing of Nomad's
 //! wire; judges no configuration.
 //!
 //! Nothing here is detached: the desks are tracked and end with the root token; what a desk has under way ends with the desk.
