@@ -6,6 +6,11 @@
 //! and how it ends was measured on the real tools; `ci/compare-fake` measures again. What it can't be like the real one in
 //! is listed in [`leader`].
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a tool reads its environment and starts what it is told"
+)]
+
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;

@@ -80,6 +80,7 @@ impl Launch {
         self
     }
 
+    #[expect(clippy::disallowed_methods, reason = "a host starts plugins")]
     fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
         command

@@ -45,6 +45,10 @@ pub struct Invitation {
 
 impl Invitation {
     /// Reads the invitation from this process's environment.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a host's invitation is in the environment"
+    )]
     pub fn from_environment() -> Result<Self, HandshakeError> {
         Self::read(|name| std::env::var_os(name))
     }

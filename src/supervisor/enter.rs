@@ -25,6 +25,10 @@ pub fn enter(directory: &Path) -> ExitCode {
     ExitCode::FAILURE
 }
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is where systemd-nspawn is called"
+)]
 fn become_nspawn(records: &Records) -> String {
     let order = match records.order() {
         Ok(order) => order,

@@ -58,6 +58,7 @@ pub struct Supervised {
 type Asked = (Verb, oneshot::Sender<Result<(), String>>);
 
 /// Starts a supervisor, which is `binary` in another life, for the order that lies in `records`, and follows it.
+#[expect(clippy::disallowed_methods, reason = "a supervisor is a process")]
 pub fn launch(binary: &Path, records: &Records, tracker: &TaskTracker) -> io::Result<Supervised> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;

@@ -165,6 +165,7 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
+    #[expect(clippy::disallowed_methods, reason = "a process to hold")]
     #[test]
     fn a_process_is_held_signalled_and_seen_to_end() {
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();

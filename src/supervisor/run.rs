@@ -503,6 +503,10 @@ struct Awake {
 }
 
 /// Starts the step between this process and systemd-nspawn.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the container's own process begins here"
+)]
 fn spawn(records: &Records, stdout: Stdio, stderr: Stdio) -> io::Result<Child> {
     let mut command = Command::new("/proc/self/exe");
     command
