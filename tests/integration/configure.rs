@@ -513,9 +513,10 @@ async fn bytes_that_are_no_configuration_are_refused() {
 
 #[tokio::test]
 async fn names_that_lead_elsewhere_are_refused() {
+    type Edit = fn(&mut TaskConfig);
     let host = Host::new();
     let plugin = host.plugin().await;
-    let edits: [(&str, fn(&mut TaskConfig)); 4] = [
+    let edits: [(&str, Edit); 4] = [
         ("task.id", |task| task.id = "../../etc/x".to_owned()),
         ("task.name", |task| task.name = "..".to_owned()),
         ("task.alloc_id", |task| task.alloc_id = "a/b".to_owned()),
