@@ -71,14 +71,6 @@ pub(crate) enum End {
     Signal(i32),
 }
 
-impl End {
-    /// Of a child that was waited for; nothing while it lives.
-    pub(crate) fn of(status: rustix::process::WaitStatus) -> Option<Self> {
-        let exit = status.exit_status().map(Self::Exit);
-        exit.or_else(|| status.terminating_signal().map(Self::Signal))
-    }
-}
-
 /// What the leader tells first: from now on no signal is lost or kills it.
 pub(crate) const READY: &[u8] = b"ready\n";
 /// How often the leader looks which handlers the payload has. Nothing tells it.

@@ -432,7 +432,7 @@ async fn a_driver_that_is_switched_off_says_so() {
 }
 
 #[rstest]
-#[case("image", json!("no/such-image"), "config.image: \"no/such-image\" does not exist; looked at ")]
+#[case("image", json!("no-such/image"), "config.image: \"no-such/image\" does not exist; looked at ")]
 #[case("image", json!("../state"), "config.image: \"../state\" leads out of ")]
 #[case("image", json!(true), "config.image: ")]
 #[case("volatile", json!("maybe"), "config.volatile: \"maybe\" is not one of yes, state, overlay, no")]
@@ -512,9 +512,9 @@ async fn bytes_that_are_no_configuration_are_refused() {
 
 #[tokio::test]
 async fn names_that_lead_elsewhere_are_refused() {
+    type Edit = fn(&mut TaskConfig);
     let host = Host::new();
     let plugin = host.plugin().await;
-    type Edit = fn(&mut TaskConfig);
     let edits: [(&str, Edit); 4] = [
         ("task.id", |task| task.id = "../../etc/x".to_owned()),
         ("task.name", |task| task.name = "..".to_owned()),
