@@ -1,11 +1,6 @@
 //! What the driver adds to systemd-nspawn: the same container started and ended by hand and through the plugin, in turn, in one
 //! run. Prints medians and ratios; judges nothing. Needs root, systemd-nspawn and busybox (Debian: busybox-static).
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "the container by hand, without the driver, is what this compares with"
-)]
-
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::net::UnixDatagram;
