@@ -4,6 +4,10 @@ use rstest::rstest;
 use serde_json::json;
 
 use super::*;
+use crate::config::{self, Grants, Places};
+use crate::container::ContainerSpec;
+use crate::host::Allocation;
+use crate::host::configure::encode;
 
 fn pick(source: &str) -> Result<Picked, JobError> {
     Job::read(source)?.pick(None, &BTreeMap::new())
@@ -287,4 +291,70 @@ fn the_json_of_a_job_is_refused_alike() {
     ]}], "ID": "j"});
     let error = pick(&source.to_string()).unwrap_err();
     assert!(error.reason.contains("task.template"), "{error}");
+}
+
+/// Everything between a file and the container: what is written there is what an operator tries first. Which volumes and ports
+/// a cluster has is not seen from here.
+#[test]
+fn every_example_becomes_a_container() {
+    let mut seen = Vec::new();
+    let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    for entry in std::fs::read_dir(examples).unwrap() {
+        let path = entry.unwrap().path();
+        let source = std::fs::read_to_string(&path).unwrap();
+        let job = Job::read(&source).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        for task in job.groups.iter().flat_map(|group| &group.tasks) {
+            assert_eq!(task.driver, DRIVER, "{}", path.display());
+            container(&task.spec).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        }
+        seen.push(path.file_name().unwrap().to_owned());
+    }
+    seen.sort();
+    assert_eq!(
+        seen,
+        [
+            "boot.nomad.hcl",
+            "hello.nomad.hcl",
+            "service.nomad.hcl",
+            "volume.nomad.hcl"
+        ]
+    );
+}
+
+/// The way of a task's `config` block through the schema into a checked container, on a machine with the image `debian`.
+fn container(spec: &TaskSpec) -> Result<ContainerSpec, String> {
+    let machine = tempfile::tempdir().unwrap();
+    let image = machine.path().join("machines/debian");
+    for directory in ["etc", "usr/lib/systemd", "sbin"] {
+        std::fs::create_dir_all(image.join(directory)).unwrap();
+    }
+    for file in ["etc/os-release", "usr/lib/systemd/systemd"] {
+        std::fs::write(image.join(file), "").unwrap();
+    }
+    let allocation = Allocation::create(machine.path(), spec.clone()).unwrap();
+    let schema = config::task_schema();
+    let bytes = encode(
+        Some(&schema),
+        &spec.config,
+        allocation.variables(),
+        "config",
+    )
+    .map_err(|error| error.to_string())?;
+    let grants = Grants {
+        id: format!("{}/{}/00000000", allocation.id(), spec.task),
+        task: spec.task.clone(),
+        alloc_id: allocation.id().to_owned(),
+        alloc_dir: allocation.dir().to_owned(),
+        environment: allocation.variables().environment.clone(),
+        ..Grants::default()
+    };
+    let policy = config::PluginConfig::decode(&[]).map_err(|error| error.to_string())?;
+    let places = Places {
+        plugin_dir: machine.path().to_owned(),
+        machine_dirs: vec![machine.path().join("machines")],
+    };
+    let checked = config::container(&bytes, &grants, &policy, &places);
+    checked
+        .map(|checked| checked.spec)
+        .map_err(|error| error.to_string())
 }
