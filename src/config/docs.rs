@@ -88,3 +88,24 @@ fn configs(tree: &hcl::Value, plugin: bool, example: &str) -> usize {
     }
     count
 }
+
+#[rstest::rstest]
+#[case("plugin", PluginOptions::OPTIONS)]
+#[case("task", TaskOptions::OPTIONS)]
+fn the_readme_lists_every_option(#[case] which: &str, #[case] options: &[OptionSpec]) {
+    let readme = include_str!("../../README.md");
+    for option in options {
+        let name = option.name;
+        let default = match (option.required, option.default) {
+            (true, _) => "required".to_owned(),
+            (false, Some(default)) => format!("`{default}`"),
+            (false, None) => String::new(),
+        };
+        let kind = option.kind.expression();
+        let row = format!("| [`{name}`](docs/configuration.md#{name}) | `{kind}` | {default} | ");
+        assert!(readme.contains(&row), "{which}: there is no row {row:?}");
+    }
+    let rows = readme.matches("](docs/configuration.md#").count();
+    let all = PluginOptions::OPTIONS.len() + TaskOptions::OPTIONS.len();
+    assert_eq!(rows, all, "an option that does not exist");
+}

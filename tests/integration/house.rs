@@ -111,3 +111,65 @@ fn visit(dir: &Path, see: &mut impl FnMut(&Path, &str)) {
         }
     }
 }
+
+/// A document at the top of the tree.
+fn document(name: &str) -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
+}
+
+/// What stands between back quotes on one line and begins with `src/`.
+fn sources(text: &str) -> impl Iterator<Item = &str> {
+    text.lines()
+        .flat_map(|line| line.split('`').skip(1).step_by(2))
+        .filter(|quoted| quoted.starts_with("src/"))
+}
+
+#[test]
+fn the_architecture_names_files_that_exist() {
+    let text = document("docs/architecture.md");
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let gone: Vec<_> = sources(&text)
+        .filter(|path| !top.join(path).exists())
+        .collect();
+    assert!(gone.is_empty(), "there is no {}", gone.join(", "));
+    assert!(sources(&text).count() > MAY_USE.len());
+}
+
+#[test]
+fn every_room_has_a_line_in_the_architecture() {
+    let text = document("docs/architecture.md");
+    for (room, _) in MAY_USE {
+        let lines = [
+            format!("| `src/{room}/` | "),
+            format!("| `src/{room}.rs` | "),
+        ];
+        assert!(
+            lines.iter().any(|line| text.contains(line)),
+            "{room} has no line"
+        );
+    }
+}
+
+/// The two commands of a fresh machine come first, and continuous integration begins with the same.
+#[test]
+fn the_readme_begins_with_two_commands_and_so_does_ci() {
+    let readme = document("README.md");
+    let mut code = Vec::new();
+    let mut inside = false;
+    for line in readme.lines() {
+        match line.trim_start().starts_with("```") {
+            true => inside = !inside,
+            false if inside => code.push(line),
+            false => {}
+        }
+    }
+    assert_eq!(code[..2], ["ci/quickstart", "cargo test"]);
+    let runs: Vec<_> =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(".ci/run"))
+            .unwrap()
+            .lines()
+            .filter_map(|line| line.strip_prefix("run ")?.split_once(' '))
+            .map(|(_, command)| command.to_owned())
+            .collect();
+    assert_eq!(runs[..2], code[..2]);
+}
