@@ -433,7 +433,7 @@ async fn a_driver_that_is_switched_off_says_so() {
 }
 
 #[rstest]
-#[case("image", json!("no-such-image"), "config.image: \"no-such-image\" does not exist; looked at ")]
+#[case("image", json!("no-such/image"), "config.image: \"no-such/image\" does not exist; looked at ")]
 #[case("image", json!("../state"), "config.image: \"../state\" leads out of ")]
 #[case("image", json!(true), "config.image: ")]
 #[case("volatile", json!("maybe"), "config.volatile: \"maybe\" is not one of yes, state, overlay, no")]
