@@ -283,7 +283,9 @@ impl Driver {
         let checked = tokio::task::spawn_blocking(move || {
             config::container(&bytes, &grants, &policy, &places)
         });
-        Ok(checked.await.map_err(|_| CallError::Panicked)??)
+        let mut checked = checked.await.map_err(|_| CallError::Panicked)??;
+        checked.notes.extend(wire::left_out(task));
+        Ok(checked)
     }
 
     /// The state for Nomad to keep. Without it the task could never be found again, so it must not run on.

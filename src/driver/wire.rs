@@ -55,6 +55,29 @@ pub(super) fn grants(task: &proto::TaskConfig) -> Result<Grants, CallError> {
     })
 }
 
+/// What Nomad grants and this driver does not pass on, a sentence each: nothing that a job asks for may vanish silently.
+pub(super) fn left_out(task: &proto::TaskConfig) -> Vec<String> {
+    let dns = task
+        .dns
+        .as_ref()
+        .filter(|dns| **dns != proto::DnsConfig::default());
+    let dns = dns
+        .map(|_| "the dns block of the network is not applied: the task has the host's".to_owned());
+    let devices = task
+        .devices
+        .iter()
+        .map(|device| format!("the device {} is not passed on", device.host_path));
+    let modes = task
+        .mounts
+        .iter()
+        .filter(|mount| !matches!(mount.propagation_mode.as_str(), "" | "private"));
+    let modes = modes.map(|mount| {
+        let (target, mode) = (&mount.task_path, &mount.propagation_mode);
+        format!("the volume at {target} is mounted without propagation_mode {mode:?}")
+    });
+    dns.into_iter().chain(devices).chain(modes).collect()
+}
+
 fn mount(mount: &proto::Mount) -> GrantedMount {
     GrantedMount {
         source: mount.host_path.clone().into(),
@@ -192,6 +215,40 @@ mod tests {
         );
         assert_eq!(hex(&wait_response(&exit(0, 0)).encode_to_vec()), "0a00");
         assert_eq!(hex(&NOT_YET.encode_to_vec()), "088092b8c398feffffff01");
+    }
+
+    #[test]
+    fn what_is_not_passed_on_is_said() {
+        let mount = |mode: &str| proto::Mount {
+            task_path: "/data".to_owned(),
+            propagation_mode: mode.to_owned(),
+            ..Default::default()
+        };
+        let plain = proto::TaskConfig {
+            dns: Some(proto::DnsConfig::default()),
+            mounts: vec![mount(""), mount("private")],
+            ..Default::default()
+        };
+        assert_eq!(left_out(&plain), Vec::<String>::new());
+        let device = proto::Device {
+            host_path: "/dev/x".to_owned(),
+            ..Default::default()
+        };
+        let servers = proto::DnsConfig {
+            servers: vec!["192.0.2.1".to_owned()],
+            ..Default::default()
+        };
+        let full = proto::TaskConfig {
+            dns: Some(servers),
+            devices: vec![device],
+            mounts: vec![mount("bidirectional")],
+            ..Default::default()
+        };
+        let said = left_out(&full);
+        for (sentence, part) in said.iter().zip(["dns", "/dev/x", "bidirectional"]) {
+            assert!(sentence.contains(part), "{said:?}");
+        }
+        assert_eq!(said.len(), 3);
     }
 
     #[test]
