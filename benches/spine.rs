@@ -207,10 +207,14 @@ fn spawn_bare(socket: &Path, group: &Path, tree: &Path, alloc: &Path) -> anyhow:
         "--machine=bench",
         "--console=pipe",
         "--quiet",
+        "--oom-score-adjust=0",
+        "--private-users=no",
     ]);
-    command
-        .arg(format!("--directory={}", tree.display()))
-        .arg(format!("--bind={}:/alloc", alloc.display()));
+    command.arg(format!("--directory={}", tree.display()));
+    // The same mounts: what Nomad's directories cost is not what the driver costs.
+    for target in ["/alloc", "/local", "/secrets"] {
+        command.arg(format!("--bind={}:{target}", alloc.display()));
+    }
     command
         .args(["--", "/bin/sh", "-c", PAYLOAD])
         .env("NOTIFY_SOCKET", socket);
