@@ -9,17 +9,12 @@ use nix::fcntl::{Flock, FlockArg};
 
 /// Where the tree is kept, unless `NOMAD_DRIVER_NSPAWN_E2E_CACHE` says otherwise.
 const CACHE: &str = "/var/cache/nomad-driver-nspawn-e2e";
-/// Where it comes from, unless `NOMAD_DRIVER_NSPAWN_E2E_MIRROR` says otherwise.
-const MIRROR: &str = "http://deb.debian.org/debian";
 const SUITE: &str = "bookworm";
-
-fn setting(name: &str, default: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| default.to_owned())
-}
 
 /// The kept tree, made when it is missing.
 pub fn tree() -> PathBuf {
-    let cache = PathBuf::from(setting("NOMAD_DRIVER_NSPAWN_E2E_CACHE", CACHE));
+    let cache = std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_CACHE");
+    let cache = cache.map_or_else(|| CACHE.into(), PathBuf::from);
     fs::create_dir_all(&cache).expect("the cache directory");
     // Other processes want it too, and one of them makes it.
     let lock = fs::File::create(cache.join("lock")).expect("the lock of the cache");
@@ -42,7 +37,8 @@ fn make(tree: &Path) {
             SUITE,
         ])
         .arg(tree)
-        .arg(setting("NOMAD_DRIVER_NSPAWN_E2E_MIRROR", MIRROR))
+        // debootstrap itself knows where Debian is.
+        .args(std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_MIRROR"))
         .env("LC_ALL", "C")
         .output()
         .expect("debootstrap is not installed (Debian: debootstrap)");
