@@ -37,13 +37,6 @@ const THREADS: usize = 4;
 /// How long the tasks' desks may take to put down their pens once told to.
 const LAST_WORDS: Duration = Duration::from_millis(50);
 
-/// What a person reads who starts the plugin by hand.
-pub const NOTICE: &str = "\
-nomad-driver-nspawn is a task driver plugin for HashiCorp Nomad. There is nothing to do with it by hand in this way:
-put it into the directory that plugin_dir of the client's configuration names, add a block
-plugin \"nomad-driver-nspawn\" {}, and the Nomad client starts it by itself.
-";
-
 /// Why serving ended other than on request.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {

@@ -1,7 +1,5 @@
 //! The scenarios. One function each; its name is the promise.
 
-use std::os::unix::fs::OpenOptionsExt;
-
 use nomad_driver_nspawn::container::{Mount, Process};
 use nomad_driver_nspawn::supervisor::process::{Held, children};
 use nomad_driver_nspawn::supervisor::record::Records;
@@ -174,22 +172,18 @@ pub(crate) async fn a_command_that_ends_at_once_has_started(world: World) {
 pub(crate) async fn many_wait_early_and_late(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
     world.heard("up").await;
-    let early = futures_of(&world, &started, 5);
+    let wait = || world.end(&started);
+    // All of them wait before the stop is asked for: a join polls in this order.
     let stop = world.backend.stop(&started, Some(signal("TERM")), AMPLE);
-    let (all, stopped) = within(async { tokio::join!(early, stop) }).await;
+    let (first, second, third, stopped) =
+        within(async { tokio::join!(wait(), wait(), wait(), stop) }).await;
     stopped.unwrap();
-    let late = world.end(&started).await;
+    let late = wait().await;
     assert_eq!(ended(&late), (3, 0));
-    assert!(all.iter().all(|exit| *exit == late), "{all:?}");
-    world.leave(&[&started]).await;
-}
-
-async fn futures_of(world: &World, started: &Started, number: usize) -> Vec<Exit> {
-    let mut all = Vec::new();
-    for _ in 0..number {
-        all.push(world.end(started).await);
+    for early in [first, second, third] {
+        assert_eq!(early, late);
     }
-    all
+    world.leave(&[&started]).await;
 }
 
 pub(crate) async fn a_wait_given_up_changes_nothing(world: World) {
@@ -715,11 +709,7 @@ fn fifo(world: &World) -> PathBuf {
 fn read_all(path: PathBuf) -> tokio::task::JoinHandle<String> {
     tokio::task::spawn_blocking(move || {
         let mut text = String::new();
-        let mut file = fs::OpenOptions::new()
-            .read(true)
-            .custom_flags(0)
-            .open(path)
-            .unwrap();
+        let mut file = fs::OpenOptions::new().read(true).open(path).unwrap();
         std::io::Read::read_to_string(&mut file, &mut text).unwrap();
         text
     })
