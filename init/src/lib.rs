@@ -1,0 +1,272 @@
+//! What the driver's own first program in a container is told and what it tells: the descriptors it finds, its order, the
+//! words on its channel. Shared by the program and by the supervisor that starts it. Types and their text form only: reads no
+//! descriptor, starts nothing.
+//!
+//! systemd-nspawn passes descriptors from 3 on to the first process (`sd_listen_fds(3)`); [`Descriptor`] says which is which.
+//! The channel is a socket of the `SOCK_SEQPACKET` kind: every message is one packet, and carries one JSON value.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// A longer packet was not written by us.
+pub const LONGEST: usize = 128 * 1024;
+
+/// A larger order was not written by us. The kernel takes 2 MiB of arguments and environment by default, 6 MiB at most.
+pub const LARGEST_ORDER: u64 = 16 * 1024 * 1024;
+
+/// Exit status when the command was found and can't be executed, as shells and docker have it.
+pub const NOT_EXECUTABLE: i32 = 126;
+/// Exit status when the command was not found, as shells and docker have it.
+pub const NOT_FOUND: i32 = 127;
+
+/// The descriptors that the program finds, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Descriptor {
+    /// The channel to the supervisor.
+    Channel = 3,
+    /// What becomes the command's stdout.
+    Stdout = 4,
+    /// What becomes the command's stderr.
+    Stderr = 5,
+    /// The program itself: it is executed by this descriptor, so that nothing of it appears in the container's tree.
+    Program = 6,
+    /// The order, a file to be read from its beginning.
+    Order = 7,
+}
+
+/// How many there are: the value of `LISTEN_FDS`.
+pub const DESCRIPTORS: i32 = 5;
+
+/// The path by which systemd-nspawn executes the program.
+pub const PROGRAM: &str = "/proc/self/fd/6";
+
+/// What the program is to do. Holds secrets, so it travels by descriptor only.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// Which life it is to lead.
+    pub life: Life,
+    /// The words of the command. None: the shell of the container, as a login shell.
+    pub command: Vec<String>,
+    /// Variables set over those that systemd-nspawn gives. Values are secrets.
+    pub environment: Vec<(String, String)>,
+    /// Absolute directory in which the command starts; none leaves the one it is started in.
+    pub directory: Option<String>,
+    /// Whether stdout and stderr are to be replaced by [`Descriptor::Stdout`] and [`Descriptor::Stderr`].
+    pub streams: bool,
+    /// seccomp programs to install before the command starts, in this order.
+    #[serde(default)]
+    pub filters: Vec<Filter>,
+}
+
+/// Not the values of variables.
+impl std::fmt::Debug for Order {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<&str> = self
+            .environment
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect();
+        f.debug_struct("Order")
+            .field("life", &self.life)
+            .field("command", &self.command)
+            .field("environment", &names)
+            .field("directory", &self.directory)
+            .field("streams", &self.streams)
+            .field("filters", &self.filters.len())
+            .finish()
+    }
+}
+
+/// What becomes of the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Life {
+    /// It becomes the command.
+    Launcher,
+    /// It stays the first process, and the command is its child.
+    Init,
+}
+
+/// A classic BPF program, an instruction each: code, jump if true, jump if false, constant.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Filter(pub Vec<(u16, u8, u8, u32)>);
+
+/// What the program tells.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Word {
+    /// The command runs, or is about to be executed by a launcher. The first word, unless it is `Failed`.
+    Running,
+    /// The command does not run, and the program exits with [`Trouble::status`].
+    Failed(Trouble),
+    /// The command has ended with this raw wait status.
+    Ended {
+        /// As `wait(2)` gives it: exit code, signal, core flag.
+        status: i32,
+    },
+    /// A further command runs.
+    ExecRunning {
+        /// The request's number.
+        id: u64,
+        /// Its process id inside the container.
+        pid: i32,
+    },
+    /// A further command does not run.
+    ExecFailed {
+        /// The request's number.
+        id: u64,
+        /// Why.
+        trouble: Trouble,
+    },
+    /// A further command has ended.
+    ExecEnded {
+        /// The request's number.
+        id: u64,
+        /// Its raw wait status.
+        status: i32,
+    },
+}
+
+/// What the program is asked. Only an init hears it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Run a further command. Three descriptors come with the packet: its stdin, stdout and stderr.
+    Exec {
+        /// Chosen by who asks; every word about this command carries it.
+        id: u64,
+        /// Its words, at least one.
+        command: Vec<String>,
+        /// Variables set over those of the init's own environment. Values are secrets.
+        environment: Vec<(String, String)>,
+        /// Absolute directory in which it starts; none: the one of the task's command.
+        directory: Option<String>,
+    },
+    /// Send a signal to a further command that runs.
+    Signal {
+        /// Which.
+        id: u64,
+        /// The signal's number.
+        signal: i32,
+    },
+}
+
+/// Not the values of variables.
+impl std::fmt::Debug for Request {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exec { id, command, .. } => f
+                .debug_struct("Exec")
+                .field("id", id)
+                .field("command", command)
+                .finish_non_exhaustive(),
+            Self::Signal { id, signal } => f
+                .debug_struct("Signal")
+                .field("id", id)
+                .field("signal", signal)
+                .finish(),
+        }
+    }
+}
+
+/// Why a command does not run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    /// What was being done.
+    pub step: Step,
+    /// With which file or directory inside the container; empty where there is none.
+    pub file: String,
+    /// The kernel's error number.
+    pub errno: i32,
+}
+
+/// What a program does before its command runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// Reading its order.
+    Order,
+    /// Connecting stdout and stderr.
+    Streams,
+    /// Entering the working directory.
+    Directory,
+    /// Installing seccomp programs.
+    Filters,
+    /// Making a process.
+    Fork,
+    /// Executing the command.
+    Execute,
+}
+
+impl Trouble {
+    /// The exit status that says this to those who only see a number.
+    pub fn status(&self) -> i32 {
+        const ENOENT: i32 = 2;
+        match (self.step, self.errno) {
+            (Step::Execute, ENOENT) => NOT_FOUND,
+            _ => NOT_EXECUTABLE,
+        }
+    }
+}
+
+/// In words for a person, with the file's name.
+impl std::fmt::Display for Trouble {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let what = match self.step {
+            Step::Order => "the container's first program can't read its order",
+            Step::Streams => "stdout and stderr can't be connected",
+            Step::Directory => "working directory",
+            Step::Filters => "seccomp programs can't be installed",
+            Step::Fork => "no process for the command",
+            Step::Execute => "command",
+        };
+        let error = std::io::Error::from_raw_os_error(self.errno);
+        match (self.step, self.errno) {
+            (Step::Execute, 2) => write!(f, "command {:?} not found", self.file),
+            (Step::Execute, _) => write!(f, "command {:?} can't be executed: {error}", self.file),
+            _ if self.file.is_empty() => write!(f, "{what}: {error}"),
+            _ => write!(f, "{what} {:?}: {error}", self.file),
+        }
+    }
+}
+
+/// A message as the bytes of one packet.
+pub fn packet<T: Serialize>(message: &T) -> Vec<u8> {
+    // Strings and numbers always have a JSON form.
+    serde_json::to_vec(message).unwrap_or_default()
+}
+
+/// The message in one packet. The error says what is wrong with it and not what it holds.
+pub fn message<T: DeserializeOwned>(packet: &[u8]) -> Result<T, Malformed> {
+    if packet.len() > LONGEST {
+        return Err(Malformed { column: LONGEST });
+    }
+    read(packet)
+}
+
+/// The order in these bytes.
+pub fn order(bytes: &[u8]) -> Result<Order, Malformed> {
+    read(bytes)
+}
+
+fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
+    serde_json::from_slice(bytes).map_err(|error| Malformed {
+        column: error.column(),
+    })
+}
+
+/// Bytes that are no message of ours. Names the place and not the bytes: they may hold secrets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Malformed {
+    /// At which byte it is seen.
+    pub column: usize,
+}
+
+impl std::fmt::Display for Malformed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "no message, as byte {} shows", self.column)
+    }
+}
+
+impl std::error::Error for Malformed {}
