@@ -96,7 +96,9 @@ pub struct Filter(pub Vec<(u16, u8, u8, u32)>);
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Word {
-    /// The command runs, or is about to be executed by a launcher. The first word, unless it is `Failed`.
+    /// Everything is prepared and the command waits for [`Request::Go`]. The first word, unless it is `Failed`.
+    Ready,
+    /// The command runs. A launcher that has become the command can't say it.
     Running,
     /// The command does not run, and the program exits with [`Trouble::status`].
     Failed(Trouble),
@@ -128,10 +130,12 @@ pub enum Word {
     },
 }
 
-/// What the program is asked. Only an init hears it.
+/// What the program is asked. A launcher hears nothing but the first.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
+    /// Let the command run. Without it the program ends: what nobody watches must not run.
+    Go,
     /// Run a further command. Three descriptors come with the packet: its stdin, stdout and stderr.
     Exec {
         /// Chosen by who asks; every word about this command carries it.
@@ -156,6 +160,7 @@ pub enum Request {
 impl std::fmt::Debug for Request {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Self::Go => f.write_str("Go"),
             Self::Exec { id, command, .. } => f
                 .debug_struct("Exec")
                 .field("id", id)

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -22,7 +23,7 @@ use crate::nspawn::argv::{self, Bind, Host};
 use crate::nspawn::{probe, root};
 use crate::signal::Signal;
 use crate::supervisor::{
-    self, Failure, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
+    self, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
 };
 
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
@@ -48,6 +49,8 @@ pub struct NspawnBackend {
     kernel: (u32, u32),
     supervised: Mutex<HashMap<PathBuf, Supervised>>,
     version: tokio::sync::Mutex<Option<(Program, u32)>>,
+    /// The first program of containers: one for all, made when the first of them starts.
+    first: Mutex<Option<OwnedFd>>,
     tracker: TaskTracker,
 }
 
@@ -67,6 +70,7 @@ impl NspawnBackend {
             kernel: probe::kernel(),
             supervised: Mutex::default(),
             version: tokio::sync::Mutex::default(),
+            first: Mutex::default(),
             tracker: TaskTracker::new(),
         }
     }
@@ -229,6 +233,9 @@ impl NspawnBackend {
             })?,
             program,
             arguments: line.arguments,
+            first: line.init.as_ref().map_or(First::Image, |init| First::Ours {
+                streams: init.streams,
+            }),
             stdout: spec.stdout.clone(),
             stderr: spec.stderr.clone(),
             place,
@@ -241,7 +248,7 @@ impl NspawnBackend {
             notes,
         };
         records
-            .write_order(&order, &line.environment)
+            .write_order(&order, &line.environment, line.init.as_ref())
             .map_err(|source| io_error("writing the order in", records.path(), source))
     }
 
@@ -277,14 +284,28 @@ impl NspawnBackend {
         Ok((Root::Directory(skeleton), binds))
     }
 
+    fn first_program(&self) -> io::Result<OwnedFd> {
+        let mut made = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *made {
+            Some(program) => program.try_clone(),
+            none => none
+                .insert(supervisor::first::program(&self.settings.state_dir)?)
+                .try_clone(),
+        }
+    }
+
     async fn bring_up(&self, records: &Records) -> Result<Started, Failure> {
         let failed = |error: io::Error| Failure {
             step: Step::Watch,
             reason: format!("its supervisor can't be started: {error}"),
             transient: true,
         };
-        let one =
-            supervisor::launch(&self.settings.binary, records, &self.tracker).map_err(failed)?;
+        let one = self
+            .first_program()
+            .and_then(|program| {
+                supervisor::launch(&self.settings.binary, records, program, &self.tracker)
+            })
+            .map_err(failed)?;
         self.remember(records, one.clone());
         match tokio::time::timeout(START, one.settled()).await {
             Ok(Status::Up(started)) => Ok((*started).clone()),

@@ -13,30 +13,58 @@ pub(super) const STRING_MAX: usize = 128 * 1024 - 1;
 /// What all words and variables may take together: the kernel's usual 2 MiB, with room for what systemd-nspawn adds.
 const TOTAL_MAX: usize = 2 * 1024 * 1024 - 128 * 1024;
 
+/// Who hands the variables to the payload, and so which names they may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Carrier {
+    /// systemd-nspawn, to the image's init.
+    Nspawn,
+    /// The driver's own first program: any name that the kernel takes.
+    Own,
+}
+
+impl Carrier {
+    fn takes(self, name: &str) -> bool {
+        match self {
+            Self::Nspawn => is_variable_name(name),
+            Self::Own => !name.is_empty() && !name.contains(['=', '\0']),
+        }
+    }
+
+    fn refusal(self) -> &'static str {
+        match self {
+            Self::Nspawn => {
+                "is not the name of a variable that a booted container can be given: give letters, digits and _, no digit first"
+            }
+            Self::Own => {
+                "is not the name of a variable: give at least one character, and neither = nor NUL"
+            }
+        }
+    }
+}
+
 /// Nomad's environment, then `ours`, then the job's option; a later one wins. The second part is a note about names that
-/// systemd-nspawn can't take.
+/// the carrier can't take.
 pub(super) fn environment(
     nomads: &BTreeMap<String, String>,
     ours: BTreeMap<String, String>,
     jobs: Option<&BTreeMap<String, String>>,
+    carrier: Carrier,
 ) -> Result<(BTreeMap<String, String>, Option<String>), ConfigError> {
     let mut all = BTreeMap::new();
     let mut left_out = Vec::new();
     for (name, value) in nomads {
-        if !is_variable_name(name) {
+        if !carrier.takes(name) {
             left_out.push(quoted(name));
             continue;
         }
         check(&entry("task.env", name), name, value)?;
         all.insert(name.clone(), value.clone());
     }
-    all.extend(ours.into_iter().filter(|(name, _)| is_variable_name(name)));
+    all.extend(ours.into_iter().filter(|(name, _)| carrier.takes(name)));
     for (name, value) in jobs.into_iter().flatten() {
         let option = entry(OPTION, name);
-        if !is_variable_name(name) {
-            let reason =
-                "is not the name of a variable: give letters, digits and _, no digit first";
-            return Err(ConfigError::new(option, reason));
+        if !carrier.takes(name) {
+            return Err(ConfigError::new(option, carrier.refusal()));
         }
         check(&option, name, value)?;
         all.insert(name.clone(), value.clone());

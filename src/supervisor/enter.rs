@@ -1,22 +1,28 @@
 //! The `enter` life of the binary: one step between supervisor and systemd-nspawn. It goes where the container shall be (control
-//! group, network namespace), puts off what it inherited, and becomes systemd-nspawn. A process of its own, because a
-//! supervisor that went there itself would count against the task's limits and die with it. Makes nothing, waits for nothing.
+//! group, network namespace), puts off what it inherited, lines up the descriptors that the container's first program finds, and
+//! becomes systemd-nspawn. A process of its own, because a supervisor that went there itself would count against the task's
+//! limits and die with it. Makes nothing, waits for nothing.
 
 use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::SigSet;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::stat::{Mode, umask};
+use nspawn_init::{DESCRIPTORS, Descriptor};
 
 use super::process::close_inherited;
-use super::record::Records;
+use super::record::{First, Order, Records};
 use crate::cgroup::Group;
 
 /// Becomes systemd-nspawn as the order in this directory says. Returns only if that failed, with the reason left beside the
-/// order: stderr is the task's by now.
+/// order: stderr may be the task's by now.
 pub fn enter(directory: &Path) -> ExitCode {
     close_inherited();
     let records = Records::at(directory);
@@ -38,31 +44,80 @@ fn become_nspawn(records: &Records) -> String {
         Ok(environment) => environment,
         Err(error) => return format!("the environment can't be read: {error}"),
     };
+    if let Err(reason) = go_there(&order) {
+        return reason;
+    }
+    let mut command = Command::new(&order.program);
+    command.args(&order.arguments).env_clear().envs(environment);
+    if let First::Ours { .. } = order.first {
+        if let Err(error) = line_up(records) {
+            return format!("the container's first program can't be handed over: {error}");
+        }
+        command
+            .env("LISTEN_FDS", DESCRIPTORS.to_string())
+            .env("LISTEN_PID", nix::unistd::getpid().to_string());
+    }
+    let error = command.exec();
+    format!("can't execute {}: {error}", order.program.display())
+}
+
+fn go_there(order: &Order) -> Result<(), String> {
     if let Some(place) = &order.place
         && let Err(error) = Group::new(&place.group).enter()
     {
-        return format!(
-            "can't enter the control group {}: {error}",
-            place.group.display()
-        );
+        let group = place.group.display();
+        return Err(format!("can't enter the control group {group}: {error}"));
     }
     if let Some(path) = &order.network_namespace {
         let entered = File::open(path).and_then(|file| Ok(setns(file, CloneFlags::CLONE_NEWNET)?));
-        if let Err(error) = entered {
-            return format!(
-                "can't enter the network namespace {}: {error}",
-                path.display()
-            );
-        }
+        entered.map_err(|error| {
+            let path = path.display();
+            format!("can't enter the network namespace {path}: {error}")
+        })?;
     }
     umask(Mode::from_bits_truncate(0o022));
-    if let Err(error) = SigSet::empty().thread_set_mask() {
-        return format!("can't unblock signals: {error}");
+    let unblocked = SigSet::empty().thread_set_mask();
+    unblocked.map_err(|error| format!("can't unblock signals: {error}"))
+}
+
+/// Takes the descriptors that wait on stdin and puts the order behind them, each at its number: nothing else is open, so the
+/// kernel gives the lowest ones in their order.
+fn line_up(records: &Records) -> io::Result<()> {
+    let mut buffer = [0];
+    let mut space = nix::cmsg_space!([RawFd; 4]);
+    let mut slices = [IoSliceMut::new(&mut buffer)];
+    let stdin = io::stdin();
+    let received = recvmsg::<()>(
+        stdin.as_raw_fd(),
+        &mut slices,
+        Some(&mut space),
+        MsgFlags::empty(),
+    )?;
+    let handed: Vec<RawFd> = received
+        .cmsgs()?
+        .filter_map(|message| match message {
+            ControlMessageOwned::ScmRights(handed) => Some(handed),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    let order = records.take_init()?;
+    let wanted = [
+        Descriptor::Channel,
+        Descriptor::Stdout,
+        Descriptor::Stderr,
+        Descriptor::Program,
+        Descriptor::Order,
+    ];
+    let have = handed.into_iter().chain([order.as_raw_fd()]);
+    if !have.eq(wanted.map(|descriptor| descriptor as RawFd)) {
+        return Err(io::Error::other(
+            "the descriptors are not where they belong",
+        ));
     }
-    let error = Command::new(&order.program)
-        .args(&order.arguments)
-        .env_clear()
-        .envs(environment)
-        .exec();
-    format!("can't execute {}: {error}", order.program.display())
+    fcntl(&order, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    // From here on it belongs to what this process becomes.
+    let _ = std::os::fd::IntoRawFd::into_raw_fd(order);
+    nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
+    Ok(())
 }

@@ -20,16 +20,18 @@ use crate::signal::Signal;
 
 mod ending;
 pub mod enter;
+pub mod first;
 pub mod line;
 mod listeners;
 pub mod logs;
+mod pidfd;
 pub mod process;
 pub mod record;
 pub mod remains;
 pub mod run;
 
 pub use line::{Failure, Step, Verb};
-pub use record::{Order, Records};
+pub use record::{First, Order, Records};
 
 use line::{News, Request};
 
@@ -57,9 +59,15 @@ pub struct Supervised {
 
 type Asked = (Verb, oneshot::Sender<Result<(), String>>);
 
-/// Starts a supervisor, which is `binary` in another life, for the order that lies in `records`, and follows it.
+/// Starts a supervisor, which is `binary` in another life, for the order that lies in `records`, and follows it. `program`
+/// becomes the container's first where that is ours, see [`first::program`].
 #[expect(clippy::disallowed_methods, reason = "a supervisor is a process")]
-pub fn launch(binary: &Path, records: &Records, tracker: &TaskTracker) -> io::Result<Supervised> {
+pub fn launch(
+    binary: &Path,
+    records: &Records,
+    program: OwnedFd,
+    tracker: &TaskTracker,
+) -> io::Result<Supervised> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let stream = UnixStream::from_std(ours)?;
@@ -76,7 +84,7 @@ pub fn launch(binary: &Path, records: &Records, tracker: &TaskTracker) -> io::Re
     // Never the plugin's own stdout and stderr: an agent takes a plugin for alive as long as anybody holds them.
     command
         .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
+        .stdout(program)
         .stderr(log);
     let mut child = command.spawn()?;
     // The command holds the other end of the line, which only the supervisor may have: its closing is the supervisor's end.

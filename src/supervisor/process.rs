@@ -58,6 +58,12 @@ impl Held {
         }
     }
 
+    /// How it ended, as `wait(2)` would tell its parent; `None` while it lives or is not reaped yet, and where the kernel does
+    /// not tell anybody else (before 6.15).
+    pub fn raw_status(&self) -> Option<i32> {
+        super::pidfd::exit_status(self.descriptor.as_fd())
+    }
+
     /// Waits until it has ended, at most `limit`; whether it has.
     pub fn wait(&self, limit: Duration) -> bool {
         let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);

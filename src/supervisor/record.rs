@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -37,6 +37,8 @@ pub struct Order {
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<String>,
+    /// The container's first program.
+    pub first: First,
     /// Where stdout goes; `None` discards.
     pub stdout: Option<PathBuf>,
     /// Where stderr goes; `None` discards.
@@ -51,6 +53,19 @@ pub struct Order {
     pub copies: Option<PathBuf>,
     /// What the user should know about this start.
     pub notes: Vec<String>,
+}
+
+/// A container's first program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum First {
+    /// The image's own.
+    Image,
+    /// Ours.
+    Ours {
+        /// Whether it connects stdout and stderr itself, so that those of systemd-nspawn are free to be kept apart.
+        streams: bool,
+    },
 }
 
 /// A container that came up, with what only the watch needs.
@@ -131,13 +146,18 @@ impl Records {
         }
     }
 
-    /// Keeps the order, and the environment apart from it: that one is removed as soon as it has been taken.
+    /// Keeps the order, and apart from it what holds secrets: systemd-nspawn's environment and what our own first program is
+    /// told. Those are removed as soon as they have been taken.
     pub fn write_order(
         &self,
         order: &Order,
         environment: &BTreeMap<String, String>,
+        init: Option<&nspawn_init::Order>,
     ) -> io::Result<()> {
         self.write("environment", environment)?;
+        if let Some(init) = init {
+            self.write("init", init)?;
+        }
         self.write("order", order)
     }
 
@@ -146,16 +166,49 @@ impl Records {
         self.read("order")
     }
 
-    /// Takes the environment: it is not on disk any more afterwards.
+    /// Takes systemd-nspawn's environment: it is not on disk any more afterwards.
     pub fn take_environment(&self) -> io::Result<BTreeMap<String, String>> {
         let environment = self.read("environment")?;
         fs::remove_file(self.0.join("environment"))?;
         Ok(environment)
     }
 
-    /// Removes an environment that nobody took.
-    pub fn discard_environment(&self) {
-        let _ = fs::remove_file(self.0.join("environment"));
+    /// Takes what our own first program is told, as a file that is open and has no name any more.
+    pub fn take_init(&self) -> io::Result<File> {
+        let file = self.open_to_read("init")?;
+        fs::remove_file(self.0.join("init"))?;
+        Ok(file)
+    }
+
+    /// Removes the secrets that nobody took.
+    pub fn discard_secrets(&self) {
+        for name in ["environment", "init"] {
+            let _ = fs::remove_file(self.0.join(name));
+        }
+    }
+
+    /// Opens the file that takes what systemd-nspawn itself says, where its streams are not the task's.
+    pub fn open_words(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(nix::fcntl::OFlag::O_NOFOLLOW.bits())
+            .open(self.0.join("words"))
+    }
+
+    /// The last that systemd-nspawn itself has said, as far as it was kept.
+    pub fn words(&self) -> String {
+        /// More than a screen of an error is no help.
+        const END: u64 = 2048;
+        let end = |mut file: File| -> io::Result<String> {
+            let length = file.metadata()?.len();
+            file.seek(io::SeekFrom::Start(length.saturating_sub(END)))?;
+            let mut bytes = Vec::new();
+            file.take(END).read_to_end(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        self.open_to_read("words").and_then(end).unwrap_or_default()
     }
 
     /// Keeps the fact of the start.
@@ -210,15 +263,25 @@ impl Records {
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> io::Result<T> {
+        let mut text = Vec::new();
+        let file = self.open_to_read(name)?;
+        file.take(LARGEST).read_to_end(&mut text)?;
+        // Where it is wrong and not what stands there: it may be a secret.
+        serde_json::from_slice(&text).map_err(|error| {
+            let text = format!(
+                "{name:?} is not what it should be from byte {} on",
+                error.column()
+            );
+            io::Error::new(io::ErrorKind::InvalidData, text)
+        })
+    }
+
+    fn open_to_read(&self, name: &str) -> io::Result<File> {
         let flags = nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_NONBLOCK;
-        let file: File = OpenOptions::new()
+        OpenOptions::new()
             .read(true)
             .custom_flags(flags.bits())
-            .open(self.0.join(name))?;
-        let mut text = Vec::new();
-        file.take(LARGEST).read_to_end(&mut text)?;
-        serde_json::from_slice(&text)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+            .open(self.0.join(name))
     }
 }
 
@@ -271,22 +334,36 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_can_be_taken_once() {
+    fn secrets_can_be_taken_once() {
         let temp = tempfile::tempdir().unwrap();
-        let records = Records::at(temp.path().join("x"));
-        records.create().unwrap();
+        let records = Records::at(temp.path());
         records
             .write("environment", &BTreeMap::from([("A", "b")]))
             .unwrap();
-        assert_eq!(
-            records
-                .take_environment()
-                .unwrap()
-                .get("A")
-                .map(String::as_str),
-            Some("b")
-        );
+        fs::write(temp.path().join("init"), "told").unwrap();
+        let environment = records.take_environment().unwrap();
+        assert_eq!(environment.get("A").map(String::as_str), Some("b"));
         records.take_environment().unwrap_err();
+        let told = io::read_to_string(records.take_init().unwrap()).unwrap();
+        assert_eq!(told, "told");
+        records.take_init().unwrap_err();
+        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn of_many_words_the_last_are_kept() {
+        let temp = tempfile::tempdir().unwrap();
+        let records = Records::at(temp.path());
+        assert_eq!(records.words(), "");
+        for word in ["first", &"x".repeat(3000), "last"] {
+            records
+                .open_words()
+                .unwrap()
+                .write_all(word.as_bytes())
+                .unwrap();
+        }
+        let words = records.words();
+        assert!(words.ends_with("xlast") && words.len() == 2048, "{words}");
     }
 
     proptest! {
