@@ -202,6 +202,8 @@ pub enum Step {
     Fork,
     /// Executing the command.
     Execute,
+    /// Executing the interpreter or loader that the command's file names: the file is there, and that is not.
+    Interpreter,
 }
 
 impl Trouble {
@@ -209,7 +211,7 @@ impl Trouble {
     pub fn status(&self) -> i32 {
         const ENOENT: i32 = 2;
         match (self.step, self.errno) {
-            (Step::Execute, ENOENT) => NOT_FOUND,
+            (Step::Execute | Step::Interpreter, ENOENT) => NOT_FOUND,
             _ => NOT_EXECUTABLE,
         }
     }
@@ -224,12 +226,17 @@ impl std::fmt::Display for Trouble {
             Step::Directory => "working directory",
             Step::Filters => "seccomp programs can't be installed",
             Step::Fork => "no process for the command",
-            Step::Execute => "command",
+            Step::Execute | Step::Interpreter => "command",
         };
         let error = std::io::Error::from_raw_os_error(self.errno);
         match (self.step, self.errno) {
             (Step::Execute, 2) => write!(f, "command {:?} not found", self.file),
             (Step::Execute, _) => write!(f, "command {:?} can't be executed: {error}", self.file),
+            (Step::Interpreter, _) => write!(
+                f,
+                "command {:?} names an interpreter or loader that is not there",
+                self.file
+            ),
             _ if self.file.is_empty() => write!(f, "{what}: {error}"),
             _ => write!(f, "{what} {:?}: {error}", self.file),
         }
