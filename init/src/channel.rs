@@ -80,6 +80,25 @@ impl Channel {
         }
     }
 
+    /// Waits for the next packet. `None` once there is nobody at the other end.
+    pub(crate) fn await_packet(&mut self) -> Option<Packet> {
+        loop {
+            let (socket, flags) = self.interest()?;
+            let mut descriptors = [PollFd::from_borrowed_fd(socket, flags)];
+            let seen = match poll(&mut descriptors, None) {
+                Ok(_) => descriptors[0].revents(),
+                Err(_) => PollFlags::empty(),
+            };
+            if seen.contains(PollFlags::OUT) {
+                self.flush();
+            } else if !seen.is_empty()
+                && let Some(packet) = self.next(seen.contains(PollFlags::HUP))
+            {
+                return Some(packet);
+            }
+        }
+    }
+
     /// What to wait for: requests, or room for what was kept. Whoever does not read the answers is not asked for more.
     pub(crate) fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let flags = if self.unsent.is_empty() {

@@ -22,7 +22,7 @@ use serde::Deserialize;
 
 use crate::channel::{Channel, Packet};
 use crate::command::{Environment, execute, set_over, trouble};
-use crate::{Command as Task, enter};
+use crate::{Command as Task, await_go, enter};
 
 /// A container's first process while its command runs.
 pub(crate) struct Init {
@@ -46,7 +46,7 @@ pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, 
         Mode::empty(),
     )
     .ok();
-    match start_command(&task, home.as_ref()) {
+    match start_command(&task, &mut channel, home.as_ref()) {
         Ok((signals, command)) => {
             channel.say(&Word::Running);
             Ok(Init {
@@ -63,7 +63,11 @@ pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, 
     }
 }
 
-fn start_command(task: &Task, home: Option<&OwnedFd>) -> Result<(SignalFd, Pid), Trouble> {
+fn start_command(
+    task: &Task,
+    channel: &mut Channel,
+    home: Option<&OwnedFd>,
+) -> Result<(SignalFd, Pid), Trouble> {
     let fork = |error: nix::Error| trouble(Step::Fork, "", &error.into());
     prctl::set_name(c"nspawn-init").map_err(fork)?;
     // The kernel gives a first process every orphan; one that is none, in a test, has to ask for them.
@@ -74,6 +78,7 @@ fn start_command(task: &Task, home: Option<&OwnedFd>) -> Result<(SignalFd, Pid),
     )
     .map_err(fork)?;
     task.prepare()?;
+    await_go(channel)?;
     let command = spawn(&task.words, &task.environment, |_| Ok(()))?;
     go_home(home);
     Ok((signals, command))
@@ -199,6 +204,8 @@ impl Init {
                     send(*pid, signal);
                 }
             }
+            // It went long ago.
+            Ok(Request::Go) => {}
             Err(_) => {
                 if let Some(id) = number_of(&packet.bytes) {
                     let trouble = refused(libc::EBADMSG);

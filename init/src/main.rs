@@ -18,7 +18,10 @@ use std::process::ExitCode;
 
 use nix::libc;
 use nix::sys::signal::SigSet;
-use nspawn_init::{Filter, LARGEST_ORDER, Life, NOT_EXECUTABLE, Order, Step, Trouble, Word, order};
+use nspawn_init::{
+    Filter, LARGEST_ORDER, Life, NOT_EXECUTABLE, Order, Request, Step, Trouble, Word, message,
+    order,
+};
 use rustix::process::{WaitStatus, chdir};
 use rustix::stdio::{dup2_stderr, dup2_stdout};
 
@@ -145,12 +148,28 @@ fn read(file: &File) -> io::Result<Order> {
     order(&bytes).map_err(|_| io::Error::from_raw_os_error(libc::EBADMSG))
 }
 
-/// Becomes the command. The channel closes when it has: that is how the supervisor sees it.
+/// Becomes the command, once it may.
 fn launch(channel: &mut Channel, command: &Command) -> Result<Infallible, Trouble> {
     command.prepare()?;
-    channel.say(&Word::Running);
+    await_go(channel)?;
     execute(&command.words, &command.environment, |command| {
         Err(command.exec())
+    })
+}
+
+/// Says that everything is ready, and waits for the word to go. A supervisor that dies instead wants no command to run: nobody
+/// would watch over it.
+fn await_go(channel: &mut Channel) -> Result<(), Trouble> {
+    channel.say(&Word::Ready);
+    while let Some(packet) = channel.await_packet() {
+        if matches!(message(&packet.bytes), Ok(Request::Go)) {
+            return Ok(());
+        }
+    }
+    Err(Trouble {
+        step: Step::Order,
+        file: String::new(),
+        errno: libc::ECANCELED,
     })
 }
 
