@@ -212,6 +212,11 @@ pub(crate) fn ended(exit: &Exit) -> (i32, i32) {
     (exit.code, exit.signal)
 }
 
+/// Whether this kernel tells how a process ended to others than its parent.
+pub(crate) fn kernel_tells() -> bool {
+    nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15)
+}
+
 /// Sends a signal to a process of this host from outside, as an operator would.
 pub(crate) fn strike(pid: i32, signal: Signal) {
     Held::by_pid(pid).unwrap().signal(signal).unwrap();
