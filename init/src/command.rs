@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,8 @@ use std::process::Command;
 
 use nix::libc;
 use nspawn_init::{Step, Trouble};
+
+use crate::raw::unblock;
 
 /// Variables by name.
 pub(crate) type Environment = BTreeMap<OsString, OsString>;
@@ -139,7 +141,8 @@ impl Invocation<'_> {
             Err(error) => error,
         };
         match error.raw_os_error() {
-            Some(libc::ENOEXEC) if !is_program(self.file) => {
+            // The GNU C library has been that way already.
+            Some(libc::ENOEXEC) => {
                 let mut script = command_of_shell(self.file, self.environment);
                 script.args(self.rest);
                 by(&mut script).map_err(|_| trouble(Step::Execute, self.file, &error))
@@ -157,6 +160,7 @@ impl Invocation<'_> {
 fn command(file: &Path, environment: &Environment) -> Command {
     let mut command = Command::new(file);
     command.env_clear().envs(environment);
+    unblock(&mut command);
     command
 }
 
@@ -183,14 +187,6 @@ fn candidates(name: &str, path: Option<&OsString>) -> Vec<PathBuf> {
             directory => Path::new(OsStr::from_bytes(directory)).join(name),
         })
         .collect()
-}
-
-/// Whether the file is a program of the kind that the kernel loads; of another machine, if it does not.
-fn is_program(file: &Path) -> bool {
-    let mut magic = [0; 4];
-    File::open(file)
-        .and_then(|mut file| file.read_exact(&mut magic))
-        .is_ok_and(|()| magic == *b"\x7fELF")
 }
 
 fn not_found(name: &str) -> Trouble {

@@ -84,7 +84,7 @@ fn start_command(
     Ok((signals, command))
 }
 
-/// Starts a child. The standard library starts it with no signal blocked and the ones it ignores itself as they were.
+/// Starts a child.
 fn spawn(
     words: &[String],
     environment: &Environment,

@@ -1,16 +1,20 @@
-//! The two things for which there are no safe words: taking over the descriptors that the program was started with, and handing
-//! the kernel a seccomp program. The only unsafe code of the project; decides nothing, and keeps nothing.
+//! The three things for which there are no safe words: taking over the descriptors that the program was started with, handing
+//! the kernel a seccomp program, and starting a command with no signal blocked. The only unsafe code of the project; decides
+//! nothing, and keeps nothing.
 
 #![expect(
     unsafe_code,
-    reason = "a descriptor that is known by number only, and a system call that nobody wraps without setting no_new_privs"
+    reason = "descriptors known by number only, a system call that nobody wraps without setting no_new_privs, a step before exec"
 )]
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::libc;
+use nix::sys::signal::SigSet;
 use nspawn_init::{DESCRIPTORS, Descriptor, Filter};
 
 /// The descriptors that the program was started with.
@@ -45,6 +49,13 @@ pub(crate) fn inherited() -> io::Result<Inherited> {
         program: take(Descriptor::Program),
         order: take(Descriptor::Order),
     })
+}
+
+/// Has a command start with no signal blocked: it inherits what this process blocks, which is all of them.
+pub(crate) fn unblock(command: &mut Command) {
+    let unblock = || Ok(SigSet::empty().thread_set_mask()?);
+    // SAFETY: sets a signal mask, which may be done between fork and exec, and touches no memory but its own.
+    unsafe { command.pre_exec(unblock) };
 }
 
 /// The most instructions that the kernel takes.

@@ -74,7 +74,7 @@ fn fails(life: Life, command: &[&str], path: &str) -> (Trouble, i32) {
         Life::Launcher => &[Word::Running],
         Life::Init => &[],
     };
-    assert_eq!(left.words[..left.words.len() - 1], *before);
+    assert_eq!(left.words[..left.words.len() - 1], *before, "{left:?}");
     let trouble = left.trouble();
     assert_eq!(left.stderr, format!("{trouble}\n"));
     assert_eq!(left.stdout, "");
@@ -97,7 +97,6 @@ fn a_command_that_does_not_run_says_why_and_with_which_file() {
     let in_here = |name: &str| format!("{here}/{name}");
     executable(&place.path().join("plain"), b"#!/bin/sh\n", 0o644);
     executable(&place.path().join("lost"), b"#!/nowhere/sh\n", 0o755);
-    executable(&place.path().join("foreign"), b"\x7fELFnonsense", 0o755);
     std::fs::create_dir(place.path().join("folder")).unwrap();
     let search = format!("/nowhere:{here}");
     for life in [Life::Launcher, Life::Init] {
@@ -129,16 +128,11 @@ fn a_command_that_does_not_run_says_why_and_with_which_file() {
                 127,
             ),
             (
-                "foreign",
-                trouble(Step::Execute, &in_here("foreign"), libc::ENOEXEC),
-                126,
-            ),
-            (
                 "/dev/null/it",
                 trouble(Step::Execute, "/dev/null/it", libc::ENOTDIR),
                 126,
             ),
-            ("a\0b", trouble(Step::Execute, "a\0b", libc::EINVAL), 126),
+            ("/a\0b", trouble(Step::Execute, "/a\0b", libc::EINVAL), 126),
         ];
         for (name, expected, status) in rows {
             assert_eq!(

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use command_fds::{CommandFdExt, FdMapping};
 use nspawn_init::{Descriptor, Life, Order, PROGRAM, Request, Trouble, Word, message, packet};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
     SocketType, recv, sendmsg, socketpair,
@@ -55,6 +56,9 @@ pub(crate) fn order(life: Life, command: &[&str]) -> Order {
     }
 }
 
+/// For a shell: waits until it is told `end`. A signal may make it stop waiting for a moment.
+pub(crate) const UNTIL_END: &str = "until [ \"$line\" = end ]; do read line; done";
+
 pub(crate) fn shell(life: Life, script: &str) -> Order {
     order(life, &["/bin/sh", "-c", script])
 }
@@ -78,6 +82,7 @@ pub(crate) fn pipe() -> (File, OwnedFd) {
 pub(crate) struct Launch {
     command: Command,
     order: Vec<u8>,
+    little_room: bool,
 }
 
 impl Launch {
@@ -92,7 +97,11 @@ impl Launch {
     /// By another program, which executes this one.
     pub(crate) fn by(mut command: Command, order: Vec<u8>) -> Self {
         command.env_clear().env("PATH", PATH);
-        Self { command, order }
+        Self {
+            command,
+            order,
+            little_room: false,
+        }
     }
 
     /// What systemd-nspawn gives.
@@ -106,6 +115,12 @@ impl Launch {
         self
     }
 
+    /// As few words as the kernel allows have room on the channel until they are read.
+    pub(crate) fn with_little_room(mut self) -> Self {
+        self.little_room = true;
+        self
+    }
+
     pub(crate) fn start(mut self) -> Program {
         let (ours, theirs) = socketpair(
             AddressFamily::UNIX,
@@ -114,6 +129,9 @@ impl Launch {
             None,
         )
         .unwrap();
+        if self.little_room {
+            set_socket_send_buffer_size(&theirs, 0).unwrap();
+        }
         let (stdout, their_stdout) = pipe();
         let (stderr, their_stderr) = pipe();
         let descriptors: [(OwnedFd, Descriptor); 5] = [
@@ -219,6 +237,11 @@ impl Program {
         .unwrap();
     }
 
+    /// Writes to the command's stdin.
+    pub(crate) fn tell(&mut self, line: &str) {
+        writeln!(self.stdin.as_mut().unwrap(), "{line}").unwrap();
+    }
+
     /// As the supervisor's death does.
     pub(crate) fn close_channel(&mut self) {
         self.channel = None;
@@ -246,14 +269,19 @@ impl Program {
     /// Closes the command's stdin and waits for the end of it all.
     pub(crate) fn end(mut self) -> Left {
         drop(self.stdin.take());
-        let mut words = Vec::new();
-        if self.channel.is_some() {
-            while let Some(word) = self.word() {
-                words.push(word);
+        let mut streams = [self.stdout.try_clone(), self.stderr.try_clone()].map(Result::unwrap);
+        let (words, [stdout, stderr]) = std::thread::scope(|scope| {
+            let streams = streams
+                .each_mut()
+                .map(|stream| scope.spawn(|| rest(stream)));
+            let mut words = Vec::new();
+            if self.channel.is_some() {
+                while let Some(word) = self.word() {
+                    words.push(word);
+                }
             }
-        }
-        let stdout = rest(&mut self.stdout);
-        let stderr = rest(&mut self.stderr);
+            (words, streams.map(|stream| stream.join().unwrap()))
+        });
         let status = self.child.wait().unwrap().into_raw();
         Left {
             words,
@@ -267,6 +295,11 @@ impl Program {
 /// A test that fails leaves nothing running.
 impl Drop for Program {
     fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            for child in self.children() {
+                let _ = kill_process(Pid::from_raw(child).unwrap(), Signal::KILL);
+            }
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

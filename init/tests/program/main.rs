@@ -1,6 +1,5 @@
 //! The real program as an ordinary process: no container, no root. Its subreaper stands for the first process's orphans.
 
-#![expect(missing_docs, reason = "tests say what they are for by their names")]
 #![expect(
     clippy::disallowed_methods,
     reason = "what the program does is seen by starting it"

@@ -1,11 +1,9 @@
 //! An init passes signals on and reaps.
 
-use std::io::Write;
-
 use nix::libc;
 use nspawn_init::{Life, Word};
 
-use crate::harness::{Launch, eventually, shell};
+use crate::harness::{Launch, UNTIL_END, eventually, shell};
 
 /// What nobody can catch, what an init keeps for itself, and the two that the C library does.
 const KEPT: [i32; 5] = [libc::SIGKILL, libc::SIGSTOP, libc::SIGCHLD, 32, 33];
@@ -18,18 +16,20 @@ fn every_signal_is_passed_on() {
         script += &format!("trap 'echo {number}' {number}\n");
     }
     // A shell runs a trap before it reads the next line, or while it waits for one.
-    script += "echo ready; while read line; do :; done; exit 0";
+    script += "echo ready\n";
+    script += UNTIL_END;
     let mut program = Launch::new(&shell(Life::Init, &script)).start();
     program.expect_running();
     assert_eq!(program.line(), "ready");
     for number in numbers {
         program.signal(number);
         eventually("the trap", || {
-            program.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+            program.tell("");
             program.writes_within(5)
         });
         assert_eq!(program.line(), number.to_string());
     }
+    program.tell("end");
     let left = program.end();
     assert_eq!(left.words, [Word::Ended { status: 0 }]);
     assert_eq!(left.stdout, "", "each came once");
@@ -59,8 +59,9 @@ fn a_signal_that_comes_early_is_not_lost() {
             mask & (1 << (libc::SIGTERM - 1)) != 0
         });
         program.signal(libc::SIGTERM);
+        program.expect_running();
         let status = libc::SIGTERM;
-        assert_eq!(program.end().words, [Word::Running, Word::Ended { status }]);
+        assert_eq!(program.word(), Some(Word::Ended { status }));
     }
 }
 
@@ -90,20 +91,20 @@ fn orphans_are_reaped() {
             .all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists())
     });
     assert_eq!(program.children().len(), 1, "the command is still there");
-    program.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+    program.tell("");
     assert_eq!(program.end().words, [Word::Ended { status: 6 << 8 }]);
 }
 
 #[test]
 fn the_supervisors_death_is_nobody_elses() {
-    let script = "trap 'echo term; exit 8' TERM; echo ready; while read line; do :; done";
-    let mut program = Launch::new(&shell(Life::Init, script)).start();
+    let script = format!("trap 'echo term; exit 8' TERM; echo ready; {UNTIL_END}");
+    let mut program = Launch::new(&shell(Life::Init, &script)).start();
     program.expect_running();
     assert_eq!(program.line(), "ready");
     program.close_channel();
     program.signal(libc::SIGTERM);
     eventually("the trap", || {
-        let _ = program.stdin.as_mut().unwrap().write_all(b"\n");
+        program.tell("");
         program.writes_within(5)
     });
     assert_eq!(program.line(), "term");
