@@ -9,7 +9,8 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -296,14 +297,15 @@ impl Line {
     }
 }
 
-/// Waits until a supervisor that nobody here is the parent of has ended.
+/// Waits until a supervisor that nobody here is the parent of has ended. Takes no thread: a thousand may end at once.
 async fn departed(supervisor: Process) {
-    let _ = tokio::task::spawn_blocking(move || {
-        if let Ok(held) = process::Held::again(supervisor) {
-            held.wait(PROMPT);
-        }
-    })
-    .await;
+    let Ok(held) = process::Held::again(supervisor) else {
+        return;
+    };
+    let Ok(held) = AsyncFd::with_interest(held, Interest::READABLE) else {
+        return;
+    };
+    let _ = tokio::time::timeout(PROMPT, held.readable()).await;
 }
 
 /// Ends a supervisor that does not answer. What it watched over ends with it, see [`Supervised`].
@@ -313,3 +315,6 @@ pub async fn put_down(supervisor: Process) {
 
 /// How long a supervisor may take to carry out a kill.
 pub const PROMPT: Duration = Duration::from_secs(15);
+
+#[cfg(test)]
+mod tests;
