@@ -9,9 +9,9 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
@@ -302,7 +302,8 @@ async fn departed(supervisor: Process) {
     let Ok(held) = process::Held::again(supervisor) else {
         return;
     };
-    let Ok(held) = AsyncFd::with_interest(held, Interest::READABLE) else {
+    // No pipe, and nothing is read from it: this is the runtime's one safe way to await a descriptor that it did not open.
+    let Ok(held) = pipe::Receiver::from_owned_fd_unchecked(held.into()) else {
         return;
     };
     let _ = tokio::time::timeout(PROMPT, held.readable()).await;
