@@ -32,7 +32,7 @@ pub mod run;
 pub use line::{Failure, Step, Verb};
 pub use record::{Order, Records};
 
-use line::{News, Request};
+use line::{News, Request, Told};
 
 /// How things stand with a supervised container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -199,6 +199,22 @@ fn follow(
     }
 }
 
+/// How a lifeline came to its end.
+#[derive(Debug, Clone, Copy)]
+enum Loss {
+    Ended,
+    Garbled,
+}
+
+impl Loss {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ended => "its supervisor was killed",
+            Self::Garbled => "its supervisor talked nonsense",
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Line {
     stream: UnixStream,
@@ -213,24 +229,28 @@ impl Line {
         let mut received = Vec::new();
         let mut asked: Vec<(u64, oneshot::Sender<Result<(), String>>)> = Vec::new();
         let mut number = 0;
-        loop {
+        let why = 'line: loop {
             tokio::select! {
                 read = self.stream.read_buf(&mut received) => match read {
-                    Ok(0) | Err(_) => break,
-                    Ok(_) => while let Some(Ok(news)) = line::next(&mut received) {
-                        self.hear(news, &mut asked);
+                    Ok(0) | Err(_) => break Loss::Ended,
+                    Ok(_) => while let Some(told) = line::next(&mut received) {
+                        match told {
+                            Ok(Told::Known(news)) => self.hear(news, &mut asked),
+                            Ok(Told::Unknown(_)) => {}
+                            Err(_) => break 'line Loss::Garbled,
+                        }
                     },
                 },
                 Some((verb, answer)) = requests.recv() => {
                     number += 1;
                     asked.push((number, answer));
                     if self.stream.write_all(&line::line(&Request { request: number, verb })).await.is_err() {
-                        break;
+                        break Loss::Ended;
                     }
                 }
             }
-        }
-        self.lost().await;
+        };
+        self.lost(why).await;
     }
 
     fn hear(&mut self, news: News, asked: &mut Vec<(u64, oneshot::Sender<Result<(), String>>)>) {
@@ -257,9 +277,9 @@ impl Line {
         });
     }
 
-    /// The supervisor is gone. If it left no word of the end it was killed, and nobody can learn the end any more: then the
+    /// The supervisor is gone, or of no use any more. If it left no word of the end, nobody can learn the end: then the
     /// container is ended, so that it can't run on unwatched beside its successor.
-    async fn lost(&self) {
+    async fn lost(&self, why: Loss) {
         let status = self.status.borrow().clone();
         let was_up = match status {
             Status::Ended(_) | Status::Failed(_) => return,
@@ -271,10 +291,13 @@ impl Line {
         }
         let records = self.records.clone();
         let ended = tokio::task::spawn_blocking(move || remains::end(&records)).await;
+        let why = why.as_str();
         let reason = match ended {
-            Ok(Ok(())) => "its supervisor was killed, so the container was ended and its exit status is not known".to_owned(),
-            Ok(Err(error)) => format!("its supervisor was killed and the container could not be ended: {error}"),
-            Err(error) => format!("its supervisor was killed and ending the container failed: {error}"),
+            Ok(Ok(())) => {
+                format!("{why}, so the container was ended and its exit status is not known")
+            }
+            Ok(Err(error)) => format!("{why} and the container could not be ended: {error}"),
+            Err(error) => format!("{why} and ending the container failed: {error}"),
         };
         if !was_up {
             return self.set(Status::Failed(Arc::new(Failure {
