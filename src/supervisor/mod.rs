@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
@@ -33,7 +34,7 @@ pub mod run;
 pub use line::{Failure, Step, Verb};
 pub use record::{First, Order, Records};
 
-use line::{News, Request};
+use line::{News, Request, Told};
 
 /// How things stand with a supervised container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -206,6 +207,22 @@ fn follow(
     }
 }
 
+/// How a lifeline came to its end.
+#[derive(Debug, Clone, Copy)]
+enum Loss {
+    Ended,
+    Garbled,
+}
+
+impl Loss {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ended => "its supervisor was killed",
+            Self::Garbled => "its supervisor talked nonsense",
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Line {
     stream: UnixStream,
@@ -220,24 +237,28 @@ impl Line {
         let mut received = Vec::new();
         let mut asked: Vec<(u64, oneshot::Sender<Result<(), String>>)> = Vec::new();
         let mut number = 0;
-        loop {
+        let why = 'line: loop {
             tokio::select! {
                 read = self.stream.read_buf(&mut received) => match read {
-                    Ok(0) | Err(_) => break,
-                    Ok(_) => while let Some(Ok(news)) = line::next(&mut received) {
-                        self.hear(news, &mut asked);
+                    Ok(0) | Err(_) => break Loss::Ended,
+                    Ok(_) => while let Some(told) = line::next(&mut received) {
+                        match told {
+                            Ok(Told::Known(news)) => self.hear(news, &mut asked),
+                            Ok(Told::Unknown(_)) => {}
+                            Err(_) => break 'line Loss::Garbled,
+                        }
                     },
                 },
                 Some((verb, answer)) = requests.recv() => {
                     number += 1;
                     asked.push((number, answer));
                     if self.stream.write_all(&line::line(&Request { request: number, verb })).await.is_err() {
-                        break;
+                        break Loss::Ended;
                     }
                 }
             }
-        }
-        self.lost().await;
+        };
+        self.lost(why).await;
     }
 
     fn hear(&mut self, news: News, asked: &mut Vec<(u64, oneshot::Sender<Result<(), String>>)>) {
@@ -264,9 +285,9 @@ impl Line {
         });
     }
 
-    /// The supervisor is gone. If it left no word of the end it was killed, and nobody can learn the end any more: then the
+    /// The supervisor is gone, or of no use any more. If it left no word of the end, nobody can learn the end: then the
     /// container is ended, so that it can't run on unwatched beside its successor.
-    async fn lost(&self) {
+    async fn lost(&self, why: Loss) {
         let status = self.status.borrow().clone();
         let was_up = match status {
             Status::Ended(_) | Status::Failed(_) => return,
@@ -278,10 +299,13 @@ impl Line {
         }
         let records = self.records.clone();
         let ended = tokio::task::spawn_blocking(move || remains::end(&records)).await;
+        let why = why.as_str();
         let reason = match ended {
-            Ok(Ok(())) => "its supervisor was killed, so the container was ended and its exit status is not known".to_owned(),
-            Ok(Err(error)) => format!("its supervisor was killed and the container could not be ended: {error}"),
-            Err(error) => format!("its supervisor was killed and ending the container failed: {error}"),
+            Ok(Ok(())) => {
+                format!("{why}, so the container was ended and its exit status is not known")
+            }
+            Ok(Err(error)) => format!("{why} and the container could not be ended: {error}"),
+            Err(error) => format!("{why} and ending the container failed: {error}"),
         };
         if !was_up {
             return self.set(Status::Failed(Arc::new(Failure {
@@ -304,14 +328,16 @@ impl Line {
     }
 }
 
-/// Waits until a supervisor that nobody here is the parent of has ended.
+/// Waits until a supervisor that nobody here is the parent of has ended. Takes no thread: a thousand may end at once.
 async fn departed(supervisor: Process) {
-    let _ = tokio::task::spawn_blocking(move || {
-        if let Ok(held) = process::Held::again(supervisor) {
-            held.wait(PROMPT);
-        }
-    })
-    .await;
+    let Ok(held) = process::Held::again(supervisor) else {
+        return;
+    };
+    // No pipe, and nothing is read from it: this is the runtime's one safe way to await a descriptor that it did not open.
+    let Ok(held) = pipe::Receiver::from_owned_fd_unchecked(held.into()) else {
+        return;
+    };
+    let _ = tokio::time::timeout(PROMPT, held.readable()).await;
 }
 
 /// Ends a supervisor that does not answer. What it watched over ends with it, see [`Supervised`].
@@ -321,3 +347,6 @@ pub async fn put_down(supervisor: Process) {
 
 /// How long a supervisor may take to carry out a kill.
 pub const PROMPT: Duration = Duration::from_secs(15);
+
+#[cfg(test)]
+mod tests;

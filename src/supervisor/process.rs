@@ -22,7 +22,9 @@ pub struct Held {
 impl Held {
     /// Takes hold of the process that has this pid now.
     pub fn by_pid(pid: i32) -> io::Result<Self> {
-        let raw = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // What a record or systemd-nspawn calls a pid may be any number, and rustix panics over negative ones.
+        let raw = Some(pid).filter(|pid| *pid > 0).and_then(Pid::from_raw);
+        let raw = raw.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         let descriptor = pidfd_open(raw, PidfdFlags::empty())?;
         // Read after the descriptor is there: what is read then belongs to the process that is held, or the process is gone.
         let start = start_time(pid)?;
@@ -75,6 +77,13 @@ impl Held {
 impl AsFd for Held {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.descriptor.as_fd()
+    }
+}
+
+/// A descriptor that is readable as soon as the process has ended.
+impl From<Held> for OwnedFd {
+    fn from(held: Held) -> Self {
+        held.descriptor
     }
 }
 
@@ -170,6 +179,17 @@ mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
+
+    #[test]
+    fn a_number_that_is_no_pid_is_nobody() {
+        for pid in [0, -1, i32::MIN, i32::MAX] {
+            let nobody = Process { pid, start: 0 };
+            Held::by_pid(pid).unwrap_err();
+            Held::again(nobody).unwrap_err();
+            assert!(!is_alive(nobody));
+            assert!(children(pid).is_empty());
+        }
+    }
 
     #[expect(clippy::disallowed_methods, reason = "a process to hold")]
     #[test]

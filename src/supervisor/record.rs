@@ -1,6 +1,9 @@
 //! What lies on disk for one start: the order, the fact of the start, the end. Every file is written whole beside its place
-//! and renamed into it, readable by root alone, never through a link. Refuses what it can't read with the file's name; reads
-//! nothing but its own files.
+//! and renamed into it, readable by root alone, never through a link. Refuses what it can't read, and a later form by its
+//! number; reads nothing but its own files.
+//!
+//! Records outlive the program that wrote them: the plugin is upgraded, or put back, while its tasks run. A new field is
+//! therefore optional and gets a default; only what an older driver must not act on makes a new [`FORM`].
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -17,6 +20,9 @@ use crate::container::{Exit, Mode, Process, Started};
 
 /// No file of ours is larger; a larger one was not written by us.
 const LARGEST: u64 = 64 * 1024 * 1024;
+
+/// The form of the records that this driver writes.
+pub const FORM: u32 = 1;
 
 /// The directory of one start.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -38,6 +44,7 @@ pub struct Order {
     /// Its arguments.
     pub arguments: Vec<String>,
     /// The container's first program.
+    #[serde(default)]
     pub first: First,
     /// Where stdout goes; `None` discards.
     pub stdout: Option<PathBuf>,
@@ -56,10 +63,11 @@ pub struct Order {
 }
 
 /// A container's first program.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum First {
     /// The image's own.
+    #[default]
     Image,
     /// Ours.
     Ours {
@@ -154,21 +162,23 @@ impl Records {
         environment: &BTreeMap<String, String>,
         init: Option<&nspawn_init::Order>,
     ) -> io::Result<()> {
-        self.write("environment", environment)?;
+        self.write("environment", &serde_json::to_vec(environment)?)?;
         if let Some(init) = init {
-            self.write("init", init)?;
+            self.write("init", &serde_json::to_vec(init)?)?;
         }
-        self.write("order", order)
+        self.write("order", &encode(order)?)
     }
 
     /// The order.
     pub fn order(&self) -> io::Result<Order> {
-        self.read("order")
+        decode(&self.read("order")?)
     }
 
     /// Takes systemd-nspawn's environment: it is not on disk any more afterwards.
     pub fn take_environment(&self) -> io::Result<BTreeMap<String, String>> {
-        let environment = self.read("environment")?;
+        let text = self.read("environment")?;
+        // Not what stands there: it may be a secret.
+        let environment = serde_json::from_slice(&text).map_err(|_| invalid("no environment"))?;
         fs::remove_file(self.0.join("environment"))?;
         Ok(environment)
     }
@@ -213,17 +223,17 @@ impl Records {
 
     /// Keeps the fact of the start.
     pub fn write_running(&self, running: &Running) -> io::Result<()> {
-        self.write("running", running)
+        self.write("running", &encode(running)?)
     }
 
     /// The fact of the start.
     pub fn running(&self) -> io::Result<Running> {
-        self.read("running")
+        decode(&self.read("running")?)
     }
 
     /// Keeps the end. It is on the disk when this returns.
     pub fn write_exit(&self, exit: &Exit) -> io::Result<()> {
-        self.write("exit", exit)?;
+        self.write("exit", &encode(exit)?)?;
         // The other files mean nothing after a crash of the host; this one tells what happened before it.
         File::open(self.0.join("exit"))?.sync_data()
     }
@@ -231,7 +241,7 @@ impl Records {
     /// The end, if there is one.
     pub fn exit(&self) -> io::Result<Option<Exit>> {
         match self.read("exit") {
-            Ok(exit) => Ok(Some(exit)),
+            Ok(text) => Ok(Some(decode(&text)?)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -239,15 +249,15 @@ impl Records {
 
     /// Why systemd-nspawn could not even be called, left by the process that tried.
     pub fn write_failure(&self, reason: &str) -> io::Result<()> {
-        self.write("failure", &reason)
+        self.write("failure", &serde_json::to_vec(reason)?)
     }
 
     /// Why systemd-nspawn could not even be called, if that was so.
     pub fn failure(&self) -> Option<String> {
-        self.read("failure").ok()
+        serde_json::from_slice(&self.read("failure").ok()?).ok()
     }
 
-    fn write<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> io::Result<()> {
+    fn write(&self, name: &str, text: &[u8]) -> io::Result<()> {
         let beside = self.0.join(format!("{name}.new"));
         match fs::remove_file(&beside) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -258,22 +268,20 @@ impl Records {
             .create_new(true)
             .mode(0o600)
             .open(&beside)?;
-        file.write_all(&serde_json::to_vec(value)?)?;
+        file.write_all(text)?;
         fs::rename(&beside, self.0.join(name))
     }
 
-    fn read<T: DeserializeOwned>(&self, name: &str) -> io::Result<T> {
+    fn read(&self, name: &str) -> io::Result<Vec<u8>> {
         let mut text = Vec::new();
         let file = self.open_to_read(name)?;
-        file.take(LARGEST).read_to_end(&mut text)?;
-        // Where it is wrong and not what stands there: it may be a secret.
-        serde_json::from_slice(&text).map_err(|error| {
-            let text = format!(
-                "{name:?} is not what it should be from byte {} on",
-                error.column()
-            );
-            io::Error::new(io::ErrorKind::InvalidData, text)
-        })
+        file.take(LARGEST + 1).read_to_end(&mut text)?;
+        if text.len() as u64 > LARGEST {
+            return Err(invalid(format!(
+                "the record {name:?} is larger than {LARGEST} bytes"
+            )));
+        }
+        Ok(text)
     }
 
     fn open_to_read(&self, name: &str) -> io::Result<File> {
@@ -285,104 +293,45 @@ impl Records {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::os::unix::fs::PermissionsExt;
-    use std::time::SystemTime;
-
-    fn exit() -> Exit {
-        Exit {
-            code: 7,
-            signal: 0,
-            oom_killed: false,
-            error: None,
-            ended_at: SystemTime::UNIX_EPOCH,
-        }
-    }
-
-    #[test]
-    fn what_is_written_is_read_and_is_root_s_alone() {
-        let temp = tempfile::tempdir().unwrap();
-        let records = Records::of(&temp.path().join("state"), "alloc/web/0a1b2c3d");
-        records.create().unwrap();
-        assert_eq!(records.exit().unwrap(), None);
-        records.write_exit(&exit()).unwrap();
-        assert_eq!(records.exit().unwrap(), Some(exit()));
-        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode(records.path()), 0o700);
-        assert_eq!(mode(&records.path().join("exit")), 0o600);
-        records.create().unwrap_err();
-        records.remove().unwrap();
-        records.remove().unwrap();
-    }
-
-    #[test]
-    fn a_link_is_not_followed() {
-        let temp = tempfile::tempdir().unwrap();
-        let records = Records::at(temp.path().join("x"));
-        records.create().unwrap();
-        fs::write(
-            temp.path().join("elsewhere"),
-            serde_json::to_vec(&exit()).unwrap(),
-        )
-        .unwrap();
-        std::os::unix::fs::symlink(temp.path().join("elsewhere"), records.path().join("exit"))
-            .unwrap();
-        records.exit().unwrap_err();
-    }
-
-    #[test]
-    fn secrets_can_be_taken_once() {
-        let temp = tempfile::tempdir().unwrap();
-        let records = Records::at(temp.path());
-        records
-            .write("environment", &BTreeMap::from([("A", "b")]))
-            .unwrap();
-        fs::write(temp.path().join("init"), "told").unwrap();
-        let environment = records.take_environment().unwrap();
-        assert_eq!(environment.get("A").map(String::as_str), Some("b"));
-        records.take_environment().unwrap_err();
-        let told = io::read_to_string(records.take_init().unwrap()).unwrap();
-        assert_eq!(told, "told");
-        records.take_init().unwrap_err();
-        assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn of_many_words_the_last_are_kept() {
-        let temp = tempfile::tempdir().unwrap();
-        let records = Records::at(temp.path());
-        assert_eq!(records.words(), "");
-        for word in ["first", &"x".repeat(3000), "last"] {
-            records
-                .open_words()
-                .unwrap()
-                .write_all(word.as_bytes())
-                .unwrap();
-        }
-        let words = records.words();
-        assert!(words.ends_with("xlast") && words.len() == 2048, "{words}");
-    }
-
-    proptest! {
-        #[test]
-        fn no_id_leads_out_of_the_state_directory(id in "\\PC{0,200}") {
-            let records = Records::of(Path::new("/state"), &id);
-            prop_assert_eq!(records.path().parent(), Some(Path::new("/state")));
-            // Sockets have short paths: the configuration keeps 43 bytes free below the state directory.
-            prop_assert!(records.lifeline().as_os_str().len() <= "/state".len() + 43);
-        }
-
-        #[test]
-        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let temp = tempfile::tempdir().unwrap();
-            fs::write(temp.path().join("order"), &bytes).unwrap();
-            fs::write(temp.path().join("exit"), &bytes).unwrap();
-            let records = Records::at(temp.path());
-            prop_assert!(records.order().is_err());
-            prop_assert!(records.exit().is_err());
-        }
-    }
+#[derive(Serialize)]
+struct Written<'a, T> {
+    form: u32,
+    #[serde(flatten)]
+    record: &'a T,
 }
+
+#[derive(Deserialize)]
+struct Form {
+    /// There were none before they were counted.
+    #[serde(default = "first")]
+    form: u32,
+}
+
+fn first() -> u32 {
+    1
+}
+
+/// A record as the text of its file.
+pub fn encode<T: Serialize>(record: &T) -> io::Result<Vec<u8>> {
+    let written = Written { form: FORM, record };
+    Ok(serde_json::to_vec(&written)?)
+}
+
+/// The record in the text of a file. An error of kind `InvalidData` if there is none, or one of a later form.
+pub fn decode<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
+    let Form { form } = serde_json::from_slice(text).map_err(invalid)?;
+    if form > FORM {
+        return Err(invalid(format!(
+            "the record has form {form}, which is newer than this driver; it writes form {FORM}"
+        )));
+    }
+    serde_json::from_slice(text).map_err(invalid)
+}
+
+fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+#[cfg(test)]
+#[path = "record_tests.rs"]
+pub(super) mod tests;
