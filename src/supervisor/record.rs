@@ -8,6 +8,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -107,6 +108,16 @@ impl Records {
         self.0.join("log")
     }
 
+    /// Opens the log for a supervisor to write at its end.
+    pub fn open_log(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(OFlag::O_NOFOLLOW.bits())
+            .open(self.log())
+    }
+
     /// The stand-in for a root that lacks mount points.
     pub fn skeleton(&self) -> PathBuf {
         self.0.join("root")
@@ -172,7 +183,7 @@ impl Records {
     pub fn write_exit(&self, exit: &Exit) -> io::Result<()> {
         self.write("exit", exit)?;
         // The other files mean nothing after a crash of the host; this one tells what happened before it.
-        File::open(self.0.join("exit"))?.sync_data()
+        self.open("exit")?.sync_data()
     }
 
     /// The end, if there is one.
@@ -210,15 +221,22 @@ impl Records {
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> io::Result<T> {
-        let flags = nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_NONBLOCK;
-        let file: File = OpenOptions::new()
+        let mut text = Vec::new();
+        self.open(name)?.take(LARGEST).read_to_end(&mut text)?;
+        // Names the place and not what stands there: that may be a secret.
+        serde_json::from_slice(&text).map_err(|error| {
+            let (line, column) = (error.line(), error.column());
+            let text = format!("{name} is no record, as line {line}, column {column} shows");
+            io::Error::new(io::ErrorKind::InvalidData, text)
+        })
+    }
+
+    fn open(&self, name: &str) -> io::Result<File> {
+        let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+        OpenOptions::new()
             .read(true)
             .custom_flags(flags.bits())
-            .open(self.0.join(name))?;
-        let mut text = Vec::new();
-        file.take(LARGEST).read_to_end(&mut text)?;
-        serde_json::from_slice(&text)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+            .open(self.0.join(name))
     }
 }
 
@@ -268,6 +286,26 @@ mod tests {
         std::os::unix::fs::symlink(temp.path().join("elsewhere"), records.path().join("exit"))
             .unwrap();
         records.exit().unwrap_err();
+    }
+
+    #[test]
+    fn a_log_that_is_a_link_is_not_opened() {
+        let temp = tempfile::tempdir().unwrap();
+        let records = Records::at(temp.path().join("x"));
+        records.create().unwrap();
+        std::os::unix::fs::symlink(temp.path().join("elsewhere"), records.log()).unwrap();
+        records.open_log().unwrap_err();
+        assert!(!temp.path().join("elsewhere").exists());
+    }
+
+    #[test]
+    fn what_is_damaged_is_not_repeated() {
+        let temp = tempfile::tempdir().unwrap();
+        let records = Records::at(temp.path());
+        fs::write(temp.path().join("environment"), "\"s3cret\"").unwrap();
+        let error = records.take_environment().unwrap_err().to_string();
+        assert!(error.starts_with("environment is no record"), "{error}");
+        assert!(!error.contains("s3cret"), "{error}");
     }
 
     #[test]
