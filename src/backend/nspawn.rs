@@ -378,8 +378,7 @@ impl ContainerBackend for NspawnBackend {
             cgroup: Layout::of_this_host().kind,
             user_namespaces: probe::has_user_namespaces(),
             machined: probe::has_machined(),
-            state_dir: state_dir::check(&self.settings.state_dir)
-                .map_err(|error| chain(&error)),
+            state_dir: state_dir::check(&self.settings.state_dir).map_err(|error| chain(&error)),
         }
     }
 
