@@ -16,14 +16,16 @@ use async_trait::async_trait;
 use tokio::process::Command;
 use tokio_util::task::TaskTracker;
 
-use super::{BackendError, ContainerBackend};
+use super::{BackendError, ContainerBackend, chain};
 use crate::cgroup::{Group, Layout};
 use crate::container::{CgroupLayout, ContainerSpec, Exit, Probe, Root, Started, Usage, Users};
 use crate::nspawn::argv::{self, Bind, Host};
 use crate::nspawn::{probe, root};
 use crate::signal::Signal;
+use crate::supervisor::state_dir::StateDirError;
 use crate::supervisor::{
     self, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
+    state_dir,
 };
 
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
@@ -398,17 +400,23 @@ impl ContainerBackend for NspawnBackend {
             cgroup: Layout::of_this_host().kind,
             user_namespaces: probe::has_user_namespaces(),
             machined: probe::has_machined(),
+            state_dir: state_dir::check(&self.settings.state_dir).map_err(|error| chain(&error)),
         }
     }
 
     async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
         let machine = spec.machine.clone();
         let records = Records::of(&self.settings.state_dir, &spec.id);
-        self.clear(&records).await?;
         let unsupported = |reason| BackendError::Unsupported {
             machine: machine.clone(),
             reason,
         };
+        // What lies there is believed, so this comes first.
+        state_dir::secure(&self.settings.state_dir).map_err(|error| match error {
+            StateDirError::Io { path, source } => io_error("making the directory", &path, source),
+            refused => unsupported(refused.to_string()),
+        })?;
+        self.clear(&records).await?;
         let (program, version) = self.installed().await.map_err(unsupported)?;
         let prepared = self.prepare(&spec, &records, program, version);
         let up = match prepared {

@@ -3,6 +3,7 @@
 //! becomes systemd-nspawn. A process of its own, because a supervisor that went there itself would count against the task's
 //! limits and die with it. Makes nothing, waits for nothing.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,7 +18,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
-use super::process::close_inherited;
+use super::process::{close_inherited, no_core_dump_of_the_next};
 use super::record::{First, Order, Records};
 use crate::cgroup::Group;
 
@@ -47,6 +48,7 @@ fn become_nspawn(records: &Records) -> String {
     if let Err(reason) = go_there(&order) {
         return reason;
     }
+    let size = size_of_strings(&order.arguments, &environment);
     let mut command = Command::new(&order.program);
     command.args(&order.arguments).env_clear().envs(environment);
     if let First::Ours { .. } = order.first {
@@ -58,7 +60,11 @@ fn become_nspawn(records: &Records) -> String {
             .env("LISTEN_PID", nix::unistd::getpid().to_string());
     }
     let error = command.exec();
-    format!("can't execute {}: {error}", order.program.display())
+    let program = order.program.display();
+    if error.raw_os_error() == Some(nix::Error::E2BIG as i32) {
+        return too_big(&program.to_string(), size);
+    }
+    format!("can't execute {program}: {error}")
 }
 
 fn go_there(order: &Order) -> Result<(), String> {
@@ -77,7 +83,9 @@ fn go_there(order: &Order) -> Result<(), String> {
     }
     umask(Mode::from_bits_truncate(0o022));
     let unblocked = SigSet::empty().thread_set_mask();
-    unblocked.map_err(|error| format!("can't unblock signals: {error}"))
+    unblocked.map_err(|error| format!("can't unblock signals: {error}"))?;
+    let limited = no_core_dump_of_the_next();
+    limited.map_err(|error| format!("can't switch core dumps off: {error}"))
 }
 
 /// Takes the descriptors that wait on stdin and puts the order behind them, each at its number: nothing else is open, so the
@@ -120,4 +128,28 @@ fn line_up(records: &Records) -> io::Result<()> {
     let _ = std::os::fd::IntoRawFd::into_raw_fd(order);
     nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
     Ok(())
+}
+
+/// What the kernel counts of words and variables: each has an end mark and a pointer.
+fn size_of_strings(words: &[String], variables: &BTreeMap<String, String>) -> usize {
+    const EACH: usize = 1 + size_of::<usize>();
+    let words: usize = words.iter().map(|word| word.len() + EACH).sum();
+    let variables: usize = variables
+        .iter()
+        .map(|(name, value)| name.len() + 1 + value.len() + EACH)
+        .sum();
+    words + variables
+}
+
+/// Names the limit, which the kernel derives from that of the stack.
+fn too_big(program: &str, size: usize) -> String {
+    use nix::sys::resource::{Resource, getrlimit};
+    const MOST: u64 = 6 * 1024 * 1024;
+    const LEAST: u64 = 128 * 1024;
+    let limit = getrlimit(Resource::RLIMIT_STACK).map_or(LEAST, |(soft, _)| soft / 4);
+    format!(
+        "can't execute {program}: its arguments and environment have {size} bytes, and the kernel takes at most {} here, \
+         a quarter of the stack limit (LimitSTACK=) of Nomad's agent",
+        limit.clamp(LEAST, MOST)
+    )
 }

@@ -30,6 +30,7 @@ pub mod process;
 pub mod record;
 pub mod remains;
 pub mod run;
+pub mod state_dir;
 
 pub use line::{Failure, Step, Verb};
 pub use record::{First, Order, Records};
@@ -72,10 +73,7 @@ pub fn launch(
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let stream = UnixStream::from_std(ours)?;
-    let log = std::fs::File::options()
-        .append(true)
-        .create(true)
-        .open(records.log())?;
+    let log = records.open_log()?;
     let mut command = Command::new(binary);
     command
         .arg0("nomad-driver-nspawn")

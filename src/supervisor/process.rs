@@ -135,6 +135,23 @@ fn mask(pid: i32, field: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
+/// Keeps this process out of core dumps, and out of the reach of debuggers and `/proc` readers that are not privileged: secrets
+/// pass through its memory. Ends with the next program that it executes.
+pub fn stay_out_of_core_dumps() {
+    // The kernel knows this question since long before pidfds, so it does not fail where the driver runs at all.
+    let _ = nix::sys::prctl::set_dumpable(false);
+}
+
+/// Lets the program that is executed next write no core dump. systemd-nspawn sets its payload's limits itself, so that is not
+/// bound by this one.
+pub fn no_core_dump_of_the_next() -> nix::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    // With 0 the kernel would still call a core dump's handler program; 1 is what it takes for "not even that".
+    const NOT_EVEN_A_HANDLER: u64 = 1;
+    let (_, hard) = getrlimit(Resource::RLIMIT_CORE)?;
+    setrlimit(Resource::RLIMIT_CORE, NOT_EVEN_A_HANDLER.min(hard), hard)
+}
+
 /// Closes everything but standard input, output and error. For the start of a process, before it has opened anything: an agent
 /// that does not mark its descriptors must not have them held open by containers for days.
 pub fn close_inherited() {

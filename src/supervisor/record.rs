@@ -11,6 +11,7 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -130,6 +131,16 @@ impl Records {
         self.0.join("log")
     }
 
+    /// Opens the log for a supervisor to write at its end.
+    pub fn open_log(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(OFlag::O_NOFOLLOW.bits())
+            .open(self.log())
+    }
+
     /// The stand-in for a root that lacks mount points.
     pub fn skeleton(&self) -> PathBuf {
         self.0.join("root")
@@ -185,7 +196,7 @@ impl Records {
 
     /// Takes what our own first program is told, as a file that is open and has no name any more.
     pub fn take_init(&self) -> io::Result<File> {
-        let file = self.open_to_read("init")?;
+        let file = self.open("init")?;
         fs::remove_file(self.0.join("init"))?;
         Ok(file)
     }
@@ -203,7 +214,7 @@ impl Records {
             .append(true)
             .create(true)
             .mode(0o600)
-            .custom_flags(nix::fcntl::OFlag::O_NOFOLLOW.bits())
+            .custom_flags(OFlag::O_NOFOLLOW.bits())
             .open(self.0.join("words"))
     }
 
@@ -218,7 +229,7 @@ impl Records {
             file.take(END).read_to_end(&mut bytes)?;
             Ok(String::from_utf8_lossy(&bytes).into_owned())
         };
-        self.open_to_read("words").and_then(end).unwrap_or_default()
+        self.open("words").and_then(end).unwrap_or_default()
     }
 
     /// Keeps the fact of the start.
@@ -235,7 +246,7 @@ impl Records {
     pub fn write_exit(&self, exit: &Exit) -> io::Result<()> {
         self.write("exit", &encode(exit)?)?;
         // The other files mean nothing after a crash of the host; this one tells what happened before it.
-        File::open(self.0.join("exit"))?.sync_data()
+        self.open("exit")?.sync_data()
     }
 
     /// The end, if there is one.
@@ -274,7 +285,7 @@ impl Records {
 
     fn read(&self, name: &str) -> io::Result<Vec<u8>> {
         let mut text = Vec::new();
-        let file = self.open_to_read(name)?;
+        let file = self.open(name)?;
         file.take(LARGEST + 1).read_to_end(&mut text)?;
         if text.len() as u64 > LARGEST {
             return Err(invalid(format!(
@@ -284,8 +295,8 @@ impl Records {
         Ok(text)
     }
 
-    fn open_to_read(&self, name: &str) -> io::Result<File> {
-        let flags = nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_NONBLOCK;
+    fn open(&self, name: &str) -> io::Result<File> {
+        let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
         OpenOptions::new()
             .read(true)
             .custom_flags(flags.bits())

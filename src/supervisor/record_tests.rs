@@ -92,6 +92,23 @@ fn what_is_too_large_is_refused_and_not_cut() {
     assert!(error.to_string().contains("larger than"), "{error}");
 }
 
+#[test]
+fn a_log_that_is_a_link_is_not_opened() {
+    let (temp, records) = some();
+    let elsewhere = temp.path().join("elsewhere");
+    std::os::unix::fs::symlink(&elsewhere, records.log()).unwrap();
+    records.open_log().unwrap_err();
+    assert!(!elsewhere.exists());
+}
+
+#[test]
+fn what_is_damaged_is_not_repeated() {
+    let (_temp, records) = some();
+    fs::write(records.path().join("environment"), "\"s3cret\"").unwrap();
+    let error = records.take_environment().unwrap_err().to_string();
+    assert!(!error.contains("s3cret"), "{error}");
+}
+
 /// What released drivers wrote, a line each. Never change a line; add one when a field is new.
 const ORDERS: &str = include_str!("frozen/order.jsonl");
 const RUNNING: &str = include_str!("frozen/running.jsonl");

@@ -95,6 +95,8 @@ fn detach() -> io::Result<SignalFd> {
     // Fails for the leader of a process group, which is what a person's shell makes of it; then there is nothing to leave.
     let _ = nix::unistd::setsid();
     let _ = std::env::set_current_dir("/");
+    // Its sockets and files are root's alone.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     // The payload shall be the victim when memory runs out. Only root may say so.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     nix::sys::prctl::set_child_subreaper(true)?;

@@ -32,6 +32,9 @@ macro_rules! scenarios {
             several_run_side_by_side, no_output_is_wanted, a_link_for_a_log_is_refused, a_fifo_gets_everything_and_its_end,
             dev_stdout_can_be_opened_anew, an_ephemeral_root_leaves_no_copy, a_read_only_root_needs_no_mount_points,
             usage_can_be_read, a_working_directory_is_where_it_starts, a_listener_that_talks_nonsense_is_dropped,
+            a_value_of_128_kib_arrives, a_large_environment_arrives, a_name_of_4_kib_arrives,
+            more_than_the_kernel_takes_is_refused_with_the_limit, names_that_systemd_reads_arrive,
+            a_value_stands_in_no_command_line, a_command_has_three_descriptors, a_command_keeps_the_limit_of_core_dumps,
         }
     };
 }
@@ -847,5 +850,168 @@ pub(crate) async fn a_read_only_root_without_base_directories_starts(world: Worl
         })
         .await;
     assert_eq!(ended(&world.end(&started).await), (20, 0));
+    world.leave(&[&started]).await;
+}
+
+/// The longest single string that a program can get.
+pub(crate) async fn a_value_of_128_kib_arrives(world: World) {
+    let value = "x".repeat(128 * 1024 - "BIG=".len() - 1);
+    let want = value.len();
+    let environment = BTreeMap::from([("BIG".to_owned(), value)]);
+    let started = world
+        .start(ContainerSpec {
+            environment,
+            ..world.spec("echo ${#BIG}")
+        })
+        .await;
+    world.end(&started).await;
+    assert_eq!(world.said("stdout"), format!("{want}\n"));
+    world.leave(&[&started]).await;
+}
+
+/// The kernel takes 2 MiB of words and variables, whoever executes.
+pub(crate) async fn a_large_environment_arrives(world: World) {
+    const EACH: usize = 131_000;
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let environment = (0..14)
+            .map(|number| (format!("BIG{number}"), number.to_string().repeat(EACH)))
+            .map(|(name, value)| (name, value[..EACH].to_owned()))
+            .collect();
+        let script = "n=0; i=0; while [ $i -lt 14 ]; do eval \"v=\\$BIG$i\"; n=$((n+${#v})); i=$((i+1)); done; echo $n";
+        let task = format!("{mode:?}").to_lowercase();
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                environment,
+                ..world.named(&task, script)
+            })
+            .await;
+        world.end(&started).await;
+        assert_eq!(world.said("stdout"), format!("{}\n", 14 * EACH), "{mode:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+pub(crate) async fn a_name_of_4_kib_arrives(world: World) {
+    let environment = BTreeMap::from([("N".repeat(4096), "arrived".to_owned())]);
+    let started = world
+        .start(ContainerSpec {
+            environment,
+            ..world.spec("env | grep -c '^NNNN*=arrived$'")
+        })
+        .await;
+    world.end(&started).await;
+    assert_eq!(world.said("stdout"), "1\n");
+    world.leave(&[&started]).await;
+}
+
+/// In `boot`, where systemd-nspawn itself has to carry everything. No init is ever reached.
+pub(crate) async fn more_than_the_kernel_takes_is_refused_with_the_limit(world: World) {
+    let (stack, _) =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_STACK).unwrap();
+    let limit = (stack / 4).clamp(128 * 1024, 6 * 1024 * 1024);
+    let number = limit / 131_000 + 1;
+    let environment = (0..number)
+        .map(|number| (format!("BIG{number}"), "s3cret-".repeat(18_714)))
+        .collect();
+    let error = world
+        .refused(ContainerSpec {
+            mode: Mode::Boot,
+            command: Vec::new(),
+            environment,
+            ..world.spec("")
+        })
+        .await;
+    let text = error.to_string();
+    assert!(text.contains(&limit.to_string()), "{text}");
+    assert!(!text.contains("s3cret"), "{text}");
+    world.leave(&[]).await;
+}
+
+/// They steer no systemd-nspawn, and are the command's all the same.
+pub(crate) async fn names_that_systemd_reads_arrive(world: World) {
+    let names = [
+        "HOME",
+        "LC_ALL",
+        "SYSTEMD_LOG_LEVEL",
+        "TERM",
+        "TZ",
+        "XDG_RUNTIME_DIR",
+    ];
+    let environment = names
+        .iter()
+        .map(|name| ((*name).to_owned(), format!("/{name}/ of the job")))
+        .collect();
+    let script = format!("for n in {}; do eval \"echo \\$$n\"; done", names.join(" "));
+    let started = world
+        .start(ContainerSpec {
+            environment,
+            ..world.spec(&script)
+        })
+        .await;
+    world.end(&started).await;
+    let want: String = names
+        .iter()
+        .map(|name| format!("/{name}/ of the job\n"))
+        .collect();
+    assert_eq!(world.said("stdout"), want);
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_value_stands_in_no_command_line(world: World) {
+    let scratch = world.scratch.path().to_string_lossy().into_owned();
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let secret = format!("s3cret-{}-{mode:?}", scratch.replace('/', "_"));
+        let environment = BTreeMap::from([("DB_PASSWORD".to_owned(), secret.clone())]);
+        let task = format!("{mode:?}").to_lowercase();
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                environment,
+                ..world.named(&task, DEAF)
+            })
+            .await;
+        world.heard("up").await;
+        let shown = processes_that_name(&secret);
+        assert!(shown.is_empty(), "{shown:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+/// Whatever driver and systemd-nspawn use among themselves.
+pub(crate) async fn a_command_has_three_descriptors(world: World) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        // The shell's own, with which it reads the directory, is closed when it looks again.
+        let script = "for d in /proc/$$/fd/*; do test -e $d && echo ${d##*/}; done";
+        let task = format!("{mode:?}").to_lowercase();
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                ..world.named(&task, script)
+            })
+            .await;
+        world.end(&started).await;
+        assert_eq!(world.said("stdout"), "0\n1\n2\n", "{mode:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+/// systemd-nspawn must not dump core, for its secrets; the command may.
+pub(crate) async fn a_command_keeps_the_limit_of_core_dumps(world: World) {
+    let started = world.start(world.spec("ulimit -H -c")).await;
+    world.end(&started).await;
+    let (_, hard) =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_CORE).unwrap();
+    let want = match hard {
+        nix::sys::resource::RLIM_INFINITY => "unlimited\n".to_owned(),
+        bytes => format!("{}\n", bytes / 512),
+    };
+    assert_eq!(world.said("stdout"), want);
     world.leave(&[&started]).await;
 }

@@ -18,6 +18,7 @@ mod house;
 mod lifecycle;
 mod logs;
 mod recover;
+mod secrets;
 mod shutdown;
 mod signals;
 mod stats;

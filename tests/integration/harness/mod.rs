@@ -81,7 +81,11 @@ impl Host {
         // Short, because sockets lie below it and their paths are limited.
         let dir = tempfile::Builder::new().prefix("nd-").tempdir().unwrap();
         for name in ["bin", "state", "plugins", "alloc"] {
-            fs::create_dir(dir.path().join(name)).unwrap();
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            // As an operator's mkdir makes it, whatever the umask is here.
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            fs::set_permissions(path, mode).unwrap();
         }
         for tool in TOOLS {
             let link = dir.path().join("bin").join(tool);
