@@ -146,6 +146,7 @@ fn container(
         asked: false,
     };
     let (status, errno) = nspawn.live(&prepared)?;
+    notify::hold(call.pause_before_exit.as_deref());
     std::thread::sleep(Duration::from_millis(call.delay_before_exit_ms));
     let status = call.exit_status.unwrap_or(status);
     farewell(scenario.version, status, errno);
@@ -258,6 +259,7 @@ impl Nspawn<'_> {
         // A leader that dies before it is ready ends this too; its death is seen soon enough.
         hear.read_exact(&mut [0; leader::READY.len()]).ok();
         self.ledger.write(&Event::Started { leader: pid })?;
+        notify::hold(self.call.pause_before_notify.as_deref());
         if !self.call.never_notify {
             let doing = if self.scenario.version >= 258 {
                 "started"

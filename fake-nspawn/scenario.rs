@@ -12,7 +12,7 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
@@ -66,6 +66,11 @@ pub(crate) struct Call {
     pub(crate) never_notify: bool,
     /// nspawn dies by this signal number before the container is started.
     pub(crate) die_before_notify: Option<i32>,
+    /// Held between the start of the container and the word of it, for as long as whoever listens on this socket wants: see
+    /// [`crate::notify::hold`].
+    pub(crate) pause_before_notify: Option<PathBuf>,
+    /// The same between the end of the container and the end of nspawn.
+    pub(crate) pause_before_exit: Option<PathBuf>,
     /// nspawn's exit status, whatever the container's was.
     pub(crate) exit_status: Option<i32>,
     /// Signal numbers to the leader that never reach the payload, handler or not.

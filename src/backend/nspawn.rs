@@ -22,6 +22,7 @@ use crate::container::{CgroupLayout, ContainerSpec, Exit, Probe, Root, Started, 
 use crate::nspawn::argv::{self, Bind, Host};
 use crate::nspawn::{probe, root};
 use crate::signal::Signal;
+use crate::supervisor::pause::{self, Point};
 use crate::supervisor::state_dir::StateDirError;
 use crate::supervisor::{
     self, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
@@ -164,6 +165,7 @@ impl NspawnBackend {
         if !same {
             return Err(lost("the record in its place is another one's"));
         }
+        pause::at(&records, Point::Recovering);
         let attached = supervisor::attach(&records, started, &self.tracker).await;
         let attached =
             attached.map_err(|source| io_error("connecting to", &records.lifeline(), source))?;
@@ -249,6 +251,7 @@ impl NspawnBackend {
             copies: copies_of(spec),
             notes,
         };
+        pause::at(records, Point::BeforeOrder);
         records
             .write_order(&order, &line.environment, line.init.as_ref())
             .map_err(|source| io_error("writing the order in", records.path(), source))
@@ -302,6 +305,7 @@ impl NspawnBackend {
             reason: format!("its supervisor can't be started: {error}"),
             transient: true,
         };
+        pause::at(records, Point::OrderWritten);
         let one = self
             .first_program()
             .and_then(|program| {
@@ -353,6 +357,7 @@ impl NspawnBackend {
         if let Some(known) = self.known(records) {
             let _ = tokio::time::timeout(PROMPT, known.gone()).await;
         }
+        pause::at(records, Point::Removing);
         let owned = records.clone();
         let ended =
             tokio::task::spawn_blocking(move || remains::end(&owned).and_then(|()| owned.remove()))

@@ -18,6 +18,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
+use super::pause::{self, Point};
 use super::process::{close_inherited, no_core_dump_of_the_next};
 use super::record::{First, Order, Records};
 use crate::cgroup::Group;
@@ -59,6 +60,7 @@ fn become_nspawn(records: &Records) -> String {
             .env("LISTEN_FDS", DESCRIPTORS.to_string())
             .env("LISTEN_PID", nix::unistd::getpid().to_string());
     }
+    pause::at(records, Point::Entered);
     let error = command.exec();
     let program = order.program.display();
     if error.raw_os_error() == Some(nix::Error::E2BIG as i32) {

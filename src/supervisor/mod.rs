@@ -25,6 +25,7 @@ pub mod first;
 pub mod line;
 mod listeners;
 pub mod logs;
+pub mod pause;
 mod pidfd;
 pub mod process;
 pub mod record;

@@ -33,6 +33,7 @@ use super::ending::{Signs, exit_of, told};
 use super::first::Channel;
 use super::line::{Failure, News, Step, Verb};
 use super::listeners::Listeners;
+use super::pause::{self, Point};
 use super::process::{Held, catches, close_inherited, first_child, ignores, myself};
 use super::record::{First, Order, Records, Running};
 use super::{logs, remains};
@@ -48,6 +49,7 @@ const CLEAR_UP: Duration = Duration::from_secs(5);
 pub fn supervise(directory: &Path) -> ExitCode {
     close_inherited();
     let records = Records::at(directory);
+    pause::at(&records, Point::Supervising);
     let asker = io::stdin()
         .as_fd()
         .try_clone_to_owned()
@@ -179,6 +181,7 @@ impl Watch {
                 .create()
                 .map_err(|error| failure(Step::Cgroup, &error))?;
         }
+        pause::at(&records, Point::CgroupMade);
         remains::clear_the_way(&order.machine);
         let (child, first) = spawn(&records, order.first, stdout, stderr)
             .map_err(|error| failure(Step::Nspawn, &error))?;
@@ -186,6 +189,7 @@ impl Watch {
             .map_err(|_| failure(Step::Nspawn, &io::ErrorKind::InvalidData.into()))?;
         // Not reaped yet, so the pid is its own.
         let nspawn = Held::by_pid(pid).map_or(Process { pid, start: 0 }, |held| held.process());
+        pause::at(&records, Point::Spawned);
         let listeners = Listeners::default();
         let (leader, ready) = (None, first.is_none());
         Ok(Self {
@@ -350,6 +354,7 @@ impl Watch {
             leader: held,
             copy,
         };
+        pause::at(&self.records, Point::Heard);
         if let Err(error) = self.records.write_running(&running) {
             // A container that could not be found again must not run.
             let _ = writeln!(io::stderr(), "the start can't be recorded: {error}");
@@ -357,6 +362,7 @@ impl Watch {
             self.kill();
             return;
         }
+        pause::at(&self.records, Point::Recorded);
         if let Some(first) = &self.first {
             first.go();
         }
@@ -391,6 +397,7 @@ impl Watch {
                     Ok(())
                 }
             };
+            pause::at(&self.records, Point::Signalled);
             let error = error.err().map(|error| error.to_string());
             let request = request.request;
             self.listeners.answer(index, &News::Done { request, error });
@@ -452,6 +459,7 @@ impl Watch {
 
     /// Ends the container by force, and lets systemd-nspawn see it and clear up.
     fn kill(&mut self) {
+        pause::at(&self.records, Point::Killing);
         self.forced = true;
         let State::Running { leader, .. } = &self.state else {
             self.kill_nspawn();
@@ -479,6 +487,7 @@ impl Watch {
 
     /// Reaps whoever has ended; the status of systemd-nspawn if it is among them.
     fn reap(&self) -> Option<ExitStatus> {
+        pause::at(&self.records, Point::Exited);
         while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
         let mut found = None;
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
@@ -527,7 +536,9 @@ impl Watch {
                 if let Err(error) = self.records.write_exit(&exit) {
                     let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
                 }
+                pause::at(&self.records, Point::EndRecorded);
                 self.listeners.tell(&News::Exited(exit));
+                pause::at(&self.records, Point::EndTold);
                 copy
             }
         };

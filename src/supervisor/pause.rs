@@ -1,0 +1,107 @@
+//! Steps at which a test can hold this program, to end one of its processes there. In debug builds alone; a release has none of it.
+//! A step that is reached looks for a socket of its name in the directory `<state_dir>.pause`. If a test listens there, the process
+//! tells who it is, and goes on when the connection is closed. No environment, no clock: supervisors have none of the first,
+//! and a test needs none of the second.
+
+use super::record::Records;
+
+/// Where this program can be held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Point {
+    /// Plugin: the directory of the start is made, the order is not written.
+    BeforeOrder,
+    /// Plugin: the order is written, the supervisor is not started.
+    OrderWritten,
+    /// Supervisor: it has done nothing yet.
+    Supervising,
+    /// Supervisor: the control group is made, where there are any.
+    CgroupMade,
+    /// `enter`: about to become systemd-nspawn.
+    Entered,
+    /// Supervisor: systemd-nspawn is started, nothing of it was heard.
+    Spawned,
+    /// Supervisor: systemd-nspawn has told the leader, nothing of it is recorded.
+    Heard,
+    /// Supervisor: the start is recorded, nobody knows of it.
+    Recorded,
+    /// Supervisor: a signal has been sent, whoever asked for it does not know.
+    Signalled,
+    /// Supervisor: about to end the container by force.
+    Killing,
+    /// Supervisor: a child has ended and has not been waited for.
+    Exited,
+    /// Supervisor: the end is recorded, nobody knows of it.
+    EndRecorded,
+    /// Supervisor: the end is told, nothing is freed.
+    EndTold,
+    /// Plugin: what is left of a start is about to be removed.
+    Removing,
+    /// Plugin: a container's record was read, its supervisor was not asked.
+    Recovering,
+}
+
+impl Point {
+    /// The name of its socket.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::BeforeOrder => "before_order",
+            Self::OrderWritten => "order_written",
+            Self::Supervising => "supervising",
+            Self::CgroupMade => "cgroup_made",
+            Self::Entered => "entered",
+            Self::Spawned => "spawned",
+            Self::Heard => "heard",
+            Self::Recorded => "recorded",
+            Self::Signalled => "signalled",
+            Self::Killing => "killing",
+            Self::Exited => "exited",
+            Self::EndRecorded => "end_recorded",
+            Self::EndTold => "end_told",
+            Self::Removing => "removing",
+            Self::Recovering => "recovering",
+        }
+    }
+}
+
+/// Holds the process here if a test waits for it.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn at(_: &Records, _: Point) {}
+
+/// Holds the process here if a test waits for it.
+#[cfg(debug_assertions)]
+pub fn at(records: &Records, point: Point) {
+    use std::os::unix::net::UnixStream;
+    use tokio::runtime::{Handle, RuntimeFlavor};
+
+    let Some(stream) = directory(records)
+        .and_then(|directory| UnixStream::connect(directory.join(point.name())).ok())
+    else {
+        return;
+    };
+    // In the plugin other calls go on meanwhile.
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(|| hold(stream)),
+        _ => hold(stream),
+    }
+}
+
+#[cfg(debug_assertions)]
+fn directory(records: &Records) -> Option<std::path::PathBuf> {
+    let state = records.path().parent()?;
+    let mut name = state.file_name()?.to_owned();
+    name.push(".pause");
+    Some(state.with_file_name(name))
+}
+
+/// Tells the process's life and pid, and waits for the end of the connection.
+#[cfg(debug_assertions)]
+fn hold(mut stream: std::os::unix::net::UnixStream) {
+    use std::io::{Read as _, Write as _};
+    let life = std::env::args_os().nth(1).unwrap_or_default();
+    let told = writeln!(stream, "{} {}", life.display(), std::process::id());
+    // Whatever goes wrong on the line is the test's end.
+    if told.is_ok() {
+        let _ = stream.read(&mut [0]);
+    }
+}
