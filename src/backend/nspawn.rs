@@ -32,6 +32,9 @@ use crate::supervisor::{
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
 const START: Duration = Duration::from_secs(600);
 
+/// How often it is looked whether a supervisor that can't be asked is gone.
+const LOOK: Duration = Duration::from_millis(2);
+
 /// What an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -347,10 +350,7 @@ impl NspawnBackend {
             |_| records.path().display().to_string(),
             |order| order.machine,
         );
-        if let Some(one) = self.reach(records).await {
-            let _ = tokio::time::timeout(PROMPT, one.ask(Verb::Kill)).await;
-            let _ = tokio::time::timeout(PROMPT, one.gone()).await;
-        }
+        self.dismiss(records).await;
         if let Ok(running) = records.running() {
             supervisor::put_down(running.started.supervisor).await;
         }
@@ -358,6 +358,12 @@ impl NspawnBackend {
             let _ = tokio::time::timeout(PROMPT, known.gone()).await;
         }
         pause::at(records, Point::Removing);
+        if records.is_watched() {
+            return Err(BackendError::Stuck {
+                machine,
+                reason: "its supervisor does not end".to_owned(),
+            });
+        }
         let owned = records.clone();
         let ended =
             tokio::task::spawn_blocking(move || remains::end(&owned).and_then(|()| owned.remove()))
@@ -373,6 +379,24 @@ impl NspawnBackend {
                 machine,
                 reason: error.to_string(),
             }),
+        }
+    }
+
+    /// Ends the supervisor of these records with its container. One that is just being started can't be asked yet; it is asked
+    /// again until it is gone.
+    async fn dismiss(&self, records: &Records) {
+        let end = tokio::time::Instant::now() + PROMPT;
+        loop {
+            if let Some(one) = self.reach(records).await {
+                let _ = tokio::time::timeout(PROMPT, one.ask(Verb::Kill)).await;
+                let _ = tokio::time::timeout(PROMPT, one.gone()).await;
+            } else {
+                supervisor::dismiss(records).await;
+            }
+            if !records.is_watched() || tokio::time::Instant::now() >= end {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
         }
     }
 
@@ -422,6 +446,13 @@ impl ContainerBackend for NspawnBackend {
             refused => unsupported(refused.to_string()),
         })?;
         self.clear(&records).await?;
+        let earlier = Records::earlier(&self.settings.state_dir, &spec.id).map_err(|source| {
+            let place = &self.settings.state_dir;
+            io_error("looking for earlier starts in", place, source)
+        })?;
+        for earlier in earlier {
+            self.clear(&earlier).await?;
+        }
         let (program, version) = self.installed().await.map_err(unsupported)?;
         let prepared = self.prepare(&spec, &records, program, version);
         let up = match prepared {

@@ -19,7 +19,7 @@ use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
 use super::pause::{self, Point};
-use super::process::{close_inherited, no_core_dump_of_the_next};
+use super::process::{close_inherited, myself, no_core_dump_of_the_next};
 use super::record::{First, Order, Records};
 use crate::cgroup::Group;
 
@@ -48,6 +48,11 @@ fn become_nspawn(records: &Records) -> String {
     };
     if let Err(reason) = go_there(&order) {
         return reason;
+    }
+    if order.place.is_none()
+        && let Err(error) = myself().and_then(|me| records.write_entered(&me))
+    {
+        return format!("can't leave word of this process: {error}");
     }
     let size = size_of_strings(&order.arguments, &environment);
     let mut command = Command::new(&order.program);

@@ -75,6 +75,8 @@ pub fn launch(
     ours.set_nonblocking(true)?;
     let stream = UnixStream::from_std(ours)?;
     let log = records.open_log()?;
+    // The supervisor inherits the lock with the descriptor: see `Records::is_watched`.
+    log.try_lock()?;
     let mut command = Command::new(binary);
     command
         .arg0("nomad-driver-nspawn")
@@ -121,6 +123,18 @@ pub async fn attach(
             Ok(records.exit()?.map(Supervised::ended))
         }
         Err(error) => Err(error),
+    }
+}
+
+/// Asks whoever watches these records to end the container by force. Nobody there is fine.
+pub async fn dismiss(records: &Records) {
+    if let Ok(mut stream) = UnixStream::connect(records.lifeline()).await {
+        let request = Request {
+            request: 0,
+            verb: Verb::Kill,
+        };
+        // One that is going away needs no telling.
+        let _ = stream.write_all(&line::line(&request)).await;
     }
 }
 
@@ -300,6 +314,7 @@ impl Line {
         let ended = tokio::task::spawn_blocking(move || remains::end(&records)).await;
         let why = why.as_str();
         let reason = match ended {
+            Ok(Ok(())) if !was_up => format!("{why} before the container was up"),
             Ok(Ok(())) => {
                 format!("{why}, so the container was ended and its exit status is not known")
             }

@@ -6,7 +6,7 @@
 //! therefore optional and gets a default; only what an older driver must not act on makes a new [`FORM`].
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -89,21 +89,40 @@ pub struct Running {
 }
 
 impl Records {
-    /// The directory of this start below `state_dir`. Its name tells a person which task it is and can't be steered by one.
+    /// The directory of this start below `state_dir`. Its name tells a person which task it is and can't be steered by one; all
+    /// starts of one task of one allocation have names that begin alike.
     pub fn of(state_dir: &Path, id: &str) -> Self {
-        let task = id.split('/').nth(1).unwrap_or_default();
-        let readable: String = task
-            .chars()
-            .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
-            .take(16)
-            .collect();
-        let digest = Sha256::digest(id.as_bytes());
-        let hash: String = digest
-            .iter()
-            .take(8)
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
-        Self(state_dir.join(format!("{readable}.{hash}")))
+        Self(state_dir.join(format!("{}{}", beginning(id), digest(id))))
+    }
+
+    /// What lies below `state_dir` of other starts of the same task of the same allocation. A host starts a task anew only when
+    /// it has given up all that came before, so nobody will ask for these.
+    pub fn earlier(state_dir: &Path, id: &str) -> io::Result<Vec<Self>> {
+        let beginning = beginning(id);
+        let own = Self::of(state_dir, id);
+        let entries = match fs::read_dir(state_dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry?;
+            let name = entry.file_name();
+            let records = Self(entry.path());
+            let alike = name
+                .to_str()
+                .is_some_and(|name| name.starts_with(&beginning));
+            // Half an order is one of ours that was interrupted; one that can be read says whose it is.
+            if alike
+                && records != own
+                && records
+                    .order()
+                    .map_or(true, |order| task_of(&order.id) == task_of(id))
+            {
+                found.push(records);
+            }
+        }
+        Ok(found)
     }
 
     /// The records in this directory.
@@ -139,6 +158,13 @@ impl Records {
             .mode(0o600)
             .custom_flags(OFlag::O_NOFOLLOW.bits())
             .open(self.log())
+    }
+
+    /// Whether a supervisor of this start is alive, be it one that has not made its lifeline yet: it holds a lock on its log from
+    /// its first moment to its last.
+    pub fn is_watched(&self) -> bool {
+        File::open(self.log())
+            .is_ok_and(|log| matches!(log.try_lock(), Err(TryLockError::WouldBlock)))
     }
 
     /// The stand-in for a root that lacks mount points.
@@ -258,6 +284,16 @@ impl Records {
         }
     }
 
+    /// Keeps who is about to become systemd-nspawn. Needed only where no control group tells who belongs to the start.
+    pub fn write_entered(&self, nspawn: &Process) -> io::Result<()> {
+        self.write("entered", &encode(nspawn)?)
+    }
+
+    /// Who became systemd-nspawn.
+    pub fn entered(&self) -> io::Result<Process> {
+        decode(&self.read("entered")?)
+    }
+
     /// Why systemd-nspawn could not even be called, left by the process that tried.
     pub fn write_failure(&self, reason: &str) -> io::Result<()> {
         self.write("failure", &serde_json::to_vec(reason)?)
@@ -302,6 +338,30 @@ impl Records {
             .custom_flags(flags.bits())
             .open(self.0.join(name))
     }
+}
+
+/// Allocation and task of an id, without the part that is new for every start.
+fn task_of(id: &str) -> &str {
+    id.rsplit_once('/').map_or(id, |(task, _)| task)
+}
+
+fn beginning(id: &str) -> String {
+    let task = id.split('/').nth(1).unwrap_or_default();
+    let readable: String = task
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
+        .take(16)
+        .collect();
+    format!("{readable}.{}", digest(task_of(id)))
+}
+
+fn digest(text: &str) -> String {
+    let digest = Sha256::digest(text.as_bytes());
+    digest
+        .iter()
+        .take(4)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 #[derive(Serialize)]

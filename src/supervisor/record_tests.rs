@@ -40,6 +40,37 @@ fn what_is_written_is_read_and_is_root_s_alone() {
 }
 
 #[test]
+fn starts_of_one_task_are_found_by_each_other_alone() {
+    let temp = tempfile::tempdir().unwrap();
+    let of = |id| Records::of(temp.path(), id);
+    for id in ["a/web/1", "a/web/2", "a/web/3", "a/other/1", "b/web/1"] {
+        of(id).create().unwrap();
+    }
+    let mut earlier = Records::earlier(temp.path(), "a/web/3").unwrap();
+    earlier.sort_by(|one, two| one.0.cmp(&two.0));
+    let mut wanted = [of("a/web/1"), of("a/web/2")];
+    wanted.sort_by(|one, two| one.0.cmp(&two.0));
+    assert_eq!(earlier, wanted);
+    assert_eq!(
+        Records::earlier(&temp.path().join("absent"), "a/web/3").unwrap(),
+        []
+    );
+}
+
+#[test]
+fn a_lock_on_the_log_is_a_watch() {
+    let temp = tempfile::tempdir().unwrap();
+    let records = Records::at(temp.path());
+    assert!(!records.is_watched());
+    let log = File::create(records.log()).unwrap();
+    assert!(!records.is_watched());
+    log.try_lock().unwrap();
+    assert!(records.is_watched());
+    drop(log);
+    assert!(!records.is_watched());
+}
+
+#[test]
 fn a_link_is_not_followed() {
     let (temp, records) = some();
     let elsewhere = temp.path().join("elsewhere");

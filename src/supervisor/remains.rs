@@ -35,6 +35,8 @@ pub fn end(records: &Records) -> io::Result<()> {
         if !watched.is_ok_and(|nspawn| nspawn.wait(Duration::from_secs(2))) {
             kill(running.nspawn);
         }
+    } else if let Ok(nspawn) = records.entered() {
+        kill_with_descendants(nspawn);
     }
     let order = match records.order() {
         Ok(order) => order,
@@ -170,6 +172,24 @@ pub fn kill(process: Process) {
     if let Ok(held) = Held::again(process) {
         let _ = held.signal(Signal::KILL);
         held.wait(GONE);
+    }
+}
+
+/// Kills a process and what descends from it. What loses its parent on the way was seen before.
+fn kill_with_descendants(process: Process) {
+    let Ok(first) = Held::again(process) else {
+        return;
+    };
+    let held: Vec<_> = descendants(process.pid)
+        .into_iter()
+        .skip(1)
+        .filter_map(|pid| Held::by_pid(pid).ok())
+        .collect();
+    for one in std::iter::once(&first).chain(&held) {
+        let _ = one.signal(Signal::KILL);
+    }
+    for one in std::iter::once(&first).chain(&held) {
+        one.wait(GONE);
     }
 }
 

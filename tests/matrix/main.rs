@@ -1,0 +1,99 @@
+//! The fault matrix on the fake: every cell, and the table. Words on the command line choose cells by parts of their names.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use nomad_driver_nspawn::host::{Plugin, TaskSpec};
+use serde_json::{Value, json};
+
+#[path = "../integration/harness/mod.rs"]
+#[expect(dead_code, reason = "the integration tests use the rest")]
+mod harness;
+#[path = "mod.rs"]
+mod suite;
+
+use harness::{Host, eventually};
+use suite::trap::Trap;
+use suite::{Moment, World};
+
+/// Worlds at a time. A cell waits for processes most of its time.
+const AT_ONCE: usize = 6;
+
+impl World for Host {
+    fn state(&self) -> PathBuf {
+        Self::state(self)
+    }
+
+    fn allocations(&self) -> PathBuf {
+        self.join("alloc")
+    }
+
+    fn config(&self) -> Value {
+        Self::config(self)
+    }
+
+    async fn plugin(&self) -> Plugin {
+        Self::plugin(self).await
+    }
+
+    fn task(&self, text: &str, process_two: bool) -> TaskSpec {
+        self.shell(text)
+            .with("process_two", json!(process_two))
+            .spec
+    }
+
+    fn gate(&self) -> (PathBuf, String) {
+        let gate = self.join("gate");
+        (gate.clone(), gate.display().to_string())
+    }
+
+    fn hold_nspawn(&self, moment: Moment) -> Trap {
+        let word = match moment {
+            Moment::BeforeNotify => "pause_before_notify",
+            Moment::BeforeExit => "pause_before_exit",
+        };
+        let trap = Trap::named(&Self::state(self), word);
+        self.scenario(&json!({"calls": [{word: trap.socket()}, {}]}));
+        trap
+    }
+
+    fn log(&self) -> String {
+        Self::log(self).text().join("\n")
+    }
+
+    async fn assert_clean(&self, plugin: i32) {
+        self.quiet(&[plugin]).await;
+        for group in self.groups() {
+            eventually("the control group is gone", || !group.exists()).await;
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with('-'))
+        .collect();
+    let mut cells = suite::cells();
+    cells.retain(|cell| {
+        let name = cell.to_string();
+        words.is_empty() || words.iter().any(|word| name.contains(word))
+    });
+    let results = suite::run(&cells, AT_ONCE, Host::new);
+    let played: Vec<_> = cells.into_iter().zip(results).collect();
+    let mut out = std::io::stdout().lock();
+    let failed: Vec<_> = played
+        .iter()
+        .filter_map(|(cell, result)| Some((cell, result.as_ref().err()?)))
+        .collect();
+    for (cell, text) in &failed {
+        let _ = writeln!(out, "FAILED {cell}: {text}");
+    }
+    let _ = out.write_all(suite::table::table(&played).as_bytes());
+    if failed.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

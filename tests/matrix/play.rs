@@ -1,0 +1,605 @@
+//! One cell: brings a task to the step, kills, does what Nomad does next, and sees whether what is owed is kept. Waits for
+//! events, each with a deadline; sleeps for nothing.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nomad_driver_nspawn::container::Process;
+use nomad_driver_nspawn::host::run::StartedTask;
+use nomad_driver_nspawn::host::{Allocation, HostError, Plugin, TaskExit};
+use nomad_driver_nspawn::proto::driver::{
+    InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, TaskConfig, TaskState,
+};
+use nomad_driver_nspawn::signal::Signal;
+use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::process::{Held, first_child, is_alive};
+use nomad_driver_nspawn::supervisor::record::Records;
+use tokio::io::AsyncReadExt;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::World;
+use super::plan::{Again, Cell, Hold, Owed, Step, Victim};
+use super::trap::Trap;
+
+/// Only a broken cell ever waits this long.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// The code the task ends with when its gate is opened.
+const CODE: i32 = 5;
+/// A grace time that no cell uses up.
+const AMPLE: Duration = Duration::from_secs(600);
+
+/// A call that has not been answered.
+type Call<T> = JoinHandle<Result<T, HostError>>;
+
+async fn within<F: Future>(what: &str, future: F) -> F::Output {
+    match tokio::time::timeout(DEADLINE, future).await {
+        Ok(output) => output,
+        Err(_) => panic!("{what}: not within {DEADLINE:?}"),
+    }
+}
+
+/// For what tells nobody when it happens.
+async fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    within(what, async {
+        loop {
+            if let Some(found) = look() {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    })
+    .await
+}
+
+/// Plays the cell, and gives a word for what came of it.
+pub(super) async fn play<W: World>(world: W, cell: Cell) -> String {
+    let mut game = Game::new(&world, cell).await;
+    game.reach().await;
+    game.kill().await;
+    let word = game.next().await;
+    game.again().await;
+    game.leave().await;
+    word
+}
+
+/// The state of one cell.
+struct Game<'w, W> {
+    world: &'w W,
+    cell: Cell,
+    hold: Hold,
+    owed: Owed,
+    /// The plugin's process.
+    process: Plugin,
+    /// The agent's connection to it.
+    line: Arc<Plugin>,
+    allocation: Allocation,
+    config: TaskConfig,
+    printed: watch::Receiver<String>,
+    trap: Option<Trap>,
+    start: Option<Call<StartedTask>>,
+    started: Option<StartedTask>,
+    wait: Option<Call<TaskExit>>,
+    action: Option<Call<()>>,
+    ids: Vec<String>,
+}
+
+impl<'w, W: World> Game<'w, W> {
+    async fn new(world: &'w W, cell: Cell) -> Self {
+        let (hold, owed) = cell.plan().unwrap();
+        let process = within("the plugin", world.plugin()).await;
+        let line = attach(world, &process).await;
+        let (_, gate) = world.gate();
+        let text = format!(
+            "trap '' TERM INT; trap 'echo usr1' USR1; echo up; while ! test -e {gate}; do sleep 0.02; done; exit {CODE}"
+        );
+        let spec = world.task(&text, cell.victim == Victim::Init);
+        let allocation = Allocation::create(&world.allocations(), spec).unwrap();
+        let config = line.task_config(&allocation).await.unwrap();
+        let printed = collect(&allocation);
+        Self {
+            world,
+            cell,
+            hold,
+            owed,
+            process,
+            line,
+            allocation,
+            ids: vec![config.id.clone()],
+            config,
+            printed,
+            trap: None,
+            start: None,
+            started: None,
+            wait: None,
+            action: None,
+        }
+    }
+
+    fn id(&self) -> String {
+        self.config.id.clone()
+    }
+
+    fn open_gate(&self) {
+        std::fs::write(self.world.gate().0, "").unwrap();
+    }
+
+    fn set_trap(&mut self) {
+        self.trap = match self.hold {
+            Hold::Driver(point) => Some(Trap::at(&self.world.state(), point)),
+            Hold::Nspawn(moment) => Some(self.world.hold_nspawn(moment)),
+            Hold::Nobody => None,
+        };
+    }
+
+    async fn reached(&mut self) {
+        if let Some(trap) = &mut self.trap {
+            within("the step", trap.reached()).await;
+        }
+    }
+
+    async fn up(&self) {
+        let mut printed = self.printed.clone();
+        let up = printed.wait_for(|text| text.contains("up"));
+        within("the payload's first word", up).await.unwrap();
+    }
+
+    /// Brings the task to the step of the cell.
+    async fn reach(&mut self) {
+        let (step, id) = (self.cell.step, self.id());
+        if step.is_start() || matches!(self.hold, Hold::Nspawn(_)) {
+            self.set_trap();
+        }
+        let (line, config) = (Arc::clone(&self.line), self.config.clone());
+        self.start = Some(tokio::spawn(async move { line.start(config).await }));
+        if step.is_start() {
+            self.reached().await;
+            return;
+        }
+        let start = self.start.take().unwrap();
+        self.started = Some(within("StartTask", start).await.unwrap().unwrap());
+        self.up().await;
+        if step == Step::Recovering {
+            self.process.kill().await;
+            self.renew().await;
+        } else {
+            let (line, id) = (Arc::clone(&self.line), id.clone());
+            self.wait = Some(tokio::spawn(async move { line.wait(&id).await }));
+            // Sent after it on the same connection.
+            self.inspect().await;
+        }
+        if self.trap.is_none() {
+            self.set_trap();
+        }
+        let line = Arc::clone(&self.line);
+        match step {
+            Step::Signalled => {
+                self.action = Some(tokio::spawn(async move { signal(&line, id).await }));
+            }
+            Step::Stopping => {
+                self.action = Some(tokio::spawn(async move { line.stop(&id, AMPLE, "").await }));
+            }
+            Step::Exited | Step::EndRecorded | Step::EndTold => self.open_gate(),
+            Step::Destroying => {
+                self.action = Some(tokio::spawn(async move { line.destroy(&id, true).await }));
+            }
+            Step::Removing => {
+                self.open_gate();
+                let exit = within("WaitTask", self.wait.take().unwrap()).await;
+                own_end(&exit.unwrap().unwrap());
+                self.action = Some(tokio::spawn(async move { line.destroy(&id, false).await }));
+            }
+            Step::Recovering => {
+                let handle = self.stored();
+                self.action = Some(tokio::spawn(async move { line.recover(handle).await }));
+            }
+            _ => {}
+        }
+        self.reached().await;
+        if self.hold == Hold::Driver(Point::Exited) {
+            let nspawn = first_child(self.supervisor()).expect("systemd-nspawn");
+            assert!(
+                !is_running(nspawn),
+                "systemd-nspawn has ended, and nobody has waited for it"
+            );
+        }
+    }
+
+    /// What Nomad has stored of the task.
+    fn stored(&self) -> nomad_driver_nspawn::proto::driver::TaskHandle {
+        let mut handle = self.started.as_ref().unwrap().handle.clone();
+        let config = handle.config.as_mut().unwrap();
+        config.msgpack_driver_config.clear();
+        handle
+    }
+
+    /// The container's first process.
+    fn leader(&self) -> Process {
+        let state = &self.started.as_ref().unwrap().handle.driver_state;
+        let state: serde_json::Value = serde_json::from_slice(state).unwrap();
+        serde_json::from_value(state["started"]["leader"].clone()).unwrap()
+    }
+
+    fn supervisor(&self) -> i32 {
+        supervisor_below(&self.world.state()).expect("a supervisor")
+    }
+
+    async fn kill(&mut self) {
+        match self.cell.victim {
+            Victim::Plugin => {
+                self.process.kill().await;
+            }
+            Victim::Agent => {
+                if let Some(call) = self.start.take() {
+                    hang_up(call).await;
+                }
+                if let Some(call) = self.wait.take() {
+                    hang_up(call).await;
+                }
+                if let Some(call) = self.action.take() {
+                    hang_up(call).await;
+                }
+            }
+            Victim::Supervisor => strike(self.supervisor()),
+            Victim::Nspawn => strike(first_child(self.supervisor()).expect("systemd-nspawn")),
+            Victim::Leader | Victim::Init => strike(match &self.started {
+                Some(_) => self.leader().pid,
+                None => {
+                    let nspawn = first_child(self.supervisor()).expect("systemd-nspawn");
+                    first_child(nspawn).expect("a leader")
+                }
+            }),
+        }
+        if matches!(self.cell.victim, Victim::Plugin | Victim::Agent) {
+            // The next agent is there before whoever was held goes on; it asks as soon as they do.
+            self.renew().await;
+        }
+        self.trap = None;
+    }
+
+    /// A new agent, with a new plugin if the old one is gone.
+    async fn renew(&mut self) {
+        if self.process.has_exited() {
+            self.process = within("the next plugin", self.world.plugin()).await;
+        }
+        self.line = attach(self.world, &self.process).await;
+    }
+
+    /// What Nomad does next, up to the end of the first container.
+    async fn next(&mut self) -> String {
+        match self.cell.victim {
+            Victim::Plugin => {
+                // What was asked of the dead plugin is answered by nobody, and hangs nobody.
+                if let Some(call) = self.start.take() {
+                    assert!(within("StartTask", call).await.unwrap().is_err());
+                }
+                if let Some(call) = self.action.take() {
+                    assert!(within("the call", call).await.unwrap().is_err());
+                }
+                if let Some(call) = self.wait.take() {
+                    let answer = within("WaitTask", call).await.unwrap();
+                    match answer {
+                        Ok(exit) if self.cell.step == Step::EndTold => own_end(&exit),
+                        answer => assert!(answer.is_err(), "{answer:?}"),
+                    }
+                }
+                self.take_over().await;
+            }
+            Victim::Agent => self.take_over().await,
+            _ => self.go_on().await,
+        }
+        match self.owed {
+            Owed::Undone(_) => return "undone".to_owned(),
+            Owed::NoSuccess if self.started.is_none() => return "undone".to_owned(),
+            Owed::Lost(_) | Owed::Removed => {
+                let waited = within("WaitTask", self.line.wait(&self.id())).await;
+                assert!(waited.is_err(), "nothing is known of it: {waited:?}");
+                return if self.owed == Owed::Removed {
+                    "removed"
+                } else {
+                    "lost"
+                }
+                .to_owned();
+            }
+            Owed::Same => self.is_the_same().await,
+            Owed::ItsOwnEnd | Owed::Killed(_) | Owed::NoSuccess => {}
+        }
+        let exit = self.end().await;
+        let id = self.id();
+        within("DestroyTask", self.line.destroy(&id, false))
+            .await
+            .unwrap();
+        if let Owed::Same = self.owed {
+            return "same".to_owned();
+        }
+        self.check(&exit);
+        match self.owed {
+            Owed::ItsOwnEnd => format!("ended {}", exit.code),
+            _ => format!("dead {}", exit.code),
+        }
+    }
+
+    /// The plugin or the agent has died.
+    async fn take_over(&mut self) {
+        if self.started.is_none() {
+            // Nomad has no handle: there is nothing that it could ask for but another start.
+            return;
+        }
+        let id = self.id();
+        match self.owed {
+            Owed::Removed => {
+                within("DestroyTask", self.line.destroy(&id, true))
+                    .await
+                    .unwrap();
+            }
+            Owed::Lost(words) => self.refuses_to_recover(words).await,
+            _ => within("RecoverTask", self.line.recover(self.stored()))
+                .await
+                .unwrap(),
+        }
+    }
+
+    async fn refuses_to_recover(&self, words: &str) {
+        let answer = within("RecoverTask", self.line.recover(self.stored())).await;
+        let error = answer.unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+        // This is what Nomad does with a task that can't be recovered.
+        within("DestroyTask", self.line.destroy(&self.id(), true))
+            .await
+            .unwrap();
+    }
+
+    /// The plugin lives, and has to answer what it was asked.
+    async fn go_on(&mut self) {
+        if let Some(call) = self.start.take() {
+            let answer = within("StartTask", call).await.unwrap();
+            match (answer, self.owed) {
+                (Err(error), Owed::Undone(words)) => {
+                    assert!(error.to_string().contains(words), "{error}");
+                }
+                (Err(_), Owed::NoSuccess) => {}
+                (Ok(started), Owed::Killed(_) | Owed::NoSuccess) => self.started = Some(started),
+                (answer, owed) => panic!("{owed:?} is owed, and StartTask gave {answer:?}"),
+            }
+        }
+        if let Some(call) = self.action.take() {
+            let answer = within("the call", call).await.unwrap();
+            match self.owed {
+                Owed::Lost(words) => {
+                    let error = answer.unwrap_err().to_string();
+                    assert!(error.contains(words), "{error}");
+                    within("DestroyTask", self.line.destroy(&self.id(), true))
+                        .await
+                        .unwrap();
+                }
+                _ => answer.unwrap(),
+            }
+        }
+    }
+
+    /// It is the container that was started, and it runs.
+    async fn is_the_same(&self) {
+        let leader = self.leader();
+        assert!(
+            is_alive(leader) && is_running(leader.pid),
+            "the container is gone"
+        );
+        let answer = self.inspect().await;
+        assert_eq!(answer.task.unwrap().state(), TaskState::Running);
+        assert_eq!(
+            answer.driver.unwrap().attributes["pid"],
+            leader.pid.to_string()
+        );
+        assert!(supervisor_below(&self.world.state()).is_some(), "unwatched");
+    }
+
+    async fn inspect(&self) -> InspectTaskResponse {
+        let request = InspectTaskRequest { task_id: self.id() };
+        let mut client = self.line.driver();
+        let answer = within("InspectTask", client.inspect_task(request)).await;
+        answer.unwrap().into_inner()
+    }
+
+    /// Waits for the end, several times: it is told to everybody, and is the same.
+    async fn end(&mut self) -> TaskExit {
+        let id = self.id();
+        if self.owed == Owed::Same {
+            if self.cell.step == Step::Stopping {
+                within("StopTask", self.line.stop(&id, Duration::ZERO, ""))
+                    .await
+                    .unwrap();
+            } else {
+                self.open_gate();
+            }
+        }
+        let early = match self.wait.take() {
+            None => None,
+            Some(call) => Some(within("WaitTask", call).await.unwrap().unwrap()),
+        };
+        if let (Some(exit), Step::Destroying) = (&early, self.cell.step) {
+            return exit.clone();
+        }
+        let (one, two) = within("WaitTask", async {
+            tokio::join!(self.line.wait(&id), self.line.wait(&id))
+        })
+        .await;
+        let (one, two) = (one.unwrap(), two.unwrap());
+        let three = within("WaitTask", self.line.wait(&id)).await.unwrap();
+        assert!(
+            one == two && two == three && early.as_ref().is_none_or(|early| *early == one),
+            "one end: {early:?} {one:?} {two:?} {three:?}"
+        );
+        if self.owed == Owed::Same {
+            match self.cell.step {
+                Step::Stopping => assert_eq!((one.code, one.signal, &one.error), (137, 9, &None)),
+                _ => own_end(&one),
+            }
+        }
+        one
+    }
+
+    fn check(&self, exit: &TaskExit) {
+        match self.owed {
+            Owed::ItsOwnEnd => own_end(exit),
+            Owed::Killed("") => {
+                assert_eq!(
+                    (exit.code, exit.signal, &exit.error),
+                    (137, 9, &None),
+                    "{exit:?}"
+                );
+            }
+            Owed::Killed(words) => {
+                assert_eq!((exit.code, exit.signal), (137, 9), "{exit:?}");
+                assert!(
+                    exit.error.as_ref().is_some_and(|text| text.contains(words)),
+                    "{exit:?}"
+                );
+            }
+            Owed::NoSuccess => assert_ne!(exit.code, 0, "{exit:?}"),
+            other => panic!("{other:?} has no end"),
+        }
+    }
+
+    /// A new start of the same task, at once.
+    async fn again(&mut self) {
+        self.open_gate();
+        let config = match self.cell.again {
+            Again::SameId => self.config.clone(),
+            Again::NewId => self.line.task_config(&self.allocation).await.unwrap(),
+        };
+        let id = config.id.clone();
+        self.ids.push(id.clone());
+        if let Err(error) = within("the next StartTask", self.line.start(config)).await {
+            panic!("the next start: {error}\n{}", self.world.log());
+        }
+        let exit = within("the next WaitTask", self.line.wait(&id)).await;
+        own_end(&exit.unwrap());
+        within("the next DestroyTask", self.line.destroy(&id, false))
+            .await
+            .unwrap();
+    }
+
+    /// Nothing is left.
+    async fn leave(self) {
+        let state = self.world.state();
+        let left = |directory: &Path| -> Vec<PathBuf> {
+            let entries = std::fs::read_dir(directory);
+            entries
+                .map(|all| all.flatten().map(|entry| entry.path()).collect())
+                .unwrap_or_default()
+        };
+        eventually("an empty state directory", || {
+            left(&state).is_empty().then_some(())
+        })
+        .await;
+        for id in &self.ids {
+            let records = Records::of(&state, id);
+            let leaf = Path::new("nomad-driver-nspawn").join(records.path().file_name().unwrap());
+            for hierarchy in ["", "unified", "systemd"] {
+                let group = Path::new("/sys/fs/cgroup").join(hierarchy).join(&leaf);
+                assert!(!group.exists(), "{} is left", group.display());
+            }
+        }
+        within(
+            "an empty machine",
+            self.world.assert_clean(self.process.pid()),
+        )
+        .await;
+        drop(self.line);
+        let log = self.world.log();
+        assert!(!log.contains("panicked"), "{log}");
+        let stopped = within("Shutdown", self.process.shutdown()).await;
+        assert!(!stopped.killed, "{stopped:?}");
+    }
+}
+
+async fn attach<W: World>(world: &W, process: &Plugin) -> Arc<Plugin> {
+    within("the agent's connection", async {
+        let line = Plugin::reattach(process.address(), process.pid())
+            .await
+            .unwrap();
+        line.configure(&world.config()).await.unwrap();
+        Arc::new(line)
+    })
+    .await
+}
+
+async fn signal(line: &Plugin, task_id: String) -> Result<(), HostError> {
+    let request = SignalTaskRequest {
+        task_id,
+        signal: "SIGUSR1".to_owned(),
+    };
+    let answer = line.driver().signal_task(request).await;
+    answer.map(drop).map_err(|status| HostError::Call {
+        method: "SignalTask",
+        status: Box::new(status),
+    })
+}
+
+/// Its connection goes with it.
+async fn hang_up<T: std::fmt::Debug>(call: Call<T>) {
+    call.abort();
+    assert!(
+        call.await.unwrap_err().is_cancelled(),
+        "it was answered before the agent died"
+    );
+}
+
+fn own_end(exit: &TaskExit) {
+    assert_eq!(
+        (exit.code, exit.signal, &exit.error),
+        (CODE, 0, &None),
+        "{exit:?}"
+    );
+}
+
+/// Kills a process, and returns when it is dead.
+fn strike(pid: i32) {
+    let held = Held::by_pid(pid).unwrap();
+    held.signal(Signal::KILL).unwrap();
+    assert!(held.wait(DEADLINE), "it does not die");
+}
+
+/// Whether a process is there and no zombie.
+fn is_running(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// The process that watches over a start with records in this directory.
+fn supervisor_below(state: &Path) -> Option<i32> {
+    let below = format!("{}/", state.display());
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .find_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+            let mut words = line.split(|byte| *byte == 0).skip(1);
+            (words.next()? == b"supervise" && words.next()?.starts_with(below.as_bytes()))
+                .then_some(pid)
+        })
+}
+
+/// Reads what the task prints, as Nomad does, from now on.
+fn collect(allocation: &Allocation) -> watch::Receiver<String> {
+    let (sender, printed) = watch::channel(String::new());
+    for fifo in [allocation.stdout_path(), allocation.stderr_path()] {
+        // For writing too, so that it goes on when one writer is gone and the next has not come.
+        let mut pipe = tokio::net::unix::pipe::OpenOptions::new()
+            .read_write(true)
+            .open_receiver(fifo)
+            .unwrap();
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
+                let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+                sender.send_modify(|all| all.push_str(&text));
+            }
+        });
+    }
+    printed
+}

@@ -1,0 +1,59 @@
+//! A listener for one step: whoever reaches the step is held until the trap is dropped or the process is killed.
+
+use std::path::{Path, PathBuf};
+
+use nomad_driver_nspawn::supervisor::pause::Point;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+
+/// A step that is waited for.
+#[derive(Debug)]
+pub(crate) struct Trap {
+    socket: PathBuf,
+    listener: UnixListener,
+    held: Vec<BufReader<UnixStream>>,
+}
+
+impl Trap {
+    /// Holds whoever reaches this point of the driver with records in this state directory.
+    pub(crate) fn at(state: &Path, point: Point) -> Self {
+        Self::named(state, point.name())
+    }
+
+    /// The same for another step, which the fake is told by the path of [`socket`](Self::socket).
+    pub(crate) fn named(state: &Path, name: &str) -> Self {
+        let mut directory = state.file_name().unwrap().to_owned();
+        directory.push(".pause");
+        let directory = state.with_file_name(directory);
+        std::fs::create_dir_all(&directory).unwrap();
+        let socket = directory.join(name);
+        Self {
+            listener: UnixListener::bind(&socket).unwrap(),
+            socket,
+            held: Vec::new(),
+        }
+    }
+
+    /// Where it listens.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Waits until a process is held here, and gives its life and its pid.
+    pub(crate) async fn reached(&mut self) -> (String, i32) {
+        let (stream, _) = self.listener.accept().await.unwrap();
+        let mut stream = BufReader::new(stream);
+        let mut line = String::new();
+        stream.read_line(&mut line).await.unwrap();
+        self.held.push(stream);
+        let (life, pid) = line.trim_end().split_once(' ').unwrap();
+        (life.to_owned(), pid.parse().unwrap())
+    }
+}
+
+impl Drop for Trap {
+    fn drop(&mut self) {
+        // First the name, so that nobody walks into a trap that nobody looks after.
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
