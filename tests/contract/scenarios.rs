@@ -170,8 +170,7 @@ pub(crate) async fn a_command_that_ends_at_once_has_started(world: World) {
 }
 
 pub(crate) async fn many_wait_early_and_late(world: World) {
-    let started = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(HEARS_TERM)).await;
     let wait = || world.end(&started);
     // All of them wait before the stop is asked for: a join polls in this order.
     let stop = world.backend.stop(&started, Some(signal("TERM")), AMPLE);
@@ -236,12 +235,11 @@ async fn stopped(
     want: (i32, i32),
 ) {
     let started = world
-        .start(ContainerSpec {
+        .up(ContainerSpec {
             mode,
             ..world.spec(script)
         })
         .await;
-    world.heard("up").await;
     if mode == Mode::Plain {
         world.handles(&started, handled).await;
     }
@@ -255,12 +253,11 @@ async fn stopped(
 pub(crate) async fn a_deaf_payload_is_ended_after_the_grace(world: World) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let started = world
-            .start(ContainerSpec {
+            .up(ContainerSpec {
                 mode,
                 ..world.named(&format!("{mode:?}").to_lowercase(), DEAF)
             })
             .await;
-        world.heard("up").await;
         within(
             world
                 .backend
@@ -277,8 +274,7 @@ pub(crate) async fn a_deaf_payload_is_ended_after_the_grace(world: World) {
 }
 
 pub(crate) async fn no_grace_is_force_at_once(world: World) {
-    let started = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(HEARS_TERM)).await;
     within(world.backend.stop(&started, None, Duration::ZERO))
         .await
         .unwrap();
@@ -289,9 +285,8 @@ pub(crate) async fn no_grace_is_force_at_once(world: World) {
 
 pub(crate) async fn a_stopped_process_is_ended_too(world: World) {
     let started = world
-        .start(world.spec("trap '' TERM INT; sleep 600 & kill -STOP $!; echo up; wait"))
+        .up(world.spec("trap '' TERM INT; sleep 600 & kill -STOP $!; echo up; wait"))
         .await;
-    world.heard("up").await;
     let inner = offspring(started.leader.pid);
     assert!(!inner.is_empty());
     within(
@@ -310,11 +305,10 @@ pub(crate) async fn a_stopped_process_is_ended_too(world: World) {
 
 pub(crate) async fn what_forked_twice_is_ended_too(world: World) {
     let started = world
-        .start(world.spec(
+        .up(world.spec(
             "(sleep 600 & sleep 601 &) ; trap '' TERM INT; echo up; while :; do sleep 0.05; done",
         ))
         .await;
-    world.heard("up").await;
     let inner = offspring(started.leader.pid);
     within(
         world
@@ -355,8 +349,7 @@ pub(crate) async fn a_stop_after_the_end_is_fine(world: World) {
 }
 
 pub(crate) async fn a_signal_reaches_its_handler(world: World) {
-    let started = world.start(world.spec("trap 'echo hup' HUP; trap 'echo usr; exit 8' USR2; echo up; while :; do sleep 0.05; done")).await;
-    world.heard("up").await;
+    let started = world.up(world.spec("trap 'echo hup' HUP; trap 'echo usr; exit 8' USR2; echo up; while :; do sleep 0.05; done")).await;
     within(world.backend.signal(&started, signal("SIGHUP")))
         .await
         .unwrap();
@@ -372,9 +365,8 @@ pub(crate) async fn a_signal_reaches_its_handler(world: World) {
 /// The kernel shields the first process of a pid namespace from signals it has no handler for.
 pub(crate) async fn a_signal_without_a_handler_spares_the_first_process(world: World) {
     let started = world
-        .start(world.spec("trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"))
+        .up(world.spec("trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"))
         .await;
-    world.heard("up").await;
     within(world.backend.signal(&started, signal("SIGUSR1")))
         .await
         .unwrap();
@@ -389,12 +381,11 @@ pub(crate) async fn a_signal_without_a_handler_spares_the_first_process(world: W
 pub(crate) async fn a_signal_reaches_a_second_process(world: World) {
     let script = "trap 'echo got; exit 11' USR1; echo up; while :; do sleep 0.05; done";
     let started = world
-        .start(ContainerSpec {
+        .up(ContainerSpec {
             mode: Mode::ProcessTwo,
             ..world.spec(script)
         })
         .await;
-    world.heard("up").await;
     within(world.backend.signal(&started, signal("SIGUSR1")))
         .await
         .unwrap();
@@ -403,8 +394,7 @@ pub(crate) async fn a_signal_reaches_a_second_process(world: World) {
 }
 
 pub(crate) async fn a_killed_payload_is_no_success(world: World) {
-    let started = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(HEARS_TERM)).await;
     strike(started.leader.pid, Signal::KILL);
     let exit = world.end(&started).await;
     assert_ne!(exit.code, 0);
@@ -412,8 +402,7 @@ pub(crate) async fn a_killed_payload_is_no_success(world: World) {
 }
 
 pub(crate) async fn removing_ends_what_runs(world: World) {
-    let started = world.start(world.spec(DEAF)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(DEAF)).await;
     world.leave(&[&started]).await;
 }
 
@@ -431,9 +420,8 @@ pub(crate) async fn removing_is_safe_to_repeat(world: World) {
 
 pub(crate) async fn another_backend_finds_it_again(world: World) {
     let started = world
-        .start(world.spec("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"))
+        .up(world.spec("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"))
         .await;
-    world.heard("up").await;
     let other = NspawnBackend::new(world.settings.clone());
     assert_eq!(within(other.attach(&started)).await.unwrap(), started);
     assert_eq!(
@@ -517,8 +505,7 @@ async fn lost(world: &World, started: &Started) {
 }
 
 pub(crate) async fn a_killed_supervisor_ends_the_container(world: World) {
-    let started = world.start(world.spec(DEAF)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(DEAF)).await;
     strike(started.supervisor.pid, Signal::KILL);
     let exit = world.end(&started).await;
     assert_ne!(exit.code, 0);
@@ -542,8 +529,7 @@ pub(crate) async fn an_nspawn_ended_by_a_real_time_signal_is_noticed(world: Worl
 }
 
 async fn nspawn_struck_by(world: World, name: &str) {
-    let started = world.start(world.spec(DEAF)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(DEAF)).await;
     let nspawn = Records::at(&started.state).running().unwrap().nspawn;
     strike(nspawn.pid, signal(name));
     let exit = world.end(&started).await;
@@ -606,8 +592,7 @@ pub(crate) async fn a_failed_start_can_be_repeated(world: World) {
 
 /// As after a plugin that died between the start and its answer: Nomad asks again with the same id.
 pub(crate) async fn a_second_start_of_an_id_replaces_the_first(world: World) {
-    let first = world.start(world.spec(DEAF)).await;
-    world.heard("up").await;
+    let first = world.up(world.spec(DEAF)).await;
     let other = NspawnBackend::new(world.settings.clone());
     let second = within(other.start(world.spec("exit 15"))).await.unwrap();
     assert!(!is_alive(first.leader), "the first one lives on");
@@ -717,12 +702,11 @@ fn read_all(path: PathBuf) -> tokio::task::JoinHandle<String> {
 
 pub(crate) async fn an_ephemeral_root_leaves_no_copy(world: World) {
     let started = world
-        .start(ContainerSpec {
+        .up(ContainerSpec {
             ephemeral: true,
             ..world.spec(DEAF)
         })
         .await;
-    world.heard("up").await;
     within(world.backend.stop(&started, None, Duration::ZERO))
         .await
         .unwrap();
@@ -751,8 +735,7 @@ pub(crate) async fn a_read_only_root_needs_no_mount_points(world: World) {
 }
 
 pub(crate) async fn usage_can_be_read(world: World) {
-    let started = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(HEARS_TERM)).await;
     let usage = within(world.backend.usage(&started)).await.unwrap();
     let told = usage.cpu_user_ns.is_some() && usage.memory_rss.is_some_and(|bytes| bytes > 0);
     assert_eq!(told, started.cgroup.is_some(), "{usage:?}");
@@ -774,9 +757,8 @@ pub(crate) async fn a_working_directory_is_where_it_starts(world: World) {
 pub(crate) async fn a_listener_that_talks_nonsense_is_dropped(world: World) {
     use std::io::{Read, Write};
     let started = world
-        .start(world.spec("trap 'exit 18' TERM; echo up; while :; do sleep 0.05; done"))
+        .up(world.spec("trap 'exit 18' TERM; echo up; while :; do sleep 0.05; done"))
         .await;
-    world.heard("up").await;
     let lifeline = Records::at(&started.state).lifeline();
     let dropped = tokio::task::spawn_blocking(move || {
         let mut stream = std::os::unix::net::UnixStream::connect(lifeline).unwrap();

@@ -225,6 +225,13 @@ impl Host {
         }
     }
 
+    /// The same for a task that says when it is as far as the test needs it.
+    pub(crate) async fn up(&self, plugin: &Plugin, task: Task) -> Running {
+        let running = self.start(plugin, task).await;
+        running.stdout.contains("up").await;
+        running
+    }
+
     /// Starts a task in an allocation of its own.
     pub(crate) async fn try_start(
         &self,
