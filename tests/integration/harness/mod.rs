@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nomad_driver_nspawn::cgroup::Group;
 use nomad_driver_nspawn::host::run::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
 use nomad_driver_nspawn::proto::driver::{
@@ -393,7 +394,7 @@ impl Drop for Host {
         }
         // The control group of what was killed here has nobody else to remove it.
         for group in self.groups() {
-            if fs::remove_dir(&group).is_ok() {
+            if group.exists() && Group::new(&group).remove().is_ok() {
                 left.push(format!("(control group) {}", group.display()));
             }
         }
