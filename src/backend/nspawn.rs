@@ -343,6 +343,9 @@ impl NspawnBackend {
             |_| records.path().display().to_string(),
             |order| order.machine,
         );
+        if let Ok(running) = records.running() {
+            supervisor::rouse(running.started.supervisor);
+        }
         if let Some(one) = self.reach(records).await {
             let _ = tokio::time::timeout(PROMPT, one.ask(Verb::Kill)).await;
             let _ = tokio::time::timeout(PROMPT, one.gone()).await;
@@ -465,6 +468,7 @@ impl ContainerBackend for NspawnBackend {
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
         let one = self.find(started).await?;
+        supervisor::rouse(started.supervisor);
         let answer = one.ask(Verb::Signal(signal.number())).await;
         answer.map_err(|reason| BackendError::Stuck {
             machine: started.machine.clone(),
@@ -479,7 +483,9 @@ impl ContainerBackend for NspawnBackend {
         grace: Duration,
     ) -> Result<(), BackendError> {
         let one = self.find(started).await?;
-        if !grace.is_zero() && matches!(one.status(), Status::Up(_)) {
+        supervisor::rouse(started.supervisor);
+        let open = || matches!(one.status(), Status::Up(_) | Status::Starting);
+        if !grace.is_zero() && open() {
             let verb = signal.map_or(Verb::Stop, |signal| Verb::Signal(signal.number()));
             let politely = async {
                 // A request that fails leaves the wait for the grace time, and then force.
@@ -494,7 +500,7 @@ impl ContainerBackend for NspawnBackend {
             };
             let _ = tokio::time::timeout(grace, politely).await;
         }
-        if !matches!(one.status(), Status::Up(_) | Status::Starting) {
+        if !open() {
             return Ok(());
         }
         let by_force = async {

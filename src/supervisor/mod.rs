@@ -338,6 +338,13 @@ async fn departed(supervisor: Process) {
     let _ = tokio::time::timeout(PROMPT, held.readable()).await;
 }
 
+/// Lets a supervisor that was stopped go on: nobody else carries out what is asked of it. One that runs takes no notice.
+pub fn rouse(supervisor: Process) {
+    if let Ok(held) = process::Held::again(supervisor) {
+        let _ = held.signal(Signal::CONT);
+    }
+}
+
 /// Ends a supervisor that does not answer. What it watched over ends with it, see [`Supervised`].
 pub async fn put_down(supervisor: Process) {
     let _ = tokio::task::spawn_blocking(move || remains::kill(supervisor)).await;

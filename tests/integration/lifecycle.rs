@@ -36,9 +36,8 @@ async fn check_33_an_id_is_started_once() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
-        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .up(&plugin, host.shell("echo up; exec sleep 1000"))
         .await;
-    task.stdout.contains("up").await;
     let again = task.started.handle.config.clone().unwrap();
     let status = refusal(within("StartTask", plugin.start(again)).await);
     assert_eq!(status.code(), Code::AlreadyExists);
@@ -73,8 +72,7 @@ async fn check_37_death_by_kill(#[case] process_two: bool) {
     let job = host
         .shell("echo up; exec sleep 1000")
         .with("process_two", json!(process_two));
-    let task = host.start(&plugin, job).await;
-    task.stdout.contains("up").await;
+    let task = host.up(&plugin, job).await;
     task.signal(&plugin, "SIGKILL").await.unwrap();
     let exit = task.wait(&plugin).await;
     assert_eq!((exit.code, exit.signal, exit.error), (137, 9, None));
@@ -115,8 +113,7 @@ async fn check_39_a_wait_that_is_given_up() {
 async fn stopped_by_force(grace: Duration) {
     let host = Host::new();
     let plugin = host.plugin().await;
-    let task = host.start(&plugin, host.shell(DEAF)).await;
-    task.stdout.contains("up").await;
+    let task = host.up(&plugin, host.shell(DEAF)).await;
     let payload: Vec<Held> = children(task.leader())
         .into_iter()
         .filter_map(|pid| Held::by_pid(pid).ok())
@@ -143,8 +140,7 @@ async fn a_polite_stop_has_the_tasks_own_end() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let job = host.shell("trap 'echo bye; exit 3' USR1; echo up; while :; do sleep 0.05; done");
-    let task = host.start(&plugin, job).await;
-    task.stdout.contains("up").await;
+    let task = host.up(&plugin, job).await;
     let exit = task.stop(&plugin, DEADLINE, "SIGUSR1").await;
     assert_eq!((exit.code, exit.signal), (3, 0));
     assert_eq!(task.stdout.all().await, "up\nbye\n");
@@ -187,9 +183,8 @@ async fn check_62_what_inspect_says() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
-        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .up(&plugin, host.shell("echo up; exec sleep 1000"))
         .await;
-    task.stdout.contains("up").await;
     let running = task.inspect(&plugin).await.unwrap().task.unwrap();
     assert_eq!(
         (running.id.as_str(), running.name.as_str(), running.state()),
@@ -217,8 +212,7 @@ async fn check_62_what_inspect_says() {
 async fn check_63_destroying_what_runs_takes_force() {
     let host = Host::new();
     let plugin = host.plugin().await;
-    let task = host.start(&plugin, host.shell(DEAF)).await;
-    task.stdout.contains("up").await;
+    let task = host.up(&plugin, host.shell(DEAF)).await;
     let status = refusal(within("DestroyTask", plugin.destroy(&task.id, false)).await);
     assert_eq!(status.code(), Code::FailedPrecondition);
     assert_eq!(

@@ -16,9 +16,8 @@ async fn check_61_a_signal_reaches_the_main_process(#[case] process_two: bool, #
     let plugin = host.plugin().await;
     let job = host.shell("trap 'echo got; exit 8' USR1; echo up; while :; do sleep 0.05; done");
     let task = host
-        .start(&plugin, job.with("process_two", json!(process_two)))
+        .up(&plugin, job.with("process_two", json!(process_two)))
         .await;
-    task.stdout.contains("up").await;
     task.signal(&plugin, name).await.unwrap();
     assert_eq!(task.wait(&plugin).await.code, 8);
     task.destroy(&plugin).await;
