@@ -179,7 +179,7 @@ fn candidates(name: &str, path: Option<&OsString>) -> Vec<PathBuf> {
     if name.contains('/') {
         return vec![name.into()];
     }
-    let path = path.map_or(OsStr::new(DEFAULT_PATH), OsString::as_os_str);
+    let path = path.map_or_else(|| OsStr::new(DEFAULT_PATH), OsString::as_os_str);
     path.as_bytes()
         .split(|byte| *byte == b':')
         .map(|directory| match directory {
