@@ -333,7 +333,7 @@ mod tests {
             });
         let signal =
             (any::<u64>(), any::<i32>()).prop_map(|(id, signal)| Request::Signal { id, signal });
-        prop_oneof![exec, signal]
+        prop_oneof![Just(Request::Go), exec, signal]
     }
 
     /// A whole text with a piece of it replaced by something.

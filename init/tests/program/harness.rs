@@ -83,6 +83,7 @@ pub(crate) struct Launch {
     command: Command,
     order: Vec<u8>,
     little_room: bool,
+    go: bool,
 }
 
 impl Launch {
@@ -101,6 +102,7 @@ impl Launch {
             command,
             order,
             little_room: false,
+            go: true,
         }
     }
 
@@ -118,6 +120,12 @@ impl Launch {
     /// As few words as the kernel allows have room on the channel until they are read.
     pub(crate) fn with_little_room(mut self) -> Self {
         self.little_room = true;
+        self
+    }
+
+    /// The command may not run yet.
+    pub(crate) fn without_go(mut self) -> Self {
+        self.go = false;
         self
     }
 
@@ -161,13 +169,17 @@ impl Launch {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        Program {
+        let program = Program {
             stdin: child.stdin.take(),
             child,
             channel: Some(ours),
             stdout,
             stderr,
+        };
+        if self.go {
+            program.ask(&Request::Go, &[]);
         }
+        program
     }
 
     /// Starts it and waits for its end.
@@ -206,14 +218,19 @@ impl Program {
         let channel = self.channel.as_ref().unwrap();
         wait_for("a word", channel.as_fd());
         let mut buffer = vec![0; nspawn_init::LONGEST];
-        match recv(channel, &mut buffer[..], RecvFlags::empty()) {
-            Ok((_, 0)) | Err(rustix::io::Errno::CONNRESET) => None,
-            Ok((_, length)) => Some(message(&buffer[..length]).unwrap()),
-            Err(error) => panic!("{error}"),
+        loop {
+            match recv(channel, &mut buffer[..], RecvFlags::empty()) {
+                Ok((_, 0)) => return None,
+                Ok((_, length)) => return Some(message(&buffer[..length]).unwrap()),
+                // It ended before it read everything. That is told once, before the words that are still there.
+                Err(rustix::io::Errno::CONNRESET) => {}
+                Err(error) => panic!("{error}"),
+            }
         }
     }
 
     pub(crate) fn expect_running(&self) {
+        assert_eq!(self.word(), Some(Word::Ready));
         assert_eq!(self.word(), Some(Word::Running));
     }
 
