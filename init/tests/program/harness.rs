@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use command_fds::{CommandFdExt, FdMapping};
 use nspawn_init::{Descriptor, Life, Order, PROGRAM, Request, Trouble, Word, message, packet};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
@@ -177,7 +178,8 @@ impl Launch {
             stderr,
         };
         if self.go {
-            program.ask(&Request::Go, &[]);
+            // One that was refused may be gone by now; its words are still there.
+            program.try_ask(&Request::Go, &[]);
         }
         program
     }
@@ -218,14 +220,10 @@ impl Program {
         let channel = self.channel.as_ref().unwrap();
         wait_for("a word", channel.as_fd());
         let mut buffer = vec![0; nspawn_init::LONGEST];
-        loop {
-            match recv(channel, &mut buffer[..], RecvFlags::empty()) {
-                Ok((_, 0)) => return None,
-                Ok((_, length)) => return Some(message(&buffer[..length]).unwrap()),
-                // It ended before it read everything. That is told once, before the words that are still there.
-                Err(rustix::io::Errno::CONNRESET) => {}
-                Err(error) => panic!("{error}"),
-            }
+        match recv(channel, &mut buffer[..], RecvFlags::empty()) {
+            Ok((_, 0)) => None,
+            Ok((_, length)) => Some(message(&buffer[..length]).unwrap()),
+            Err(error) => panic!("{error}"),
         }
     }
 
@@ -240,23 +238,38 @@ impl Program {
     }
 
     pub(crate) fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        self.try_send(bytes, descriptors, SendFlags::empty())
+            .unwrap();
+    }
+
+    /// Sends a request if there is room for it and somebody to hear it.
+    pub(crate) fn try_ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> bool {
+        match self.try_send(&packet(request), descriptors, SendFlags::DONTWAIT) {
+            Ok(_) => true,
+            Err(Errno::AGAIN | Errno::PIPE) => false,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn try_send(
+        &self,
+        bytes: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> rustix::io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() {
             assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
         }
-        sendmsg(
-            self.channel.as_ref().unwrap(),
-            &[IoSlice::new(bytes)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        )
-        .unwrap();
+        let socket = self.channel.as_ref().unwrap();
+        let slices = [IoSlice::new(bytes)];
+        sendmsg(socket, &slices, &mut control, flags | SendFlags::NOSIGNAL)
     }
 
-    /// Writes to the command's stdin.
+    /// Writes to the command's stdin. One that has ended hears nothing.
     pub(crate) fn tell(&mut self, line: &str) {
-        writeln!(self.stdin.as_mut().unwrap(), "{line}").unwrap();
+        let _ = writeln!(self.stdin.as_mut().unwrap(), "{line}");
     }
 
     /// As the supervisor's death does.
