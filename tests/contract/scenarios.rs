@@ -1078,8 +1078,9 @@ pub(crate) async fn a_stop_right_after_the_start_is_carried_out(world: World) {
             .await
             .unwrap();
         let exit = world.end(&started).await;
+        // The fake's payload is no first process: SIGINT can end it before its shell has a handler, and systemd-nspawn says 0.
         assert!(
-            [(3, 0), (137, 9)].contains(&ended(&exit)),
+            [(3, 0), (137, 9), (0, 0)].contains(&ended(&exit)),
             "{number}: {exit:?}"
         );
         assert!(!is_alive(started.leader));

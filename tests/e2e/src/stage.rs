@@ -375,6 +375,18 @@ impl Running {
             .expect("an exit")
     }
 
+    /// Sends it a signal.
+    pub async fn signal(&self, plugin: &Plugin, signal: &str) {
+        let request = driver::SignalTaskRequest {
+            task_id: self.id.clone(),
+            signal: signal.to_owned(),
+        };
+        let mut client = plugin.driver();
+        within("SignalTask", client.signal_task(request))
+            .await
+            .expect("the signal is sent");
+    }
+
     /// Stops it and waits for its end.
     pub async fn stop(&self, plugin: &Plugin, grace: Duration, signal: &str) -> TaskExit {
         within("StopTask", plugin.stop(&self.id, grace, signal))
