@@ -1,6 +1,6 @@
 //! The three things for which there are no safe words: taking over the descriptors that the program was started with, handing
-//! the kernel a seccomp program, and starting a command whose signals are as they should. The only unsafe code of the project; decides
-//! nothing, and keeps nothing.
+//! the kernel a seccomp program, and starting a command whose signals are as they should. The only unsafe code of this
+//! program; decides nothing, and keeps nothing.
 
 #![expect(
     unsafe_code,
