@@ -459,8 +459,9 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
-        let end = self.find(started).await?.end().await;
-        end.ok_or_else(|| BackendError::Lost {
+        // Boxed, because this waits as long as the container runs and the search is long over then.
+        let one = Box::pin(self.find(started)).await?;
+        one.end().await.ok_or_else(|| BackendError::Lost {
             machine: started.machine.clone(),
             reason: "it never came up".to_owned(),
         })

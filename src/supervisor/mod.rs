@@ -89,7 +89,7 @@ pub fn launch(
     // The command holds the other end of the line, which only the supervisor may have: its closing is the supervisor's end.
     drop(command);
     let reaped = async move { drop(child.wait().await) };
-    Ok(follow(stream, records.clone(), None, reaped, tracker))
+    Ok(follow(stream, records.clone(), false, reaped, tracker))
 }
 
 /// Finds the supervisor of `started` again, or the end it has recorded. `None` if there is neither.
@@ -104,7 +104,7 @@ pub async fn attach(
             Ok(Some(follow(
                 stream,
                 records.clone(),
-                Some(started.clone()),
+                true,
                 reaped,
                 tracker,
             )))
@@ -180,7 +180,7 @@ impl Supervised {
 fn follow(
     stream: UnixStream,
     records: Records,
-    known: Option<Started>,
+    known: bool,
     departed: impl Future<Output = ()> + Send + 'static,
     tracker: &TaskTracker,
 ) -> Supervised {
@@ -225,8 +225,8 @@ impl Loss {
 struct Line {
     stream: UnixStream,
     records: Records,
-    /// What a handle says of the container, when it was not this plugin that started it.
-    known: Option<Started>,
+    /// Whether there is a handle of the container, because it was not this plugin that started it.
+    known: bool,
     status: watch::Sender<Status>,
 }
 
@@ -244,6 +244,10 @@ impl Line {
                             Ok(Told::Known(news)) => self.hear(news, &mut asked),
                             Ok(Told::Unknown(_)) => {}
                             Err(_) => break 'line Loss::Garbled,
+                        }
+                        if received.is_empty() {
+                            // What a start needed is not held for as long as the task runs.
+                            received = Vec::new();
                         }
                     },
                 },
@@ -290,7 +294,7 @@ impl Line {
         let was_up = match status {
             Status::Ended(_) | Status::Failed(_) => return,
             Status::Up(_) => true,
-            Status::Starting => self.known.is_some(),
+            Status::Starting => self.known,
         };
         if let Ok(Some(exit)) = self.records.exit() {
             return self.set(Status::Ended(Arc::new(exit)));
