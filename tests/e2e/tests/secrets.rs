@@ -301,7 +301,7 @@ const NSPAWN_KNOWS: &[&str] = &[
     "SYSTEMD_LOG_COLOR",
     "SYSTEMD_LOG_TARGET",
     "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY",
-    // Once descriptors are passed to it.
+    // For the descriptors that are passed through it.
     "LISTEN_FDS",
     "LISTEN_PID",
 ];
