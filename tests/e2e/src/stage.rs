@@ -132,6 +132,16 @@ impl Stage {
         self.launch(launch, json!({})).await
     }
 
+    /// A plugin that this shell text starts, which ends in `exec "$0"`.
+    pub async fn plugin_by(&self, script: &str) -> Plugin {
+        let mut launch = Launch::new("/bin/sh");
+        launch.args = ["-c", script].map(Into::into).into();
+        launch
+            .args
+            .push(self.join("plugins/nomad-driver-nspawn").into());
+        self.launch(launch, json!({})).await
+    }
+
     async fn launch(&self, launch: Launch, mut options: Value) -> Plugin {
         options["state_dir"] = json!(self.join("state"));
         let mut launch = launch.set("TMPDIR", self.dir.path());
