@@ -125,7 +125,7 @@ impl Channel {
         if word.is_none() {
             self.socket = None;
         }
-        self.speaker = self.speaker.or(speaker.filter(|pid| *pid > 0));
+        self.speaker = self.speaker.or_else(|| speaker.filter(|pid| *pid > 0));
         word
     }
 

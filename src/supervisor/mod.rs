@@ -101,13 +101,7 @@ pub async fn attach(
     match UnixStream::connect(records.lifeline()).await {
         Ok(stream) => {
             let reaped = departed(started.supervisor);
-            Ok(Some(follow(
-                stream,
-                records.clone(),
-                true,
-                reaped,
-                tracker,
-            )))
+            Ok(Some(follow(stream, records.clone(), true, reaped, tracker)))
         }
         Err(error)
             if matches!(
