@@ -11,8 +11,11 @@ use nomad_driver_nspawn::task::handle;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// What reads some bytes, and must not fall over them.
+type Check = fn(&[u8]);
+
 /// Every check, named like its target and like the directory of its corpus.
-pub(crate) const ALL: &[(&str, fn(&[u8]))] = &[
+pub(crate) const ALL: &[(&str, Check)] = &[
     ("order", order),
     ("records", records),
     ("handle", handle),

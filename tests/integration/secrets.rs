@@ -560,7 +560,7 @@ async fn who_holds_secrets_dumps_no_core() {
             let line = limits.lines().find(|line| line.starts_with("Max core"));
             let words: Vec<_> = line.unwrap().split_whitespace().collect();
             assert!(["0", "1"].contains(&words[4]), "{words:?}");
-            assert_eq!(descriptors(pid).is_some(), true);
+            assert!(descriptors(pid).is_some(), "{who} can be read");
         } else {
             assert_eq!(descriptors(pid).is_some(), is_root(), "{who} can be read");
         }
