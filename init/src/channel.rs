@@ -10,7 +10,8 @@ use nspawn_init::{LONGEST, Word, packet};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, Shutdown, recv, recvmsg, send,
+    shutdown,
 };
 
 /// How long the last words wait for room, in seconds. Only a supervisor that stands still lets them wait at all.
@@ -60,8 +61,9 @@ impl Channel {
         }
     }
 
-    /// Sends everything, and gives up only on a supervisor that does not read for [`PATIENCE`].
+    /// Sends everything, and gives up only on a supervisor that does not read for [`PATIENCE`]. Nothing is heard after it.
     pub(crate) fn finish(&mut self) {
+        self.hear_no_more();
         loop {
             self.flush();
             let Some(socket) = self.socket.as_ref().filter(|_| !self.unsent.is_empty()) else {
@@ -77,6 +79,16 @@ impl Channel {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(_) => return,
             }
+        }
+    }
+
+    /// A socket that is closed with something unread is an error at the other end, in place of the words that are still there.
+    fn hear_no_more(&self) {
+        if let Some(socket) = &self.socket {
+            let _ = shutdown(socket, Shutdown::Read);
+            let mut nothing = [0; 0];
+            let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+            while recv(socket, &mut nothing[..], flags).is_ok_and(|(_, length)| length > 0) {}
         }
     }
 

@@ -13,7 +13,7 @@ use std::process::Command;
 use nix::libc;
 use nspawn_init::{Step, Trouble};
 
-use crate::raw::unblock;
+use crate::raw::with_signals_as_at_birth;
 
 /// Variables by name.
 pub(crate) type Environment = BTreeMap<OsString, OsString>;
@@ -160,7 +160,7 @@ impl Invocation<'_> {
 fn command(file: &Path, environment: &Environment) -> Command {
     let mut command = Command::new(file);
     command.env_clear().envs(environment);
-    unblock(&mut command);
+    with_signals_as_at_birth(&mut command);
     command
 }
 
@@ -179,7 +179,7 @@ fn candidates(name: &str, path: Option<&OsString>) -> Vec<PathBuf> {
     if name.contains('/') {
         return vec![name.into()];
     }
-    let path = path.map_or(OsStr::new(DEFAULT_PATH), OsString::as_os_str);
+    let path = path.map_or_else(|| OsStr::new(DEFAULT_PATH), OsString::as_os_str);
     path.as_bytes()
         .split(|byte| *byte == b':')
         .map(|directory| match directory {

@@ -7,7 +7,7 @@ mod init;
 mod raw;
 
 use std::convert::Infallible;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -90,7 +90,7 @@ impl Command {
         if self.words.is_empty() && self.directory.is_none() {
             // As systemd-nspawn does for a shell: a home that is not there is no trouble.
             let home = self.environment.get(OsStr::new("HOME"));
-            let _ = chdir(home.map_or(OsStr::new("/root"), |home| home));
+            let _ = chdir(home.map_or_else(|| OsStr::new("/root"), OsString::as_os_str));
         }
         for filter in &self.filters {
             raw::install(filter).map_err(|error| trouble(Step::Filters, "", &error))?;

@@ -1,6 +1,6 @@
 //! The three things for which there are no safe words: taking over the descriptors that the program was started with, handing
-//! the kernel a seccomp program, and starting a command with no signal blocked. The only unsafe code of the project; decides
-//! nothing, and keeps nothing.
+//! the kernel a seccomp program, and starting a command whose signals are as they should. The only unsafe code of this
+//! program; decides nothing, and keeps nothing.
 
 #![expect(
     unsafe_code,
@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::libc;
@@ -51,11 +52,30 @@ pub(crate) fn inherited() -> io::Result<Inherited> {
     })
 }
 
-/// Has a command start with no signal blocked: it inherits what this process blocks, which is all of them.
-pub(crate) fn unblock(command: &mut Command) {
-    let unblock = || Ok(SigSet::empty().thread_set_mask()?);
-    // SAFETY: sets a signal mask, which may be done between fork and exec, and touches no memory but its own.
-    unsafe { command.pre_exec(unblock) };
+/// Has a command start with no signal blocked, as this process has them all, and none ignored: whoever is started by
+/// posix_spawn(3) ignores two that the C library keeps for itself, and so does all it starts.
+pub(crate) fn with_signals_as_at_birth(command: &mut Command) {
+    /// The kernel's `struct sigaction`, with nothing in it: the default.
+    const DEFAULT: [u64; 4] = [0; 4];
+    const LAST: i32 = 64;
+    let reset = || {
+        for number in 1..=LAST {
+            // SAFETY: the kernel reads a structure of 32 bytes, which this is, and writes nothing. The C library's own call
+            // refuses the two. So does the kernel SIGKILL and SIGSTOP, which can't be ignored.
+            unsafe {
+                libc::syscall(
+                    libc::SYS_rt_sigaction,
+                    number,
+                    DEFAULT.as_ptr(),
+                    ptr::null_mut::<u64>(),
+                    size_of::<u64>(),
+                )
+            };
+        }
+        Ok(SigSet::empty().thread_set_mask()?)
+    };
+    // SAFETY: two kinds of system call that may be made between fork and exec, and no memory but its own.
+    unsafe { command.pre_exec(reset) };
 }
 
 /// The most instructions that the kernel takes.

@@ -350,6 +350,9 @@ impl NspawnBackend {
             |_| records.path().display().to_string(),
             |order| order.machine,
         );
+        if let Ok(running) = records.running() {
+            supervisor::rouse(running.started.supervisor);
+        }
         self.dismiss(records).await;
         if let Ok(running) = records.running() {
             supervisor::put_down(running.started.supervisor).await;
@@ -492,8 +495,9 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
-        let end = self.find(started).await?.end().await;
-        end.ok_or_else(|| BackendError::Lost {
+        // Boxed, because this waits as long as the container runs and the search is long over then.
+        let one = Box::pin(self.find(started)).await?;
+        one.end().await.ok_or_else(|| BackendError::Lost {
             machine: started.machine.clone(),
             reason: "it never came up".to_owned(),
         })
@@ -501,6 +505,7 @@ impl ContainerBackend for NspawnBackend {
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
         let one = self.find(started).await?;
+        supervisor::rouse(started.supervisor);
         let answer = one.ask(Verb::Signal(signal.number())).await;
         answer.map_err(|reason| BackendError::Stuck {
             machine: started.machine.clone(),
@@ -515,7 +520,9 @@ impl ContainerBackend for NspawnBackend {
         grace: Duration,
     ) -> Result<(), BackendError> {
         let one = self.find(started).await?;
-        if !grace.is_zero() && matches!(one.status(), Status::Up(_)) {
+        supervisor::rouse(started.supervisor);
+        let open = || matches!(one.status(), Status::Up(_) | Status::Starting);
+        if !grace.is_zero() && open() {
             let verb = signal.map_or(Verb::Stop, |signal| Verb::Signal(signal.number()));
             let politely = async {
                 // A request that fails leaves the wait for the grace time, and then force.
@@ -530,7 +537,7 @@ impl ContainerBackend for NspawnBackend {
             };
             let _ = tokio::time::timeout(grace, politely).await;
         }
-        if !matches!(one.status(), Status::Up(_) | Status::Starting) {
+        if !open() {
             return Ok(());
         }
         let by_force = async {

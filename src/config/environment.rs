@@ -69,7 +69,7 @@ pub(super) fn environment(
         check(&option, name, value)?;
         all.insert(name.clone(), value.clone());
     }
-    Ok((all, note(&left_out)))
+    Ok((all, note(&left_out, carrier)))
 }
 
 fn check(option: &str, name: &str, value: &str) -> Result<(), ConfigError> {
@@ -141,19 +141,23 @@ fn without(text: &str, secret: &str, shown: &str) -> String {
     clean
 }
 
-fn note(left_out: &[String]) -> Option<String> {
+fn note(left_out: &[String], carrier: Carrier) -> Option<String> {
     const SHOWN: usize = 20;
-    let shown = left_out.get(..SHOWN).unwrap_or(left_out).join(", ");
-    match left_out.len() {
-        0 => None,
-        count if count > SHOWN => Some(format!(
-            "environment variables left out, systemd-nspawn can't take their names: {shown} and {} more",
-            count - SHOWN
-        )),
-        _ => Some(format!(
-            "environment variables left out, systemd-nspawn can't take their names: {shown}"
-        )),
+    if left_out.is_empty() {
+        return None;
     }
+    let whose = match carrier {
+        Carrier::Nspawn => "systemd-nspawn",
+        Carrier::Own => "a program",
+    };
+    let shown = left_out.get(..SHOWN).unwrap_or(left_out).join(", ");
+    let more = match left_out.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        count => format!(" and {count} more"),
+    };
+    Some(format!(
+        "environment variables left out, {whose} can't take their names: {shown}{more}"
+    ))
 }
 
 /// Refuses words and variables that together are more than one program can get.

@@ -10,8 +10,8 @@ use std::path::Path;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixCredentials, recvmsg,
-    send, setsockopt, socketpair, sockopt,
+    AddressFamily, ControlMessageOwned, MsgFlags, RecvMsg, SockFlag, SockType, UnixCredentials,
+    recvmsg, send, setsockopt, socketpair, sockopt,
 };
 use nspawn_init::{LONGEST, Request, Word, message, packet};
 
@@ -97,23 +97,25 @@ impl Channel {
         let mut buffer = vec![0; LONGEST];
         let mut credentials = nix::cmsg_space!(UnixCredentials);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let mut slices = [IoSliceMut::new(&mut buffer)];
-        let received = recvmsg::<()>(
-            socket.as_raw_fd(),
-            &mut slices,
-            Some(&mut credentials),
-            flags,
-        );
+        let mut receive = || {
+            let mut slices = [IoSliceMut::new(&mut buffer)];
+            recvmsg::<()>(
+                socket.as_raw_fd(),
+                &mut slices,
+                Some(&mut credentials),
+                flags,
+            )
+            .map(|received| (received.bytes, speaker_of(&received)))
+        };
+        let received = match receive() {
+            // The program ended without having read all that it was asked. What it had said before is still there: the kernel
+            // tells the reset once and hands the words out afterwards.
+            Err(nix::Error::ECONNRESET) => receive(),
+            other => other,
+        };
         let (length, speaker) = match received {
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => return None,
-            Ok(received) if received.bytes > 0 => {
-                let mut told = received.cmsgs().into_iter().flatten();
-                let speaker = told.find_map(|message| match message {
-                    ControlMessageOwned::ScmCredentials(who) => Some(who.pid()),
-                    _ => None,
-                });
-                (received.bytes, speaker)
-            }
+            Ok((length, speaker)) if length > 0 => (length, speaker),
             _ => {
                 self.socket = None;
                 return None;
@@ -123,7 +125,7 @@ impl Channel {
         if word.is_none() {
             self.socket = None;
         }
-        self.speaker = self.speaker.or(speaker.filter(|pid| *pid > 0));
+        self.speaker = self.speaker.or_else(|| speaker.filter(|pid| *pid > 0));
         word
     }
 
@@ -135,4 +137,13 @@ impl Channel {
             let _ = send(socket.as_raw_fd(), &packet(&Request::Go), flags);
         }
     }
+}
+
+/// Who said it, as the kernel tells it.
+fn speaker_of(received: &RecvMsg<'_, '_, ()>) -> Option<i32> {
+    let mut told = received.cmsgs().into_iter().flatten();
+    told.find_map(|message| match message {
+        ControlMessageOwned::ScmCredentials(who) => Some(who.pid()),
+        _ => None,
+    })
 }

@@ -92,7 +92,7 @@ pub fn launch(
     // The command holds the other end of the line, which only the supervisor may have: its closing is the supervisor's end.
     drop(command);
     let reaped = async move { drop(child.wait().await) };
-    Ok(follow(stream, records.clone(), None, reaped, tracker))
+    Ok(follow(stream, records.clone(), false, reaped, tracker))
 }
 
 /// Finds the supervisor of `started` again, or the end it has recorded. `None` if there is neither.
@@ -104,13 +104,7 @@ pub async fn attach(
     match UnixStream::connect(records.lifeline()).await {
         Ok(stream) => {
             let reaped = departed(started.supervisor);
-            Ok(Some(follow(
-                stream,
-                records.clone(),
-                Some(started.clone()),
-                reaped,
-                tracker,
-            )))
+            Ok(Some(follow(stream, records.clone(), true, reaped, tracker)))
         }
         Err(error)
             if matches!(
@@ -195,7 +189,7 @@ impl Supervised {
 fn follow(
     stream: UnixStream,
     records: Records,
-    known: Option<Started>,
+    known: bool,
     departed: impl Future<Output = ()> + Send + 'static,
     tracker: &TaskTracker,
 ) -> Supervised {
@@ -240,8 +234,8 @@ impl Loss {
 struct Line {
     stream: UnixStream,
     records: Records,
-    /// What a handle says of the container, when it was not this plugin that started it.
-    known: Option<Started>,
+    /// Whether there is a handle of the container, because it was not this plugin that started it.
+    known: bool,
     status: watch::Sender<Status>,
 }
 
@@ -259,6 +253,10 @@ impl Line {
                             Ok(Told::Known(news)) => self.hear(news, &mut asked),
                             Ok(Told::Unknown(_)) => {}
                             Err(_) => break 'line Loss::Garbled,
+                        }
+                        if received.is_empty() {
+                            // What a start needed is not held for as long as the task runs.
+                            received = Vec::new();
                         }
                     },
                 },
@@ -305,7 +303,7 @@ impl Line {
         let was_up = match status {
             Status::Ended(_) | Status::Failed(_) => return,
             Status::Up(_) => true,
-            Status::Starting => self.known.is_some(),
+            Status::Starting => self.known,
         };
         if let Ok(Some(exit)) = self.records.exit() {
             return self.set(Status::Ended(Arc::new(exit)));
@@ -352,6 +350,13 @@ async fn departed(supervisor: Process) {
         return;
     };
     let _ = tokio::time::timeout(PROMPT, held.readable()).await;
+}
+
+/// Lets a supervisor that was stopped go on: nobody else carries out what is asked of it. One that runs takes no notice.
+pub fn rouse(supervisor: Process) {
+    if let Ok(held) = process::Held::again(supervisor) {
+        let _ = held.signal(Signal::CONT);
+    }
 }
 
 /// Ends a supervisor that does not answer. What it watched over ends with it, see [`Supervised`].

@@ -213,9 +213,7 @@ impl Records {
 
     /// Takes systemd-nspawn's environment: it is not on disk any more afterwards.
     pub fn take_environment(&self) -> io::Result<BTreeMap<String, String>> {
-        let text = self.read("environment")?;
-        // Not what stands there: it may be a secret.
-        let environment = serde_json::from_slice(&text).map_err(|_| invalid("no environment"))?;
+        let environment = read(&self.read("environment")?)?;
         fs::remove_file(self.0.join("environment"))?;
         Ok(environment)
     }
@@ -390,13 +388,24 @@ pub fn encode<T: Serialize>(record: &T) -> io::Result<Vec<u8>> {
 
 /// The record in the text of a file. An error of kind `InvalidData` if there is none, or one of a later form.
 pub fn decode<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
-    let Form { form } = serde_json::from_slice(text).map_err(invalid)?;
+    let Form { form } = read(text)?;
     if form > FORM {
         return Err(invalid(format!(
             "the record has form {form}, which is newer than this driver; it writes form {FORM}"
         )));
     }
-    serde_json::from_slice(text).map_err(invalid)
+    read(text)
+}
+
+/// The error names the place and not what is there: it may be a secret, and it may be anything.
+fn read<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
+    serde_json::from_slice(text).map_err(|error| {
+        invalid(format!(
+            "no record of this driver, as line {} column {} shows",
+            error.line(),
+            error.column()
+        ))
+    })
 }
 
 fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {

@@ -111,6 +111,21 @@ fn of_many_words_the_last_are_kept() {
 }
 
 #[test]
+fn an_error_says_nothing_of_what_was_read() {
+    let (_temp, records) = some();
+    records
+        .write("environment", br#"{"A":{"marker\n":"marker"}}"#)
+        .unwrap();
+    let error = records.take_environment().unwrap_err().to_string();
+    assert!(
+        !error.contains("marker") && error.contains("line 1 column"),
+        "{error}"
+    );
+    let error = decode::<Order>(br#"{"id":"i","machine":"m","mode":"marker\n"}"#).unwrap_err();
+    assert!(!error.to_string().contains("marker"), "{error}");
+}
+
+#[test]
 fn what_is_too_large_is_refused_and_not_cut() {
     let (_temp, records) = some();
     records.write_exit(&an_exit()).unwrap();

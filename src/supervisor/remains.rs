@@ -12,7 +12,7 @@ use nix::mount::{MntFlags, umount2};
 
 use super::process::{Held, children, first_child};
 use super::record::{Order, Records};
-use crate::cgroup::Group;
+use crate::cgroup::{Group, freezer};
 use crate::container::Process;
 use crate::signal::Signal;
 
@@ -29,9 +29,15 @@ pub fn end(records: &Records) -> io::Result<()> {
     let running = records.running().ok();
     if let Some(running) = &running {
         // The leader first: everything in its pid namespace dies with it, and a systemd-nspawn that sees it end clears up
-        // after itself.
+        // after itself, unless somebody has stopped it.
         kill(running.started.leader);
+        if let Some(group) = &running.started.cgroup {
+            Group::new(group).thaw();
+        }
         let watched = Held::again(running.nspawn);
+        if let Ok(nspawn) = &watched {
+            let _ = nspawn.signal(Signal::CONT);
+        }
         if !watched.is_ok_and(|nspawn| nspawn.wait(Duration::from_secs(2))) {
             kill(running.nspawn);
         }
@@ -171,6 +177,7 @@ fn remove_lock(path: &Path) {
 pub fn kill(process: Process) {
     if let Ok(held) = Held::again(process) {
         let _ = held.signal(Signal::KILL);
+        freezer::release(process.pid);
         held.wait(GONE);
     }
 }

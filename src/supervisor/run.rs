@@ -37,7 +37,7 @@ use super::pause::{self, Point};
 use super::process::{Held, catches, close_inherited, first_child, ignores, myself};
 use super::record::{First, Order, Records, Running};
 use super::{logs, remains};
-use crate::cgroup::Group;
+use crate::cgroup::{Group, freezer};
 use crate::container::{Mode, Process, Started};
 use crate::signal::Signal;
 
@@ -151,6 +151,8 @@ struct Watch {
     forced: bool,
     /// When systemd-nspawn itself is killed, after its container was.
     patience: Option<Instant>,
+    /// Whether the end has been recorded and told.
+    told: bool,
 }
 
 #[derive(Debug)]
@@ -204,6 +206,7 @@ impl Watch {
             state: State::Starting { leader, ready },
             forced: false,
             patience: None,
+            told: false,
         })
     }
 
@@ -227,6 +230,9 @@ impl Watch {
                 self.welcome();
             }
             self.hear_listeners();
+            if awake.leader {
+                self.tell_end(ExitStatus::from_raw(Signal::KILL.number()));
+            }
             if awake.signals
                 && let Some(status) = self.reap()
             {
@@ -253,6 +259,11 @@ impl Watch {
                 .chain(first)
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
         );
+        let last = descriptors.len();
+        descriptors.extend(
+            self.end_to_tell_early()
+                .map(|leader| PollFd::new(leader.as_fd(), PollFlags::POLLIN)),
+        );
         let limit = match self.patience {
             None => PollTimeout::NONE,
             Some(end) => {
@@ -265,7 +276,9 @@ impl Watch {
             other => other?,
         };
         let ready = |index: usize| descriptors[index].any().unwrap_or(true);
+        let leader = descriptors.get(last).and_then(PollFd::any);
         Ok(Awake {
+            leader: leader.unwrap_or(false),
             signals: ready(0),
             notify: ready(1),
             lifeline: ready(2),
@@ -446,6 +459,7 @@ impl Watch {
     }
 
     fn signal(&self, signal: Option<Signal>) -> io::Result<()> {
+        self.rouse_nspawn();
         let (Some(signal), Some(pid)) = (signal, self.payload()) else {
             return Ok(());
         };
@@ -470,9 +484,60 @@ impl Watch {
         }
         if let Some(leader) = leader {
             let _ = leader.signal(Signal::KILL);
+            freezer::release(leader.process().pid);
         }
+        // What is frozen can't clear up.
+        if let Some(place) = &self.order.place {
+            Group::new(&place.group).thaw();
+        }
+        self.rouse_nspawn();
         self.patience
             .get_or_insert_with(|| Instant::now() + CLEAR_UP);
+    }
+
+    /// A systemd-nspawn that somebody has stopped would not notice the end of its container.
+    fn rouse_nspawn(&self) {
+        if let Ok(nspawn) = Held::again(self.nspawn) {
+            let _ = nspawn.signal(Signal::CONT);
+        }
+    }
+
+    /// The leader, where its end is all there is to wait for: after force systemd-nspawn has no news of it, and throwing away
+    /// an ephemeral root may take it seconds. Any other root stays locked until systemd-nspawn has ended.
+    fn end_to_tell_early(&self) -> Option<&Held> {
+        let State::Running { leader, .. } = &self.state else {
+            return None;
+        };
+        let early = self.forced && !self.told && self.order.copies.is_some();
+        leader.as_ref().filter(|_| early)
+    }
+
+    /// Records how it ended and tells everybody, once.
+    fn tell_end(&mut self, status: ExitStatus) {
+        if std::mem::replace(&mut self.told, true) {
+            return;
+        }
+        let place = self.order.place.as_ref();
+        let leader = match &self.state {
+            State::Running { leader, .. } => leader.as_ref(),
+            State::Starting { .. } | State::Failing(_) => None,
+        };
+        let exit = exit_of(&Signs {
+            mode: self.order.mode,
+            trouble: self.trouble.as_ref(),
+            command: self.status,
+            leader: leader.and_then(Held::raw_status),
+            words: &self.records.words(),
+            nspawn: status,
+            forced: self.forced,
+            oom: place.is_some_and(|place| Group::new(&place.group).oom_kills() > 0),
+        });
+        if let Err(error) = self.records.write_exit(&exit) {
+            let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
+        }
+        pause::at(&self.records, Point::EndRecorded);
+        self.listeners.tell(&News::Exited(exit));
+        pause::at(&self.records, Point::EndTold);
     }
 
     /// Ends everything at once, systemd-nspawn too.
@@ -521,24 +586,9 @@ impl Watch {
                 self.listeners.tell(&News::Failed(failure.clone()));
                 None
             }
-            State::Running { copy, leader, .. } => {
+            State::Running { copy, .. } => {
                 let copy = copy.clone();
-                let exit = exit_of(&Signs {
-                    mode: self.order.mode,
-                    trouble: self.trouble.as_ref(),
-                    command: self.status,
-                    leader: leader.as_ref().and_then(Held::raw_status),
-                    words: &self.records.words(),
-                    nspawn: status,
-                    forced: self.forced,
-                    oom: group.as_ref().is_some_and(|group| group.oom_kills() > 0),
-                });
-                if let Err(error) = self.records.write_exit(&exit) {
-                    let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
-                }
-                pause::at(&self.records, Point::EndRecorded);
-                self.listeners.tell(&News::Exited(exit));
-                pause::at(&self.records, Point::EndTold);
+                self.tell_end(status);
                 copy
             }
         };
@@ -609,6 +659,7 @@ struct Awake {
     signals: bool,
     notify: bool,
     lifeline: bool,
+    leader: bool,
 }
 
 /// Starts the step between this process and systemd-nspawn.

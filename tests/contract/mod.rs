@@ -139,6 +139,13 @@ impl World {
         within(self.backend.start(spec)).await.unwrap()
     }
 
+    /// Starts a container that must come up, and waits until its payload says so.
+    pub(crate) async fn up(&self, spec: ContainerSpec) -> Started {
+        let started = self.start(spec).await;
+        self.heard("up").await;
+        started
+    }
+
     /// Starts a container that must not come up.
     pub(crate) async fn refused(&self, spec: ContainerSpec) -> BackendError {
         within(self.backend.start(spec)).await.unwrap_err()

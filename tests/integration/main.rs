@@ -14,6 +14,7 @@ mod fake;
 mod faults;
 mod handshake;
 mod harness;
+mod hostile;
 mod house;
 mod lifecycle;
 mod logs;

@@ -29,6 +29,8 @@ use secrecy::{Marker, Mode, ancestry, descriptors, open_to_others, shown};
 /// The variable that everybody expects to be a secret.
 const SECRET: &str = "DB_PASSWORD";
 
+const ON_AND_ON: &str = "echo up; exec sleep 1000";
+
 /// One task with secrets, and where they may be.
 struct Case {
     host: Host,
@@ -75,17 +77,12 @@ impl Case {
     }
 
     /// A task of this mode with secrets in its environment.
-    fn task(&self) -> Task {
+    fn task(&self, script: &str) -> Task {
+        let task = self.host.shell(script);
         let task = match self.mode {
-            Mode::Boot => {
-                let task = self.host.task(&[]).with("boot", json!(true));
-                task.with("command", json!([]))
-            }
-            Mode::Plain => self.host.shell("echo up; exec sleep 1000"),
-            Mode::ProcessTwo => {
-                let task = self.host.shell("echo up; exec sleep 1000");
-                task.with("process_two", json!(true))
-            }
+            Mode::Plain => task,
+            Mode::ProcessTwo => task.with("process_two", json!(true)),
+            Mode::Boot => task.with("boot", json!(true)).with("command", json!([])),
         };
         task.env(SECRET, &self.marker.secret("value"))
             .env("NOMAD_TOKEN", &self.marker.secret("token"))
@@ -141,14 +138,20 @@ impl Case {
     }
 
     async fn dies(&self, plugin: Plugin, death: Death) -> Plugin {
+        // An init is simulated and can't be told by a script.
         let instead = match death {
-            Death::Exit(code) => json!({"exit": code}),
-            Death::Signal(number) => json!({"signal": number}),
+            Death::Exit(code) if self.mode == Mode::Boot => json!({"exit": code}),
+            Death::Signal(number) if self.mode == Mode::Boot => json!({"signal": number}),
             _ => Value::Null,
+        };
+        let task = match death {
+            Death::Exit(code) => self.task(&format!("exit {code}")),
+            Death::Signal(number) => self.task(&format!("kill -{number} $$")),
+            _ => self.task(ON_AND_ON),
         };
         self.host
             .scenario(&json!({"version": self.version, "calls": [{"instead": instead}]}));
-        let allocation = self.allocation(self.task());
+        let allocation = self.allocation(task);
         let running = self.host.start_in(&plugin, allocation).await;
         let running = running.unwrap_or_else(|error| panic!("{error}"));
         let kept = String::from_utf8_lossy(&running.started.handle.driver_state).into_owned();
@@ -301,51 +304,54 @@ async fn no_failed_start_shows_a_secret(
     let (task, words) = match fault {
         Fault::NoImage => {
             let missing = case.host.join("missing");
-            (case.task().with("image", json!(missing)), "config.image")
+            (
+                case.task(ON_AND_ON).with("image", json!(missing)),
+                "config.image",
+            )
         }
         Fault::ImageIsNoTree => {
             let empty = case.host.join("empty");
             fs::create_dir(&empty).unwrap();
-            (case.task().with("image", json!(empty)), "")
+            (case.task(ON_AND_ON).with("image", json!(empty)), "")
         }
         Fault::BadOption => {
-            let task = case.task().with("volatile", json!("maybe"));
+            let task = case.task(ON_AND_ON).with("volatile", json!("maybe"));
             (task, "config.volatile: \"maybe\"")
         }
         Fault::OptionWithASecret => {
-            let task = case.task().with("volatile", json!(secret));
+            let task = case.task(ON_AND_ON).with("volatile", json!(secret));
             (task, "config.volatile: \"${DB_PASSWORD}\"")
         }
         Fault::LongOptionWithASecret => {
             let long = format!("{}{}", "x".repeat(190), secret);
-            let task = case.task().with("bind", json!([{(long): "/srv"}]));
+            let task = case.task(ON_AND_ON).with("bind", json!([{(long): "/srv"}]));
             (task, "config.bind")
         }
         Fault::ValueWithNul => {
-            let task = case.task().env("OTHER", &format!("{secret}\0"));
+            let task = case.task(ON_AND_ON).env("OTHER", &format!("{secret}\0"));
             (task, "task.env[\"OTHER\"]: a NUL")
         }
         Fault::ValueTooLong => {
-            let task = case.task().env("OTHER", &secret.repeat(8000));
+            let task = case.task(ON_AND_ON).env("OTHER", &secret.repeat(8000));
             (task, "task.env[\"OTHER\"]: has ")
         }
         Fault::BadName => {
             let task = case
-                .task()
-                .with("environment", json!([{"a b": secret.clone()}]));
-            (task, "config.environment[\"a b\"]")
+                .task(ON_AND_ON)
+                .with("environment", json!([{"a=b": secret.clone()}]));
+            (task, "config.environment[\"a=b\"]")
         }
         Fault::NspawnRefuses => {
             let call = json!({"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}});
             case.host.scenario(&json!({"calls": [call]}));
-            (case.task(), "status 1")
+            (case.task(ON_AND_ON), "status 1")
         }
         Fault::NspawnDies => {
             case.host
                 .scenario(&json!({"calls": [{"die_before_notify": 11}]}));
-            (case.task(), "SIGSEGV")
+            (case.task(ON_AND_ON), "SIGSEGV")
         }
-        Fault::NoNspawn | Fault::NoStateDir => (case.task(), "plugin."),
+        Fault::NoNspawn | Fault::NoStateDir => (case.task(ON_AND_ON), "plugin."),
     };
     let options = match fault {
         Fault::NoNspawn => json!({"nspawn_path": "/proc/self/mem"}),
@@ -367,7 +373,7 @@ async fn no_failed_start_shows_a_secret(
     // The last event of the stream is that of a task that starts.
     case.host.scenario(&json!({}));
     plugin.configure(&case.host.config()).await.unwrap();
-    let last = case.host.shell("exit 0").env("last.one", "x");
+    let last = case.host.shell("exit 0").env("last=one", "x");
     let last = case.host.start(&plugin, last).await;
     loop {
         let event: DriverTaskEvent = within("an event", events.message()).await.unwrap().unwrap();
@@ -388,7 +394,7 @@ async fn a_command_that_can_not_run_shows_no_secret(#[case] command: &str) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let case = Case::new(mode, 252);
         let plugin = case.host.plugin().await;
-        let task = case.task().with("command", json!([command]));
+        let task = case.task(ON_AND_ON).with("command", json!([command]));
         let task = case.host.start_in(&plugin, case.allocation(task)).await;
         let task = task.unwrap();
         let exit = task.wait(&plugin).await;
@@ -417,12 +423,14 @@ async fn plugin_by(host: &Host, script: &str) -> Plugin {
 
 /// What a supervisor has open beside its standard streams, each once or as often as it has listeners and watches.
 const SUPERVISOR_HAS: &[&str] = &["signalfd", "socket", "pidfd"];
-/// What systemd-nspawn gets beside its standard streams.
-const NSPAWN_GETS: &[i32] = &[];
+/// What systemd-nspawn gets beside its standard streams: channel, stdout, stderr, program and order of our first program.
+const NSPAWN_GETS: &[i32] = &[3, 4, 5, 6, 7];
 /// What systemd-nspawn's own environment has beside the task's variables. `SYSTEMD_NSPAWN_UNIFIED_HIERARCHY` only where
 /// the host has control groups of version 2 alone.
 const NSPAWN_KNOWS: &[&str] = &[
     "LANG",
+    "LISTEN_FDS",
+    "LISTEN_PID",
     "NOTIFY_SOCKET",
     "PATH",
     "SYSTEMD_LOG_COLOR",
@@ -466,7 +474,8 @@ async fn nobody_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
         let open = descriptors(supervisor).unwrap();
         let directory = task.state(&["state"]).as_str().unwrap().to_owned();
         assert_eq!(open[&0], "socket");
-        assert_eq!(open[&1], "/dev/null");
+        // The container's first program, for systemd-nspawn.
+        assert_eq!(open[&1], "/memfd:nspawn-init (deleted)");
         assert_eq!(open[&2], format!("{directory}/log"));
         let beside: BTreeSet<&str> = open.range(3..).map(|(_, kind)| kind.as_str()).collect();
         assert_eq!(beside, SUPERVISOR_HAS.iter().copied().collect());
@@ -536,7 +545,7 @@ async fn who_holds_secrets_dumps_no_core() {
     case.since = secrecy::now();
     let mut plugin = plugin_by(&case.host, &format!("{unlimited} exec \"$0\"")).await;
     for who in ["supervisor", "nspawn", "plugin"] {
-        let allocation = case.allocation(case.task());
+        let allocation = case.allocation(case.task(ON_AND_ON));
         let task = case.host.start_in(&plugin, allocation).await.unwrap();
         case.is_up(&task).await;
         let supervisor = task.state(&["supervisor", "pid"]).as_i64().unwrap();
@@ -551,7 +560,7 @@ async fn who_holds_secrets_dumps_no_core() {
             let line = limits.lines().find(|line| line.starts_with("Max core"));
             let words: Vec<_> = line.unwrap().split_whitespace().collect();
             assert!(["0", "1"].contains(&words[4]), "{words:?}");
-            assert_eq!(descriptors(pid).is_some(), true);
+            assert!(descriptors(pid).is_some(), "{who} can be read");
         } else {
             assert_eq!(descriptors(pid).is_some(), is_root(), "{who} can be read");
         }
@@ -579,14 +588,14 @@ async fn who_holds_secrets_dumps_no_core() {
     assert_eq!(dumped, Vec::<String>::new());
 }
 
-/// Names that come from Nomad and that no program can get, or no systemd-nspawn.
+/// Names that come from Nomad and that no program can get.
 #[tokio::test]
 async fn names_that_can_not_be_are_left_out_by_name_and_long_ones_arrive() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let mut events = plugin.events().await.unwrap();
     let long = "L".repeat(4096);
-    let job = ["", "a=b", "a\0b", "a b", "ü", "1a"]
+    let job = ["", "a=b", "a\0b"]
         .iter()
         .fold(host.shell("env | grep -c '^L*=arrived$'"), |job, name| {
             job.env(name, "s3cret-value")
@@ -594,14 +603,7 @@ async fn names_that_can_not_be_are_left_out_by_name_and_long_ones_arrive() {
     let task = host.start(&plugin, job.env(&long, "arrived")).await;
     assert_eq!(task.stdout.all().await, "1\n");
     let event = within("an event", events.message()).await.unwrap().unwrap();
-    for name in [
-        r#""""#,
-        r#""a=b""#,
-        r#""a\0b""#,
-        r#""a b""#,
-        r#""ü""#,
-        r#""1a""#,
-    ] {
+    for name in [r#""""#, r#""a=b""#, r#""a\0b""#] {
         assert!(event.message.contains(name), "{name}: {}", event.message);
     }
     assert!(!event.message.contains("s3cret"), "{}", event.message);

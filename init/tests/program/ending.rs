@@ -22,7 +22,10 @@ fn every_exit_code_is_told_as_it_is() {
     for code in 0..=255 {
         let left = run(&shell(Life::Init, &format!("exit {code}")));
         let status = code << 8;
-        assert_eq!(left.words, [Word::Running, Word::Ended { status }]);
+        assert_eq!(
+            left.words,
+            [Word::Ready, Word::Running, Word::Ended { status }]
+        );
         assert_eq!(left.status, status, "its own end says the same");
     }
 }
@@ -31,7 +34,7 @@ fn every_exit_code_is_told_as_it_is() {
 fn every_exit_code_of_a_launched_command_is_its_own() {
     for code in [0, 1, 2, 7, 126, 127, 128, 133, 137, 143, 255] {
         let left = run(&shell(Life::Launcher, &format!("exit {code}")));
-        assert_eq!(left.words, [Word::Running]);
+        assert_eq!(left.words, [Word::Ready]);
         assert_eq!(left.status, code << 8);
     }
 }
@@ -45,10 +48,13 @@ fn death_by_every_signal_is_told_as_it_is() {
             .directory(place.path())
             .run();
         let status = number;
-        assert_eq!(left.words, [Word::Running, Word::Ended { status }]);
+        assert_eq!(
+            left.words,
+            [Word::Ready, Word::Running, Word::Ended { status }]
+        );
         assert_eq!(left.code(), 128 + number);
         let left = run(&shell(Life::Launcher, &script));
-        assert_eq!((left.words, left.status), (vec![Word::Running], number));
+        assert_eq!((left.words, left.status), (vec![Word::Ready], number));
     }
 }
 
@@ -61,7 +67,10 @@ fn a_core_dump_is_told_as_the_kernel_told_it() {
     let left = Launch::new(&shell(Life::Init, script))
         .directory(place.path())
         .run();
-    assert_eq!(left.words, [Word::Running, Word::Ended { status }]);
+    assert_eq!(
+        left.words,
+        [Word::Ready, Word::Running, Word::Ended { status }]
+    );
     assert_eq!(left.code(), 128 + libc::SIGQUIT, "without the flag");
 }
 
@@ -70,11 +79,8 @@ fn fails(life: Life, command: &[&str], path: &str) -> (Trouble, i32) {
     let mut order = order(life, command);
     order.environment = vec![("PATH".into(), path.into())];
     let left = run(&order);
-    let before: &[Word] = match life {
-        Life::Launcher => &[Word::Running],
-        Life::Init => &[],
-    };
-    assert_eq!(left.words[..left.words.len() - 1], *before, "{left:?}");
+    assert_eq!(left.words.len(), 2, "{left:?}");
+    assert_eq!(left.words[0], Word::Ready);
     let trouble = left.trouble();
     assert_eq!(left.stderr, format!("{trouble}\n"));
     assert_eq!(left.stdout, "");
@@ -181,7 +187,6 @@ fn no_command_is_a_login_shell() {
         let mut order = order(life, &[]);
         order.environment = vec![("HOME".into(), home.path().to_str().unwrap().into())];
         let mut program = Launch::new(&order).start();
-        program.expect_running();
         std::io::Write::write_all(
             program.stdin.as_mut().unwrap(),
             b"echo $0; pwd -P; exit 5\n",

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use command_fds::{CommandFdExt, FdMapping};
 use nspawn_init::{Descriptor, Life, Order, PROGRAM, Request, Trouble, Word, message, packet};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
@@ -83,6 +84,7 @@ pub(crate) struct Launch {
     command: Command,
     order: Vec<u8>,
     little_room: bool,
+    go: bool,
 }
 
 impl Launch {
@@ -101,6 +103,7 @@ impl Launch {
             command,
             order,
             little_room: false,
+            go: true,
         }
     }
 
@@ -118,6 +121,12 @@ impl Launch {
     /// As few words as the kernel allows have room on the channel until they are read.
     pub(crate) fn with_little_room(mut self) -> Self {
         self.little_room = true;
+        self
+    }
+
+    /// The command may not run yet.
+    pub(crate) fn without_go(mut self) -> Self {
+        self.go = false;
         self
     }
 
@@ -161,13 +170,18 @@ impl Launch {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        Program {
+        let program = Program {
             stdin: child.stdin.take(),
             child,
             channel: Some(ours),
             stdout,
             stderr,
+        };
+        if self.go {
+            // One that was refused may be gone by now; its words are still there.
+            program.try_ask(&Request::Go, &[]);
         }
+        program
     }
 
     /// Starts it and waits for its end.
@@ -207,13 +221,14 @@ impl Program {
         wait_for("a word", channel.as_fd());
         let mut buffer = vec![0; nspawn_init::LONGEST];
         match recv(channel, &mut buffer[..], RecvFlags::empty()) {
-            Ok((_, 0)) | Err(rustix::io::Errno::CONNRESET) => None,
+            Ok((_, 0)) => None,
             Ok((_, length)) => Some(message(&buffer[..length]).unwrap()),
             Err(error) => panic!("{error}"),
         }
     }
 
     pub(crate) fn expect_running(&self) {
+        assert_eq!(self.word(), Some(Word::Ready));
         assert_eq!(self.word(), Some(Word::Running));
     }
 
@@ -223,23 +238,38 @@ impl Program {
     }
 
     pub(crate) fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        self.try_send(bytes, descriptors, SendFlags::empty())
+            .unwrap();
+    }
+
+    /// Sends a request if there is room for it and somebody to hear it.
+    pub(crate) fn try_ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> bool {
+        match self.try_send(&packet(request), descriptors, SendFlags::DONTWAIT) {
+            Ok(_) => true,
+            Err(Errno::AGAIN | Errno::PIPE) => false,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn try_send(
+        &self,
+        bytes: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> rustix::io::Result<usize> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() {
             assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
         }
-        sendmsg(
-            self.channel.as_ref().unwrap(),
-            &[IoSlice::new(bytes)],
-            &mut control,
-            SendFlags::NOSIGNAL,
-        )
-        .unwrap();
+        let socket = self.channel.as_ref().unwrap();
+        let slices = [IoSlice::new(bytes)];
+        sendmsg(socket, &slices, &mut control, flags | SendFlags::NOSIGNAL)
     }
 
-    /// Writes to the command's stdin.
+    /// Writes to the command's stdin. One that has ended hears nothing.
     pub(crate) fn tell(&mut self, line: &str) {
-        writeln!(self.stdin.as_mut().unwrap(), "{line}").unwrap();
+        let _ = writeln!(self.stdin.as_mut().unwrap(), "{line}");
     }
 
     /// As the supervisor's death does.

@@ -233,3 +233,27 @@ fn a_supervisor_that_reads_nothing_stops_nobody() {
     program.tell("end");
     assert_eq!(program.end().code(), 0);
 }
+
+#[test]
+fn requests_that_come_too_late_do_not_hide_the_end() {
+    for _ in 0..20 {
+        let program = Launch::new(&shell(Life::Init, "exit 5")).start();
+        program.expect_running();
+        let null = File::open("/dev/null").unwrap();
+        let request = Request::Exec {
+            id: 1,
+            command: Vec::new(),
+            environment: Vec::new(),
+            directory: None,
+        };
+        while program.try_ask(&request, &[null.as_fd(); 3]) {}
+        let left = program.end();
+        let (last, before) = left.words.split_last().unwrap();
+        assert_eq!(*last, Word::Ended { status: 5 << 8 });
+        assert!(
+            before
+                .iter()
+                .all(|word| matches!(word, Word::ExecFailed { id: 1, .. }))
+        );
+    }
+}

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nomad_driver_nspawn::cgroup::Group;
 use nomad_driver_nspawn::host::run::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
 use nomad_driver_nspawn::proto::driver::{
@@ -229,6 +230,13 @@ impl Host {
         }
     }
 
+    /// The same for a task that says when it is as far as the test needs it.
+    pub(crate) async fn up(&self, plugin: &Plugin, task: Task) -> Running {
+        let running = self.start(plugin, task).await;
+        running.stdout.contains("up").await;
+        running
+    }
+
     /// Starts a task in an allocation of its own.
     pub(crate) async fn try_start(
         &self,
@@ -390,7 +398,7 @@ impl Drop for Host {
         }
         // The control group of what was killed here has nobody else to remove it.
         for group in self.groups() {
-            if fs::remove_dir(&group).is_ok() {
+            if group.exists() && Group::new(&group).remove().is_ok() {
                 left.push(format!("(control group) {}", group.display()));
             }
         }
