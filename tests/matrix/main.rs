@@ -1,10 +1,10 @@
 //! The fault matrix on the fake: every cell, and the table. Words on the command line choose cells by parts of their names.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use nomad_driver_nspawn::host::{Plugin, TaskSpec};
+use nomad_driver_nspawn::supervisor::process::first_child;
 use serde_json::{Value, json};
 
 #[path = "../integration/harness/mod.rs"]
@@ -58,6 +58,11 @@ impl World for Host {
         trap
     }
 
+    fn init(&self, leader: i32) -> Option<i32> {
+        // The fake's first process has what runs as the container's below it.
+        first_child(leader)
+    }
+
     fn log(&self) -> String {
         Self::log(self).text().join("\n")
     }
@@ -68,32 +73,10 @@ impl World for Host {
             eventually("the control group is gone", || !group.exists()).await;
         }
     }
+
+    fn leave(self) {}
 }
 
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|word| !word.starts_with('-'))
-        .collect();
-    let mut cells = suite::cells();
-    cells.retain(|cell| {
-        let name = cell.to_string();
-        words.is_empty() || words.iter().any(|word| name.contains(word))
-    });
-    let results = suite::run(&cells, AT_ONCE, Host::new);
-    let played: Vec<_> = cells.into_iter().zip(results).collect();
-    let mut out = std::io::stdout().lock();
-    let failed: Vec<_> = played
-        .iter()
-        .filter_map(|(cell, result)| Some((cell, result.as_ref().err()?)))
-        .collect();
-    for (cell, text) in &failed {
-        let _ = writeln!(out, "FAILED {cell}: {text}");
-    }
-    let _ = out.write_all(suite::table::table(&played).as_bytes());
-    if failed.is_empty() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    suite::report(suite::cells(), AT_ONCE, Host::new)
 }

@@ -1,20 +1,24 @@
 //! The fault matrix: every process of a task is killed at every step of the task's life, and then Nomad does what it does next.
-//! One suite, two worlds: `main.rs` plays every cell on the fake, the end-to-end tests play some on the real systemd-nspawn.
+//! One suite, two worlds: `main.rs` plays every cell on the fake, the end-to-end tests play a third on the real systemd-nspawn.
 //! A cell that can't be says why. What a cell owes is in [`plan`], how it is played in [`play`].
 
+use std::io::Write as _;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use nomad_driver_nspawn::host::{Plugin, TaskSpec};
 use serde_json::Value;
 
 mod plan;
 mod play;
-pub(crate) mod table;
+mod table;
 pub(crate) mod trap;
 
-pub(crate) use plan::{Again, Cell, Step, Victim, cells};
+use plan::{Again, Step, Victim};
+pub(crate) use plan::{Cell, cells};
 
 /// One cell's machine: a state directory and a tree of its own, and a systemd-nspawn.
 pub(crate) trait World {
@@ -32,10 +36,14 @@ pub(crate) trait World {
     fn gate(&self) -> (PathBuf, String);
     /// A trap for the next systemd-nspawn at this moment.
     fn hold_nspawn(&self, moment: Moment) -> trap::Trap;
+    /// The driver's own first program of a container with this first process.
+    fn init(&self, leader: i32) -> Option<i32>;
     /// The plugins' log so far.
     fn log(&self) -> String;
     /// Fails if a process, a mount or a file is left when this plugin alone still runs.
     fn assert_clean(&self, plugin: i32) -> impl Future<Output = ()>;
+    /// The end of a cell that was played through, when its plugin is gone too.
+    fn leave(self);
 }
 
 /// Where a systemd-nspawn can be held.
@@ -47,8 +55,80 @@ pub(crate) enum Moment {
     BeforeExit,
 }
 
+/// What a run was asked for on its command line: `--list`, or parts of the names of cells.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    list: bool,
+    words: Vec<String>,
+}
+
+impl Asked {
+    /// As the words of this process have it. The test runner's own options are passed over.
+    pub(crate) fn of_this_process() -> Self {
+        let mut asked = Self {
+            list: false,
+            words: Vec::new(),
+        };
+        let mut words = std::env::args().skip(1);
+        while let Some(word) = words.next() {
+            match &*word {
+                "--list" => asked.list = true,
+                "--test-threads" | "--skip" | "--format" | "--color" | "--logfile" => {
+                    words.next();
+                }
+                option if option.starts_with('-') => {}
+                _ => asked.words.push(word),
+            }
+        }
+        asked
+    }
+
+    fn wants(&self, cell: &Cell) -> bool {
+        let name = cell.to_string();
+        self.words.is_empty() || self.words.iter().any(|word| name.contains(word))
+    }
+}
+
+/// Plays those of the cells that are asked for, and prints what came of them: the failures, then the table.
+pub(crate) fn report<W: World>(
+    mut cells: Vec<Cell>,
+    at_once: usize,
+    world: impl Fn() -> W + Sync,
+) -> ExitCode {
+    let asked = Asked::of_this_process();
+    cells.retain(|cell| asked.wants(cell));
+    let mut out = std::io::stdout().lock();
+    if asked.list {
+        for cell in cells {
+            let _ = writeln!(out, "{cell}: test");
+        }
+        return ExitCode::SUCCESS;
+    }
+    if cells.is_empty() {
+        let _ = writeln!(out, "the fault matrix: no cell is called {:?}", asked.words);
+        return ExitCode::SUCCESS;
+    }
+    let start = Instant::now();
+    let results = run(&cells, at_once, world);
+    let time = start.elapsed();
+    let played: Vec<_> = cells.into_iter().zip(results).collect();
+    let mut failed = false;
+    for (cell, result) in &played {
+        if let Err(text) = result {
+            failed = true;
+            let _ = writeln!(out, "FAILED {cell}: {text}");
+        }
+    }
+    let _ = out.write_all(table::table(&played, time).as_bytes());
+    if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    }
+}
+
 /// Plays these cells in as many worlds at a time as `at_once` says, and gives what came out, in the order of the cells.
-pub(crate) fn run<W: World>(
+fn run<W: World>(
     cells: &[Cell],
     at_once: usize,
     world: impl Fn() -> W + Sync,

@@ -14,7 +14,7 @@ pub(crate) enum Victim {
     Nspawn,
     /// The command itself, which is the container's first process.
     Leader,
-    /// The first process of a container whose command is the second.
+    /// The driver's own program, as the first process of a container whose command is the second.
     Init,
     /// Nomad's agent: its connection is gone, the plugin lives.
     Agent,
@@ -210,6 +210,17 @@ const SUPERVISOR: &str = "supervisor was killed";
 const NSPAWN: &str = "systemd-nspawn was ended by SIGKILL";
 
 impl Cell {
+    /// Whether it is one of the third that is played on the real systemd-nspawn too, which nobody can hold.
+    pub(crate) fn is_for_real(self) -> bool {
+        let step = matches!(
+            self.step,
+            Step::NspawnSpawned | Step::Notified | Step::Running | Step::Exited | Step::Recovering
+        );
+        step && self
+            .plan()
+            .is_ok_and(|(hold, _)| !matches!(hold, Hold::Nspawn(_)))
+    }
+
     /// Where it is held, and what is owed; or why there is no such cell.
     pub(crate) fn plan(self) -> Process {
         let (hold, owed) = match self.step {

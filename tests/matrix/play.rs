@@ -61,6 +61,7 @@ pub(super) async fn play<W: World>(world: W, cell: Cell) -> String {
     let word = game.next().await;
     game.again().await;
     game.leave().await;
+    world.leave();
     word
 }
 
@@ -221,6 +222,15 @@ impl<'w, W: World> Game<'w, W> {
         serde_json::from_value(state["started"]["leader"].clone()).unwrap()
     }
 
+    /// The same by its number, be it on record or not.
+    fn first_process(&self) -> i32 {
+        if self.started.is_some() {
+            return self.leader().pid;
+        }
+        let nspawn = first_child(self.supervisor()).expect("systemd-nspawn");
+        first_child(nspawn).expect("a leader")
+    }
+
     fn supervisor(&self) -> i32 {
         supervisor_below(&self.world.state()).expect("a supervisor")
     }
@@ -243,13 +253,12 @@ impl<'w, W: World> Game<'w, W> {
             }
             Victim::Supervisor => strike(self.supervisor()),
             Victim::Nspawn => strike(first_child(self.supervisor()).expect("systemd-nspawn")),
-            Victim::Leader | Victim::Init => strike(match &self.started {
-                Some(_) => self.leader().pid,
-                None => {
-                    let nspawn = first_child(self.supervisor()).expect("systemd-nspawn");
-                    first_child(nspawn).expect("a leader")
-                }
-            }),
+            Victim::Leader => strike(self.first_process()),
+            Victim::Init => {
+                let leader = self.first_process();
+                let ours = || self.world.init(leader).filter(|pid| is_our_program(*pid));
+                strike(eventually("the first program", ours).await);
+            }
         }
         if matches!(self.cell.victim, Victim::Plugin | Victim::Agent) {
             // The next agent is there before whoever was held goes on; it asks as soon as they do.
@@ -566,6 +575,12 @@ fn is_running(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ")
         .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// Whether a process runs the program that the driver brings for containers.
+fn is_our_program(pid: i32) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/exe"))
+        .is_ok_and(|exe| exe.to_string_lossy().contains("nspawn-init"))
 }
 
 /// The process that watches over a start with records in this directory.

@@ -1,11 +1,12 @@
 //! What came out, for people.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use super::{Again, Cell, Step, Victim};
 
-/// Steps down, processes across; then why some cells can't be, and the sum.
-pub(crate) fn table(played: &[(Cell, Result<String, String>)]) -> String {
+/// Steps down, processes across (`.` was not chosen); then why some cells can't be, and the sum.
+pub(super) fn table(played: &[(Cell, Result<String, String>)], time: Duration) -> String {
     let mut text = format!("\nthe fault matrix: what came of SIGKILL\n{:28}", "");
     for victim in Victim::ALL {
         let _ = write!(text, "{:12}", victim.name());
@@ -30,25 +31,28 @@ pub(crate) fn table(played: &[(Cell, Result<String, String>)]) -> String {
                     }
                     "-".to_owned()
                 }
+                Ok(_) if cell.is_for_real() => word(played, cell) + "*",
                 Ok(_) => word(played, cell),
             };
             let _ = write!(text, "{word:12}");
         }
     }
-    text.push('\n');
+    text.push_str("\n* is played on the real systemd-nspawn too, see tests/e2e\n");
     for (reason, names) in reasons {
         let _ = writeln!(text, "- {reason}: {}", names.join(", "));
     }
     let passed = played.iter().filter(|(_, result)| result.is_ok()).count();
     let again = played
         .iter()
-        .filter(|(cell, _)| cell.again == Again::SameId);
+        .filter(|(cell, _)| cell.again == Again::SameId)
+        .count();
     let _ = writeln!(
         text,
-        "{} played ({} of them twice, for a new id and for the same id), {passed} passed, {} failed; {absent} can't be",
+        "the fault matrix: {} cells run, {passed} passed, {} failed, in {:.1} s; {again} of them are played for a second time, with the same id \
+         again; {absent} can't be",
         played.len(),
-        again.count(),
         played.len() - passed,
+        time.as_secs_f64(),
     );
     text
 }
@@ -60,7 +64,7 @@ fn word(played: &[(Cell, Result<String, String>)], cell: Cell) -> String {
         .map(|(_, result)| result)
         .collect();
     match results.first() {
-        None => "not played".to_owned(),
+        None => ".".to_owned(),
         Some(Ok(word)) if results.iter().all(|result| result.is_ok()) => word.clone(),
         Some(_) => "FAILED".to_owned(),
     }

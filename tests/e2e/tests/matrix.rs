@@ -1,0 +1,93 @@
+//! The third of the fault matrix that is played on the real systemd-nspawn. The cells, what they owe and how they are played
+//! are the hermetic matrix's own (`tests/matrix/`); this is the machine below them. Needs a debug build of the driver: no other
+//! can be held at a step.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use e2e::stage::{Stage, within};
+use nomad_driver_nspawn::host::{Plugin, TaskSpec};
+use serde_json::{Value, json};
+
+#[path = "../../matrix/mod.rs"]
+#[expect(dead_code, reason = "only the fake has to be told where its trap is")]
+mod suite;
+
+use suite::trap::Trap;
+use suite::{Moment, World};
+
+/// Worlds at a time. A cell waits for processes most of its time.
+const AT_ONCE: usize = 3;
+
+struct Machine(Stage);
+
+impl World for Machine {
+    fn state(&self) -> PathBuf {
+        self.0.join("state")
+    }
+
+    fn allocations(&self) -> PathBuf {
+        self.0.join("alloc")
+    }
+
+    fn config(&self) -> Value {
+        json!({"state_dir": self.state()})
+    }
+
+    async fn plugin(&self) -> Plugin {
+        self.0.plugin().await
+    }
+
+    fn task(&self, text: &str, process_two: bool) -> TaskSpec {
+        self.0.shell(text).with("process_two", process_two).spec
+    }
+
+    fn gate(&self) -> (PathBuf, String) {
+        (self.0.join("tree/srv/gate"), "/srv/gate".to_owned())
+    }
+
+    fn hold_nspawn(&self, moment: Moment) -> Trap {
+        panic!("the real systemd-nspawn can't be held at {moment:?}");
+    }
+
+    fn init(&self, leader: i32) -> Option<i32> {
+        Some(leader)
+    }
+
+    fn log(&self) -> String {
+        self.0.log()
+    }
+
+    async fn assert_clean(&self, plugin: i32) {
+        let own = format!("process {plugin} ");
+        let others = || {
+            let mut left = self.0.marks().left();
+            left.retain(|line| !line.starts_with(&own));
+            left
+        };
+        within("an empty machine", async {
+            while !others().is_empty() {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+
+    fn leave(self) {
+        self.0.leave();
+    }
+}
+
+fn main() -> ExitCode {
+    e2e::needs_root();
+    let driver = e2e::driver();
+    let program = std::fs::read(&driver).expect("the driver");
+    assert!(
+        program.windows(6).any(|bytes| bytes == b".pause"),
+        "{} is no debug build and can't be held at a step",
+        driver.display()
+    );
+    let mut cells = suite::cells();
+    cells.retain(|cell| cell.is_for_real());
+    suite::report(cells, AT_ONCE, || Machine(Stage::new()))
+}
