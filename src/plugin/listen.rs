@@ -4,9 +4,16 @@
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::unistd::{Gid, Group};
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// How long nobody is let in after somebody could not be.
+const BREATH: Duration = Duration::from_millis(100);
 
 /// Why the socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +89,33 @@ pub(super) fn listen(
     made
 }
 
+/// Everybody who connects, in their order. Who can't be let in, as when there are no descriptors left, waits and keeps nobody
+/// awake.
+pub(super) fn connections(
+    listener: UnixListener,
+) -> impl Stream<Item = io::Result<UnixStream>> + Send {
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        if sender.send(Ok(stream)).await.is_err() {
+                            return;
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "nobody can be let in");
+                        tokio::time::sleep(BREATH).await;
+                    }
+                },
+                () = sender.closed() => return,
+            }
+        }
+    });
+    ReceiverStream::new(receiver)
+}
+
 fn find_group(name: &str) -> Result<Gid, ListenError> {
     if let Ok(number) = name.parse() {
         return Ok(Gid::from_raw(number));
@@ -95,7 +129,6 @@ fn find_group(name: &str) -> Result<Gid, ListenError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::net::UnixStream;
 
     fn names(dir: &Path) -> Vec<PathBuf> {
         std::fs::read_dir(dir)

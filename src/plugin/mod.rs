@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 
@@ -94,7 +93,7 @@ async fn serve_announced(
             BasePluginServer::new(driver.clone()).max_decoding_message_size(LARGEST_REQUEST),
         )
         .add_service(DriverServer::new(driver.clone()).max_decoding_message_size(LARGEST_REQUEST))
-        .serve_with_incoming(UnixListenerStream::new(listener));
+        .serve_with_incoming(listen::connections(listener));
     announce(socket.path()).map_err(ServeError::Announce)?;
     tracing::debug!(version = env!("CARGO_PKG_VERSION"), "serving");
 

@@ -44,6 +44,9 @@ use crate::signal::Signal;
 /// How long systemd-nspawn may clear up after its container was killed before it is killed too.
 const CLEAR_UP: Duration = Duration::from_secs(5);
 
+/// How long nobody is let in after somebody could not be, as when there are no descriptors left.
+const BREATH: Duration = Duration::from_millis(100);
+
 /// Watches over the container whose order lies in `directory`. Standard input is the lifeline of whoever asks for it; standard
 /// output, of which a supervisor has no other use, is the program that becomes the container's first.
 pub fn supervise(directory: &Path) -> ExitCode {
@@ -151,6 +154,8 @@ struct Watch {
     forced: bool,
     /// When systemd-nspawn itself is killed, after its container was.
     patience: Option<Instant>,
+    /// Until when nobody is let in. Who knocks waits, and keeps nobody awake.
+    closed: Option<Instant>,
     /// Whether the end has been recorded and told.
     told: bool,
 }
@@ -206,6 +211,7 @@ impl Watch {
             state: State::Starting { leader, ready },
             forced: false,
             patience: None,
+            closed: None,
             told: false,
         })
     }
@@ -242,15 +248,20 @@ impl Watch {
                 self.patience = None;
                 self.kill_nspawn();
             }
+            self.closed = self.closed.filter(|end| Instant::now() < *end);
         };
         self.end(status);
     }
 
     fn sleep(&self) -> nix::Result<Awake> {
+        let door = match self.closed {
+            None => PollFlags::POLLIN,
+            Some(_) => PollFlags::empty(),
+        };
         let mut descriptors = vec![
             PollFd::new(self.sockets.signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.sockets.notify.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.sockets.lifeline.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.sockets.lifeline.as_fd(), door),
         ];
         let first = self.first.as_ref().and_then(Channel::descriptor);
         descriptors.extend(
@@ -264,7 +275,7 @@ impl Watch {
             self.end_to_tell_early()
                 .map(|leader| PollFd::new(leader.as_fd(), PollFlags::POLLIN)),
         );
-        let limit = match self.patience {
+        let limit = match self.patience.into_iter().chain(self.closed).min() {
             None => PollTimeout::NONE,
             Some(end) => {
                 let left = end.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -383,7 +394,15 @@ impl Watch {
     }
 
     fn welcome(&mut self) {
-        while let Ok((stream, _)) = self.sockets.lifeline.accept() {
+        loop {
+            let stream = match self.sockets.lifeline.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => {
+                    self.closed = Some(Instant::now() + BREATH);
+                    return;
+                }
+            };
             let news = match &self.state {
                 State::Starting { .. } | State::Failing(_) => None,
                 State::Running { started, .. } => Some(News::Started((**started).clone())),
