@@ -32,6 +32,8 @@ use controller::{Controller, QuietBroker, QuietStdio};
 const LARGEST_REQUEST: usize = 256 << 20;
 /// What this process still says before it ends, it says in this time.
 const LAST_LINES: Duration = Duration::from_millis(100);
+/// How often the thread for blocking work that is kept has something to do.
+const IDLE: Duration = Duration::from_secs(4);
 /// Threads for requests; they wait more than they work.
 const THREADS: usize = 4;
 /// How long the tasks' desks may take to put down their pens once told to.
@@ -107,6 +109,15 @@ async fn serve_announced(
     ended
 }
 
+/// Threads for blocking work end when they have had none for ten seconds, and where no process may be started any more the runtime
+/// panics over the next work. One of them gets something to do often enough to stay.
+async fn keep_a_hand() {
+    loop {
+        let _ = tokio::task::spawn_blocking(|| ()).await;
+        tokio::time::sleep(IDLE).await;
+    }
+}
+
 /// The plugin life of this binary, from the invitation to the exit status. Logs to stderr in the agent's form.
 pub fn live(invitation: Invitation, driver: Driver) -> ExitCode {
     let sink = log::install();
@@ -117,6 +128,7 @@ pub fn live(invitation: Invitation, driver: Driver) -> ExitCode {
         .build();
     let code = match runtime {
         Ok(runtime) => {
+            runtime.spawn(keep_a_hand());
             let served = runtime.block_on(serve(driver, invitation));
             // Calls that are still open are cut off by the end of the process, which must not wait for them.
             runtime.shutdown_background();
