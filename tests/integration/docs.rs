@@ -88,3 +88,18 @@ fn every_test_that_the_table_names_exists_and_every_check_stands_in_it() {
         "not in the table of docs/testing.md: {missing:?}"
     );
 }
+
+#[test]
+fn every_test_of_a_trouble_exists() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(top.join("docs/testing.md")).unwrap();
+    let (_, rest) = text.split_once("\n## Trouble below the driver\n").unwrap();
+    let (section, _) = rest.split_once("\n## ").unwrap();
+    let mut found = BTreeSet::new();
+    functions(&top.join("tests"), &mut found);
+    let named: Vec<&str> = quoted(section).collect();
+    assert!(named.len() > 12, "{named:?}");
+    for name in named {
+        assert!(found.contains(name), "there is no test {name}");
+    }
+}

@@ -204,8 +204,8 @@ pub(crate) fn cells() -> Vec<Cell> {
     all
 }
 
-const NOT_STARTED: &str = "not started yet";
-const OVER: &str = "has ended already";
+const NOT_STARTED: &str = "is not there yet";
+const OVER: &str = "is gone already";
 const SUPERVISOR: &str = "supervisor was killed";
 const NSPAWN: &str = "systemd-nspawn was ended by SIGKILL";
 

@@ -12,7 +12,7 @@ pub(super) fn table(played: &[(Cell, Result<String, String>)], time: Duration) -
         let _ = write!(text, "{:12}", victim.name());
     }
     let mut absent = 0;
-    let mut reasons: Vec<(&str, Vec<String>)> = Vec::new();
+    let mut reasons: Vec<&str> = Vec::new();
     for step in Step::ALL {
         let _ = write!(text, "\n{:28}", step.name());
         for victim in Victim::ALL {
@@ -24,12 +24,12 @@ pub(super) fn table(played: &[(Cell, Result<String, String>)], time: Duration) -
             let word = match cell.plan() {
                 Err(reason) => {
                     absent += 1;
-                    let name = format!("{} at {:?}", victim.name(), step.name());
-                    match reasons.iter_mut().find(|(known, _)| *known == reason) {
-                        Some((_, names)) => names.push(name),
-                        None => reasons.push((reason, vec![name])),
-                    }
-                    "-".to_owned()
+                    let known = reasons.iter().position(|known| *known == reason);
+                    let number = known.unwrap_or_else(|| {
+                        reasons.push(reason);
+                        reasons.len() - 1
+                    });
+                    format!("- ({})", number + 1)
                 }
                 Ok(_) if cell.is_for_real() => word(played, cell) + "*",
                 Ok(_) => word(played, cell),
@@ -37,9 +37,9 @@ pub(super) fn table(played: &[(Cell, Result<String, String>)], time: Duration) -
             let _ = write!(text, "{word:12}");
         }
     }
-    text.push_str("\n* is played on the real systemd-nspawn too, see tests/e2e\n");
-    for (reason, names) in reasons {
-        let _ = writeln!(text, "- {reason}: {}", names.join(", "));
+    text.push_str("\n*   is played on the real systemd-nspawn too, see tests/e2e\n");
+    for (number, reason) in reasons.iter().enumerate() {
+        let _ = writeln!(text, "({}) can't be: the process {reason}", number + 1);
     }
     let passed = played.iter().filter(|(_, result)| result.is_ok()).count();
     let again = played
