@@ -18,16 +18,19 @@ use tokio_util::task::TaskTracker;
 use crate::container::{Exit, Process, Started};
 use crate::signal::Signal;
 
+pub mod claim;
 mod ending;
 pub mod enter;
 pub mod line;
 mod listeners;
 pub mod logs;
+pub mod orphans;
 pub mod process;
 pub mod record;
 pub mod remains;
 pub mod run;
 
+pub use claim::Claim;
 pub use line::{Failure, Step, Verb};
 pub use record::{Order, Records};
 

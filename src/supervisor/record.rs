@@ -3,6 +3,7 @@
 //! nothing but its own files.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -17,6 +18,21 @@ use crate::container::{Exit, Mode, Process, Started};
 
 /// No file of ours is larger; a larger one was not written by us.
 const LARGEST: u64 = 64 * 1024 * 1024;
+
+/// Everything that may lie in the directory of one start; a file that is being written has `.new` behind its name.
+const NAMES: [&str; 11] = [
+    "environment",
+    "exit",
+    "failure",
+    "init",
+    "lifeline",
+    "log",
+    "notify",
+    "order",
+    "root",
+    "running",
+    "words",
+];
 
 /// The directory of one start.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -85,6 +101,34 @@ impl Records {
     /// The records in this directory.
     pub fn at(directory: impl Into<PathBuf>) -> Self {
         Self(directory.into())
+    }
+
+    /// Whether a start's directory can have this name.
+    pub fn is_name(name: &str) -> bool {
+        name.split_once('.').is_some_and(|(readable, hash)| {
+            readable.len() <= 16
+                && readable
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+                && hash.len() == 16
+                && hash
+                    .bytes()
+                    .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        })
+    }
+
+    /// What lies in the directory and was not put there by the driver, if anything.
+    pub fn stranger(&self) -> io::Result<Option<OsString>> {
+        for entry in fs::read_dir(&self.0)? {
+            let name = entry?.file_name();
+            let known = name
+                .to_str()
+                .is_some_and(|name| NAMES.contains(&name.strip_suffix(".new").unwrap_or(name)));
+            if !known {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
     }
 
     /// The directory.
@@ -294,6 +338,7 @@ mod tests {
         fn no_id_leads_out_of_the_state_directory(id in "\\PC{0,200}") {
             let records = Records::of(Path::new("/state"), &id);
             prop_assert_eq!(records.path().parent(), Some(Path::new("/state")));
+            prop_assert!(Records::is_name(records.path().file_name().unwrap().to_str().unwrap()));
             // Sockets have short paths: the configuration keeps 43 bytes free below the state directory.
             prop_assert!(records.lifeline().as_os_str().len() <= "/state".len() + 43);
         }

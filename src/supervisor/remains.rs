@@ -12,8 +12,9 @@ use nix::mount::{MntFlags, umount2};
 
 use super::process::{Held, children, first_child};
 use super::record::{Order, Records};
-use crate::cgroup::Group;
+use crate::cgroup::{Group, Layout};
 use crate::container::Process;
+use crate::nspawn::probe;
 use crate::signal::Signal;
 
 /// The kind of a lock that nobody shares. The field is narrower than the constant on all platforms.
@@ -26,8 +27,13 @@ const GONE: Duration = Duration::from_secs(10);
 /// Ends every process that belongs to the start of these records and frees what it held on the host. The records themselves
 /// stay. The error names what is still there.
 pub fn end(records: &Records) -> io::Result<()> {
+    let boot = probe::boot_id()?;
     let running = records.running().ok();
-    if let Some(running) = &running {
+    // In another boot the same numbers may mean anybody, even with the start time.
+    if let Some(running) = running
+        .as_ref()
+        .filter(|running| running.started.boot == boot)
+    {
         // The leader first: everything in its pid namespace dies with it, and a systemd-nspawn that sees it end clears up
         // after itself.
         kill(running.started.leader);
@@ -39,17 +45,30 @@ pub fn end(records: &Records) -> io::Result<()> {
     let order = match records.order() {
         Ok(order) => order,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        // What it held can't be known; its processes can: no other group has this name.
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            let leaf = records.path().file_name().and_then(|name| name.to_str());
+            let leaf = leaf.filter(|leaf| Records::is_name(leaf)).ok_or(error)?;
+            let groups = Layout::of_this_host().find(leaf);
+            return groups.iter().try_for_each(|group| empty(group, true));
+        }
         Err(error) => return Err(error),
     };
-    if let Some(place) = &order.place {
-        let group = Group::new(&place.group);
-        group.kill();
-        if !group.wait_empty(GONE) {
-            let text = format!("processes {:?} do not die", group.processes());
-            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
-        }
+    if let Some(place) = order.place.as_ref().filter(|_| order.boot == boot) {
+        empty(&place.group, false)?;
     }
     free(&order, running.and_then(|running| running.copy).as_deref())
+}
+
+/// Ends every process of a group, and removes it if that is wanted.
+pub(super) fn empty(group: &Path, remove: bool) -> io::Result<()> {
+    let group = Group::new(group);
+    group.kill();
+    if !group.wait_empty(GONE) {
+        let text = format!("processes {:?} do not die", group.processes());
+        return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+    }
+    if remove { group.remove() } else { Ok(()) }
 }
 
 /// Frees what the host holds for a container whose processes are gone.
@@ -190,7 +209,7 @@ pub fn kill_descendants(of: i32, reap: impl Fn()) {
     }
 }
 
-fn descendants(of: i32) -> Vec<i32> {
+pub(super) fn descendants(of: i32) -> Vec<i32> {
     let mut found = vec![of];
     let mut next = 0;
     while let Some(pid) = found.get(next) {

@@ -17,6 +17,7 @@ mod harness;
 mod house;
 mod lifecycle;
 mod logs;
+mod reconcile;
 mod recover;
 mod shutdown;
 mod signals;
