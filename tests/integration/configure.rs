@@ -114,9 +114,13 @@ async fn check_18_the_schemas_convert() {
     let mut found = BTreeSet::new();
     options(&answer.spec.unwrap(), &mut found);
     assert!(
-        found
-            .iter()
-            .eq(["enabled", "nspawn_path", "reconcile_after", "state_dir", "volumes"]),
+        found.iter().eq([
+            "enabled",
+            "nspawn_path",
+            "reconcile_after",
+            "state_dir",
+            "volumes"
+        ]),
         "{found:?}"
     );
     found.clear();
