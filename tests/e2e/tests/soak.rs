@@ -2,8 +2,9 @@
 //! host does each time what Nomad would. Nothing may be lost without a word, nothing may hang, and in the end nothing may be
 //! left. `SOAK_SEED` repeats the choices of a run, `SOAK_LIVES` makes it shorter or longer. The moments are the scheduler's.
 
+use std::ffi::OsString;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -22,8 +23,10 @@ use tokio::sync::watch;
 const LIVES: usize = 500;
 /// How many live at the same time.
 const WORKERS: usize = 6;
-/// What the plugin's own memory may grow by over half of all lives: allocators keep what they once had.
-const GROWTH_KIB: u64 = 1024;
+/// Into how many parts the life of the last plugin is cut, whose memory is looked at after each.
+const PARTS: usize = 10;
+/// What the plugin's own memory may grow by over the second half of them: allocators keep what they once had.
+const GROWTH_KIB: u64 = 512;
 
 /// Numbers that look like chance and can be had again (splitmix64).
 #[derive(Debug)]
@@ -121,6 +124,11 @@ struct Arena {
     launching: tokio::sync::Mutex<()>,
     /// The pids of those that were killed.
     killed: Mutex<Vec<i32>>,
+    /// How long every task took from its start to its removal.
+    took: Mutex<Vec<(Duration, String)>>,
+    trees: AtomicUsize,
+    /// What each worker is at.
+    steps: [Mutex<String>; WORKERS],
     lost: AtomicUsize,
     refused: AtomicUsize,
 }
@@ -143,6 +151,45 @@ impl Arena {
     /// Whether this plugin was killed, so that a call on it may fail.
     fn is_killed(&self, plugin: &Plugin) -> bool {
         self.killed.lock().unwrap().contains(&plugin.pid())
+    }
+
+    /// A tree that nobody has used.
+    fn tree(&self) -> PathBuf {
+        let number = self.trees.fetch_add(1, Ordering::Relaxed);
+        let tree = self.stage.tree(&format!("tree{number}"));
+        // Ephemeral ones are copied whole, and nothing else is used.
+        let used = ["busybox", "getent", "sh", "sleep"].map(OsString::from);
+        for entry in fs::read_dir(tree.join("bin")).unwrap().flatten() {
+            if !used.contains(&entry.file_name()) {
+                fs::remove_file(entry.path()).unwrap();
+            }
+        }
+        tree
+    }
+
+    /// Notes what a worker is at, for the case that it hangs.
+    fn at(&self, worker: usize, step: &str, id: &str) {
+        *self.steps[worker].lock().unwrap() = format!("{step} {id}");
+    }
+
+    /// All that is known of a worker that hangs.
+    fn report(&self, worker: usize, what: &str) -> String {
+        let step = self.steps[worker].lock().unwrap().clone();
+        let id = step.split(' ').nth(1).unwrap_or_default();
+        let records = Records::of(&self.stage.join("state"), id);
+        let files = fs::read_dir(records.path()).into_iter().flatten().flatten();
+        let files: Vec<_> = files.map(|entry| entry.file_name()).collect();
+        let processes: Vec<_> = self.stage.marks().processes();
+        let processes: Vec<_> = processes
+            .iter()
+            .map(|found| format!("{} {}", found.pid, found.command))
+            .collect();
+        format!(
+            "{what} hangs in {step}, record {} with {files:?}\nprocesses:\n{}\nlog:\n{}",
+            records.path().display(),
+            processes.join("\n"),
+            self.stage.log()
+        )
     }
 
     /// A call that may only fail because the plugin was killed.
@@ -184,7 +231,7 @@ async fn work(
     left: Arc<AtomicUsize>,
     plugin_may_die: bool,
 ) {
-    let tree = arena.stage.join(format!("tree{worker}"));
+    let mut tree = arena.tree();
     let mut dice = Dice(
         seed ^ u64::try_from(worker)
             .unwrap()
@@ -205,25 +252,36 @@ async fn work(
             3 => task = task.with("read_only", true),
             _ => {}
         }
-        let life = live(&arena, &mut dice, task.spec, fate);
+        let what = format!("{fate:?} with {}", task.spec.config);
+        let begin = Instant::now();
+        let life = live(&arena, worker, &mut dice, task.spec, &mut tree, fate);
         tokio::time::timeout(e2e::DEADLINE, life)
             .await
-            .unwrap_or_else(|_| panic!("a task that was to be {fate:?} hangs"));
+            .unwrap_or_else(|_| panic!("{}", arena.report(worker, &what)));
+        arena.took.lock().unwrap().push((begin.elapsed(), what));
     }
 }
 
-async fn live(arena: &Arena, dice: &mut Dice, spec: TaskSpec, fate: Fate) {
+async fn live(
+    arena: &Arena,
+    worker: usize,
+    dice: &mut Dice,
+    mut spec: TaskSpec,
+    tree: &mut PathBuf,
+    fate: Fate,
+) {
     let two = spec.config["process_two"] == true;
     let Some(Up {
         mut plugin,
         handle,
         mut said,
-    }) = start(arena, dice, &spec, fate).await
+    }) = start(arena, worker, dice, &mut spec, tree, fate).await
     else {
         return;
     };
     let id = handle.config.as_ref().unwrap().id.clone();
     // It says so, or it has ended: an early strike may have hit it.
+    arena.at(worker, "output", &id);
     let _ = said.wait_for(|said| *said).await;
     match fate {
         Fate::Struck(role) => strike(&arena.stage, &id, role, two),
@@ -233,10 +291,12 @@ async fn live(arena: &Arena, dice: &mut Dice, spec: TaskSpec, fate: Fate) {
             strike(&arena.stage, &id, Role::Supervisor, two);
         }
         Fate::Stopped(grace) => {
+            arena.at(worker, "StopTask", &id);
             let stopped = plugin.stop(&id, Duration::from_millis(grace), "").await;
             arena.made(&plugin, "StopTask", fate, stopped);
         }
         Fate::StruckEarly(_) | Fate::PluginDiesEarly => {
+            arena.at(worker, "StopTask", &id);
             let stopped = plugin.stop(&id, Duration::ZERO, "").await;
             arena.made(&plugin, "StopTask", fate, stopped);
         }
@@ -245,12 +305,15 @@ async fn live(arena: &Arena, dice: &mut Dice, spec: TaskSpec, fate: Fate) {
     if fate != Fate::Destroyed {
         // As Nomad: a wait that breaks off is followed by a recovery on the next plugin.
         loop {
+            arena.at(worker, "WaitTask", &id);
             let exit = plugin.wait(&id).await;
             if let Some(exit) = arena.made(&plugin, "WaitTask", fate, exit) {
                 judge(fate, &exit);
                 break;
             }
+            arena.at(worker, "Launch", &id);
             plugin = arena.successor(&plugin).await;
+            arena.at(worker, "RecoverTask", &id);
             match plugin.recover(handle.clone()).await {
                 Err(_) if fate.may_be_lost() && !arena.is_killed(&plugin) => {
                     arena.lost.fetch_add(1, Ordering::Relaxed);
@@ -261,12 +324,14 @@ async fn live(arena: &Arena, dice: &mut Dice, spec: TaskSpec, fate: Fate) {
                 }
             }
             if !matches!(fate, Fate::Ends(_)) {
+                arena.at(worker, "StopTask", &id);
                 let stopped = plugin.stop(&id, Duration::ZERO, "").await;
                 arena.made(&plugin, "StopTask", fate, stopped);
             }
         }
     }
     loop {
+        arena.at(worker, "DestroyTask", &id);
         let destroyed = plugin.destroy(&id, true).await;
         if arena
             .made(&plugin, "DestroyTask", fate, destroyed)
@@ -274,6 +339,7 @@ async fn live(arena: &Arena, dice: &mut Dice, spec: TaskSpec, fate: Fate) {
         {
             return;
         }
+        arena.at(worker, "Launch", &id);
         plugin = arena.successor(&plugin).await;
     }
 }
@@ -300,7 +366,14 @@ fn listen(mut from: tokio::net::unix::pipe::Receiver) -> watch::Receiver<bool> {
 }
 
 /// Starts a task, on the next plugin if this one dies. `None` if what was struck failed the start, with a reason.
-async fn start(arena: &Arena, dice: &mut Dice, spec: &TaskSpec, fate: Fate) -> Option<Up> {
+async fn start(
+    arena: &Arena,
+    worker: usize,
+    dice: &mut Dice,
+    spec: &mut TaskSpec,
+    tree: &mut PathBuf,
+    fate: Fate,
+) -> Option<Up> {
     let mut plugin = arena.plugin();
     let mut again = false;
     loop {
@@ -313,6 +386,7 @@ async fn start(arena: &Arena, dice: &mut Dice, spec: &TaskSpec, fate: Fate) -> O
             continue;
         };
         let id = config.id.clone();
+        arena.at(worker, "StartTask", &id);
         let moment = Duration::from_micros(dice.roll(60_000));
         let attack = async {
             // Not a wait: the moment of the attack is what is random here.
@@ -335,18 +409,16 @@ async fn start(arena: &Arena, dice: &mut Dice, spec: &TaskSpec, fate: Fate) -> O
             }
             Err(_) if arena.is_killed(&plugin) => {
                 again = true;
+                // It may be up without anybody who knows of it, and then it keeps its tree for a while.
+                *tree = arena.tree();
+                spec.config["image"] = json!(tree);
                 plugin = arena.successor(&plugin).await;
             }
             Err(_) if matches!(fate, Fate::StruckEarly(_)) => {
                 arena.refused.fetch_add(1, Ordering::Relaxed);
                 return None;
             }
-            // What the dead plugin had begun is just being undone, and its tree is locked until then: Nomad tries again.
-            Err(error) => assert!(
-                again,
-                "StartTask of {fate:?}: {error}\n{}",
-                arena.stage.log()
-            ),
+            Err(error) => panic!("StartTask of {fate:?}: {error}\n{}", arena.stage.log()),
         }
     }
 }
@@ -456,15 +528,15 @@ async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
     let before = machine();
     let begin = Instant::now();
     let stage = Stage::new();
-    for worker in 0..WORKERS {
-        stage.tree(&format!("tree{worker}"));
-    }
     let first = stage.plugin_with(options("3s")).await;
     let arena = Arc::new(Arena {
         stage,
         plugin: watch::Sender::new(Arc::new(first)),
         launching: tokio::sync::Mutex::default(),
         killed: Mutex::default(),
+        took: Mutex::default(),
+        steps: Default::default(),
+        trees: AtomicUsize::new(0),
         lost: AtomicUsize::new(0),
         refused: AtomicUsize::new(0),
     });
@@ -476,10 +548,12 @@ async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
     }
     drop(plugin);
     let pid = arena.plugin().pid();
-    crowd(&arena, lives / 10, seed ^ 1, false).await;
-    let warm = own_memory(pid);
-    crowd(&arena, lives - lives / 2 - lives / 10, seed ^ 2, false).await;
-    let hot = own_memory(pid);
+    let mut memory = Vec::new();
+    for part in 1..=PARTS {
+        let seed = seed.wrapping_add(u64::try_from(part).unwrap());
+        crowd(&arena, lives / 2 / PARTS, seed, false).await;
+        memory.push(own_memory(pid));
+    }
     assert_eq!(arena.plugin().pid(), pid, "the plugin died by itself");
 
     // What dead plugins have left is nobody's: the next one clears it away.
@@ -502,15 +576,25 @@ async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
         arena.refused.load(Ordering::Relaxed),
     );
     println!(
-        "the plugin's own memory: {warm} KiB, after {} more lives {hot} KiB",
-        lives - lives / 2 - lives / 10
+        "the plugin's own memory in KiB, every {} lives: {memory:?}",
+        lives / 2 / PARTS
     );
+    let mut took = arena.took.into_inner().unwrap();
+    took.sort_by_key(|(time, _)| std::cmp::Reverse(*time));
+    println!(
+        "half of them took at most {:?}; the longest:",
+        took[took.len() / 2].0
+    );
+    for (time, what) in took.iter().take(10) {
+        println!("  {time:?} {what}");
+    }
     drop(arena.plugin);
     arena.stage.leave();
     println!(
         "groups, mounts, processes, files of systemd-nspawn: {before:?} before, {:?} after",
         machine()
     );
+    let (warm, hot) = (memory[PARTS / 2 - 1], memory[PARTS - 1]);
     assert!(
         hot <= warm + GROWTH_KIB,
         "the plugin grew from {warm} to {hot} KiB"
