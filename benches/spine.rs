@@ -15,6 +15,10 @@ use nomad_driver_nspawn::supervisor::process::Held;
 use nomad_driver_nspawn::supervisor::record::Records;
 use serde_json::json;
 
+mod figures;
+
+use figures::{kib, ms, switches};
+
 /// Pairs of runs; the first ones warm the caches and are not counted.
 const PAIRS: usize = 40;
 const WARM_UP: usize = 5;
@@ -151,10 +155,6 @@ impl Series {
         let ratio = median(pairs.iter().map(|(ours, theirs)| ours / theirs).collect());
         format!("{more:+.1} ms, ratio {ratio:.2}")
     }
-}
-
-fn ms(span: Duration) -> f64 {
-    span.as_secs_f64() * 1000.0
 }
 
 /// systemd-nspawn by hand, told as the driver tells it, in a control group of its own.
@@ -301,27 +301,6 @@ async fn at_rest(supervisor: i32) -> anyhow::Result<Vec<String>> {
         ),
         format!("supervisor's wake-ups in 3 idle seconds      {woken}"),
     ])
-}
-
-fn switches(pid: i32) -> anyhow::Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let all = text
-        .lines()
-        .filter(|line| line.contains("ctxt_switches"))
-        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
-    Ok(all.sum())
-}
-
-fn kib(pid: i32, file: &str, field: &str) -> f64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-    let value = text.lines().find_map(|line| {
-        line.strip_prefix(field)?
-            .split_whitespace()
-            .next()?
-            .parse()
-            .ok()
-    });
-    value.unwrap_or(f64::NAN)
 }
 
 fn fifo(directory: &Path) -> anyhow::Result<PathBuf> {

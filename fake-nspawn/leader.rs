@@ -94,8 +94,8 @@ pub(crate) fn role(name: &str, plan: &Plan) -> anyhow::Result<Command> {
     Ok(command)
 }
 
-/// The leader's life.
-pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<()> {
+/// The leader's life. It ends as the payload did: the kernel tells a first process's end to others than its parent.
+pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<i32> {
     let mut tell = OpenOptions::new()
         .write(true)
         .open(format!("/proc/self/fd/{}", plan.tell))?;
@@ -115,7 +115,10 @@ pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<()> {
     };
     process::kill_descendants();
     tell.write_all(&serde_json::to_vec(&end)?)?;
-    Ok(())
+    match end {
+        End::Exit(code) => Ok(code),
+        End::Signal(number) => match process::die_by(number)? {},
+    }
 }
 
 fn close_all_but(keep: &File, passed: i32) -> anyhow::Result<()> {

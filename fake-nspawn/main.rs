@@ -61,7 +61,7 @@ fn act(words: &[OsString]) -> anyhow::Result<i32> {
     match tool {
         "systemd-nspawn" => nspawn::act(directory, words),
         "machinectl" | "systemctl" => tools::act(directory, tool, words),
-        leader::LEADER => leader::lead(plan()?).map(|()| 0),
+        leader::LEADER => leader::lead(plan()?),
         leader::PAYLOAD => leader::become_payload(&plan()?),
         leader::GUARD => leader::guard(&plan()?).map(|()| 0),
         other => anyhow::bail!("{other:?} is not systemd-nspawn, machinectl or systemctl"),

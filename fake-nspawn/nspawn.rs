@@ -248,9 +248,16 @@ impl Nspawn<'_> {
         // The leader is announced before it has blocked its signals itself, so it is born with all of them blocked.
         let before = SigSet::thread_get_mask()?;
         SigSet::all().thread_block()?;
+        let groups = process::Groups::make();
+        if let Some(groups) = &groups {
+            groups.enter("payload")?;
+        }
         let child = command.spawn();
         before.thread_set_mask()?;
         let child = child?;
+        if let Some(groups) = &groups {
+            groups.enter("supervisor")?;
+        }
         let pid = i32::try_from(child.id())?;
         self.leader = Some(pid);
         drop(tell);

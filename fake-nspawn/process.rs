@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{self, Signal};
@@ -156,6 +157,37 @@ pub(crate) fn children(pid: i32) -> Vec<i32> {
     text.split_whitespace()
         .filter_map(|word| word.parse().ok())
         .collect()
+}
+
+/// The two groups that the real tool makes below its own: for the container, and for itself.
+#[derive(Debug)]
+pub(crate) struct Groups(PathBuf);
+
+impl Groups {
+    /// Makes them where this process has a control group of version 2 to itself. Without privileges there are none.
+    pub(crate) fn make() -> Option<Self> {
+        let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+        let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+        let top = mounts.lines().find_map(|line| {
+            let mut words = line.split(' ').skip(1);
+            let target = words.next()?;
+            (words.next()? == "cgroup2").then(|| Path::new(target))
+        })?;
+        let own = top.join(group);
+        let members = fs::read_to_string(own.join("cgroup.procs")).ok()?;
+        if members.trim() != Pid::this().to_string() {
+            return None;
+        }
+        fs::create_dir(own.join("payload")).ok()?;
+        fs::create_dir(own.join("supervisor")).ok()?;
+        Some(Self(own))
+    }
+
+    /// Goes into one of them, with everything that is started from now on.
+    pub(crate) fn enter(&self, name: &str) -> io::Result<()> {
+        fs::write(self.0.join(name).join("cgroup.procs"), "0")
+    }
 }
 
 /// Whether a process has installed a handler for this signal.

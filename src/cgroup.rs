@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::container::{CgroupLayout, Usage};
 
+pub mod freezer;
+
 /// The driver's own subtree, used where Nomad gives no group.
 const SUBTREE: &str = "nomad-driver-nspawn";
 
@@ -198,22 +200,31 @@ impl Group {
     /// [`wait_empty`](Self::wait_empty) sees the end.
     pub fn kill(&self) {
         if fs::write(self.0.join("cgroup.kill"), "1").is_ok() {
+            self.processes().into_iter().for_each(freezer::release);
             return;
         }
         // Before Linux 5.14 and on version 1 there is no such file. A process that forks faster than the list is read is
-        // caught by the next round; a frozen group is thawed so that its members can die.
-        self.walk(&mut |group| {
-            let _ = fs::write(group.join("freezer.state"), "THAWED");
-        });
+        // caught by the next round.
         for _ in 0..50 {
             let processes = self.processes();
             if processes.is_empty() {
                 return;
             }
-            for pid in processes.into_iter().filter_map(Pid::from_raw) {
-                let _ = kill_process(pid, Signal::KILL);
+            for process in processes {
+                if let Some(pid) = Pid::from_raw(process) {
+                    let _ = kill_process(pid, Signal::KILL);
+                }
+                freezer::release(process);
             }
         }
+    }
+
+    /// Lets every process of this group and of those below run again, however they were frozen.
+    pub fn thaw(&self) {
+        self.walk(&mut |group| {
+            let _ = fs::write(group.join("cgroup.freeze"), "0");
+        });
+        self.processes().into_iter().for_each(freezer::release);
     }
 
     /// Waits until no process is left, at most `limit`. A killed process needs a moment to go, and the kernel tells only of
@@ -376,7 +387,7 @@ mod tests {
         fs::create_dir_all(own.join("payload")).unwrap();
         fs::create_dir_all(&granted).unwrap();
         fs::write(root.path().join("named/file"), "").unwrap();
-        assert_eq!(layout.leaves(), [own.clone()]);
+        assert_eq!(layout.leaves(), std::slice::from_ref(&own));
         let mut found = layout.find("x");
         found.sort();
         assert_eq!(found, [granted, own]);

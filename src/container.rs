@@ -242,6 +242,8 @@ pub struct Probe {
     pub machined: bool,
     /// Whether mounts can carry an id mapping (kernel and systemd-nspawn both).
     pub idmapped_mounts: bool,
+    /// Whether state may be kept where it is to be kept, or why not, in words for a person who can mend it.
+    pub state_dir: Result<(), String>,
 }
 
 /// The layout of a host's control groups.

@@ -13,6 +13,7 @@ use nomad_driver_nspawn::backend::nspawn::Settings;
 use nomad_driver_nspawn::config::{Places, PluginConfig};
 use nomad_driver_nspawn::driver::Driver;
 use nomad_driver_nspawn::plugin::{self, HandshakeError, Invitation};
+use nomad_driver_nspawn::supervisor::process::stay_out_of_core_dumps;
 use nomad_driver_nspawn::{cli, supervisor};
 
 /// Where systemd itself looks for registered images, in its order.
@@ -30,9 +31,13 @@ fn main() -> ExitCode {
     let words: Vec<&OsStr> = arguments.iter().skip(1).map(OsString::as_os_str).collect();
     match words.as_slice() {
         [life, directory] if *life == "supervise" => {
+            stay_out_of_core_dumps();
             supervisor::run::supervise(Path::new(directory))
         }
-        [life, directory] if *life == "enter" => supervisor::enter::enter(Path::new(directory)),
+        [life, directory] if *life == "enter" => {
+            stay_out_of_core_dumps();
+            supervisor::enter::enter(Path::new(directory))
+        }
         _ => match Invitation::from_environment() {
             Ok(invitation) => serve(invitation),
             Err(HandshakeError::NotAHost) => cli::main(arguments),
@@ -42,6 +47,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(invitation: Invitation) -> ExitCode {
+    stay_out_of_core_dumps();
     match driver() {
         Ok(driver) => plugin::live(invitation, driver),
         Err(error) => fail(&error),

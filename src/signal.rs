@@ -20,6 +20,8 @@ impl Signal {
     pub const KILL: Self = Self(9);
     /// The polite end.
     pub const TERM: Self = Self(15);
+    /// Lets a stopped process go on.
+    pub const CONT: Self = Self(18);
     /// What systemd as the first process takes as the order to power off.
     pub const POWER_OFF: Self = Self(RTMIN + 4);
 

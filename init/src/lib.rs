@@ -96,7 +96,9 @@ pub struct Filter(pub Vec<(u16, u8, u8, u32)>);
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Word {
-    /// The command runs, or is about to be executed by a launcher. The first word, unless it is `Failed`.
+    /// Everything is prepared and the command waits for [`Request::Go`]. The first word, unless it is `Failed`.
+    Ready,
+    /// The command runs. A launcher that has become the command can't say it.
     Running,
     /// The command does not run, and the program exits with [`Trouble::status`].
     Failed(Trouble),
@@ -128,10 +130,12 @@ pub enum Word {
     },
 }
 
-/// What the program is asked. Only an init hears it.
+/// What the program is asked. A launcher hears nothing but the first.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
+    /// Let the command run. Without it the program ends: what nobody watches must not run.
+    Go,
     /// Run a further command. Three descriptors come with the packet: its stdin, stdout and stderr.
     Exec {
         /// Chosen by who asks; every word about this command carries it.
@@ -156,6 +160,7 @@ pub enum Request {
 impl std::fmt::Debug for Request {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Self::Go => f.write_str("Go"),
             Self::Exec { id, command, .. } => f
                 .debug_struct("Exec")
                 .field("id", id)
@@ -197,6 +202,8 @@ pub enum Step {
     Fork,
     /// Executing the command.
     Execute,
+    /// Executing the interpreter or loader that the command's file names: the file is there, and that is not.
+    Interpreter,
 }
 
 impl Trouble {
@@ -204,7 +211,7 @@ impl Trouble {
     pub fn status(&self) -> i32 {
         const ENOENT: i32 = 2;
         match (self.step, self.errno) {
-            (Step::Execute, ENOENT) => NOT_FOUND,
+            (Step::Execute | Step::Interpreter, ENOENT) => NOT_FOUND,
             _ => NOT_EXECUTABLE,
         }
     }
@@ -219,12 +226,17 @@ impl std::fmt::Display for Trouble {
             Step::Directory => "working directory",
             Step::Filters => "seccomp programs can't be installed",
             Step::Fork => "no process for the command",
-            Step::Execute => "command",
+            Step::Execute | Step::Interpreter => "command",
         };
         let error = std::io::Error::from_raw_os_error(self.errno);
         match (self.step, self.errno) {
             (Step::Execute, 2) => write!(f, "command {:?} not found", self.file),
             (Step::Execute, _) => write!(f, "command {:?} can't be executed: {error}", self.file),
+            (Step::Interpreter, _) => write!(
+                f,
+                "command {:?} names an interpreter or loader that is not there",
+                self.file
+            ),
             _ if self.file.is_empty() => write!(f, "{what}: {error}"),
             _ => write!(f, "{what} {:?}: {error}", self.file),
         }
@@ -270,3 +282,179 @@ impl std::fmt::Display for Malformed {
 }
 
 impl std::error::Error for Malformed {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn text() -> impl Strategy<Value = String> {
+        any::<String>()
+    }
+
+    fn variables() -> impl Strategy<Value = Vec<(String, String)>> {
+        prop::collection::vec((text(), text()), 0..4)
+    }
+
+    fn orders() -> impl Strategy<Value = Order> {
+        let filter = prop::collection::vec(any::<(u16, u8, u8, u32)>(), 0..4).prop_map(Filter);
+        (
+            prop_oneof![Just(Life::Launcher), Just(Life::Init)],
+            prop::collection::vec(text(), 0..4),
+            variables(),
+            prop::option::of(text()),
+            any::<bool>(),
+            prop::collection::vec(filter, 0..3),
+        )
+            .prop_map(
+                |(life, command, environment, directory, streams, filters)| Order {
+                    life,
+                    command,
+                    environment,
+                    directory,
+                    streams,
+                    filters,
+                },
+            )
+    }
+
+    fn requests() -> impl Strategy<Value = Request> {
+        let exec = (
+            any::<u64>(),
+            prop::collection::vec(text(), 0..4),
+            variables(),
+            prop::option::of(text()),
+        )
+            .prop_map(|(id, command, environment, directory)| Request::Exec {
+                id,
+                command,
+                environment,
+                directory,
+            });
+        let signal =
+            (any::<u64>(), any::<i32>()).prop_map(|(id, signal)| Request::Signal { id, signal });
+        prop_oneof![Just(Request::Go), exec, signal]
+    }
+
+    /// A whole text with a piece of it replaced by something.
+    fn damaged(whole: &[u8], at: prop::sample::Index, length: usize, by: &[u8]) -> Vec<u8> {
+        let at = at.index(whole.len());
+        let end = (at + length).min(whole.len());
+        [&whole[..at], by, &whole[end..]].concat()
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(order_ in orders(), request in requests()) {
+            prop_assert_eq!(order(&packet(&order_)).unwrap(), order_);
+            prop_assert_eq!(message::<Request>(&packet(&request)).unwrap(), request);
+        }
+
+        #[test]
+        fn no_bytes_do_harm(bytes in any::<Vec<u8>>()) {
+            let _ = order(&bytes);
+            let _ = message::<Request>(&bytes);
+            let _ = message::<Word>(&bytes);
+        }
+
+        #[test]
+        fn no_damage_does_harm(
+            order_ in orders(),
+            request in requests(),
+            at in any::<prop::sample::Index>(),
+            length in 0..9usize,
+            by in prop::collection::vec(any::<u8>(), 0..4),
+        ) {
+            let _ = order(&damaged(&packet(&order_), at, length, &by));
+            let _ = message::<Request>(&damaged(&packet(&request), at, length, &by));
+        }
+    }
+
+    #[test]
+    fn an_order_without_filters_can_be_read() {
+        let text =
+            br#"{"life":"init","command":[],"environment":[],"directory":null,"streams":false}"#;
+        assert!(order(text).unwrap().filters.is_empty());
+    }
+
+    #[test]
+    fn what_is_too_long_is_no_message() {
+        let word = packet(&Word::Running);
+        let padded = [&word[..], &vec![b' '; LONGEST - word.len()]].concat();
+        assert_eq!(message::<Word>(&padded), Ok(Word::Running));
+        assert!(message::<Word>(&[&padded[..], b" "].concat()).is_err());
+    }
+
+    #[test]
+    fn no_error_and_no_debug_form_tells_a_value() {
+        let secret = vec![("NAME".to_owned(), "s3cret".to_owned())];
+        let order_ = Order {
+            life: Life::Init,
+            command: Vec::new(),
+            environment: secret.clone(),
+            directory: None,
+            streams: true,
+            filters: Vec::new(),
+        };
+        let request = Request::Exec {
+            id: 1,
+            command: Vec::new(),
+            environment: secret,
+            directory: None,
+        };
+        let error = order(br#"{"life":"s3cret"}"#).unwrap_err();
+        for text in [
+            format!("{order_:?}"),
+            format!("{request:?}"),
+            format!("{error:?} {error}"),
+        ] {
+            assert!(!text.contains("s3cret"), "{text}");
+        }
+    }
+
+    #[test]
+    fn troubles_read_well_and_have_their_status() {
+        let rows = [
+            (Step::Execute, "it", 2, 127, "command \"it\" not found"),
+            (
+                Step::Execute,
+                "/it",
+                13,
+                126,
+                "command \"/it\" can't be executed: Permission denied (os error 13)",
+            ),
+            (
+                Step::Interpreter,
+                "/it",
+                2,
+                127,
+                "command \"/it\" names an interpreter or loader that is not there",
+            ),
+            (
+                Step::Directory,
+                "/d",
+                2,
+                126,
+                "working directory \"/d\": No such file or directory (os error 2)",
+            ),
+            (
+                Step::Fork,
+                "",
+                11,
+                126,
+                "no process for the command: Resource temporarily unavailable (os error 11)",
+            ),
+        ];
+        for (step, file, errno, status, text) in rows {
+            let trouble = Trouble {
+                step,
+                file: file.to_owned(),
+                errno,
+            };
+            assert_eq!(
+                (trouble.status(), trouble.to_string()),
+                (status, text.to_owned())
+            );
+        }
+    }
+}

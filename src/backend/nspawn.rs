@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -15,15 +16,17 @@ use async_trait::async_trait;
 use tokio::process::Command;
 use tokio_util::task::TaskTracker;
 
-use super::{BackendError, ContainerBackend};
+use super::{BackendError, ContainerBackend, chain};
 use crate::cgroup::{Group, Layout};
 use crate::container::{CgroupLayout, ContainerSpec, Exit, Probe, Root, Started, Usage, Users};
 use crate::nspawn::argv::{self, Bind, Host};
 use crate::nspawn::{probe, root};
 use crate::signal::Signal;
 use crate::supervisor::record::Running;
+use crate::supervisor::state_dir::StateDirError;
 use crate::supervisor::{
-    self, Claim, Failure, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
+    self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
+    state_dir,
 };
 
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
@@ -51,6 +54,8 @@ pub struct NspawnBackend {
     /// The starts that are this backend's, until they are removed.
     claims: Mutex<HashMap<PathBuf, Claim>>,
     version: tokio::sync::Mutex<Option<(Program, u32)>>,
+    /// The first program of containers: one for all, made when the first of them starts.
+    first: Mutex<Option<OwnedFd>>,
     tracker: TaskTracker,
 }
 
@@ -71,6 +76,7 @@ impl NspawnBackend {
             supervised: Mutex::default(),
             claims: Mutex::default(),
             version: tokio::sync::Mutex::default(),
+            first: Mutex::default(),
             tracker: TaskTracker::new(),
         }
     }
@@ -242,6 +248,9 @@ impl NspawnBackend {
             })?,
             program,
             arguments: line.arguments,
+            first: line.init.as_ref().map_or(First::Image, |init| First::Ours {
+                streams: init.streams,
+            }),
             stdout: spec.stdout.clone(),
             stderr: spec.stderr.clone(),
             place,
@@ -254,7 +263,7 @@ impl NspawnBackend {
             notes,
         };
         records
-            .write_order(&order, &line.environment)
+            .write_order(&order, &line.environment, line.init.as_ref())
             .map_err(|source| io_error("writing the order in", records.path(), source))
     }
 
@@ -290,14 +299,28 @@ impl NspawnBackend {
         Ok((Root::Directory(skeleton), binds))
     }
 
+    fn first_program(&self) -> io::Result<OwnedFd> {
+        let mut made = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *made {
+            Some(program) => program.try_clone(),
+            none => none
+                .insert(supervisor::first::program(&self.settings.state_dir)?)
+                .try_clone(),
+        }
+    }
+
     async fn bring_up(&self, records: &Records) -> Result<Started, Failure> {
         let failed = |error: io::Error| Failure {
             step: Step::Watch,
             reason: format!("its supervisor can't be started: {error}"),
             transient: true,
         };
-        let one =
-            supervisor::launch(&self.settings.binary, records, &self.tracker).map_err(failed)?;
+        let one = self
+            .first_program()
+            .and_then(|program| {
+                supervisor::launch(&self.settings.binary, records, program, &self.tracker)
+            })
+            .map_err(failed)?;
         self.remember(records, one.clone());
         match tokio::time::timeout(START, one.settled()).await {
             Ok(Status::Up(started)) => Ok((*started).clone()),
@@ -343,6 +366,9 @@ impl NspawnBackend {
             |_| records.path().display().to_string(),
             |order| order.machine,
         );
+        if let Ok(running) = records.running() {
+            supervisor::rouse(running.started.supervisor);
+        }
         if let Some(one) = self.reach(records).await {
             let _ = tokio::time::timeout(PROMPT, one.ask(Verb::Kill)).await;
             let _ = tokio::time::timeout(PROMPT, one.gone()).await;
@@ -400,17 +426,23 @@ impl ContainerBackend for NspawnBackend {
             cgroup: Layout::of_this_host().kind,
             user_namespaces: probe::has_user_namespaces(),
             machined: probe::has_machined(),
+            state_dir: state_dir::check(&self.settings.state_dir).map_err(|error| chain(&error)),
         }
     }
 
     async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
         let machine = spec.machine.clone();
         let records = Records::of(&self.settings.state_dir, &spec.id);
-        self.clear(&records).await?;
         let unsupported = |reason| BackendError::Unsupported {
             machine: machine.clone(),
             reason,
         };
+        // What lies there is believed, so this comes first.
+        state_dir::secure(&self.settings.state_dir).map_err(|error| match error {
+            StateDirError::Io { path, source } => io_error("making the directory", &path, source),
+            refused => unsupported(refused.to_string()),
+        })?;
+        self.clear(&records).await?;
         let (program, version) = self.installed().await.map_err(unsupported)?;
         let prepared = self.prepare(&spec, &records, program, version);
         let up = match prepared {
@@ -450,8 +482,9 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
-        let end = self.find(started).await?.end().await;
-        end.ok_or_else(|| BackendError::Lost {
+        // Boxed, because this waits as long as the container runs and the search is long over then.
+        let one = Box::pin(self.find(started)).await?;
+        one.end().await.ok_or_else(|| BackendError::Lost {
             machine: started.machine.clone(),
             reason: "it never came up".to_owned(),
         })
@@ -459,6 +492,7 @@ impl ContainerBackend for NspawnBackend {
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
         let one = self.find(started).await?;
+        supervisor::rouse(started.supervisor);
         let answer = one.ask(Verb::Signal(signal.number())).await;
         answer.map_err(|reason| BackendError::Stuck {
             machine: started.machine.clone(),
@@ -473,7 +507,9 @@ impl ContainerBackend for NspawnBackend {
         grace: Duration,
     ) -> Result<(), BackendError> {
         let one = self.find(started).await?;
-        if !grace.is_zero() && matches!(one.status(), Status::Up(_)) {
+        supervisor::rouse(started.supervisor);
+        let open = || matches!(one.status(), Status::Up(_) | Status::Starting);
+        if !grace.is_zero() && open() {
             let verb = signal.map_or(Verb::Stop, |signal| Verb::Signal(signal.number()));
             let politely = async {
                 // A request that fails leaves the wait for the grace time, and then force.
@@ -488,7 +524,7 @@ impl ContainerBackend for NspawnBackend {
             };
             let _ = tokio::time::timeout(grace, politely).await;
         }
-        if !matches!(one.status(), Status::Up(_) | Status::Starting) {
+        if !open() {
             return Ok(());
         }
         let by_force = async {

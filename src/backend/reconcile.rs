@@ -22,7 +22,7 @@ impl NspawnBackend {
             }
         };
         for (path, reason) in foreign {
-            tracing::warn!(path = %path.display(), reason, "left alone: the driver did not make it");
+            tracing::warn!(path = %path.display(), reason, "left alone: this driver did not make it");
         }
         for records in starts {
             self.clear_start(&records).await;
@@ -52,7 +52,7 @@ impl NspawnBackend {
         };
         let what = describe(records);
         let task = records.order().map(|order| order.id).unwrap_or_default();
-        let state_dir = records.path().parent().unwrap_or(records.path());
+        let state_dir = records.path().parent().unwrap_or_else(|| records.path());
         // One that has not recorded its container yet can't be asked.
         if records.running().is_err() {
             let its = |supervisor: &Supervisor| supervisor.directory == records.path();

@@ -163,6 +163,7 @@ pub fn container(
     policy: &PluginConfig,
     places: &Places,
 ) -> Result<Checked, ConfigError> {
-    let options: TaskOptions = decode::block(bytes, "config")?;
-    task::check(options, grants, policy, places)
+    decode::block(bytes, "config")
+        .and_then(|options: TaskOptions| task::check(options, grants, policy, places))
+        .map_err(|error| environment::concealed(error, &grants.environment))
 }

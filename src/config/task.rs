@@ -50,10 +50,15 @@ pub(super) fn check(
     command_words(&command)?;
     let (network, mut notes) = network::network(&options, grants)?;
     let users = users(&options, volatile, &network, &mut notes)?;
+    let carrier = match mode {
+        Mode::Boot => environment::Carrier::Nspawn,
+        Mode::ProcessTwo | Mode::Plain => environment::Carrier::Own,
+    };
     let (environment, note) = environment::environment(
         &grants.environment,
         network::variables(&network),
         options.environment.as_ref(),
+        carrier,
     )?;
     notes.extend(note);
     environment::fits(&command, &environment)?;

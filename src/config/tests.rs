@@ -178,8 +178,8 @@ fn a_job_with_many_words() {
 #[case(r#"user = "-x""#, r#"config.user: "-x" begins with -"#)]
 #[case(r#"user = "a\nb""#, r#"config.user: "a\nb" has a control character"#)]
 #[case(r#"user = "www:www""#, r#"config.user: "www:www" has a : in it; systemd-nspawn takes the name of a user and finds its groups itself"#)]
-#[case(r#"environment = { "a-b" = "1" }"#, r#"config.environment["a-b"]: is not the name of a variable: give letters, digits and _, no digit first"#)]
-#[case(r#"environment = { "1X" = "1" }"#, r#"config.environment["1X"]: is not the name of a variable: give letters, digits and _, no digit first"#)]
+#[case(r#"environment = { "a=b" = "1" }"#, r#"config.environment["a=b"]: is not the name of a variable: give at least one character, and neither = nor NUL"#)]
+#[case(r#"environment = { "" = "1" }"#, r#"config.environment[""]: is not the name of a variable: give at least one character, and neither = nor NUL"#)]
 #[case(
     r#"environment = { X = "a\u0000b" }"#,
     r#"config.environment["X"]: a NUL character is not allowed"#
@@ -621,16 +621,35 @@ fn the_jobs_environment_wins_and_odd_names_are_noted() {
     ]
     .map(|(name, value)| (name.to_owned(), value.to_owned()))
     .into();
-    let body = "image = \"tree\"\nboot = false\nenvironment = { B = \"job\\nline\" }";
-    let checked = host.check(body).unwrap();
-    let expected = [("A", "nomad"), ("B", "job\nline")]
-        .map(|(name, value)| (name.to_owned(), value.to_owned()));
-    assert_eq!(checked.spec.environment, expected.into());
+    host.make("plugins/tree/etc/os-release");
+    host.make("plugins/tree/usr/bin/init");
+    host.make("plugins/tree/sbin/.");
+    host.link("plugins/tree/sbin/init", "/usr/bin/init");
+    let own = (
+        "boot = false",
+        vec![
+            ("A", "nomad"),
+            ("B", "job\nline"),
+            ("a.b", "y"),
+            ("my-key", "x"),
+        ],
+        vec![],
+    );
+    let booted = ("boot = true", vec![("A", "nomad"), ("B", "job\nline")], vec![
+            "environment variables left out, systemd-nspawn can't take their names: \"a.b\", \"my-key\"".to_owned()
+    ]);
+    for (mode, expected, notes) in [own, booted] {
+        let body = format!("image = \"tree\"\n{mode}\nenvironment = {{ B = \"job\\nline\" }}");
+        let checked = host.check(&body).unwrap();
+        let expected = expected
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(checked.spec.environment, expected.collect());
+        assert_eq!(checked.notes, notes);
+    }
     assert_eq!(
-        checked.notes,
-        [
-            "environment variables left out, systemd-nspawn can't take their names: \"a.b\", \"my-key\""
-        ]
+        host.refusal("image = \"tree\"\nenvironment = { \"a-b\" = \"1\" }"),
+        "config.environment[\"a-b\"]: is not the name of a variable that a booted container can be given: give letters, digits and _, no digit first"
     );
 }
 

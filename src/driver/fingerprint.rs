@@ -11,6 +11,9 @@ use crate::proto::structs::{Attribute, attribute::Value};
 
 /// The oldest systemd whose systemd-nspawn does what the driver needs.
 const OLDEST: u32 = 247;
+/// From this version on systemd-nspawn takes the value of a variable from its own environment, which only root can read; before
+/// it the value has to stand in an argument. Matters for booted containers alone.
+const HIDES_BOOT: u32 = 250;
 /// From this version on systemd knows cgroup version 2 alone.
 const V2_ALONE: u32 = 258;
 
@@ -41,6 +44,14 @@ impl Fingerprint {
         } else if version >= V2_ALONE && split {
             let text = format!("systemd-nspawn {version} needs a host with cgroup version 2 alone");
             (HealthState::Unhealthy, text)
+        } else if let Err(reason) = &probe.state_dir {
+            (HealthState::Unhealthy, reason.clone())
+        } else if version < HIDES_BOOT {
+            let text = format!(
+                "Healthy; systemd-nspawn {version} shows the environment of booted tasks in the process list, \
+                 {HIDES_BOOT} and later do not"
+            );
+            (HealthState::Healthy, text)
         } else {
             (HealthState::Healthy, "Healthy".to_owned())
         };
@@ -105,6 +116,10 @@ fn attributes(policy: &PluginConfig, probe: &Probe, version: u32) -> BTreeMap<&'
             "driver.nspawn.idmapped_mounts",
             Value::BoolVal(probe.idmapped_mounts),
         ),
+        (
+            "driver.nspawn.boot_environment_hidden",
+            Value::BoolVal(version >= HIDES_BOOT),
+        ),
     ])
 }
 
@@ -123,11 +138,15 @@ mod tests {
 
     const TOO_OLD: &str = "systemd-nspawn 246 is too old: 247 or later is needed";
     const TOO_NEW: &str = "systemd-nspawn 258 needs a host with cgroup version 2 alone";
+    const SHOWS: &str = "Healthy; systemd-nspawn 247 shows the environment of booted tasks in the process list, \
+        250 and later do not";
     const OFF: &str = "disabled by the plugin configuration (enabled = false)";
 
     #[rstest]
     #[case::fine(host(|_, _| ()), HealthState::Healthy, "Healthy")]
-    #[case::oldest(host(|_, p| p.nspawn = Ok(247)), HealthState::Healthy, "Healthy")]
+    #[case::oldest(host(|_, p| p.nspawn = Ok(247)), HealthState::Healthy, SHOWS)]
+    #[case::hides(host(|_, p| p.nspawn = Ok(250)), HealthState::Healthy, "Healthy")]
+    #[case::unsafe_state(host(|_, p| p.state_dir = Err("not here".into())), HealthState::Unhealthy, "not here")]
     #[case::old(host(|_, p| p.nspawn = Ok(246)), HealthState::Unhealthy, TOO_OLD)]
     #[case::new_on_v1(host(|_, p| { p.nspawn = Ok(258); p.cgroup = CgroupLayout::V1 }), HealthState::Unhealthy, TOO_NEW)]
     #[case::new_on_hybrid(host(|_, p| { p.nspawn = Ok(258); p.cgroup = CgroupLayout::Hybrid }), HealthState::Unhealthy, TOO_NEW)]
@@ -149,6 +168,20 @@ mod tests {
         assert_eq!(
             print.attributes.is_empty(),
             health == HealthState::Undetected
+        );
+    }
+
+    #[rstest]
+    #[case(247, false)]
+    #[case(249, false)]
+    #[case(250, true)]
+    #[case(252, true)]
+    fn jobs_can_ask_for_a_node_that_hides_what_boots(#[case] version: u32, #[case] hidden: bool) {
+        let (policy, probe) = host(|_, probe| probe.nspawn = Ok(version));
+        let print = Fingerprint::of(&policy, &probe);
+        assert_eq!(
+            print.attributes["driver.nspawn.boot_environment_hidden"],
+            Value::BoolVal(hidden)
         );
     }
 

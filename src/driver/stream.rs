@@ -33,13 +33,14 @@ const STATS_SHORTEST: Duration = Duration::from_millis(100);
 /// A stream and its producer, which ends with it.
 #[derive(Debug)]
 pub struct Feed<T> {
-    answers: ReceiverStream<Result<T, Status>>,
+    /// Boxed: a channel has room for dozens from the start, and every task has one open for its statistics.
+    answers: ReceiverStream<Box<Result<T, Status>>>,
     _producer: AbortOnDropHandle<()>,
 }
 
 impl<T: Send + 'static> Feed<T> {
     fn new<F: Future<Output = ()> + Send + 'static>(
-        produce: impl FnOnce(mpsc::Sender<Result<T, Status>>) -> F,
+        produce: impl FnOnce(mpsc::Sender<Box<Result<T, Status>>>) -> F,
     ) -> Self {
         let (sender, receiver) = mpsc::channel(4);
         Self {
@@ -53,7 +54,8 @@ impl<T> Stream for Feed<T> {
     type Item = Result<T, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Pin::new(&mut self.answers).poll_next(context)
+        let answer = Pin::new(&mut self.answers).poll_next(context);
+        answer.map(|answer| answer.map(|boxed| *boxed))
     }
 }
 
@@ -71,7 +73,11 @@ impl Driver {
                     .as_ref()
                     .is_none_or(|(before, at)| *before != print || at.elapsed() >= REPEAT_INTERVAL);
                 if due {
-                    if listener.send(Ok(print.response(&mut said))).await.is_err() {
+                    if listener
+                        .send(Box::new(Ok(print.response(&mut said))))
+                        .await
+                        .is_err()
+                    {
                         return;
                     }
                     last = Some((print, Instant::now()));
@@ -131,7 +137,7 @@ impl Driver {
         &self,
         task: &Task,
         every: Duration,
-        listener: &mpsc::Sender<Result<proto::TaskStatsResponse, Status>>,
+        listener: &mpsc::Sender<Box<Result<proto::TaskStatsResponse, Status>>>,
     ) {
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -158,7 +164,7 @@ impl Driver {
                 resource_usage_by_pid: std::collections::HashMap::new(),
             };
             let response = proto::TaskStatsResponse { stats: Some(stats) };
-            if listener.send(Ok(response)).await.is_err() {
+            if listener.send(Box::new(Ok(response))).await.is_err() {
                 return;
             }
         }

@@ -44,6 +44,7 @@ pub(crate) fn probe() -> Probe {
         user_namespaces: true,
         machined: false,
         idmapped_mounts: true,
+        state_dir: Ok(()),
     }
 }
 

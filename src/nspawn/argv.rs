@@ -30,13 +30,15 @@ pub struct Bind {
     pub idmap: bool,
 }
 
-/// What to start: arguments and the whole environment of the process.
+/// What to start: arguments and the whole environment of the process, and what the container's first program is told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CommandLine {
     /// The arguments, without the program's name.
     pub arguments: Vec<String>,
     /// The environment. Values are secrets.
     pub environment: BTreeMap<String, String>,
+    /// The order of our own first program. `None` in a booted container: its first program is the image's init.
+    pub init: Option<nspawn_init::Order>,
 }
 
 /// The installed systemd-nspawn has no word for what the job asks.
@@ -81,12 +83,40 @@ pub fn command_line(
         line.flag("--capability", &spec.capabilities.join(","));
     }
     line.payload(spec);
-    line.variables(&spec.environment);
+    let init = init(spec);
+    if init.is_none() {
+        line.variables(&spec.environment);
+    }
     line.arguments.push("--".to_owned());
-    line.arguments.extend(spec.command.iter().cloned());
+    match &init {
+        None => line.arguments.extend(spec.command.iter().cloned()),
+        Some(_) => line.arguments.push(nspawn_init::PROGRAM.to_owned()),
+    }
     Ok(CommandLine {
         arguments: line.arguments,
         environment: line.environment,
+        init,
+    })
+}
+
+/// What our own first program is told: the command with everything that systemd-nspawn would show to the whole host.
+fn init(spec: &ContainerSpec) -> Option<nspawn_init::Order> {
+    let life = match spec.mode {
+        Mode::Boot => return None,
+        Mode::ProcessTwo => nspawn_init::Life::Init,
+        Mode::Plain => nspawn_init::Life::Launcher,
+    };
+    let variables = spec.environment.iter();
+    Some(nspawn_init::Order {
+        life,
+        command: spec.command.clone(),
+        environment: variables
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect(),
+        directory: spec.working_directory.clone(),
+        // On a terminal of its own the command's output is what systemd-nspawn copies from there.
+        streams: matches!(spec.console, Console::Pipe | Console::Autopipe),
+        filters: Vec::new(),
     })
 }
 
@@ -229,11 +259,7 @@ impl Line {
     }
 
     fn payload(&mut self, spec: &ContainerSpec) {
-        match spec.mode {
-            Mode::Boot => self.switch("--boot", true),
-            Mode::ProcessTwo => self.switch("--as-pid2", true),
-            Mode::Plain => {}
-        }
+        self.switch("--boot", spec.mode == Mode::Boot);
         let console = match spec.console {
             Console::Interactive => "interactive",
             Console::ReadOnly => "read-only",
@@ -243,7 +269,7 @@ impl Line {
         };
         self.flag("--console", console);
         self.switch("--quiet", true);
-        if let Some(directory) = &spec.working_directory {
+        if let (Mode::Boot, Some(directory)) = (spec.mode, &spec.working_directory) {
             self.flag("--chdir", directory);
         }
         if let Some(user) = &spec.user {

@@ -50,9 +50,7 @@ fn the_plainest_container() {
     --console=pipe
     --quiet
     --
-    /bin/sh
-    -c
-    true
+    /proc/self/fd/6
     ");
 }
 
@@ -104,22 +102,54 @@ fn every_option_has_its_word() {
     --port=tcp:25000:80
     --port=udp:25000:80
     --capability=CAP_SYS_TIME,CAP_NET_ADMIN
-    --as-pid2
     --console=pipe
     --quiet
-    --chdir=/srv
     -u
     bob
     --
-    /bin/sh
-    -c
-    true
+    /proc/self/fd/6
+    ");
+    let init = line(&full, HOST).init.unwrap();
+    assert_eq!(init.life, nspawn_init::Life::Init);
+    assert_eq!(init.command, full.command);
+    assert_eq!(init.directory.as_deref(), Some("/srv"));
+    assert!(init.streams);
+}
+
+#[test]
+fn an_image_s_own_init_is_given_everything_by_systemd_nspawn() {
+    let spec = ContainerSpec {
+        mode: Mode::Boot,
+        working_directory: Some("/srv".into()),
+        command: vec!["systemd.unit=rescue.target".into()],
+        ..spec()
+    };
+    let line = line(&spec, HOST);
+    assert_eq!(line.init, None);
+    insta::assert_snapshot!(line.arguments[7..].join("\n"), @r"
+    --private-users=no
+    --boot
+    --console=pipe
+    --quiet
+    --chdir=/srv
+    --
+    systemd.unit=rescue.target
     ");
 }
 
 #[rstest]
+#[case(Console::Pipe, true)]
+#[case(Console::Autopipe, true)]
+#[case(Console::ReadOnly, false)]
+#[case(Console::Interactive, false)]
+fn on_a_terminal_systemd_nspawn_copies_the_output(#[case] console: Console, #[case] streams: bool) {
+    let init = line(&ContainerSpec { console, ..spec() }, HOST).init;
+    assert_eq!(init.unwrap().streams, streams);
+}
+
+#[rstest]
 #[case(Mode::Boot, Some("--boot"))]
-#[case(Mode::ProcessTwo, Some("--as-pid2"))]
+#[case(Mode::ProcessTwo, None)]
 #[case(Mode::Plain, None)]
 fn a_mode_has_its_word(#[case] mode: Mode, #[case] word: Option<&str>) {
     let arguments = line(&ContainerSpec { mode, ..spec() }, HOST).arguments;
@@ -169,16 +199,37 @@ fn colons_and_backslashes_in_paths_are_escaped() {
     );
 }
 
-#[test]
-fn values_stay_out_of_the_arguments_where_the_version_can() {
+fn secretive(mode: Mode) -> ContainerSpec {
     let environment = BTreeMap::from([
         ("TOKEN".to_owned(), "s3cret\nline".to_owned()),
         ("LD_PRELOAD".to_owned(), "/evil.so".to_owned()),
     ]);
-    let spec = ContainerSpec {
+    ContainerSpec {
+        mode,
         environment,
         ..spec()
-    };
+    }
+}
+
+#[rstest]
+#[case(247, Mode::Plain)]
+#[case(247, Mode::ProcessTwo)]
+#[case(252, Mode::Plain)]
+#[case(262, Mode::ProcessTwo)]
+fn systemd_nspawn_never_sees_a_value(#[case] version: u32, #[case] mode: Mode) {
+    let spec = secretive(mode);
+    let line = line(&spec, Host { version, ..HOST });
+    let seen = format!("{:?} {:?}", line.arguments, line.environment);
+    for word in ["s3cret", "TOKEN", "evil", "LD_PRELOAD"] {
+        assert!(!seen.contains(word), "{seen}");
+    }
+    let told = line.init.unwrap().environment;
+    assert_eq!(told, Vec::from_iter(spec.environment));
+}
+
+#[test]
+fn in_a_booted_container_values_stay_out_of_the_arguments_where_the_version_can() {
+    let spec = secretive(Mode::Boot);
     let new = line(&spec, HOST);
     assert!(new.arguments.contains(&"--setenv=TOKEN".to_owned()));
     assert_eq!(
@@ -193,13 +244,8 @@ fn values_stay_out_of_the_arguments_where_the_version_can() {
         new.arguments
             .contains(&"--setenv=LD_PRELOAD=/evil.so".to_owned())
     );
-    let old = line(
-        &spec,
-        Host {
-            version: 249,
-            ..HOST
-        },
-    );
+    let version = 249;
+    let old = line(&spec, Host { version, ..HOST });
     assert!(
         old.arguments
             .contains(&"--setenv=TOKEN=s3cret\nline".to_owned()),

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -116,6 +117,7 @@ async fn serve_announced(
 /// The plugin life of this binary, from the invitation to the exit status. Logs to stderr in the agent's form.
 pub fn live(invitation: Invitation, driver: Driver) -> ExitCode {
     let sink = log::install();
+    raise_descriptors();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(THREADS)
         .enable_all()
@@ -134,6 +136,17 @@ pub fn live(invitation: Invitation, driver: Driver) -> ExitCode {
     };
     sink.flush(LAST_LINES);
     code
+}
+
+/// As many descriptors as may be had: every task takes two, and an agent that is not started by a service manager gives 1,024.
+/// Containers keep none of it, systemd-nspawn sets their limits anew.
+fn raise_descriptors() {
+    let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return;
+    };
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, most, most) {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
 }
 
 fn report(served: Result<(), ServeError>) -> ExitCode {

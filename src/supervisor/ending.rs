@@ -1,32 +1,115 @@
-//! How a container ended, from what systemd-nspawn's own status tells. Pure; what the status can't tell is not guessed.
+//! How a container ended, from everything that tells of it: what our own first program says, what the kernel says of the
+//! leader, what systemd-nspawn says. Pure; what nobody can tell is not guessed.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::SystemTime;
 
+use nspawn_init::Trouble;
+
 use crate::container::{Exit, Mode};
 use crate::signal::Signal;
 
-/// What systemd-nspawn's status means for Nomad. It passes a payload's code on, but has only one number for every signal.
-pub(super) fn exit_of(status: ExitStatus, mode: Mode, forced: bool, oom: bool) -> Exit {
-    let kill = Signal::KILL.number();
-    let (code, signal, error) = match (status.code(), status.signal()) {
-        _ if forced => (128 + kill, kill, None),
-        (Some(1 | 255), _) if oom && mode != Mode::Boot => (128 + kill, kill, None),
-        (Some(code), _) => (code, 0, None),
-        (None, signal) => {
-            let signal = signal.unwrap_or(kill);
-            let text = format!("{} from outside, and the container with it", told(status));
+/// The status by which systemd-nspawn says that the container asked to be started again.
+const RESTART: i32 = 133;
+
+/// What is known of an end.
+#[derive(Debug)]
+pub(super) struct Signs<'a> {
+    pub(super) mode: Mode,
+    /// Why the command did not run at all.
+    pub(super) trouble: Option<&'a Trouble>,
+    /// The command's raw wait status, where our own program was its parent.
+    pub(super) command: Option<i32>,
+    /// The leader's raw wait status, where the kernel tells it to others than the parent.
+    pub(super) leader: Option<i32>,
+    /// What systemd-nspawn has said on stderr.
+    pub(super) words: &'a str,
+    /// How systemd-nspawn itself ended.
+    pub(super) nspawn: ExitStatus,
+    /// Whether the container was ended by force.
+    pub(super) forced: bool,
+    /// Whether the kernel has ended a process of it for want of memory.
+    pub(super) oom: bool,
+}
+
+/// What the signs mean for Nomad: the one that was nearest to the command counts.
+pub(super) fn exit_of(signs: &Signs<'_>) -> Exit {
+    let (code, signal, error) = match signs {
+        Signs {
+            trouble: Some(trouble),
+            ..
+        } => (trouble.status(), 0, Some(trouble.to_string())),
+        Signs {
+            command: Some(status),
+            ..
+        } => of_raw(*status),
+        _ if !signs.forced && signs.nspawn.signal().is_some() => {
+            let signal = signs.nspawn.signal().unwrap_or_default();
+            let how = told(signs.nspawn);
+            let text = format!("{how} from outside, and the container with it");
             (128 + signal, signal, Some(text))
         }
+        Signs {
+            leader: Some(status),
+            ..
+        } => of_leader(*status),
+        _ => guessed(signs),
     };
     Exit {
         code,
         signal,
-        oom_killed: oom,
+        oom_killed: signs.oom,
         error,
         ended_at: SystemTime::now(),
     }
+}
+
+fn of_raw(status: i32) -> (i32, i32, Option<String>) {
+    let status = ExitStatus::from_raw(status);
+    match (status.code(), status.signal()) {
+        (Some(code), _) => (code, 0, None),
+        (None, Some(signal)) => {
+            let dumped = status.core_dumped();
+            let text = dumped.then(|| "the command dumped core".to_owned());
+            (128 + signal, signal, text)
+        }
+        (None, None) => (RESTART, 0, None),
+    }
+}
+
+/// The first process of a pid namespace that "dies" by one of these two has called `reboot(2)`: no other process can send it
+/// a signal that it has no handler for.
+fn of_leader(status: i32) -> (i32, i32, Option<String>) {
+    const RESTARTED: i32 = 1;
+    const POWERED_OFF: i32 = 2;
+    match ExitStatus::from_raw(status).signal() {
+        Some(RESTARTED) => (RESTART, 0, None),
+        Some(POWERED_OFF) => (0, 0, None),
+        _ => of_raw(status),
+    }
+}
+
+/// What can be learned where neither a program of ours nor the kernel tells: systemd-nspawn passes a code on, says by which
+/// signal its container was ended in words alone, and has 1 for that and for its own failures.
+fn guessed(signs: &Signs<'_>) -> (i32, i32, Option<String>) {
+    let kill = Signal::KILL.number();
+    if let Some(signal) = signal_in(signs.words) {
+        return (128 + signal, signal, None);
+    }
+    match (signs.nspawn.code(), signs.mode) {
+        _ if signs.forced => (128 + kill, kill, None),
+        (Some(1), Mode::Plain | Mode::ProcessTwo) if signs.oom => (128 + kill, kill, None),
+        (Some(code), _) => (code, 0, None),
+        (None, _) => (128 + kill, kill, Some(told(signs.nspawn))),
+    }
+}
+
+/// The signal in systemd-nspawn's "Container web-0f1e terminated by signal SEGV."
+fn signal_in(words: &str) -> Option<i32> {
+    let (_, rest) = words.rsplit_once("terminated by signal ")?;
+    let name = rest.split(['.', '\n']).next()?;
+    name.parse::<Signal>().ok().map(Signal::number)
 }
 
 /// How systemd-nspawn ended, in words.
@@ -43,31 +126,111 @@ mod tests {
     use super::*;
     use rstest::rstest;
 
-    fn exited(code: i32) -> ExitStatus {
-        ExitStatus::from_raw(code << 8)
+    const BY_KILL: i32 = 9;
+    const DUMPED_BY_SEGV: i32 = 0x80 | 11;
+
+    fn exited(code: i32) -> i32 {
+        code << 8
+    }
+
+    /// Nothing is known but that systemd-nspawn ended with this raw status.
+    fn signs(nspawn: i32) -> Signs<'static> {
+        Signs {
+            mode: Mode::Plain,
+            trouble: None,
+            command: None,
+            leader: None,
+            words: "",
+            nspawn: ExitStatus::from_raw(nspawn),
+            forced: false,
+            oom: false,
+        }
+    }
+
+    fn end(signs: &Signs<'_>) -> (i32, i32, bool) {
+        let exit = exit_of(signs);
+        assert_eq!(exit.oom_killed, signs.oom);
+        (exit.code, exit.signal, exit.error.is_some())
     }
 
     #[rstest]
-    #[case::a_code(exited(7), false, false, (7, 0, false))]
-    #[case::by_force(exited(1), true, false, (137, 9, false))]
-    #[case::out_of_memory(exited(1), false, true, (137, 9, true))]
-    #[case::one_of_many_out_of_memory(exited(3), false, true, (3, 0, true))]
-    fn a_status_becomes_an_exit(
-        #[case] status: ExitStatus,
+    #[case::a_code(exited(7), false, false, (7, 0))]
+    #[case::by_force(exited(1), true, false, (137, 9))]
+    #[case::out_of_memory(exited(1), false, true, (137, 9))]
+    #[case::one_of_many_out_of_memory(exited(3), false, true, (3, 0))]
+    fn with_nothing_else_systemd_nspawn_counts(
+        #[case] nspawn: i32,
         #[case] forced: bool,
         #[case] oom: bool,
-        #[case] want: (i32, i32, bool),
+        #[case] (code, signal): (i32, i32),
     ) {
-        let exit = exit_of(status, Mode::Plain, forced, oom);
-        assert_eq!((exit.code, exit.signal, exit.oom_killed), want);
-        assert_eq!(exit.error, None);
+        let signs = Signs {
+            forced,
+            oom,
+            ..signs(nspawn)
+        };
+        assert_eq!(end(&signs), (code, signal, false));
+    }
+
+    #[rstest]
+    #[case("Container a terminated by signal SEGV.\n", 11)]
+    #[case(
+        "noise\nContainer terminated by signal x terminated by signal RTMIN+4.\n",
+        38
+    )]
+    fn its_words_tell_the_signal(#[case] words: &str, #[case] signal: i32) {
+        let signs = Signs {
+            words,
+            ..signs(exited(1))
+        };
+        assert_eq!(end(&signs), (128 + signal, signal, false));
+    }
+
+    #[test]
+    fn the_kernel_knows_better_than_systemd_nspawn() {
+        let with = |leader: i32, nspawn: i32| Signs {
+            leader: Some(leader),
+            ..signs(nspawn)
+        };
+        assert_eq!(end(&with(exited(133), exited(1))), (133, 0, false));
+        assert_eq!(end(&with(BY_KILL, exited(1))), (137, 9, false));
+        assert_eq!(end(&with(DUMPED_BY_SEGV, exited(1))), (139, 11, true));
+        assert_eq!(end(&with(1, exited(133))), (133, 0, false), "a reboot");
+        assert_eq!(end(&with(2, exited(0))), (0, 0, false), "a power-off");
+    }
+
+    #[test]
+    fn the_first_program_knows_best() {
+        let with = |command: i32| Signs {
+            command: Some(command),
+            leader: Some(exited(143)),
+            forced: true,
+            ..signs(BY_KILL)
+        };
+        assert_eq!(end(&with(15)), (143, 15, false));
+        assert_eq!(end(&with(1)), (129, 1, false), "no reboot: it is a child");
+        assert_eq!(end(&with(exited(255))), (255, 0, false));
+        let trouble = Trouble {
+            step: nspawn_init::Step::Execute,
+            file: "/bin/none".into(),
+            errno: 2,
+        };
+        let exit = exit_of(&Signs {
+            trouble: Some(&trouble),
+            ..signs(exited(127))
+        });
+        assert_eq!((exit.code, exit.signal), (127, 0));
+        assert!(exit.error.unwrap().contains("/bin/none"));
     }
 
     #[rstest]
     #[case(1, "SIGHUP")]
     #[case(52, "SIGRTMIN+18")]
     fn a_killed_systemd_nspawn_is_no_success(#[case] signal: i32, #[case] name: &str) {
-        let exit = exit_of(ExitStatus::from_raw(signal), Mode::Plain, false, false);
+        let exit = exit_of(&Signs {
+            leader: Some(BY_KILL),
+            ..signs(signal)
+        });
         assert_eq!((exit.code, exit.signal), (128 + signal, signal));
         assert!(exit.error.unwrap().contains(name));
     }

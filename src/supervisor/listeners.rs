@@ -1,11 +1,11 @@
 //! The supervisor's end of every lifeline: who listens, what they ask, what they are told. Waits for nobody: whoever does not
-//! take what is told, or talks nonsense, is dropped.
+//! take what is told, or talks nonsense, is dropped; what a later plugin may ask is answered with an error.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use super::line::{News, Request, line, next};
+use super::line::{LONGEST, News, Question, Request, line, next};
 
 /// Everybody who listens on the lifeline.
 #[derive(Debug, Default)]
@@ -58,14 +58,18 @@ impl Listeners {
         self.0.iter().map(|listener| listener.stream.as_fd())
     }
 
-    /// Everything that has been asked since the last time.
+    /// What has been asked since the last time and can be done.
     pub(super) fn requests(&mut self) -> Vec<(usize, Request)> {
         let mut requests = Vec::new();
         for (index, listener) in self.0.iter_mut().enumerate() {
             listener.receive();
             while let Some(request) = next(&mut listener.received) {
                 match request {
-                    Ok(request) => requests.push((index, request)),
+                    Ok(Question::Known(request)) => requests.push((index, request)),
+                    Ok(Question::Unknown { request }) => {
+                        let error = Some("this supervisor can't do what was asked".to_owned());
+                        listener.send(&line(&News::Done { request, error }));
+                    }
                     Err(_) => {
                         listener.gone = true;
                         break;
@@ -95,9 +99,10 @@ impl Listener {
         }
     }
 
+    /// Takes what has come, and no more than one line can be long: what is left wakes the supervisor again.
     fn receive(&mut self) {
         let mut buffer = [0; 1024];
-        loop {
+        while self.received.len() <= LONGEST {
             match self.stream.read(&mut buffer) {
                 Ok(0) => self.gone = true,
                 Ok(length) => {
@@ -109,6 +114,78 @@ impl Listener {
                 Err(_) => self.gone = true,
             }
             return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::supervisor::line::Verb;
+    use proptest::prelude::*;
+
+    fn one() -> (Listeners, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut listeners = Listeners::default();
+        listeners.add(ours);
+        theirs.set_nonblocking(true).unwrap();
+        (listeners, theirs)
+    }
+
+    fn is_dropped(listeners: &mut Listeners) -> bool {
+        listeners.forget_the_gone()
+    }
+
+    #[test]
+    fn one_that_never_ends_its_line_is_dropped_and_takes_no_memory() {
+        let (mut listeners, mut theirs) = one();
+        let mut sent = 0;
+        while !is_dropped(&mut listeners) {
+            sent += theirs.write(&[b' '; 4096]).unwrap_or(0);
+            assert!(listeners.requests().is_empty());
+            let held = listeners.0.first().map_or(0, |one| one.received.len());
+            assert!(held <= LONGEST + 1024, "{held}");
+        }
+        assert!(sent > LONGEST);
+    }
+
+    #[test]
+    fn what_is_not_known_is_answered_and_the_next_is_heard() {
+        let (mut listeners, mut theirs) = one();
+        theirs
+            .write_all(b"{\"request\":1,\"verb\":\"freeze\"}\n{\"request\":2,\"verb\":\"stop\"}\n")
+            .unwrap();
+        let stop = Request {
+            request: 2,
+            verb: Verb::Stop,
+        };
+        assert_eq!(listeners.requests(), [(0, stop)]);
+        let mut answer = [0; 4096];
+        let length = theirs.read(&mut answer).unwrap();
+        let answer = next::<News>(&mut answer[..length].to_vec());
+        assert!(
+            matches!(
+                &answer,
+                Some(Ok(News::Done {
+                    request: 1,
+                    error: Some(_)
+                }))
+            ),
+            "{answer:?}"
+        );
+        assert!(!is_dropped(&mut listeners));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic_and_none_are_kept(bytes in proptest::collection::vec(any::<u8>(), 1..2000)) {
+            let (mut listeners, mut theirs) = one();
+            theirs.write_all(&bytes).unwrap();
+            theirs.write_all(b"\n").unwrap();
+            let asked = listeners.requests();
+            prop_assert!(asked.len() <= bytes.len());
+            let held = listeners.0.first().map_or(0, |one| one.received.len());
+            prop_assert!(held == 0 || is_dropped(&mut listeners));
         }
     }
 }

@@ -5,7 +5,6 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -16,12 +15,12 @@ use nix::sys::stat::{Mode, fchmod};
 const READER: Duration = Duration::from_secs(10);
 
 /// Opens the file that takes a stream. No path, the null device and a path that does not exist discard.
-pub fn open(path: Option<&Path>) -> io::Result<Stdio> {
+pub fn open(path: Option<&Path>) -> io::Result<File> {
     let Some(path) = path else {
-        return Ok(Stdio::null());
+        return nowhere();
     };
     let file = match open_now(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Stdio::null()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return nowhere(),
         // A FIFO that nobody has open for reading yet.
         Err(error) if error.raw_os_error() == Some(nix::Error::ENXIO as i32) => {
             open_with_reader(path)?
@@ -34,7 +33,11 @@ pub fn open(path: Option<&Path>) -> io::Result<Stdio> {
         fchmod(&file, Mode::from_bits_truncate(0o622))?;
         blocking(&file)?;
     }
-    Ok(file.into())
+    Ok(file)
+}
+
+fn nowhere() -> io::Result<File> {
+    OpenOptions::new().write(true).open("/dev/null")
 }
 
 fn open_now(path: &Path) -> io::Result<File> {

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
@@ -21,20 +22,23 @@ use crate::signal::Signal;
 pub mod claim;
 mod ending;
 pub mod enter;
+pub mod first;
 pub mod line;
 mod listeners;
 pub mod logs;
 pub mod orphans;
+mod pidfd;
 pub mod process;
 pub mod record;
 pub mod remains;
 pub mod run;
+pub mod state_dir;
 
 pub use claim::Claim;
 pub use line::{Failure, Step, Verb};
-pub use record::{Order, Records};
+pub use record::{First, Order, Records};
 
-use line::{News, Request};
+use line::{News, Request, Told};
 
 /// How things stand with a supervised container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,16 +64,19 @@ pub struct Supervised {
 
 type Asked = (Verb, oneshot::Sender<Result<(), String>>);
 
-/// Starts a supervisor, which is `binary` in another life, for the order that lies in `records`, and follows it.
+/// Starts a supervisor, which is `binary` in another life, for the order that lies in `records`, and follows it. `program`
+/// becomes the container's first where that is ours, see [`first::program`].
 #[expect(clippy::disallowed_methods, reason = "a supervisor is a process")]
-pub fn launch(binary: &Path, records: &Records, tracker: &TaskTracker) -> io::Result<Supervised> {
+pub fn launch(
+    binary: &Path,
+    records: &Records,
+    program: OwnedFd,
+    tracker: &TaskTracker,
+) -> io::Result<Supervised> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let stream = UnixStream::from_std(ours)?;
-    let log = std::fs::File::options()
-        .append(true)
-        .create(true)
-        .open(records.log())?;
+    let log = records.open_log()?;
     let mut command = Command::new(binary);
     command
         .arg0("nomad-driver-nspawn")
@@ -79,13 +86,13 @@ pub fn launch(binary: &Path, records: &Records, tracker: &TaskTracker) -> io::Re
     // Never the plugin's own stdout and stderr: an agent takes a plugin for alive as long as anybody holds them.
     command
         .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
+        .stdout(program)
         .stderr(log);
     let mut child = command.spawn()?;
     // The command holds the other end of the line, which only the supervisor may have: its closing is the supervisor's end.
     drop(command);
     let reaped = async move { drop(child.wait().await) };
-    Ok(follow(stream, records.clone(), None, reaped, tracker))
+    Ok(follow(stream, records.clone(), false, reaped, tracker))
 }
 
 /// Finds the supervisor of `started` again, or the end it has recorded. `None` if there is neither.
@@ -97,13 +104,7 @@ pub async fn attach(
     match UnixStream::connect(records.lifeline()).await {
         Ok(stream) => {
             let reaped = departed(started.supervisor);
-            Ok(Some(follow(
-                stream,
-                records.clone(),
-                Some(started.clone()),
-                reaped,
-                tracker,
-            )))
+            Ok(Some(follow(stream, records.clone(), true, reaped, tracker)))
         }
         Err(error)
             if matches!(
@@ -176,7 +177,7 @@ impl Supervised {
 fn follow(
     stream: UnixStream,
     records: Records,
-    known: Option<Started>,
+    known: bool,
     departed: impl Future<Output = ()> + Send + 'static,
     tracker: &TaskTracker,
 ) -> Supervised {
@@ -201,12 +202,28 @@ fn follow(
     }
 }
 
+/// How a lifeline came to its end.
+#[derive(Debug, Clone, Copy)]
+enum Loss {
+    Ended,
+    Garbled,
+}
+
+impl Loss {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ended => "its supervisor was killed",
+            Self::Garbled => "its supervisor talked nonsense",
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Line {
     stream: UnixStream,
     records: Records,
-    /// What a handle says of the container, when it was not this plugin that started it.
-    known: Option<Started>,
+    /// Whether there is a handle of the container, because it was not this plugin that started it.
+    known: bool,
     status: watch::Sender<Status>,
 }
 
@@ -215,24 +232,32 @@ impl Line {
         let mut received = Vec::new();
         let mut asked: Vec<(u64, oneshot::Sender<Result<(), String>>)> = Vec::new();
         let mut number = 0;
-        loop {
+        let why = 'line: loop {
             tokio::select! {
                 read = self.stream.read_buf(&mut received) => match read {
-                    Ok(0) | Err(_) => break,
-                    Ok(_) => while let Some(Ok(news)) = line::next(&mut received) {
-                        self.hear(news, &mut asked);
+                    Ok(0) | Err(_) => break Loss::Ended,
+                    Ok(_) => while let Some(told) = line::next(&mut received) {
+                        match told {
+                            Ok(Told::Known(news)) => self.hear(news, &mut asked),
+                            Ok(Told::Unknown(_)) => {}
+                            Err(_) => break 'line Loss::Garbled,
+                        }
+                        if received.is_empty() {
+                            // What a start needed is not held for as long as the task runs.
+                            received = Vec::new();
+                        }
                     },
                 },
                 Some((verb, answer)) = requests.recv() => {
                     number += 1;
                     asked.push((number, answer));
                     if self.stream.write_all(&line::line(&Request { request: number, verb })).await.is_err() {
-                        break;
+                        break Loss::Ended;
                     }
                 }
             }
-        }
-        self.lost().await;
+        };
+        self.lost(why).await;
     }
 
     fn hear(&mut self, news: News, asked: &mut Vec<(u64, oneshot::Sender<Result<(), String>>)>) {
@@ -259,24 +284,27 @@ impl Line {
         });
     }
 
-    /// The supervisor is gone. If it left no word of the end it was killed, and nobody can learn the end any more: then the
+    /// The supervisor is gone, or of no use any more. If it left no word of the end, nobody can learn the end: then the
     /// container is ended, so that it can't run on unwatched beside its successor.
-    async fn lost(&self) {
+    async fn lost(&self, why: Loss) {
         let status = self.status.borrow().clone();
         let was_up = match status {
             Status::Ended(_) | Status::Failed(_) => return,
             Status::Up(_) => true,
-            Status::Starting => self.known.is_some(),
+            Status::Starting => self.known,
         };
         if let Ok(Some(exit)) = self.records.exit() {
             return self.set(Status::Ended(Arc::new(exit)));
         }
         let records = self.records.clone();
         let ended = tokio::task::spawn_blocking(move || remains::end(&records)).await;
+        let why = why.as_str();
         let reason = match ended {
-            Ok(Ok(())) => "its supervisor was killed, so the container was ended and its exit status is not known".to_owned(),
-            Ok(Err(error)) => format!("its supervisor was killed and the container could not be ended: {error}"),
-            Err(error) => format!("its supervisor was killed and ending the container failed: {error}"),
+            Ok(Ok(())) => {
+                format!("{why}, so the container was ended and its exit status is not known")
+            }
+            Ok(Err(error)) => format!("{why} and the container could not be ended: {error}"),
+            Err(error) => format!("{why} and ending the container failed: {error}"),
         };
         if !was_up {
             return self.set(Status::Failed(Arc::new(Failure {
@@ -299,14 +327,23 @@ impl Line {
     }
 }
 
-/// Waits until a supervisor that nobody here is the parent of has ended.
+/// Waits until a supervisor that nobody here is the parent of has ended. Takes no thread: a thousand may end at once.
 async fn departed(supervisor: Process) {
-    let _ = tokio::task::spawn_blocking(move || {
-        if let Ok(held) = process::Held::again(supervisor) {
-            held.wait(PROMPT);
-        }
-    })
-    .await;
+    let Ok(held) = process::Held::again(supervisor) else {
+        return;
+    };
+    // No pipe, and nothing is read from it: this is the runtime's one safe way to await a descriptor that it did not open.
+    let Ok(held) = pipe::Receiver::from_owned_fd_unchecked(held.into()) else {
+        return;
+    };
+    let _ = tokio::time::timeout(PROMPT, held.readable()).await;
+}
+
+/// Lets a supervisor that was stopped go on: nobody else carries out what is asked of it. One that runs takes no notice.
+pub fn rouse(supervisor: Process) {
+    if let Ok(held) = process::Held::again(supervisor) {
+        let _ = held.signal(Signal::CONT);
+    }
 }
 
 /// Ends a supervisor that does not answer. What it watched over ends with it, see [`Supervised`].
@@ -316,3 +353,6 @@ pub async fn put_down(supervisor: Process) {
 
 /// How long a supervisor may take to carry out a kill.
 pub const PROMPT: Duration = Duration::from_secs(15);
+
+#[cfg(test)]
+mod tests;

@@ -22,7 +22,9 @@ pub struct Held {
 impl Held {
     /// Takes hold of the process that has this pid now.
     pub fn by_pid(pid: i32) -> io::Result<Self> {
-        let raw = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // What a record or systemd-nspawn calls a pid may be any number, and rustix panics over negative ones.
+        let raw = Some(pid).filter(|pid| *pid > 0).and_then(Pid::from_raw);
+        let raw = raw.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         let descriptor = pidfd_open(raw, PidfdFlags::empty())?;
         // Read after the descriptor is there: what is read then belongs to the process that is held, or the process is gone.
         let start = start_time(pid)?;
@@ -58,6 +60,12 @@ impl Held {
         }
     }
 
+    /// How it ended, as `wait(2)` would tell its parent; `None` while it lives or is not reaped yet, and where the kernel does
+    /// not tell anybody else (before 6.15).
+    pub fn raw_status(&self) -> Option<i32> {
+        super::pidfd::exit_status(self.descriptor.as_fd())
+    }
+
     /// Waits until it has ended, at most `limit`; whether it has.
     pub fn wait(&self, limit: Duration) -> bool {
         let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
@@ -69,6 +77,13 @@ impl Held {
 impl AsFd for Held {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.descriptor.as_fd()
+    }
+}
+
+/// A descriptor that is readable as soon as the process has ended.
+impl From<Held> for OwnedFd {
+    fn from(held: Held) -> Self {
+        held.descriptor
     }
 }
 
@@ -120,6 +135,23 @@ fn mask(pid: i32, field: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
+/// Keeps this process out of core dumps, and out of the reach of debuggers and `/proc` readers that are not privileged: secrets
+/// pass through its memory. Ends with the next program that it executes.
+pub fn stay_out_of_core_dumps() {
+    // The kernel knows this question since long before pidfds, so it does not fail where the driver runs at all.
+    let _ = nix::sys::prctl::set_dumpable(false);
+}
+
+/// Lets the program that is executed next write no core dump. systemd-nspawn sets its payload's limits itself, so that is not
+/// bound by this one.
+pub fn no_core_dump_of_the_next() -> nix::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    // With 0 the kernel would still call a core dump's handler program; 1 is what it takes for "not even that".
+    const NOT_EVEN_A_HANDLER: u64 = 1;
+    let (_, hard) = getrlimit(Resource::RLIMIT_CORE)?;
+    setrlimit(Resource::RLIMIT_CORE, NOT_EVEN_A_HANDLER.min(hard), hard)
+}
+
 /// Closes everything but standard input, output and error. For the start of a process, before it has opened anything: an agent
 /// that does not mark its descriptors must not have them held open by containers for days.
 pub fn close_inherited() {
@@ -164,6 +196,17 @@ mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
+
+    #[test]
+    fn a_number_that_is_no_pid_is_nobody() {
+        for pid in [0, -1, i32::MIN, i32::MAX] {
+            let nobody = Process { pid, start: 0 };
+            Held::by_pid(pid).unwrap_err();
+            Held::again(nobody).unwrap_err();
+            assert!(!is_alive(nobody));
+            assert!(children(pid).is_empty());
+        }
+    }
 
     #[expect(clippy::disallowed_methods, reason = "a process to hold")]
     #[test]

@@ -1,14 +1,18 @@
 //! What lies on disk for one start: the order, the fact of the start, the end. Every file is written whole beside its place
-//! and renamed into it, readable by root alone, never through a link. Refuses what it can't read with the file's name; reads
-//! nothing but its own files.
+//! and renamed into it, readable by root alone, never through a link. Refuses what it can't read, and a later form by its
+//! number; reads nothing but its own files.
+//!
+//! Records outlive the program that wrote them: the plugin is upgraded, or put back, while its tasks run. A new field is
+//! therefore optional and gets a default; only what an older driver must not act on makes a new [`FORM`].
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::OFlag;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -34,6 +38,9 @@ const NAMES: [&str; 11] = [
     "words",
 ];
 
+/// The form of the records that this driver writes.
+pub const FORM: u32 = 1;
+
 /// The directory of one start.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Records(PathBuf);
@@ -53,6 +60,9 @@ pub struct Order {
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<String>,
+    /// The container's first program.
+    #[serde(default)]
+    pub first: First,
     /// Where stdout goes; `None` discards.
     pub stdout: Option<PathBuf>,
     /// Where stderr goes; `None` discards.
@@ -67,6 +77,20 @@ pub struct Order {
     pub copies: Option<PathBuf>,
     /// What the user should know about this start.
     pub notes: Vec<String>,
+}
+
+/// A container's first program.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum First {
+    /// The image's own.
+    #[default]
+    Image,
+    /// Ours.
+    Ours {
+        /// Whether it connects stdout and stderr itself, so that those of systemd-nspawn are free to be kept apart.
+        streams: bool,
+    },
 }
 
 /// A container that came up, with what only the watch needs.
@@ -151,6 +175,16 @@ impl Records {
         self.0.join("log")
     }
 
+    /// Opens the log for a supervisor to write at its end.
+    pub fn open_log(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(OFlag::O_NOFOLLOW.bits())
+            .open(self.log())
+    }
+
     /// The stand-in for a root that lacks mount points.
     pub fn skeleton(&self) -> PathBuf {
         self.0.join("root")
@@ -175,54 +209,92 @@ impl Records {
         }
     }
 
-    /// Keeps the order, and the environment apart from it: that one is removed as soon as it has been taken.
+    /// Keeps the order, and apart from it what holds secrets: systemd-nspawn's environment and what our own first program is
+    /// told. Those are removed as soon as they have been taken.
     pub fn write_order(
         &self,
         order: &Order,
         environment: &BTreeMap<String, String>,
+        init: Option<&nspawn_init::Order>,
     ) -> io::Result<()> {
-        self.write("environment", environment)?;
-        self.write("order", order)
+        self.write("environment", &serde_json::to_vec(environment)?)?;
+        if let Some(init) = init {
+            self.write("init", &serde_json::to_vec(init)?)?;
+        }
+        self.write("order", &encode(order)?)
     }
 
     /// The order.
     pub fn order(&self) -> io::Result<Order> {
-        self.read("order")
+        decode(&self.read("order")?)
     }
 
-    /// Takes the environment: it is not on disk any more afterwards.
+    /// Takes systemd-nspawn's environment: it is not on disk any more afterwards.
     pub fn take_environment(&self) -> io::Result<BTreeMap<String, String>> {
-        let environment = self.read("environment")?;
+        let environment = read(&self.read("environment")?)?;
         fs::remove_file(self.0.join("environment"))?;
         Ok(environment)
     }
 
-    /// Removes an environment that nobody took.
-    pub fn discard_environment(&self) {
-        let _ = fs::remove_file(self.0.join("environment"));
+    /// Takes what our own first program is told, as a file that is open and has no name any more.
+    pub fn take_init(&self) -> io::Result<File> {
+        let file = self.open("init")?;
+        fs::remove_file(self.0.join("init"))?;
+        Ok(file)
+    }
+
+    /// Removes the secrets that nobody took.
+    pub fn discard_secrets(&self) {
+        for name in ["environment", "init"] {
+            let _ = fs::remove_file(self.0.join(name));
+        }
+    }
+
+    /// Opens the file that takes what systemd-nspawn itself says, where its streams are not the task's.
+    pub fn open_words(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(OFlag::O_NOFOLLOW.bits())
+            .open(self.0.join("words"))
+    }
+
+    /// The last that systemd-nspawn itself has said, as far as it was kept.
+    pub fn words(&self) -> String {
+        /// More than a screen of an error is no help.
+        const END: u64 = 2048;
+        let end = |mut file: File| -> io::Result<String> {
+            let length = file.metadata()?.len();
+            file.seek(io::SeekFrom::Start(length.saturating_sub(END)))?;
+            let mut bytes = Vec::new();
+            file.take(END).read_to_end(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        self.open("words").and_then(end).unwrap_or_default()
     }
 
     /// Keeps the fact of the start.
     pub fn write_running(&self, running: &Running) -> io::Result<()> {
-        self.write("running", running)
+        self.write("running", &encode(running)?)
     }
 
     /// The fact of the start.
     pub fn running(&self) -> io::Result<Running> {
-        self.read("running")
+        decode(&self.read("running")?)
     }
 
     /// Keeps the end. It is on the disk when this returns.
     pub fn write_exit(&self, exit: &Exit) -> io::Result<()> {
-        self.write("exit", exit)?;
+        self.write("exit", &encode(exit)?)?;
         // The other files mean nothing after a crash of the host; this one tells what happened before it.
-        File::open(self.0.join("exit"))?.sync_data()
+        self.open("exit")?.sync_data()
     }
 
     /// The end, if there is one.
     pub fn exit(&self) -> io::Result<Option<Exit>> {
         match self.read("exit") {
-            Ok(exit) => Ok(Some(exit)),
+            Ok(text) => Ok(Some(decode(&text)?)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -230,15 +302,15 @@ impl Records {
 
     /// Why systemd-nspawn could not even be called, left by the process that tried.
     pub fn write_failure(&self, reason: &str) -> io::Result<()> {
-        self.write("failure", &reason)
+        self.write("failure", &serde_json::to_vec(reason)?)
     }
 
     /// Why systemd-nspawn could not even be called, if that was so.
     pub fn failure(&self) -> Option<String> {
-        self.read("failure").ok()
+        serde_json::from_slice(&self.read("failure").ok()?).ok()
     }
 
-    fn write<T: Serialize + ?Sized>(&self, name: &str, value: &T) -> io::Result<()> {
+    fn write(&self, name: &str, text: &[u8]) -> io::Result<()> {
         let beside = self.0.join(format!("{name}.new"));
         match fs::remove_file(&beside) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -249,108 +321,82 @@ impl Records {
             .create_new(true)
             .mode(0o600)
             .open(&beside)?;
-        file.write_all(&serde_json::to_vec(value)?)?;
+        file.write_all(text)?;
         fs::rename(&beside, self.0.join(name))
     }
 
-    fn read<T: DeserializeOwned>(&self, name: &str) -> io::Result<T> {
-        let flags = nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_NONBLOCK;
-        let file: File = OpenOptions::new()
+    fn read(&self, name: &str) -> io::Result<Vec<u8>> {
+        let mut text = Vec::new();
+        let file = self.open(name)?;
+        file.take(LARGEST + 1).read_to_end(&mut text)?;
+        if text.len() as u64 > LARGEST {
+            return Err(invalid(format!(
+                "the record {name:?} is larger than {LARGEST} bytes"
+            )));
+        }
+        Ok(text)
+    }
+
+    fn open(&self, name: &str) -> io::Result<File> {
+        let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+        OpenOptions::new()
             .read(true)
             .custom_flags(flags.bits())
-            .open(self.0.join(name))?;
-        let mut text = Vec::new();
-        file.take(LARGEST).read_to_end(&mut text)?;
-        serde_json::from_slice(&text)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+            .open(self.0.join(name))
     }
+}
+
+#[derive(Serialize)]
+struct Written<'a, T> {
+    form: u32,
+    #[serde(flatten)]
+    record: &'a T,
+}
+
+#[derive(Deserialize)]
+struct Form {
+    /// There were none before they were counted.
+    #[serde(default = "first")]
+    form: u32,
+}
+
+fn first() -> u32 {
+    1
+}
+
+/// A record as the text of its file.
+pub fn encode<T: Serialize>(record: &T) -> io::Result<Vec<u8>> {
+    let written = Written { form: FORM, record };
+    Ok(serde_json::to_vec(&written)?)
+}
+
+/// The record in the text of a file. An error of kind `InvalidData` if there is none, `Unsupported` if it is of a later form.
+pub fn decode<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
+    let Form { form } = read(text)?;
+    if form > FORM {
+        let text = format!(
+            "the record has form {form}, which is newer than this driver; it writes form {FORM}"
+        );
+        return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+    }
+    read(text)
+}
+
+/// The error names the place and not what is there: it may be a secret, and it may be anything.
+fn read<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
+    serde_json::from_slice(text).map_err(|error| {
+        invalid(format!(
+            "no record of this driver, as line {} column {} shows",
+            error.line(),
+            error.column()
+        ))
+    })
+}
+
+fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::os::unix::fs::PermissionsExt;
-    use std::time::SystemTime;
-
-    fn exit() -> Exit {
-        Exit {
-            code: 7,
-            signal: 0,
-            oom_killed: false,
-            error: None,
-            ended_at: SystemTime::UNIX_EPOCH,
-        }
-    }
-
-    #[test]
-    fn what_is_written_is_read_and_is_root_s_alone() {
-        let temp = tempfile::tempdir().unwrap();
-        let records = Records::of(&temp.path().join("state"), "alloc/web/0a1b2c3d");
-        records.create().unwrap();
-        assert_eq!(records.exit().unwrap(), None);
-        records.write_exit(&exit()).unwrap();
-        assert_eq!(records.exit().unwrap(), Some(exit()));
-        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode(records.path()), 0o700);
-        assert_eq!(mode(&records.path().join("exit")), 0o600);
-        records.create().unwrap_err();
-        records.remove().unwrap();
-        records.remove().unwrap();
-    }
-
-    #[test]
-    fn a_link_is_not_followed() {
-        let temp = tempfile::tempdir().unwrap();
-        let records = Records::at(temp.path().join("x"));
-        records.create().unwrap();
-        fs::write(
-            temp.path().join("elsewhere"),
-            serde_json::to_vec(&exit()).unwrap(),
-        )
-        .unwrap();
-        std::os::unix::fs::symlink(temp.path().join("elsewhere"), records.path().join("exit"))
-            .unwrap();
-        records.exit().unwrap_err();
-    }
-
-    #[test]
-    fn the_environment_can_be_taken_once() {
-        let temp = tempfile::tempdir().unwrap();
-        let records = Records::at(temp.path().join("x"));
-        records.create().unwrap();
-        records
-            .write("environment", &BTreeMap::from([("A", "b")]))
-            .unwrap();
-        assert_eq!(
-            records
-                .take_environment()
-                .unwrap()
-                .get("A")
-                .map(String::as_str),
-            Some("b")
-        );
-        records.take_environment().unwrap_err();
-    }
-
-    proptest! {
-        #[test]
-        fn no_id_leads_out_of_the_state_directory(id in "\\PC{0,200}") {
-            let records = Records::of(Path::new("/state"), &id);
-            prop_assert_eq!(records.path().parent(), Some(Path::new("/state")));
-            prop_assert!(Records::is_name(records.path().file_name().unwrap().to_str().unwrap()));
-            // Sockets have short paths: the configuration keeps 43 bytes free below the state directory.
-            prop_assert!(records.lifeline().as_os_str().len() <= "/state".len() + 43);
-        }
-
-        #[test]
-        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let temp = tempfile::tempdir().unwrap();
-            fs::write(temp.path().join("order"), &bytes).unwrap();
-            fs::write(temp.path().join("exit"), &bytes).unwrap();
-            let records = Records::at(temp.path());
-            prop_assert!(records.order().is_err());
-            prop_assert!(records.exit().is_err());
-        }
-    }
-}
+#[path = "record_tests.rs"]
+pub(super) mod tests;

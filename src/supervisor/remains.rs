@@ -12,7 +12,7 @@ use nix::mount::{MntFlags, umount2};
 
 use super::process::{Held, children, first_child};
 use super::record::{Order, Records};
-use crate::cgroup::{Group, Layout};
+use crate::cgroup::{Group, Layout, freezer};
 use crate::container::Process;
 use crate::nspawn::probe;
 use crate::signal::Signal;
@@ -35,9 +35,15 @@ pub fn end(records: &Records) -> io::Result<()> {
         .filter(|running| running.started.boot == boot)
     {
         // The leader first: everything in its pid namespace dies with it, and a systemd-nspawn that sees it end clears up
-        // after itself.
+        // after itself, unless somebody has stopped it.
         kill(running.started.leader);
+        if let Some(group) = &running.started.cgroup {
+            Group::new(group).thaw();
+        }
         let watched = Held::again(running.nspawn);
+        if let Ok(nspawn) = &watched {
+            let _ = nspawn.signal(Signal::CONT);
+        }
         if !watched.is_ok_and(|nspawn| nspawn.wait(Duration::from_secs(2))) {
             kill(running.nspawn);
         }
@@ -230,6 +236,7 @@ fn take_lock(path: &Path) -> Option<fs::File> {
 pub fn kill(process: Process) {
     if let Ok(held) = Held::again(process) {
         let _ = held.signal(Signal::KILL);
+        freezer::release(process.pid);
         held.wait(GONE);
     }
 }
@@ -263,6 +270,7 @@ pub(super) fn descendants(of: i32) -> Vec<i32> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::record::First;
     use super::*;
     use crate::container::Mode;
     use std::collections::BTreeMap;
@@ -289,6 +297,7 @@ mod tests {
             boot: "b".to_owned(),
             program: "/n".into(),
             arguments: Vec::new(),
+            first: First::Image,
             stdout: None,
             stderr: None,
             place: None,
@@ -297,7 +306,7 @@ mod tests {
             copies: Some(copies.clone()),
             notes: Vec::new(),
         };
-        records.write_order(&order, &BTreeMap::new()).unwrap();
+        records.write_order(&order, &BTreeMap::new(), None).unwrap();
         let lock = |copy: &Path| {
             let name = copy.file_name().unwrap().to_str().unwrap();
             copies.join(format!(".#{name}.lck"))

@@ -5,14 +5,17 @@
 //! ```text
 //!            order        leader's datagram           systemd-nspawn ended
 //!   preparing ──▶ starting ───────────────▶ running ───────────────────────▶ ended: record, tell, free
-//!       │             │                        │ the start can't be recorded
+//!       │             │   first's "ready"      │ the start can't be recorded
 //!       │             │ nspawn ended,          ▼
 //!       │             │ or the asker is gone  failing: kill
 //!       └──▶ failed ◀─┴────────────────────────┘   tell, free
 //! ```
+//!
+//! Where the container's first program is ours, it runs no command before the start is on record and it has been told so.
 
-use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::io::{self, IoSlice, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -22,22 +25,26 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nspawn_init::{Trouble, Word};
 use rustix::process::{WaitOptions, wait};
 
-use super::ending::{exit_of, told};
+use super::ending::{Signs, exit_of, told};
+use super::first::Channel;
 use super::line::{Failure, News, Step, Verb};
 use super::listeners::Listeners;
 use super::process::{Held, catches, close_inherited, first_child, ignores, myself};
-use super::record::{Order, Records, Running};
+use super::record::{First, Order, Records, Running};
 use super::{logs, remains};
-use crate::cgroup::Group;
+use crate::cgroup::{Group, freezer};
 use crate::container::{Mode, Process, Started};
 use crate::signal::Signal;
 
 /// How long systemd-nspawn may clear up after its container was killed before it is killed too.
 const CLEAR_UP: Duration = Duration::from_secs(5);
 
-/// Watches over the container whose order lies in `directory`. Standard input is the lifeline of whoever asks for it.
+/// Watches over the container whose order lies in `directory`. Standard input is the lifeline of whoever asks for it; standard
+/// output, of which a supervisor has no other use, is the program that becomes the container's first.
 pub fn supervise(directory: &Path) -> ExitCode {
     close_inherited();
     let records = Records::at(directory);
@@ -58,7 +65,7 @@ pub fn supervise(directory: &Path) -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(failure) => {
-            records.discard_environment();
+            records.discard_secrets();
             listeners.tell(&News::Failed(failure));
             ExitCode::FAILURE
         }
@@ -88,6 +95,8 @@ fn detach() -> io::Result<SignalFd> {
     // Fails for the leader of a process group, which is what a person's shell makes of it; then there is nothing to leave.
     let _ = nix::unistd::setsid();
     let _ = std::env::set_current_dir("/");
+    // Its sockets and files are root's alone.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     // The payload shall be the victim when memory runs out. Only root may say so.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     nix::sys::prctl::set_child_subreaper(true)?;
@@ -129,16 +138,29 @@ struct Watch {
     sockets: Sockets,
     listeners: Listeners,
     nspawn: Process,
+    /// To the container's first program, where it is ours.
+    first: Option<Channel>,
+    /// Why the command does not run, from the first program.
+    trouble: Option<Trouble>,
+    /// The raw wait status of the command, from the first program.
+    status: Option<i32>,
     state: State,
     /// Set when the container was ended by force: what systemd-nspawn says of the end is then no news.
     forced: bool,
     /// When systemd-nspawn itself is killed, after its container was.
     patience: Option<Instant>,
+    /// Whether the end has been recorded and told.
+    told: bool,
 }
 
 #[derive(Debug)]
 enum State {
-    Starting,
+    Starting {
+        /// As systemd-nspawn tells it.
+        leader: Option<i32>,
+        /// Whether the first program waits for the word to go. The image's own waits for nothing.
+        ready: bool,
+    },
     /// It came up and must not stay.
     Failing(Failure),
     Running {
@@ -160,22 +182,27 @@ impl Watch {
                 .map_err(|error| failure(Step::Cgroup, &error))?;
         }
         remains::clear_the_way(&order.machine);
-        let child =
-            spawn(&records, stdout, stderr).map_err(|error| failure(Step::Nspawn, &error))?;
+        let (child, first) = spawn(&records, order.first, stdout, stderr)
+            .map_err(|error| failure(Step::Nspawn, &error))?;
         let pid = i32::try_from(child.id())
             .map_err(|_| failure(Step::Nspawn, &io::ErrorKind::InvalidData.into()))?;
         // Not reaped yet, so the pid is its own.
         let nspawn = Held::by_pid(pid).map_or(Process { pid, start: 0 }, |held| held.process());
         let listeners = Listeners::default();
+        let (leader, ready) = (None, first.is_none());
         Ok(Self {
             records,
             order,
             sockets,
             listeners,
             nspawn,
-            state: State::Starting,
+            first,
+            trouble: None,
+            status: None,
+            state: State::Starting { leader, ready },
             forced: false,
             patience: None,
+            told: false,
         })
     }
 
@@ -193,10 +220,15 @@ impl Watch {
             if awake.notify {
                 self.hear_nspawn();
             }
+            self.hear_first();
+            self.start_if_ready();
             if awake.lifeline {
                 self.welcome();
             }
             self.hear_listeners();
+            if awake.leader {
+                self.tell_end(ExitStatus::from_raw(Signal::KILL.number()));
+            }
             if awake.signals
                 && let Some(status) = self.reap()
             {
@@ -216,10 +248,17 @@ impl Watch {
             PollFd::new(self.sockets.notify.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.sockets.lifeline.as_fd(), PollFlags::POLLIN),
         ];
+        let first = self.first.as_ref().and_then(Channel::descriptor);
         descriptors.extend(
             self.listeners
                 .descriptors()
+                .chain(first)
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
+        );
+        let last = descriptors.len();
+        descriptors.extend(
+            self.end_to_tell_early()
+                .map(|leader| PollFd::new(leader.as_fd(), PollFlags::POLLIN)),
         );
         let limit = match self.patience {
             None => PollTimeout::NONE,
@@ -233,7 +272,9 @@ impl Watch {
             other => other?,
         };
         let ready = |index: usize| descriptors[index].any().unwrap_or(true);
+        let leader = descriptors.get(last).and_then(PollFd::any);
         Ok(Awake {
+            leader: leader.unwrap_or(false),
             signals: ready(0),
             notify: ready(1),
             lifeline: ready(2),
@@ -245,12 +286,44 @@ impl Watch {
         let mut datagram = [0; 4096];
         while let Ok(length) = self.sockets.notify.recv(&mut datagram) {
             let text = String::from_utf8_lossy(&datagram[..length]);
-            let leader = text
+            let told = text
                 .lines()
                 .find_map(|line| line.strip_prefix("X_NSPAWN_LEADER_PID=")?.parse().ok());
-            if let (Some(leader), State::Starting) = (leader, &self.state) {
-                self.started(leader);
+            if let (Some(pid), State::Starting { leader, .. }) = (told, &mut self.state) {
+                leader.get_or_insert(pid);
             }
+        }
+    }
+
+    /// Reads what the container's first program says, where it is ours. The first word of a kind counts.
+    fn hear_first(&mut self) {
+        let Some(channel) = &mut self.first else {
+            return;
+        };
+        while let Some(word) = channel.hear() {
+            match word {
+                Word::Ready => {
+                    if let State::Starting { ready, .. } = &mut self.state {
+                        *ready = true;
+                    }
+                }
+                Word::Failed(trouble) => drop(self.trouble.get_or_insert(trouble)),
+                Word::Ended { status } => drop(self.status.get_or_insert(status)),
+                Word::Running
+                | Word::ExecRunning { .. }
+                | Word::ExecFailed { .. }
+                | Word::ExecEnded { .. } => {}
+            }
+        }
+    }
+
+    fn start_if_ready(&mut self) {
+        if let State::Starting {
+            leader: Some(leader),
+            ready: true,
+        } = self.state
+        {
+            self.started(leader);
         }
     }
 
@@ -297,13 +370,16 @@ impl Watch {
             self.kill();
             return;
         }
+        if let Some(first) = &self.first {
+            first.go();
+        }
         self.listeners.tell(&News::Started(started));
     }
 
     fn welcome(&mut self) {
         while let Ok((stream, _)) = self.sockets.lifeline.accept() {
             let news = match &self.state {
-                State::Starting | State::Failing(_) => None,
+                State::Starting { .. } | State::Failing(_) => None,
                 State::Running { started, .. } => Some(News::Started((**started).clone())),
             };
             self.listeners.add(stream);
@@ -333,7 +409,7 @@ impl Watch {
             self.listeners.answer(index, &News::Done { request, error });
         }
         let asker_is_gone = self.listeners.forget_the_gone();
-        if asker_is_gone && matches!(self.state, State::Starting) {
+        if asker_is_gone && matches!(self.state, State::Starting { .. }) {
             // Whoever asked for the start has died and will ask again; two of the same must not run.
             self.kill();
         }
@@ -351,7 +427,15 @@ impl Watch {
         let pid = leader.process().pid;
         match self.order.mode {
             Mode::Boot | Mode::Plain => Some(pid),
-            Mode::ProcessTwo => first_child(pid),
+            Mode::ProcessTwo => {
+                // Before it has a child, and after, our own program keeps signals or has no use for them.
+                let init = self
+                    .first
+                    .as_ref()
+                    .and_then(Channel::speaker)
+                    .unwrap_or(pid);
+                Some(first_child(init).unwrap_or(init))
+            }
         }
     }
 
@@ -368,6 +452,7 @@ impl Watch {
     }
 
     fn signal(&self, signal: Option<Signal>) -> io::Result<()> {
+        self.rouse_nspawn();
         let (Some(signal), Some(pid)) = (signal, self.payload()) else {
             return Ok(());
         };
@@ -391,9 +476,58 @@ impl Watch {
         }
         if let Some(leader) = leader {
             let _ = leader.signal(Signal::KILL);
+            freezer::release(leader.process().pid);
         }
+        // What is frozen can't clear up.
+        if let Some(place) = &self.order.place {
+            Group::new(&place.group).thaw();
+        }
+        self.rouse_nspawn();
         self.patience
             .get_or_insert_with(|| Instant::now() + CLEAR_UP);
+    }
+
+    /// A systemd-nspawn that somebody has stopped would not notice the end of its container.
+    fn rouse_nspawn(&self) {
+        if let Ok(nspawn) = Held::again(self.nspawn) {
+            let _ = nspawn.signal(Signal::CONT);
+        }
+    }
+
+    /// The leader, where its end is all there is to wait for: after force systemd-nspawn has no news of it, and throwing away
+    /// an ephemeral root may take it seconds. Any other root stays locked until systemd-nspawn has ended.
+    fn end_to_tell_early(&self) -> Option<&Held> {
+        let State::Running { leader, .. } = &self.state else {
+            return None;
+        };
+        let early = self.forced && !self.told && self.order.copies.is_some();
+        leader.as_ref().filter(|_| early)
+    }
+
+    /// Records how it ended and tells everybody, once.
+    fn tell_end(&mut self, status: ExitStatus) {
+        if std::mem::replace(&mut self.told, true) {
+            return;
+        }
+        let place = self.order.place.as_ref();
+        let leader = match &self.state {
+            State::Running { leader, .. } => leader.as_ref(),
+            State::Starting { .. } | State::Failing(_) => None,
+        };
+        let exit = exit_of(&Signs {
+            mode: self.order.mode,
+            trouble: self.trouble.as_ref(),
+            command: self.status,
+            leader: leader.and_then(Held::raw_status),
+            words: &self.records.words(),
+            nspawn: status,
+            forced: self.forced,
+            oom: place.is_some_and(|place| Group::new(&place.group).oom_kills() > 0),
+        });
+        if let Err(error) = self.records.write_exit(&exit) {
+            let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
+        }
+        self.listeners.tell(&News::Exited(exit));
     }
 
     /// Ends everything at once, systemd-nspawn too.
@@ -420,9 +554,11 @@ impl Watch {
 
     /// systemd-nspawn has ended: so has the container, or it does now.
     fn end(&mut self, status: ExitStatus) {
-        // What it said last may still lie in the socket: a short command is over before anybody has looked.
+        // What was said last may still lie in the sockets: a short command is over before anybody has looked.
         self.hear_nspawn();
-        self.records.discard_environment();
+        self.hear_first();
+        self.start_if_ready();
+        self.records.discard_secrets();
         self.kill_the_rest();
         let group = self
             .order
@@ -430,7 +566,7 @@ impl Watch {
             .as_ref()
             .map(|place| Group::new(&place.group));
         let copy = match &self.state {
-            State::Starting => {
+            State::Starting { .. } => {
                 let failure = self.failed(status);
                 self.listeners.tell(&News::Failed(failure));
                 None
@@ -441,12 +577,7 @@ impl Watch {
             }
             State::Running { copy, .. } => {
                 let copy = copy.clone();
-                let oom = group.as_ref().is_some_and(|group| group.oom_kills() > 0);
-                let exit = exit_of(status, self.order.mode, self.forced, oom);
-                if let Err(error) = self.records.write_exit(&exit) {
-                    let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
-                }
-                self.listeners.tell(&News::Exited(exit));
+                self.tell_end(status);
                 copy
             }
         };
@@ -483,9 +614,17 @@ impl Watch {
     }
 
     fn failed(&self, status: ExitStatus) -> Failure {
-        let reason = self.records.failure().unwrap_or_else(|| {
+        let trouble = self.trouble.as_ref().map(ToString::to_string);
+        let reason = self.records.failure().or(trouble).unwrap_or_else(|| {
             let how = told(status);
-            format!("{how} before the container was up; what it said is in the task's stderr log")
+            let words = in_one_line(&self.records.words());
+            if words.is_empty() {
+                format!(
+                    "{how} before the container was up; what it said is in the task's stderr log"
+                )
+            } else {
+                format!("{how} before the container was up: {words}")
+            }
         });
         Failure {
             step: Step::Nspawn,
@@ -495,11 +634,21 @@ impl Watch {
     }
 }
 
+fn in_one_line(words: &str) -> String {
+    let lines: Vec<&str> = words
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    lines.join("; ")
+}
+
 #[derive(Debug, Default)]
 struct Awake {
     signals: bool,
     notify: bool,
     lifeline: bool,
+    leader: bool,
 }
 
 /// Starts the step between this process and systemd-nspawn.
@@ -507,16 +656,48 @@ struct Awake {
     clippy::disallowed_methods,
     reason = "the container's own process begins here"
 )]
-fn spawn(records: &Records, stdout: Stdio, stderr: Stdio) -> io::Result<Child> {
+fn spawn(
+    records: &Records,
+    first: First,
+    stdout: File,
+    stderr: File,
+) -> io::Result<(Child, Option<Channel>)> {
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("nomad-driver-nspawn")
         .arg("enter")
         .arg(records.path())
         .env_clear();
-    command
-        .stdin(Stdio::null())
-        .stdout(stdout)
-        .stderr(stderr)
-        .spawn()
+    let First::Ours { streams } = first else {
+        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+        return Ok((command.spawn()?, None));
+    };
+    let (channel, theirs) = Channel::open()?;
+    let (give, take) = UnixStream::pair()?;
+    let program = io::stdout().as_fd().try_clone_to_owned()?;
+    hand_over(
+        &give,
+        [
+            theirs,
+            stdout.try_clone()?.into(),
+            stderr.try_clone()?.into(),
+            program,
+        ],
+    )?;
+    command.stdin(OwnedFd::from(take));
+    if streams {
+        command.stdout(Stdio::null()).stderr(records.open_words()?);
+    } else {
+        command.stdout(stdout).stderr(stderr);
+    }
+    Ok((command.spawn()?, Some(channel)))
+}
+
+/// Sends descriptors to whoever holds the other end.
+fn hand_over(give: &UnixStream, descriptors: [OwnedFd; 4]) -> io::Result<()> {
+    let numbers = descriptors.each_ref().map(AsRawFd::as_raw_fd);
+    let rights = [ControlMessage::ScmRights(&numbers)];
+    let byte = [IoSlice::new(&[0])];
+    sendmsg::<()>(give.as_raw_fd(), &byte, &rights, MsgFlags::empty(), None)?;
+    Ok(())
 }

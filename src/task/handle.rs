@@ -26,9 +26,14 @@ pub enum HandleError {
     /// A later form of the state.
     #[error("state schema {0} is newer than this driver, which writes schema {SCHEMA}")]
     Schema(u32),
-    /// Not a state at all.
-    #[error("the stored state can't be read")]
-    Damaged(#[source] serde_json::Error),
+    /// Not a state at all. Names the place and not what is there, which may be anything.
+    #[error("the stored state can't be read, as line {line} column {column} shows")]
+    Damaged {
+        /// From 1; 0 if there is none.
+        line: usize,
+        /// In bytes.
+        column: usize,
+    },
     /// The state of another start.
     #[error("the stored state belongs to {state:?}, not to {handle:?}")]
     Mismatch {
@@ -74,11 +79,11 @@ pub fn decode(version: i32, state: &[u8], id: &str) -> Result<Started, HandleErr
         1 => return Err(HandleError::GoDriver),
         other => return Err(HandleError::Version(other)),
     }
-    let Schema { schema } = serde_json::from_slice(state).map_err(HandleError::Damaged)?;
+    let Schema { schema } = serde_json::from_slice(state).map_err(damaged)?;
     if schema != SCHEMA {
         return Err(HandleError::Schema(schema));
     }
-    let Read { started } = serde_json::from_slice(state).map_err(HandleError::Damaged)?;
+    let Read { started } = serde_json::from_slice(state).map_err(damaged)?;
     if started.id != id {
         return Err(HandleError::Mismatch {
             state: started.id,
@@ -86,6 +91,13 @@ pub fn decode(version: i32, state: &[u8], id: &str) -> Result<Started, HandleErr
         });
     }
     Ok(started)
+}
+
+fn damaged(error: serde_json::Error) -> HandleError {
+    HandleError::Damaged {
+        line: error.line(),
+        column: error.column(),
+    }
 }
 
 #[cfg(test)]
@@ -147,7 +159,7 @@ mod tests {
         ));
         assert!(matches!(
             decode(VERSION, b"", "i"),
-            Err(HandleError::Damaged(_))
+            Err(HandleError::Damaged { .. })
         ));
     }
 
@@ -158,6 +170,17 @@ mod tests {
             let whole = encode(&started("i")).unwrap();
             let cut = cut % whole.len();
             prop_assert!(decode(VERSION, &whole[..cut], "i").is_err());
+        }
+
+        #[test]
+        fn a_changed_byte_is_no_panic_and_no_other_task(at: prop::sample::Index, byte: u8) {
+            let mut state = encode(&started("a/t/1")).unwrap();
+            let at = at.index(state.len());
+            state[at] = byte;
+            match decode(VERSION, &state, "a/t/1") {
+                Ok(read) => prop_assert_eq!(read.id, "a/t/1"),
+                Err(error) => prop_assert!(!error.to_string().contains('\n'), "{}", error),
+            }
         }
     }
 }

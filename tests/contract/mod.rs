@@ -180,6 +180,13 @@ impl World {
         within(self.backend.start(spec)).await.unwrap()
     }
 
+    /// Starts a container that must come up, and waits until its payload says so.
+    pub(crate) async fn up(&self, spec: ContainerSpec) -> Started {
+        let started = self.start(spec).await;
+        self.heard("up").await;
+        started
+    }
+
     /// Starts a container that must not come up.
     pub(crate) async fn refused(&self, spec: ContainerSpec) -> BackendError {
         within(self.backend.start(spec)).await.unwrap_err()
@@ -251,6 +258,11 @@ fn processes_that_name(marker: &str) -> Vec<String> {
 /// An exit as (code, signal).
 pub(crate) fn ended(exit: &Exit) -> (i32, i32) {
     (exit.code, exit.signal)
+}
+
+/// Whether this kernel tells how a process ended to others than its parent.
+pub(crate) fn kernel_tells() -> bool {
+    nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15)
 }
 
 /// Sends a signal to a process of this host from outside, as an operator would.

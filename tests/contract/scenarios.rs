@@ -1,5 +1,6 @@
 //! The scenarios. One function each; its name is the promise.
 
+use nomad_driver_nspawn::cgroup::Group;
 use nomad_driver_nspawn::container::{Mount, Process};
 use nomad_driver_nspawn::supervisor::process::{Held, children};
 
@@ -14,8 +15,9 @@ macro_rules! scenarios {
     ($each:ident) => {
         $each! {
             a_code_of_0_is_0, a_code_of_42_is_42, a_code_of_255_is_255, a_code_of_a_second_process_is_its_own,
-            a_code_of_133_is_told_as_1, stdout_and_stderr_stay_apart, the_environment_arrives_unchanged,
-            words_arrive_unchanged, a_command_that_is_not_there_fails, a_command_that_ends_at_once_has_started,
+            a_code_of_133_is_told, stdout_and_stderr_stay_apart, the_environment_arrives_unchanged,
+            words_arrive_unchanged, a_command_that_is_not_there_fails_by_name,
+            a_command_that_cannot_be_executed_fails_by_name, a_command_that_ends_at_once_has_started,
             many_wait_early_and_late, a_wait_given_up_changes_nothing, a_stop_reaches_a_handler_of_term,
             a_stop_reaches_a_handler_of_int, a_stop_reaches_a_second_process, a_chosen_stop_signal_is_sent,
             a_deaf_payload_is_ended_after_the_grace, no_grace_is_force_at_once, a_stopped_process_is_ended_too,
@@ -34,6 +36,22 @@ macro_rules! scenarios {
             an_end_that_somebody_may_ask_for_is_kept, a_copy_that_nobody_claims_is_cleared_away,
             half_made_starts_are_cleared_away, an_order_that_can_not_be_read_hides_no_container,
             what_the_driver_did_not_make_is_left_alone, nobody_is_mistaken_for_a_process_of_another_boot,
+            a_value_of_128_kib_arrives, a_large_environment_arrives, a_name_of_4_kib_arrives,
+            more_than_the_kernel_takes_is_refused_with_the_limit, names_that_systemd_reads_arrive,
+            a_value_stands_in_no_command_line, a_command_has_three_descriptors, a_command_keeps_the_limit_of_core_dumps,
+            a_payload_has_a_group_of_its_own, a_new_session_is_ended_too, a_storm_of_forks_is_ended_too,
+            groups_made_below_are_ended_and_removed, a_frozen_payload_is_ended_too, a_container_frozen_as_a_whole_is_ended_too,
+            a_container_in_a_freezer_of_version_1_is_ended_too, a_frozen_container_can_be_removed,
+            a_stopped_first_process_is_ended_too, a_stopped_second_process_is_ended_too, a_stopped_nspawn_is_ended_too,
+            a_stopped_nspawn_hides_no_polite_end, a_stopped_supervisor_still_carries_out_a_stop,
+            a_stopped_supervisor_still_passes_signals_on, a_stopped_supervisor_can_be_removed,
+            a_stopped_nspawn_without_a_supervisor_is_ended, a_stop_right_after_the_start_is_carried_out,
+            a_signal_right_after_the_start_harms_nobody, two_stops_at_once_end_once, force_overtakes_a_patient_stop,
+            an_endless_grace_ends_with_the_task, an_end_during_the_grace_has_its_own_code, a_signal_arrives_as_often_as_it_is_sent,
+            signals_during_a_stop_are_no_error, a_payload_is_stopped_and_goes_on, a_signal_to_kill_is_told_as_137,
+            a_real_time_signal_reaches_its_handler, a_named_signal_is_sent_though_another_is_handled,
+            another_backend_stops_it_politely, a_stop_of_what_was_removed_is_an_error, removing_overtakes_a_patient_stop,
+            an_ephemeral_root_that_is_ended_by_force_is_told_once,
         }
     };
 }
@@ -55,8 +73,10 @@ pub(crate) async fn a_code_of_a_second_process_is_its_own(world: World) {
 }
 
 /// systemd-nspawn keeps 133 for a reboot.
-pub(crate) async fn a_code_of_133_is_told_as_1(world: World) {
-    code(world, Mode::Plain, 133, 1).await;
+/// systemd-nspawn has this code for itself and makes 1 of it; the kernel tells the truth from 6.15 on.
+pub(crate) async fn a_code_of_133_is_told(world: World) {
+    let told = if kernel_tells() { 133 } else { 1 };
+    code(world, Mode::Plain, 133, told).await;
 }
 
 async fn code(world: World, mode: Mode, code: i32, told: i32) {
@@ -143,21 +163,37 @@ pub(crate) async fn words_arrive_unchanged(world: World) {
 }
 
 /// The start is over before the command is executed, so this is an end, not a failed start.
-pub(crate) async fn a_command_that_is_not_there_fails(world: World) {
+pub(crate) async fn a_command_that_is_not_there_fails_by_name(world: World) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        no_command(&world, mode, "/no/such/program", 127).await;
+        no_command(&world, mode, "no-such-program", 127).await;
+    }
+    world.leave(&[]).await;
+}
+
+pub(crate) async fn a_command_that_cannot_be_executed_fails_by_name(world: World) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        no_command(&world, mode, "/proc/version", 126).await;
+        no_command(&world, mode, "/proc", 126).await;
+    }
+    world.leave(&[]).await;
+}
+
+async fn no_command(world: &World, mode: Mode, command: &str, code: i32) {
     let started = world
         .start(ContainerSpec {
-            command: vec!["/no/such/program".into()],
+            mode,
+            command: vec![command.into()],
             ..world.spec("")
         })
         .await;
     let exit = world.end(&started).await;
-    assert_eq!(ended(&exit), (1, 0));
-    assert!(
-        world.said("stderr").contains("/no/such/program"),
-        "{:?}",
-        world.said("stderr")
-    );
-    world.leave(&[&started]).await;
+    assert_eq!(ended(&exit), (code, 0), "{mode:?} {command}");
+    let told = exit.error.clone().unwrap_or_default();
+    assert!(told.contains(command), "{mode:?}: {told:?}");
+    let said = world.said("stderr");
+    assert!(said.contains(command), "{mode:?}: {said:?}");
+    within(world.backend.remove(&started.id)).await.unwrap();
 }
 
 pub(crate) async fn a_command_that_ends_at_once_has_started(world: World) {
@@ -173,8 +209,7 @@ pub(crate) async fn a_command_that_ends_at_once_has_started(world: World) {
 }
 
 pub(crate) async fn many_wait_early_and_late(world: World) {
-    let started = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(HEARS_TERM)).await;
     let wait = || world.end(&started);
     // All of them wait before the stop is asked for: a join polls in this order.
     let stop = world.backend.stop(&started, Some(signal("TERM")), AMPLE);
@@ -239,12 +274,11 @@ async fn stopped(
     want: (i32, i32),
 ) {
     let started = world
-        .start(ContainerSpec {
+        .up(ContainerSpec {
             mode,
             ..world.spec(script)
         })
         .await;
-    world.heard("up").await;
     if mode == Mode::Plain {
         world.handles(&started, handled).await;
     }
@@ -258,12 +292,11 @@ async fn stopped(
 pub(crate) async fn a_deaf_payload_is_ended_after_the_grace(world: World) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let started = world
-            .start(ContainerSpec {
+            .up(ContainerSpec {
                 mode,
                 ..world.named(&format!("{mode:?}").to_lowercase(), DEAF)
             })
             .await;
-        world.heard("up").await;
         within(
             world
                 .backend
@@ -280,8 +313,7 @@ pub(crate) async fn a_deaf_payload_is_ended_after_the_grace(world: World) {
 }
 
 pub(crate) async fn no_grace_is_force_at_once(world: World) {
-    let started = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(HEARS_TERM)).await;
     within(world.backend.stop(&started, None, Duration::ZERO))
         .await
         .unwrap();
@@ -292,9 +324,8 @@ pub(crate) async fn no_grace_is_force_at_once(world: World) {
 
 pub(crate) async fn a_stopped_process_is_ended_too(world: World) {
     let started = world
-        .start(world.spec("trap '' TERM INT; sleep 600 & kill -STOP $!; echo up; wait"))
+        .up(world.spec("trap '' TERM INT; sleep 600 & kill -STOP $!; echo up; wait"))
         .await;
-    world.heard("up").await;
     let inner = offspring(started.leader.pid);
     assert!(!inner.is_empty());
     within(
@@ -313,11 +344,10 @@ pub(crate) async fn a_stopped_process_is_ended_too(world: World) {
 
 pub(crate) async fn what_forked_twice_is_ended_too(world: World) {
     let started = world
-        .start(world.spec(
+        .up(world.spec(
             "(sleep 600 & sleep 601 &) ; trap '' TERM INT; echo up; while :; do sleep 0.05; done",
         ))
         .await;
-    world.heard("up").await;
     let inner = offspring(started.leader.pid);
     within(
         world
@@ -358,8 +388,7 @@ pub(crate) async fn a_stop_after_the_end_is_fine(world: World) {
 }
 
 pub(crate) async fn a_signal_reaches_its_handler(world: World) {
-    let started = world.start(world.spec("trap 'echo hup' HUP; trap 'echo usr; exit 8' USR2; echo up; while :; do sleep 0.05; done")).await;
-    world.heard("up").await;
+    let started = world.up(world.spec("trap 'echo hup' HUP; trap 'echo usr; exit 8' USR2; echo up; while :; do sleep 0.05; done")).await;
     within(world.backend.signal(&started, signal("SIGHUP")))
         .await
         .unwrap();
@@ -375,9 +404,8 @@ pub(crate) async fn a_signal_reaches_its_handler(world: World) {
 /// The kernel shields the first process of a pid namespace from signals it has no handler for.
 pub(crate) async fn a_signal_without_a_handler_spares_the_first_process(world: World) {
     let started = world
-        .start(world.spec("trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"))
+        .up(world.spec("trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"))
         .await;
-    world.heard("up").await;
     within(world.backend.signal(&started, signal("SIGUSR1")))
         .await
         .unwrap();
@@ -392,12 +420,11 @@ pub(crate) async fn a_signal_without_a_handler_spares_the_first_process(world: W
 pub(crate) async fn a_signal_reaches_a_second_process(world: World) {
     let script = "trap 'echo got; exit 11' USR1; echo up; while :; do sleep 0.05; done";
     let started = world
-        .start(ContainerSpec {
+        .up(ContainerSpec {
             mode: Mode::ProcessTwo,
             ..world.spec(script)
         })
         .await;
-    world.heard("up").await;
     within(world.backend.signal(&started, signal("SIGUSR1")))
         .await
         .unwrap();
@@ -406,8 +433,7 @@ pub(crate) async fn a_signal_reaches_a_second_process(world: World) {
 }
 
 pub(crate) async fn a_killed_payload_is_no_success(world: World) {
-    let started = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(HEARS_TERM)).await;
     strike(started.leader.pid, Signal::KILL);
     let exit = world.end(&started).await;
     assert_ne!(exit.code, 0);
@@ -415,8 +441,7 @@ pub(crate) async fn a_killed_payload_is_no_success(world: World) {
 }
 
 pub(crate) async fn removing_ends_what_runs(world: World) {
-    let started = world.start(world.spec(DEAF)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(DEAF)).await;
     world.leave(&[&started]).await;
 }
 
@@ -434,9 +459,8 @@ pub(crate) async fn removing_is_safe_to_repeat(world: World) {
 
 pub(crate) async fn another_backend_finds_it_again(world: World) {
     let started = world
-        .start(world.spec("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"))
+        .up(world.spec("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"))
         .await;
-    world.heard("up").await;
     let other = NspawnBackend::new(world.settings.clone());
     assert_eq!(within(other.attach(&started)).await.unwrap(), started);
     assert_eq!(
@@ -520,8 +544,7 @@ async fn lost(world: &World, started: &Started) {
 }
 
 pub(crate) async fn a_killed_supervisor_ends_the_container(world: World) {
-    let started = world.start(world.spec(DEAF)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(DEAF)).await;
     strike(started.supervisor.pid, Signal::KILL);
     let exit = world.end(&started).await;
     assert_ne!(exit.code, 0);
@@ -545,8 +568,7 @@ pub(crate) async fn an_nspawn_ended_by_a_real_time_signal_is_noticed(world: Worl
 }
 
 async fn nspawn_struck_by(world: World, name: &str) {
-    let started = world.start(world.spec(DEAF)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(DEAF)).await;
     let nspawn = Records::at(&started.state).running().unwrap().nspawn;
     strike(nspawn.pid, signal(name));
     let exit = world.end(&started).await;
@@ -609,8 +631,7 @@ pub(crate) async fn a_failed_start_can_be_repeated(world: World) {
 
 /// As after a plugin that died between the start and its answer: Nomad asks again with the same id.
 pub(crate) async fn a_second_start_of_an_id_replaces_the_first(world: World) {
-    let first = world.start(world.spec(DEAF)).await;
-    world.heard("up").await;
+    let first = world.up(world.spec(DEAF)).await;
     let other = NspawnBackend::new(world.settings.clone());
     let second = within(other.start(world.spec("exit 15"))).await.unwrap();
     assert!(!is_alive(first.leader), "the first one lives on");
@@ -720,12 +741,11 @@ fn read_all(path: PathBuf) -> tokio::task::JoinHandle<String> {
 
 pub(crate) async fn an_ephemeral_root_leaves_no_copy(world: World) {
     let started = world
-        .start(ContainerSpec {
+        .up(ContainerSpec {
             ephemeral: true,
             ..world.spec(DEAF)
         })
         .await;
-    world.heard("up").await;
     within(world.backend.stop(&started, None, Duration::ZERO))
         .await
         .unwrap();
@@ -754,8 +774,7 @@ pub(crate) async fn a_read_only_root_needs_no_mount_points(world: World) {
 }
 
 pub(crate) async fn usage_can_be_read(world: World) {
-    let started = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    let started = world.up(world.spec(HEARS_TERM)).await;
     let usage = within(world.backend.usage(&started)).await.unwrap();
     let told = usage.cpu_user_ns.is_some() && usage.memory_rss.is_some_and(|bytes| bytes > 0);
     assert_eq!(told, started.cgroup.is_some(), "{usage:?}");
@@ -777,9 +796,8 @@ pub(crate) async fn a_working_directory_is_where_it_starts(world: World) {
 pub(crate) async fn a_listener_that_talks_nonsense_is_dropped(world: World) {
     use std::io::{Read, Write};
     let started = world
-        .start(world.spec("trap 'exit 18' TERM; echo up; while :; do sleep 0.05; done"))
+        .up(world.spec("trap 'exit 18' TERM; echo up; while :; do sleep 0.05; done"))
         .await;
-    world.heard("up").await;
     let lifeline = Records::at(&started.state).lifeline();
     let dropped = tokio::task::spawn_blocking(move || {
         let mut stream = std::os::unix::net::UnixStream::connect(lifeline).unwrap();
@@ -1011,4 +1029,587 @@ pub(crate) async fn nobody_is_mistaken_for_a_process_of_another_boot(world: Worl
         .unwrap();
     assert_eq!(ended(&world.end(&innocent).await), (3, 0));
     world.leave(&[&innocent]).await;
+}
+
+/// By it a stop finds everything at once.
+pub(crate) async fn a_payload_has_a_group_of_its_own(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let inner = offspring(started.leader.pid);
+    if let Some(group) = &started.cgroup {
+        let payload = Group::new(group).child("payload").processes();
+        assert!(payload.contains(&started.leader.pid), "{payload:?}");
+        let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+        assert!(!payload.contains(&nspawn.pid), "{payload:?}");
+    }
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+/// Force after a short grace, which ends all of these processes.
+async fn ended_by_force(world: &World, started: &Started, inner: Vec<Held>) {
+    let grace = Duration::from_millis(50);
+    within(world.backend.stop(started, None, grace))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(started).await), (137, 9));
+    assert!(inner.iter().all(|held| held.wait(LIMIT)), "one lives on");
+}
+
+pub(crate) async fn a_new_session_is_ended_too(world: World) {
+    let script = "setsid sh -c 'trap \"\" TERM HUP; sleep 600 & setsid sleep 601 & wait' & trap '' TERM INT; echo up; while :; do sleep 0.05; done";
+    let started = world.up(world.spec(script)).await;
+    let inner = offspring(started.leader.pid);
+    assert!(!inner.is_empty());
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+/// Faster than a list of them can be read.
+pub(crate) async fn a_storm_of_forks_is_ended_too(world: World) {
+    let script = "trap '' TERM INT; i=0; while [ $i -lt 20 ]; do (while :; do (:); done) & i=$((i+1)); done; echo up; wait";
+    let started = world.up(world.spec(script)).await;
+    let inner = offspring(started.leader.pid);
+    assert!(inner.len() >= 20);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+/// As a payload makes them that runs containers of its own.
+pub(crate) async fn groups_made_below_are_ended_and_removed(world: World) {
+    let started = world
+        .up(world.spec("sleep 600 & trap '' TERM INT; echo up; while :; do sleep 0.05; done"))
+        .await;
+    let inner = offspring(started.leader.pid);
+    if let Some(group) = &started.cgroup {
+        let below = Group::new(group).child("payload").child("a").child("b");
+        below.create().unwrap();
+        let moved = inner.iter().map(|held| held.process().pid.to_string());
+        let moved = moved.filter(|pid| fs::write(below.path().join("cgroup.procs"), pid).is_ok());
+        assert!(moved.count() > 0, "nobody could be moved");
+    }
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_frozen_payload_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    freeze(&started, "payload/cgroup.freeze").await;
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+/// systemd-nspawn among it, which could not clear up.
+pub(crate) async fn a_container_frozen_as_a_whole_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    freeze(&started, "cgroup.freeze").await;
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_frozen_container_can_be_removed(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    freeze(&started, "cgroup.freeze").await;
+    world.leave(&[&started]).await;
+}
+
+/// Freezes a group of the container, where it has one: without control groups nobody can freeze it.
+async fn freeze(started: &Started, file: &str) {
+    let Some(group) = &started.cgroup else { return };
+    let file = group.join(file);
+    fs::write(&file, "1").unwrap();
+    let events = file.with_file_name("cgroup.events");
+    within(async {
+        while !fs::read_to_string(&events).unwrap().contains("frozen 1") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+/// A process in it takes not even SIGKILL. Where the host has no such freezer, there is nothing to hinder the stop.
+pub(crate) async fn a_container_in_a_freezer_of_version_1_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let inner = offspring(started.leader.pid);
+    let top = Path::new("/sys/fs/cgroup/freezer");
+    let freezer = top.join(&started.machine);
+    let frozen = started.cgroup.is_some() && top.is_dir();
+    if frozen {
+        fs::create_dir(&freezer).unwrap();
+        for pid in [nspawn.pid, started.leader.pid] {
+            fs::write(freezer.join("cgroup.procs"), pid.to_string()).unwrap();
+        }
+        fs::write(freezer.join("freezer.state"), "FROZEN").unwrap();
+        within(async {
+            while fs::read_to_string(freezer.join("freezer.state")).unwrap() != "FROZEN\n" {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+    ended_by_force(&world, &started, inner).await;
+    if frozen {
+        let state = fs::read_to_string(freezer.join("freezer.state")).unwrap();
+        assert_eq!(state, "FROZEN\n", "a group of somebody else was changed");
+        fs::remove_dir(&freezer).unwrap();
+    }
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_stopped_first_process_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    strike(started.leader.pid, signal("SIGSTOP"));
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_stopped_second_process_is_ended_too(world: World) {
+    let started = world
+        .up(ContainerSpec {
+            mode: Mode::ProcessTwo,
+            ..world.spec(DEAF)
+        })
+        .await;
+    within(world.backend.signal(&started, signal("SIGSTOP")))
+        .await
+        .unwrap();
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_stopped_nspawn_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    strike(nspawn.pid, signal("SIGSTOP"));
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+/// It has to go on to notice the end.
+pub(crate) async fn a_stopped_nspawn_hides_no_polite_end(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    strike(nspawn.pid, signal("SIGSTOP"));
+    stopped_politely(&world.backend, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+/// With a grace that never ends, so that only the payload itself can have ended it.
+async fn stopped_politely(backend: &NspawnBackend, started: &Started, want: (i32, i32)) {
+    within(backend.stop(started, None, Duration::MAX))
+        .await
+        .unwrap();
+    let exit = within(backend.wait(started)).await.unwrap();
+    assert_eq!((ended(&exit), &exit.error), (want, &None));
+}
+
+pub(crate) async fn a_stopped_supervisor_still_carries_out_a_stop(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    strike(started.supervisor.pid, signal("SIGSTOP"));
+    stopped_politely(&world.backend, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_stopped_supervisor_still_passes_signals_on(world: World) {
+    let started = world
+        .up(world.spec("trap 'echo usr' USR1; echo up; while :; do sleep 0.05; done"))
+        .await;
+    world.handles(&started, "USR1").await;
+    strike(started.supervisor.pid, signal("SIGSTOP"));
+    within(world.backend.signal(&started, signal("SIGUSR1")))
+        .await
+        .unwrap();
+    world.heard("usr").await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_stopped_supervisor_can_be_removed(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    strike(started.supervisor.pid, signal("SIGSTOP"));
+    world.leave(&[&started]).await;
+}
+
+/// Both of those who could clear up are out of action.
+pub(crate) async fn a_stopped_nspawn_without_a_supervisor_is_ended(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let mut all = offspring(started.leader.pid);
+    all.extend([nspawn, started.leader].map(|process| Held::again(process).unwrap()));
+    strike(nspawn.pid, signal("SIGSTOP"));
+    strike(started.supervisor.pid, Signal::KILL);
+    let exit = world.end(&started).await;
+    assert!(exit.error.is_some(), "{exit:?}");
+    assert!(all.iter().all(|held| held.wait(LIMIT)), "one lives on");
+    world.leave(&[&started]).await;
+}
+
+/// Before the command runs there may be nobody to hear a signal; the grace time ends all the same.
+pub(crate) async fn a_stop_right_after_the_start_is_carried_out(world: World) {
+    for number in 0..5 {
+        let task = format!("t{number}");
+        let started = world.start(world.named(&task, HEARS_TERM)).await;
+        let grace = Duration::from_millis(20 * number);
+        within(world.backend.stop(&started, None, grace))
+            .await
+            .unwrap();
+        let exit = world.end(&started).await;
+        // The fake's payload is no first process: SIGINT can end it before its shell has a handler, and systemd-nspawn says 0.
+        assert!(
+            [(3, 0), (137, 9), (0, 0)].contains(&ended(&exit)),
+            "{number}: {exit:?}"
+        );
+        assert!(!is_alive(started.leader));
+        within(world.backend.remove(&started.id)).await.unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+pub(crate) async fn a_signal_right_after_the_start_harms_nobody(world: World) {
+    let started = world.start(world.spec(HEARS_TERM)).await;
+    for name in ["SIGHUP", "SIGUSR1", "SIGRTMIN+5", "SIGWINCH"] {
+        within(world.backend.signal(&started, signal(name)))
+            .await
+            .unwrap();
+    }
+    world.heard("up").await;
+    world.handles(&started, "TERM").await;
+    stopped_politely(&world.backend, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn two_stops_at_once_end_once(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    let stop = || stopped_politely(&world.backend, &started, (3, 0));
+    tokio::join!(stop(), stop(), stop());
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn force_overtakes_a_patient_stop(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let patient = world.backend.stop(&started, None, Duration::MAX);
+    let force = world.backend.stop(&started, None, Duration::ZERO);
+    let (patient, force) = within(async { tokio::join!(patient, force) }).await;
+    patient.unwrap();
+    force.unwrap();
+    assert_eq!(ended(&world.end(&started).await), (137, 9));
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn an_endless_grace_ends_with_the_task(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    stopped_politely(&world.backend, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn an_end_during_the_grace_has_its_own_code(world: World) {
+    let script = "trap 'heard=1' TERM; echo up; while [ -z \"$heard\" ]; do sleep 0.02; done; sleep 0.1; exit 24";
+    let started = world.up(world.spec(script)).await;
+    world.handles(&started, "TERM").await;
+    stopped_politely(&world.backend, &started, (24, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_signal_arrives_as_often_as_it_is_sent(world: World) {
+    let script = "n=0; trap 'n=$((n+1)); echo usr-$n' USR1; echo up; while :; do sleep 0.02; done";
+    let started = world.up(world.spec(script)).await;
+    world.handles(&started, "USR1").await;
+    for number in 1..=3 {
+        within(world.backend.signal(&started, signal("SIGUSR1")))
+            .await
+            .unwrap();
+        world.heard(&format!("usr-{number}")).await;
+    }
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn signals_during_a_stop_are_no_error(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    let signals = async {
+        for _ in 0..50 {
+            world.backend.signal(&started, signal("SIGHUP")).await?;
+        }
+        Ok::<_, BackendError>(())
+    };
+    let stop = stopped_politely(&world.backend, &started, (3, 0));
+    let (sent, ()) = within(async { tokio::join!(signals, stop) }).await;
+    sent.unwrap();
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_payload_is_stopped_and_goes_on(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    let send = async |name| {
+        within(world.backend.signal(&started, signal(name)))
+            .await
+            .unwrap();
+    };
+    let path = format!("/proc/{}/stat", started.leader.pid);
+    let is_stopped = || fs::read_to_string(&path).unwrap().contains(") T ");
+    send("SIGSTOP").await;
+    within(async {
+        while !is_stopped() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    send("SIGCONT").await;
+    stopped_politely(&world.backend, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_signal_to_kill_is_told_as_137(world: World) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let started = world
+            .up(ContainerSpec {
+                mode,
+                ..world.named(&format!("{mode:?}").to_lowercase(), HEARS_TERM)
+            })
+            .await;
+        within(world.backend.signal(&started, Signal::KILL))
+            .await
+            .unwrap();
+        let exit = world.end(&started).await;
+        assert_eq!((ended(&exit), exit.error), ((137, 9), None));
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+pub(crate) async fn a_real_time_signal_reaches_its_handler(world: World) {
+    let started = world
+        .up(world.spec("trap 'exit 21' 36; echo up; while :; do sleep 0.05; done"))
+        .await;
+    world.handles(&started, "SIGRTMIN+2").await;
+    within(world.backend.signal(&started, signal("SIGRTMIN+2")))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (21, 0));
+    world.leave(&[&started]).await;
+}
+
+/// What suits the payload is asked only where the job names nothing.
+pub(crate) async fn a_named_signal_is_sent_though_another_is_handled(world: World) {
+    let script = "trap 'exit 22' INT; trap 'exit 23' TERM; echo up; while :; do sleep 0.05; done";
+    stopped(world, Mode::Plain, script, "INT", Some("SIGINT"), (22, 0)).await;
+}
+
+/// One that has not heard yet how things stand, as a plugin that has only just been started again.
+pub(crate) async fn another_backend_stops_it_politely(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    let other = NspawnBackend::new(world.settings.clone());
+    stopped_politely(&other, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_stop_of_what_was_removed_is_an_error(world: World) {
+    let started = world.start(world.spec("exit 0")).await;
+    within(world.backend.remove(&started.id)).await.unwrap();
+    let stopped = within(world.backend.stop(&started, None, AMPLE)).await;
+    let signalled = within(world.backend.signal(&started, Signal::TERM)).await;
+    for error in [stopped.unwrap_err(), signalled.unwrap_err()] {
+        assert!(matches!(error, BackendError::Lost { .. }), "{error:?}");
+    }
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn removing_overtakes_a_patient_stop(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let patient = world.backend.stop(&started, None, Duration::MAX);
+    let removed = world.backend.remove(&started.id);
+    let (patient, removed) = within(async { tokio::join!(patient, removed) }).await;
+    patient.unwrap();
+    removed.unwrap();
+    world.leave(&[&started]).await;
+}
+
+/// Its end is known before systemd-nspawn has thrown the root away.
+pub(crate) async fn an_ephemeral_root_that_is_ended_by_force_is_told_once(world: World) {
+    let started = world
+        .up(ContainerSpec {
+            ephemeral: true,
+            ..world.spec(DEAF)
+        })
+        .await;
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    let first = world.end(&started).await;
+    let other = NspawnBackend::new(world.settings.clone());
+    assert_eq!(within(other.wait(&started)).await.unwrap(), first);
+    world.leave(&[&started]).await;
+}
+
+/// The longest single string that a program can get.
+pub(crate) async fn a_value_of_128_kib_arrives(world: World) {
+    let value = "x".repeat(128 * 1024 - "BIG=".len() - 1);
+    let want = value.len();
+    let environment = BTreeMap::from([("BIG".to_owned(), value)]);
+    let started = world
+        .start(ContainerSpec {
+            environment,
+            ..world.spec("echo ${#BIG}")
+        })
+        .await;
+    world.end(&started).await;
+    assert_eq!(world.said("stdout"), format!("{want}\n"));
+    world.leave(&[&started]).await;
+}
+
+/// The kernel takes 2 MiB of words and variables, whoever executes.
+pub(crate) async fn a_large_environment_arrives(world: World) {
+    const EACH: usize = 131_000;
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let environment = (0..14)
+            .map(|number| (format!("BIG{number}"), number.to_string().repeat(EACH)))
+            .map(|(name, value)| (name, value[..EACH].to_owned()))
+            .collect();
+        let script = "n=0; i=0; while [ $i -lt 14 ]; do eval \"v=\\$BIG$i\"; n=$((n+${#v})); i=$((i+1)); done; echo $n";
+        let task = format!("{mode:?}").to_lowercase();
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                environment,
+                ..world.named(&task, script)
+            })
+            .await;
+        world.end(&started).await;
+        assert_eq!(world.said("stdout"), format!("{}\n", 14 * EACH), "{mode:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+pub(crate) async fn a_name_of_4_kib_arrives(world: World) {
+    let environment = BTreeMap::from([("N".repeat(4096), "arrived".to_owned())]);
+    let started = world
+        .start(ContainerSpec {
+            environment,
+            ..world.spec("env | grep -c '^NNNN*=arrived$'")
+        })
+        .await;
+    world.end(&started).await;
+    assert_eq!(world.said("stdout"), "1\n");
+    world.leave(&[&started]).await;
+}
+
+/// In `boot`, where systemd-nspawn itself has to carry everything. No init is ever reached.
+pub(crate) async fn more_than_the_kernel_takes_is_refused_with_the_limit(world: World) {
+    let (stack, _) =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_STACK).unwrap();
+    let limit = (stack / 4).clamp(128 * 1024, 6 * 1024 * 1024);
+    let number = limit / 131_000 + 1;
+    let environment = (0..number)
+        .map(|number| (format!("BIG{number}"), "s3cret-".repeat(18_714)))
+        .collect();
+    let error = world
+        .refused(ContainerSpec {
+            mode: Mode::Boot,
+            command: Vec::new(),
+            environment,
+            ..world.spec("")
+        })
+        .await;
+    let text = error.to_string();
+    assert!(text.contains(&limit.to_string()), "{text}");
+    assert!(!text.contains("s3cret"), "{text}");
+    world.leave(&[]).await;
+}
+
+/// They steer no systemd-nspawn, and are the command's all the same.
+pub(crate) async fn names_that_systemd_reads_arrive(world: World) {
+    let names = [
+        "HOME",
+        "LC_ALL",
+        "SYSTEMD_LOG_LEVEL",
+        "TERM",
+        "TZ",
+        "XDG_RUNTIME_DIR",
+    ];
+    let environment = names
+        .iter()
+        .map(|name| ((*name).to_owned(), format!("/{name}/ of the job")))
+        .collect();
+    let script = format!("for n in {}; do eval \"echo \\$$n\"; done", names.join(" "));
+    let started = world
+        .start(ContainerSpec {
+            environment,
+            ..world.spec(&script)
+        })
+        .await;
+    world.end(&started).await;
+    let want: String = names
+        .iter()
+        .map(|name| format!("/{name}/ of the job\n"))
+        .collect();
+    assert_eq!(world.said("stdout"), want);
+    world.leave(&[&started]).await;
+}
+
+pub(crate) async fn a_value_stands_in_no_command_line(world: World) {
+    let scratch = world.scratch.path().to_string_lossy().into_owned();
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let secret = format!("s3cret-{}-{mode:?}", scratch.replace('/', "_"));
+        let environment = BTreeMap::from([("DB_PASSWORD".to_owned(), secret.clone())]);
+        let task = format!("{mode:?}").to_lowercase();
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                environment,
+                ..world.named(&task, DEAF)
+            })
+            .await;
+        world.heard("up").await;
+        let shown = processes_that_name(&secret);
+        assert!(shown.is_empty(), "{shown:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+/// Whatever driver and systemd-nspawn use among themselves.
+pub(crate) async fn a_command_has_three_descriptors(world: World) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        // The shell's own, with which it reads the directory, is closed when it looks again.
+        let script = "for d in /proc/$$/fd/*; do test -e $d && echo ${d##*/}; done";
+        let task = format!("{mode:?}").to_lowercase();
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                ..world.named(&task, script)
+            })
+            .await;
+        world.end(&started).await;
+        assert_eq!(world.said("stdout"), "0\n1\n2\n", "{mode:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+/// systemd-nspawn must not dump core, for its secrets; the command may.
+pub(crate) async fn a_command_keeps_the_limit_of_core_dumps(world: World) {
+    let started = world.start(world.spec("ulimit -H -c")).await;
+    world.end(&started).await;
+    let (_, hard) =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_CORE).unwrap();
+    let want = match hard {
+        nix::sys::resource::RLIM_INFINITY => "unlimited\n".to_owned(),
+        bytes => format!("{}\n", bytes / 512),
+    };
+    assert_eq!(world.said("stdout"), want);
+    world.leave(&[&started]).await;
 }

@@ -40,7 +40,7 @@ async fn check_60_an_event_says_whose_it_is() {
     let _deaf = plugin.events().await.unwrap();
     let before = SystemTime::now();
     let task = host
-        .start(&plugin, host.shell("exit 0").env("a.b", "x"))
+        .start(&plugin, host.shell("exit 0").env("a=b", "x"))
         .await;
     for stream in [&mut one, &mut two] {
         let event = within("an event", stream.message()).await.unwrap().unwrap();
@@ -49,7 +49,7 @@ async fn check_60_an_event_says_whose_it_is() {
             (event.task_id.as_str(), event.task_name.as_str()),
             (task.id.as_str(), "web")
         );
-        assert!(event.message.contains("\"a.b\""), "{}", event.message);
+        assert!(event.message.contains("\"a=b\""), "{}", event.message);
         assert!(SystemTime::try_from(event.timestamp.unwrap()).unwrap() >= before);
     }
     task.wait(&plugin).await;

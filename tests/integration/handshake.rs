@@ -305,3 +305,24 @@ async fn the_plugin_prints_nothing_after_the_line() {
     );
     assert!(plugin.stray_stdout().is_empty());
 }
+
+/// Each task takes two descriptors of the plugin, and the usual limit would end it at some five hundred.
+#[tokio::test]
+async fn the_limit_of_open_files_is_raised_as_far_as_it_goes() {
+    let host = Host::new();
+    let mut launch = host.launch();
+    let plugin = std::mem::replace(&mut launch.binary, "/bin/sh".into());
+    let script = "ulimit -Sn 64; exec \"$0\"".to_owned();
+    launch.args = vec!["-c".into(), script.into(), plugin.into()];
+    let plugin = within("the plugin's start", Plugin::launch(launch))
+        .await
+        .unwrap();
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", plugin.pid())).unwrap();
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"))
+        .unwrap();
+    let values: Vec<_> = line.split_whitespace().take(2).collect();
+    assert_eq!(values[0], values[1]);
+    assert_ne!(values[0], "64");
+}

@@ -41,8 +41,9 @@ async fn check_74_no_output_is_wanted(#[case] path: &str) {
     assert_eq!(task.wait(&plugin).await.code, 4);
     let descriptors = &host.starts()[0]["descriptors"];
     assert_eq!(
-        (&descriptors["1"], &descriptors["2"]),
-        (&"/dev/null".into(), &"/dev/null".into())
+        (&descriptors["4"], &descriptors["5"]),
+        (&"/dev/null".into(), &"/dev/null".into()),
+        "{descriptors:?}"
     );
     task.destroy(&plugin).await;
 }

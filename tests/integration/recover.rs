@@ -236,7 +236,7 @@ async fn check_82_a_second_connection_is_served_fully() {
             host.shell("exit 2")
                 .named("second")
                 .with("image", json!(host.tree("other")))
-                .env("a.b", ""),
+                .env("a=b", ""),
         )
         .await;
     for stream in [&mut events, &mut heard] {

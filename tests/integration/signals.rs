@@ -1,10 +1,15 @@
-//! SignalTask: names, ids, and whom a signal reaches.
+//! SignalTask and StopTask: names, ids, whom a signal reaches, and requests that meet each other or a start.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use nomad_driver_nspawn::supervisor::process::catches;
 use rstest::rstest;
 use serde_json::json;
 use tonic::Code;
 
-use crate::harness::Host;
+use crate::harness::{DEADLINE, Host, eventually, refusal, within};
+use crate::lifecycle::nothing_left;
 
 #[rstest]
 #[case(false, "SIGUSR1")]
@@ -16,9 +21,8 @@ async fn check_61_a_signal_reaches_the_main_process(#[case] process_two: bool, #
     let plugin = host.plugin().await;
     let job = host.shell("trap 'echo got; exit 8' USR1; echo up; while :; do sleep 0.05; done");
     let task = host
-        .start(&plugin, job.with("process_two", json!(process_two)))
+        .up(&plugin, job.with("process_two", json!(process_two)))
         .await;
-    task.stdout.contains("up").await;
     task.signal(&plugin, name).await.unwrap();
     assert_eq!(task.wait(&plugin).await.code, 8);
     task.destroy(&plugin).await;
@@ -56,4 +60,102 @@ async fn a_task_that_has_ended_takes_no_signal() {
         (Code::FailedPrecondition, "the task is not running")
     );
     task.destroy(&plugin).await;
+}
+
+const HEARS_TERM: &str = "trap 'exit 3' TERM; echo up; while :; do sleep 0.05; done";
+const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
+/// The longest time that the wire can carry.
+const ENDLESS: Duration = Duration::from_secs(i64::MAX.cast_unsigned());
+
+#[tokio::test]
+async fn a_signal_that_is_none_is_named_and_does_nothing() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.up(&plugin, host.shell(HEARS_TERM)).await;
+    let stop = refusal(within("StopTask", plugin.stop(&task.id, DEADLINE, "SIGNOPE")).await);
+    let signal = task.signal(&plugin, "SIGNOPE").await.unwrap_err();
+    for status in [stop, signal] {
+        assert_eq!(
+            (status.code(), status.message()),
+            (
+                Code::InvalidArgument,
+                "\"SIGNOPE\" is not a signal: give a name such as SIGHUP, SIGRTMIN+3, or a number from 0 to 64"
+            )
+        );
+    }
+    assert_eq!(task.stop(&plugin, DEADLINE, "SIGTERM").await.code, 3);
+    task.destroy(&plugin).await;
+}
+
+#[rstest]
+// Nomad sends no name where the job has none: the handler that is there is used.
+#[case::none("", 3)]
+#[case::nomads_default_by_name("SIGINT", 2)]
+#[case::without_the_prefix("term", 3)]
+#[case::a_number("10", 1)]
+#[case::real_time("SIGRTMIN+2", 4)]
+#[tokio::test]
+async fn a_stop_sends_what_the_job_names(#[case] name: &str, #[case] code: i32) {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let script = "trap 'exit 1' USR1; trap 'exit 2' INT; trap 'exit 3' TERM; trap 'exit 4' 36; echo up; while :; do sleep 0.05; done";
+    let task = host.up(&plugin, host.shell(script)).await;
+    let leader = task.leader();
+    let real_time = "SIGRTMIN+2".parse().unwrap();
+    eventually("the handlers are seen", || catches(leader, real_time)).await;
+    let exit = task.stop(&plugin, ENDLESS, name).await;
+    assert_eq!((exit.code, exit.signal, exit.error), (code, 0, None));
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn stops_that_meet_all_end_with_the_task() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.up(&plugin, host.shell(DEAF)).await;
+    let patient = || within("StopTask", plugin.stop(&task.id, ENDLESS, ""));
+    let force = within("StopTask", plugin.stop(&task.id, Duration::ZERO, ""));
+    let (one, two, forced) = tokio::join!(patient(), patient(), force);
+    for stopped in [one, two, forced] {
+        stopped.unwrap();
+    }
+    assert_eq!(task.wait(&plugin).await.code, 137);
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn a_destroy_by_force_overtakes_a_stop() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host.up(&plugin, host.shell(DEAF)).await;
+    let stop = within("StopTask", plugin.stop(&task.id, ENDLESS, ""));
+    let destroy = within("DestroyTask", plugin.destroy(&task.id, true));
+    let (stopped, destroyed) = tokio::join!(stop, destroy);
+    stopped.unwrap();
+    destroyed.unwrap();
+    nothing_left(&host, &plugin).await;
+}
+
+#[tokio::test]
+async fn a_stop_during_the_start_ends_what_comes_up() {
+    let host = Host::new();
+    host.scenario(&json!({"calls": [{"delay_before_notify_ms": 300}]}));
+    let plugin = host.plugin().await;
+    let allocation = Arc::new(host.allocation(host.shell(DEAF)));
+    let _logs = allocation.open_logs().unwrap();
+    let config = plugin.task_config(&allocation).await.unwrap();
+    let id = config.id.clone();
+    let stop = async {
+        eventually("systemd-nspawn was called", || !host.starts().is_empty()).await;
+        within("StopTask", plugin.stop(&id, Duration::ZERO, "")).await
+    };
+    let (started, stopped) = tokio::join!(within("StartTask", plugin.start(config)), stop);
+    started.unwrap();
+    stopped.unwrap();
+    let exit = within("WaitTask", plugin.wait(&id)).await.unwrap();
+    assert_eq!((exit.code, exit.signal), (137, 9));
+    within("DestroyTask", plugin.destroy(&id, false))
+        .await
+        .unwrap();
+    nothing_left(&host, &plugin).await;
 }

@@ -28,11 +28,17 @@ pub struct Agent {
     ports: [u16; 3],
     process: Option<Child>,
     left: bool,
+    level: &'static str,
 }
 
 impl Agent {
     /// An agent that is ready to take tasks of the driver.
     pub fn new() -> Self {
+        Self::logging("DEBUG")
+    }
+
+    /// The same with this level of its log.
+    pub fn logging(level: &'static str) -> Self {
         crate::needs_root();
         // Short, because sockets lie below it and their paths are limited.
         let dir = tempfile::Builder::new()
@@ -53,6 +59,7 @@ impl Agent {
             ports: free_ports(),
             process: None,
             left: false,
+            level,
         };
         fs::write(agent.join("agent.hcl"), agent.config()).expect("the configuration");
         agent.start();
@@ -73,7 +80,7 @@ data_dir             = "{dir}/data"
 plugin_dir           = "{dir}/plugins"
 bind_addr            = "127.0.0.1"
 name                 = "{mark}"
-log_level            = "DEBUG"
+log_level            = "{level}"
 disable_update_check = true
 ports {{
   http = {http}
@@ -107,6 +114,7 @@ plugin "{LABEL}" {{
 }}
 "#,
             mark = self.mark,
+            level = self.level,
         )
     }
 

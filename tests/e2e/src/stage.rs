@@ -132,6 +132,16 @@ impl Stage {
         self.launch(launch, json!({})).await
     }
 
+    /// A plugin that this shell text starts, which ends in `exec "$0"`.
+    pub async fn plugin_by(&self, script: &str) -> Plugin {
+        let mut launch = Launch::new("/bin/sh");
+        launch.args = ["-c", script].map(Into::into).into();
+        launch
+            .args
+            .push(self.join("plugins/nomad-driver-nspawn").into());
+        self.launch(launch, json!({})).await
+    }
+
     async fn launch(&self, launch: Launch, mut options: Value) -> Plugin {
         options["state_dir"] = json!(self.join("state"));
         let mut launch = launch.set("TMPDIR", self.dir.path());
@@ -378,6 +388,18 @@ impl Running {
         within("WaitTask", plugin.wait(&self.id))
             .await
             .expect("an exit")
+    }
+
+    /// Sends it a signal.
+    pub async fn signal(&self, plugin: &Plugin, signal: &str) {
+        let request = driver::SignalTaskRequest {
+            task_id: self.id.clone(),
+            signal: signal.to_owned(),
+        };
+        let mut client = plugin.driver();
+        within("SignalTask", client.signal_task(request))
+            .await
+            .expect("the signal is sent");
     }
 
     /// Stops it and waits for its end.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use e2e::agent::{Agent, Allocation};
 use e2e::{debian, until};
+use serde_json::json;
 
 fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -115,6 +116,26 @@ fn a_signal_reaches_the_command() {
     until("the task's state", || {
         (task.task()["State"] == "running").then_some(())
     });
+    assert_eq!(task.stop(), [0]);
+    agent.leave();
+}
+
+#[test]
+fn a_template_that_changes_is_signalled_to_the_command() {
+    let agent = Agent::new();
+    let set = |word: &str| {
+        let items = json!({ "Path": "nomad/jobs", "Items": { "word": word } });
+        // The agent's keys may come a moment after its node.
+        until("the variable", || {
+            agent.call("PUT", "/v1/var/nomad/jobs", Some(&items)).ok()
+        });
+    };
+    set("first");
+    let task = run(&agent, "reload");
+    task.printed("up");
+    set("second");
+    assert_eq!(task.printed("second"), "up\nsecond\n");
+    assert_eq!(task.starts(), 1);
     assert_eq!(task.stop(), [0]);
     agent.leave();
 }

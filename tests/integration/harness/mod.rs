@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nomad_driver_nspawn::cgroup::Group;
 use nomad_driver_nspawn::host::run::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
 use nomad_driver_nspawn::proto::driver::{
@@ -81,7 +82,11 @@ impl Host {
         // Short, because sockets lie below it and their paths are limited.
         let dir = tempfile::Builder::new().prefix("nd-").tempdir().unwrap();
         for name in ["bin", "state", "plugins", "alloc"] {
-            fs::create_dir(dir.path().join(name)).unwrap();
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            // As an operator's mkdir makes it, whatever the umask is here.
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+            fs::set_permissions(path, mode).unwrap();
         }
         for tool in TOOLS {
             let link = dir.path().join("bin").join(tool);
@@ -223,6 +228,13 @@ impl Host {
             Ok(running) => running,
             Err(error) => panic!("{error}\nplugin's log:\n{}", self.log.text().join("\n")),
         }
+    }
+
+    /// The same for a task that says when it is as far as the test needs it.
+    pub(crate) async fn up(&self, plugin: &Plugin, task: Task) -> Running {
+        let running = self.start(plugin, task).await;
+        running.stdout.contains("up").await;
+        running
     }
 
     /// Starts a task in an allocation of its own.
@@ -386,7 +398,7 @@ impl Drop for Host {
         }
         // The control group of what was killed here has nobody else to remove it.
         for group in self.groups() {
-            if fs::remove_dir(&group).is_ok() {
+            if group.exists() && Group::new(&group).remove().is_ok() {
                 left.push(format!("(control group) {}", group.display()));
             }
         }

@@ -1,0 +1,486 @@
+//! A plugin with a thousand tasks: what it holds, what it and their supervisors use while nothing happens, how long it takes to
+//! find them all again, and 200 starts at once. The containers are the stand-in's of the hermetic tests, so what is measured is
+//! the driver. Needs no systemd-nspawn; some gigabytes of memory for the stand-in's processes. As root with control groups.
+//!
+//! `--tasks N` takes another number. `--check` ends with status 1 when a budget is not met. On a machine that does other things
+//! as well times mean little: the best of the attempts counts, and a budget of time may be exceeded by half.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
+use nomad_driver_nspawn::proto::driver::{CapabilitiesRequest, TaskHandle, TaskStatsRequest};
+use nomad_driver_nspawn::supervisor::record::Records;
+use nomad_driver_nspawn::supervisor::remains;
+use serde_json::json;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+
+mod figures;
+
+use figures::{kib, ms, switches, ticks};
+
+/// How many are started at the same moment.
+const AT_ONCE: usize = 200;
+/// How long nothing happens.
+const IDLE: Duration = Duration::from_secs(10);
+/// For what is over in a moment, and is seen nowhere.
+const SETTLED: Duration = Duration::from_secs(2);
+/// How many calls are under way together where it does not matter.
+const WIDTH: usize = 16;
+
+/// All tasks of 1,000 are found again within this many milliseconds.
+const RECOVERED: f64 = 1000.0;
+/// What a plugin may hold, in KiB, and how much more for each task.
+const BASE: f64 = 15.0 * 1024.0;
+const EACH: f64 = 16.0;
+/// What a machine that is not quiet may add to a budget of time.
+const NOISE: f64 = 1.5;
+
+fn main() -> ExitCode {
+    let mut asked = Asked::default();
+    if let Err(error) = asked.read(std::env::args().skip(1)) {
+        let _ = writeln!(std::io::stderr(), "{error}");
+        return ExitCode::from(2);
+    }
+    match run(&asked) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) if !asked.check => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What the command line says.
+#[derive(Debug)]
+struct Asked {
+    check: bool,
+    tasks: usize,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        Self {
+            check: false,
+            tasks: 1000,
+        }
+    }
+}
+
+impl Asked {
+    fn read(&mut self, mut words: impl Iterator<Item = String>) -> anyhow::Result<()> {
+        while let Some(word) = words.next() {
+            match word.as_str() {
+                // cargo's own.
+                "--bench" => {}
+                "--check" => self.check = true,
+                "--tasks" => {
+                    self.tasks = words.next().context("--tasks wants a number")?.parse()?
+                }
+                other => anyhow::bail!("{other:?} is not one of --check, --tasks N"),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn run(asked: &Asked) -> anyhow::Result<bool> {
+    // Two pipes a task, and the plugin as many descriptors again.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(measure(asked.tasks))
+}
+
+async fn measure(count: usize) -> anyhow::Result<bool> {
+    let mut report = Report::default();
+    let site = Site::new()?;
+    let mut plugin = site.plugin().await?;
+    report.say(&format!("plugin without a task{}", resident(plugin.pid())));
+
+    let tasks = starts(&site, &plugin, count, &mut report).await?;
+    let count = tasks.len();
+    let mut waits = waits(&plugin, &tasks);
+    tokio::time::sleep(SETTLED).await;
+    idle(&plugin, &tasks, &mut report).await?;
+    let stats = statistics(&plugin, &tasks).await?;
+    tokio::time::sleep(SETTLED).await;
+    held(&plugin, count, "and a stream of statistics", &mut report);
+    drop(stats);
+    waits.abort_all();
+
+    let floor = floor(&plugin, count).await?;
+    report.say(&format!(
+        "{count} calls that do nothing, one after the other: {:.0} ms",
+        ms(floor)
+    ));
+    let mut best = f64::INFINITY;
+    for together in [1, 1, WIDTH, count] {
+        plugin.kill().await;
+        plugin = site.plugin().await?;
+        let took = recover(&plugin, &tasks, together).await?;
+        let how = match together {
+            1 => "one after the other, as Nomad does it".to_owned(),
+            all if all == count => "all at once".to_owned(),
+            some => format!("{some} together"),
+        };
+        report.say(&format!(
+            "{count} tasks found again, {how}: {:.0} ms, ratio {:.1} to calls that do nothing",
+            ms(took),
+            took.as_secs_f64() / floor.as_secs_f64()
+        ));
+        if together == 1 {
+            best = best.min(ms(took));
+        }
+    }
+    let budget = RECOVERED * count as f64 / 1000.0;
+    report.judge("finding all again, ms", best, budget, budget * NOISE);
+    let mut waits = self::waits(&plugin, &tasks);
+    tokio::time::sleep(SETTLED).await;
+    held(&plugin, count, "all found again", &mut report);
+    waits.abort_all();
+
+    destroy(&plugin, &tasks, &mut report).await?;
+    plugin.shutdown().await;
+    Ok(report.met)
+}
+
+/// Where everything lies: the stand-in's link, a tree for each task, allocations, the state directory. What is left when this
+/// ends is cleared away.
+#[derive(Debug)]
+struct Site(tempfile::TempDir);
+
+impl Site {
+    fn new() -> anyhow::Result<Self> {
+        // Short, because sockets lie below it and their paths are limited.
+        let dir = tempfile::Builder::new().prefix("nd-").tempdir()?;
+        for name in ["bin", "state", "alloc", "trees"] {
+            fs::create_dir(dir.path().join(name))?;
+        }
+        let link = dir.path().join("bin/systemd-nspawn");
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_fake-nspawn"), link)?;
+        Ok(Self(dir))
+    }
+
+    fn join(&self, path: impl AsRef<Path>) -> PathBuf {
+        self.0.path().join(path)
+    }
+
+    async fn plugin(&self) -> anyhow::Result<Plugin> {
+        let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
+        let config = json!({
+            "state_dir": self.join("state"),
+            "nspawn_path": self.join("bin/systemd-nspawn"),
+        });
+        plugin.configure(&config).await?;
+        Ok(plugin)
+    }
+
+    /// An allocation with a tree of its own, booted: the stand-in then plays the init itself and polls nothing.
+    fn allocation(&self, number: usize) -> anyhow::Result<Allocation> {
+        let tree = self.join(format!("trees/{number}"));
+        for directory in ["usr/lib/systemd", "etc", "alloc", "local", "secrets"] {
+            fs::create_dir_all(tree.join(directory))?;
+        }
+        fs::write(tree.join("etc/os-release"), "ID=bench\n")?;
+        fs::write(tree.join("usr/lib/systemd/systemd"), "")?;
+        let config = json!({ "image": tree, "boot": true, "user_namespacing": false });
+        let spec = TaskSpec::new(&format!("t{number}"), config);
+        Ok(Allocation::create(&self.join("alloc"), spec)?)
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        let Ok(entries) = fs::read_dir(self.join("state")) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let records = Records::at(entry.path());
+            if let Ok(running) = records.running() {
+                remains::kill(running.started.supervisor);
+            }
+            let _ = remains::end(&records);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Report {
+    met: bool,
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        Self { met: true }
+    }
+}
+
+impl Report {
+    fn say(&self, line: &str) {
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
+
+    /// Says whether a budget was met. It counts as missed beyond `limit`.
+    fn judge(&mut self, what: &str, figure: f64, budget: f64, limit: f64) {
+        let verdict = if figure <= budget {
+            "met"
+        } else if figure <= limit {
+            "exceeded within what noise may do"
+        } else {
+            self.met = false;
+            "NOT MET"
+        };
+        self.say(&format!(
+            "    budget of {what}: {budget:.0}, is {figure:.0}: {verdict}"
+        ));
+    }
+}
+
+/// A task that runs, with the descriptors that keep its logs open.
+#[derive(Debug)]
+struct Task {
+    id: String,
+    handle: TaskHandle,
+    supervisor: i32,
+    _logs: nomad_driver_nspawn::host::Logs,
+}
+
+/// Starts tasks: some one after the other, [`AT_ONCE`] at once, then the rest.
+async fn starts(
+    site: &Site,
+    plugin: &Plugin,
+    count: usize,
+    report: &mut Report,
+) -> anyhow::Result<Vec<Task>> {
+    let at_once = AT_ONCE.min(count / 2);
+    let mut tasks = Vec::new();
+    let mut allocations = Vec::new();
+    for number in 0..count {
+        allocations.push(site.allocation(number)?);
+    }
+    let rest = allocations.split_off(2 * at_once);
+    let second = allocations.split_off(at_once);
+    let mut failed = 0;
+    let mut took = Vec::new();
+    for (some, together) in [(allocations, 1), (second, at_once), (rest, WIDTH)] {
+        let number = some.len();
+        let begun = Instant::now();
+        let up = start(plugin, some, together).await?;
+        took.push(begun.elapsed());
+        failed += number - up.len();
+        tasks.extend(up);
+    }
+    report.say(&format!(
+        "{at_once} starts one after the other: {:.0} ms; at once: {:.0} ms, ratio {:.2}; {failed} of {count} starts failed",
+        ms(took[0]),
+        ms(took[1]),
+        took[1].as_secs_f64() / took[0].as_secs_f64()
+    ));
+    report.judge("starts that fail", failed as f64, 0.0, 0.0);
+    Ok(tasks)
+}
+
+/// Starts these, so many of them together; gives those that came up.
+async fn start(
+    plugin: &Plugin,
+    allocations: Vec<Allocation>,
+    together: usize,
+) -> anyhow::Result<Vec<Task>> {
+    let mut configs = Vec::new();
+    for allocation in &allocations {
+        configs.push((
+            plugin.task_config(allocation).await?,
+            allocation.open_logs()?,
+        ));
+    }
+    let gate = std::sync::Arc::new(Semaphore::new(together));
+    let mut under_way = JoinSet::new();
+    for (config, logs) in configs {
+        let (gate, mut client) = (gate.clone(), plugin.driver());
+        under_way.spawn(async move {
+            let _turn = gate.acquire().await;
+            let id = config.id.clone();
+            let request =
+                nomad_driver_nspawn::proto::driver::StartTaskRequest { task: Some(config) };
+            (id, client.start_task(request).await, logs)
+        });
+    }
+    let mut tasks = Vec::new();
+    for (id, answer, logs) in under_way.join_all().await {
+        let handle = match answer {
+            Ok(answer) => answer.into_inner().handle.context("no handle")?,
+            Err(status) => {
+                writeln!(std::io::stderr(), "{id}: {}", status.message())?;
+                continue;
+            }
+        };
+        let state: serde_json::Value = serde_json::from_slice(&handle.driver_state)?;
+        let supervisor = state["started"]["supervisor"]["pid"].as_i64();
+        tasks.push(Task {
+            id,
+            handle,
+            supervisor: i32::try_from(supervisor.context("no pid")?)?,
+            _logs: logs,
+        });
+    }
+    Ok(tasks)
+}
+
+/// A WaitTask for each, as Nomad has one open for each.
+fn waits(plugin: &Plugin, tasks: &[Task]) -> JoinSet<()> {
+    let mut waits = JoinSet::new();
+    for task in tasks {
+        let mut client = plugin.driver();
+        let task_id = task.id.clone();
+        waits.spawn(async move {
+            let request = nomad_driver_nspawn::proto::driver::WaitTaskRequest { task_id };
+            let _ = client.wait_task(request).await;
+        });
+    }
+    waits
+}
+
+/// A TaskStats for each with Nomad's interval.
+async fn statistics(plugin: &Plugin, tasks: &[Task]) -> anyhow::Result<JoinSet<()>> {
+    let mut streams = JoinSet::new();
+    for task in tasks {
+        let request = TaskStatsRequest {
+            task_id: task.id.clone(),
+            collection_interval: Some(prost_types::Duration {
+                seconds: 1,
+                nanos: 0,
+            }),
+        };
+        let mut stream = plugin.driver().task_stats(request).await?.into_inner();
+        streams.spawn(async move { while let Ok(Some(_)) = stream.message().await {} });
+    }
+    Ok(streams)
+}
+
+/// What everybody uses while nothing happens.
+async fn idle(plugin: &Plugin, tasks: &[Task], report: &mut Report) -> anyhow::Result<()> {
+    let count = tasks.len();
+    held(plugin, count, "each waited for", report);
+    let all = |of: fn(i32) -> anyhow::Result<u64>| -> anyhow::Result<u64> {
+        tasks.iter().map(|task| of(task.supervisor)).sum()
+    };
+    let before = (all(ticks)?, all(switches)?, ticks(plugin.pid())?);
+    tokio::time::sleep(IDLE).await;
+    let after = (all(ticks)?, all(switches)?, ticks(plugin.pid())?);
+    let used = after.0 - before.0;
+    report.say(&format!(
+        "{} idle seconds of {count} supervisors: {} ms of processor time, {} wake-ups; of the plugin: {} ms",
+        IDLE.as_secs(),
+        used * 10,
+        after.1 - before.1,
+        (after.2 - before.2) * 10
+    ));
+    // A tick may fall on whoever is looked at just then.
+    report.judge("their processor time, ms", (used * 10) as f64, 0.0, 20.0);
+    let private = tasks.iter().map(|task| {
+        kib(task.supervisor, "smaps_rollup", "Private_Dirty:")
+            + kib(task.supervisor, "smaps_rollup", "Private_Clean:")
+    });
+    let private: f64 = private.sum();
+    report.say(&format!(
+        "a supervisor's private memory: {:.0} KiB on average",
+        private / count as f64
+    ));
+    Ok(())
+}
+
+fn resident(pid: i32) -> String {
+    format!(
+        ": {:.1} MiB resident, {:.1} MiB of it anonymous, {} threads",
+        kib(pid, "status", "VmRSS:") / 1024.0,
+        kib(pid, "status", "RssAnon:") / 1024.0,
+        kib(pid, "status", "Threads:")
+    )
+}
+
+fn held(plugin: &Plugin, count: usize, how: &str, report: &mut Report) {
+    let pid = plugin.pid();
+    report.say(&format!(
+        "plugin with {count} tasks, {how}{}",
+        resident(pid)
+    ));
+    let budget = BASE + EACH * count as f64;
+    report.judge("memory, KiB", kib(pid, "status", "VmRSS:"), budget, budget);
+}
+
+/// As many calls one after the other that ask for nothing.
+async fn floor(plugin: &Plugin, count: usize) -> anyhow::Result<Duration> {
+    let mut client = plugin.driver();
+    let begun = Instant::now();
+    for _ in 0..count {
+        client.capabilities(CapabilitiesRequest {}).await?;
+    }
+    Ok(begun.elapsed())
+}
+
+async fn recover(plugin: &Plugin, tasks: &[Task], together: usize) -> anyhow::Result<Duration> {
+    let gate = std::sync::Arc::new(Semaphore::new(together));
+    let mut under_way = JoinSet::new();
+    let begun = Instant::now();
+    for task in tasks {
+        let handle = task.handle.clone();
+        if together == 1 {
+            plugin.recover(handle).await?;
+            continue;
+        }
+        let (gate, mut client) = (gate.clone(), plugin.driver());
+        under_way.spawn(async move {
+            let _turn = gate.acquire().await;
+            let request = nomad_driver_nspawn::proto::driver::RecoverTaskRequest {
+                task_id: String::new(),
+                handle: Some(handle),
+            };
+            client.recover_task(request).await.map(drop)
+        });
+    }
+    for answer in under_way.join_all().await {
+        answer?;
+    }
+    Ok(begun.elapsed())
+}
+
+async fn destroy(plugin: &Plugin, tasks: &[Task], report: &mut Report) -> anyhow::Result<()> {
+    let gate = std::sync::Arc::new(Semaphore::new(AT_ONCE));
+    let mut under_way = JoinSet::new();
+    let begun = Instant::now();
+    for task in tasks {
+        let (gate, mut client) = (gate.clone(), plugin.driver());
+        let task_id = task.id.clone();
+        under_way.spawn(async move {
+            let _turn = gate.acquire().await;
+            let request = nomad_driver_nspawn::proto::driver::DestroyTaskRequest {
+                task_id,
+                force: true,
+            };
+            client.destroy_task(request).await.map(drop)
+        });
+    }
+    let mut failed = 0;
+    for answer in under_way.join_all().await {
+        failed += usize::from(answer.is_err());
+    }
+    report.say(&format!(
+        "{} tasks destroyed by force, {AT_ONCE} together: {:.0} ms, {failed} failed",
+        tasks.len(),
+        ms(begun.elapsed())
+    ));
+    ensure!(failed == 0, "tasks could not be destroyed");
+    Ok(())
+}

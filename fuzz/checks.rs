@@ -1,0 +1,160 @@
+//! What must hold of any bytes: no panic, what is accepted comes back as it was when it is written and read again, and
+//! everything else is an error with words of one line. The fuzz targets run these, and so does `cargo test` over the corpus.
+
+use std::path::PathBuf;
+
+use nomad_driver_nspawn::config::{self, Grants, Places, PluginConfig};
+use nomad_driver_nspawn::container::Exit;
+use nomad_driver_nspawn::supervisor::line::{self, Question, Told};
+use nomad_driver_nspawn::supervisor::record::{self, Order, Running};
+use nomad_driver_nspawn::task::handle;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// What reads some bytes, and must not fall over them.
+type Check = fn(&[u8]);
+
+/// Every check, named like its target and like the directory of its corpus.
+pub(crate) const ALL: &[(&str, Check)] = &[
+    ("order", order),
+    ("records", records),
+    ("handle", handle),
+    ("requests", requests),
+    ("news", news),
+    ("init_order", init_order),
+    ("init_packets", init_packets),
+    ("task_config", task_config),
+];
+
+fn is_one_line(error: &dyn std::fmt::Display) {
+    let text = error.to_string();
+    assert!(!text.is_empty() && !text.contains('\n'), "{text:?}");
+}
+
+fn is_kept<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
+    match record::decode::<T>(bytes) {
+        Ok(read) => {
+            let written = record::encode(&read).expect("what was read can be written");
+            assert_eq!(record::decode::<T>(&written).expect("and read again"), read);
+        }
+        Err(error) => is_one_line(&error),
+    }
+}
+
+pub(crate) fn order(bytes: &[u8]) {
+    is_kept::<Order>(bytes);
+}
+
+pub(crate) fn records(bytes: &[u8]) {
+    is_kept::<Running>(bytes);
+    is_kept::<Exit>(bytes);
+}
+
+/// The first byte is the handle's version.
+pub(crate) fn handle(bytes: &[u8]) {
+    let Some((version, state)) = bytes.split_first() else {
+        return;
+    };
+    match handle::decode(i32::from(*version), state, "a/t/1") {
+        Ok(started) => {
+            assert_eq!(
+                (i32::from(*version), &*started.id),
+                (handle::VERSION, "a/t/1")
+            );
+            let written = handle::encode(&started).expect("what was read can be written");
+            let again = handle::decode(handle::VERSION, &written, "a/t/1");
+            assert_eq!(again.expect("and read again"), started);
+        }
+        Err(error) => is_one_line(&error),
+    }
+}
+
+/// Reads every line, as one end of a lifeline does until the first that is garbage.
+fn lines<T: DeserializeOwned>(bytes: &[u8], mut each: impl FnMut(T)) {
+    let mut received = bytes.to_vec();
+    loop {
+        let before = received.len();
+        match line::next::<T>(&mut received) {
+            None => break assert!(received.len() <= line::LONGEST),
+            Some(Err(garbage)) => break is_one_line(&garbage),
+            Some(Ok(message)) => {
+                assert!(received.len() < before);
+                each(message);
+            }
+        }
+    }
+}
+
+pub(crate) fn requests(bytes: &[u8]) {
+    lines(bytes, |question: Question| {
+        if let Question::Known(request) = question {
+            let again = line::next::<Question>(&mut line::line(&request));
+            assert_eq!(again, Some(Ok(question)));
+        }
+    });
+}
+
+pub(crate) fn news(bytes: &[u8]) {
+    lines(bytes, |told: Told| {
+        if let Told::Known(news) = &told {
+            let again = line::next::<Told>(&mut line::line(news));
+            assert_eq!(again, Some(Ok(told)));
+        }
+    });
+}
+
+pub(crate) fn init_order(bytes: &[u8]) {
+    match nspawn_init::order(bytes) {
+        Ok(order) => {
+            let again = nspawn_init::order(&nspawn_init::packet(&order));
+            assert_eq!(again.expect("what was written is read"), order);
+        }
+        Err(error) => is_one_line(&error),
+    }
+}
+
+pub(crate) fn init_packets(bytes: &[u8]) {
+    fn is_kept<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
+        match nspawn_init::message::<T>(bytes) {
+            Ok(message) => {
+                assert!(bytes.len() <= nspawn_init::LONGEST);
+                let packet = nspawn_init::packet(&message);
+                // What is escaped grows on its way back, and then it is too long and says so.
+                if packet.len() <= nspawn_init::LONGEST {
+                    let again = nspawn_init::message::<T>(&packet);
+                    assert_eq!(again.expect("what was written is read"), message);
+                }
+            }
+            Err(error) => is_one_line(&error),
+        }
+    }
+    is_kept::<nspawn_init::Word>(bytes);
+    is_kept::<nspawn_init::Request>(bytes);
+}
+
+/// The bytes as the job's `config` block and as the operator's `plugin` block.
+pub(crate) fn task_config(bytes: &[u8]) {
+    let nowhere = PathBuf::from("/nowhere");
+    let policy = match PluginConfig::decode(bytes) {
+        Ok(config) => config,
+        Err(error) => {
+            is_one_line(&error);
+            PluginConfig::decode(&[]).expect("no block at all is the default")
+        }
+    };
+    let grants = Grants {
+        id: "a/t/1".to_owned(),
+        task: "t".to_owned(),
+        alloc_id: "a".to_owned(),
+        alloc_dir: nowhere.clone(),
+        ..Grants::default()
+    };
+    let places = Places {
+        plugin_dir: nowhere,
+        machine_dirs: Vec::new(),
+    };
+    match config::container(bytes, &grants, &policy, &places) {
+        Ok(checked) => assert_eq!(checked.spec.id, "a/t/1"),
+        Err(error) => is_one_line(&error),
+    }
+}

@@ -1,0 +1,273 @@
+//! The life as the container's first process: the command is its child. Passes on every signal, reaps whatever ends, runs further
+//! commands on request, and ends with the command. Judges nothing: what ended how is told as the kernel told it.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use nix::libc;
+use nix::sys::prctl;
+use nix::sys::signal::SigSet;
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nspawn_init::{Request, Step, Trouble, Word, message};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, fchdir, kill_process, wait};
+use rustix_libc_wrappers::process::SignalExt;
+use serde::Deserialize;
+
+use crate::channel::{Channel, Packet};
+use crate::command::{Environment, execute, set_over, trouble};
+use crate::{Command as Task, await_go, enter};
+
+/// A container's first process while its command runs.
+pub(crate) struct Init {
+    channel: Channel,
+    signals: SignalFd,
+    /// What the command was given, for those that come after it.
+    environment: Environment,
+    directory: Option<PathBuf>,
+    /// Where this process stands: it would keep the command's directory busy.
+    home: Option<OwnedFd>,
+    command: Pid,
+    /// Further commands that run, by the numbers of their requests.
+    further: BTreeMap<u64, Pid>,
+}
+
+/// Starts the command and tells that it runs. An error has been told to nobody; the channel comes back with it.
+pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, Trouble)> {
+    let home = open(
+        ".",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .ok();
+    match start_command(&task, &mut channel, home.as_ref()) {
+        Ok((signals, command)) => {
+            channel.say(&Word::Running);
+            Ok(Init {
+                channel,
+                signals,
+                environment: task.environment,
+                directory: task.directory,
+                home,
+                command,
+                further: BTreeMap::new(),
+            })
+        }
+        Err(trouble) => Err((channel, trouble)),
+    }
+}
+
+fn start_command(
+    task: &Task,
+    channel: &mut Channel,
+    home: Option<&OwnedFd>,
+) -> Result<(SignalFd, Pid), Trouble> {
+    let fork = |error: nix::Error| trouble(Step::Fork, "", &error.into());
+    prctl::set_name(c"nspawn-init").map_err(fork)?;
+    // The kernel gives a first process every orphan; one that is none, in a test, has to ask for them.
+    prctl::set_child_subreaper(true).map_err(fork)?;
+    let signals = SignalFd::with_flags(
+        &SigSet::all(),
+        SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
+    )
+    .map_err(fork)?;
+    task.prepare()?;
+    await_go(channel)?;
+    let command = spawn(&task.words, &task.environment, |_| Ok(()))?;
+    go_home(home);
+    Ok((signals, command))
+}
+
+/// Starts a child.
+fn spawn(
+    words: &[String],
+    environment: &Environment,
+    connect: impl Fn(&mut Command) -> io::Result<()>,
+) -> Result<Pid, Trouble> {
+    execute(words, environment, |command| {
+        connect(command)?;
+        let child = command.process_group(0).spawn()?;
+        Ok(Pid::from_child(&child))
+    })
+}
+
+fn go_home(home: Option<&OwnedFd>) {
+    // In the wrong place it is still a good init, and every further command enters its own.
+    let _ = home.map(fchdir);
+}
+
+impl Init {
+    /// Waits for the command's end. Returns how it ended, after telling so.
+    pub(crate) fn run(mut self) -> WaitStatus {
+        loop {
+            let channel = self.await_something();
+            self.pass_signals_on();
+            if let Some(status) = self.reap() {
+                self.channel.say(&Word::Ended {
+                    status: status.as_raw(),
+                });
+                self.channel.finish();
+                return status;
+            }
+            if channel.contains(PollFlags::OUT) {
+                self.channel.flush();
+            } else if !channel.is_empty()
+                && let Some(packet) = self.channel.next(channel.contains(PollFlags::HUP))
+            {
+                self.answer(packet);
+            }
+        }
+    }
+
+    /// Waits for signals and the channel. What there is on the channel.
+    fn await_something(&self) -> PollFlags {
+        let mut descriptors = vec![PollFd::new(&self.signals, PollFlags::IN)];
+        if let Some((socket, flags)) = self.channel.interest() {
+            descriptors.push(PollFd::from_borrowed_fd(socket, flags));
+        }
+        match poll(&mut descriptors, None) {
+            Ok(_) => descriptors
+                .get(1)
+                .map_or(PollFlags::empty(), PollFd::revents),
+            // Nobody interrupts a process that blocks every signal but a debugger.
+            Err(_) => PollFlags::empty(),
+        }
+    }
+
+    /// Sends every signal that came on to the command. It has not been waited for yet, so its process id is still its own.
+    fn pass_signals_on(&self) {
+        while let Ok(Some(information)) = self.signals.read_signal() {
+            let number = i32::try_from(information.ssi_signo).unwrap_or_default();
+            if number != libc::SIGCHLD {
+                send(self.command, number);
+            }
+        }
+    }
+
+    /// Reaps all that has ended. Some: the command is among them.
+    fn reap(&mut self) -> Option<WaitStatus> {
+        let mut ended = None;
+        loop {
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) if pid == self.command => ended = Some(status),
+                Ok(Some((pid, status))) => self.tell_end(pid, status),
+                Err(Errno::INTR) => {}
+                Ok(None) | Err(_) => return ended,
+            }
+        }
+    }
+
+    fn tell_end(&mut self, pid: Pid, status: WaitStatus) {
+        let found = self.further.iter().find(|(_, running)| **running == pid);
+        if let Some(id) = found.map(|(id, _)| *id) {
+            self.further.remove(&id);
+            self.channel.say(&Word::ExecEnded {
+                id,
+                status: status.as_raw(),
+            });
+        }
+    }
+
+    fn answer(&mut self, packet: Packet) {
+        match message(&packet.bytes) {
+            Ok(Request::Exec {
+                id,
+                command,
+                environment,
+                directory,
+            }) => {
+                let directory = directory.map(PathBuf::from);
+                let word = match self.run_further(
+                    id,
+                    &command,
+                    environment,
+                    directory,
+                    packet.descriptors,
+                ) {
+                    Ok(pid) => {
+                        self.further.insert(id, pid);
+                        let pid = pid.as_raw_pid();
+                        Word::ExecRunning { id, pid }
+                    }
+                    Err(trouble) => Word::ExecFailed { id, trouble },
+                };
+                self.channel.say(&word);
+            }
+            Ok(Request::Signal { id, signal }) => {
+                if let Some(pid) = self.further.get(&id) {
+                    send(*pid, signal);
+                }
+            }
+            // It went long ago.
+            Ok(Request::Go) => {}
+            Err(_) => {
+                if let Some(id) = number_of(&packet.bytes) {
+                    let trouble = refused(libc::EBADMSG);
+                    self.channel.say(&Word::ExecFailed { id, trouble });
+                }
+            }
+        }
+    }
+
+    fn run_further(
+        &self,
+        id: u64,
+        command: &[String],
+        over: Vec<(String, String)>,
+        directory: Option<PathBuf>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Pid, Trouble> {
+        let Ok([stdin, stdout, stderr]) = <[OwnedFd; 3]>::try_from(descriptors) else {
+            return Err(refused(libc::EBADF));
+        };
+        if command.is_empty() {
+            return Err(refused(libc::EINVAL));
+        }
+        if self.further.contains_key(&id) {
+            return Err(refused(libc::EEXIST));
+        }
+        let mut environment = self.environment.clone();
+        set_over(&mut environment, over);
+        let entered = enter(directory.as_deref().or(self.directory.as_deref()));
+        let started = entered.and_then(|()| {
+            spawn(command, &environment, |command| {
+                command
+                    .stdin(Stdio::from(stdin.try_clone()?))
+                    .stdout(Stdio::from(stdout.try_clone()?))
+                    .stderr(Stdio::from(stderr.try_clone()?));
+                Ok(())
+            })
+        });
+        go_home(self.home.as_ref());
+        started
+    }
+}
+
+/// Sends a signal to a child that has not been waited for; it may have ended. A number that is no signal is passed over.
+fn send(pid: Pid, number: i32) {
+    if let Some(signal) = Signal::from_raw(number) {
+        // The only error left is that it may not be sent: to a program that changed its user, from an init without rights.
+        let _ = kill_process(pid, signal);
+    }
+}
+
+fn refused(errno: i32) -> Trouble {
+    trouble(Step::Order, "", &io::Error::from_raw_os_error(errno))
+}
+
+/// The number of a request to run something that can't be read otherwise.
+fn number_of(packet: &[u8]) -> Option<u64> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    enum Numbered {
+        Exec { id: u64 },
+    }
+    let Numbered::Exec { id } = message(packet).ok()?;
+    Some(id)
+}

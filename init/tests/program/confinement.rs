@@ -1,0 +1,127 @@
+//! seccomp programs, installed before the command starts. They take a right that not everybody has: who has not is told so.
+
+use std::process::{Command, Stdio};
+
+use nix::libc;
+use nspawn_init::{Filter, Life, Order, PROGRAM, Step, packet};
+
+use crate::harness::{Launch, Left, directory, order, run};
+
+const LOAD: u16 = 0x20;
+const EQUAL: u16 = 0x15;
+const RETURN: u16 = 0x06;
+
+const LIVES: [Life; 2] = [Life::Launcher, Life::Init];
+
+/// Answers these system calls with this error, and allows the others.
+fn refusing(calls: &[libc::c_long], errno: i32) -> Filter {
+    let mut program = vec![(LOAD, 0, 0, 0)];
+    for call in calls {
+        program.push((EQUAL, 0, 1, u32::try_from(*call).unwrap()));
+        program.push((
+            RETURN,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | errno.cast_unsigned(),
+        ));
+    }
+    program.push((RETURN, 0, 0, libc::SECCOMP_RET_ALLOW));
+    Filter(program)
+}
+
+fn no_directories() -> Filter {
+    let calls = [
+        libc::SYS_mkdirat,
+        #[cfg(target_arch = "x86_64")]
+        libc::SYS_mkdir,
+    ];
+    refusing(&calls, libc::ENOSPC)
+}
+
+/// A field of this process's own status.
+fn own(field: &str) -> String {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    line.unwrap().trim().to_owned()
+}
+
+/// Whoever can gain no rights any more may give up system calls too.
+fn may_install() -> bool {
+    const CAP_SYS_ADMIN: u32 = 21;
+    let effective = u64::from_str_radix(&own("CapEff:"), 16).unwrap();
+    effective & (1 << CAP_SYS_ADMIN) != 0 || own("NoNewPrivs:") == "1"
+}
+
+/// Whether a user namespace gives the right to those who have it not.
+fn may_unshare() -> bool {
+    Command::new("unshare")
+        .args(["-r", "true"])
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+/// Runs it with the right to install filters, if there is any way to get it.
+fn run_with_right(order: &Order) -> Option<Left> {
+    if may_install() {
+        return Some(run(order));
+    }
+    if may_unshare() {
+        let mut command = Command::new("unshare");
+        command.args(["-r", PROGRAM]);
+        return Some(Launch::by(command, packet(order)).run());
+    }
+    let left = run(order);
+    assert_eq!(left.trouble().step, Step::Filters);
+    assert_eq!(left.trouble().errno, libc::EACCES);
+    assert_eq!((left.words.len(), left.code()), (1, 126));
+    None
+}
+
+#[test]
+fn filters_hold_for_the_command() {
+    let place = directory();
+    let made = place.path().join("made");
+    for life in LIVES {
+        let mut order = order(life, &["/bin/mkdir", made.to_str().unwrap()]);
+        order.filters = vec![no_directories(), refusing(&[libc::SYS_reboot], libc::EPERM)];
+        if let Some(left) = run_with_right(&order) {
+            assert_eq!(left.code(), 1, "{left:?}");
+            assert!(left.stderr.contains("No space left"), "{left:?}");
+        }
+        assert!(!made.exists());
+    }
+}
+
+#[test]
+fn filters_are_all_there_is_to_it() {
+    for life in LIVES {
+        let mut order = order(life, &["/bin/cat", "/proc/self/status"]);
+        order.filters = vec![no_directories(), no_directories()];
+        if let Some(left) = run_with_right(&order) {
+            let has = |line: &str| left.stdout.lines().any(|had| had == line);
+            assert!(has("Seccomp:\t2"), "{left:?}");
+            let before = format!("NoNewPrivs:\t{}", own("NoNewPrivs:"));
+            assert!(
+                has(&before),
+                "programs may gain the rights they could: {left:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn filters_that_are_none_are_refused() {
+    let endless = Filter(vec![(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW); 4097]);
+    let astray = Filter(vec![(EQUAL, 9, 9, 0), (RETURN, 0, 0, 0)]);
+    let nonsense = Filter(vec![(0xffff, 0, 0, 0)]);
+    for filter in [Filter(Vec::new()), endless, astray, nonsense] {
+        let mut order = order(Life::Init, &["/bin/true"]);
+        order.filters = vec![filter];
+        if let Some(left) = run_with_right(&order) {
+            let trouble = left.trouble();
+            assert_eq!((trouble.step, trouble.errno), (Step::Filters, libc::EINVAL));
+            assert_eq!((left.words.len(), left.code()), (1, 126));
+        }
+    }
+}

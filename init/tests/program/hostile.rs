@@ -1,0 +1,120 @@
+//! Orders and requests that are none: said, and survived.
+
+use std::os::fd::AsFd;
+
+use nix::libc;
+use nspawn_init::{LARGEST_ORDER, Life, Request, Step, Word, packet};
+use proptest::prelude::*;
+
+use crate::harness::{Launch, Program, order, shell};
+
+fn is_refused(bytes: Vec<u8>, errno: i32) {
+    let left = Launch::of_bytes(bytes).run();
+    let trouble = left.trouble();
+    assert_eq!(left.words.len(), 1);
+    assert_eq!((trouble.step, trouble.errno), (Step::Order, errno));
+    assert_eq!(left.code(), 126);
+}
+
+#[test]
+fn what_is_no_order_is_refused() {
+    is_refused(Vec::new(), libc::EBADMSG);
+    is_refused(b"{}".into(), libc::EBADMSG);
+    is_refused(b"[".repeat(100_000), libc::EBADMSG);
+    is_refused(
+        vec![b' '; usize::try_from(LARGEST_ORDER).unwrap() + 1],
+        libc::EFBIG,
+    );
+    let whole = packet(&order(Life::Launcher, &["/bin/true"]));
+    is_refused(whole[..whole.len() - 1].to_vec(), libc::EBADMSG);
+}
+
+#[test]
+fn without_its_descriptors_it_does_nothing() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_nspawn-init"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(126));
+    assert!(!output.stderr.is_empty());
+}
+
+/// It still does what it is for.
+fn lives(program: &Program, id: u64) {
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let request = Request::Exec {
+        id,
+        command: vec!["/bin/true".into()],
+        environment: Vec::new(),
+        directory: None,
+    };
+    program.ask(&request, &[null.as_fd(); 3]);
+    loop {
+        match program.word() {
+            Some(Word::ExecEnded { id: ended, .. }) if ended == id => return,
+            Some(Word::ExecRunning { .. } | Word::ExecFailed { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_no_request_is_survived_and_answered_where_it_has_a_number() {
+    let program = Launch::new(&shell(Life::Init, "read line")).start();
+    program.expect_running();
+    for nonsense in [
+        b"".as_slice(),
+        b"\0",
+        b"null",
+        b"{\"exec\":{}}",
+        b"{\"exec\":{\"id\":-1}}",
+        b"{\"signal\":{\"id\":1}}",
+        &[b'['; 100_000],
+        &[b' '; nspawn_init::LONGEST + 1],
+    ] {
+        program.send(nonsense, &[]);
+    }
+    program.send(b"{\"exec\":{\"id\":77,\"command\":\"no list\"}}", &[]);
+    match program.word() {
+        Some(Word::ExecFailed { id: 77, trouble }) => {
+            assert_eq!((trouble.step, trouble.errno), (Step::Order, libc::EBADMSG));
+        }
+        other => panic!("{other:?}"),
+    }
+    lives(&program, 1);
+}
+
+#[test]
+fn no_packets_end_it() {
+    let program = Launch::new(&shell(Life::Init, "read line")).start();
+    program.expect_running();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let last = std::cell::Cell::new(1 << 32);
+    proptest!(ProptestConfig::with_cases(200), |(
+        bytes in any::<Vec<u8>>(),
+        cut in any::<prop::sample::Index>(),
+        whole in any::<bool>(),
+        descriptors in 0..6usize,
+    )| {
+        let request = packet(&Request::Signal { id: 1, signal: 9 });
+        let piece = &request[..cut.index(request.len())];
+        program.send(if whole { piece } else { &bytes }, &vec![null.as_fd(); descriptors]);
+        last.set(last.get() + 1);
+        lives(&program, last.get());
+    });
+}
+
+#[test]
+fn no_order_makes_it_fail_otherwise() {
+    let whole = packet(&order(Life::Init, &["/bin/true"]));
+    proptest!(ProptestConfig::with_cases(100), |(
+        at in any::<prop::sample::Index>(),
+        byte in any::<u8>(),
+    )| {
+        let mut bytes = whole.clone();
+        bytes[at.index(whole.len())] = byte;
+        // It may still be one: another command, another life.
+        let left = Launch::of_bytes(bytes).run();
+        prop_assert!([0, 126, 127].contains(&left.code()), "{left:?}");
+        prop_assert!(!left.words.is_empty());
+    });
+}

@@ -1,0 +1,112 @@
+//! An init passes signals on and reaps.
+
+use nix::libc;
+use nspawn_init::{Life, Word};
+
+use crate::harness::{Launch, UNTIL_END, eventually, shell};
+
+/// What nobody can catch, what an init keeps for itself, and the two that the C library does.
+const KEPT: [i32; 5] = [libc::SIGKILL, libc::SIGSTOP, libc::SIGCHLD, 32, 33];
+
+#[test]
+fn every_signal_is_passed_on() {
+    let numbers: Vec<i32> = (1..=64).filter(|number| !KEPT.contains(number)).collect();
+    let mut script = String::new();
+    for number in &numbers {
+        script += &format!("trap 'echo {number}' {number}\n");
+    }
+    // A shell runs a trap before it reads the next line, or while it waits for one.
+    script += "echo ready\n";
+    script += UNTIL_END;
+    let mut program = Launch::new(&shell(Life::Init, &script)).start();
+    program.expect_running();
+    assert_eq!(program.line(), "ready");
+    for number in numbers {
+        program.signal(number);
+        eventually("the trap", || {
+            program.tell("");
+            program.writes_within(5)
+        });
+        assert_eq!(program.line(), number.to_string());
+    }
+    program.tell("end");
+    let left = program.end();
+    assert_eq!(left.words, [Word::Ended { status: 0 }]);
+    assert_eq!(left.stdout, "", "each came once");
+}
+
+#[test]
+fn a_signal_to_which_the_command_has_no_answer_ends_it() {
+    for number in [libc::SIGTERM, libc::SIGINT, libc::SIGPIPE, 34, 64] {
+        let program = Launch::new(&shell(Life::Init, "read line")).start();
+        program.expect_running();
+        program.signal(number);
+        assert_eq!(program.word(), Some(Word::Ended { status: number }));
+        assert_eq!(program.end().code(), 128 + number);
+    }
+}
+
+#[test]
+fn a_signal_that_comes_early_is_not_lost() {
+    for _ in 0..20 {
+        let program = Launch::new(&shell(Life::Init, "read line")).start();
+        let pid = program.pid();
+        // From then on it is the program's to see that nothing is lost.
+        eventually("the mask", || {
+            let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+            let line = text.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+            let mask = u64::from_str_radix(line.unwrap().trim(), 16).unwrap();
+            mask & (1 << (libc::SIGTERM - 1)) != 0
+        });
+        program.signal(libc::SIGTERM);
+        program.expect_running();
+        let status = libc::SIGTERM;
+        assert_eq!(program.word(), Some(Word::Ended { status }));
+    }
+}
+
+#[test]
+fn a_stopped_command_is_not_taken_for_one_that_ended() {
+    let mut program = Launch::new(&shell(Life::Init, "kill -STOP $$; echo on; read line")).start();
+    program.expect_running();
+    let command = program.command();
+    eventually("the stop", || {
+        let text = std::fs::read_to_string(format!("/proc/{command}/stat")).unwrap();
+        text.rsplit(')').next().unwrap().starts_with(" T")
+    });
+    program.signal(libc::SIGCONT);
+    assert_eq!(program.line(), "on");
+    assert_eq!(program.end().code(), 1, "read at the end of its input");
+}
+
+#[test]
+fn orphans_are_reaped() {
+    let script = "for n in 1 2 3 4 5; do (sh -c 'exit 3' & echo $!) | cat; done; read line; exit 6";
+    let mut program = Launch::new(&shell(Life::Init, script)).start();
+    program.expect_running();
+    let orphans: Vec<String> = (0..5).map(|_| program.line()).collect();
+    eventually("the orphans' end", || {
+        orphans
+            .iter()
+            .all(|pid| !std::path::Path::new(&format!("/proc/{pid}")).exists())
+    });
+    assert_eq!(program.children().len(), 1, "the command is still there");
+    program.tell("");
+    assert_eq!(program.end().words, [Word::Ended { status: 6 << 8 }]);
+}
+
+#[test]
+fn the_supervisors_death_is_nobody_elses() {
+    let script = format!("trap 'echo term; exit 8' TERM; echo ready; {UNTIL_END}");
+    let mut program = Launch::new(&shell(Life::Init, &script)).start();
+    program.expect_running();
+    assert_eq!(program.line(), "ready");
+    program.close_channel();
+    program.signal(libc::SIGTERM);
+    eventually("the trap", || {
+        program.tell("");
+        program.writes_within(5)
+    });
+    assert_eq!(program.line(), "term");
+    assert_eq!(program.end().code(), 8);
+}

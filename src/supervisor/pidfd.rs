@@ -1,0 +1,68 @@
+//! One question to the kernel that no safe crate asks: how the process of a pidfd ended, for others than its parent. Needs
+//! Linux 6.15; older kernels are answered for with "not known".
+
+#![expect(
+    unsafe_code,
+    reason = "an ioctl is a call with a raw pointer, and neither nix nor rustix has this one"
+)]
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// `struct pidfd_info` of `linux/pidfd.h` in its first version, 64 bytes.
+#[derive(Debug, Default)]
+#[repr(C)]
+struct PidfdInfo {
+    /// In: what is asked for. Out: what is answered.
+    mask: u64,
+    cgroup: u64,
+    pids: [u32; 3],
+    users_and_groups: [u32; 8],
+    exit_code: i32,
+}
+
+/// `PIDFD_INFO_EXIT`: the answer is there once the process has been reaped.
+const EXIT: u64 = 1 << 3;
+
+nix::ioctl_readwrite!(pidfd_get_info, 0xFF, 11, PidfdInfo);
+
+/// The raw wait status of a process that has been reaped.
+pub(super) fn exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
+    let mut info = PidfdInfo {
+        mask: EXIT,
+        ..PidfdInfo::default()
+    };
+    // SAFETY: the descriptor is open as long as it is borrowed, and the kernel writes at most the size that the request's
+    // number carries, which is that of the structure.
+    unsafe { pidfd_get_info(pidfd.as_fd().as_raw_fd(), &raw mut info) }.ok()?;
+    (info.mask & EXIT != 0).then_some(info.exit_code)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    use crate::supervisor::process::Held;
+
+    /// Whether this kernel can; where it can't, the answer must be that nothing is known.
+    fn told() -> bool {
+        crate::nspawn::probe::kernel() >= (6, 15)
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "a process to ask about")]
+    #[test]
+    fn a_reaped_process_has_a_status_for_everybody() {
+        for script in ["exit 133", "kill -KILL $$", "kill -34 $$"] {
+            let mut child = Command::new("sh")
+                .args(["-c", &format!("read line; {script}")])
+                .stdin(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
+            let held = Held::by_pid(i32::try_from(child.id()).unwrap()).unwrap();
+            assert_eq!(held.raw_status(), None, "it lives");
+            let status = child.wait().unwrap();
+            let want = told().then(|| status.into_raw());
+            assert_eq!(held.raw_status(), want, "{script}");
+        }
+    }
+}

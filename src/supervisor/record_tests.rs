@@ -1,0 +1,275 @@
+//! Records: who may read them, what they look like for ever, and what hostile ones can't do.
+
+use super::*;
+use proptest::prelude::*;
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, SystemTime};
+
+fn an_exit() -> Exit {
+    Exit {
+        code: 7,
+        signal: 0,
+        oom_killed: false,
+        error: None,
+        ended_at: SystemTime::UNIX_EPOCH,
+    }
+}
+
+/// Records in a directory of their own.
+fn some() -> (tempfile::TempDir, Records) {
+    let temp = tempfile::tempdir().unwrap();
+    let records = Records::at(temp.path().join("x"));
+    records.create().unwrap();
+    (temp, records)
+}
+
+#[test]
+fn what_is_written_is_read_and_is_root_s_alone() {
+    let temp = tempfile::tempdir().unwrap();
+    let records = Records::of(&temp.path().join("state"), "alloc/web/0a1b2c3d");
+    records.create().unwrap();
+    assert_eq!(records.exit().unwrap(), None);
+    records.write_exit(&an_exit()).unwrap();
+    assert_eq!(records.exit().unwrap(), Some(an_exit()));
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(records.path()), 0o700);
+    assert_eq!(mode(&records.path().join("exit")), 0o600);
+    records.create().unwrap_err();
+    records.remove().unwrap();
+    records.remove().unwrap();
+}
+
+#[test]
+fn a_link_is_not_followed() {
+    let (temp, records) = some();
+    let elsewhere = temp.path().join("elsewhere");
+    fs::write(&elsewhere, encode(&an_exit()).unwrap()).unwrap();
+    std::os::unix::fs::symlink(elsewhere, records.path().join("exit")).unwrap();
+    records.exit().unwrap_err();
+}
+
+#[test]
+fn secrets_can_be_taken_once() {
+    let temp = tempfile::tempdir().unwrap();
+    let records = Records::at(temp.path());
+    records.write("environment", br#"{"A":"b"}"#).unwrap();
+    fs::write(temp.path().join("init"), "told").unwrap();
+    let environment = records.take_environment().unwrap();
+    assert_eq!(environment.get("A").map(String::as_str), Some("b"));
+    records.take_environment().unwrap_err();
+    let told = io::read_to_string(records.take_init().unwrap()).unwrap();
+    assert_eq!(told, "told");
+    records.take_init().unwrap_err();
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn of_many_words_the_last_are_kept() {
+    let temp = tempfile::tempdir().unwrap();
+    let records = Records::at(temp.path());
+    assert_eq!(records.words(), "");
+    for word in ["first", &"x".repeat(3000), "last"] {
+        records
+            .open_words()
+            .unwrap()
+            .write_all(word.as_bytes())
+            .unwrap();
+    }
+    let words = records.words();
+    assert!(words.ends_with("xlast") && words.len() == 2048, "{words}");
+}
+
+#[test]
+fn an_error_says_nothing_of_what_was_read() {
+    let (_temp, records) = some();
+    records
+        .write("environment", br#"{"A":{"marker\n":"marker"}}"#)
+        .unwrap();
+    let error = records.take_environment().unwrap_err().to_string();
+    assert!(
+        !error.contains("marker") && error.contains("line 1 column"),
+        "{error}"
+    );
+    let error = decode::<Order>(br#"{"id":"i","machine":"m","mode":"marker\n"}"#).unwrap_err();
+    assert!(!error.to_string().contains("marker"), "{error}");
+}
+
+#[test]
+fn what_is_too_large_is_refused_and_not_cut() {
+    let (_temp, records) = some();
+    records.write_exit(&an_exit()).unwrap();
+    let place = records.path().join("exit");
+    let file = OpenOptions::new().write(true).open(&place).unwrap();
+    // A hole, which takes no room.
+    file.set_len(LARGEST + 1).unwrap();
+    let error = records.exit().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    assert!(error.to_string().contains("larger than"), "{error}");
+}
+
+#[test]
+fn a_log_that_is_a_link_is_not_opened() {
+    let (temp, records) = some();
+    let elsewhere = temp.path().join("elsewhere");
+    std::os::unix::fs::symlink(&elsewhere, records.log()).unwrap();
+    records.open_log().unwrap_err();
+    assert!(!elsewhere.exists());
+}
+
+#[test]
+fn what_is_damaged_is_not_repeated() {
+    let (_temp, records) = some();
+    fs::write(records.path().join("environment"), "\"s3cret\"").unwrap();
+    let error = records.take_environment().unwrap_err().to_string();
+    assert!(!error.contains("s3cret"), "{error}");
+}
+
+/// What released drivers wrote, a line each. Never change a line; add one when a field is new.
+const ORDERS: &str = include_str!("frozen/order.jsonl");
+const RUNNING: &str = include_str!("frozen/running.jsonl");
+const EXITS: &str = include_str!("frozen/exit.jsonl");
+
+/// All lines can be read, and the last is what is written today.
+fn is_frozen<T: Serialize + DeserializeOwned>(lines: &str) {
+    for line in lines.lines() {
+        let record: T = decode(line.as_bytes()).unwrap_or_else(|error| panic!("{line}: {error}"));
+        let written = String::from_utf8(encode(&record).unwrap()).unwrap();
+        if Some(line) == lines.lines().last() {
+            assert_eq!(written, line);
+        }
+    }
+}
+
+#[test]
+fn what_was_ever_released_is_read_and_the_last_is_written() {
+    is_frozen::<Order>(ORDERS);
+    is_frozen::<Running>(RUNNING);
+    is_frozen::<Exit>(EXITS);
+}
+
+#[test]
+fn records_of_another_age() {
+    let last = EXITS.lines().last().unwrap();
+    let exit: Exit = decode(last.as_bytes()).unwrap();
+    let changed = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut value = serde_json::from_str(last).unwrap();
+        change(&mut value);
+        decode::<Exit>(value.to_string().as_bytes())
+    };
+    let without = changed(&|value| drop(value.as_object_mut().unwrap().remove("form")));
+    assert_eq!(without.unwrap(), exit);
+    assert_eq!(changed(&|value| value["later"] = 1.into()).unwrap(), exit);
+    let newer = changed(&|value| value["form"] = (FORM + 1).into()).unwrap_err();
+    assert_eq!(newer.kind(), io::ErrorKind::Unsupported);
+    assert!(
+        newer.to_string().contains("form 2, which is newer"),
+        "{newer}"
+    );
+    for nonsense in ["x".into(), (-1).into(), serde_json::Value::Null] {
+        changed(&|value| value["form"] = nonsense.clone()).unwrap_err();
+    }
+}
+
+/// A moment that a record can hold.
+fn moment() -> impl Strategy<Value = SystemTime> {
+    let span = (0..1u64 << 40, 0..1_000_000_000u32);
+    span.prop_map(|(seconds, nanos)| SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos))
+}
+
+fn process() -> impl Strategy<Value = Process> {
+    (any::<i32>(), any::<u64>()).prop_map(|(pid, start)| Process { pid, start })
+}
+
+fn path() -> impl Strategy<Value = PathBuf> {
+    any::<String>().prop_map(PathBuf::from)
+}
+
+pub(in crate::supervisor) fn exit() -> impl Strategy<Value = Exit> {
+    let numbers = (any::<i32>(), any::<i32>(), any::<bool>());
+    (numbers, any::<Option<String>>(), moment()).prop_map(
+        |((code, signal, oom_killed), error, ended_at)| Exit {
+            code,
+            signal,
+            oom_killed,
+            error,
+            ended_at,
+        },
+    )
+}
+
+pub(in crate::supervisor) fn started() -> impl Strategy<Value = Started> {
+    let names = (any::<String>(), any::<String>(), any::<String>(), path());
+    let modes = proptest::sample::select(vec![Mode::Plain, Mode::ProcessTwo, Mode::Boot]);
+    let cgroup = proptest::option::of(path());
+    let rest = (modes, cgroup, moment(), any::<Vec<String>>());
+    (names, process(), process(), rest).prop_map(
+        |((id, machine, boot, state), supervisor, leader, (mode, cgroup, started_at, notes))| {
+            Started {
+                id,
+                machine,
+                state,
+                boot,
+                supervisor,
+                leader,
+                mode,
+                cgroup,
+                started_at,
+                notes,
+            }
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn no_id_leads_out_of_the_state_directory(id in "\\PC{0,200}") {
+        let records = Records::of(Path::new("/state"), &id);
+        prop_assert_eq!(records.path().parent(), Some(Path::new("/state")));
+        prop_assert!(Records::is_name(records.path().file_name().unwrap().to_str().unwrap()));
+        // Sockets have short paths: the configuration keeps 43 bytes free below the state directory.
+        prop_assert!(records.lifeline().as_os_str().len() <= "/state".len() + 43);
+    }
+
+    #[test]
+    fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let (_temp, records) = some();
+        for name in ["order", "running", "exit", "environment", "failure"] {
+            fs::write(records.path().join(name), &bytes).unwrap();
+        }
+        prop_assert!(records.order().is_err());
+        prop_assert!(records.running().is_err());
+        prop_assert!(records.exit().is_err());
+        let _ = (records.take_environment(), records.failure());
+    }
+
+    #[test]
+    fn every_record_is_read_as_it_was_written(
+        exit in exit(), started in started(), nspawn in process(), copy in proptest::option::of(path())
+    ) {
+        let (_temp, records) = some();
+        records.write_exit(&exit).unwrap();
+        prop_assert_eq!(records.exit().unwrap(), Some(exit));
+        let running = Running { started, nspawn, copy };
+        records.write_running(&running).unwrap();
+        prop_assert_eq!(records.running().unwrap(), running);
+    }
+
+    #[test]
+    fn half_a_record_is_none(cut: prop::sample::Index) {
+        for lines in [ORDERS, RUNNING, EXITS] {
+            let whole = lines.lines().last().unwrap().as_bytes();
+            let half = &whole[..cut.index(whole.len())];
+            prop_assert!(decode::<serde_json::Value>(half).is_err());
+        }
+    }
+
+    #[test]
+    fn a_changed_byte_is_no_panic(at: prop::sample::Index, byte: u8) {
+        for lines in [ORDERS, RUNNING, EXITS] {
+            let mut text = lines.lines().last().unwrap().as_bytes().to_vec();
+            let at = at.index(text.len());
+            text[at] = byte;
+            let _ = (decode::<Order>(&text), decode::<Running>(&text), decode::<Exit>(&text));
+        }
+    }
+}

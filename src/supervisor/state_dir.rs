@@ -1,0 +1,259 @@
+//! The directory below which the starts' directories are made. What lies there decides what root kills and unmounts, so it is
+//! refused when somebody else could put things there or exchange them. Changes the modes of no directory that was there before: it
+//! may be one that others need, and secrets lie in the starts' own directories, which are always new.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+
+/// The kernel follows no more links either.
+const MOST_LINKS: usize = 40;
+const STICKY: u32 = 0o1000;
+
+/// Why a state directory is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum StateDirError {
+    /// It is a link.
+    #[error("plugin.state_dir: {link} is a link, give the directory it leads to")]
+    Link {
+        /// The link.
+        link: PathBuf,
+    },
+    /// Something else lies at its place.
+    #[error("plugin.state_dir: {path} is not a directory")]
+    NotADirectory {
+        /// What lies there.
+        path: PathBuf,
+    },
+    /// Somebody else's directory.
+    #[error(
+        "plugin.state_dir: {path} belongs to user {owner}, only root may own it and what it lies in"
+    )]
+    Foreign {
+        /// The directory, or one that it lies in.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
+    /// Others may put things there.
+    #[error(
+        "plugin.state_dir: {path} can be written by others (mode {mode:04o}), only root may write it and what it lies in"
+    )]
+    Writable {
+        /// The directory, or one that it lies in.
+        path: PathBuf,
+        /// Its mode.
+        mode: u32,
+    },
+    /// It can't be looked at or made.
+    #[error("{path}")]
+    Io {
+        /// Which directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Looks whether this state directory, if it exists, and everything above it are safe from others. Changes nothing.
+pub fn check(state_dir: &Path) -> Result<(), StateDirError> {
+    let mut left = parts(state_dir);
+    let mut at = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(part) = left.pop_front() {
+        if part == ".." {
+            at.pop();
+            continue;
+        }
+        let path = at.join(part);
+        let about = match fs::symlink_metadata(&path) {
+            Ok(about) => about,
+            // What is missing is made by us.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(StateDirError::Io { path, source }),
+        };
+        if about.uid() != 0 && about.uid() != nix::unistd::geteuid().as_raw() {
+            let owner = about.uid();
+            return Err(StateDirError::Foreign { path, owner });
+        }
+        if about.is_symlink() {
+            links += 1;
+            if path == state_dir || links > MOST_LINKS {
+                return Err(StateDirError::Link { link: path });
+            }
+            let target = match fs::read_link(&path) {
+                Ok(target) => target,
+                Err(source) => return Err(StateDirError::Io { path, source }),
+            };
+            if target.is_absolute() {
+                at = "/".into();
+            }
+            let mut all = parts(&target);
+            all.append(&mut left);
+            left = all;
+            continue;
+        }
+        if !about.is_dir() && left.is_empty() {
+            return Err(StateDirError::NotADirectory { path });
+        }
+        if !about.is_dir() {
+            // Nothing can lie below it. Perhaps something is mounted there later.
+            return Ok(());
+        }
+        let mode = about.mode() & 0o7777;
+        let group_counts = about.gid() != 0;
+        let writable = mode & 0o002 != 0 || (group_counts && mode & 0o020 != 0);
+        // In a sticky directory others can exchange nothing that isn't theirs; who owns the next part is looked at anyway.
+        if writable && (left.is_empty() || mode & STICKY == 0) {
+            return Err(StateDirError::Writable { path, mode });
+        }
+        at = path;
+    }
+    Ok(())
+}
+
+/// Checks this state directory, and makes it and what it lies in for root alone where that is missing.
+pub fn secure(state_dir: &Path) -> Result<(), StateDirError> {
+    check(state_dir)?;
+    let made = DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(state_dir);
+    made.map_err(|source| StateDirError::Io {
+        path: state_dir.to_owned(),
+        source,
+    })
+}
+
+fn parts(path: &Path) -> VecDeque<OsString> {
+    path.components()
+        .filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir))
+        .map(|part| part.as_os_str().to_owned())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    /// A directory of the test's own, below one that everybody may write.
+    fn place() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    fn mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn what_is_missing_is_made_for_root_alone() {
+        let place = place();
+        let state = place.path().join("a/b");
+        secure(&state).unwrap();
+        secure(&state).unwrap();
+        for made in [&state, &place.path().join("a")] {
+            assert_eq!(fs::metadata(made).unwrap().mode() & 0o7777, 0o700);
+        }
+    }
+
+    #[rstest]
+    #[case::private(0o700, true)]
+    #[case::readable(0o755, true)]
+    #[case::everybodys(0o777, false)]
+    #[case::everybodys_and_sticky(0o1777, false)]
+    fn the_mode_of_one_that_exists_counts_and_stays(#[case] given: u32, #[case] good: bool) {
+        let place = place();
+        let state = place.path().join("state");
+        fs::create_dir(&state).unwrap();
+        mode(&state, given);
+        let checked = secure(&state);
+        assert_eq!(checked.is_ok(), good, "{checked:?}");
+        assert_eq!(fs::metadata(&state).unwrap().mode() & 0o7777, given);
+        if let Err(error) = checked {
+            let text = error.to_string();
+            assert!(text.contains("plugin.state_dir"), "{text}");
+            assert!(text.contains(state.to_str().unwrap()), "{text}");
+        }
+    }
+
+    #[rstest]
+    #[case::open(0o777, false)]
+    #[case::open_and_sticky(0o1777, true)]
+    fn what_it_lies_in_counts_too(#[case] given: u32, #[case] good: bool) {
+        let place = place();
+        let above = place.path().join("above");
+        fs::create_dir_all(above.join("state")).unwrap();
+        mode(&above.join("state"), 0o700);
+        mode(&above, given);
+        let checked = check(&above.join("state"));
+        assert_eq!(checked.is_ok(), good, "{checked:?}");
+    }
+
+    #[test]
+    fn a_link_is_refused_and_one_above_is_followed() {
+        let place = place();
+        let real = place.path().join("real");
+        fs::create_dir_all(real.join("state")).unwrap();
+        mode(&real, 0o700);
+        mode(&real.join("state"), 0o700);
+        symlink("real/state", place.path().join("link")).unwrap();
+        let refused = check(&place.path().join("link")).unwrap_err();
+        assert!(matches!(refused, StateDirError::Link { .. }), "{refused}");
+        symlink(&real, place.path().join("absolute")).unwrap();
+        symlink("absolute/../real", place.path().join("relative")).unwrap();
+        check(&place.path().join("relative/state")).unwrap();
+        mode(&real, 0o777);
+        let refused = check(&place.path().join("relative/state")).unwrap_err();
+        assert!(
+            matches!(refused, StateDirError::Writable { .. }),
+            "{refused}"
+        );
+        mode(&real, 0o700);
+    }
+
+    #[test]
+    fn links_that_lead_in_circles_end() {
+        let place = place();
+        symlink("b", place.path().join("a")).unwrap();
+        symlink("a", place.path().join("b")).unwrap();
+        let refused = check(&place.path().join("a/state")).unwrap_err();
+        assert!(matches!(refused, StateDirError::Link { .. }), "{refused}");
+    }
+
+    #[test]
+    fn somebody_elses_is_refused() {
+        let place = place();
+        let state = place.path().join("state");
+        fs::create_dir(&state).unwrap();
+        mode(&state, 0o700);
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::chown(&state, Some(65534), None).unwrap();
+            let refused = check(&state).unwrap_err();
+            assert!(
+                matches!(refused, StateDirError::Foreign { owner: 65534, .. }),
+                "{refused}"
+            );
+        } else {
+            // Nobody but root can give things away, so this one's own is looked at.
+            check(&state).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_is_refused() {
+        let place = place();
+        let state = place.path().join("state");
+        fs::write(&state, "").unwrap();
+        let refused = secure(&state).unwrap_err();
+        assert!(
+            matches!(refused, StateDirError::NotADirectory { .. }),
+            "{refused}"
+        );
+    }
+}

@@ -1,0 +1,428 @@
+//! Secrets on the real systemd-nspawn, and with a real agent: what `tests/integration/secrets.rs` says of every version's way is
+//! seen here of the installed one.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use e2e::agent::Agent;
+use e2e::stage::{Running, Stage, Task, end, within};
+use e2e::until;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use nomad_driver_nspawn::host::{Allocation, Plugin};
+use serde_json::{Value, json};
+
+#[path = "../../secrecy/mod.rs"]
+mod secrecy;
+
+use secrecy::{Marker, Mode, ancestry, descriptors, environment, open_to_others, shown};
+
+/// The installed systemd-nspawn's version.
+fn version() -> u32 {
+    let output = Command::new("systemd-nspawn")
+        .arg("--version")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let digits = |word: &str| word.parse().ok();
+    text.split_whitespace().find_map(digits).unwrap()
+}
+
+/// Looks through the whole machine: `nspawn` and what it started may hold it in their environment.
+fn search(
+    when: &str,
+    marker: &Marker,
+    mode: Mode,
+    nspawn: Option<i32>,
+    (own, spared): (&Path, &[PathBuf]),
+    since: i64,
+) {
+    let expects = shown(mode, version(), false).is_some();
+    let expected: Vec<i32> = nspawn.into_iter().filter(|_| expects).collect();
+    let lines = marker.in_command_lines();
+    let seen: Vec<i32> = lines.keys().copied().collect();
+    assert_eq!(seen, expected, "{when}: command lines: {lines:?}");
+    for (pid, name) in marker.in_environments() {
+        let inside = nspawn.is_some_and(|nspawn| ancestry(pid).contains(&nspawn));
+        assert!(inside, "{when}: the environment of {name} ({pid}) has it");
+        // Root's, or in a user namespace of the container's own the container's user's, who has it anyway.
+        let about = fs::metadata(format!("/proc/{pid}/environ")).unwrap();
+        assert_eq!(about.mode() & 0o777, 0o400, "{name}");
+        assert!(about.uid() == 0 || Some(pid) != nspawn, "{name}");
+    }
+    let mut places = secrecy::places();
+    places.push((own, usize::MAX));
+    let files = marker.in_files(&places, spared, since);
+    let kept = |path: &PathBuf| expects && path.ends_with("order");
+    let others: Vec<&PathBuf> = files.iter().filter(|path| !kept(path)).collect();
+    assert_eq!(others, Vec::<&PathBuf>::new(), "{when}: files have it");
+    let open = open_to_others(&own.join("state"));
+    assert_eq!(open, Vec::<String>::new(), "{when}");
+}
+
+/// A stage with secrets.
+struct Case {
+    stage: Stage,
+    marker: Marker,
+    mode: Mode,
+    since: i64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Death {
+    Exit(i32),
+    Stop,
+    Payload,
+    Nspawn,
+    Supervisor,
+    Plugin,
+}
+
+impl Case {
+    fn new(mode: Mode) -> Self {
+        let stage = Stage::new();
+        if mode == Mode::Boot {
+            // The smallest image with an init of its own.
+            let sbin = stage.join("tree/sbin");
+            fs::create_dir(&sbin).unwrap();
+            let init = sbin.join("init");
+            fs::write(&init, "#!/bin/sh\nexec sleep 1000\n").unwrap();
+            fs::set_permissions(init, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        Self {
+            stage,
+            marker: Marker::new(),
+            mode,
+            since: secrecy::now(),
+        }
+    }
+
+    fn task(&self, script: &str) -> Task {
+        let task = match self.mode {
+            Mode::Plain => self.stage.shell(script),
+            Mode::ProcessTwo => self.stage.shell(script).with("process_two", true),
+            Mode::Boot => self
+                .stage
+                .words(&[])
+                .with("command", json!([]))
+                .with("boot", true),
+        };
+        task.env("DB_PASSWORD", &self.marker.secret("value"))
+            .env("NOMAD_TOKEN", &self.marker.secret("token"))
+            .env(
+                "LINES",
+                &format!("a\n{}\n\"='", self.marker.secret("lines")),
+            )
+    }
+
+    fn allocation(&self, task: &Task) -> Arc<Allocation> {
+        let allocation = self.stage.allocation(task);
+        let file = allocation.task_dir().join("secrets/file.env");
+        fs::write(file, self.marker.secret("template")).unwrap();
+        allocation
+    }
+
+    fn search(&self, when: &str, nspawn: Option<i32>) {
+        let own = self.stage.join("");
+        let spared = ["alloc", "plugins"].map(|name| self.stage.join(name));
+        let places = (own.as_path(), &spared[..]);
+        search(when, &self.marker, self.mode, nspawn, places, self.since);
+    }
+
+    fn nspawn(&self, running: &Running) -> i32 {
+        let state = running.state()["state"].as_str().unwrap().to_owned();
+        let record = fs::read(Path::new(&state).join("running")).unwrap();
+        let record: Value = serde_json::from_slice(&record).unwrap();
+        i32::try_from(record["nspawn"]["pid"].as_i64().unwrap()).unwrap()
+    }
+
+    async fn dies(&self, plugin: Plugin, death: Death) -> Plugin {
+        let task = match death {
+            Death::Exit(code) => self.task(&format!("echo up; exit {code}")),
+            _ => self.task("echo up; exec sleep 1000"),
+        };
+        let allocation = self.allocation(&task);
+        let running = self.stage.start_in(&plugin, &task, allocation).await;
+        let running = running.unwrap_or_else(|refused| panic!("{refused:?}"));
+        self.marker
+            .not_in("the state that Nomad keeps", &running.state().to_string());
+        if self.mode != Mode::Boot {
+            running.stdout.contains("up").await;
+        }
+        let plugin = match death {
+            Death::Exit(_) => plugin,
+            other => {
+                let leader = i32::try_from(running.leader()).unwrap();
+                until("the payload has its secrets", || {
+                    let found = self.marker.in_environments();
+                    let inside = found.keys().any(|pid| ancestry(*pid).contains(&leader));
+                    inside.then_some(())
+                });
+                let nspawn = self.nspawn(&running);
+                self.search("while it runs", Some(nspawn));
+                self.strike(plugin, &running, other).await
+            }
+        };
+        let exit = running.wait(&plugin).await;
+        self.marker.not_in("the exit", &format!("{exit:?}"));
+        self.search(&format!("after {death:?}"), None);
+        running.destroy(&plugin).await;
+        let said = running.stdout.all().await + &running.stderr.all().await;
+        self.marker.not_in("the task's log", &said);
+        self.search(&format!("destroyed after {death:?}"), None);
+        self.marker.not_in("the plugin's log", &self.stage.log());
+        plugin
+    }
+
+    async fn strike(&self, mut plugin: Plugin, running: &Running, death: Death) -> Plugin {
+        let end = |pid: i32| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        let pid = |who: &str| i32::try_from(running.state()[who]["pid"].as_i64().unwrap()).unwrap();
+        match death {
+            Death::Exit(_) => {}
+            Death::Stop => {
+                running.stop(&plugin, Duration::from_millis(200), "").await;
+            }
+            Death::Payload => end(pid("leader")),
+            Death::Nspawn => end(self.nspawn(running)),
+            Death::Supervisor => end(pid("supervisor")),
+            Death::Plugin => {
+                plugin.kill().await;
+                let nspawn = self.nspawn(running);
+                self.search("without a plugin", Some(nspawn));
+                plugin = self.stage.plugin().await;
+                let handle = running.started.handle.clone();
+                within("RecoverTask", plugin.recover(handle)).await.unwrap();
+                self.search("recovered", Some(nspawn));
+                running.stop(&plugin, Duration::ZERO, "").await;
+            }
+        }
+        plugin
+    }
+}
+
+async fn every_death(mode: Mode, deaths: &[Death]) {
+    let case = Case::new(mode);
+    let mut plugin = case.stage.plugin().await;
+    for death in deaths {
+        plugin = case.dies(plugin, *death).await;
+    }
+    end(plugin).await;
+    case.stage.leave();
+}
+
+const FROM_OUTSIDE: [Death; 5] = [
+    Death::Stop,
+    Death::Payload,
+    Death::Nspawn,
+    Death::Supervisor,
+    Death::Plugin,
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_secret_of_a_plain_task_shows() {
+    every_death(Mode::Plain, &[Death::Exit(0), Death::Exit(3)]).await;
+    every_death(Mode::Plain, &FROM_OUTSIDE).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_secret_of_a_second_process_shows() {
+    every_death(Mode::ProcessTwo, &[Death::Exit(0), Death::Exit(3)]).await;
+    every_death(Mode::ProcessTwo, &FROM_OUTSIDE).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_secret_of_a_booted_task_shows() {
+    every_death(Mode::Boot, &FROM_OUTSIDE).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_failed_start_shows_a_secret() {
+    let case = Case::new(Mode::Plain);
+    let plugin = case.stage.plugin().await;
+    let empty = case.stage.join("empty");
+    fs::create_dir(&empty).unwrap();
+    let broken = case.stage.file("broken.raw", "no image");
+    let up = "echo up; exec sleep 1000";
+    let secret = case.marker.secret("value");
+    let tasks = [
+        ("missing", case.task(up).with("image", "/no/such/image")),
+        (
+            "no tree",
+            case.task(up).with("image", empty.to_str().unwrap()),
+        ),
+        (
+            "no image",
+            case.task(up).with("image", broken.to_str().unwrap()),
+        ),
+        ("bad option", case.task(up).with("volatile", "maybe")),
+        ("secret option", case.task(up).with("volatile", secret)),
+        (
+            "bad capability",
+            case.task(up).with("capability", json!(["CAP_NO"])),
+        ),
+    ];
+    for (what, task) in tasks {
+        let allocation = case.allocation(&task);
+        let refused = case.stage.start_in(&plugin, &task, allocation).await;
+        let refused = refused.expect_err(what);
+        // With what systemd-nspawn has said, where one was called.
+        case.marker.not_in(what, &format!("{refused:?}"));
+        case.search(what, None);
+        case.marker.not_in("the plugin's log", &case.stage.log());
+    }
+    // These have started before anybody can know.
+    for command in ["/no/such/program", "/etc/passwd"] {
+        let task = case.task(up).with("command", json!([command]));
+        let allocation = case.allocation(&task);
+        let running = case.stage.start_in(&plugin, &task, allocation).await;
+        let running = running.unwrap();
+        let exit = running.wait(&plugin).await;
+        assert_ne!(exit.code, 0);
+        case.marker.not_in("the exit", &format!("{exit:?}"));
+        case.search(command, None);
+        let said = running.stdout.all().await + &running.stderr.all().await;
+        case.marker.not_in("the task's log", &said);
+        running.destroy(&plugin).await;
+    }
+    end(plugin).await;
+    case.stage.leave();
+}
+
+/// What systemd-nspawn's own environment has beside the task's variables.
+const NSPAWN_KNOWS: &[&str] = &[
+    "LANG",
+    "NOTIFY_SOCKET",
+    "PATH",
+    "SYSTEMD_LOG_COLOR",
+    "SYSTEMD_LOG_TARGET",
+    "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY",
+    // For the descriptors that are passed through it.
+    "LISTEN_FDS",
+    "LISTEN_PID",
+];
+
+/// An agent that marks nothing as closed on exec, and has tokens of its own in its environment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
+    let case = Case::new(Mode::Plain);
+    let precious = case.stage.file("precious", "");
+    let script = format!(
+        "export AWS_SECRET_ACCESS_KEY={token} VAULT_TOKEN={token} LD_BIND_NOW=1; exec 7<{precious} 8>>{precious}; exec \"$0\"",
+        token = case.marker.secret("agent"),
+        precious = precious.display()
+    );
+    let plugin = case.stage.plugin_by(&script).await;
+    assert!(
+        descriptors(plugin.pid()).unwrap()[&7].ends_with("precious"),
+        "the plugin has what it must not pass on"
+    );
+    let task = case
+        .stage
+        .shell("echo up; exec sleep 1000")
+        .env("OF_THE_JOB", "x");
+    let running = case.stage.start(&plugin, task).await;
+    running.stdout.contains("up").await;
+    let state = running.state();
+    let pid = |who: &str| i32::try_from(state[who]["pid"].as_i64().unwrap()).unwrap();
+    let nspawn = case.nspawn(&running);
+    assert_eq!(environment(pid("supervisor")).unwrap(), [].into());
+    let of_job: BTreeSet<String> = environment(pid("leader")).unwrap().into_keys().collect();
+    for name in environment(nspawn).unwrap().into_keys() {
+        let known = NSPAWN_KNOWS.contains(&name.as_str()) || of_job.contains(&name);
+        assert!(known, "{name}");
+    }
+    assert!(of_job.contains("OF_THE_JOB"), "{of_job:?}");
+    for name in ["AWS_SECRET_ACCESS_KEY", "VAULT_TOKEN", "LD_BIND_NOW"] {
+        assert!(!of_job.contains(name), "{name}");
+    }
+    for who in [pid("supervisor"), nspawn, pid("leader")] {
+        let open = descriptors(who).unwrap();
+        let files: Vec<&String> = open.values().filter(|to| to.contains("precious")).collect();
+        assert_eq!(files, Vec::<&String>::new(), "{open:?}");
+    }
+    let leader: Vec<i32> = descriptors(pid("leader")).unwrap().into_keys().collect();
+    assert_eq!(leader, [0, 1, 2]);
+    running.destroy(&plugin).await;
+    end(plugin).await;
+    case.stage.leave();
+}
+
+/// Core files would lie in `/`, where supervisor and systemd-nspawn work, or wherever the machine puts them; the marker tells.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_systemd_nspawn_that_aborts_leaves_no_secret() {
+    let case = Case::new(Mode::Boot);
+    let plugin = case
+        .stage
+        .plugin_by("ulimit -S -c $(ulimit -H -c); exec \"$0\"")
+        .await;
+    let task = case.task("");
+    let allocation = case.allocation(&task);
+    let running = case.stage.start_in(&plugin, &task, allocation).await;
+    let running = running.unwrap();
+    let nspawn = case.nspawn(&running);
+    kill(Pid::from_raw(nspawn), Signal::SIGABRT).unwrap();
+    let exit = running.wait(&plugin).await;
+    assert_eq!(exit.signal, 6);
+    case.search("after its abort", None);
+    running.destroy(&plugin).await;
+    end(plugin).await;
+    case.stage.leave();
+}
+
+/// At the level `info`: at `debug` the agent's own log has the text of templates, which no driver can hide.
+#[test]
+fn no_secret_shows_with_a_real_agent() {
+    let agent = Agent::logging("INFO");
+    let marker = Marker::new();
+    let since = secrecy::now();
+    let tree = agent.join("tree");
+    fs::create_dir(&tree).unwrap();
+    e2e::busybox_tree(&tree);
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("jobs/secrets.nomad.hcl");
+    let variables = [
+        ("image", tree.to_str().unwrap()),
+        ("secret", &*marker.secret("x")),
+    ];
+    let task = agent.run(&file, &variables);
+    task.printed("up");
+    let token = fs::read_to_string(task.dir().join("secrets/nomad_token")).unwrap();
+    let token = Marker::from(token.trim().to_owned());
+    let leader = i32::try_from(task.leader()).unwrap();
+    let inside = environment(leader).unwrap();
+    assert!(marker.is_in(inside["DB_PASSWORD"].as_bytes()));
+    assert!(marker.is_in(inside["FROM_TEMPLATE"].as_bytes()));
+    assert!(token.is_in(inside["NOMAD_TOKEN"].as_bytes()));
+    // The leader is systemd-nspawn's child.
+    let nspawn = ancestry(leader)[1];
+    // Nomad's own data, which has the job.
+    let spared = [agent.join("data"), agent.join("plugins")];
+    let own = agent.join("");
+    let look = |when: &str, nspawn: Option<i32>| {
+        for secret in [&marker, &token] {
+            let places = (own.as_path(), &spared[..]);
+            search(when, secret, Mode::Plain, nspawn, places, since);
+        }
+    };
+    look("while it runs", Some(nspawn));
+    let plugin = agent.plugin();
+    let sockets = agent.sockets();
+    kill(Pid::from_raw(plugin), Signal::SIGKILL).unwrap();
+    until("another plugin", || {
+        (agent.plugin() != plugin).then_some(())
+    });
+    sockets
+        .iter()
+        .for_each(|left| fs::remove_file(left).unwrap());
+    look("recovered", Some(nspawn));
+    assert_eq!(task.stop(), [0]);
+    look("after the end", None);
+    let told = task.task().to_string();
+    marker.not_in("what Nomad tells of the task", &told);
+    token.not_in("what Nomad tells of the task", &told);
+    agent.leave();
+}

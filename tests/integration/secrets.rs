@@ -1,0 +1,758 @@
+//! Secrets: no value of a variable, no template's text and no token shows on the host, while a task with them runs and after it
+//! died in each way; and nobody gets a descriptor or a variable that it does not need. On the stand-in, which takes values
+//! the way each version of systemd-nspawn does.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin};
+use nomad_driver_nspawn::proto::driver::fingerprint_response::HealthState;
+use nomad_driver_nspawn::proto::driver::{DriverTaskEvent, FingerprintRequest};
+use rstest::rstest;
+use serde_json::{Value, json};
+
+use crate::harness::{Host, Running, Task, argv, eventually, is_root, refusal, within};
+use crate::lifecycle::nothing_left;
+
+#[path = "../secrecy/mod.rs"]
+mod secrecy;
+
+use secrecy::{Marker, Mode, ancestry, descriptors, open_to_others, shown};
+
+/// The variable that everybody expects to be a secret.
+const SECRET: &str = "DB_PASSWORD";
+
+const ON_AND_ON: &str = "echo up; exec sleep 1000";
+
+/// One task with secrets, and where they may be.
+struct Case {
+    host: Host,
+    marker: Marker,
+    mode: Mode,
+    version: u32,
+    since: i64,
+}
+
+/// How a task with secrets ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Death {
+    Exit(i32),
+    Signal(i32),
+    Stop,
+    Leader,
+    Nspawn,
+    Supervisor,
+    Plugin,
+}
+
+const DEATHS: [Death; 8] = [
+    Death::Exit(0),
+    Death::Exit(3),
+    Death::Signal(11),
+    Death::Stop,
+    Death::Leader,
+    Death::Nspawn,
+    Death::Supervisor,
+    Death::Plugin,
+];
+
+impl Case {
+    fn new(mode: Mode, version: u32) -> Self {
+        let host = Host::new();
+        host.scenario(&json!({"version": version}));
+        Self {
+            host,
+            marker: Marker::new(),
+            mode,
+            version,
+            since: secrecy::now(),
+        }
+    }
+
+    /// A task of this mode with secrets in its environment.
+    fn task(&self, script: &str) -> Task {
+        let task = self.host.shell(script);
+        let task = match self.mode {
+            Mode::Plain => task,
+            Mode::ProcessTwo => task.with("process_two", json!(true)),
+            Mode::Boot => task.with("boot", json!(true)).with("command", json!([])),
+        };
+        task.env(SECRET, &self.marker.secret("value"))
+            .env("NOMAD_TOKEN", &self.marker.secret("token"))
+            .env("LINES", &format!("a\n{}\n", self.marker.secret("lines")))
+    }
+
+    /// An allocation as Nomad makes it, with a template's and a token's file.
+    fn allocation(&self, task: Task) -> Arc<Allocation> {
+        let allocation = self.host.allocation(task);
+        let secrets = allocation.task_dir().join("secrets");
+        for name in ["file.env", "nomad_token"] {
+            fs::write(secrets.join(name), self.marker.secret(name)).unwrap();
+        }
+        Arc::new(allocation)
+    }
+
+    /// Where it may lie: in Nomad's own directories, and in what the stand-in keeps for tests.
+    fn spared(&self) -> Vec<PathBuf> {
+        ["alloc", "bin"].map(|name| self.host.join(name)).into()
+    }
+
+    /// Looks through the whole host. `nspawn` is the systemd-nspawn that runs now.
+    fn search(&self, when: &str, nspawn: Option<i32>) {
+        let lines = self.marker.in_command_lines();
+        // Where the arguments have it, so has the order, which only root reads.
+        let expects = shown(self.mode, self.version, false).is_some();
+        let expected: Vec<i32> = nspawn.into_iter().filter(|_| expects).collect();
+        let seen: Vec<i32> = lines.keys().copied().collect();
+        assert_eq!(seen, expected, "{when}: command lines: {lines:?}");
+        for (pid, name) in self.marker.in_environments() {
+            let inside = nspawn.is_some_and(|nspawn| ancestry(pid).contains(&nspawn));
+            assert!(inside, "{when}: the environment of {name} ({pid}) has it");
+        }
+        let mut places = secrecy::places();
+        places.push((self.host.path(), usize::MAX));
+        let files = self.marker.in_files(&places, &self.spared(), self.since);
+        let kept = |path: &PathBuf| expects && path.ends_with("order");
+        let others: Vec<&PathBuf> = files.iter().filter(|path| !kept(path)).collect();
+        assert_eq!(others, Vec::<&PathBuf>::new(), "{when}: files have it");
+        assert_eq!(
+            open_to_others(&self.host.state()),
+            Vec::<String>::new(),
+            "{when}"
+        );
+        let log = self.host.log().text().join("\n");
+        self.marker.not_in("the plugin's log", &log);
+    }
+
+    fn nspawn(&self) -> i32 {
+        let starts = self.host.starts();
+        let pid = starts.last().expect("a start")["pid"].as_i64().unwrap();
+        i32::try_from(pid).unwrap()
+    }
+
+    async fn dies(&self, plugin: Plugin, death: Death) -> Plugin {
+        // An init is simulated and can't be told by a script.
+        let instead = match death {
+            Death::Exit(code) if self.mode == Mode::Boot => json!({"exit": code}),
+            Death::Signal(number) if self.mode == Mode::Boot => json!({"signal": number}),
+            _ => Value::Null,
+        };
+        let task = match death {
+            Death::Exit(code) => self.task(&format!("exit {code}")),
+            Death::Signal(number) => self.task(&format!("kill -{number} $$")),
+            _ => self.task(ON_AND_ON),
+        };
+        self.host
+            .scenario(&json!({"version": self.version, "calls": [{"instead": instead}]}));
+        let allocation = self.allocation(task);
+        let running = self.host.start_in(&plugin, allocation).await;
+        let running = running.unwrap_or_else(|error| panic!("{error}"));
+        let kept = String::from_utf8_lossy(&running.started.handle.driver_state).into_owned();
+        self.marker.not_in("the state that Nomad keeps", &kept);
+        let by_itself = matches!(death, Death::Exit(_) | Death::Signal(_));
+        if !by_itself {
+            self.is_up(&running).await;
+            self.search("while it runs", Some(self.nspawn()));
+        }
+        let plugin = self.strike(plugin, &running, death).await;
+        let exit = running.wait(&plugin).await;
+        self.marker.not_in("the exit", &format!("{exit:?}"));
+        let told = running.inspect(&plugin).await.unwrap();
+        self.marker
+            .not_in("what InspectTask says", &format!("{told:?}"));
+        self.search(&format!("after {death:?}"), None);
+        running.destroy(&plugin).await;
+        let said = running.stdout.all().await + &running.stderr.all().await;
+        self.marker.not_in("the task's log", &said);
+        nothing_left(&self.host, &plugin).await;
+        self.search(&format!("destroyed after {death:?}"), None);
+        plugin
+    }
+
+    /// Waits until the payload is there, and sees that it has its secrets: what is looked for is really there to be found.
+    async fn is_up(&self, running: &Running) {
+        if self.mode != Mode::Boot {
+            running.stdout.contains("up").await;
+        }
+        let inside = || {
+            let found = self.marker.in_environments();
+            let leader = running.leader();
+            found.keys().any(|pid| ancestry(*pid).contains(&leader))
+        };
+        eventually("the payload has its secrets", inside).await;
+    }
+
+    async fn strike(&self, mut plugin: Plugin, running: &Running, death: Death) -> Plugin {
+        let pid = |name: &str| {
+            let pid = running.state(&[name, "pid"]).as_i64().unwrap();
+            i32::try_from(pid).unwrap()
+        };
+        let end = |pid: i32| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        match death {
+            Death::Exit(_) | Death::Signal(_) => {}
+            Death::Stop => {
+                running.stop(&plugin, Duration::from_millis(100), "").await;
+            }
+            Death::Leader => end(pid("leader")),
+            Death::Nspawn => end(self.nspawn()),
+            Death::Supervisor => end(pid("supervisor")),
+            Death::Plugin => {
+                plugin.kill().await;
+                self.search("without a plugin", Some(self.nspawn()));
+                plugin = self.host.recovered(running).await;
+                self.search("recovered", Some(self.nspawn()));
+                running.stop(&plugin, Duration::ZERO, "").await;
+            }
+        }
+        plugin
+    }
+}
+
+/// Later versions carry values as 250 does, and refuse hosts with control groups of version 1.
+#[rstest]
+#[tokio::test]
+async fn no_secret_shows_whatever_a_task_dies_of(
+    #[values(Mode::Plain, Mode::ProcessTwo, Mode::Boot)] mode: Mode,
+    #[values(247, 249, 250, 252, 257)] version: u32,
+) {
+    let case = Case::new(mode, version);
+    let mut plugin = case.host.plugin().await;
+    for death in DEATHS {
+        plugin = case.dies(plugin, death).await;
+    }
+}
+
+/// Names that systemd-nspawn or a library of its would act on.
+#[rstest]
+#[case(Mode::Plain)]
+#[case(Mode::ProcessTwo)]
+#[case(Mode::Boot)]
+#[tokio::test]
+async fn names_that_systemd_reads_never_reach_its_environment(#[case] mode: Mode) {
+    let case = Case::new(mode, 252);
+    let plugin = case.host.plugin().await;
+    let names = ["LD_PRELOAD", "SYSTEMD_LOG_LEVEL", "PKCS11_PIN"];
+    let job = names.iter().fold(case.host.shell("exit 0"), |job, name| {
+        job.env(name, &case.marker.secret(name))
+    });
+    let job = match mode {
+        Mode::Plain => job,
+        Mode::ProcessTwo => job.with("process_two", json!(true)),
+        Mode::Boot => job.with("boot", json!(true)).with("command", json!([])),
+    };
+    let task = case.host.start(&plugin, job).await;
+    let start = &case.host.starts()[0];
+    let environment = crate::harness::environment(start);
+    let shows = shown(mode, 252, true).is_some();
+    for name in names {
+        let secret = case.marker.secret(name);
+        assert!(
+            !environment.values().any(|value| *value == secret),
+            "{name}"
+        );
+        let word = format!("--setenv={name}={secret}");
+        assert_eq!(argv(start).contains(&word), shows, "{name}");
+    }
+    task.destroy(&plugin).await;
+}
+
+/// What makes a start fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    NoImage,
+    ImageIsNoTree,
+    BadOption,
+    OptionWithASecret,
+    LongOptionWithASecret,
+    ValueWithNul,
+    ValueTooLong,
+    BadName,
+    NspawnRefuses,
+    NspawnDies,
+    NoNspawn,
+    NoStateDir,
+}
+
+#[rstest]
+#[tokio::test]
+async fn no_failed_start_shows_a_secret(
+    #[values(
+        Fault::NoImage,
+        Fault::ImageIsNoTree,
+        Fault::BadOption,
+        Fault::OptionWithASecret,
+        Fault::LongOptionWithASecret,
+        Fault::ValueWithNul,
+        Fault::ValueTooLong,
+        Fault::BadName,
+        Fault::NspawnRefuses,
+        Fault::NspawnDies,
+        Fault::NoNspawn,
+        Fault::NoStateDir
+    )]
+    fault: Fault,
+) {
+    let case = Case::new(Mode::Plain, 252);
+    let secret = case.marker.secret("value");
+    let (task, words) = match fault {
+        Fault::NoImage => {
+            let missing = case.host.join("missing");
+            (
+                case.task(ON_AND_ON).with("image", json!(missing)),
+                "config.image",
+            )
+        }
+        Fault::ImageIsNoTree => {
+            let empty = case.host.join("empty");
+            fs::create_dir(&empty).unwrap();
+            (case.task(ON_AND_ON).with("image", json!(empty)), "")
+        }
+        Fault::BadOption => {
+            let task = case.task(ON_AND_ON).with("volatile", json!("maybe"));
+            (task, "config.volatile: \"maybe\"")
+        }
+        Fault::OptionWithASecret => {
+            let task = case.task(ON_AND_ON).with("volatile", json!(secret));
+            (task, "config.volatile: \"${DB_PASSWORD}\"")
+        }
+        Fault::LongOptionWithASecret => {
+            let long = format!("{}{}", "x".repeat(190), secret);
+            let task = case.task(ON_AND_ON).with("bind", json!([{(long): "/srv"}]));
+            (task, "config.bind")
+        }
+        Fault::ValueWithNul => {
+            let task = case.task(ON_AND_ON).env("OTHER", &format!("{secret}\0"));
+            (task, "task.env[\"OTHER\"]: a NUL")
+        }
+        Fault::ValueTooLong => {
+            let task = case.task(ON_AND_ON).env("OTHER", &secret.repeat(8000));
+            (task, "task.env[\"OTHER\"]: has ")
+        }
+        Fault::BadName => {
+            let task = case
+                .task(ON_AND_ON)
+                .with("environment", json!([{"a=b": secret.clone()}]));
+            (task, "config.environment[\"a=b\"]")
+        }
+        Fault::NspawnRefuses => {
+            let call = json!({"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}});
+            case.host.scenario(&json!({"calls": [call]}));
+            (case.task(ON_AND_ON), "status 1")
+        }
+        Fault::NspawnDies => {
+            case.host
+                .scenario(&json!({"calls": [{"die_before_notify": 11}]}));
+            (case.task(ON_AND_ON), "SIGSEGV")
+        }
+        Fault::NoNspawn | Fault::NoStateDir => (case.task(ON_AND_ON), "plugin."),
+    };
+    let options = match fault {
+        Fault::NoNspawn => json!({"nspawn_path": "/proc/self/mem"}),
+        Fault::NoStateDir => json!({"state_dir": "/proc/self/mem"}),
+        _ => json!({}),
+    };
+    let words = if fault == Fault::NoNspawn {
+        "nspawn_path"
+    } else {
+        words
+    };
+    let plugin = case.host.plugin_with(&options).await;
+    let mut events = plugin.events().await.unwrap();
+    let error = case.host.start_in(&plugin, case.allocation(task)).await;
+    let text = refusal(error).message().to_owned();
+    assert!(text.contains(words), "{text}");
+    case.marker.not_in("the error", &text);
+    case.search(&format!("after {fault:?}"), None);
+    // The last event of the stream is that of a task that starts.
+    case.host.scenario(&json!({}));
+    plugin.configure(&case.host.config()).await.unwrap();
+    let last = case.host.shell("exit 0").env("last=one", "x");
+    let last = case.host.start(&plugin, last).await;
+    loop {
+        let event: DriverTaskEvent = within("an event", events.message()).await.unwrap().unwrap();
+        case.marker.not_in("an event", &format!("{event:?}"));
+        if event.task_id == last.id {
+            break;
+        }
+    }
+    last.destroy(&plugin).await;
+}
+
+/// The start has succeeded by the time this is seen, so it is an end.
+#[rstest]
+#[case("/no/such/program")]
+#[case("/etc/passwd")]
+#[tokio::test]
+async fn a_command_that_can_not_run_shows_no_secret(#[case] command: &str) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let case = Case::new(mode, 252);
+        let plugin = case.host.plugin().await;
+        let task = case.task(ON_AND_ON).with("command", json!([command]));
+        let task = case.host.start_in(&plugin, case.allocation(task)).await;
+        let task = task.unwrap();
+        let exit = task.wait(&plugin).await;
+        assert_ne!(exit.code, 0);
+        case.marker.not_in("the exit", &format!("{exit:?}"));
+        case.search("after the end", None);
+        let said = task.stdout.all().await + &task.stderr.all().await;
+        case.marker.not_in("the task's log", &said);
+        task.destroy(&plugin).await;
+    }
+}
+
+/// A plugin that is started by this shell text, which ends in `exec "$0"`.
+async fn plugin_by(host: &Host, script: &str) -> Plugin {
+    let mut launch: Launch = host.launch();
+    launch.args = ["-c", script].map(Into::into).into();
+    launch.args.push(launch.binary.clone().into());
+    launch.binary = "/bin/sh".into();
+    within("the plugin's start", async {
+        let plugin = Plugin::launch(launch).await.unwrap();
+        plugin.configure(&host.config()).await.unwrap();
+        plugin
+    })
+    .await
+}
+
+/// What a supervisor has open beside its standard streams, each once or as often as it has listeners and watches.
+const SUPERVISOR_HAS: &[&str] = &["signalfd", "socket", "pidfd"];
+/// What systemd-nspawn gets beside its standard streams: channel, stdout, stderr, program and order of our first program.
+const NSPAWN_GETS: &[i32] = &[3, 4, 5, 6, 7];
+/// What systemd-nspawn's own environment has beside the task's variables. `SYSTEMD_NSPAWN_UNIFIED_HIERARCHY` only where
+/// the host has control groups of version 2 alone.
+const NSPAWN_KNOWS: &[&str] = &[
+    "LANG",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "NOTIFY_SOCKET",
+    "PATH",
+    "SYSTEMD_LOG_COLOR",
+    "SYSTEMD_LOG_TARGET",
+    "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY",
+];
+
+/// An agent that marks nothing as closed on exec, and has tokens of its own in its environment.
+#[tokio::test]
+async fn nobody_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
+    let host = Host::new();
+    let marker = Marker::new();
+    fs::write(host.join("precious"), "").unwrap();
+    let script = format!(
+        "export NOMAD_TOKEN={token} VAULT_TOKEN={token} AWS_SECRET_ACCESS_KEY={token} LD_BIND_NOW=1 NOTIFY_SOCKET=/x; \
+         exec 7<{precious} 8>>{precious} 9<{precious}; exec \"$0\"",
+        token = marker.secret("token"),
+        precious = host.join("precious").display()
+    );
+    let plugin = plugin_by(&host, &script).await;
+    for number in [7, 8, 9] {
+        let inherited = descriptors(plugin.pid());
+        // Only root may look into a process that keeps out of core dumps.
+        assert_eq!(inherited.is_some(), is_root());
+        if let Some(inherited) = inherited {
+            assert!(inherited[&number].ends_with("precious"));
+        }
+    }
+    let task = host
+        .start(
+            &plugin,
+            host.shell("ls -l /proc/self/fd; env; echo up; exec sleep 1000"),
+        )
+        .await;
+    let said = task.stdout.contains("up").await;
+    marker.not_in("what the payload sees", &said);
+    assert!(!said.contains("precious"), "{said}");
+
+    let supervisor = i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap();
+    if is_root() {
+        let open = descriptors(supervisor).unwrap();
+        let directory = task.state(&["state"]).as_str().unwrap().to_owned();
+        assert_eq!(open[&0], "socket");
+        // The container's first program, for systemd-nspawn.
+        assert_eq!(open[&1], "/memfd:nspawn-init (deleted)");
+        assert_eq!(open[&2], format!("{directory}/log"));
+        let beside: BTreeSet<&str> = open.range(3..).map(|(_, kind)| kind.as_str()).collect();
+        assert_eq!(beside, SUPERVISOR_HAS.iter().copied().collect());
+        assert_eq!(secrecy::environment(supervisor).unwrap(), [].into());
+    } else {
+        assert_eq!(descriptors(supervisor), None);
+        assert_eq!(secrecy::environment(supervisor), None);
+    }
+
+    // As systemd-nspawn itself saw them when it was executed.
+    let start = &host.starts()[0];
+    let numbers: Vec<i32> = start["descriptors"]
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(|number| number.parse().unwrap())
+        .collect();
+    let expected: Vec<i32> = [0, 1, 2].iter().chain(NSPAWN_GETS).copied().collect();
+    assert_eq!(numbers, expected, "{}", start["descriptors"]);
+    assert_eq!(start["descriptors"]["0"], "/dev/null");
+    let environment = crate::harness::environment(start);
+    let given: BTreeSet<String> = argv(start)
+        .iter()
+        .filter_map(|word| word.strip_prefix("--setenv=").map(str::to_owned))
+        .collect();
+    for (name, value) in &environment {
+        let known = NSPAWN_KNOWS.contains(&name.as_str()) || given.contains(name);
+        assert!(known, "{name}={value}");
+        marker.not_in("systemd-nspawn's environment", value);
+    }
+    // And the first process of the container.
+    let leader = secrecy::environment(task.leader()).unwrap();
+    for (name, value) in leader {
+        marker.not_in(&name, &value);
+    }
+    task.destroy(&plugin).await;
+}
+
+/// Core files of this test's processes would lie where they work: the plugin's in the test's directory, those of supervisor and
+/// systemd-nspawn in `/`, where others may put theirs, so that there only the marker tells.
+#[tokio::test]
+async fn who_holds_secrets_dumps_no_core() {
+    let mut case = Case::new(Mode::Boot, 252);
+    let unlimited = format!(
+        "cd {}; ulimit -S -c $(ulimit -H -c); ",
+        case.host.path().display()
+    );
+    // Whether this host has core dumps at all: otherwise nothing is told here, and the second half of the test tells it.
+    let control = std::process::Command::new("/bin/sh")
+        .args(["-c", &format!("{unlimited} kill -ABRT $$")])
+        .status()
+        .unwrap();
+    assert_eq!(control.signal(), Some(6));
+    let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap();
+    let (_, hard) =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_CORE).unwrap();
+    let to_file = !pattern.starts_with(['|', '@', '\n']) && hard > 0;
+    assert!(
+        control.core_dumped() || !to_file || pattern.starts_with('/'),
+        "{pattern:?} is a file, and yet there is no core dump of a shell"
+    );
+    for entry in fs::read_dir(case.host.path()).unwrap().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("core") {
+            fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    case.since = secrecy::now();
+    let mut plugin = plugin_by(&case.host, &format!("{unlimited} exec \"$0\"")).await;
+    for who in ["supervisor", "nspawn", "plugin"] {
+        let allocation = case.allocation(case.task(ON_AND_ON));
+        let task = case.host.start_in(&plugin, allocation).await.unwrap();
+        case.is_up(&task).await;
+        let supervisor = task.state(&["supervisor", "pid"]).as_i64().unwrap();
+        let pid = match who {
+            "supervisor" => i32::try_from(supervisor).unwrap(),
+            "nspawn" => case.nspawn(),
+            _ => plugin.pid(),
+        };
+        if who == "nspawn" {
+            // Executing it made it an ordinary process again, whose limit keeps it from a dump.
+            let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+            let line = limits.lines().find(|line| line.starts_with("Max core"));
+            let words: Vec<_> = line.unwrap().split_whitespace().collect();
+            assert!(["0", "1"].contains(&words[4]), "{words:?}");
+            assert!(descriptors(pid).is_some(), "{who} can be read");
+        } else {
+            assert_eq!(descriptors(pid).is_some(), is_root(), "{who} can be read");
+        }
+        kill(Pid::from_raw(pid), Signal::SIGABRT).unwrap();
+        if who == "plugin" {
+            let status = within("its end", plugin.gone()).await.unwrap();
+            assert_eq!((status.signal(), status.core_dumped()), (Some(6), false));
+            plugin = case.host.recovered(&task).await;
+        } else if who == "supervisor" {
+            // All its signals are blocked: this one never comes.
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        }
+        if who != "plugin" {
+            task.wait(&plugin).await;
+        }
+        task.destroy(&plugin).await;
+        case.search(&format!("after the {who}'s abort"), None);
+    }
+    let dumped: Vec<_> = fs::read_dir(case.host.path())
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.starts_with("core"))
+        .collect();
+    assert_eq!(dumped, Vec::<String>::new());
+}
+
+/// Names that come from Nomad and that no program can get.
+#[tokio::test]
+async fn names_that_can_not_be_are_left_out_by_name_and_long_ones_arrive() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let mut events = plugin.events().await.unwrap();
+    let long = "L".repeat(4096);
+    let job = ["", "a=b", "a\0b"]
+        .iter()
+        .fold(host.shell("env | grep -c '^L*=arrived$'"), |job, name| {
+            job.env(name, "s3cret-value")
+        });
+    let task = host.start(&plugin, job.env(&long, "arrived")).await;
+    assert_eq!(task.stdout.all().await, "1\n");
+    let event = within("an event", events.message()).await.unwrap().unwrap();
+    for name in [r#""""#, r#""a=b""#, r#""a\0b""#] {
+        assert!(event.message.contains(name), "{name}: {}", event.message);
+    }
+    assert!(!event.message.contains("s3cret"), "{}", event.message);
+    task.destroy(&plugin).await;
+}
+
+/// A job's own option can say what Nomad's messages can't: bytes that are no text.
+#[rstest]
+// environment = [{"A": <ff fe>}], as str and as bin.
+#[case::text(&[0xa2, 0xff, 0xfe])]
+#[case::binary(&[0xc4, 0x02, 0xff, 0xfe])]
+#[tokio::test]
+async fn a_value_that_is_no_text_is_refused_by_name(#[case] value: &[u8]) {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let mut config = vec![0x83];
+    let text = |bytes: &mut Vec<u8>, text: &str| {
+        bytes.extend([0xd9, u8::try_from(text.len()).unwrap()]);
+        bytes.extend(text.as_bytes());
+    };
+    text(&mut config, "image");
+    text(&mut config, host.root().to_str().unwrap());
+    text(&mut config, "boot");
+    config.push(0xc2);
+    text(&mut config, "environment");
+    config.extend([0x91, 0x81]);
+    text(&mut config, "NOT_TEXT");
+    config.extend(value);
+    let job = host.shell("exit 0");
+    let status = refusal(host.start_packed(&plugin, job, config).await);
+    let message = status.message();
+    assert!(
+        message.contains("config.environment[\"NOT_TEXT\"]"),
+        "{message}"
+    );
+    assert_eq!(host.starts().len(), 0);
+}
+
+/// What a node says of itself first.
+async fn health(plugin: &Plugin) -> (HealthState, String) {
+    let mut stream = plugin
+        .driver()
+        .fingerprint(FingerprintRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    let first = within("a fingerprint", stream.message())
+        .await
+        .unwrap()
+        .unwrap();
+    (first.health(), first.health_description)
+}
+
+#[rstest]
+#[case::a_link("is a link")]
+#[case::writable("can be written by others (mode 0777)")]
+#[case::in_a_writable_one("can be written by others (mode 0777)")]
+#[case::a_file("is not a directory")]
+#[tokio::test]
+async fn a_state_directory_that_others_reach_is_refused_by_name(#[case] words: &str) {
+    let host = Host::new();
+    let real = host.join("real");
+    let inner = real.join("inner");
+    fs::create_dir_all(&inner).unwrap();
+    let mode = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    mode(&real, 0o700);
+    mode(&inner, 0o700);
+    let state = match words {
+        "is a link" => {
+            symlink(&real, host.join("link")).unwrap();
+            host.join("link")
+        }
+        "is not a directory" => {
+            fs::write(host.join("file"), "").unwrap();
+            host.join("file")
+        }
+        _ => {
+            mode(&real, 0o777);
+            real.clone()
+        }
+    };
+    let plugin = host.plugin_with(&json!({"state_dir": state})).await;
+    let status = refusal(host.try_start(&plugin, host.shell("exit 0")).await);
+    let text = status.message();
+    assert!(text.contains(words), "{text}");
+    assert!(text.contains("plugin.state_dir"), "{text}");
+    assert!(text.contains(state.to_str().unwrap()), "{text}");
+    assert!(status.details().is_empty(), "trying again changes nothing");
+    if is_root() {
+        let (state, description) = health(&plugin).await;
+        assert_eq!(state, HealthState::Unhealthy);
+        assert!(description.contains(words), "{description}");
+    }
+    assert_eq!(fs::read_dir(&inner).unwrap().count(), 0);
+    assert_eq!(host.starts().len(), 0);
+}
+
+/// One that an operator has made beforehand is taken as it is, and what lies in it is closed all the same.
+#[tokio::test]
+async fn a_readable_state_directory_holds_closed_ones() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host
+        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .await;
+    task.stdout.contains("up").await;
+    let mode = fs::metadata(host.state()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o755);
+    assert_eq!(fs::read_dir(host.state()).unwrap().count(), 1);
+    assert_eq!(open_to_others(&host.state()), Vec::<String>::new());
+    task.stop(&plugin, Duration::ZERO, "").await;
+    assert_eq!(open_to_others(&host.state()), Vec::<String>::new());
+    task.destroy(&plugin).await;
+}
+
+/// Where the agent's unit has a small stack limit the kernel takes little; the words name what to change. In `boot`, where
+/// systemd-nspawn itself carries the environment.
+#[tokio::test]
+async fn more_than_the_kernel_takes_is_an_error_that_names_the_limit() {
+    let host = Host::new();
+    let plugin = plugin_by(&host, "ulimit -S -s 2048; exec \"$0\"").await;
+    let job = host.task(&[]).with("boot", json!(true));
+    let job = (0..6).fold(job.with("command", json!([])), |job, number| {
+        job.env(&format!("BIG{number}"), &"x".repeat(100_000))
+    });
+    let status: Result<_, HostError> = host.try_start(&plugin, job).await;
+    let text = refusal(status).message().to_owned();
+    for words in ["524288", "LimitSTACK=", "can't execute"] {
+        assert!(text.contains(words), "{text}");
+    }
+    nothing_left(&host, &plugin).await;
+}
+
+#[rstest]
+#[case(249, false)]
+#[case(250, true)]
+#[tokio::test]
+async fn the_fingerprint_says_where_boot_shows_values(#[case] version: u32, #[case] hidden: bool) {
+    let host = Host::new();
+    host.scenario(&json!({"version": version}));
+    let plugin = host.plugin().await;
+    let (state, description) = health(&plugin).await;
+    if !is_root() {
+        assert_eq!(state, HealthState::Undetected);
+        return;
+    }
+    assert_eq!(state, HealthState::Healthy);
+    assert_eq!(description == "Healthy", hidden, "{description}");
+    assert_eq!(shown(Mode::Boot, version, false).is_none(), hidden);
+}

@@ -1,0 +1,243 @@
+//! Where a secret shows: looks for a marker in everything that a host shows of its processes, and in the files that were written
+//! lately. Shared by the hermetic and the end-to-end tests. Looks only; what may show where is said in [`shown`] alone.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// What a task's first process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// The command.
+    Plain,
+    /// systemd-nspawn's own init, or the driver's.
+    ProcessTwo,
+    /// The image's init.
+    Boot,
+}
+
+/// Why values of variables stand in systemd-nspawn's arguments with this mode and version, if they do; for names that
+/// systemd-nspawn itself would act on, `reserved`. Everything else shows nowhere, and nothing shows anywhere else. The one place
+/// that says so; `docs/security.md` says it in words.
+pub(crate) fn shown(mode: Mode, version: u32, reserved: bool) -> Option<&'static str> {
+    match (mode, version, reserved) {
+        (Mode::Boot, ..250, _) => Some("systemd-nspawn takes values as arguments only"),
+        (Mode::Boot, _, true) => {
+            Some("a job must not steer systemd-nspawn through its environment")
+        }
+        // The driver's own program takes them by a descriptor.
+        _ => None,
+    }
+}
+
+/// A secret that no other test uses.
+#[derive(Debug, Clone)]
+pub(crate) struct Marker(String);
+
+/// A secret that somebody else has made.
+impl From<String> for Marker {
+    fn from(secret: String) -> Self {
+        assert!(secret.len() > 8, "too short to be told from other text");
+        Self(secret)
+    }
+}
+
+impl Marker {
+    /// A new one.
+    pub(crate) fn new() -> Self {
+        let mut bytes = [0; 12];
+        let mut random = fs::File::open("/dev/urandom").unwrap();
+        random.read_exact(&mut bytes).unwrap();
+        Self(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// A secret of this kind, with the marker in it.
+    pub(crate) fn secret(&self, kind: &str) -> String {
+        format!("{kind}-{}", self.0)
+    }
+
+    /// Whether it stands in these bytes.
+    pub(crate) fn is_in(&self, bytes: &[u8]) -> bool {
+        let marker = self.0.as_bytes();
+        bytes.windows(marker.len()).any(|part| part == marker)
+    }
+
+    /// Fails if it stands in this text.
+    #[track_caller]
+    pub(crate) fn not_in(&self, what: &str, text: &str) {
+        assert!(!self.is_in(text.as_bytes()), "{what} has it: {text}");
+    }
+
+    /// The processes that have it in their command line, which every user of the host can read.
+    pub(crate) fn in_command_lines(&self) -> BTreeMap<i32, String> {
+        self.in_processes("cmdline")
+    }
+
+    /// The processes that have it in their environment as it was when they were executed. That is for root alone, and for
+    /// the user that the process runs as.
+    pub(crate) fn in_environments(&self) -> BTreeMap<i32, String> {
+        self.in_processes("environ")
+    }
+
+    fn in_processes(&self, file: &str) -> BTreeMap<i32, String> {
+        let mut found = BTreeMap::new();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let Ok(pid) = entry.file_name().to_string_lossy().parse() else {
+                continue;
+            };
+            let Ok(bytes) = fs::read(entry.path().join(file)) else {
+                continue;
+            };
+            if self.is_in(&bytes) {
+                let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+                found.insert(pid, name.trim().to_owned());
+            }
+        }
+        found
+    }
+
+    /// The files below `places` that have it, if they were written since `since`, a moment of the clock in seconds. Looks this many
+    /// directories deep, never below `spared`.
+    pub(crate) fn in_files(
+        &self,
+        places: &[(&Path, usize)],
+        spared: &[PathBuf],
+        since: i64,
+    ) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        for (place, depth) in places {
+            walk(place, *depth, spared, &mut |path, about| {
+                let lately = about.ctime() >= since || about.mtime() >= since;
+                if about.is_file() && lately && fs::read(path).is_ok_and(|all| self.is_in(&all)) {
+                    found.push(path.to_owned());
+                }
+            });
+        }
+        found
+    }
+}
+
+/// Where systemd-nspawn, the driver and core dumps leave files, and how deep below to look.
+pub(crate) fn places() -> Vec<(&'static Path, usize)> {
+    [
+        ("/", 1),
+        ("/run", 6),
+        ("/tmp", 2),
+        ("/var/tmp", 2),
+        ("/dev/shm", 2),
+        ("/var/lib/systemd", 4),
+        ("/var/lib/machines", 1),
+    ]
+    .map(|(path, depth)| (Path::new(path), depth))
+    .into()
+}
+
+/// The clock, in seconds, less what file systems may lag behind.
+pub(crate) fn now() -> i64 {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap();
+    i64::try_from(now.as_secs()).unwrap() - 2
+}
+
+/// Calls `see` for everything below a directory that is not a directory itself, without following links.
+fn walk(dir: &Path, depth: usize, spared: &[PathBuf], see: &mut impl FnMut(&Path, &fs::Metadata)) {
+    // What vanishes while it is looked at is of no interest.
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Ok(about) = fs::symlink_metadata(&path) else {
+            continue;
+        };
+        if spared.contains(&path) {
+            continue;
+        }
+        if about.is_dir() && depth > 1 {
+            walk(&path, depth - 1, spared, see);
+        } else if !about.is_dir() {
+            see(&path, &about);
+        }
+    }
+}
+
+/// What lies below a state directory and is not for its owner alone, a line each: directories of starts are 0700, files in them
+/// 0600, sockets closed to others. The stand-in for a root is a container's, and looked through only from outside.
+pub(crate) fn open_to_others(state: &Path) -> Vec<String> {
+    let mut open = Vec::new();
+    for start in fs::read_dir(state).unwrap().flatten() {
+        let mut look = |path: &Path, wanted: u32| {
+            let Ok(about) = fs::symlink_metadata(path) else {
+                return;
+            };
+            let mode = about.mode() & 0o7777;
+            let owner = nix::unistd::geteuid().as_raw();
+            let good = if about.is_file() || about.is_dir() {
+                mode == wanted
+            } else {
+                mode & 0o077 == 0 && !about.is_symlink()
+            };
+            if !good || about.uid() != owner {
+                open.push(format!("{mode:04o} of {} {}", about.uid(), path.display()));
+            }
+        };
+        look(&start.path(), 0o700);
+        for entry in fs::read_dir(start.path()).into_iter().flatten().flatten() {
+            if entry.file_name() != "root" {
+                look(&entry.path(), 0o600);
+            }
+        }
+    }
+    open
+}
+
+/// What a process has open, by number. `None` where it may not be asked.
+pub(crate) fn descriptors(pid: i32) -> Option<BTreeMap<i32, String>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    let mut found = BTreeMap::new();
+    for entry in entries.flatten() {
+        let target = fs::read_link(entry.path()).ok()?;
+        let text = target.to_string_lossy();
+        // Sockets and pipes have numbers, which say nothing.
+        let kind = match text.split_once(":[") {
+            Some((kind @ ("socket" | "pipe"), _)) => kind,
+            Some(("anon_inode", name)) => name.trim_end_matches(']'),
+            // Newer kernels have a file system of their own for these.
+            _ if text.contains("pidfd") => "pidfd",
+            _ => &text,
+        };
+        found.insert(
+            entry.file_name().to_string_lossy().parse().unwrap(),
+            kind.to_owned(),
+        );
+    }
+    Some(found)
+}
+
+/// The environment with which a process was executed, by name. `None` where it may not be asked.
+pub(crate) fn environment(pid: i32) -> Option<BTreeMap<String, String>> {
+    let bytes = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    Some(
+        text.split_terminator('\0')
+            .map(|pair| {
+                let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+                (name.to_owned(), value.to_owned())
+            })
+            .collect(),
+    )
+}
+
+/// A process and those it was started by, nearest first.
+pub(crate) fn ancestry(pid: i32) -> Vec<i32> {
+    let mut all = Vec::new();
+    let mut next = pid;
+    while next > 0 && !all.contains(&next) {
+        all.push(next);
+        let stat = fs::read_to_string(format!("/proc/{next}/stat")).unwrap_or_default();
+        let after = stat.rsplit(')').next().unwrap_or_default();
+        let parent = after.split_whitespace().nth(1);
+        next = parent.and_then(|pid| pid.parse().ok()).unwrap_or(0);
+    }
+    all
+}
