@@ -108,6 +108,42 @@ impl Layout {
     }
 }
 
+impl Layout {
+    /// The groups of starts in the driver's own subtree, in every hierarchy in which there are any.
+    pub fn leaves(&self) -> Vec<PathBuf> {
+        let parents = self.hierarchies().map(|hierarchy| hierarchy.join(SUBTREE));
+        parents.flat_map(|parent| groups_in(&parent)).collect()
+    }
+
+    /// Every group of this name, wherever it lies.
+    pub fn find(&self, leaf: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut pending: Vec<PathBuf> = self.hierarchies().cloned().collect();
+        while let Some(directory) = pending.pop() {
+            for group in groups_in(&directory) {
+                match group.ends_with(leaf) {
+                    true => found.push(group),
+                    false => pending.push(group),
+                }
+            }
+        }
+        found
+    }
+
+    fn hierarchies(&self) -> impl Iterator<Item = &PathBuf> {
+        self.tracking.iter().chain(&self.mirror)
+    }
+}
+
+/// The groups directly below one.
+fn groups_in(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
 /// One group, by its directory. The directory need not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group(PathBuf);
@@ -282,16 +318,11 @@ impl Group {
     fn walk(&self, visit: &mut dyn FnMut(&Path)) {
         let mut pending = vec![self.0.clone()];
         while let Some(directory) = pending.pop() {
-            let Ok(entries) = fs::read_dir(&directory) else {
+            if !directory.is_dir() {
                 continue;
-            };
+            }
             visit(&directory);
-            pending.extend(
-                entries
-                    .flatten()
-                    .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-                    .map(|entry| entry.path()),
-            );
+            pending.extend(groups_in(&directory));
         }
     }
 }
@@ -341,6 +372,25 @@ mod tests {
         assert_eq!(place.group, granted.join("x"));
         assert_eq!(place.mirror, Some("/named/nomad.slice/a.t.scope/x".into()));
         assert_eq!(layout.place(Some(Path::new("/elsewhere")), "x"), Some(own));
+    }
+
+    #[test]
+    fn groups_are_found_by_name_and_in_the_subtree() {
+        let root = tempfile::tempdir().unwrap();
+        let layout = Layout {
+            kind: CgroupLayout::Hybrid,
+            tracking: Some(root.path().join("unified")),
+            mirror: Some(root.path().join("named")),
+        };
+        let own = root.path().join("unified").join(SUBTREE).join("x");
+        let granted = root.path().join("named/nomad.slice/a.scope/x");
+        fs::create_dir_all(own.join("payload")).unwrap();
+        fs::create_dir_all(&granted).unwrap();
+        fs::write(root.path().join("named/file"), "").unwrap();
+        assert_eq!(layout.leaves(), std::slice::from_ref(&own));
+        let mut found = layout.find("x");
+        found.sort();
+        assert_eq!(found, [granted, own]);
     }
 
     #[test]

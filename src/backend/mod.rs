@@ -1,4 +1,4 @@
-//! The hatch between wishes and the host: eight verbs in our own nouns, neither Nomad's nor systemd's. Behind it stands one
+//! The hatch between wishes and the host: nine verbs in our own nouns, neither Nomad's nor systemd's. Behind it stands one
 //! real implementor, [`nspawn::NspawnBackend`]; in the unit tests of `driver` and `task` a generated mock stands there.
 //! It decides nothing about what a job may do: `config` did.
 
@@ -11,6 +11,7 @@ use crate::signal::Signal;
 
 pub mod error;
 pub mod nspawn;
+mod reconcile;
 
 pub use error::{BackendError, chain};
 pub use nspawn::NspawnBackend;
@@ -55,4 +56,9 @@ pub trait ContainerBackend: Send + Sync + std::fmt::Debug + 'static {
 
     /// What the container uses now.
     async fn usage(&self, started: &Started) -> Result<Usage, BackendError>;
+
+    /// Ends and clears away what dead plugins left and no living one claims: claimed is what was started or attached by any
+    /// backend that still lives, and not removed. Says in the log what it did, a line for each thing; never touches what the
+    /// driver did not make. A claim that is made meanwhile wins, or finds that the start is gone.
+    async fn reconcile(&self);
 }

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -23,9 +23,10 @@ use crate::nspawn::argv::{self, Bind, Host};
 use crate::nspawn::{probe, root};
 use crate::signal::Signal;
 use crate::supervisor::pause::{self, Point};
+use crate::supervisor::record::Running;
 use crate::supervisor::state_dir::StateDirError;
 use crate::supervisor::{
-    self, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
+    self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
     state_dir,
 };
 
@@ -54,6 +55,8 @@ pub struct NspawnBackend {
     settings: Settings,
     kernel: (u32, u32),
     supervised: Mutex<HashMap<PathBuf, Supervised>>,
+    /// The starts that are this backend's, until they are removed.
+    claims: Mutex<HashMap<PathBuf, Claim>>,
     version: tokio::sync::Mutex<Option<(Program, u32)>>,
     /// The first program of containers: one for all, made when the first of them starts.
     first: Mutex<Option<OwnedFd>>,
@@ -75,6 +78,7 @@ impl NspawnBackend {
             settings,
             kernel: probe::kernel(),
             supervised: Mutex::default(),
+            claims: Mutex::default(),
             version: tokio::sync::Mutex::default(),
             first: Mutex::default(),
             tracker: TaskTracker::new(),
@@ -134,6 +138,11 @@ impl NspawnBackend {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         supervised.remove(records.path());
+        self.claims().remove(records.path());
+    }
+
+    fn claims(&self) -> MutexGuard<'_, HashMap<PathBuf, Claim>> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The supervised container of a handle, found again if need be.
@@ -156,6 +165,9 @@ impl NspawnBackend {
         if let Some(known) = self.known(&records) {
             return Ok(known);
         }
+        let claim = claim(&records)
+            .await?
+            .ok_or_else(|| lost("there is no record of it"))?;
         let same = match records.running() {
             Ok(running) => {
                 running.started.id == started.id && running.started.leader == started.leader
@@ -175,6 +187,7 @@ impl NspawnBackend {
         let one =
             attached.ok_or_else(|| lost("its supervisor is gone and has left no exit record"))?;
         self.remember(&records, one.clone());
+        self.claims().insert(records.path().to_owned(), claim);
         Ok(one)
     }
 
@@ -197,9 +210,9 @@ impl NspawnBackend {
                 reason,
             });
         }
-        records
-            .create()
+        let claim = Claim::create(records)
             .map_err(|source| io_error("making the directory", records.path(), source))?;
+        self.claims().insert(records.path().to_owned(), claim);
         let (root, mut mounts) = self.root(spec, records)?;
         mounts.extend(spec.mounts.iter().cloned());
         let mapped = version >= 250 && is_shifted(&spec.users);
@@ -340,8 +353,18 @@ impl NspawnBackend {
         }
     }
 
-    /// Ends and frees whatever stands in these records, and forgets them.
+    /// Ends and frees whatever stands in these records, and forgets them. Somebody else who is about to do the same is waited
+    /// for, so that a successor in the same place is not taken for what is cleared away.
     async fn clear(&self, records: &Records) -> Result<(), BackendError> {
+        let claimed = self.claims().contains_key(records.path());
+        let _claim = match claimed {
+            true => None,
+            false => claim(records).await?,
+        };
+        self.clear_claimed(records).await
+    }
+
+    pub(super) async fn clear_claimed(&self, records: &Records) -> Result<(), BackendError> {
         if !records.path().exists() {
             self.forget(records);
             return Ok(());
@@ -350,11 +373,11 @@ impl NspawnBackend {
             |_| records.path().display().to_string(),
             |order| order.machine,
         );
-        if let Ok(running) = records.running() {
+        if let Some(running) = running_now(records) {
             supervisor::rouse(running.started.supervisor);
         }
         self.dismiss(records).await;
-        if let Ok(running) = records.running() {
+        if let Some(running) = running_now(records) {
             supervisor::put_down(running.started.supervisor).await;
         }
         if let Some(known) = self.known(records) {
@@ -412,7 +435,7 @@ impl NspawnBackend {
         if known.is_some() {
             return known;
         }
-        let running = records.running().ok()?;
+        let running = running_now(records)?;
         supervisor::attach(records, &running.started, &self.tracker)
             .await
             .ok()
@@ -573,6 +596,10 @@ impl ContainerBackend for NspawnBackend {
             reason: error.to_string(),
         })
     }
+
+    async fn reconcile(&self) {
+        self.clear_orphans(&self.settings.state_dir).await;
+    }
 }
 
 /// systemd-nspawn copies an ephemeral tree beside it, or into it where it is a mount point of its own.
@@ -630,6 +657,21 @@ async fn ask_version(program: &Path) -> Result<u32, String> {
             text.lines().next().unwrap_or("")
         )
     })
+}
+
+/// The fact of a start, if it is of this boot: in another one its numbers mean other processes.
+fn running_now(records: &Records) -> Option<Running> {
+    let running = records.running().ok()?;
+    (probe::boot_id().ok()? == running.started.boot).then_some(running)
+}
+
+/// Claims a start, if it is there.
+async fn claim(records: &Records) -> Result<Option<Claim>, BackendError> {
+    let owned = records.clone();
+    let taken = tokio::task::spawn_blocking(move || Claim::take(&owned)).await;
+    taken
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+        .map_err(|source| io_error("claiming", records.path(), source))
 }
 
 fn io_error(step: &'static str, path: &Path, source: io::Error) -> BackendError {

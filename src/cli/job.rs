@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::tree::{Entry, JobError, Thing, stored};
-use super::{duration, hcl, json};
+use super::{hcl, json};
+use crate::config::duration;
 use crate::host::TaskSpec;
 use crate::signal::Signal;
 

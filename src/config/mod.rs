@@ -3,11 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::container::ContainerSpec;
 use crate::proto::hclspec;
 
 mod decode;
+pub mod duration;
 mod environment;
 mod identity;
 mod mounts;
@@ -40,6 +42,8 @@ pub struct PluginConfig {
     pub state_dir: PathBuf,
     /// The systemd-nspawn to use; `None` looks along `PATH`.
     pub nspawn_path: Option<PathBuf>,
+    /// How long after the last recovery of a task what nobody asked for is cleared away; `None` is never.
+    pub reconcile_after: Option<Duration>,
 }
 
 /// What Nomad granted to one start of a task, in our own words.

@@ -119,6 +119,8 @@ options! {
         "state_dir" => state_dir: String ["/run/nomad-driver-nspawn"],
         /// The systemd-nspawn program to use instead of the one along `PATH`.
         "nspawn_path" => nspawn_path: String [],
+        /// How long the agent may take to ask for its tasks before what it did not ask for is ended and cleared away.
+        "reconcile_after" => reconcile_after: String ["1m"],
     }
 }
 

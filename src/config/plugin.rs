@@ -2,7 +2,7 @@
 
 use super::options::PluginOptions;
 use super::paths::inside;
-use super::{ConfigError, PluginConfig};
+use super::{ConfigError, PluginConfig, duration};
 
 /// The longest state directory, in bytes: sockets lie below it, and the kernel takes no path of one over 107 bytes. A start's
 /// directory and the socket's name in it need up to 43.
@@ -16,6 +16,8 @@ pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError>
         );
         return Err(ConfigError::new("plugin.state_dir", reason));
     }
+    let reconcile_after = duration::parse(&options.reconcile_after)
+        .map_err(|error| ConfigError::new("plugin.reconcile_after", error.to_string()))?;
     Ok(PluginConfig {
         enabled: options.enabled,
         volumes: options.volumes,
@@ -24,5 +26,6 @@ pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError>
             .nspawn_path
             .map(|text| inside("plugin.nspawn_path", &text))
             .transpose()?,
+        reconcile_after: Some(reconcile_after).filter(|after| !after.is_zero()),
     })
 }

@@ -5,6 +5,8 @@ use proptest::prelude::*;
 use rmpv::Value;
 use rstest::rstest;
 
+use std::time::Duration;
+
 use super::sample::{ALLOC, Host, encode};
 use super::*;
 use crate::container::{
@@ -828,8 +830,22 @@ fn plugin_configurations(
         volumes,
         state_dir: state_dir.into(),
         nspawn_path: nspawn_path.map(Into::into),
+        reconcile_after: Some(Duration::from_secs(60)),
     };
     assert_eq!(PluginConfig::decode(bytes), Ok(expected));
+}
+
+#[rstest]
+#[case("", Some(60_000))]
+#[case("1m30s", Some(90_000))]
+#[case("250ms", Some(250))]
+#[case("0", None)]
+#[case("0s", None)]
+fn the_time_before_reconciling(#[case] text: &str, #[case] milliseconds: Option<u64>) {
+    let options = std::collections::BTreeMap::from([("reconcile_after", text)]);
+    let decoded = PluginConfig::decode(&rmp_serde::to_vec_named(&options).unwrap()).unwrap();
+    let want = milliseconds.map(Duration::from_millis);
+    assert_eq!(decoded.reconcile_after, want);
 }
 
 #[rstest]
@@ -844,6 +860,10 @@ fn plugin_configurations(
 #[case(
     b"\x81\xabnspawn_path\xa1x",
     r#"plugin.nspawn_path: "x" is not an absolute path"#
+)]
+#[case(
+    b"\x81\xafreconcile_after\xa2-1",
+    r#"plugin.reconcile_after: "-1" is not a duration: give a number with a unit, such as 30s, 1m30s or 500ms"#
 )]
 #[case(b"\x90", "plugin.*: a list is not a block")]
 fn plugin_configurations_that_are_wrong(#[case] bytes: &[u8], #[case] message: &str) {

@@ -50,6 +50,10 @@ pub struct Driver {
     settings: watch::Sender<Option<Settings>>,
     tasks: Tasks,
     events: Events,
+    /// Told of every task that the agent takes up again.
+    taken_up: watch::Sender<()>,
+    /// Whether what nobody asked for has been cleared away.
+    reconciled: watch::Sender<bool>,
     /// Calls that run to their end whoever goes away.
     calls: TaskTracker,
     root: CancellationToken,
@@ -78,6 +82,8 @@ impl Driver {
             settings: watch::Sender::new(None),
             tasks: Tasks::new(root.child_token()),
             events: Events::default(),
+            taken_up: watch::Sender::new(()),
+            reconciled: watch::Sender::new(false),
             calls: TaskTracker::new(),
             root,
             closing: Arc::new(AtomicBool::new(false)),
@@ -102,7 +108,7 @@ impl Driver {
             let before = settings.take();
             let compute = compute.or_else(|| before.as_ref()?.compute);
             let kept = before.filter(|before| before.policy == policy);
-            let backend = kept.map_or_else(|| (self.factory)(&policy), |before| before.backend);
+            let backend = kept.map_or_else(|| self.open(&policy), |before| before.backend);
             *settings = Some(Settings {
                 policy,
                 backend,
@@ -122,7 +128,7 @@ impl Driver {
             let missing = settings.is_none();
             if missing {
                 *settings = Some(Settings {
-                    backend: (self.factory)(&defaults),
+                    backend: self.open(&defaults),
                     policy: defaults,
                     compute: None,
                 });
@@ -130,6 +136,38 @@ impl Driver {
             missing
         });
         self.settings()
+    }
+
+    /// A backend for this configuration. When the agent has had time to ask for its tasks, the backend clears away what it did
+    /// not ask for; a process that lives for a moment only, or another configuration, does not come to that.
+    fn open(&self, policy: &PluginConfig) -> Arc<dyn ContainerBackend> {
+        let backend = (self.factory)(policy);
+        if let Some(after) = policy.reconcile_after {
+            let reconciling = self.clone().reconcile(Arc::clone(&backend), after);
+            self.calls
+                .spawn(self.root.clone().run_until_cancelled_owned(reconciling));
+        }
+        backend
+    }
+
+    async fn reconcile(self, backend: Arc<dyn ContainerBackend>, after: Duration) {
+        let mut taken_up = self.taken_up.subscribe();
+        while let Ok(Ok(())) = tokio::time::timeout(after, taken_up.changed()).await {}
+        let in_use = self
+            .settings
+            .borrow()
+            .as_ref()
+            .is_some_and(|settings| Arc::ptr_eq(&settings.backend, &backend));
+        if in_use {
+            backend.reconcile().await;
+            self.reconciled.send_replace(true);
+        }
+    }
+
+    /// Waits until what nobody asked for has been cleared away for the first time; for ever if nobody wants that.
+    pub async fn reconciled(&self) {
+        let mut reconciled = self.reconciled.subscribe();
+        let _ = reconciled.wait_for(|done| *done).await;
     }
 
     fn set_closing(&self, closing: bool) {

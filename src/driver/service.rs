@@ -325,7 +325,10 @@ impl Driver {
         let started = handle::decode(handle.version, &handle.driver_state, &identity.id)?;
         let backend = self.settings()?.backend;
         let id = identity.id.clone();
-        self.tasks.recover(backend, identity, started).await?;
+        self.taken_up.send_replace(());
+        let recovered = self.tasks.recover(backend, identity, started).await;
+        self.taken_up.send_replace(());
+        recovered?;
         tracing::info!(task = id, "recovered");
         Ok(())
     }

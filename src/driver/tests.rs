@@ -32,6 +32,7 @@ pub(crate) fn policy() -> PluginConfig {
         volumes: true,
         state_dir: "/run/nomad-driver-nspawn".into(),
         nspawn_path: None,
+        reconcile_after: None,
     }
 }
 
@@ -856,4 +857,65 @@ async fn before_any_configuration_the_defaults_hold() {
         |_: &PluginConfig| -> Arc<dyn ContainerBackend> { Arc::new(MockContainerBackend::new()) };
     let driver = Driver::new(factory, places);
     assert!(driver.settings().unwrap().policy.enabled);
+}
+
+/// How long after the beginning, on the paused clock, this backend was asked to reconcile; `None` if never within an hour.
+async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) -> Option<Duration> {
+    let (asked, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let mut mock = MockContainerBackend::new();
+    mock.expect_attach()
+        .returning(|started| Ok(started.clone()));
+    mock.expect_wait().returning(|_| Ok(exit(0, 0)));
+    mock.expect_reconcile()
+        .returning(move || asked.send(tokio::time::Instant::now()).unwrap());
+    let backend: Arc<dyn ContainerBackend> = Arc::new(mock);
+    let chosen = after;
+    let factory = move |policy: &PluginConfig| match policy.reconcile_after == chosen {
+        true => Arc::clone(&backend),
+        false => Arc::new(MockContainerBackend::new()),
+    };
+    let places = Places {
+        plugin_dir: "/".into(),
+        machine_dirs: Vec::new(),
+    };
+    let driver = Driver::new(factory, places);
+    let begin = tokio::time::Instant::now();
+    driver.configure(
+        PluginConfig {
+            reconcile_after: after,
+            ..policy()
+        },
+        None,
+    );
+    life(&driver).await;
+    let hour = Duration::from_secs(3600);
+    let first = timeout(hour, told.recv()).await.ok().flatten();
+    let again = timeout(hour, told.recv()).await;
+    assert!(!matches!(again, Ok(Some(_))), "once in a life");
+    first.map(|at| at - begin)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_asked_for_is_cleared_once_the_agent_had_time_to_ask() {
+    let minute = Duration::from_secs(60);
+    assert_eq!(reconciled(Some(minute), async |_| {}).await, Some(minute));
+    assert_eq!(reconciled(None, async |_| {}).await, None);
+    // Every task that is taken up shows that the agent is still at it.
+    let late = reconciled(Some(minute), async |driver| {
+        for _ in 0..3 {
+            tokio::time::sleep(minute / 2).await;
+            driver
+                .recover_task(kept(handle::VERSION, ID))
+                .await
+                .unwrap();
+        }
+    });
+    assert_eq!(late.await, Some(minute * 5 / 2));
+    // A backend that was replaced meanwhile is not asked, and neither is one of a process that ends.
+    let replaced = reconciled(Some(minute), async |driver| {
+        driver.configure(policy(), None)
+    });
+    assert_eq!(replaced.await, None);
+    let ended = reconciled(Some(minute), async |driver| driver.root().cancel());
+    assert_eq!(ended.await, None);
 }

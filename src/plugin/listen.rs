@@ -2,7 +2,7 @@
 //! reuse a name, because another plugin process of the same host may still be alive behind it.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,6 +14,11 @@ use tokio_stream::wrappers::ReceiverStream;
 
 /// How long nobody is let in after somebody could not be.
 const BREATH: Duration = Duration::from_millis(100);
+
+/// How the names of our sockets begin.
+const PREFIX: &str = "plugin-nspawn-";
+/// A younger socket may be one that is just being made.
+const STALE: Duration = Duration::from_secs(60);
 
 /// Why the socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +69,7 @@ pub(super) fn listen(
         move |source| ListenError::Socket { step, path, source }
     };
     let group = group.map(find_group).transpose()?;
-    let template = dir.join("plugin-nspawn-XXXXXX");
+    let template = dir.join(format!("{PREFIX}XXXXXX"));
     let private = nix::unistd::mkdtemp(&template)
         .map_err(io::Error::from)
         .map_err(failed("make a directory like", &template))?;
@@ -114,6 +119,66 @@ pub(super) fn connections(
         }
     });
     ReceiverStream::new(receiver)
+}
+
+/// Removes the sockets that killed plugins left in `dir`: ours by name and owner, old, and nobody answers. A link is not
+/// followed, and a directory in which one was being made goes only with nothing else in it.
+pub(super) fn sweep(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let name = entry.file_name();
+        let swept = match name.to_str().and_then(made) {
+            Some(Made::Socket) if is_dead(&path) => std::fs::remove_file(&path),
+            Some(Made::Directory) if is_old_and_mine(&path, |kind| kind.is_dir()) => {
+                let inside = path.join("s");
+                if is_dead(&inside) {
+                    let _ = std::fs::remove_file(&inside);
+                }
+                std::fs::remove_dir(&path)
+            }
+            _ => continue,
+        };
+        let path = path.display();
+        match swept {
+            Ok(()) => tracing::info!(%path, "removed the socket of a plugin that was killed"),
+            Err(error) => tracing::warn!(%path, %error, "the socket of a dead plugin is left over"),
+        }
+    }
+}
+
+enum Made {
+    Directory,
+    Socket,
+}
+
+/// What of ours has this name.
+fn made(name: &str) -> Option<Made> {
+    let rest = name.strip_prefix(PREFIX)?;
+    let (unique, made) = match rest.strip_suffix(".sock") {
+        Some(unique) => (unique, Made::Socket),
+        None => (rest, Made::Directory),
+    };
+    let ours = unique.len() == 6 && unique.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    ours.then_some(made)
+}
+
+fn is_dead(socket: &Path) -> bool {
+    // Refused, and not merely busy: nobody listens any more.
+    let refused = || {
+        std::os::unix::net::UnixStream::connect(socket)
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    };
+    is_old_and_mine(socket, |kind| kind.is_socket()) && refused()
+}
+
+fn is_old_and_mine(path: &Path, is: impl Fn(std::fs::FileType) -> bool) -> bool {
+    let Ok(about) = path.symlink_metadata() else {
+        return false;
+    };
+    let old = about
+        .modified()
+        .is_ok_and(|made| made.elapsed().is_ok_and(|age| age > STALE));
+    old && is(about.file_type()) && about.uid() == nix::unistd::geteuid().as_raw()
 }
 
 fn find_group(name: &str) -> Result<Gid, ListenError> {
@@ -167,6 +232,64 @@ mod tests {
             .permissions()
             .mode();
         assert_eq!(mode & 0o777, 0o660);
+    }
+
+    #[tokio::test]
+    async fn only_the_dead_sockets_of_this_driver_are_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let dead = |name: &str| drop(std::os::unix::net::UnixListener::bind(at(name)).unwrap());
+        let (_listener, alive) = listen(dir.path(), None).unwrap();
+        for name in [
+            "plugin-nspawn-Dead01.sock",
+            "plugin-nspawn-young1.sock",
+            "plugin-nspawn-longer7.sock",
+            "plugin-other1.sock",
+        ] {
+            dead(name);
+        }
+        std::fs::write(at("plugin-nspawn-File01.sock"), "").unwrap();
+        std::os::unix::fs::symlink(
+            at("plugin-nspawn-Dead01.sock"),
+            at("plugin-nspawn-Link01.sock"),
+        )
+        .unwrap();
+        for name in ["plugin-nspawn-Half01", "plugin-nspawn-Full01"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        dead("plugin-nspawn-Half01/s");
+        std::fs::write(at("plugin-nspawn-Full01/else"), "").unwrap();
+        let mut before = names(dir.path());
+        for path in before.iter().chain([&at("plugin-nspawn-Half01/s")]) {
+            if !path.ends_with("plugin-nspawn-young1.sock") {
+                age(path);
+            }
+        }
+        sweep(dir.path());
+        let mut after = names(dir.path());
+        before.retain(|path| {
+            !["plugin-nspawn-Dead01.sock", "plugin-nspawn-Half01"]
+                .iter()
+                .any(|name| path.ends_with(name))
+        });
+        before.sort();
+        after.sort();
+        assert_eq!(after, before);
+        assert!(UnixStream::connect(alive.path()).await.is_ok());
+    }
+
+    /// Makes a file look as if it had been made long ago.
+    fn age(path: &Path) {
+        use nix::sys::stat::{UtimensatFlags, utimensat};
+        let then = nix::sys::time::TimeSpec::new(1_000_000_000, 0);
+        utimensat(
+            nix::fcntl::AT_FDCWD,
+            path,
+            &then,
+            &then,
+            UtimensatFlags::NoFollowSymlink,
+        )
+        .unwrap();
     }
 
     #[tokio::test]

@@ -19,12 +19,14 @@ use tokio_util::task::TaskTracker;
 use crate::container::{Exit, Process, Started};
 use crate::signal::Signal;
 
+pub mod claim;
 mod ending;
 pub mod enter;
 pub mod first;
 pub mod line;
 mod listeners;
 pub mod logs;
+pub mod orphans;
 pub mod pause;
 mod pidfd;
 pub mod process;
@@ -33,6 +35,7 @@ pub mod remains;
 pub mod run;
 pub mod state_dir;
 
+pub use claim::Claim;
 pub use line::{Failure, Step, Verb};
 pub use record::{First, Order, Records};
 

@@ -6,6 +6,7 @@
 //! therefore optional and gets a default; only what an older driver must not act on makes a new [`FORM`].
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -21,6 +22,22 @@ use crate::container::{Exit, Mode, Process, Started};
 
 /// No file of ours is larger; a larger one was not written by us.
 const LARGEST: u64 = 64 * 1024 * 1024;
+
+/// Everything that may lie in the directory of one start; a file that is being written has `.new` behind its name.
+const NAMES: [&str; 12] = [
+    "entered",
+    "environment",
+    "exit",
+    "failure",
+    "init",
+    "lifeline",
+    "log",
+    "notify",
+    "order",
+    "root",
+    "running",
+    "words",
+];
 
 /// The form of the records that this driver writes.
 pub const FORM: u32 = 1;
@@ -128,6 +145,34 @@ impl Records {
     /// The records in this directory.
     pub fn at(directory: impl Into<PathBuf>) -> Self {
         Self(directory.into())
+    }
+
+    /// Whether a start's directory can have this name.
+    pub fn is_name(name: &str) -> bool {
+        name.split_once('.').is_some_and(|(readable, hash)| {
+            readable.len() <= 16
+                && readable
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+                && hash.len() == 16
+                && hash
+                    .bytes()
+                    .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+        })
+    }
+
+    /// What lies in the directory and was not put there by the driver, if anything.
+    pub fn stranger(&self) -> io::Result<Option<OsString>> {
+        for entry in fs::read_dir(&self.0)? {
+            let name = entry?.file_name();
+            let known = name
+                .to_str()
+                .is_some_and(|name| NAMES.contains(&name.strip_suffix(".new").unwrap_or(name)));
+            if !known {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
     }
 
     /// The directory.
@@ -386,13 +431,14 @@ pub fn encode<T: Serialize>(record: &T) -> io::Result<Vec<u8>> {
     Ok(serde_json::to_vec(&written)?)
 }
 
-/// The record in the text of a file. An error of kind `InvalidData` if there is none, or one of a later form.
+/// The record in the text of a file. An error of kind `InvalidData` if there is none, `Unsupported` if it is of a later form.
 pub fn decode<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
     let Form { form } = read(text)?;
     if form > FORM {
-        return Err(invalid(format!(
+        let text = format!(
             "the record has form {form}, which is newer than this driver; it writes form {FORM}"
-        )));
+        );
+        return Err(io::Error::new(io::ErrorKind::Unsupported, text));
     }
     read(text)
 }

@@ -191,7 +191,7 @@ fn records_of_another_age() {
     assert_eq!(without.unwrap(), exit);
     assert_eq!(changed(&|value| value["later"] = 1.into()).unwrap(), exit);
     let newer = changed(&|value| value["form"] = (FORM + 1).into()).unwrap_err();
-    assert_eq!(newer.kind(), io::ErrorKind::InvalidData);
+    assert_eq!(newer.kind(), io::ErrorKind::Unsupported);
     assert!(
         newer.to_string().contains("form 2, which is newer"),
         "{newer}"
@@ -256,6 +256,7 @@ proptest! {
     fn no_id_leads_out_of_the_state_directory(id in "\\PC{0,200}") {
         let records = Records::of(Path::new("/state"), &id);
         prop_assert_eq!(records.path().parent(), Some(Path::new("/state")));
+        prop_assert!(Records::is_name(records.path().file_name().unwrap().to_str().unwrap()));
         // Sockets have short paths: the configuration keeps 43 bytes free below the state directory.
         prop_assert!(records.lifeline().as_os_str().len() <= "/state".len() + 43);
     }

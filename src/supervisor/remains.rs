@@ -12,8 +12,9 @@ use nix::mount::{MntFlags, umount2};
 
 use super::process::{Held, children, first_child};
 use super::record::{Order, Records};
-use crate::cgroup::{Group, freezer};
+use crate::cgroup::{Group, Layout, freezer};
 use crate::container::Process;
+use crate::nspawn::probe;
 use crate::signal::Signal;
 
 /// The kind of a lock that nobody shares. The field is narrower than the constant on all platforms.
@@ -26,8 +27,13 @@ const GONE: Duration = Duration::from_secs(10);
 /// Ends every process that belongs to the start of these records and frees what it held on the host. The records themselves
 /// stay. The error names what is still there.
 pub fn end(records: &Records) -> io::Result<()> {
+    let boot = probe::boot_id()?;
     let running = records.running().ok();
-    if let Some(running) = &running {
+    // In another boot the same numbers may mean anybody, even with the start time.
+    if let Some(running) = running
+        .as_ref()
+        .filter(|running| running.started.boot == boot)
+    {
         // The leader first: everything in its pid namespace dies with it, and a systemd-nspawn that sees it end clears up
         // after itself, unless somebody has stopped it.
         kill(running.started.leader);
@@ -41,35 +47,52 @@ pub fn end(records: &Records) -> io::Result<()> {
         if !watched.is_ok_and(|nspawn| nspawn.wait(Duration::from_secs(2))) {
             kill(running.nspawn);
         }
-    } else if let Ok(nspawn) = records.entered() {
+    } else if let Ok(nspawn) = records.entered()
+        && records.order().map_or(true, |order| order.boot == boot)
+    {
         kill_with_descendants(nspawn);
     }
     let order = match records.order() {
         Ok(order) => order,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        // What it held can't be known; its processes can: no other group has this name.
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            let leaf = records.path().file_name().and_then(|name| name.to_str());
+            let leaf = leaf.filter(|leaf| Records::is_name(leaf)).ok_or(error)?;
+            let groups = Layout::of_this_host().find(leaf);
+            return groups.iter().try_for_each(|group| empty(group, true));
+        }
         Err(error) => return Err(error),
     };
-    if let Some(place) = &order.place {
-        let group = Group::new(&place.group);
-        group.kill();
-        if !group.wait_empty(GONE) {
-            let text = format!("processes {:?} do not die", group.processes());
-            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
-        }
+    if let Some(place) = order.place.as_ref().filter(|_| order.boot == boot) {
+        empty(&place.group, false)?;
     }
-    free(&order, running.and_then(|running| running.copy).as_deref())
+    let copy = running.and_then(|running| running.copy);
+    free(records, &order, copy.as_deref())
+}
+
+/// Ends every process of a group, and removes it if that is wanted.
+pub(super) fn empty(group: &Path, remove: bool) -> io::Result<()> {
+    let group = Group::new(group);
+    group.kill();
+    if !group.wait_empty(GONE) {
+        let text = format!("processes {:?} do not die", group.processes());
+        return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+    }
+    if remove { group.remove() } else { Ok(()) }
 }
 
 /// Frees what the host holds for a container whose processes are gone.
-pub fn free(order: &Order, copy: Option<&Path>) -> io::Result<()> {
+pub fn free(records: &Records, order: &Order, copy: Option<&Path>) -> io::Result<()> {
     for path in dropped_mounts(&order.machine) {
         let _ = umount2(&path, MntFlags::MNT_DETACH);
         let _ = fs::remove_dir(&path);
     }
     // systemd-nspawn leaves this one where /run is no tmpfs. Only an empty directory goes.
     let _ = fs::remove_dir(Path::new("/run/systemd/nspawn/propagate").join(&order.machine));
-    if let Some(copy) = copy.filter(|copy| is_copy(copy, order)) {
-        remove_copy(copy)?;
+    match copy.filter(|copy| is_copy(copy, order)) {
+        Some(copy) => remove_copy(copy)?,
+        None => remove_nameless_copies(records, order)?,
     }
     for lock in order
         .locks
@@ -129,14 +152,49 @@ fn is_copy(path: &Path, order: &Order) -> bool {
     named && order.copies.as_deref() == path.parent()
 }
 
+/// A systemd-nspawn that was killed early has told nobody what its copy is called. It locks the name before it copies anything, and
+/// the lock ends with it: so a copy in this order's place, begun after the order was written, whose lock nobody holds, is a
+/// dead one's.
+fn remove_nameless_copies(records: &Records, order: &Order) -> io::Result<()> {
+    let Some(copies) = &order.copies else {
+        return Ok(());
+    };
+    let ordered = fs::symlink_metadata(records.path().join("order"))?.modified()?;
+    for entry in fs::read_dir(copies)?.flatten() {
+        let name = entry.file_name();
+        let copy = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(".#")?.strip_suffix(".lck"))
+            .filter(|copy| is_random(copy));
+        let begun = || entry.metadata().and_then(|about| about.modified());
+        if let Some(copy) = copy
+            && begun().is_ok_and(|begun| begun >= ordered)
+            && let Some(_held) = take_lock(&entry.path())
+        {
+            remove_copy(&copies.join(copy))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether systemd-nspawn makes up such a name for a copy.
+fn is_random(copy: &str) -> bool {
+    let random = copy
+        .strip_prefix(".#machine.")
+        .and_then(|rest| rest.get(rest.len().checked_sub(16)?..));
+    random.is_some_and(|random| random.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
 fn remove_copy(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // After the copy: without its lock nobody would find it again.
     if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
         let _ = fs::remove_file(path.with_file_name(format!(".#{name}.lck")));
     }
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
+    Ok(())
 }
 
 /// The two files by which systemd-nspawn keeps others off a tree or an image.
@@ -153,14 +211,20 @@ fn locks_of(tree: &Path) -> Option<[PathBuf; 2]> {
 /// Removes a lock file that a killed systemd-nspawn has left, if nobody holds it: the lock is taken first, so that another
 /// container of the same tree keeps its own. systemd-nspawn notices when a file it has locked was removed, and begins again.
 fn remove_lock(path: &Path) {
-    let Ok(file) = fs::OpenOptions::new()
+    if let Some(_held) = take_lock(path) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// Takes one of systemd-nspawn's locks, if it is there and nobody holds it.
+fn take_lock(path: &Path) -> Option<fs::File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file = fs::OpenOptions::new()
         .read(true)
         .write(true)
-        .custom_flags(OFlag::O_NOFOLLOW.bits())
+        .custom_flags(flags.bits())
         .open(path)
-    else {
-        return;
-    };
+        .ok()?;
     let whole = nix::libc::flock {
         l_type: WRITE_LOCK,
         l_whence: 0,
@@ -168,9 +232,8 @@ fn remove_lock(path: &Path) {
         l_len: 0,
         l_pid: 0,
     };
-    if fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)).is_ok() {
-        let _ = fs::remove_file(path);
-    }
+    fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)).ok()?;
+    Some(file)
 }
 
 /// Kills a process and waits until it has gone.
@@ -217,7 +280,7 @@ pub fn kill_descendants(of: i32, reap: impl Fn()) {
     }
 }
 
-fn descendants(of: i32) -> Vec<i32> {
+pub(super) fn descendants(of: i32) -> Vec<i32> {
     let mut found = vec![of];
     let mut next = 0;
     while let Some(pid) = found.get(next) {
@@ -225,4 +288,65 @@ fn descendants(of: i32) -> Vec<i32> {
         next += 1;
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::First;
+    use super::*;
+    use crate::container::Mode;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn of_copies_without_a_name_those_go_that_are_dead_and_later_than_the_order() {
+        let temp = tempfile::tempdir().unwrap();
+        let copies = temp.path().join("images");
+        fs::create_dir(&copies).unwrap();
+        let make = |name: &str| {
+            let copy = copies.join(name);
+            fs::create_dir(&copy).unwrap();
+            fs::write(copy.join("file"), "").unwrap();
+            fs::write(copies.join(format!(".#{name}.lck")), "").unwrap();
+            copy
+        };
+        let early = make(".#machine.tree00000000000000aa");
+        let records = Records::at(temp.path().join("records"));
+        records.create().unwrap();
+        let order = Order {
+            id: "a/t/1".to_owned(),
+            machine: "t-a".to_owned(),
+            mode: Mode::Plain,
+            boot: "b".to_owned(),
+            program: "/n".into(),
+            arguments: Vec::new(),
+            first: First::Image,
+            stdout: None,
+            stderr: None,
+            place: None,
+            network_namespace: None,
+            locks: None,
+            copies: Some(copies.clone()),
+            notes: Vec::new(),
+        };
+        records.write_order(&order, &BTreeMap::new(), None).unwrap();
+        let lock = |copy: &Path| {
+            let name = copy.file_name().unwrap().to_str().unwrap();
+            copies.join(format!(".#{name}.lck"))
+        };
+        let before = std::time::SystemTime::UNIX_EPOCH;
+        let file = fs::File::options().write(true).open(lock(&early)).unwrap();
+        file.set_modified(before).unwrap();
+        let dead = make(".#machine.tree00000000000000bb");
+        let alive = make(".#machine.tree00000000000000cc");
+        let other = make(".#machine.backup");
+        let held = take_lock(&lock(&alive)).unwrap();
+        free(&records, &order, None).unwrap();
+        for copy in [&early, &alive, &other] {
+            assert!(copy.exists() && lock(copy).exists(), "{}", copy.display());
+        }
+        assert!(!dead.exists() && !lock(&dead).exists());
+        drop(held);
+        free(&records, &order, None).unwrap();
+        assert!(!alive.exists());
+    }
 }

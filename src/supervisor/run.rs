@@ -614,7 +614,7 @@ impl Watch {
         if let Some(group) = group {
             group.wait_empty(CLEAR_UP);
         }
-        if let Err(error) = remains::free(&self.order, copy.as_deref()) {
+        if let Err(error) = remains::free(&self.records, &self.order, copy.as_deref()) {
             let _ = writeln!(io::stderr(), "not everything could be freed: {error}");
         }
     }

@@ -65,7 +65,7 @@ impl Odd {
             id: "a/t/1".into(),
             machine: "t-a".into(),
             state: records.path().to_owned(),
-            boot: String::new(),
+            boot: crate::nspawn::probe::boot_id().unwrap(),
             supervisor: Process { pid: 0, start: 0 },
             leader: leader.process(),
             mode: crate::container::Mode::Plain,

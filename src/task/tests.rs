@@ -85,6 +85,10 @@ impl ContainerBackend for Stage {
     async fn usage(&self, started: &Started) -> Result<Usage, BackendError> {
         self.mock.usage(started).await
     }
+
+    async fn reconcile(&self) {
+        self.mock.reconcile().await;
+    }
 }
 
 pub(crate) fn started(id: &str) -> Started {

@@ -14,6 +14,7 @@ use nomad_driver_nspawn::container::{
     Console, ContainerSpec, Exit, Mode, Network, Root, Started, Users, Volatile,
 };
 use nomad_driver_nspawn::signal::Signal;
+use nomad_driver_nspawn::supervisor::Records;
 use nomad_driver_nspawn::supervisor::process::{Held, catches, is_alive};
 
 pub(crate) mod scenarios;
@@ -97,6 +98,46 @@ impl World {
             stderr: Some(self.file("stderr")),
             cgroup: None,
         }
+    }
+
+    /// Where the records of the start with this name for its task lie.
+    pub(crate) fn records(&self, task: &str) -> Records {
+        Records::of(&self.settings.state_dir, &self.named(task, "").id)
+    }
+
+    /// The records of a start once more for another one, as a dead plugin would have left them; `change` may alter every file.
+    pub(crate) fn copied(
+        &self,
+        of: &Started,
+        task: &str,
+        change: impl Fn(&mut serde_json::Value),
+    ) -> Records {
+        let id = self.named(task, "").id;
+        let records = self.records(task);
+        records.create().unwrap();
+        for name in ["order", "running", "exit"] {
+            let Ok(text) = fs::read(of.state.join(name)) else {
+                continue;
+            };
+            let mut value: serde_json::Value = serde_json::from_slice(&text).unwrap();
+            let leaf = records.path().file_name().unwrap();
+            match name {
+                "order" => {
+                    value["id"] = id.as_str().into();
+                    for kind in ["group", "mirror"] {
+                        if let Some(group) = value["place"][kind].as_str() {
+                            let moved = Path::new(group).with_file_name(leaf);
+                            value["place"][kind] = moved.to_str().into();
+                        }
+                    }
+                }
+                "running" => value["started"]["id"] = id.as_str().into(),
+                _ => {}
+            }
+            change(&mut value);
+            fs::write(records.path().join(name), value.to_string()).unwrap();
+        }
+        records
     }
 
     /// An empty file for a stream.

@@ -114,9 +114,13 @@ async fn check_18_the_schemas_convert() {
     let mut found = BTreeSet::new();
     options(&answer.spec.unwrap(), &mut found);
     assert!(
-        found
-            .iter()
-            .eq(["enabled", "nspawn_path", "state_dir", "volumes"]),
+        found.iter().eq([
+            "enabled",
+            "nspawn_path",
+            "reconcile_after",
+            "state_dir",
+            "volumes"
+        ]),
         "{found:?}"
     );
     found.clear();
@@ -150,6 +154,7 @@ async fn check_19_the_same_configuration_twice() {
 #[case(json!({"enabled": [1]}), "plugin.enabled: ")]
 #[case(json!({"state_dir": "relative"}), "plugin.state_dir: \"relative\" ")]
 #[case(json!({"nspawn_path": "bin/x"}), "plugin.nspawn_path: \"bin/x\" ")]
+#[case(json!({"reconcile_after": "soon"}), "plugin.reconcile_after: \"soon\" is not a duration")]
 #[case(json!([1]), "plugin.*: a list is not a block")]
 #[tokio::test]
 async fn check_20_a_bad_configuration_names_the_field(#[case] config: Value, #[case] start: &str) {

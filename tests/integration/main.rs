@@ -18,6 +18,7 @@ mod hostile;
 mod house;
 mod lifecycle;
 mod logs;
+mod reconcile;
 mod recover;
 mod secrets;
 mod shutdown;

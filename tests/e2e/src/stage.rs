@@ -177,8 +177,13 @@ impl Stage {
 
     /// A new allocation for this task.
     pub fn allocation(&self, task: &Task) -> Arc<Allocation> {
+        self.allocation_of(&task.spec)
+    }
+
+    /// A new allocation for what is to be started.
+    pub fn allocation_of(&self, spec: &TaskSpec) -> Arc<Allocation> {
         let parent = self.join("alloc");
-        Arc::new(Allocation::create(&parent, task.spec.clone()).expect("an allocation"))
+        Arc::new(Allocation::create(&parent, spec.clone()).expect("an allocation"))
     }
 
     /// Starts a task in an allocation of its own; it must come up.

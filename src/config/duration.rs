@@ -1,11 +1,11 @@
-//! Durations as job files write them: Go's notation. Refuses negative ones; a job has no use for them.
+//! Durations as job files and operators write them: Go's notation. Refuses negative ones; nobody has a use for them.
 
 use std::time::Duration;
 
 /// A text that is not a duration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a duration: give a number with a unit, such as 30s, 1m30s or 500ms")]
-pub(super) struct NotADuration(String);
+pub struct NotADuration(String);
 
 const UNITS: [(&str, u64); 8] = [
     // Longer names first: `ms` must not be read as `m`.
@@ -20,7 +20,7 @@ const UNITS: [(&str, u64); 8] = [
 ];
 
 /// Reads `1h2m3.5s`, `500ms`, `0`.
-pub(super) fn parse(text: &str) -> Result<Duration, NotADuration> {
+pub fn parse(text: &str) -> Result<Duration, NotADuration> {
     let refuse = || NotADuration(text.to_owned());
     let mut rest = text.trim();
     if rest == "0" {

@@ -1,0 +1,122 @@
+//! Once in a plugin's life: what dead plugins left in the state directory and in the control groups is ended and cleared away, if
+//! nobody who lives claims it. Says what it does in the log, a line for each thing; what fails is said and left for the next
+//! plugin. Touches nothing of which `supervisor::orphans` is not certain that the driver made it.
+
+use std::path::Path;
+
+use super::nspawn::NspawnBackend;
+use super::{BackendError, chain};
+use crate::nspawn::probe;
+use crate::supervisor::orphans::{self, Supervisor, Survey};
+use crate::supervisor::process::is_alive;
+use crate::supervisor::{Claim, Records};
+
+impl NspawnBackend {
+    /// Clears away everything below this state directory that nobody claims, and what belongs to it elsewhere.
+    pub(super) async fn clear_orphans(&self, state_dir: &Path) {
+        let Survey { starts, foreign } = match blocking(state_dir, orphans::survey).await {
+            Ok(survey) => survey,
+            Err(error) => {
+                tracing::error!(path = %state_dir.display(), error, "the state directory can't be reconciled");
+                return;
+            }
+        };
+        for (path, reason) in foreign {
+            tracing::warn!(path = %path.display(), reason, "left alone: this driver did not make it");
+        }
+        for records in starts {
+            self.clear_start(&records).await;
+        }
+        // Those of recorded starts are gone by now, or claimed.
+        let lost = |supervisor: &Supervisor| supervisor.is_lost();
+        for supervisor in supervisors(state_dir, lost).await {
+            let directory = supervisor.directory.clone();
+            let pid = supervisor.held.process().pid;
+            let _ = tokio::task::spawn_blocking(move || supervisor.end()).await;
+            tracing::info!(path = %directory.display(), pid, "ended a supervisor without records");
+        }
+        self.clear_groups(state_dir).await;
+    }
+
+    /// Clears one start away, unless somebody claims it.
+    async fn clear_start(&self, records: &Records) {
+        let path = records.path().display().to_string();
+        // Held until everything is done: who wants this start meanwhile waits, and finds it gone.
+        let _seized = match Claim::seize(records) {
+            Ok(Some(seized)) => seized,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::error!(path, %error, "can't tell whether the start is claimed");
+                return;
+            }
+        };
+        let what = describe(records);
+        let task = records.order().map(|order| order.id).unwrap_or_default();
+        let state_dir = records.path().parent().unwrap_or_else(|| records.path());
+        // One that has not recorded its container yet can't be asked.
+        if records.running().is_err() {
+            let its = |supervisor: &Supervisor| supervisor.directory == records.path();
+            for supervisor in supervisors(state_dir, its).await {
+                let _ = tokio::task::spawn_blocking(move || supervisor.end()).await;
+            }
+        }
+        match self.clear_claimed(records).await {
+            Ok(()) => tracing::info!(path, task, "cleared away {what}"),
+            Err(error) => log_failure(&path, &error),
+        }
+    }
+
+    async fn clear_groups(&self, state_dir: &Path) {
+        let groups = blocking(state_dir, |dir| Ok(orphans::groups(dir))).await;
+        for group in groups.unwrap_or_default() {
+            let path = group.display().to_string();
+            match blocking(state_dir, move |dir| orphans::remove_group(&group, dir)).await {
+                Ok(()) => tracing::info!(path, "removed a control group without records"),
+                Err(error) => tracing::error!(path, error, "a control group is left over"),
+            }
+        }
+    }
+}
+
+fn log_failure(path: &str, error: &BackendError) {
+    tracing::error!(path, error = chain(error), "a start is left over");
+}
+
+/// What a start is that nobody claims, for a person.
+fn describe(records: &Records) -> &'static str {
+    let order = match records.order() {
+        Ok(order) => order,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return "a start that was never ordered";
+        }
+        Err(_) => return "a start whose order can't be read",
+    };
+    if probe::boot_id().is_ok_and(|boot| boot != order.boot) {
+        return "a start of another boot";
+    }
+    match (records.exit(), records.running()) {
+        (Ok(Some(_)), _) => "a task that has ended",
+        (_, Ok(running)) if is_alive(running.started.leader) => "a container nobody asked for",
+        (_, Ok(_)) => "a container that died unwatched",
+        (_, Err(_)) => "a start that was not finished",
+    }
+}
+
+async fn supervisors(state_dir: &Path, wanted: impl Fn(&Supervisor) -> bool) -> Vec<Supervisor> {
+    let found = blocking(state_dir, |dir| Ok(orphans::supervisors(dir))).await;
+    let mut found = found.unwrap_or_default();
+    found.retain(wanted);
+    found
+}
+
+/// Does something that may take long with a state directory where that harms nobody.
+async fn blocking<T: Send + 'static>(
+    state_dir: &Path,
+    work: impl FnOnce(&Path) -> std::io::Result<T> + Send + 'static,
+) -> Result<T, String> {
+    let owned = state_dir.to_owned();
+    match tokio::task::spawn_blocking(move || work(&owned)).await {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
+}

@@ -1,0 +1,338 @@
+//! What dead plugins left is cleared away once the agent has had time to ask for its tasks, and nothing else is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nomad_driver_nspawn::host::Plugin;
+use nomad_driver_nspawn::proto::driver::TaskState;
+use serde_json::json;
+
+use crate::harness::{Host, Running, eventually, is_root, within};
+
+const TRAPS: &str = "trap 'echo got; exit 12' USR1; echo up; while :; do sleep 0.05; done";
+const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
+
+/// A plugin that clears away soon after its start, or after the last task was recovered.
+async fn reconciling(host: &Host) -> Plugin {
+    host.plugin_with(&json!({"reconcile_after": "200ms"})).await
+}
+
+/// A task with a tree of its own, so that several run side by side.
+async fn started(host: &Host, plugin: &Plugin, name: &str, script: &str) -> Running {
+    let task = host.shell(script).named(name);
+    let task = host
+        .start(plugin, task.with("image", json!(host.tree(name))))
+        .await;
+    task.stdout.contains("up").await;
+    task
+}
+
+fn directory(task: &Running) -> PathBuf {
+    task.state(&["state"]).as_str().unwrap().into()
+}
+
+fn kill(pid: i32) {
+    let pid = nix::unistd::Pid::from_raw(pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+}
+
+fn supervisor(task: &Running) -> i32 {
+    i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap()
+}
+
+/// Waits until this directory was cleared away, and gives the line of the log.
+async fn cleared(host: &Host, directory: &Path) -> String {
+    let line = host
+        .log()
+        .contains(&format!("\"path\":\"{}\"", directory.display()))
+        .await;
+    assert!(line.contains("cleared away"), "{line}");
+    assert!(!directory.exists(), "{}", directory.display());
+    line
+}
+
+/// A start that was never finished: its clearing shows that a plugin has looked through everything before it.
+fn half_made(host: &Host) -> PathBuf {
+    use std::os::unix::fs::DirBuilderExt;
+    let path = host.state().join("half.0123456789abcdef");
+    fs::DirBuilder::new().mode(0o700).create(&path).unwrap();
+    path
+}
+
+/// Makes a file look as if it had been made long ago.
+fn age(path: &Path) {
+    use nix::sys::stat::{UtimensatFlags, utimensat};
+    let then = nix::sys::time::TimeSpec::new(1_000_000_000, 0);
+    let flags = UtimensatFlags::NoFollowSymlink;
+    utimensat(nix::fcntl::AT_FDCWD, path, &then, &then, flags).unwrap();
+}
+
+fn state_is_empty(host: &Host) -> bool {
+    fs::read_dir(host.state()).unwrap().next().is_none()
+}
+
+#[tokio::test]
+async fn a_task_that_nobody_asks_for_is_ended_and_one_that_is_recovered_stays() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let wanted = started(&host, &plugin, "wanted", TRAPS).await;
+    let unwanted = started(&host, &plugin, "unwanted", DEAF).await;
+    plugin.kill().await;
+    let plugin = reconciling(&host).await;
+    within("RecoverTask", plugin.recover(wanted.stored()))
+        .await
+        .unwrap();
+    let line = cleared(&host, &directory(&unwanted)).await;
+    assert!(
+        line.contains(&unwanted.id) && line.contains("a container nobody asked for"),
+        "{line}"
+    );
+    let inspected = wanted.inspect(&plugin).await.unwrap();
+    assert_eq!(inspected.task.unwrap().state(), TaskState::Running);
+    wanted.signal(&plugin, "SIGUSR1").await.unwrap();
+    assert_eq!(wanted.wait(&plugin).await.code, 12);
+    wanted.destroy(&plugin).await;
+    host.quiet(&[plugin.pid()]).await;
+    assert!(state_is_empty(&host));
+}
+
+#[tokio::test]
+async fn the_record_of_an_end_that_nobody_asks_for_is_removed() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = started(&host, &plugin, "over", "echo up; exit 4").await;
+    assert_eq!(task.wait(&plugin).await.code, 4);
+    plugin.kill().await;
+    host.quiet(&[]).await;
+    assert!(directory(&task).exists(), "an end is kept until then");
+    let _plugin = reconciling(&host).await;
+    let line = cleared(&host, &directory(&task)).await;
+    assert!(line.contains("a task that has ended"), "{line}");
+}
+
+#[tokio::test]
+async fn of_two_plugins_neither_ends_the_others_tasks() {
+    let host = Host::new();
+    let first = reconciling(&host).await;
+    let running = started(&host, &first, "running", TRAPS).await;
+    let over = started(&host, &first, "over", "echo up; exit 5").await;
+    assert_eq!(over.wait(&first).await.code, 5);
+    let half = half_made(&host);
+    let second = reconciling(&host).await;
+    cleared(&host, &half).await;
+    let other = started(&host, &second, "other", TRAPS).await;
+    // A third one looks while both live.
+    let half = half_made(&host);
+    let third = reconciling(&host).await;
+    eventually("the third has looked", || !half.exists()).await;
+    for (task, plugin) in [(&running, &first), (&other, &second)] {
+        task.signal(plugin, "SIGUSR1").await.unwrap();
+        assert_eq!(task.wait(plugin).await.code, 12);
+        task.destroy(plugin).await;
+    }
+    within("RecoverTask", third.recover(over.stored()))
+        .await
+        .unwrap();
+    assert_eq!(over.wait(&third).await.code, 5, "its end is still known");
+    over.destroy(&third).await;
+    assert!(state_is_empty(&host));
+}
+
+#[tokio::test]
+async fn a_container_whose_supervisor_was_killed_is_ended() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = started(&host, &plugin, "task", DEAF).await;
+    plugin.kill().await;
+    kill(supervisor(&task));
+    let _plugin = reconciling(&host).await;
+    cleared(&host, &directory(&task)).await;
+    host.quiet(&[_plugin.pid()]).await;
+}
+
+#[tokio::test]
+async fn a_supervisor_whose_records_were_deleted_is_ended() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = started(&host, &plugin, "task", DEAF).await;
+    plugin.kill().await;
+    fs::remove_dir_all(directory(&task)).unwrap();
+    let plugin = reconciling(&host).await;
+    let line = host.log().contains("ended a supervisor").await;
+    assert!(
+        line.contains(directory(&task).to_str().unwrap())
+            && line.contains(&supervisor(&task).to_string()),
+        "{line}"
+    );
+    host.quiet(&[plugin.pid()]).await;
+    assert!(state_is_empty(&host));
+}
+
+/// Nobody is left who knows of the container but the kernel.
+#[tokio::test]
+async fn a_container_without_supervisor_and_records_is_ended() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = started(&host, &plugin, "task", DEAF).await;
+    plugin.kill().await;
+    kill(supervisor(&task));
+    fs::remove_dir_all(directory(&task)).unwrap();
+    if !is_root() {
+        // Without control groups it can't be told from a container of anybody's: the test itself has to end it.
+        kill(task.leader());
+        return host.quiet(&[]).await;
+    }
+    let plugin = reconciling(&host).await;
+    // Other groups may be removed before, which plugins beside this one have left.
+    let group = task.state(&["cgroup"]).as_str().unwrap().to_owned();
+    host.log().contains(&format!("\"path\":\"{group}\"")).await;
+    host.quiet(&[plugin.pid()]).await;
+    assert!(host.groups().iter().all(|group| !group.exists()));
+}
+
+#[tokio::test]
+async fn an_order_that_can_not_be_read_is_cleared_with_its_container() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = started(&host, &plugin, "task", DEAF).await;
+    plugin.kill().await;
+    kill(supervisor(&task));
+    fs::write(directory(&task).join("order"), "{\"id\":").unwrap();
+    let plugin = reconciling(&host).await;
+    let line = cleared(&host, &directory(&task)).await;
+    assert!(line.contains("can't be read"), "{line}");
+    host.quiet(&[plugin.pid()]).await;
+}
+
+#[tokio::test]
+async fn a_start_of_another_boot_is_cleared_away() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = started(&host, &plugin, "task", "echo up; exit 6").await;
+    task.wait(&plugin).await;
+    plugin.kill().await;
+    host.quiet(&[]).await;
+    let path = directory(&task).join("order");
+    let mut order: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    order["boot"] = json!("00000000-0000-0000-0000-000000000000");
+    fs::write(&path, order.to_string()).unwrap();
+    let _plugin = reconciling(&host).await;
+    let line = cleared(&host, &directory(&task)).await;
+    assert!(line.contains("another boot"), "{line}");
+}
+
+#[tokio::test]
+async fn what_the_driver_did_not_make_is_named_once_and_stays() {
+    let host = Host::new();
+    let outside = host.join("outside");
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("order"), "{}").unwrap();
+    let foreign = [
+        "note",
+        "else",
+        "x.0123456789abcdef",
+        "link.0123456789abcdef",
+    ];
+    let [note, dir, like, link] = foreign.map(|name| host.state().join(name));
+    fs::write(&note, "").unwrap();
+    fs::create_dir(&dir).unwrap();
+    fs::create_dir(&like).unwrap();
+    fs::write(like.join("exit"), "{}").unwrap();
+    std::os::unix::fs::symlink(&outside, &link).unwrap();
+    let half = half_made(&host);
+    let plugin = reconciling(&host).await;
+    cleared(&host, &half).await;
+    for path in [
+        &note,
+        &dir,
+        &like.join("exit"),
+        &link,
+        &outside.join("order"),
+    ] {
+        assert!(path.symlink_metadata().is_ok(), "{}", path.display());
+    }
+    for path in [&note, &dir, &like, &link] {
+        let name = format!("\"path\":\"{}\"", path.display());
+        let lines = host.log().text();
+        let lines: Vec<_> = lines.iter().filter(|line| line.contains(&name)).collect();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(
+            lines[0].contains("warn") && lines[0].contains("did not make it"),
+            "{lines:?}"
+        );
+    }
+    assert!(!plugin.has_exited());
+}
+
+#[tokio::test]
+async fn a_plugin_that_is_to_reconcile_never_does_not() {
+    let host = Host::new();
+    let half = half_made(&host);
+    let never = host.plugin_with(&json!({"reconcile_after": "0"})).await;
+    // One that does shows that there was something to do.
+    let task = started(&host, &never, "task", "echo up; exit 7").await;
+    assert_eq!(task.wait(&never).await.code, 7);
+    task.destroy(&never).await;
+    assert!(half.exists());
+    let _plugin = reconciling(&host).await;
+    cleared(&host, &half).await;
+}
+
+#[tokio::test]
+async fn the_socket_of_a_killed_plugin_is_removed() {
+    let host = Host::new();
+    let mut dead = host.plugin().await;
+    let socket = dead.address().to_owned();
+    dead.kill().await;
+    assert!(socket.exists());
+    age(&socket);
+    let living = host.plugin().await;
+    age(living.address());
+    let plugin = reconciling(&host).await;
+    let line = host.log().contains("removed the socket").await;
+    assert!(line.contains(socket.to_str().unwrap()), "{line}");
+    assert!(!socket.exists());
+    for plugin in [&living, &plugin] {
+        assert!(plugin.address().exists());
+        Plugin::reattach(plugin.address(), plugin.pid())
+            .await
+            .unwrap();
+    }
+}
+
+/// Of the driver's groups without records only those go that are empty and old.
+#[tokio::test]
+async fn an_empty_group_is_removed_when_it_is_old() {
+    if !is_root() {
+        // There are no groups then, which `check_58_the_first_sample` shows.
+        return;
+    }
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = started(&host, &plugin, "task", "echo up; exit 8").await;
+    let group = PathBuf::from(task.state(&["cgroup"]).as_str().unwrap());
+    task.wait(&plugin).await;
+    plugin.kill().await;
+    host.quiet(&[]).await;
+    let unique = host
+        .path()
+        .file_name()
+        .unwrap()
+        .to_string_lossy()
+        .replace(|c: char| !c.is_ascii_alphanumeric(), "");
+    let named = |hash: &str| group.with_file_name(format!("{unique}.{hash}"));
+    let (old, young) = (named("00000000000000aa"), named("00000000000000bb"));
+    let foreign = group.with_file_name(format!("{unique}-foreign"));
+    for group in [&old, &young, &foreign] {
+        fs::create_dir_all(group).unwrap();
+    }
+    age(&old);
+    age(&foreign);
+    let _plugin = reconciling(&host).await;
+    // It belongs to no state directory, so any plugin on the machine may be the one that removes it.
+    eventually("the old group is gone", || !old.exists()).await;
+    for spared in [&young, &foreign] {
+        fs::remove_dir(spared).unwrap();
+    }
+    let _ = fs::remove_dir(group.parent().unwrap());
+}
