@@ -393,10 +393,7 @@ async fn pivot_root_makes_a_directory_of_the_image_the_root() {
                 "systemd-nspawn itself can: {refused:?}"
             );
             assert!(said.contains("MS_MOVE"), "{said}");
-            assert!(
-                refused.error.to_string().contains("MS_MOVE"),
-                "{refused:?}"
-            );
+            assert!(refused.error.to_string().contains("MS_MOVE"), "{refused:?}");
         }
     }
     end(plugin).await;

@@ -2,6 +2,11 @@
 //! host does each time what Nomad would. Nothing may be lost without a word, nothing may hang, and in the end nothing may be
 //! left. `SOAK_SEED` repeats the choices of a run, `SOAK_LIVES` makes it shorter or longer. The moments are the scheduler's.
 
+#![expect(
+    clippy::print_stdout,
+    reason = "the figures and the seed of a run are for its reader"
+)]
+
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
