@@ -18,6 +18,7 @@ fn main() -> anyhow::Result<()> {
     let descriptors = protox::compile(files, ["proto"])?;
     tonic_prost_build::configure()
         .build_transport(false)
+        .codec_path("crate::proto::codec::SmallBuffers")
         .compile_fds(descriptors)?;
     init().context("building init/, the program that runs inside containers")
 }

@@ -8,6 +8,8 @@
 )]
 #![expect(clippy::allow_attributes, reason = "generated code brings its own")]
 
+mod codec;
+
 mod generated {
     pub mod hashicorp {
         pub mod nomad {

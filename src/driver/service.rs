@@ -107,8 +107,9 @@ impl DriverService for Driver {
             .into_inner()
             .handle
             .ok_or(CallError::Missing("handle"))?;
+        let (identity, started) = held(handle)?;
         let driver = self.clone();
-        let recovered = self.apart(async move { driver.recover(handle).await });
+        let recovered = self.apart(async move { driver.recover(identity, started).await });
         answer(recovered.await.map(|()| proto::RecoverTaskResponse {}))
     }
 
@@ -319,10 +320,7 @@ impl Driver {
         }
     }
 
-    async fn recover(&self, handle: proto::TaskHandle) -> Result<(), CallError> {
-        let config = handle.config.ok_or(CallError::Missing("handle.config"))?;
-        let identity = wire::identity(&config);
-        let started = handle::decode(handle.version, &handle.driver_state, &identity.id)?;
+    async fn recover(&self, identity: Identity, started: Started) -> Result<(), CallError> {
         let backend = self.settings()?.backend;
         let id = identity.id.clone();
         self.taken_up.send_replace(());
@@ -349,4 +347,12 @@ impl Driver {
             .await
             .unwrap_or(Err(CallError::Panicked))
     }
+}
+
+/// What a handle holds of its task. The rest of it, most of which is the job's, is not needed while the task is looked for.
+fn held(handle: proto::TaskHandle) -> Result<(Identity, Started), CallError> {
+    let config = handle.config.ok_or(CallError::Missing("handle.config"))?;
+    let identity = wire::identity(&config);
+    let started = handle::decode(handle.version, &handle.driver_state, &identity.id)?;
+    Ok((identity, started))
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -35,7 +35,8 @@ type StartReply = oneshot::Sender<Result<Arc<Started>, TaskError>>;
 #[derive(Debug)]
 pub(super) enum Birth {
     Start(Box<ContainerSpec>, StartReply),
-    Attach(Box<Started>, StartReply),
+    /// When it is its turn.
+    Attach(Box<Started>, Arc<Semaphore>, StartReply),
     /// Nothing is known but the id.
     Leftover(Reply),
 }
@@ -74,7 +75,7 @@ pub(super) struct Desk {
     backend: Arc<dyn ContainerBackend>,
     state: State,
     life: watch::Sender<Life>,
-    messages: mpsc::Receiver<Message>,
+    messages: mpsc::Receiver<Box<Message>>,
     /// What has to wait for the next fact.
     later: Vec<Message>,
     under_way: JoinSet<Outcome>,
@@ -87,7 +88,7 @@ impl Desk {
         identity: Arc<Identity>,
         backend: Arc<dyn ContainerBackend>,
         life: watch::Sender<Life>,
-        messages: mpsc::Receiver<Message>,
+        messages: mpsc::Receiver<Box<Message>>,
         store: TaskStore,
     ) -> Self {
         Self {
@@ -117,7 +118,7 @@ impl Desk {
                         self.hear(message);
                     }
                 }
-                Some(message) = self.messages.recv() => self.hear(message),
+                Some(message) = self.messages.recv() => self.hear(*message),
                 else => break,
             }
         }
@@ -137,8 +138,10 @@ impl Desk {
                     Outcome::Up(up, reply)
                 });
             }
-            Birth::Attach(started, reply) => {
+            Birth::Attach(started, turns, reply) => {
                 self.under_way.spawn(async move {
+                    // Nobody closes it.
+                    let _turn = turns.acquire_owned().await;
                     let attach = whole(async move { Ok(backend.attach(&started).await?) });
                     let up = tokio::time::timeout(ATTACH_LIMIT, attach).await;
                     Outcome::Up(

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -23,6 +23,10 @@ mod store;
 
 use desk::{Birth, Desk, Message};
 use store::TaskStore;
+
+/// How many containers are found again together. Nomad asks for all of them in the same moment after this process was killed;
+/// more together takes no less time, but memory and threads that a process does not give back.
+const ATTACHING: usize = 16;
 
 /// Who a task is.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -80,7 +84,8 @@ pub struct Task {
     identity: Arc<Identity>,
     backend: Arc<dyn ContainerBackend>,
     life: watch::Receiver<Life>,
-    mailbox: mpsc::Sender<Message>,
+    /// Boxed: a channel has room for dozens from the start.
+    mailbox: mpsc::Sender<Box<Message>>,
 }
 
 impl Task {
@@ -138,7 +143,7 @@ impl Task {
 
     async fn ask(&self, message: impl FnOnce(desk::Reply) -> Message) -> Result<(), TaskError> {
         let (reply, answer) = oneshot::channel();
-        let sent = self.mailbox.send(message(reply)).await;
+        let sent = self.mailbox.send(Box::new(message(reply))).await;
         sent.map_err(|_| TaskError::Unknown)?;
         answer.await.unwrap_or(Err(TaskError::Unknown))
     }
@@ -149,6 +154,7 @@ impl Task {
 pub struct Tasks {
     store: TaskStore,
     desks: TaskTracker,
+    attaching: Arc<Semaphore>,
     token: CancellationToken,
 }
 
@@ -158,6 +164,7 @@ impl Tasks {
         Self {
             store: TaskStore::default(),
             desks: TaskTracker::new(),
+            attaching: Arc::new(Semaphore::new(ATTACHING)),
             token,
         }
     }
@@ -194,7 +201,7 @@ impl Tasks {
         let id = identity.id.clone();
         match self
             .bear(backend, identity, |reply| {
-                Birth::Attach(Box::new(started), reply)
+                Birth::Attach(Box::new(started), Arc::clone(&self.attaching), reply)
             })
             .await
         {
