@@ -52,8 +52,6 @@ pub struct Driver {
     events: Events,
     /// Told of every task that the agent takes up again.
     taken_up: watch::Sender<()>,
-    /// Whether what nobody asked for has been cleared away.
-    reconciled: watch::Sender<bool>,
     /// Calls that run to their end whoever goes away.
     calls: TaskTracker,
     root: CancellationToken,
@@ -83,7 +81,6 @@ impl Driver {
             tasks: Tasks::new(root.child_token()),
             events: Events::default(),
             taken_up: watch::Sender::new(()),
-            reconciled: watch::Sender::new(false),
             calls: TaskTracker::new(),
             root,
             closing: Arc::new(AtomicBool::new(false)),
@@ -160,14 +157,7 @@ impl Driver {
             .is_some_and(|settings| Arc::ptr_eq(&settings.backend, &backend));
         if in_use {
             backend.reconcile().await;
-            self.reconciled.send_replace(true);
         }
-    }
-
-    /// Waits until what nobody asked for has been cleared away for the first time; for ever if nobody wants that.
-    pub async fn reconciled(&self) {
-        let mut reconciled = self.reconciled.subscribe();
-        let _ = reconciled.wait_for(|done| *done).await;
     }
 
     fn set_closing(&self, closing: bool) {

@@ -17,7 +17,7 @@ const BREATH: Duration = Duration::from_millis(100);
 
 /// How the names of our sockets begin.
 const PREFIX: &str = "plugin-nspawn-";
-/// A younger socket may be one that is just being made.
+/// In a younger directory a socket may just be being made.
 const STALE: Duration = Duration::from_secs(60);
 
 /// Why the socket could not be made.
@@ -121,15 +121,16 @@ pub(super) fn connections(
     ReceiverStream::new(receiver)
 }
 
-/// Removes the sockets that killed plugins left in `dir`: ours by name and owner, old, and nobody answers. A link is not
-/// followed, and a directory in which one was being made goes only with nothing else in it.
+/// Removes the sockets that killed plugins left in `dir`: ours by name and owner, and nobody answers. One that has its place has
+/// been listening since before it got there. A link is not followed, and a directory in which one was being made goes when it is
+/// old and only with nothing else in it.
 pub(super) fn sweep(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let name = entry.file_name();
         let swept = match name.to_str().and_then(made) {
             Some(Made::Socket) if is_dead(&path) => std::fs::remove_file(&path),
-            Some(Made::Directory) if is_old_and_mine(&path, |kind| kind.is_dir()) => {
+            Some(Made::Directory) if is_old(&path) && is_mine(&path, |kind| kind.is_dir()) => {
                 let inside = path.join("s");
                 if is_dead(&inside) {
                     let _ = std::fs::remove_file(&inside);
@@ -168,17 +169,20 @@ fn is_dead(socket: &Path) -> bool {
         std::os::unix::net::UnixStream::connect(socket)
             .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     };
-    is_old_and_mine(socket, |kind| kind.is_socket()) && refused()
+    is_mine(socket, |kind| kind.is_socket()) && refused()
 }
 
-fn is_old_and_mine(path: &Path, is: impl Fn(std::fs::FileType) -> bool) -> bool {
-    let Ok(about) = path.symlink_metadata() else {
-        return false;
-    };
-    let old = about
-        .modified()
-        .is_ok_and(|made| made.elapsed().is_ok_and(|age| age > STALE));
-    old && is(about.file_type()) && about.uid() == nix::unistd::geteuid().as_raw()
+fn is_mine(path: &Path, is: impl Fn(std::fs::FileType) -> bool) -> bool {
+    path.symlink_metadata()
+        .is_ok_and(|about| is(about.file_type()) && about.uid() == nix::unistd::geteuid().as_raw())
+}
+
+fn is_old(path: &Path) -> bool {
+    let made = path
+        .symlink_metadata()
+        .and_then(|about| about.modified())
+        .map(|made| made.elapsed());
+    matches!(made, Ok(Ok(age)) if age > STALE)
 }
 
 fn find_group(name: &str) -> Result<Gid, ListenError> {
@@ -242,7 +246,6 @@ mod tests {
         let (_listener, alive) = listen(dir.path(), None).unwrap();
         for name in [
             "plugin-nspawn-Dead01.sock",
-            "plugin-nspawn-young1.sock",
             "plugin-nspawn-longer7.sock",
             "plugin-other1.sock",
         ] {
@@ -254,14 +257,19 @@ mod tests {
             at("plugin-nspawn-Link01.sock"),
         )
         .unwrap();
-        for name in ["plugin-nspawn-Half01", "plugin-nspawn-Full01"] {
+        for name in [
+            "plugin-nspawn-Half01",
+            "plugin-nspawn-Full01",
+            "plugin-nspawn-Young1",
+        ] {
             std::fs::create_dir(at(name)).unwrap();
         }
         dead("plugin-nspawn-Half01/s");
+        dead("plugin-nspawn-Young1/s");
         std::fs::write(at("plugin-nspawn-Full01/else"), "").unwrap();
         let mut before = names(dir.path());
-        for path in before.iter().chain([&at("plugin-nspawn-Half01/s")]) {
-            if !path.ends_with("plugin-nspawn-young1.sock") {
+        for path in &before {
+            if path.extension().is_none() && !path.ends_with("plugin-nspawn-Young1") {
                 age(path);
             }
         }

@@ -99,11 +99,7 @@ async fn serve_announced(
     announce(socket.path()).map_err(ServeError::Announce)?;
     tracing::debug!(version = env!("CARGO_PKG_VERSION"), "serving");
     let dir = invitation.socket_dir.clone();
-    let sweeping = driver.clone();
-    tokio::spawn(root.clone().run_until_cancelled_owned(async move {
-        sweeping.reconciled().await;
-        listen::sweep(&dir);
-    }));
+    tokio::task::spawn_blocking(move || listen::sweep(&dir));
 
     let ended = tokio::select! {
         ended = server => ended.map_err(ServeError::from),
