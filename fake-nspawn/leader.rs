@@ -84,6 +84,8 @@ impl End {
     }
 }
 
+/// In a wait status: there is a core dump.
+const DUMPED: i32 = 0x80;
 const POWER_OFF: End = End::Signal(2);
 const RESTART: End = End::Signal(1);
 
@@ -109,15 +111,23 @@ pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<i32> {
     let events = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let ledger = Ledger::open(&plan.ledger)?;
     tell.write_all(READY)?;
+    let place = plan.cwd.clone().ok();
+    let mut dumped = false;
     let end = match early_end(&plan) {
         Some(end) => end,
-        None => Leader::start(plan, events, ledger)?.live()?,
+        None => Leader::start(plan, events, ledger)?.live(&mut dumped)?,
     };
     process::kill_descendants();
     tell.write_all(&serde_json::to_vec(&end)?)?;
     match end {
+        // Only the parent learns what was asked of reboot(2).
+        POWER_OFF | RESTART => Ok(0),
         End::Exit(code) => Ok(code),
-        End::Signal(number) => match process::die_by(number)? {},
+        End::Signal(number) => {
+            // Where the payload's own core dump lies, which this one replaces.
+            let place = place.filter(|_| dumped);
+            match process::die_by(number, place.as_deref())? {}
+        }
     }
 }
 
@@ -223,9 +233,10 @@ impl Leader {
         })
     }
 
-    fn live(mut self) -> anyhow::Result<End> {
+    /// How it ended, and whether the payload left a core dump.
+    fn live(mut self, dumped: &mut bool) -> anyhow::Result<End> {
         loop {
-            if let Some(end) = self.reap() {
+            if let Some(end) = self.reap(dumped) {
                 return Ok(end);
             }
             let timeout = match self.ending {
@@ -268,11 +279,12 @@ impl Leader {
     }
 
     /// Takes in ended children; the payload's end is the container's.
-    fn reap(&mut self) -> Option<End> {
+    fn reap(&mut self, dumped: &mut bool) -> Option<End> {
         let mut ended = None;
         process::reap(|pid, status| {
             if Some(pid) == self.payload {
                 ended = End::of(status);
+                *dumped = status.as_raw() & DUMPED != 0;
             }
         });
         let ended = ended?;
@@ -329,7 +341,7 @@ pub(crate) fn become_payload(plan: &Plan) -> anyhow::Result<i32> {
     SigSet::empty().thread_set_mask()?;
     match plan.instead {
         Some(Instead::Exit(code)) => return Ok(code),
-        Some(Instead::Signal(number)) => match process::die_by(number)? {},
+        Some(Instead::Signal(number)) => match process::die_by(number, None)? {},
         Some(Instead::Sleep(true)) => loop {
             nix::unistd::pause();
         },

@@ -211,7 +211,7 @@ impl Nspawn<'_> {
             return Ok((1, Some(5)));
         }
         if let Some(number) = self.call.die_before_notify {
-            match process::die_by(number)? {}
+            match process::die_by(number, None)? {}
         }
         prctl::set_child_subreaper(true)?;
         let told = self.start(prepared)?;

@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use nix::sys::signal::{self, Signal};
+use nix::sys::signal::{self, SigSet, Signal};
 use nix::unistd::Pid;
 // The other crate's wait fails on a death by a real-time signal, after it took the child in.
 use rustix::process::{WaitOptions, WaitStatus};
@@ -36,13 +36,30 @@ pub(crate) fn send(pid: i32, number: i32) {
     }
 }
 
-/// Ends this process by a signal. Returns only when that failed.
-pub(crate) fn die_by(number: i32) -> io::Result<Infallible> {
+/// Ends this process by a signal, with a core dump in this directory or without one. Returns only when that failed.
+pub(crate) fn die_by(number: i32, dump: Option<&Path>) -> io::Result<Infallible> {
+    // What else may have come does not count any more.
+    let mut mask = SigSet::all();
+    if let Ok(known) = Signal::try_from(number) {
+        mask.remove(known);
+    } else {
+        mask = SigSet::empty();
+    }
+    mask.thread_set_mask()?;
+    let limit = if dump.is_some() {
+        "$(ulimit -H -c)"
+    } else {
+        "0"
+    };
     // A shell has none of the handlers and ignored signals that the language's runtime set up here.
-    Err(Command::new("/bin/sh")
+    let mut shell = Command::new("/bin/sh");
+    shell
         .arg("-c")
-        .arg(format!("kill -{number} $$"))
-        .exec())
+        .arg(format!("ulimit -S -c {limit}; kill -{number} $$"));
+    if let Some(dump) = dump {
+        shell.current_dir(dump);
+    }
+    Err(shell.exec())
 }
 
 /// The name that systemd prints, without `SIG`.

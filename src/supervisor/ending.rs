@@ -10,7 +10,8 @@ use nspawn_init::Trouble;
 use crate::container::{Exit, Mode};
 use crate::signal::Signal;
 
-/// The status by which systemd-nspawn says that the container asked to be started again.
+/// The status by which systemd-nspawn says that the container asked to be started again, and nothing else. After reboot(2) the
+/// parent alone is told what was asked for; to others the kernel says that the first process was killed, or ended with 0.
 const RESTART: i32 = 133;
 
 /// What is known of an end.
@@ -50,10 +51,13 @@ pub(super) fn exit_of(signs: &Signs<'_>) -> Exit {
             let text = format!("{how} from outside, and the container with it");
             (128 + signal, signal, Some(text))
         }
+        _ if matches!(signs.nspawn.code(), Some(0 | RESTART)) => {
+            (signs.nspawn.code().unwrap_or_default(), 0, None)
+        }
         Signs {
             leader: Some(status),
             ..
-        } => of_leader(*status),
+        } => of_raw(*status),
         _ => guessed(signs),
     };
     Exit {
@@ -75,18 +79,6 @@ fn of_raw(status: i32) -> (i32, i32, Option<String>) {
             (128 + signal, signal, text)
         }
         (None, None) => (RESTART, 0, None),
-    }
-}
-
-/// The first process of a pid namespace that "dies" by one of these two has called `reboot(2)`: no other process can send it
-/// a signal that it has no handler for.
-fn of_leader(status: i32) -> (i32, i32, Option<String>) {
-    const RESTARTED: i32 = 1;
-    const POWERED_OFF: i32 = 2;
-    match ExitStatus::from_raw(status).signal() {
-        Some(RESTARTED) => (RESTART, 0, None),
-        Some(POWERED_OFF) => (0, 0, None),
-        _ => of_raw(status),
     }
 }
 
@@ -195,8 +187,18 @@ mod tests {
         assert_eq!(end(&with(exited(133), exited(1))), (133, 0, false));
         assert_eq!(end(&with(BY_KILL, exited(1))), (137, 9, false));
         assert_eq!(end(&with(DUMPED_BY_SEGV, exited(1))), (139, 11, true));
-        assert_eq!(end(&with(1, exited(133))), (133, 0, false), "a reboot");
-        assert_eq!(end(&with(2, exited(0))), (0, 0, false), "a power-off");
+    }
+
+    #[rstest]
+    #[case::by_a_child(BY_KILL)]
+    #[case::by_the_first_process(0)]
+    fn only_systemd_nspawn_is_told_of_a_reboot(#[case] leader: i32) {
+        let with = |nspawn: i32| Signs {
+            leader: Some(leader),
+            ..signs(nspawn)
+        };
+        assert_eq!(end(&with(exited(133))), (133, 0, false));
+        assert_eq!(end(&with(exited(0))), (0, 0, false), "a power-off");
     }
 
     #[test]

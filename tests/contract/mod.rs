@@ -17,6 +17,7 @@ use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::supervisor::Records;
 use nomad_driver_nspawn::supervisor::process::{Held, catches, is_alive};
 
+mod exits;
 pub(crate) mod scenarios;
 
 /// No wait in a scenario is longer. A bound against hanging, not a measurement.

@@ -6,6 +6,8 @@ use nomad_driver_nspawn::supervisor::process::{Held, children};
 
 use super::*;
 
+pub(crate) use super::exits::*;
+
 const HEARS_TERM: &str = "trap 'echo term; exit 3' TERM; echo up; while :; do sleep 0.05; done";
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
 
@@ -15,7 +17,7 @@ macro_rules! scenarios {
     ($each:ident) => {
         $each! {
             a_code_of_0_is_0, a_code_of_42_is_42, a_code_of_255_is_255, a_code_of_a_second_process_is_its_own,
-            a_code_of_133_is_told, stdout_and_stderr_stay_apart, the_environment_arrives_unchanged,
+            a_code_of_133_is_told, every_code_is_told, every_signal_is_told, every_fault_is_told, a_core_dump_is_told, stdout_and_stderr_stay_apart, the_environment_arrives_unchanged,
             words_arrive_unchanged, a_command_that_is_not_there_fails_by_name,
             a_command_that_cannot_be_executed_fails_by_name, a_command_that_ends_at_once_has_started,
             many_wait_early_and_late, a_wait_given_up_changes_nothing, a_stop_reaches_a_handler_of_term,

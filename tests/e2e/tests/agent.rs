@@ -79,6 +79,60 @@ fn a_batch_task_has_the_exit_code_of_its_command() {
     agent.leave();
 }
 
+/// What a user of Nomad reads of an end: `Exit Code`, `Signal`, and a text where there is more to say.
+#[test]
+fn nomad_shows_how_a_task_ended() {
+    let agent = Agent::new();
+    let shell = "/bin/sh";
+    let rows = [
+        ("false", shell, "exit 255", "Exit Code: 255"),
+        ("true", shell, "exit 133", "Exit Code: 133"),
+        ("false", shell, "echo up; reboot -f", "Exit Code: 133"),
+        ("true", shell, "kill -TERM $$", "Exit Code: 143, Signal: 15"),
+        ("true", shell, "kill -40 $$", "Exit Code: 168, Signal: 40"),
+        (
+            "true",
+            shell,
+            "ulimit -S -c 0; kill -SEGV $$",
+            "Exit Code: 139, Signal: 11",
+        ),
+        ("false", "/none/such", "", "Exit Code: 127, Exit Message: "),
+        ("true", "/etc/passwd", "", "Exit Code: 126, Exit Message: "),
+    ];
+    let started: Vec<_> = rows
+        .iter()
+        .enumerate()
+        .map(|(number, (two, program, script, _))| {
+            let image = image(&agent, &format!("tree{number}"));
+            let variables = [
+                ("image", &*image),
+                ("two", two),
+                ("program", program),
+                ("script", script),
+            ];
+            agent.run(&file("ends"), &variables)
+        })
+        .collect();
+    for ((two, program, script, shown), task) in rows.iter().zip(started) {
+        task.dead();
+        let event = task.event("Terminated").unwrap();
+        let said = event["DisplayMessage"].as_str().unwrap();
+        let row = format!("process_two = {two}: {program} {script}");
+        assert!(said.starts_with(shown), "{row}: {said}");
+        let more = &said[shown.len()..];
+        // The text names the file; where there is none, there is nothing to add.
+        assert!(
+            if *program == shell {
+                more.is_empty()
+            } else {
+                more.contains(program)
+            },
+            "{row}: {said}"
+        );
+    }
+    agent.leave();
+}
+
 #[test]
 fn a_service_that_fails_is_started_again_as_its_policy_says() {
     let agent = Agent::new();

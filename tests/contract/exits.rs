@@ -1,0 +1,251 @@
+//! The exit table: every code, every signal that can be the cause of a death, and what the kernel says beside it, in both modes
+//! that have a command.
+
+use std::ops::RangeInclusive;
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
+
+use nix::sys::resource::{Resource, getrlimit};
+use nomad_driver_nspawn::container::Mount;
+use tokio::task::JoinSet;
+
+use super::*;
+
+const WITH_A_COMMAND: [Mode; 2] = [Mode::Plain, Mode::ProcessTwo];
+/// How many containers of a table run together.
+const TOGETHER: usize = 8;
+/// What a script ends with that the signal did not end.
+const LIVED_ON: i32 = 77;
+/// Shells tend to ignore it, and so does what they start.
+const QUIT: i32 = 3;
+const SIGNALS: RangeInclusive<i32> = 1..=64;
+
+/// By default these do nothing: SIGCHLD, SIGCONT, SIGURG, SIGWINCH.
+const IGNORED: [i32; 4] = [17, 18, 23, 28];
+/// These stop a process until it is told to go on: SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU.
+const STOPPING: [i32; 4] = [19, 20, 21, 22];
+/// What leaves a core dump, where one is wanted: SIGQUIT, SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, SIGXCPU, SIGXFSZ, SIGSYS.
+const DUMPING: [i32; 10] = [3, 4, 5, 6, 7, 8, 11, 24, 25, 31];
+
+const DUMPED: &str = "the command dumped core";
+
+/// A row of the table.
+struct Row {
+    spec: ContainerSpec,
+    /// What is sent from outside once it is up.
+    sent: Option<Signal>,
+    /// The code and the signal.
+    told: (i32, i32),
+}
+
+/// Runs all of it, some together, in one tree that none of them writes.
+async fn all(world: World, rows: Vec<Row>) {
+    let world = Arc::new(world);
+    let mut under_way = JoinSet::new();
+    let mut rows = rows.into_iter();
+    loop {
+        while under_way.len() < TOGETHER
+            && let Some(Row { spec, sent, told }) = rows.next()
+        {
+            let world = Arc::clone(&world);
+            let spec = ContainerSpec {
+                read_only: true,
+                stdout: None,
+                stderr: None,
+                ..spec
+            };
+            under_way.spawn(async move {
+                let (mode, command) = (spec.mode, spec.command.clone());
+                let started = world.start(spec).await;
+                if let Some(signal) = sent {
+                    within(world.backend.signal(&started, signal))
+                        .await
+                        .unwrap();
+                }
+                let exit = world.end(&started).await;
+                assert_eq!(ended(&exit), told, "{mode:?} {command:?}: {exit:?}");
+                assert!(!exit.oom_killed);
+                let dumped = by_pipe().filter(|_| DUMPING.contains(&told.1));
+                assert_eq!(exit.error, dumped, "{mode:?} {command:?}");
+                within(world.backend.remove(&started.id)).await.unwrap();
+            });
+        }
+        match under_way.join_next().await {
+            Some(row) => row.unwrap(),
+            None => break,
+        }
+    }
+    let world = Arc::into_inner(world).unwrap();
+    world.leave(&[]).await;
+}
+
+fn spec(world: &World, mode: Mode, name: &str, script: &str) -> ContainerSpec {
+    ContainerSpec {
+        mode,
+        ..world.named(&format!("{mode:?}-{name}").to_lowercase(), script)
+    }
+}
+
+pub(crate) async fn every_code_is_told(world: World) {
+    let mut rows = Vec::new();
+    for mode in WITH_A_COMMAND {
+        for code in 0..=255 {
+            // systemd-nspawn has this code for itself and makes 1 of it; the kernel tells the truth from 6.15 on.
+            let told = match (mode, code) {
+                (Mode::Plain, 133) if !kernel_tells() => 1,
+                _ => code,
+            };
+            rows.push(Row {
+                spec: spec(&world, mode, &code.to_string(), &format!("exit {code}")),
+                sent: None,
+                told: (told, 0),
+            });
+        }
+    }
+    assert_eq!(rows.len(), 512);
+    all(world, rows).await;
+}
+
+/// A second process dies of whatever it sends to itself.
+pub(crate) async fn every_signal_is_told(world: World) {
+    let mut rows = Vec::new();
+    for number in SIGNALS {
+        let goes_on = if STOPPING.contains(&number) {
+            "(sleep 0.2; kill -18 $$) & "
+        } else {
+            ""
+        };
+        let told = if IGNORED.contains(&number) || STOPPING.contains(&number) {
+            (LIVED_ON, 0)
+        } else {
+            (128 + number, number)
+        };
+        let script = format!("ulimit -S -c 0; {goes_on}kill -{number} $$; exit {LIVED_ON}");
+        let mut spec = spec(&world, Mode::ProcessTwo, &number.to_string(), &script);
+        let mut sent = None;
+        if number == QUIT {
+            spec.command = vec!["/bin/sleep".into(), "1000".into()];
+            sent = Signal::from_number(QUIT);
+        }
+        rows.push(Row { spec, sent, told });
+    }
+    all(world, rows).await;
+}
+
+/// The first process dies of no signal that it sends to itself, but of what it does; a second one does as well.
+pub(crate) async fn every_fault_is_told(world: World) {
+    let mut rows = Vec::new();
+    for (number, code) in FAULTS {
+        put_program(&world, &number.to_string(), code);
+        for mode in WITH_A_COMMAND {
+            let script = format!("ulimit -S -c 0; exec ./{number}");
+            rows.push(Row {
+                spec: with_programs(&world, spec(&world, mode, &number.to_string(), &script)),
+                sent: None,
+                told: (128 + number, *number),
+            });
+        }
+    }
+    all(world, rows).await;
+}
+
+pub(crate) async fn a_core_dump_is_told(world: World) {
+    let (_, hard) = getrlimit(Resource::RLIMIT_CORE).unwrap();
+    // Where the machine allows none, none is told.
+    let wanted = (hard > 0).then(|| DUMPED.to_owned());
+    let (segv, code) = FAULTS[0];
+    put_program(&world, "fault", code);
+    for mode in WITH_A_COMMAND {
+        if mode == Mode::Plain && !kernel_tells() {
+            continue;
+        }
+        for (limit, told) in [("$(ulimit -H -c)", &wanted), ("0", &by_pipe())] {
+            let script = format!("ulimit -S -c {limit}; exec ./fault");
+            let started = world
+                .start(with_programs(&world, spec(&world, mode, "dumps", &script)))
+                .await;
+            let exit = world.end(&started).await;
+            assert_eq!(ended(&exit), (128 + segv, segv), "{mode:?}");
+            assert_eq!(&exit.error, told, "{mode:?} {limit}");
+            within(world.backend.remove(&started.id)).await.unwrap();
+        }
+    }
+    world.leave(&[]).await;
+}
+
+/// What is told of a process that may write no core file: a pipe gets it all the same (core(5)).
+fn by_pipe() -> Option<String> {
+    let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap();
+    pattern.starts_with('|').then(|| DUMPED.to_owned())
+}
+
+/// Signals by what a program does: reads at 0, executes what is none, meets a breakpoint, divides by 0.
+#[cfg(target_arch = "x86_64")]
+const FAULTS: &[(i32, &[u8])] = &[
+    (11, &[0x31, 0xc0, 0x8a, 0x00]),
+    (4, &[0x0f, 0x0b]),
+    (5, &[0xcc]),
+    (8, &[0x31, 0xc9, 0x31, 0xd2, 0xf7, 0xf1]),
+];
+/// Signals by what a program does: reads at 0, executes what is none, meets a breakpoint. Division by 0 is no fault here.
+#[cfg(target_arch = "aarch64")]
+const FAULTS: &[(i32, &[u8])] = &[
+    (11, &[0x00, 0x00, 0x80, 0xd2, 0x00, 0x00, 0x40, 0xf9]),
+    (4, &[0x00, 0x00, 0x00, 0x00]),
+    (5, &[0x00, 0x00, 0x20, 0xd4]),
+];
+
+/// Starts where [`put_program`] puts them. A payload of the fake sees the host's paths, so they have the same in a container.
+fn with_programs(world: &World, spec: ContainerSpec) -> ContainerSpec {
+    let programs = programs(world);
+    ContainerSpec {
+        mounts: vec![Mount {
+            source: programs.clone(),
+            target: programs.clone(),
+            read_only: false,
+        }],
+        working_directory: Some(programs.to_string_lossy().into_owned()),
+        ..spec
+    }
+}
+
+fn programs(world: &World) -> PathBuf {
+    world.scratch.path().join("programs")
+}
+
+/// Writes the smallest program that consists of these instructions.
+fn put_program(world: &World, name: &str, code: &[u8]) {
+    const HEADERS: u64 = 64 + 56;
+    const BASE: u64 = 0x40_0000;
+    let machine: u16 = if cfg!(target_arch = "x86_64") {
+        62
+    } else {
+        183
+    };
+    let length = HEADERS + code.len() as u64;
+    let mut elf = Vec::new();
+    // 64 bit, little endian, version 1; then an executable with one program header behind this one (elf(5)).
+    elf.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    elf.extend_from_slice(&2_u16.to_le_bytes());
+    elf.extend_from_slice(&machine.to_le_bytes());
+    elf.extend_from_slice(&1_u32.to_le_bytes());
+    for word in [BASE + HEADERS, 64, 0] {
+        elf.extend_from_slice(&word.to_le_bytes());
+    }
+    elf.extend_from_slice(&0_u32.to_le_bytes());
+    for half in [64_u16, 56, 1, 64, 0, 0] {
+        elf.extend_from_slice(&half.to_le_bytes());
+    }
+    // All of it is loaded, to be read and executed.
+    elf.extend_from_slice(&1_u32.to_le_bytes());
+    elf.extend_from_slice(&5_u32.to_le_bytes());
+    for word in [0, BASE, BASE, length, length, 0x1000] {
+        elf.extend_from_slice(&word.to_le_bytes());
+    }
+    elf.extend_from_slice(code);
+    let directory = programs(world);
+    fs::create_dir_all(&directory).unwrap();
+    let path = directory.join(name);
+    fs::write(&path, elf).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
