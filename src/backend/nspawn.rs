@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::process::Command;
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use super::{BackendError, ContainerBackend, chain};
@@ -384,7 +385,7 @@ impl NspawnBackend {
             let _ = tokio::time::timeout(PROMPT, known.gone()).await;
         }
         pause::at(records, Point::Removing);
-        if records.is_watched() {
+        if !unwatched(records).await {
             return Err(BackendError::Stuck {
                 machine,
                 reason: "its supervisor does not end".to_owned(),
@@ -411,7 +412,7 @@ impl NspawnBackend {
     /// Ends the supervisor of these records with its container. One that is just being started can't be asked yet; it is asked
     /// again until it is gone.
     async fn dismiss(&self, records: &Records) {
-        let end = tokio::time::Instant::now() + PROMPT;
+        let end = Instant::now() + PROMPT;
         loop {
             if let Some(one) = self.reach(records).await {
                 let _ = tokio::time::timeout(PROMPT, one.ask(Verb::Kill)).await;
@@ -419,7 +420,7 @@ impl NspawnBackend {
             } else {
                 supervisor::dismiss(records).await;
             }
-            if !records.is_watched() || tokio::time::Instant::now() >= end {
+            if !records.is_watched() || Instant::now() >= end {
                 return;
             }
             tokio::time::sleep(LOOK).await;
@@ -623,6 +624,18 @@ fn is_shifted(users: &Users) -> bool {
     };
     let first = range.split(':').next().unwrap_or_default();
     !matches!(first, "no" | "identity") && first.parse::<u32>() != Ok(0)
+}
+
+/// Waits until no supervisor of this start is alive; false where one goes on.
+async fn unwatched(records: &Records) -> bool {
+    let end = Instant::now() + PROMPT;
+    while records.is_watched() {
+        if Instant::now() >= end {
+            return false;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    true
 }
 
 /// What systemd-nspawn locks for a container.

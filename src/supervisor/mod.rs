@@ -2,12 +2,13 @@
 //! plugin and agent. This file is the plugin's end of it: launching one, finding one again, asking it, hearing how it ends.
 //! It knows orders and processes; what an order should say is `backend`'s to decide.
 
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -79,7 +80,7 @@ pub fn launch(
     let stream = UnixStream::from_std(ours)?;
     let log = records.open_log()?;
     // The supervisor inherits the lock with the descriptor: see `Records::is_watched`.
-    log.try_lock()?;
+    lock_soon(&log)?;
     let mut command = Command::new(binary);
     command
         .arg0("nomad-driver-nspawn")
@@ -96,6 +97,22 @@ pub fn launch(
     drop(command);
     let reaped = async move { drop(child.wait().await) };
     Ok(follow(stream, records.clone(), false, reaped, tracker))
+}
+
+/// How long a start waits for those who look whether it has a supervisor already.
+const MOMENT: Duration = Duration::from_millis(500);
+
+/// Nobody can hold this lock but somebody who looks whether it is held, for a moment.
+fn lock_soon(log: &File) -> io::Result<()> {
+    let end = Instant::now() + MOMENT;
+    loop {
+        match log.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => return Ok(other?),
+        }
+    }
 }
 
 /// Finds the supervisor of `started` again, or the end it has recorded. `None` if there is neither.

@@ -206,10 +206,11 @@ impl Records {
     }
 
     /// Whether a supervisor of this start is alive, be it one that has not made its lifeline yet: it holds a lock on its log from
-    /// its first moment to its last.
+    /// its first moment to its last. Who looks shares the lock for that moment, so that two who look don't see each other; and a
+    /// process that is just being started here keeps it a little longer, until its own program runs.
     pub fn is_watched(&self) -> bool {
         File::open(self.log())
-            .is_ok_and(|log| matches!(log.try_lock(), Err(TryLockError::WouldBlock)))
+            .is_ok_and(|log| matches!(log.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
     /// The stand-in for a root that lacks mount points.

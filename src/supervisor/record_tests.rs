@@ -70,6 +70,16 @@ fn a_lock_on_the_log_is_a_watch() {
     assert!(!records.is_watched());
 }
 
+/// A process that is just being started holds what its starter has open, and so the lock of somebody who looks.
+#[test]
+fn who_looks_for_a_watch_is_not_taken_for_one() {
+    let temp = tempfile::tempdir().unwrap();
+    let records = Records::at(temp.path());
+    let looking = File::create(records.log()).unwrap();
+    looking.try_lock_shared().unwrap();
+    assert!(!records.is_watched());
+}
+
 #[test]
 fn a_link_is_not_followed() {
     let (temp, records) = some();

@@ -186,9 +186,13 @@ fn is_random(copy: &str) -> bool {
 }
 
 fn remove_copy(path: &Path) -> io::Result<()> {
+    let locks = locks_of(path);
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
+    }
+    if let Some([_, node]) = locks {
+        remove_lock(&node);
     }
     // After the copy: without its lock nobody would find it again.
     if let Some(name) = path.file_name().and_then(|name| name.to_str()) {

@@ -881,6 +881,30 @@ async fn what_is_asked_of_reboot_from_inside_is_told() {
     stage.leave();
 }
 
+/// systemd-nspawn locks a throw-away copy by its inode too, and leaves that file when it is killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_copy() {
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    let task = stage
+        .shell("echo up; exec sleep 1000")
+        .with("ephemeral", true);
+    let running = stage.start(&plugin, task).await;
+    running.stdout.contains("up").await;
+    let copy = fs::metadata(format!("/proc/{}/root", running.leader())).unwrap();
+    let lock = format!(
+        "/run/systemd/nspawn/locks/inode-{}:{}",
+        copy.dev(),
+        copy.ino()
+    );
+    assert!(Path::new(&lock).exists(), "{lock}");
+    running.stop(&plugin, Duration::ZERO, "").await;
+    running.destroy(&plugin).await;
+    assert!(!Path::new(&lock).exists(), "{lock}");
+    end(plugin).await;
+    stage.leave();
+}
+
 /// What the kernel does for want of memory. With version 2 of control groups the task's own group is limited, as an operator
 /// could; with version 1 the command is put into one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
