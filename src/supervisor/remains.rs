@@ -94,12 +94,10 @@ pub fn free(records: &Records, order: &Order, copy: Option<&Path>) -> io::Result
         Some(copy) => remove_copy(copy)?,
         None => remove_nameless_copies(records, order)?,
     }
-    for lock in order
-        .locks
-        .iter()
-        .filter_map(|tree| locks_of(tree))
-        .flatten()
-    {
+    // The stand-in for a root is a tree like any other to systemd-nspawn.
+    let skeleton = records.skeleton();
+    let trees = order.locks.iter().chain([&skeleton]);
+    for lock in trees.filter_map(|tree| locks_of(tree)).flatten() {
         remove_lock(&lock);
     }
     let Some(place) = &order.place else {
@@ -186,13 +184,9 @@ fn is_random(copy: &str) -> bool {
 }
 
 fn remove_copy(path: &Path) -> io::Result<()> {
-    let locks = locks_of(path);
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
-    }
-    if let Some([_, node]) = locks {
-        remove_lock(&node);
     }
     // After the copy: without its lock nobody would find it again.
     if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
