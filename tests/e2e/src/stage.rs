@@ -113,6 +113,14 @@ impl Stage {
         self.launch(launch, options).await
     }
 
+    /// The same with one heap for all its threads. The C library gives every thread one of its own until it has eight for each
+    /// processor, and each grows for a while: what the plugin itself keeps can't be told from that.
+    pub async fn plugin_with_one_heap(&self, options: Value) -> Plugin {
+        let launch = Launch::new(self.join("plugins/nomad-driver-nspawn"));
+        self.launch(launch.set("MALLOC_ARENA_MAX", "1"), options)
+            .await
+    }
+
     /// A plugin, and with it all containers, in a network namespace that is not the machine's.
     pub async fn plugin_in(&self, namespace: &Namespace) -> Plugin {
         // The interfaces are looked up below /sys too, so that has to show the namespace; the control groups stay.

@@ -217,7 +217,7 @@ impl Arena {
     async fn successor(&self, dead: &Plugin) -> Arc<Plugin> {
         let _one_at_a_time = self.launching.lock().await;
         if self.plugin().pid() == dead.pid() {
-            let next = self.stage.plugin_with(options("3s")).await;
+            let next = self.stage.plugin_with_one_heap(options("3s")).await;
             self.plugin.send_replace(Arc::new(next));
         }
         self.plugin()
@@ -533,7 +533,7 @@ async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
     let before = machine();
     let begin = Instant::now();
     let stage = Stage::new();
-    let first = stage.plugin_with(options("3s")).await;
+    let first = stage.plugin_with_one_heap(options("3s")).await;
     let arena = Arc::new(Arena {
         stage,
         plugin: watch::Sender::new(Arc::new(first)),
