@@ -1,10 +1,11 @@
 //! Whose a start is, while several plugins may work in one state directory. A plugin that starts or finds a start takes a shared
-//! lock on its directory and keeps it; who wants to clear away what nobody claims takes the exclusive one first, and only
-//! without waiting. The kernel drops the locks of a process that dies, so a claim can't be left behind. Decides nothing else.
+//! lock on its directory and keeps it; who wants to clear away what nobody claims takes the exclusive one first, and
+//! waits for a moment at most. The kernel drops the locks of a process that dies, so a claim can't be left behind. Decides nothing else.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::time::Duration;
 
 use nix::fcntl::OFlag;
 
@@ -12,6 +13,10 @@ use super::record::Records;
 
 /// How often a new directory may be taken away by another process before it has been claimed.
 const ATTEMPTS: usize = 100;
+
+/// How often, and after which time, a claimed start is looked at again before it is passed over.
+const LOOKS: usize = 5;
+const BREATH: Duration = Duration::from_millis(2);
 
 /// A lock on the directory of one start. Dropping it, or the death of the process, gives it up.
 #[derive(Debug)]
@@ -48,16 +53,20 @@ impl Claim {
     }
 
     /// Takes a start that nobody claims, so that nobody can as long as this is held. `None` if somebody claims it, or it is not
-    /// there. Never waits.
+    /// there. Waits for a moment at most: a process that is just being started holds what its starter had open until its own
+    /// program runs.
     pub fn seize(records: &Records) -> io::Result<Option<Self>> {
         let Some(directory) = open(records)? else {
             return Ok(None);
         };
-        match directory.try_lock() {
-            Ok(()) => Self::of(directory, records),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(error)) => Err(error),
+        for _ in 0..LOOKS {
+            match directory.try_lock() {
+                Ok(()) => return Self::of(directory, records),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(BREATH),
+                Err(TryLockError::Error(error)) => return Err(error),
+            }
         }
+        Ok(None)
     }
 
     /// What was locked is worth something only if it still lies in its place.
