@@ -111,7 +111,7 @@ pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<i32> {
     let events = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let ledger = Ledger::open(&plan.ledger)?;
     tell.write_all(READY)?;
-    let place = plan.cwd.clone().ok();
+    let place = plan.ledger.parent().map(Path::to_owned);
     let mut dumped = false;
     let end = match early_end(&plan) {
         Some(end) => end,
@@ -124,7 +124,7 @@ pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<i32> {
         POWER_OFF | RESTART => Ok(0),
         End::Exit(code) => Ok(code),
         End::Signal(number) => {
-            // Where the payload's own core dump lies, which this one replaces.
+            // The payload's own core dump lies where it ended; this one is in nobody's way beside the ledger.
             let place = place.filter(|_| dumped);
             match process::die_by(number, place.as_deref())? {}
         }
