@@ -13,7 +13,7 @@ use super::*;
 
 const WITH_A_COMMAND: [Mode; 2] = [Mode::Plain, Mode::ProcessTwo];
 /// How many containers of a table run together.
-const TOGETHER: usize = 8;
+const TOGETHER: usize = 2;
 /// What a script ends with that the signal did not end.
 const LIVED_ON: i32 = 77;
 /// Shells tend to ignore it, and so does what they start.
