@@ -196,7 +196,11 @@ pub(crate) fn descriptors(pid: i32) -> Option<BTreeMap<i32, String>> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
     let mut found = BTreeMap::new();
     for entry in entries.flatten() {
-        let target = fs::read_link(entry.path()).ok()?;
+        let target = match fs::read_link(entry.path()) {
+            // Closed in the meantime.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            target => target.ok()?,
+        };
         let text = target.to_string_lossy();
         // Sockets and pipes have numbers, which say nothing.
         let kind = match text.split_once(":[") {
