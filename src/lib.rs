@@ -19,6 +19,7 @@ pub mod proto;
 
 pub mod container;
 pub mod signal;
+pub mod tree;
 
 pub mod plugin;
 

@@ -301,7 +301,7 @@ impl NspawnBackend {
         }
         let skeleton = records.skeleton();
         let made = fs::create_dir(&skeleton)
-            .and_then(|()| root::skeleton(image, &skeleton, &missing, &spec.mounts, spec.volatile));
+            .and_then(|()| root::skeleton(image, &skeleton, &missing, spec.volatile));
         let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
         Ok((Root::Directory(skeleton), binds))
     }

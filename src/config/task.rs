@@ -5,6 +5,7 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::container::{ContainerSpec, Mode, Network, Root, Users, Volatile};
+use crate::tree::resolve;
 
 use super::decode::quoted;
 use super::environment::{self, STRING_MAX};
@@ -327,7 +328,7 @@ fn start_from(
     }
     let top = match pivot {
         None => path.to_owned(),
-        Some(new) => tree::resolve(path, new)
+        Some(new) => resolve(path, new)
             .filter(|found| found.is_dir())
             .ok_or_else(|| {
                 let new = quoted(&new.to_string_lossy());

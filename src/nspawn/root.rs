@@ -1,32 +1,61 @@
 //! A root directory that has mount points the image lacks. systemd-nspawn makes missing mount points in the image; a root that
 //! can't be written it refuses. Then a skeleton stands in for the image: empty directories and links as the image has them,
 //! with the image's own directories mounted over, read-only, and the missing mount points between them. Nothing is ever
-//! written into the image.
+//! written into the image, and nothing through a link: an image is anybody's work, and a link of its may lead to the host.
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Component, Path, PathBuf};
 
-use crate::container::{ContainerSpec, Mount, Root, Volatile};
+use nix::dir::Dir;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::sys::stat::{Mode, mkdirat};
 
-/// The targets of mounts for which the image has no mount point, if the root will not be writable, and the directories that
+use crate::container::{ContainerSpec, Mount, Root, Volatile};
+use crate::tree::{self, Place};
+
+/// An os-release file is a few hundred bytes long.
+const OS_RELEASE_MAX: u64 = 64 * 1024;
+
+/// A place inside that something is to be mounted on and that the image lacks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountPoint {
+    /// Where, below the root and without the image's links.
+    below: PathBuf,
+    /// Whether a file is mounted there, and no directory.
+    file: bool,
+}
+
+/// The mount points that the image lacks, if the root will not be writable: those of mounts, and the directories that
 /// systemd-nspawn itself mounts over. Empty means that the image can be used as it is.
-pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<PathBuf> {
+pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<MountPoint> {
     let Root::Directory(image) = &spec.root else {
         return Vec::new();
     };
     if !spec.read_only && spec.volatile != Volatile::State {
         return Vec::new();
     }
-    let there = |below: &Path| image.join(below).symlink_metadata().is_ok();
-    let targets = spec.mounts.iter().map(|mount| mount.target.clone());
-    let wanted = targets.filter(|target| new_anyway(spec.volatile, below_root(target)).is_none());
-    let bases = always_new(spec.volatile).map(|name| Path::new("/").join(name));
-    wanted
-        .chain(bases)
-        .filter(|target| !there(below_root(target)))
-        .collect()
+    let lacks = |target: &Path| match tree::place(image, target) {
+        Some(Place { exists: true, .. }) => None,
+        Some(Place { below, .. }) => Some(below),
+        // Links in a circle. systemd-nspawn will say so.
+        None => None,
+    };
+    let is_new = |below: &Path| new_anyway(spec.volatile, below).is_some();
+    let targets = spec.mounts.iter().filter_map(|mount| {
+        let below = lacks(&mount.target).filter(|_| !is_new(below_root(&mount.target)))?;
+        let file = mount.source.is_file();
+        (!is_new(&below)).then_some(MountPoint { below, file })
+    });
+    let bases = always_new(spec.volatile).filter_map(|name| {
+        let below = lacks(Path::new(name))?;
+        Some(MountPoint { below, file: false })
+    });
+    targets.chain(bases).collect()
 }
 
 /// What systemd-nspawn mounts anew in every container, so that the image's own is not seen.
@@ -40,16 +69,18 @@ fn new_anyway(volatile: Volatile, below: &Path) -> Option<&'static str> {
     always_new(volatile).find(|name| below.starts_with(name))
 }
 
-/// Builds the skeleton of `image` in the empty directory `skeleton`, with a mount point at each of `missing` (those of
-/// `mounts` that the image lacks). Returns what has to be mounted over it first.
+/// Builds the skeleton of `image` in the empty directory `skeleton`, with the mount points that the image lacks. Returns what
+/// has to be mounted over it first.
 pub fn skeleton(
     image: &Path,
     skeleton: &Path,
-    missing: &[PathBuf],
-    mounts: &[Mount],
+    missing: &[MountPoint],
     volatile: Volatile,
 ) -> io::Result<Vec<Mount>> {
+    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let mut builder = Skeleton {
+        tree: open(image, directory, Mode::empty())?,
+        made: open(skeleton, directory | OFlag::O_NOFOLLOW, Mode::empty())?,
         image,
         skeleton,
         missing,
@@ -57,20 +88,26 @@ pub fn skeleton(
         binds: Vec::new(),
     };
     builder.directory(Path::new(""))?;
-    for target in missing {
-        let file = mounts
-            .iter()
-            .any(|mount| mount.target == *target && mount.source.is_file());
-        builder.mount_point(below_root(target), file)?;
+    for point in missing {
+        match (point.file, point.below.file_name(), point.below.parent()) {
+            (true, Some(name), Some(parent)) => {
+                builder.file(parent, name)?;
+            }
+            _ => {
+                builder.inner_directory(&point.below)?;
+            }
+        }
     }
     builder.os_release()?;
     Ok(builder.binds)
 }
 
 struct Skeleton<'a> {
+    tree: OwnedFd,
+    made: OwnedFd,
     image: &'a Path,
     skeleton: &'a Path,
-    missing: &'a [PathBuf],
+    missing: &'a [MountPoint],
     volatile: Volatile,
     binds: Vec<Mount>,
 }
@@ -78,34 +115,49 @@ struct Skeleton<'a> {
 impl Skeleton<'_> {
     /// Repeats one directory of the image: what lies in it is mounted whole, unless a mount point is missing further below.
     fn directory(&mut self, below: &Path) -> io::Result<()> {
-        for entry in fs::read_dir(self.image.join(below))? {
-            let entry = entry?;
-            let inner = below.join(entry.file_name());
-            if below.as_os_str().is_empty() && new_anyway(self.volatile, &inner).is_some() {
-                make_like(&self.skeleton.join(&inner), &entry.metadata()?)?;
-                continue;
-            }
-            let kind = entry.file_type()?;
+        for name in self.names(below)? {
+            let inner = below.join(name);
+            let original = self.image.join(&inner);
+            let about = original.symlink_metadata()?;
             let made = self.skeleton.join(&inner);
-            if kind.is_symlink() {
-                symlink(fs::read_link(entry.path())?, &made)?;
-            } else if kind.is_dir() {
-                make_like(&made, &entry.metadata()?)?;
+            if about.is_symlink() {
+                symlink(fs::read_link(original)?, &made)?;
+            } else if below.as_os_str().is_empty() && new_anyway(self.volatile, &inner).is_some() {
+                make_like(&made, &about)?;
+            } else if about.is_dir() {
+                make_like(&made, &about)?;
                 if self
                     .missing
                     .iter()
-                    .any(|target| below_root(target).starts_with(&inner))
+                    .any(|point| point.below.starts_with(&inner))
                 {
                     self.directory(&inner)?;
                 } else {
                     self.bind(&inner);
                 }
-            } else if kind.is_file() {
-                fs::File::create(&made)?;
+            } else if about.is_file() {
+                self.file(below, inner.file_name().unwrap_or_default())?;
                 self.bind(&inner);
             }
         }
         Ok(())
+    }
+
+    /// What lies in a directory of the image.
+    fn names(&self, below: &Path) -> io::Result<Vec<OsString>> {
+        let how = OpenHow::new()
+            .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_IN_ROOT);
+        let mut found = Dir::from_fd(openat2(&self.tree, here(below), how)?)?;
+        let mut names = Vec::new();
+        for entry in found.iter() {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if name != b"." && name != b".." {
+                names.push(OsStr::from_bytes(name).to_owned());
+            }
+        }
+        Ok(names)
     }
 
     fn bind(&mut self, inner: &Path) {
@@ -118,38 +170,71 @@ impl Skeleton<'_> {
 
     /// systemd-nspawn boots nothing without an os-release file, and looks before it mounts anything.
     fn os_release(&self) -> io::Result<()> {
-        let here = self.skeleton.join("usr/lib/os-release");
         let known = ["etc/os-release", "usr/lib/os-release"];
-        let text = known
-            .iter()
-            .find_map(|name| fs::read(self.image.join(name)).ok());
-        match text {
-            Some(text) if !here.exists() => {
-                fs::DirBuilder::new()
-                    .recursive(true)
-                    .mode(0o755)
-                    .create(self.skeleton.join("usr/lib"))?;
-                fs::write(here, text)
-            }
-            _ => Ok(()),
+        let Some(text) = known.iter().find_map(|name| self.text(name)) else {
+            return Ok(());
+        };
+        let Some(place) = tree::place(self.skeleton, Path::new("usr/lib/os-release")) else {
+            return Ok(());
+        };
+        let (Some(parent), Some(name)) = (place.below.parent(), place.below.file_name()) else {
+            return Ok(());
+        };
+        match self.file(parent, name)? {
+            Some(mut file) => file.write_all(&text),
+            None => Ok(()),
         }
     }
 
-    fn mount_point(&self, below: &Path, file: bool) -> io::Result<()> {
-        let path = self.skeleton.join(below);
-        let directory = if file {
-            path.parent().unwrap_or(self.skeleton)
-        } else {
-            &path
-        };
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(directory)?;
-        if file {
-            fs::File::create(&path)?;
+    /// What stands in a file of the image, if it is a file and short enough to be what it is taken for.
+    fn text(&self, name: &str) -> Option<Vec<u8>> {
+        let how = OpenHow::new()
+            .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+        let file = File::from(openat2(&self.tree, name, how).ok()?);
+        if !file.metadata().ok()?.is_file() {
+            return None;
         }
-        Ok(())
+        let mut text = Vec::new();
+        file.take(OS_RELEASE_MAX).read_to_end(&mut text).ok()?;
+        Some(text)
+    }
+
+    /// A directory of the skeleton with everything above it, made where it is missing.
+    fn inner_directory(&self, below: &Path) -> io::Result<OwnedFd> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mut at = self.made.try_clone()?;
+        for part in below.components() {
+            let Component::Normal(name) = part else {
+                continue;
+            };
+            match mkdirat(&at, name, Mode::from_bits_truncate(0o755)) {
+                Ok(()) | Err(nix::Error::EEXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            at = openat(&at, name, flags, Mode::empty())?;
+        }
+        Ok(at)
+    }
+
+    /// An empty file of the skeleton; `None` if something is there already.
+    fn file(&self, parent: &Path, name: &OsStr) -> io::Result<Option<File>> {
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        let directory = self.inner_directory(parent)?;
+        let mode = Mode::from_bits_truncate(0o644);
+        match openat(directory.as_fd(), name, flags, mode) {
+            Ok(file) => Ok(Some(File::from(file))),
+            Err(nix::Error::EEXIST) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// An empty path names nothing to the kernel.
+fn here(below: &Path) -> &Path {
+    match below.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => below,
     }
 }
 
@@ -174,7 +259,10 @@ fn below_root(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+    use crate::container::{self, Console, Network, Users};
 
     fn mount(target: &str, source: &Path) -> Mount {
         Mount {
@@ -184,25 +272,93 @@ mod tests {
         }
     }
 
-    #[test]
-    fn missing_mount_points_stand_between_the_image_s_own_directories() {
+    fn point(below: &str, file: bool) -> MountPoint {
+        MountPoint {
+            below: below.into(),
+            file,
+        }
+    }
+
+    /// A read-only container of this image.
+    fn read_only(image: &Path, mounts: Vec<Mount>) -> ContainerSpec {
+        ContainerSpec {
+            id: "0f1e/web/abcd".into(),
+            machine: "web-0f1e".into(),
+            root: Root::Directory(image.to_owned()),
+            mode: container::Mode::Plain,
+            command: vec!["/bin/true".into()],
+            environment: BTreeMap::new(),
+            working_directory: None,
+            user: None,
+            ephemeral: false,
+            read_only: true,
+            volatile: Volatile::No,
+            pivot_root: None,
+            resolv_conf: None,
+            console: Console::Pipe,
+            users: Users::Host,
+            mounts,
+            capabilities: Vec::new(),
+            network: Network::Host,
+            stdout: None,
+            stderr: None,
+            cgroup: None,
+        }
+    }
+
+    struct Place {
+        _temp: tempfile::TempDir,
+        image: PathBuf,
+        skeleton: PathBuf,
+        /// A directory of the host that no image may reach.
+        host: PathBuf,
+    }
+
+    fn place(directories: &[&str]) -> Place {
         let temp = tempfile::tempdir().unwrap();
-        let image = temp.path().join("image");
-        for directory in ["usr/bin", "etc", "srv/data", "proc", "tmp"] {
+        let [image, skeleton, host] =
+            ["image", "skeleton", "host"].map(|name| temp.path().join(name));
+        for directory in directories {
             fs::create_dir_all(image.join(directory)).unwrap();
         }
+        fs::create_dir(&skeleton).unwrap();
+        fs::create_dir(&host).unwrap();
+        Place {
+            _temp: temp,
+            image,
+            skeleton,
+            host,
+        }
+    }
+
+    #[test]
+    fn missing_mount_points_stand_between_the_image_s_own_directories() {
+        let place = place(&["usr/bin", "etc", "srv/data", "proc", "tmp"]);
+        let (image, target) = (&place.image, &place.skeleton);
         fs::write(image.join("usr/bin/sh"), "").unwrap();
         fs::write(image.join("note"), "").unwrap();
         symlink("usr/bin", image.join("bin")).unwrap();
-        let target = temp.path().join("skeleton");
-        fs::create_dir(&target).unwrap();
-        let mounts = [
-            mount("/alloc", &image),
-            mount("/srv/more/deep", &image),
-            mount("/etc-file", &image.join("note")),
+        let spec = read_only(
+            image,
+            vec![
+                mount("/alloc", image),
+                mount("/srv/more/deep", image),
+                mount("/etc-file", &image.join("note")),
+                mount("/tmp/new", image),
+                mount("/srv/data", image),
+            ],
+        );
+        let missing = missing_mount_points(&spec);
+        let wanted = [
+            ("alloc", false),
+            ("srv/more/deep", false),
+            ("etc-file", true),
+            ("dev", false),
+            ("run", false),
+            ("sys", false),
         ];
-        let missing: Vec<PathBuf> = mounts.iter().map(|mount| mount.target.clone()).collect();
-        let binds = skeleton(&image, &target, &missing, &mounts, Volatile::No).unwrap();
+        assert_eq!(missing, wanted.map(|(below, file)| point(below, file)));
+        let binds = skeleton(image, target, &missing, Volatile::No).unwrap();
         let mut targets: Vec<_> = binds
             .iter()
             .map(|bind| bind.target.to_str().unwrap())
@@ -212,7 +368,7 @@ mod tests {
         assert!(
             binds
                 .iter()
-                .all(|bind| bind.read_only && bind.source.starts_with(&image))
+                .all(|bind| bind.read_only && bind.source.starts_with(image))
         );
         for directory in ["alloc", "srv/more/deep", "srv/data", "usr", "proc"] {
             assert!(target.join(directory).is_dir(), "{directory}");
@@ -228,16 +384,98 @@ mod tests {
 
     #[test]
     fn an_os_release_is_seen_before_anything_is_mounted() {
-        let temp = tempfile::tempdir().unwrap();
-        let image = temp.path().join("image");
-        fs::create_dir_all(image.join("usr/lib")).unwrap();
-        fs::write(image.join("usr/lib/os-release"), "ID=x\n").unwrap();
-        let target = temp.path().join("skeleton");
-        fs::create_dir(&target).unwrap();
-        skeleton(&image, &target, &["/alloc".into()], &[], Volatile::No).unwrap();
+        let place = place(&["usr/lib"]);
+        fs::write(place.image.join("usr/lib/os-release"), "ID=x\n").unwrap();
+        skeleton(
+            &place.image,
+            &place.skeleton,
+            &[point("alloc", false)],
+            Volatile::No,
+        )
+        .unwrap();
         assert_eq!(
-            fs::read_to_string(target.join("usr/lib/os-release")).unwrap(),
+            fs::read_to_string(place.skeleton.join("usr/lib/os-release")).unwrap(),
             "ID=x\n"
         );
+    }
+
+    #[test]
+    fn a_mount_point_behind_a_link_is_made_where_the_link_leads_inside() {
+        let place = place(&["usr/lib", "tmp", "proc", "dev", "sys", "run"]);
+        symlink("usr/lib", place.image.join("lib")).unwrap();
+        symlink("/elsewhere/../other", place.image.join("data")).unwrap();
+        symlink("/run", place.image.join("var-run")).unwrap();
+        let mounts = ["/lib/new", "/data/x", "/var-run/new"];
+        let spec = read_only(
+            &place.image,
+            mounts
+                .iter()
+                .map(|target| mount(target, &place.image))
+                .collect(),
+        );
+        let missing = missing_mount_points(&spec);
+        let wanted = ["usr/lib/new", "other/x"];
+        assert_eq!(missing, wanted.map(|below| point(below, false)));
+        skeleton(&place.image, &place.skeleton, &missing, Volatile::No).unwrap();
+        for directory in wanted {
+            assert!(place.skeleton.join(directory).is_dir(), "{directory}");
+        }
+    }
+
+    #[test]
+    fn no_link_of_an_image_leads_to_the_host() {
+        let place = place(&["etc"]);
+        let secret = place.host.join("secret");
+        fs::write(&secret, "PASSWORD=x\n").unwrap();
+        fs::create_dir(place.host.join("lib")).unwrap();
+        symlink(&secret, place.image.join("etc/os-release")).unwrap();
+        symlink(&place.host, place.image.join("usr")).unwrap();
+        // Would be written, were it followed.
+        symlink(place.host.join("victim"), place.host.join("lib/os-release")).unwrap();
+        skeleton(
+            &place.image,
+            &place.skeleton,
+            &[point("alloc", false)],
+            Volatile::No,
+        )
+        .unwrap();
+        assert!(!place.host.join("victim").exists());
+        let found = tree::resolve(&place.skeleton, Path::new("usr/lib/os-release"));
+        assert_eq!(found, None, "nothing of the host is an os-release");
+    }
+
+    #[test]
+    fn a_fifo_for_an_os_release_holds_up_nobody() {
+        let place = place(&["etc", "usr/lib"]);
+        let fifo = place.image.join("etc/os-release");
+        nix::unistd::mkfifo(&fifo, Mode::from_bits_truncate(0o644)).unwrap();
+        fs::write(place.image.join("usr/lib/os-release"), "ID=x\n").unwrap();
+        skeleton(
+            &place.image,
+            &place.skeleton,
+            &[point("alloc", false)],
+            Volatile::No,
+        )
+        .unwrap();
+        assert_eq!(
+            fs::read_to_string(place.skeleton.join("usr/lib/os-release")).unwrap(),
+            "ID=x\n"
+        );
+    }
+
+    #[test]
+    fn a_link_that_takes_the_place_of_a_directory_is_not_written_through() {
+        let place = place(&["srv"]);
+        symlink(&place.host, place.image.join("data")).unwrap();
+        // As if it had been a directory when the mount points were looked for.
+        let error = skeleton(
+            &place.image,
+            &place.skeleton,
+            &[point("data/x", false)],
+            Volatile::No,
+        )
+        .unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(nix::libc::ENOTDIR), "{error}");
+        assert!(fs::read_dir(&place.host).unwrap().next().is_none());
     }
 }

@@ -8,6 +8,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("proto", &[]),
     ("container", &[]),
     ("signal", &[]),
+    ("tree", &[]),
     (
         "plugin",
         &[
@@ -24,14 +25,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "driver",
         &["proto", "config", "task", "backend", "container", "signal"],
     ),
-    ("config", &["proto", "container", "signal"]),
+    ("config", &["proto", "container", "signal", "tree"]),
     ("task", &["backend", "container", "signal"]),
     (
         "backend",
         &["supervisor", "nspawn", "cgroup", "container", "signal"],
     ),
     ("supervisor", &["nspawn", "cgroup", "container", "signal"]),
-    ("nspawn", &["container", "signal"]),
+    ("nspawn", &["container", "signal", "tree"]),
     ("cgroup", &["container", "signal"]),
     ("host", &["proto", "config", "container", "signal"]),
     (

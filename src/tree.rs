@@ -1,0 +1,127 @@
+//! A path inside a root tree, found as it will be found in the container: a link that begins with `/` leads to the tree's own
+//! root, and `..` climbs no higher. An image is anybody's work, so no path in one may be looked up on the host in another way.
+//! Follows links by reading them; opens and changes nothing.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::path::{Component, Path, PathBuf};
+
+/// As many links as the kernel follows.
+const MAX_LINKS: usize = 40;
+
+/// Where a path inside a tree leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The place below the root, without links.
+    pub below: PathBuf,
+    /// Whether something is there.
+    pub exists: bool,
+}
+
+/// Where `path` leads inside the tree at `root`, be something there or not. `None` where links lead in circles.
+pub fn place(root: &Path, path: &Path) -> Option<Place> {
+    let mut below = PathBuf::new();
+    // How many parts at the end of `below` are not there.
+    let mut missing = 0_usize;
+    let mut links = 0;
+    let mut ahead: VecDeque<OsString> = parts(path);
+    while let Some(part) = ahead.pop_front() {
+        if part == ".." {
+            below.pop();
+            missing = missing.saturating_sub(1);
+            continue;
+        }
+        let next = below.join(&part);
+        let here = root.join(&next);
+        let about = match missing {
+            0 => here.symlink_metadata().ok(),
+            _ => None,
+        };
+        if !about.as_ref().is_some_and(|about| about.is_symlink()) {
+            missing += usize::from(about.is_none());
+            below = next;
+            continue;
+        }
+        links += 1;
+        if links > MAX_LINKS {
+            return None;
+        }
+        let target = here.read_link().ok()?;
+        if target.is_absolute() {
+            below = PathBuf::new();
+        }
+        let mut before = parts(&target);
+        before.append(&mut ahead);
+        ahead = before;
+    }
+    Some(Place {
+        below,
+        exists: missing == 0,
+    })
+}
+
+/// The host path of `path` inside the tree at `root`, if it exists.
+pub fn resolve(root: &Path, path: &Path) -> Option<PathBuf> {
+    place(root, path)
+        .filter(|place| place.exists)
+        .map(|place| root.join(place.below))
+}
+
+fn parts(path: &Path) -> VecDeque<OsString> {
+    path.components()
+        .filter_map(|part| match part {
+            Component::Normal(_) | Component::ParentDir => Some(part.as_os_str().to_owned()),
+            _ => None,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::plain("/srv/data", "srv/data", true)]
+    #[case::missing("/srv/more/deep", "srv/more/deep", false)]
+    #[case::absolute_link("/abs/data", "srv/data", true)]
+    #[case::relative_link("/lib", "usr/lib", true)]
+    #[case::dangling("/gone/x", "elsewhere/y/x", false)]
+    #[case::dangling_itself("/gone", "elsewhere/y", false)]
+    #[case::no_higher_than_the_root("/../../up/srv", "srv", true)]
+    #[case::back_from_what_is_not_there("/no/../srv", "srv", true)]
+    #[case::below_a_file("/file/x", "file/x", false)]
+    #[case::the_root("/", "", true)]
+    fn a_path_stays_in_its_tree(#[case] path: &str, #[case] below: &str, #[case] exists: bool) {
+        let temp = tempfile::tempdir().unwrap();
+        let root = temp.path();
+        fs::create_dir_all(root.join("srv/data")).unwrap();
+        fs::create_dir_all(root.join("usr/lib")).unwrap();
+        fs::write(root.join("file"), "").unwrap();
+        symlink("/srv", root.join("abs")).unwrap();
+        symlink("usr/lib", root.join("lib")).unwrap();
+        symlink("/elsewhere/y", root.join("gone")).unwrap();
+        symlink("../../../..", root.join("up")).unwrap();
+        let found = place(root, Path::new(path)).unwrap();
+        assert_eq!(
+            (found.below.as_path(), found.exists),
+            (Path::new(below), exists)
+        );
+        assert_eq!(
+            resolve(root, Path::new(path)),
+            exists.then(|| root.join(below))
+        );
+    }
+
+    #[test]
+    fn links_in_a_circle_lead_nowhere() {
+        let temp = tempfile::tempdir().unwrap();
+        symlink("b", temp.path().join("a")).unwrap();
+        symlink("a", temp.path().join("b")).unwrap();
+        assert_eq!(place(temp.path(), Path::new("/a/x")), None);
+    }
+}
