@@ -500,7 +500,13 @@ impl Options {
             Some((name, value)) => (name, Some(value.to_owned())),
             None => (text, None),
         };
-        if !values::variable_name(name) || (value.is_none() && self.version < 250) {
+        let value_is_taken = value
+            .as_deref()
+            .is_none_or(|value| values::variable_value(value, self.version));
+        if !values::variable_name(name)
+            || !value_is_taken
+            || (value.is_none() && self.version < 250)
+        {
             return Err(Refusal::invalid(if self.version < 250 {
                 format!("Environment variable assignment '{text}' is not valid.")
             } else {
@@ -719,6 +725,8 @@ mod tests {
     #[case(252, &["--volatile", "--private-users-ownership=chown"],
         "--read-only and --private-users-ownership=chown may not be combined.")]
     #[case(252, &["-E", "1X="], "Cannot assign environment variable 1X=: Invalid argument")]
+    #[case(252, &["-E", "X=\u{fffe}"], "Cannot assign environment variable X=\u{fffe}: Invalid argument")]
+    #[case(247, &["-E", "X=\u{1b}"], "Environment variable assignment 'X=\u{1b}' is not valid.")]
     #[case(252, &["-p", "80"], "Cannot use --port= without private networking.")]
     #[case(252, &["-n", "-p80", "-p", "tcp:80"], "Duplicate port specification: tcp:80")]
     #[case(252, &["-D", "/a", "-i", "/b"], "--directory= and --image= may not be combined.")]

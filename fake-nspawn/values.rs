@@ -372,6 +372,17 @@ pub(crate) fn variable_name(name: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
+/// What a variable that is an argument may be: text without the characters that Unicode keeps free of meaning, before 248 also
+/// without control characters but tab and newline.
+pub(crate) fn variable_value(value: &str, version: u32) -> bool {
+    value.chars().all(|char| {
+        let code = u32::from(char);
+        let noncharacter = (0xfdd0..=0xfdef).contains(&code) || code & 0xfffe == 0xfffe;
+        let control = char.is_ascii_control() && char != '\t' && char != '\n';
+        !noncharacter && (version >= 248 || !control)
+    })
+}
+
 /// A signal by name or number.
 pub(crate) fn signal(text: &str) -> Result<i32, Refusal> {
     let bad = || Refusal::invalid(format!("Cannot parse signal: {text}"));

@@ -41,16 +41,31 @@ pub struct CommandLine {
     pub init: Option<nspawn_init::Order>,
 }
 
-/// The installed systemd-nspawn has no word for what the job asks.
+/// What the installed systemd-nspawn can't be told.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{option} needs systemd-nspawn {needs} or later, and this host has {has}")]
-pub struct Unsupported {
-    /// The option of the job.
-    pub option: &'static str,
-    /// The first version that can.
-    pub needs: u32,
-    /// The installed one.
-    pub has: u32,
+pub enum Unsupported {
+    /// It has no word for what the job asks.
+    #[error("{option} needs systemd-nspawn {needs} or later, and this host has {has}")]
+    Word {
+        /// The option of the job.
+        option: &'static str,
+        /// The first version that can.
+        needs: u32,
+        /// The installed one.
+        has: u32,
+    },
+    /// A variable can only be an argument, which can't carry its value. Were it tried, systemd-nspawn would print the value.
+    #[error(
+        "the environment variable {name} of a booted container is an argument of systemd-nspawn {version}, and its value {why}"
+    )]
+    Value {
+        /// The variable.
+        name: String,
+        /// The installed version.
+        version: u32,
+        /// What the value has or is, and what is allowed.
+        why: String,
+    },
 }
 
 /// The command line for this container, with `root` in place of the spec's (it may have been prepared) and `binds` in place
@@ -85,7 +100,7 @@ pub fn command_line(
     line.payload(spec);
     let init = init(spec);
     if init.is_none() {
-        line.variables(&spec.environment);
+        line.variables(&spec.environment)?;
     }
     line.arguments.push("--".to_owned());
     match &init {
@@ -203,7 +218,7 @@ impl Line {
 
     fn needs(&self, option: &'static str, needs: u32) -> Result<(), Unsupported> {
         match self.host.version {
-            has if has < needs => Err(Unsupported { option, needs, has }),
+            has if has < needs => Err(Unsupported::Word { option, needs, has }),
             _ => Ok(()),
         }
     }
@@ -278,16 +293,59 @@ impl Line {
         }
     }
 
-    fn variables(&mut self, variables: &BTreeMap<String, String>) {
+    fn variables(&mut self, variables: &BTreeMap<String, String>) -> Result<(), Unsupported> {
         for (name, value) in variables {
             if self.host.version >= 250 && may_pass_hidden(name) {
                 self.flag("--setenv", name);
                 self.environment.insert(name.clone(), value.clone());
-            } else {
-                self.flag("--setenv", &format!("{name}={value}"));
+                continue;
             }
+            let assignment = format!("{name}={value}");
+            if let Some(why) = unfit(&assignment, value, self.host.version) {
+                return Err(Unsupported::Value {
+                    name: name.clone(),
+                    version: self.host.version,
+                    why,
+                });
+            }
+            self.flag("--setenv", &assignment);
         }
+        Ok(())
     }
+}
+
+/// The longest single argument that the kernel passes to a program, without the end mark.
+const ARGUMENT_MAX: usize = 128 * 1024 - 1;
+
+/// Why a variable can't be an argument of this version, which checks what it is given.
+fn unfit(assignment: &str, value: &str, version: u32) -> Option<String> {
+    let length = "--setenv=".len() + assignment.len();
+    if length > ARGUMENT_MAX {
+        let most = ARGUMENT_MAX - "--setenv=".len();
+        let has = assignment.len();
+        return Some(format!(
+            "has {has} bytes with its name; at most {most} are allowed"
+        ));
+    }
+    if value.chars().any(is_noncharacter) {
+        return Some(
+            "has a character that Unicode keeps free of meaning (such as U+FFFE); all others are allowed"
+                .to_owned(),
+        );
+    }
+    let control = |char: char| char.is_ascii_control() && !matches!(char, '\t' | '\n');
+    if version < 248 && value.chars().any(control) {
+        return Some(
+            "has a control character; up to 247 only tab and newline are allowed".to_owned(),
+        );
+    }
+    None
+}
+
+/// systemd takes them for no text.
+fn is_noncharacter(char: char) -> bool {
+    let code = u32::from(char);
+    (0xfdd0..=0xfdef).contains(&code) || code & 0xfffe == 0xfffe
 }
 
 /// A path within a bind: systemd-nspawn splits at colons and takes a backslash before the next character as it is.

@@ -253,6 +253,70 @@ fn in_a_booted_container_values_stay_out_of_the_arguments_where_the_version_can(
     );
 }
 
+/// systemd-nspawn prints the whole assignment that it refuses, into the task's log.
+#[rstest]
+#[case::noncharacter(252, "LANG", "s3cret\u{fffe}", Some("U+FFFE"))]
+#[case::another(252, "LANG", "s3cret\u{1ffff}", Some("U+FFFE"))]
+#[case::in_the_block(252, "LANG", "s3cret\u{fdd0}", Some("U+FFFE"))]
+#[case::no_argument(250, "TOKEN", "s3cret\u{fffe}", None)]
+#[case::old_and_any_name(249, "TOKEN", "s3cret\u{fffe}", Some("U+FFFE"))]
+#[case::control(247, "TOKEN", "s3cret\u{1b}", Some("a control character"))]
+#[case::delete(247, "TOKEN", "s3cret\u{7f}", Some("a control character"))]
+#[case::tab_and_newline(247, "TOKEN", "s3cret\t\n", None)]
+#[case::control_later(248, "TOKEN", "s3cret\u{1b}\u{7f}", None)]
+#[case::other_planes(249, "TOKEN", "s3cret\u{10fffd}\u{fdcf}\u{fdf0}", None)]
+fn what_an_argument_can_not_carry_is_refused_by_name(
+    #[case] version: u32,
+    #[case] name: &str,
+    #[case] value: &str,
+    #[case] why: Option<&str>,
+) {
+    let spec = ContainerSpec {
+        mode: Mode::Boot,
+        environment: BTreeMap::from([(name.to_owned(), value.to_owned())]),
+        ..spec()
+    };
+    let told = command_line(&spec, &spec.root, &[], Host { version, ..HOST });
+    let Some(why) = why else {
+        told.unwrap();
+        return;
+    };
+    let error = told.unwrap_err().to_string();
+    for word in [name, why, &version.to_string(), "allowed"] {
+        assert!(error.contains(word), "{word}: {error}");
+    }
+    assert!(!error.contains("s3cret"), "{error}");
+}
+
+#[rstest]
+#[case::argument(249, 9)]
+#[case::reserved(252, 9)]
+#[case::hidden(252, 0)]
+fn how_long_a_variable_may_be_depends_on_its_way(#[case] version: u32, #[case] less: usize) {
+    let name = if less == 0 || version < 250 {
+        "BIG"
+    } else {
+        "LANG"
+    };
+    let most = 128 * 1024 - 1 - less;
+    for (length, fits) in [(most, true), (most + 1, less == 0)] {
+        let spec = ContainerSpec {
+            mode: Mode::Boot,
+            environment: BTreeMap::from([(name.to_owned(), "x".repeat(length - name.len() - 1))]),
+            ..spec()
+        };
+        let told = command_line(&spec, &spec.root, &[], Host { version, ..HOST });
+        match fits {
+            true => assert!(told.is_ok(), "{:?}", told.map(drop)),
+            false => {
+                let error = told.unwrap_err().to_string();
+                let words = [name, &length.to_string(), &most.to_string()];
+                assert!(words.iter().all(|word| error.contains(word)), "{error}");
+            }
+        }
+    }
+}
+
 #[rstest]
 #[case(
     "identity",

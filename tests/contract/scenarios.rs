@@ -39,7 +39,8 @@ macro_rules! scenarios {
             half_made_starts_are_cleared_away, an_order_that_can_not_be_read_hides_no_container,
             what_the_driver_did_not_make_is_left_alone, nobody_is_mistaken_for_a_process_of_another_boot,
             a_value_of_128_kib_arrives, a_large_environment_arrives, a_name_of_4_kib_arrives,
-            more_than_the_kernel_takes_is_refused_with_the_limit, names_that_systemd_reads_arrive,
+            more_than_the_kernel_takes_is_refused_with_the_limit, a_value_that_would_be_printed_is_refused_by_name,
+            names_that_systemd_reads_arrive,
             a_value_stands_in_no_command_line, a_command_has_three_descriptors, a_command_keeps_the_limit_of_core_dumps,
             a_payload_has_a_group_of_its_own, a_new_session_is_ended_too, a_storm_of_forks_is_ended_too,
             groups_made_below_are_ended_and_removed, a_frozen_payload_is_ended_too, a_container_frozen_as_a_whole_is_ended_too,
@@ -1528,6 +1529,25 @@ pub(crate) async fn more_than_the_kernel_takes_is_refused_with_the_limit(world: 
     let text = error.to_string();
     assert!(text.contains(&limit.to_string()), "{text}");
     assert!(!text.contains("s3cret"), "{text}");
+    world.leave(&[]).await;
+}
+
+/// In `boot`, by an argument: systemd-nspawn would refuse it, and print it into the task's log.
+pub(crate) async fn a_value_that_would_be_printed_is_refused_by_name(world: World) {
+    let environment = BTreeMap::from([("LANG".to_owned(), "s3cret\u{fffe}".to_owned())]);
+    let error = world
+        .refused(ContainerSpec {
+            mode: Mode::Boot,
+            command: Vec::new(),
+            environment,
+            ..world.spec("")
+        })
+        .await;
+    assert!(!error.is_transient(), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("LANG") && text.contains("U+FFFE"), "{text}");
+    let told = [text, world.said("stdout"), world.said("stderr")].concat();
+    assert!(!told.contains("s3cret"), "{told}");
     world.leave(&[]).await;
 }
 
