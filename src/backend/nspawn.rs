@@ -27,12 +27,15 @@ use crate::supervisor::pause::{self, Point};
 use crate::supervisor::record::Running;
 use crate::supervisor::state_dir::StateDirError;
 use crate::supervisor::{
-    self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
-    state_dir,
+    self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, orphans,
+    remains, state_dir,
 };
 
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
 const START: Duration = Duration::from_secs(600);
+
+/// How long a recovery waits for the first word of a supervisor that was found. It comes within a millisecond.
+const WORD: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether a supervisor that can't be asked is gone.
 const LOOK: Duration = Duration::from_millis(2);
@@ -162,27 +165,38 @@ impl NspawnBackend {
         if boot != started.boot {
             return Err(lost("the host has been started anew since"));
         }
+        // The handle names the place: an operator may have chosen another state directory since. So the place has to prove itself.
         let records = Records::at(&started.state);
+        let state_dir = started.state.parent().unwrap_or(Path::new("/"));
+        if Records::of(state_dir, &started.id) != records {
+            return Err(lost("its state lies in another one's place"));
+        }
         if let Some(known) = self.known(&records) {
             return Ok(known);
         }
         let claim = claim(&records)
             .await?
             .ok_or_else(|| lost("there is no record of it"))?;
-        let same = match records.running() {
-            Ok(running) => {
-                running.started.id == started.id && running.started.leader == started.leader
-            }
+        let foreign = orphans::foreign(&records)
+            .map_err(|source| io_error("looking at", records.path(), source))?;
+        if let Some(reason) = foreign {
+            return Err(lost(&format!(
+                "what lies in its place is not the driver's: {reason}"
+            )));
+        }
+        let recorded = match records.running() {
+            Ok(running) => running.started,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(lost("there is no record of it"));
             }
             Err(source) => return Err(io_error("reading the record in", records.path(), source)),
         };
-        if !same {
+        if (&recorded.id, recorded.leader) != (&started.id, started.leader) {
             return Err(lost("the record in its place is another one's"));
         }
         pause::at(&records, Point::Recovering);
-        let attached = supervisor::attach(&records, started, &self.tracker).await;
+        supervisor::rouse(recorded.supervisor);
+        let attached = supervisor::attach(&records, &recorded, &self.tracker).await;
         let attached =
             attached.map_err(|source| io_error("connecting to", &records.lifeline(), source))?;
         let one =
@@ -504,9 +518,20 @@ impl ContainerBackend for NspawnBackend {
 
     async fn attach(&self, started: &Started) -> Result<Started, BackendError> {
         let one = self.find(started).await?;
-        match one.settled().await {
+        let records = Records::at(&started.state);
+        // The record is believed, and not the handle.
+        let recorded = || {
+            records
+                .running()
+                .map_or_else(|_| started.clone(), |running| running.started)
+        };
+        let Ok(status) = tokio::time::timeout(WORD, one.settled()).await else {
+            // It was found, and has somebody at its lifeline, who gets no processor time now. That is no reason to give it up.
+            return Ok(recorded());
+        };
+        match status {
             Status::Up(found) => Ok((*found).clone()),
-            Status::Ended(_) => Ok(started.clone()),
+            Status::Ended(_) => Ok(recorded()),
             Status::Failed(failure) => Err(BackendError::Lost {
                 machine: started.machine.clone(),
                 reason: failure.reason.clone(),
@@ -530,7 +555,11 @@ impl ContainerBackend for NspawnBackend {
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
         let one = self.find(started).await?;
         supervisor::rouse(started.supervisor);
-        let answer = one.ask(Verb::Signal(signal.number())).await;
+        let asked = tokio::time::timeout(PROMPT, one.ask(Verb::Signal(signal.number()))).await;
+        let answer = asked.unwrap_or_else(|_| {
+            let seconds = PROMPT.as_secs();
+            Err(format!("its supervisor has not answered for {seconds} s"))
+        });
         answer.map_err(|reason| BackendError::Stuck {
             machine: started.machine.clone(),
             reason: format!("{signal} can't be sent: {reason}"),

@@ -111,8 +111,10 @@ fn plugin_config(source: &str) -> Result<Value, String> {
 
 async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<TaskExit, String> {
     let directory = Directory::create()?;
-    // Never that of a Nomad agent on this machine: its plugin clears what it does not know.
+    // Never that of a Nomad agent on this machine: its plugin clears what it does not know. Where somebody names that one all the
+    // same, this plugin must not clear away the agent's tasks, which it does not know either.
     if let Value::Object(config) = &mut plugin_config {
+        config.insert("reconcile_after".to_owned(), "0".into());
         config
             .entry("state_dir")
             .or_insert_with(|| directory.0.join("state").to_string_lossy().into());

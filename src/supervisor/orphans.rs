@@ -58,6 +58,15 @@ pub fn survey(state_dir: &Path) -> io::Result<Survey> {
     Ok(survey)
 }
 
+/// Why what lies in these records, in whatever state directory, is no start of the driver's, if it is none.
+pub fn foreign(records: &Records) -> io::Result<Option<String>> {
+    let state_dir = records.path().parent().unwrap_or(Path::new("/"));
+    if let Err(refused) = state_dir::check(state_dir) {
+        return Ok(Some(refused.to_string()));
+    }
+    judge(state_dir, records.path())
+}
+
 /// Why this is no start of the driver's, if it is none.
 fn judge(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
     let foreign = |reason: &str| Ok(Some(reason.to_owned()));

@@ -48,6 +48,7 @@ macro_rules! scenarios {
             a_stopped_first_process_is_ended_too, a_stopped_second_process_is_ended_too, a_stopped_nspawn_is_ended_too,
             a_stopped_nspawn_hides_no_polite_end, a_stopped_supervisor_still_carries_out_a_stop,
             a_stopped_supervisor_still_passes_signals_on, a_stopped_supervisor_can_be_removed,
+            a_stopped_supervisor_is_found_again,
             a_stopped_nspawn_without_a_supervisor_is_ended, a_stop_right_after_the_start_is_carried_out,
             a_signal_right_after_the_start_harms_nobody, two_stops_at_once_end_once, force_overtakes_a_patient_stop,
             an_endless_grace_ends_with_the_task, an_end_during_the_grace_has_its_own_code, a_signal_arrives_as_often_as_it_is_sent,
@@ -461,9 +462,22 @@ pub(crate) async fn removing_is_safe_to_repeat(world: World) {
 }
 
 pub(crate) async fn another_backend_finds_it_again(world: World) {
+    found_again(world, |_| {}).await;
+}
+
+pub(crate) async fn a_stopped_supervisor_is_found_again(world: World) {
+    found_again(world, |started| {
+        strike(started.supervisor.pid, signal("SIGSTOP"));
+    })
+    .await;
+}
+
+/// By another backend, after what happens in the meantime.
+async fn found_again(world: World, meanwhile: impl FnOnce(&Started)) {
     let started = world
         .up(world.spec("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"))
         .await;
+    meanwhile(&started);
     let other = NspawnBackend::new(world.settings.clone());
     assert_eq!(within(other.attach(&started)).await.unwrap(), started);
     assert_eq!(

@@ -1,9 +1,13 @@
 //! RecoverTask: a task is found again by plugins that did not start it, and nothing else is.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskHandle, TaskState};
+use nomad_driver_nspawn::supervisor::record::Records;
 use rstest::rstest;
 use serde_json::{Value, json};
 
@@ -122,8 +126,15 @@ async fn check_80_another_boot_and_another_process() {
         started["leader"]["start"] = json!(start + 1);
     });
     drop(refused(&host, reused, "another one's").await);
-    let gone = changed(&task, |started| {
+    let elsewhere = changed(&task, |started| {
         started["state"] = json!(host.state().join("gone"))
+    });
+    drop(refused(&host, elsewhere, "another one's place").await);
+    // As another state directory that the operator had chosen before.
+    let own = Records::of(&host.state(), &task.id);
+    let name = own.path().file_name().unwrap();
+    let gone = changed(&task, |started| {
+        started["state"] = json!(host.join("old").join(name))
     });
     let plugin = refused(&host, gone, "no record").await;
     // What was not meant was not touched.
@@ -136,6 +147,37 @@ async fn check_80_another_boot_and_another_process() {
     within("DestroyTask", plugin.destroy(&task.id, true))
         .await
         .unwrap();
+}
+
+/// Whoever can change what Nomad keeps must not lead the driver to records that he wrote.
+#[tokio::test]
+async fn records_where_others_can_write_are_not_believed() {
+    let host = Host::new();
+    let task = orphan(&host, TRAPS).await;
+    let own = Records::of(&host.state(), &task.id);
+    let theirs = host.join("theirs");
+    let forged = theirs.join(own.path().file_name().unwrap());
+    std::fs::create_dir_all(&forged).unwrap();
+    for name in ["order", "running"] {
+        std::fs::copy(own.path().join(name), forged.join(name)).unwrap();
+    }
+    let open = |path: &Path, mode| {
+        std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    };
+    let handle = || {
+        changed(&task, |started| {
+            started["state"] = json!(forged);
+        })
+    };
+    open(&forged, 0o700);
+    open(&theirs, 0o777);
+    drop(refused(&host, handle(), "can be written by others (mode 0777)").await);
+    open(&theirs, 0o700);
+    open(&forged, 0o770);
+    let plugin = refused(&host, handle(), "not for the driver's own user alone").await;
+    plugin.recover(task.stored()).await.unwrap();
+    task.destroy(&plugin).await;
+    assert!(forged.join("running").exists(), "it was touched");
 }
 
 #[tokio::test]
