@@ -1,9 +1,9 @@
 //! Where a container's output goes: Nomad's FIFOs, opened once and handed to systemd-nspawn as they are. Copies no byte,
 //! follows no link, and waits for a reader no longer than it must.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -11,10 +11,13 @@ use std::time::Duration;
 use nix::fcntl::OFlag;
 use nix::sys::stat::{Mode, fchmod};
 
+const NULL: &str = "/dev/null";
+
 /// How long the start waits for Nomad's log collector to open its end. It does so within milliseconds.
 const READER: Duration = Duration::from_secs(10);
 
-/// Opens the file that takes a stream. No path, the null device and a path that does not exist discard.
+/// Opens the file that takes a stream. Refuses what is neither a FIFO nor a file: the directory is one that tasks can write, and
+/// one of them may have put a device there. No path, the null device and a path that does not exist discard.
 pub fn open(path: Option<&Path>) -> io::Result<File> {
     let Some(path) = path else {
         return nowhere();
@@ -27,7 +30,13 @@ pub fn open(path: Option<&Path>) -> io::Result<File> {
         }
         other => other?,
     };
-    if file.metadata()?.file_type().is_fifo() {
+    let about = file.metadata()?;
+    let null = about.file_type().is_char_device() && about.rdev() == fs::metadata(NULL)?.rdev();
+    if !about.is_file() && !about.file_type().is_fifo() && !null {
+        let text = format!("it is no FIFO, no file and not {NULL}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    if about.file_type().is_fifo() {
         // Programs open /dev/stdout anew, under any user of the container and in a user namespace that doesn't know root. The
         // directory above stays closed to the rest of the host.
         fchmod(&file, Mode::from_bits_truncate(0o622))?;
@@ -37,7 +46,7 @@ pub fn open(path: Option<&Path>) -> io::Result<File> {
 }
 
 fn nowhere() -> io::Result<File> {
-    OpenOptions::new().write(true).open("/dev/null")
+    OpenOptions::new().write(true).open(NULL)
 }
 
 fn open_now(path: &Path) -> io::Result<File> {
@@ -78,4 +87,26 @@ fn blocking(file: &File) -> io::Result<()> {
     let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);
     fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_takes_a_stream_and_a_device_does_not() {
+        let temp = tempfile::tempdir().unwrap();
+        let file = temp.path().join("file");
+        fs::write(&file, "").unwrap();
+        for path in [
+            None,
+            Some(Path::new(NULL)),
+            Some(&file),
+            Some(&temp.path().join("none")),
+        ] {
+            open(path).unwrap();
+        }
+        let error = open(Some(Path::new("/dev/zero"))).unwrap_err().to_string();
+        assert_eq!(error, "it is no FIFO, no file and not /dev/null");
+    }
 }
