@@ -30,6 +30,7 @@ use rustix::process::WaitStatus;
 use serde::{Deserialize, Serialize};
 
 use crate::ledger::{Event, Ledger, Role};
+use crate::notify;
 use crate::options::Mode;
 use crate::process::{self, RTMIN};
 use crate::scenario::Instead;
@@ -50,6 +51,8 @@ pub(crate) struct Plan {
     pub(crate) cwd: Result<PathBuf, String>,
     pub(crate) instead: Option<Instead>,
     pub(crate) ignore_signals: Vec<i32>,
+    /// The socket at which it is held before it takes any signal.
+    pub(crate) late: Option<PathBuf>,
     /// An identity that only this container has, or nothing.
     pub(crate) uuid: String,
     /// The descriptor on which [`End`] is told.
@@ -96,6 +99,29 @@ pub(crate) fn role(name: &str, plan: &Plan) -> anyhow::Result<Command> {
     Ok(command)
 }
 
+/// The leader as a program that ignores what can be ignored. A first process without handlers is as deaf, and only the kernel
+/// can make one; whoever looks sees the same, but for the mask of what is ignored.
+pub(crate) fn deaf(plan: &Plan) -> anyhow::Result<Command> {
+    // A shell finds what it executes by a name, and gives it that.
+    let link = plan.ledger.with_file_name(LEADER);
+    if let Err(error) = std::os::unix::fs::symlink(std::env::current_exe()?, &link)
+        && error.kind() != std::io::ErrorKind::AlreadyExists
+    {
+        return Err(error.into());
+    }
+    let signals: Vec<String> = (1..=64)
+        .filter(|number| ![9, 17, 19, 32, 33].contains(number))
+        .map(|number: i32| number.to_string())
+        .collect();
+    let script = format!("trap '' {}; exec \"$@\"", signals.join(" "));
+    let mut command = Command::new("/bin/sh");
+    command
+        .args(["-c", &script, "sh"])
+        .arg(link)
+        .arg(serde_json::to_string(plan)?);
+    Ok(command)
+}
+
 /// The leader's life. It ends as the payload did: the kernel tells a first process's end to others than its parent.
 pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<i32> {
     let mut tell = OpenOptions::new()
@@ -103,7 +129,11 @@ pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<i32> {
         .open(format!("/proc/self/fd/{}", plan.tell))?;
     close_all_but(&tell, plan.passed)?;
     let mask = SigSet::all();
-    mask.thread_block()?;
+    if plan.late.is_some() {
+        SigSet::empty().thread_set_mask()?;
+    } else {
+        mask.thread_block()?;
+    }
     // A process group leader can't; it has its session already.
     setsid().ok();
     prctl::set_child_subreaper(true)?;
@@ -111,6 +141,11 @@ pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<i32> {
     let events = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let ledger = Ledger::open(&plan.ledger)?;
     tell.write_all(READY)?;
+    if plan.late.is_some() {
+        notify::hold(plan.late.as_deref());
+        // From here on they wait to be read, ignored or not.
+        mask.thread_block()?;
+    }
     let place = plan.ledger.parent().map(Path::to_owned);
     let mut dumped = false;
     let end = match early_end(&plan) {

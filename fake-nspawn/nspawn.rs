@@ -233,13 +233,17 @@ impl Nspawn<'_> {
             cwd: prepared.cwd.clone(),
             instead: self.call.instead.clone(),
             ignore_signals: self.call.ignore_signals.clone(),
+            late: self.call.pause_before_signals.clone(),
             uuid: prepared.own_uuid.clone(),
             tell: tell.as_raw_fd(),
             passed: tree::passed_descriptors().unwrap_or_default(),
             leader: 0,
             payload: 0,
         };
-        let mut command = leader::role(leader::LEADER, &plan)?;
+        let mut command = match plan.late {
+            None => leader::role(leader::LEADER, &plan)?,
+            Some(_) => leader::deaf(&plan)?,
+        };
         command.env_clear().envs(
             prepared
                 .environment

@@ -71,6 +71,9 @@ pub(crate) struct Call {
     pub(crate) pause_before_notify: Option<PathBuf>,
     /// The same between the end of the container and the end of nspawn.
     pub(crate) pause_before_exit: Option<PathBuf>,
+    /// With `--boot`: for as long as whoever listens on this socket wants, signals to the init are lost, as they are to a first
+    /// process that has no handlers yet.
+    pub(crate) pause_before_signals: Option<PathBuf>,
     /// nspawn's exit status, whatever the container's was.
     pub(crate) exit_status: Option<i32>,
     /// Signal numbers to the leader that never reach the payload, handler or not.

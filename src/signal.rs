@@ -14,6 +14,8 @@ const RTMAX: i32 = 64;
 pub struct Signal(i32);
 
 impl Signal {
+    /// Nothing is sent.
+    pub const NULL: Self = Self(0);
     /// Interrupt, Nomad's default for a stop.
     pub const INT: Self = Self(2);
     /// The end that nothing can refuse.
@@ -22,6 +24,8 @@ impl Signal {
     pub const TERM: Self = Self(15);
     /// Lets a stopped process go on.
     pub const CONT: Self = Self(18);
+    /// Stops a process, which can't refuse.
+    pub const STOP: Self = Self(19);
     /// What systemd as the first process takes as the order to power off.
     pub const POWER_OFF: Self = Self(RTMIN + 4);
 

@@ -119,6 +119,12 @@ pub fn catches(pid: i32, signal: Signal) -> bool {
     mask(pid, "SigCgt:").is_some_and(|mask| has(mask, signal))
 }
 
+/// Whether a signal would be kept for a process or handled by it. For the first process of a pid namespace the kernel drops every
+/// other but SIGKILL and SIGSTOP. `None` if it is gone.
+pub fn takes(pid: i32, signal: Signal) -> Option<bool> {
+    Some(has(mask(pid, "SigBlk:")?, signal) || has(mask(pid, "SigCgt:")?, signal))
+}
+
 /// Whether a process ignores a signal.
 pub fn ignores(pid: i32, signal: Signal) -> bool {
     mask(pid, "SigIgn:").is_some_and(|mask| has(mask, signal))

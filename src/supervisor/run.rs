@@ -34,7 +34,7 @@ use super::first::Channel;
 use super::line::{Failure, News, Step, Verb};
 use super::listeners::Listeners;
 use super::pause::{self, Point};
-use super::process::{Held, catches, close_inherited, first_child, ignores, myself};
+use super::process::{Held, catches, close_inherited, first_child, ignores, myself, takes};
 use super::record::{First, Order, Records, Running};
 use super::{logs, remains};
 use crate::cgroup::{Group, freezer};
@@ -46,6 +46,12 @@ const CLEAR_UP: Duration = Duration::from_secs(5);
 
 /// How long nobody is let in after somebody could not be, as when there are no descriptors left.
 const BREATH: Duration = Duration::from_millis(100);
+
+/// How long an image's init may need before it takes signals. What it does not take then, it never will.
+const YOUTH: Duration = Duration::from_secs(60);
+
+/// How often it is looked whether it takes what is kept for it. Nothing tells it.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Watches over the container whose order lies in `directory`. Standard input is the lifeline of whoever asks for it; standard
 /// output, of which a supervisor has no other use, is the program that becomes the container's first.
@@ -156,6 +162,8 @@ struct Watch {
     patience: Option<Instant>,
     /// Until when nobody is let in. Who knocks waits, and keeps nobody awake.
     closed: Option<Instant>,
+    /// Signals that the image's init does not take yet.
+    kept: Vec<Signal>,
     /// Whether the end has been recorded and told.
     told: bool,
 }
@@ -174,6 +182,7 @@ enum State {
         started: Box<Started>,
         leader: Option<Held>,
         copy: Option<std::path::PathBuf>,
+        since: Instant,
     },
 }
 
@@ -212,6 +221,7 @@ impl Watch {
             forced: false,
             patience: None,
             closed: None,
+            kept: Vec::new(),
             told: false,
         })
     }
@@ -236,6 +246,7 @@ impl Watch {
                 self.welcome();
             }
             self.hear_listeners();
+            self.send_what_was_kept();
             if awake.leader {
                 self.tell_end(ExitStatus::from_raw(Signal::KILL.number()));
             }
@@ -275,7 +286,9 @@ impl Watch {
             self.end_to_tell_early()
                 .map(|leader| PollFd::new(leader.as_fd(), PollFlags::POLLIN)),
         );
-        let limit = match self.patience.into_iter().chain(self.closed).min() {
+        let look = (!self.kept.is_empty()).then(|| Instant::now() + LOOK);
+        let ends = [self.patience, self.closed, look];
+        let limit = match ends.into_iter().flatten().min() {
             None => PollTimeout::NONE,
             Some(end) => {
                 let left = end.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -377,6 +390,7 @@ impl Watch {
             started: Box::new(started.clone()),
             leader: held,
             copy,
+            since: Instant::now(),
         };
         pause::at(&self.records, Point::Heard);
         if let Err(error) = self.records.write_running(&running) {
@@ -423,7 +437,10 @@ impl Watch {
                     Ok(())
                 }
                 Verb::Signal(number) => self.signal(Signal::from_number(number)),
-                Verb::Stop => self.signal(self.polite()),
+                Verb::Stop => {
+                    let polite = self.polite();
+                    self.signal(polite)
+                }
                 Verb::Kill => {
                     self.kill();
                     Ok(())
@@ -477,16 +494,46 @@ impl Watch {
         Some(if term { Signal::TERM } else { Signal::INT })
     }
 
-    fn signal(&self, signal: Option<Signal>) -> io::Result<()> {
+    fn signal(&mut self, signal: Option<Signal>) -> io::Result<()> {
         self.rouse_nspawn();
         let (Some(signal), Some(pid)) = (signal, self.payload()) else {
             return Ok(());
         };
-        match Held::by_pid(pid) {
-            Ok(held) => held.signal(signal),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) if error.raw_os_error() == Some(nix::Error::ESRCH as i32) => Ok(()),
-            Err(error) => Err(error),
+        if self.comes_too_early(pid, signal) {
+            // One is as good as many: the kernel too keeps a signal once.
+            if !self.kept.contains(&signal) {
+                self.kept.push(signal);
+            }
+            return Ok(());
+        }
+        send(pid, signal)
+    }
+
+    /// Whether an image's init would lose a signal that it may take later. systemd-nspawn tells of the start while the first
+    /// process is still its own program, and an init needs a moment as well.
+    fn comes_too_early(&self, pid: i32, signal: Signal) -> bool {
+        let State::Running { since, .. } = self.state else {
+            return false;
+        };
+        // These work without being taken.
+        let works = [Signal::NULL, Signal::CONT, Signal::STOP].contains(&signal);
+        let young = self.order.mode == Mode::Boot && since.elapsed() < YOUTH;
+        young && !works && takes(pid, signal) == Some(false)
+    }
+
+    fn send_what_was_kept(&mut self) {
+        if self.kept.is_empty() {
+            return;
+        }
+        let Some(pid) = self.payload() else {
+            return;
+        };
+        for signal in std::mem::take(&mut self.kept) {
+            if self.comes_too_early(pid, signal) {
+                self.kept.push(signal);
+            } else if let Err(error) = send(pid, signal) {
+                let _ = writeln!(io::stderr(), "{signal} can't be sent: {error}");
+            }
         }
     }
 
@@ -494,6 +541,7 @@ impl Watch {
     fn kill(&mut self) {
         pause::at(&self.records, Point::Killing);
         self.forced = true;
+        self.kept.clear();
         let State::Running { leader, .. } = &self.state else {
             self.kill_nspawn();
             return;
@@ -661,6 +709,15 @@ impl Watch {
             reason,
             transient: false,
         }
+    }
+}
+
+fn send(pid: i32, signal: Signal) -> io::Result<()> {
+    match Held::by_pid(pid) {
+        Ok(held) => held.signal(signal),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.raw_os_error() == Some(nix::Error::ESRCH as i32) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

@@ -3,10 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use nomad_driver_nspawn::supervisor::pause::Point;
 use nomad_driver_nspawn::supervisor::process::catches;
 use rstest::rstest;
 use serde_json::json;
 use tonic::Code;
+
+#[path = "../matrix/trap.rs"]
+mod trap;
+
+use trap::Trap;
 
 use crate::harness::{DEADLINE, Host, eventually, refusal, within};
 use crate::lifecycle::nothing_left;
@@ -158,4 +164,53 @@ async fn a_stop_during_the_start_ends_what_comes_up() {
         .await
         .unwrap();
     nothing_left(&host, &plugin).await;
+}
+
+/// systemd-nspawn tells of the start long before the image's init takes signals, and what a first process does not take is lost.
+#[rstest]
+#[case::a_stop(None)]
+#[case::a_signal(Some("SIGRTMIN+4"))]
+#[tokio::test]
+async fn what_an_init_does_not_take_yet_is_kept_for_it(#[case] signal: Option<&str>) {
+    let host = Host::new();
+    let mut early = Trap::named(&host.state(), "before_signals");
+    host.scenario(&json!({"calls": [{"pause_before_signals": early.socket()}]}));
+    let plugin = host.plugin().await;
+    let job = host.task(&[]).with("boot", json!(true));
+    let task = host.start(&plugin, job.with("command", json!([]))).await;
+    within("the init", early.reached()).await;
+    let mut asked = Trap::at(&host.state(), Point::Signalled);
+    let ask = async {
+        match signal {
+            None => within("StopTask", plugin.stop(&task.id, ENDLESS, ""))
+                .await
+                .unwrap(),
+            Some(name) => task.signal(&plugin, name).await.unwrap(),
+        }
+    };
+    let wake = async {
+        within("the supervisor", asked.reached()).await;
+        drop(asked);
+        assert!(host.ledger().iter().all(|event| event["event"] != "signal"));
+        drop(early);
+    };
+    tokio::join!(ask, wake);
+    let exit = task.wait(&plugin).await;
+    assert_eq!((exit.code, exit.signal, exit.error), (0, 0, None));
+    task.destroy(&plugin).await;
+}
+
+/// An init that never takes it is what the grace time is for.
+#[tokio::test]
+async fn a_stop_that_an_init_never_takes_ends_with_the_grace() {
+    let host = Host::new();
+    let mut early = Trap::named(&host.state(), "before_signals");
+    host.scenario(&json!({"calls": [{"pause_before_signals": early.socket()}]}));
+    let plugin = host.plugin().await;
+    let job = host.task(&[]).with("boot", json!(true));
+    let task = host.start(&plugin, job.with("command", json!([]))).await;
+    within("the init", early.reached()).await;
+    let exit = task.stop(&plugin, Duration::from_millis(300), "").await;
+    assert_eq!((exit.code, exit.signal, exit.error), (137, 9, None));
+    task.destroy(&plugin).await;
 }

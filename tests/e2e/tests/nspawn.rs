@@ -851,6 +851,32 @@ async fn a_signal_reaches_the_init() {
     });
     assert_eq!(ended.await, (0, 0, "started\nstopping\n".to_owned()));
 }
+
+/// systemd-nspawn tells of the start while the first process is still its own program, to which the kernel delivers nothing that
+/// it has no handler for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_sent_right_after_the_start_reaches_the_init() {
+    let stage = Stage::new();
+    let tree = stage.join("debian");
+    debian::copy(&tree, "[Service]\nType=oneshot\nExecStart=true\n");
+    let plugin = stage.plugin().await;
+    for signal in [None, Some("SIGRTMIN+4")] {
+        let task = stage.words(&[]).with("image", json!(tree));
+        let running = stage.start(&plugin, task.with("boot", json!(true))).await;
+        let exit = match signal {
+            None => running.stop(&plugin, AMPLE, "").await,
+            Some(name) => {
+                running.signal(&plugin, name).await;
+                running.wait(&plugin).await
+            }
+        };
+        assert_eq!((exit.code, exit.signal), (0, 0), "{signal:?}: {exit:?}");
+        running.destroy(&plugin).await;
+    }
+    end(plugin).await;
+    stage.leave();
+}
+
 // Ends that only a real pid namespace and a real systemd-nspawn have; the rest of the exit table is in the contract.
 
 /// The kernel ends the first process of a pid namespace in which reboot(2) is called, by a signal that tells what was asked for.
