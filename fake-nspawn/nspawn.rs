@@ -146,10 +146,11 @@ fn container(
         asked: false,
     };
     let (status, errno) = nspawn.live(&prepared)?;
+    let status = call.exit_status.unwrap_or(status);
+    // What is left then may take long, such as throwing a copy away.
+    farewell(scenario.version, status, errno);
     notify::hold(call.pause_before_exit.as_deref());
     std::thread::sleep(Duration::from_millis(call.delay_before_exit_ms));
-    let status = call.exit_status.unwrap_or(status);
-    farewell(scenario.version, status, errno);
     Ok(status)
 }
 

@@ -14,6 +14,9 @@ use crate::signal::Signal;
 /// parent alone is told what was asked for; to others the kernel says that the first process was killed, or ended with 0.
 const RESTART: i32 = 133;
 
+/// The raw wait status of a process that SIGKILL has ended.
+const KILLED: i32 = 9;
+
 /// What is known of an end.
 #[derive(Debug)]
 pub(super) struct Signs<'a> {
@@ -28,8 +31,10 @@ pub(super) struct Signs<'a> {
     pub(super) words: &'a str,
     /// How systemd-nspawn itself ended.
     pub(super) nspawn: ExitStatus,
-    /// Whether the container was ended by force.
+    /// Whether the container lived until it was ended by force.
     pub(super) forced: bool,
+    /// Whether systemd-nspawn did not end when its container had, and was killed by the supervisor.
+    pub(super) put_down: bool,
     /// Whether the kernel has ended a process of it for want of memory.
     pub(super) oom: bool,
 }
@@ -45,7 +50,7 @@ pub(super) fn exit_of(signs: &Signs<'_>) -> Exit {
             command: Some(status),
             ..
         } => of_raw(*status),
-        _ if !signs.forced && signs.nspawn.signal().is_some() => {
+        _ if !signs.forced && !signs.put_down && signs.nspawn.signal().is_some() => {
             let signal = signs.nspawn.signal().unwrap_or_default();
             let how = told(signs.nspawn);
             let text = format!("{how} from outside, and the container with it");
@@ -82,6 +87,38 @@ fn of_raw(status: i32) -> (i32, i32, Option<String>) {
     }
 }
 
+/// What systemd-nspawn says when it has nothing more to do than to clear up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Farewell {
+    /// It is going to end with [`RESTART`].
+    Restarting,
+    /// It is not.
+    Terminating,
+}
+
+impl Farewell {
+    /// The farewell in a line that it sends to the service manager. A status of the container's own begins otherwise there.
+    pub(super) fn of(line: &str) -> Option<Self> {
+        match line {
+            "STATUS=Restarting..." => Some(Self::Restarting),
+            "STATUS=Terminating..." => Some(Self::Terminating),
+            _ => None,
+        }
+    }
+}
+
+/// A status of systemd-nspawn with which the leader's raw wait status tells the truth, before it has ended. `None` where only its
+/// own will tell: what was asked of reboot(2) looks like success or SIGKILL to others than the parent.
+pub(super) fn foreseen(leader: i32, farewell: Option<Farewell>) -> Option<ExitStatus> {
+    let exited = |code: i32| Some(ExitStatus::from_raw(code << 8));
+    match (leader, farewell) {
+        (0 | KILLED, Some(Farewell::Restarting)) => exited(RESTART),
+        (0, Some(Farewell::Terminating)) => exited(0),
+        (0 | KILLED, _) => None,
+        _ => exited(1),
+    }
+}
+
 /// What can be learned where neither a program of ours nor the kernel tells: systemd-nspawn passes a code on, says by which
 /// signal its container was ended in words alone, and has 1 for that and for its own failures.
 fn guessed(signs: &Signs<'_>) -> (i32, i32, Option<String>) {
@@ -91,6 +128,10 @@ fn guessed(signs: &Signs<'_>) -> (i32, i32, Option<String>) {
     }
     match (signs.nspawn.code(), signs.mode) {
         _ if signs.forced => (128 + kill, kill, None),
+        (None, _) if signs.put_down => {
+            let text = "the container ended by itself and systemd-nspawn did not: how it ended is not known";
+            (128 + kill, kill, Some(text.to_owned()))
+        }
         (Some(1), Mode::Plain | Mode::ProcessTwo) if signs.oom => (128 + kill, kill, None),
         (Some(code), _) => (code, 0, None),
         (None, _) => (128 + kill, kill, Some(told(signs.nspawn))),
@@ -135,6 +176,7 @@ mod tests {
             words: "",
             nspawn: ExitStatus::from_raw(nspawn),
             forced: false,
+            put_down: false,
             oom: false,
         }
     }
@@ -199,6 +241,51 @@ mod tests {
         };
         assert_eq!(end(&with(exited(133))), (133, 0, false));
         assert_eq!(end(&with(exited(0))), (0, 0, false), "a power-off");
+    }
+
+    #[rstest]
+    #[case::a_code(exited(7), None, Some((7, 0)))]
+    #[case::a_code_of_a_restart(exited(133), Some(Farewell::Terminating), Some((133, 0)))]
+    #[case::a_fault(11, None, Some((139, 11)))]
+    #[case::success_or_a_restart(0, None, None)]
+    #[case::success(0, Some(Farewell::Terminating), Some((0, 0)))]
+    #[case::a_restart(0, Some(Farewell::Restarting), Some((133, 0)))]
+    #[case::a_restart_by_a_child(BY_KILL, Some(Farewell::Restarting), Some((133, 0)))]
+    #[case::a_kill_or_a_power_off_by_a_child(BY_KILL, Some(Farewell::Terminating), None)]
+    fn what_is_foreseen_is_the_truth(
+        #[case] leader: i32,
+        #[case] farewell: Option<Farewell>,
+        #[case] told: Option<(i32, i32)>,
+    ) {
+        let ends = foreseen(leader, farewell).map(|nspawn| {
+            let exit = exit_of(&Signs {
+                leader: Some(leader),
+                nspawn,
+                ..signs(0)
+            });
+            (exit.code, exit.signal)
+        });
+        assert_eq!(ends, told);
+    }
+
+    #[rstest]
+    #[case("STATUS=Restarting...", Some(Farewell::Restarting))]
+    #[case("STATUS=Terminating...", Some(Farewell::Terminating))]
+    #[case("STATUS=Container running: Restarting...", None)]
+    #[case("STOPPING=1", None)]
+    fn a_farewell_is_systemd_nspawns_own(#[case] line: &str, #[case] farewell: Option<Farewell>) {
+        assert_eq!(Farewell::of(line), farewell);
+    }
+
+    #[test]
+    fn who_had_ended_before_force_came_was_not_ended_by_it() {
+        let put_down = |leader| Signs {
+            leader,
+            put_down: true,
+            ..signs(BY_KILL)
+        };
+        assert_eq!(end(&put_down(Some(exited(3)))), (3, 0, false));
+        assert_eq!(end(&put_down(None)), (137, 9, true));
     }
 
     #[test]

@@ -63,6 +63,22 @@ impl Point {
     }
 }
 
+/// The file beside those sockets by which a test asks for an older kernel.
+pub const OLD_KERNEL: &str = "old_kernel";
+
+/// Whether to know no more than on a kernel that tells a process's end to its parent alone.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn kernel_is_old(_: &Records) -> bool {
+    false
+}
+
+/// Whether to know no more than on a kernel that tells a process's end to its parent alone.
+#[cfg(debug_assertions)]
+pub fn kernel_is_old(records: &Records) -> bool {
+    directory(records).is_some_and(|directory| directory.join(OLD_KERNEL).exists())
+}
+
 /// Holds the process here if a test waits for it.
 #[cfg(not(debug_assertions))]
 #[inline(always)]

@@ -29,7 +29,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nspawn_init::{Trouble, Word};
 use rustix::process::{WaitOptions, wait};
 
-use super::ending::{Signs, exit_of, told};
+use super::ending::{Farewell, Signs, exit_of, foreseen, told};
 use super::first::Channel;
 use super::line::{Failure, News, Step, Verb};
 use super::listeners::Listeners;
@@ -156,8 +156,14 @@ struct Watch {
     /// The raw wait status of the command, from the first program.
     status: Option<i32>,
     state: State,
-    /// Set when the container was ended by force: what systemd-nspawn says of the end is then no news.
+    /// Set when the container lived until it was ended by force: what systemd-nspawn says of the end is then no news.
     forced: bool,
+    /// Set when systemd-nspawn itself was killed.
+    put_down: bool,
+    /// How far the leader's end is seen, where it is waited for.
+    leader: Leader,
+    /// What systemd-nspawn has said last.
+    farewell: Option<Farewell>,
     /// When systemd-nspawn itself is killed, after its container was.
     patience: Option<Instant>,
     /// Until when nobody is let in. Who knocks waits, and keeps nobody awake.
@@ -166,6 +172,16 @@ struct Watch {
     kept: Vec<Signal>,
     /// Whether the end has been recorded and told.
     told: bool,
+}
+
+/// How far the end of the container's first process is seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Leader {
+    Lives,
+    /// Its status is known to nobody yet.
+    Ended,
+    /// Its parent has waited for it. Kernels before 6.9 do not tell.
+    Reaped,
 }
 
 #[derive(Debug)]
@@ -219,6 +235,9 @@ impl Watch {
             status: None,
             state: State::Starting { leader, ready },
             forced: false,
+            put_down: false,
+            leader: Leader::Lives,
+            farewell: None,
             patience: None,
             closed: None,
             kept: Vec::new(),
@@ -247,8 +266,9 @@ impl Watch {
             }
             self.hear_listeners();
             self.send_what_was_kept();
-            if awake.leader {
-                self.tell_end(ExitStatus::from_raw(Signal::KILL.number()));
+            self.leader = awake.leader.unwrap_or(self.leader);
+            if let Some(status) = self.end_known_early() {
+                self.tell_end(status);
             }
             if awake.signals
                 && let Some(status) = self.reap()
@@ -282,10 +302,7 @@ impl Watch {
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
         );
         let last = descriptors.len();
-        descriptors.extend(
-            self.end_to_tell_early()
-                .map(|leader| PollFd::new(leader.as_fd(), PollFlags::POLLIN)),
-        );
+        descriptors.extend(self.leader_to_watch());
         let look = (!self.kept.is_empty()).then(|| Instant::now() + LOOK);
         let ends = [self.patience, self.closed, look];
         let limit = match ends.into_iter().flatten().min() {
@@ -300,16 +317,21 @@ impl Watch {
             other => other?,
         };
         let ready = |index: usize| descriptors[index].any().unwrap_or(true);
-        let leader = descriptors.get(last).and_then(PollFd::any);
+        let leader = descriptors.get(last).and_then(PollFd::revents);
         Ok(Awake {
-            leader: leader.unwrap_or(false),
+            leader: leader.and_then(|seen| match seen {
+                seen if seen.contains(PollFlags::POLLHUP) => Some(Leader::Reaped),
+                seen if seen.contains(PollFlags::POLLIN) => Some(Leader::Ended),
+                _ => None,
+            }),
             signals: ready(0),
             notify: ready(1),
             lifeline: ready(2),
         })
     }
 
-    /// Reads what systemd-nspawn says. The pid of the leader is the start; everything else is small talk.
+    /// Reads what systemd-nspawn says. The pid of the leader is the start, and its farewell says that nothing but clearing up is
+    /// left to it; everything else is small talk.
     fn hear_nspawn(&mut self) {
         let mut datagram = [0; 4096];
         while let Ok(length) = self.sockets.notify.recv(&mut datagram) {
@@ -320,6 +342,7 @@ impl Watch {
             if let (Some(pid), State::Starting { leader, .. }) = (told, &mut self.state) {
                 leader.get_or_insert(pid);
             }
+            self.farewell = text.lines().find_map(Farewell::of).or(self.farewell);
         }
     }
 
@@ -540,12 +563,15 @@ impl Watch {
     /// Ends the container by force, and lets systemd-nspawn see it and clear up.
     fn kill(&mut self) {
         pause::at(&self.records, Point::Killing);
-        self.forced = true;
         self.kept.clear();
         let State::Running { leader, .. } = &self.state else {
+            self.forced = true;
             self.kill_nspawn();
             return;
         };
+        // One that has ended by itself has its own truth.
+        let lives = |leader: &Held| !leader.wait(Duration::ZERO);
+        self.forced |= leader.as_ref().is_some_and(lives);
         if let Some(place) = &self.order.place {
             Group::new(&place.group).child("payload").kill();
         }
@@ -569,14 +595,45 @@ impl Watch {
         }
     }
 
-    /// The leader, where its end is all there is to wait for: after force systemd-nspawn has no news of it, and throwing away
-    /// an ephemeral root may take it seconds. Any other root stays locked until systemd-nspawn has ended.
-    fn end_to_tell_early(&self) -> Option<&Held> {
-        let State::Running { leader, .. } = &self.state else {
-            return None;
+    /// The leader, where its end is told before that of systemd-nspawn: throwing away an ephemeral root may take that seconds.
+    /// Any other root stays locked until systemd-nspawn has ended.
+    fn leader_to_watch(&self) -> Option<PollFd<'_>> {
+        let leader = self.held_leader()?;
+        let flags = match self.leader {
+            Leader::Lives => PollFlags::POLLIN,
+            // The kernel says so unasked when it is waited for, and until then has no other news.
+            Leader::Ended => PollFlags::empty(),
+            Leader::Reaped => return None,
         };
-        let early = self.forced && !self.told && self.order.copies.is_some();
-        leader.as_ref().filter(|_| early)
+        let early = !self.told && self.order.copies.is_some();
+        early.then(|| PollFd::new(leader.as_fd(), flags))
+    }
+
+    /// How systemd-nspawn may be taken to have ended, once the leader has and nothing that it could add would change what is told.
+    fn end_known_early(&self) -> Option<ExitStatus> {
+        if self.told || self.leader == Leader::Lives {
+            return None;
+        }
+        let by_force = ExitStatus::from_raw(Signal::KILL.number());
+        if self.forced || self.status.is_some() || self.trouble.is_some() {
+            return Some(by_force);
+        }
+        foreseen(self.raw_status()?, self.farewell)
+    }
+
+    fn held_leader(&self) -> Option<&Held> {
+        match &self.state {
+            State::Running { leader, .. } => leader.as_ref(),
+            State::Starting { .. } | State::Failing(_) => None,
+        }
+    }
+
+    /// The leader's raw wait status, where the kernel tells it to others than the parent.
+    fn raw_status(&self) -> Option<i32> {
+        let leader = self.held_leader()?;
+        leader
+            .raw_status()
+            .filter(|_| !pause::kernel_is_old(&self.records))
     }
 
     /// Records how it ended and tells everybody, once.
@@ -585,18 +642,15 @@ impl Watch {
             return;
         }
         let place = self.order.place.as_ref();
-        let leader = match &self.state {
-            State::Running { leader, .. } => leader.as_ref(),
-            State::Starting { .. } | State::Failing(_) => None,
-        };
         let exit = exit_of(&Signs {
             mode: self.order.mode,
             trouble: self.trouble.as_ref(),
             command: self.status,
-            leader: leader.and_then(Held::raw_status),
+            leader: self.raw_status(),
             words: &self.records.words(),
             nspawn: status,
             forced: self.forced,
+            put_down: self.put_down,
             oom: place.is_some_and(|place| Group::new(&place.group).oom_kills() > 0),
         });
         if let Err(error) = self.records.write_exit(&exit) {
@@ -608,7 +662,8 @@ impl Watch {
     }
 
     /// Ends everything at once, systemd-nspawn too.
-    fn kill_nspawn(&self) {
+    fn kill_nspawn(&mut self) {
+        self.put_down = true;
         if let Ok(nspawn) = Held::again(self.nspawn) {
             let _ = nspawn.signal(Signal::KILL);
         }
@@ -735,7 +790,7 @@ struct Awake {
     signals: bool,
     notify: bool,
     lifeline: bool,
-    leader: bool,
+    leader: Option<Leader>,
 }
 
 /// Starts the step between this process and systemd-nspawn.

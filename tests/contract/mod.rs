@@ -15,6 +15,7 @@ use nomad_driver_nspawn::container::{
 };
 use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::supervisor::Records;
+use nomad_driver_nspawn::supervisor::pause::OLD_KERNEL;
 use nomad_driver_nspawn::supervisor::process::{Held, catches, is_alive};
 
 mod exits;
@@ -35,6 +36,8 @@ pub(crate) struct World {
     pub(crate) backend: NspawnBackend,
     /// A tree with `/bin/sh` in it, this scenario's own.
     pub(crate) tree: PathBuf,
+    /// Whether the driver knows of an end what an older kernel tells.
+    old_kernel: bool,
 }
 
 impl World {
@@ -59,7 +62,25 @@ impl World {
             settings,
             scratch,
             tree,
+            old_kernel: false,
         }
+    }
+
+    /// The same with a driver that knows of an end what an older kernel tells.
+    pub(crate) fn on_an_old_kernel(self) -> Self {
+        let mut directory = self.settings.state_dir.clone().into_os_string();
+        directory.push(".pause");
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(Path::new(&directory).join(OLD_KERNEL), "").unwrap();
+        Self {
+            old_kernel: true,
+            ..self
+        }
+    }
+
+    /// Whether the kernel tells how a process ended to others than its parent.
+    pub(crate) fn kernel_tells(&self) -> bool {
+        !self.old_kernel && nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15)
     }
 
     /// A plain container that runs a shell script.
@@ -259,11 +280,6 @@ fn processes_that_name(marker: &str) -> Vec<String> {
 /// An exit as (code, signal).
 pub(crate) fn ended(exit: &Exit) -> (i32, i32) {
     (exit.code, exit.signal)
-}
-
-/// Whether this kernel tells how a process ended to others than its parent.
-pub(crate) fn kernel_tells() -> bool {
-    nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15)
 }
 
 /// Sends a signal to a process of this host from outside, as an operator would.

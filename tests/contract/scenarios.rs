@@ -17,7 +17,8 @@ macro_rules! scenarios {
     ($each:ident) => {
         $each! {
             a_code_of_0_is_0, a_code_of_42_is_42, a_code_of_255_is_255, a_code_of_a_second_process_is_its_own,
-            a_code_of_133_is_told, every_code_is_told, every_signal_is_told, every_fault_is_told, a_core_dump_is_told, stdout_and_stderr_stay_apart, the_environment_arrives_unchanged,
+            a_code_of_133_is_told, every_code_is_told, every_signal_is_told, every_fault_is_told, a_core_dump_is_told,
+            every_code_is_told_on_an_older_kernel, every_fault_is_told_on_an_older_kernel, stdout_and_stderr_stay_apart, the_environment_arrives_unchanged,
             words_arrive_unchanged, a_command_that_is_not_there_fails_by_name,
             a_command_that_cannot_be_executed_fails_by_name, a_command_that_ends_at_once_has_started,
             many_wait_early_and_late, a_wait_given_up_changes_nothing, a_stop_reaches_a_handler_of_term,
@@ -76,10 +77,9 @@ pub(crate) async fn a_code_of_a_second_process_is_its_own(world: World) {
     code(world, Mode::ProcessTwo, 7, 7).await;
 }
 
-/// systemd-nspawn keeps 133 for a reboot.
 /// systemd-nspawn has this code for itself and makes 1 of it; the kernel tells the truth from 6.15 on.
 pub(crate) async fn a_code_of_133_is_told(world: World) {
-    let told = if kernel_tells() { 133 } else { 1 };
+    let told = if world.kernel_tells() { 133 } else { 1 };
     code(world, Mode::Plain, 133, told).await;
 }
 

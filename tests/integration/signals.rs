@@ -1,21 +1,19 @@
 //! SignalTask and StopTask: names, ids, whom a signal reaches, and requests that meet each other or a start.
 
+use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::Records;
+use nomad_driver_nspawn::supervisor::pause::{OLD_KERNEL, Point};
 use nomad_driver_nspawn::supervisor::process::catches;
 use rstest::rstest;
 use serde_json::json;
 use tonic::Code;
 
-#[path = "../matrix/trap.rs"]
-mod trap;
-
-use trap::Trap;
-
 use crate::harness::{DEADLINE, Host, eventually, refusal, within};
 use crate::lifecycle::nothing_left;
+use crate::troubles::trap::Trap;
 
 #[rstest]
 #[case(false, "SIGUSR1")]
@@ -213,4 +211,84 @@ async fn a_stop_that_an_init_never_takes_ends_with_the_grace() {
     let exit = task.stop(&plugin, Duration::from_millis(300), "").await;
     assert_eq!((exit.code, exit.signal, exit.error), (137, 9, None));
     task.destroy(&plugin).await;
+}
+
+/// Force comes while systemd-nspawn still clears up after a command that has ended by itself. An older kernel tells of that end to
+/// systemd-nspawn alone.
+#[rstest]
+#[case::of_its_own(false, false)]
+#[case::of_its_own_on_an_older_kernel(false, true)]
+#[case::with_a_copy(true, false)]
+#[case::with_a_copy_on_an_older_kernel(true, true)]
+#[tokio::test]
+async fn force_that_comes_too_late_changes_no_end(#[case] ephemeral: bool, #[case] old: bool) {
+    let host = Host::new();
+    let mut clearing = Trap::named(&host.state(), "before_exit");
+    let mut force = Trap::at(&host.state(), Point::Killing);
+    if old {
+        fs::write(force.socket().with_file_name(OLD_KERNEL), "").unwrap();
+    }
+    host.scenario(&json!({"calls": [{"pause_before_exit": clearing.socket()}]}));
+    let plugin = host.plugin().await;
+    let job = host.shell(&format!(
+        "echo up; while ! test -e {}; do sleep 0.02; done; exit 3",
+        host.join("gate").display()
+    ));
+    let task = host
+        .up(&plugin, job.with("ephemeral", json!(ephemeral)))
+        .await;
+    fs::write(host.join("gate"), "").unwrap();
+    within("systemd-nspawn", clearing.reached()).await;
+    let stop = within("StopTask", plugin.stop(&task.id, Duration::ZERO, ""));
+    let release = async {
+        if !ephemeral || old || !kernel_tells() {
+            within("the supervisor", force.reached()).await;
+        }
+        drop(force);
+        drop(clearing);
+    };
+    let (stopped, exit, ()) = tokio::join!(stop, task.wait(&plugin), release);
+    stopped.unwrap();
+    assert_eq!((exit.code, exit.signal, exit.error), (3, 0, None));
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
+/// Throwing an ephemeral root away may take systemd-nspawn long.
+#[rstest]
+#[case::a_code(false, 7)]
+#[case::success(false, 0)]
+#[case::a_code_of_a_second_process(true, 7)]
+#[case::success_of_a_second_process(true, 0)]
+#[tokio::test]
+async fn an_end_is_told_before_an_ephemeral_root_is_thrown_away(
+    #[case] two: bool,
+    #[case] code: i32,
+) {
+    let host = Host::new();
+    let mut clearing = Trap::named(&host.state(), "before_exit");
+    host.scenario(&json!({"calls": [{"pause_before_exit": clearing.socket()}]}));
+    let plugin = host.plugin().await;
+    let job = host.shell(&format!("exit {code}"));
+    let job = job.with("ephemeral", json!(true));
+    let task = host
+        .start(&plugin, job.with("process_two", json!(two)))
+        .await;
+    within("systemd-nspawn", clearing.reached()).await;
+    let mut clearing = Some(clearing);
+    if !two && !kernel_tells() {
+        clearing = None;
+    }
+    let exit = task.wait(&plugin).await;
+    assert_eq!((exit.code, exit.signal, exit.error), (code, 0, None));
+    let recorded = Records::of(&host.state(), &task.id).exit().unwrap();
+    assert_eq!(recorded.map(|exit| exit.code), Some(code));
+    drop(clearing);
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
+/// Whether this kernel tells how a process ended to others than its parent.
+fn kernel_tells() -> bool {
+    nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15)
 }

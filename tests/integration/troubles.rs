@@ -24,7 +24,7 @@ use crate::harness::{Host, Running, eventually, is_root, refusal, within};
 use crate::lifecycle::nothing_left;
 
 #[path = "../matrix/trap.rs"]
-mod trap;
+pub(crate) mod trap;
 
 use trap::Trap;
 
