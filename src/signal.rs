@@ -1,16 +1,17 @@
-//! Signal numbers and the names people write for them. Refuses nothing that the kernel knows, and sends nothing.
+//! Signal numbers and the names people write for them. Refuses what can't be sent, by name, and sends nothing itself.
 
 use std::fmt;
 use std::str::FromStr;
-
-use serde::{Deserialize, Serialize};
 
 /// The first real-time signal as the C library and systemd count: the kernel's first two are taken by the C library.
 const RTMIN: i32 = 34;
 const RTMAX: i32 = 64;
 
-/// A signal by its number: 0 (nothing is sent, only checked) to 64.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// The two that the C library keeps to itself, and lets nobody send.
+const KEPT: std::ops::RangeInclusive<i32> = 32..=33;
+
+/// A signal by its number: 0 (nothing is sent, only checked) to 64, without 32 and 33.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Signal(i32);
 
 impl Signal {
@@ -29,9 +30,10 @@ impl Signal {
     /// What systemd as the first process takes as the order to power off.
     pub const POWER_OFF: Self = Self(RTMIN + 4);
 
-    /// The signal of this number, if there is one.
+    /// The signal of this number, if there is one that can be sent.
     pub fn from_number(number: i32) -> Option<Self> {
-        (0..=RTMAX).contains(&number).then_some(Self(number))
+        let known = (0..=RTMAX).contains(&number) && !KEPT.contains(&number);
+        known.then_some(Self(number))
     }
 
     /// Its number.
@@ -40,10 +42,19 @@ impl Signal {
     }
 }
 
-/// A text that names no signal.
+/// A text that names no signal that can be sent.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a signal: give a name such as SIGHUP, SIGRTMIN+3, or a number from 0 to 64")]
-pub struct UnknownSignal(pub String);
+#[expect(missing_docs, reason = "the message says it")]
+pub enum UnknownSignal {
+    #[error(
+        "{0:?} is not a signal: give a name such as SIGHUP, SIGRTMIN+3, or a number from 0 to 64"
+    )]
+    None(String),
+    #[error(
+        "{0:?} can't be sent: the C library keeps 32 and 33 to itself; real-time signals begin with SIGRTMIN, which is 34"
+    )]
+    Kept(String),
+}
 
 /// Names and numbers on Linux for x86_64 and aarch64, which agree; the first name of a number is the one that is shown.
 const NAMES: &[(&str, i32)] = &[
@@ -88,9 +99,12 @@ impl FromStr for Signal {
 
     /// Upper or lower case, with or without `SIG`, a number, or `SIGRTMIN+n` and `SIGRTMAX-n`.
     fn from_str(text: &str) -> Result<Self, UnknownSignal> {
-        let unknown = || UnknownSignal(text.to_owned());
+        let unknown = || UnknownSignal::None(text.to_owned());
         let upper = text.trim().to_ascii_uppercase();
         if let Ok(number) = upper.parse() {
+            if KEPT.contains(&number) {
+                return Err(UnknownSignal::Kept(text.to_owned()));
+            }
             return Self::from_number(number).ok_or_else(unknown);
         }
         let name = upper.strip_prefix("SIG").unwrap_or(&upper);
@@ -152,15 +166,26 @@ mod tests {
     #[case("-1")]
     #[case("SIGRTMIN+31")]
     #[case("SIGRTMIN-1")]
+    #[case("32")]
+    #[case("33")]
     fn what_is_none_is_named(#[case] text: &str) {
         let error = text.parse::<Signal>().unwrap_err().to_string();
         assert!(error.contains(&format!("{text:?}")), "{error}");
     }
 
+    #[test]
+    fn what_the_c_library_keeps_is_no_signal() {
+        for number in [-1, 32, 33, 65] {
+            assert_eq!(Signal::from_number(number), None);
+        }
+        let error = "33".parse::<Signal>().unwrap_err();
+        assert!(error.to_string().contains("can't be sent"), "{error}");
+    }
+
     proptest! {
         #[test]
         fn what_is_shown_is_read_back(number in 0..=64i32) {
-            prop_assume!(![32, 33].contains(&number));
+            prop_assume!(!KEPT.contains(&number));
             let signal = Signal::from_number(number).unwrap();
             prop_assert_eq!(signal.to_string().parse(), Ok(signal));
         }

@@ -49,11 +49,12 @@ impl Held {
         self.process
     }
 
-    /// Sends it a signal. One that is gone is success: there is nothing left to tell it.
+    /// Sends it a signal; [`Signal::NULL`] sends nothing. One that is gone is success: there is nothing left to tell it.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
-        let Some(signal) = to_rustix(signal) else {
+        if signal == Signal::NULL {
             return Ok(());
-        };
+        }
+        let signal = to_rustix(signal).ok_or(io::ErrorKind::InvalidInput)?;
         match pidfd_send_signal(&self.descriptor, signal) {
             Err(rustix::io::Errno::SRCH) => Ok(()),
             other => Ok(other?),
@@ -191,7 +192,7 @@ fn start_time(pid: i32) -> io::Result<u64> {
     field.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Signal 0 asks only and has no value there.
+/// Signal 0 has no value there.
 fn to_rustix(signal: Signal) -> Option<rustix::process::Signal> {
     use rustix_libc_wrappers::process::SignalExt;
     rustix::process::Signal::from_raw(signal.number())
@@ -211,6 +212,15 @@ mod tests {
             Held::again(nobody).unwrap_err();
             assert!(!is_alive(nobody));
             assert!(children(pid).is_empty());
+        }
+    }
+
+    #[test]
+    fn every_signal_there_is_can_be_sent() {
+        for number in 1..=64 {
+            if let Some(signal) = Signal::from_number(number) {
+                assert!(to_rustix(signal).is_some(), "{signal}");
+            }
         }
     }
 

@@ -39,7 +39,7 @@ async fn check_61_unknown_names_and_ids_are_errors() {
     let task = host
         .start(&plugin, host.shell("echo up; exec sleep 1000"))
         .await;
-    for name in ["SIGNONSENSE", "", "99", "-9"] {
+    for name in ["SIGNONSENSE", "", "99", "-9", "32", "33"] {
         let status = task.signal(&plugin, name).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{name}: {status:?}");
     }
@@ -87,6 +87,12 @@ async fn a_signal_that_is_none_is_named_and_does_nothing() {
             )
         );
     }
+    // Of the kernel's signals the C library lets nobody send these two.
+    let kept = refusal(within("StopTask", plugin.stop(&task.id, DEADLINE, "33")).await);
+    assert!(
+        kept.message().starts_with("\"33\" can't be sent: "),
+        "{kept:?}"
+    );
     assert_eq!(task.stop(&plugin, DEADLINE, "SIGTERM").await.code, 3);
     task.destroy(&plugin).await;
 }
