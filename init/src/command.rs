@@ -13,7 +13,7 @@ use std::process::Command;
 use nix::libc;
 use nspawn_init::{Step, Trouble};
 
-use crate::raw::with_signals_as_at_birth;
+use crate::raw::with_signals_and_limits_as_at_birth;
 
 /// Variables by name.
 pub(crate) type Environment = BTreeMap<OsString, OsString>;
@@ -160,7 +160,7 @@ impl Invocation<'_> {
 fn command(file: &Path, environment: &Environment) -> Command {
     let mut command = Command::new(file);
     command.env_clear().envs(environment);
-    with_signals_as_at_birth(&mut command);
+    with_signals_and_limits_as_at_birth(&mut command);
     command
 }
 

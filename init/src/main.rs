@@ -33,6 +33,7 @@ use crate::raw::Inherited;
 fn main() -> ExitCode {
     // First, so that no signal is lost: a first process keeps only those that it blocks. A command starts with none blocked.
     let _ = SigSet::all().thread_block();
+    raw::dump_no_core();
     let Inherited {
         channel,
         stdout,

@@ -1,5 +1,5 @@
 //! The three things for which there are no safe words: taking over the descriptors that the program was started with, handing
-//! the kernel a seccomp program, and starting a command whose signals are as they should. The only unsafe code of this
+//! the kernel a seccomp program, and starting a command whose signals and limits are as they should. The only unsafe code of this
 //! program; decides nothing, and keeps nothing.
 
 #![expect(
@@ -12,11 +12,13 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::libc;
 use nix::sys::signal::SigSet;
 use nspawn_init::{DESCRIPTORS, Descriptor, Filter};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// The descriptors that the program was started with.
 pub(crate) struct Inherited {
@@ -52,13 +54,34 @@ pub(crate) fn inherited() -> io::Result<Inherited> {
     })
 }
 
+/// The limit of core dumps that a command is to have.
+static CORE: OnceLock<Rlimit> = OnceLock::new();
+
+/// Keeps this process out of core dumps: orders and variables hold secrets. A command gets back what this process had.
+pub(crate) fn dump_no_core() {
+    /// With 0 the kernel would still call a core dump's handler program; 1 is what it takes for "not even that".
+    const NOT_EVEN_A_HANDLER: u64 = 1;
+    let given = *CORE.get_or_init(|| getrlimit(Resource::Core));
+    let most = given.maximum.unwrap_or(u64::MAX);
+    let own = Rlimit {
+        current: Some(NOT_EVEN_A_HANDLER.min(most)),
+        ..given
+    };
+    // A soft limit below the hard one is refused to nobody.
+    let _ = setrlimit(Resource::Core, own);
+}
+
 /// Has a command start with no signal blocked, as this process has them all, and none ignored: whoever is started by
 /// posix_spawn(3) ignores two that the C library keeps for itself, and so does all it starts.
-pub(crate) fn with_signals_as_at_birth(command: &mut Command) {
+pub(crate) fn with_signals_and_limits_as_at_birth(command: &mut Command) {
     /// The kernel's `struct sigaction`, with nothing in it: the default.
     const DEFAULT: [u64; 4] = [0; 4];
     const LAST: i32 = 64;
-    let reset = || {
+    let core = CORE.get().copied();
+    let reset = move || {
+        if let Some(core) = core {
+            setrlimit(Resource::Core, core)?;
+        }
         for number in 1..=LAST {
             // SAFETY: the kernel reads a structure of 32 bytes, which this is, and writes nothing. The C library's own call
             // refuses the two. So does the kernel SIGKILL and SIGSTOP, which can't be ignored.
@@ -74,7 +97,7 @@ pub(crate) fn with_signals_as_at_birth(command: &mut Command) {
         }
         Ok(SigSet::empty().thread_set_mask()?)
     };
-    // SAFETY: two kinds of system call that may be made between fork and exec, and no memory but its own.
+    // SAFETY: three kinds of system call that may be made between fork and exec, and no memory but its own.
     unsafe { command.pre_exec(reset) };
 }
 

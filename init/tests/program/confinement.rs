@@ -3,9 +3,9 @@
 use std::process::{Command, Stdio};
 
 use nix::libc;
-use nspawn_init::{Filter, Life, Order, PROGRAM, Step, packet};
+use nspawn_init::{Filter, Life, Order, PROGRAM, Request, Step, Word, packet};
 
-use crate::harness::{Launch, Left, directory, order, run};
+use crate::harness::{Launch, Left, directory, order, run, shell};
 
 const LOAD: u16 = 0x20;
 const EQUAL: u16 = 0x15;
@@ -123,5 +123,41 @@ fn filters_that_are_none_are_refused() {
             assert_eq!((trouble.step, trouble.errno), (Step::Filters, libc::EINVAL));
             assert_eq!((left.words.len(), left.code()), (1, 126));
         }
+    }
+}
+
+/// The soft and the hard limit of core dumps of a process.
+fn core_limits(pid: i32) -> (String, String) {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Max core file size"));
+    let mut words = line.unwrap().split_ascii_whitespace().map(str::to_owned);
+    (words.next().unwrap(), words.next().unwrap())
+}
+
+/// It holds the order and the variables of the command, which are secrets.
+#[test]
+fn it_leaves_no_core_dump_and_the_command_may() {
+    let (soft, hard) = core_limits(std::process::id().cast_signed());
+    let none = if hard == "0" { "0" } else { "1" };
+    for life in LIVES {
+        let order = shell(life, "read line; ulimit -S -c; ulimit -H -c");
+        let mut program = Launch::new(&order).without_go().start();
+        assert_eq!(program.word(), Some(Word::Ready));
+        assert_eq!(core_limits(program.pid()), (none.to_owned(), hard.clone()));
+        program.ask(&Request::Go, &[]);
+        if life == Life::Init {
+            assert_eq!(program.word(), Some(Word::Running));
+            assert_eq!(core_limits(program.pid()).0, none);
+        }
+        program.tell("");
+        let blocks = |bytes: &str| match bytes.parse::<u64>() {
+            Ok(bytes) => (bytes / 512).to_string(),
+            Err(_) => bytes.to_owned(),
+        };
+        let left = program.end();
+        let want = format!("{}\n{}\n", blocks(&soft), blocks(&hard));
+        assert_eq!(left.stdout, want, "{life:?}");
     }
 }
