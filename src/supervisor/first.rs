@@ -61,10 +61,35 @@ fn tempfile(directory: &Path) -> io::Result<File> {
 /// The channel to the program.
 #[derive(Debug)]
 pub(super) struct Channel {
-    /// `None` once the other end is closed or has talked nonsense.
+    /// `None` once the other end is closed, or has said what it can't have to say.
     socket: Option<OwnedFd>,
     /// The program's process id on the host, once it has said anything.
     speaker: Option<i32>,
+    said: Said,
+    /// Takes one word. As long as the longest, of which the kernel gives what is written.
+    buffer: Vec<u8>,
+}
+
+/// How far the program has come, by its words. Each is said once, so that few words can ever come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Said {
+    Nothing,
+    Ready,
+    Running,
+    Over,
+}
+
+impl Said {
+    /// Where this word leads, if it may come now. Of further commands there is nothing to tell: none is asked for.
+    fn then(self, word: &Word) -> Option<Self> {
+        match (self, word) {
+            (Self::Nothing, Word::Ready) => Some(Self::Ready),
+            (Self::Ready, Word::Running) => Some(Self::Running),
+            (Self::Nothing | Self::Ready, Word::Failed(_))
+            | (Self::Running, Word::Ended { .. }) => Some(Self::Over),
+            _ => None,
+        }
+    }
 }
 
 impl Channel {
@@ -77,9 +102,13 @@ impl Channel {
             SockFlag::SOCK_CLOEXEC,
         )?;
         setsockopt(&ours, sockopt::PassCred, &true)?;
-        let socket = Some(ours);
-        let speaker = None;
-        Ok((Self { socket, speaker }, theirs))
+        let channel = Self {
+            socket: Some(ours),
+            speaker: None,
+            said: Said::Nothing,
+            buffer: vec![0; LONGEST],
+        };
+        Ok((channel, theirs))
     }
 
     pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
@@ -91,14 +120,14 @@ impl Channel {
         self.speaker
     }
 
-    /// The next word, if one is there.
+    /// The next word, if one is there and may come now; four in all at the most. Whoever says anything else is heard no more.
     pub(super) fn hear(&mut self) -> Option<Word> {
         let socket = self.socket.as_ref()?;
-        let mut buffer = vec![0; LONGEST];
+        let buffer = &mut self.buffer;
         let mut credentials = nix::cmsg_space!(UnixCredentials);
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
         let mut receive = || {
-            let mut slices = [IoSliceMut::new(&mut buffer)];
+            let mut slices = [IoSliceMut::new(buffer)];
             recvmsg::<()>(
                 socket.as_raw_fd(),
                 &mut slices,
@@ -117,16 +146,23 @@ impl Channel {
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => return None,
             Ok((length, speaker)) if length > 0 => (length, speaker),
             _ => {
-                self.socket = None;
+                self.close();
                 return None;
             }
         };
-        let word = message(&buffer[..length]).ok();
-        if word.is_none() {
-            self.socket = None;
-        }
+        let word: Option<Word> = message(&self.buffer[..length]).ok();
+        let Some(said) = word.as_ref().and_then(|word| self.said.then(word)) else {
+            self.close();
+            return None;
+        };
+        self.said = said;
         self.speaker = self.speaker.or_else(|| speaker.filter(|pid| *pid > 0));
         word
+    }
+
+    fn close(&mut self) {
+        self.socket = None;
+        self.buffer = Vec::new();
     }
 
     /// Lets the command run.
@@ -146,4 +182,58 @@ fn speaker_of(received: &RecvMsg<'_, '_, ()>) -> Option<i32> {
         ControlMessageOwned::ScmCredentials(who) => Some(who.pid()),
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIFE: [Word; 3] = [Word::Ready, Word::Running, Word::Ended { status: 0 }];
+
+    /// What is heard when this is said, and whether the channel is open after it.
+    fn heard(said: &[Word]) -> (Vec<Word>, bool) {
+        let (mut channel, theirs) = Channel::open().unwrap();
+        for word in said {
+            let flags = MsgFlags::MSG_DONTWAIT;
+            // There is an end to what fits.
+            let _ = send(theirs.as_raw_fd(), &packet(word), flags);
+        }
+        let words = std::iter::from_fn(|| channel.hear()).collect();
+        (words, channel.descriptor().is_some())
+    }
+
+    #[test]
+    fn a_whole_life_is_heard() {
+        assert_eq!(heard(&LIFE), (LIFE.to_vec(), true));
+    }
+
+    #[test]
+    fn of_a_flood_nothing_is_heard_but_what_can_be_true() {
+        for flood in LIFE {
+            let mut said = LIFE.to_vec();
+            said.truncate(1 + LIFE.iter().position(|word| *word == flood).unwrap());
+            let life = said.clone();
+            said.resize(1000, flood);
+            assert_eq!(heard(&said), (life, false));
+        }
+    }
+
+    #[test]
+    fn what_can_not_be_said_yet_ends_it() {
+        let failed = Word::Failed(nspawn_init::Trouble {
+            step: nspawn_init::Step::Execute,
+            file: "/bin/none".into(),
+            errno: 2,
+        });
+        for (said, words) in [
+            (vec![Word::Running], 0),
+            (vec![Word::Ended { status: 0 }], 0),
+            (vec![Word::Ready, Word::Ended { status: 0 }], 1),
+            (vec![Word::Ready, Word::Running, failed.clone()], 2),
+            (vec![failed.clone(), Word::Ready], 1),
+            (vec![Word::Ready, Word::ExecEnded { id: 1, status: 0 }], 1),
+        ] {
+            assert_eq!(heard(&said), (said[..words].to_vec(), false), "{said:?}");
+        }
+    }
 }

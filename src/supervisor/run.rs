@@ -346,7 +346,7 @@ impl Watch {
         }
     }
 
-    /// Reads what the container's first program says, where it is ours. The first word of a kind counts.
+    /// Reads what the container's first program says, where it is ours.
     fn hear_first(&mut self) {
         let Some(channel) = &mut self.first else {
             return;
@@ -358,8 +358,8 @@ impl Watch {
                         *ready = true;
                     }
                 }
-                Word::Failed(trouble) => drop(self.trouble.get_or_insert(trouble)),
-                Word::Ended { status } => drop(self.status.get_or_insert(status)),
+                Word::Failed(trouble) => self.trouble = Some(trouble),
+                Word::Ended { status } => self.status = Some(status),
                 Word::Running
                 | Word::ExecRunning { .. }
                 | Word::ExecFailed { .. }
