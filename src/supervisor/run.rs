@@ -47,6 +47,9 @@ const CLEAR_UP: Duration = Duration::from_secs(5);
 /// How long nobody is let in after somebody could not be, as when there are no descriptors left.
 const BREATH: Duration = Duration::from_millis(100);
 
+/// How many times in a row waiting may fail.
+const MOST_BREATHS: u32 = 100;
+
 /// How long an image's init may need before it takes signals. What it does not take then, it never will.
 const YOUTH: Duration = Duration::from_secs(60);
 
@@ -247,13 +250,17 @@ impl Watch {
 
     /// Sleeps until something happens, and deals with it, until systemd-nspawn has ended.
     fn run(&mut self) {
+        let mut sleepless = 0;
         let status = loop {
             let awake = match self.sleep() {
-                Ok(awake) => awake,
+                Ok(awake) => {
+                    sleepless = 0;
+                    awake
+                }
                 Err(error) => {
-                    let _ = writeln!(io::stderr(), "waiting failed: {error}");
-                    self.kill();
-                    Awake::default()
+                    sleepless += 1;
+                    self.bear(sleepless, error);
+                    Awake::by_itself()
                 }
             };
             if awake.notify {
@@ -282,6 +289,20 @@ impl Watch {
             self.closed = self.closed.filter(|end| Instant::now() < *end);
         };
         self.end(status);
+    }
+
+    /// The kernel lets nobody wait, as when this process may have fewer descriptors than it has. For a while everything is looked
+    /// at now and then instead; a container that can't be watched must not run.
+    fn bear(&mut self, times: u32, error: nix::Error) {
+        match times {
+            1 => drop(writeln!(io::stderr(), "waiting failed: {error}")),
+            MOST_BREATHS => {
+                let _ = writeln!(io::stderr(), "waiting still fails: the container is ended");
+                self.kill();
+            }
+            _ => {}
+        }
+        std::thread::sleep(BREATH);
     }
 
     fn sleep(&self) -> nix::Result<Awake> {
@@ -379,8 +400,12 @@ impl Watch {
     }
 
     fn started(&mut self, leader: i32) {
-        // A command may have ended before anybody could look at it: then its end is all there is to see.
-        let held = Held::by_pid(leader).ok();
+        let held = match Held::by_pid(leader) {
+            Ok(held) => Some(held),
+            // A command may have ended before anybody could look at it: then its end is all there is to see.
+            Err(error) if is_gone(&error) => None,
+            Err(error) => return self.fail(&error),
+        };
         let copy = self
             .order
             .copies
@@ -419,15 +444,21 @@ impl Watch {
         if let Err(error) = self.records.write_running(&running) {
             // A container that could not be found again must not run.
             let _ = writeln!(io::stderr(), "the start can't be recorded: {error}");
-            self.state = State::Failing(failure(Step::Watch, &error));
-            self.kill();
-            return;
+            return self.fail(&error);
         }
         pause::at(&self.records, Point::Recorded);
         if let Some(first) = &self.first {
             first.go();
         }
         self.listeners.tell(&News::Started(started));
+    }
+
+    /// Undoes the start.
+    fn fail(&mut self, error: &io::Error) {
+        self.state = State::Failing(failure(Step::Watch, error));
+        // Our own first program runs nothing without it, and what follows may need its descriptor.
+        self.first = None;
+        self.kill();
     }
 
     fn welcome(&mut self) {
@@ -664,9 +695,9 @@ impl Watch {
     /// Ends everything at once, systemd-nspawn too.
     fn kill_nspawn(&mut self) {
         self.put_down = true;
-        if let Ok(nspawn) = Held::again(self.nspawn) {
-            let _ = nspawn.signal(Signal::KILL);
-        }
+        // Its own parent has not waited for it yet, so the pid is its own. No descriptor is needed for that.
+        let pid = nix::unistd::Pid::from_raw(self.nspawn.pid);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         if let Some(place) = &self.order.place {
             Group::new(&place.group).kill();
         }
@@ -770,10 +801,15 @@ impl Watch {
 fn send(pid: i32, signal: Signal) -> io::Result<()> {
     match Held::by_pid(pid) {
         Ok(held) => held.signal(signal),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.raw_os_error() == Some(nix::Error::ESRCH as i32) => Ok(()),
+        Err(error) if is_gone(&error) => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// Whether it means that there is no such process.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(nix::Error::ESRCH as i32)
 }
 
 fn in_one_line(words: &str) -> String {
@@ -791,6 +827,18 @@ struct Awake {
     notify: bool,
     lifeline: bool,
     leader: Option<Leader>,
+}
+
+impl Awake {
+    /// Anything may have happened.
+    fn by_itself() -> Self {
+        Self {
+            signals: true,
+            notify: true,
+            lifeline: true,
+            leader: None,
+        }
+    }
 }
 
 /// Starts the step between this process and systemd-nspawn.

@@ -683,6 +683,75 @@ async fn a_supervisor_that_can_let_nobody_in_keeps_its_task_and_takes_no_time() 
     nothing_left(&host, &plugin).await;
 }
 
+/// The kernel lets nobody wait for more descriptors than he may have.
+#[rstest]
+#[case::for_a_moment(true)]
+#[case::for_good(false)]
+#[tokio::test]
+async fn a_supervisor_that_may_not_wait_watches_all_the_same(#[case] passes: bool) {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let gate = host.join("gate");
+    let task = host.up(&plugin, host.shell(&gated(&gate))).await;
+    let supervisor = i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap();
+    let log = Records::of(&host.state(), &task.id).path().join("log");
+    let before = limit(supervisor, Limited::Descriptors, "1");
+    // Wakes it up; there is no descriptor to send it with.
+    let _ = task.signal(&plugin, "SIGURG").await;
+    eventually("its complaint", || {
+        fs::read_to_string(&log).unwrap().contains("waiting failed")
+    })
+    .await;
+    if passes {
+        limit(supervisor, Limited::Descriptors, &before);
+        task.signal(&plugin, "SIGURG").await.unwrap();
+        assert_eq!(fs::read_to_string(&log).unwrap().lines().count(), 1);
+        ends_well(&plugin, &task, &gate).await;
+    } else {
+        let exit = task.wait(&plugin).await;
+        assert_eq!((exit.code, exit.signal), (137, 9), "{exit:?}");
+        let complaints = fs::read_to_string(&log).unwrap();
+        assert_eq!(complaints.matches("waiting").count(), 2, "{complaints}");
+        task.destroy(&plugin).await;
+    }
+    nothing_left(&host, &plugin).await;
+}
+
+/// Without a hold on its first process a container would run unwatched.
+#[tokio::test]
+async fn a_supervisor_that_can_not_hold_the_first_process_fails_the_start() {
+    let host = Host::new();
+    let plugin = Arc::new(host.plugin().await);
+    let mut announced = Trap::named(&host.state(), "before_notify");
+    let mut spawned = Trap::at(&host.state(), Point::Spawned);
+    host.scenario(&json!({"calls": [{"pause_before_notify": announced.socket()}, {}]}));
+    let start = starting(&plugin, host.allocation(host.shell("exec sleep 1000"))).await;
+    let supervisor = reached(&mut spawned).await;
+    drop(spawned);
+    reached(&mut announced).await;
+    // Listeners take all that is free.
+    const FEW: usize = 20;
+    limit(supervisor, Limited::Descriptors, &FEW.to_string());
+    let lifeline = Records::of(&host.state(), &start.id).lifeline();
+    let connect = |_| std::os::unix::net::UnixStream::connect(&lifeline).unwrap();
+    let _listeners: Vec<_> = (0..FEW).map(connect).collect();
+    eventually("a supervisor without descriptors", || {
+        fs::read_dir(format!("/proc/{supervisor}/fd"))
+            .unwrap()
+            .count()
+            == FEW
+    })
+    .await;
+    drop(announced);
+    let status = refusal(within("StartTask", start.call).await.unwrap());
+    assert!(
+        status.message().contains("Too many open files"),
+        "{status:?}"
+    );
+    all_is_well(&host, &plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
 // Everybody at once.
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
