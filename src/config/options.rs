@@ -120,7 +120,7 @@ options! {
         /// The systemd-nspawn program to use instead of the one along `PATH`.
         "nspawn_path" => nspawn_path: String [],
         /// How long the agent may take to ask for its tasks before what it did not ask for is ended and cleared away.
-        "reconcile_after" => reconcile_after: String ["1m"],
+        "reconcile_after" => reconcile_after: String ["10m"],
     }
 }
 

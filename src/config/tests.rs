@@ -830,13 +830,13 @@ fn plugin_configurations(
         volumes,
         state_dir: state_dir.into(),
         nspawn_path: nspawn_path.map(Into::into),
-        reconcile_after: Some(Duration::from_secs(60)),
+        reconcile_after: Some(Duration::from_secs(600)),
     };
     assert_eq!(PluginConfig::decode(bytes), Ok(expected));
 }
 
 #[rstest]
-#[case("", Some(60_000))]
+#[case("", Some(600_000))]
 #[case("1m30s", Some(90_000))]
 #[case("250ms", Some(250))]
 #[case("0", None)]
