@@ -632,10 +632,12 @@ impl ContainerBackend for NspawnBackend {
     }
 }
 
-/// systemd-nspawn copies an ephemeral tree beside it, or into it where it is a mount point of its own.
+/// systemd-nspawn copies an ephemeral image beside it; a tree too, or into it where it is a mount point of its own.
 fn copies_of(spec: &ContainerSpec) -> Option<PathBuf> {
-    let (true, Root::Directory(tree)) = (spec.ephemeral, &spec.root) else {
-        return None;
+    let tree = match &spec.root {
+        _ if !spec.ephemeral => return None,
+        Root::Image(image) => return image.parent().map(Path::to_owned),
+        Root::Directory(tree) => tree,
     };
     let parent = tree.parent().unwrap_or(tree);
     let device = |path: &Path| fs::metadata(path).map(|about| about.dev()).ok();

@@ -82,7 +82,8 @@ pub(super) fn empty(group: &Path, remove: bool) -> io::Result<()> {
     if remove { group.remove() } else { Ok(()) }
 }
 
-/// Frees what the host holds for a container whose processes are gone.
+/// Frees what the host holds for a container whose processes are gone. What can't be freed keeps nothing else from it; the error
+/// is the first.
 pub fn free(records: &Records, order: &Order, copy: Option<&Path>) -> io::Result<()> {
     for path in dropped_mounts(&order.machine) {
         let _ = umount2(&path, MntFlags::MNT_DETACH);
@@ -90,23 +91,25 @@ pub fn free(records: &Records, order: &Order, copy: Option<&Path>) -> io::Result
     }
     // systemd-nspawn leaves this one where /run is no tmpfs. Only an empty directory goes.
     let _ = fs::remove_dir(Path::new("/run/systemd/nspawn/propagate").join(&order.machine));
-    match copy.filter(|copy| is_copy(copy, order)) {
-        Some(copy) => remove_copy(copy)?,
-        None => remove_nameless_copies(records, order)?,
-    }
+    let copies = match copy.filter(|copy| is_copy(copy, order)) {
+        Some(copy) => remove_copy(copy),
+        None => remove_nameless_copies(records, order),
+    };
     // The stand-in for a root is a tree like any other to systemd-nspawn.
     let skeleton = records.skeleton();
     let trees = order.locks.iter().chain([&skeleton]);
     for lock in trees.filter_map(|tree| locks_of(tree)).flatten() {
         remove_lock(&lock);
     }
-    let Some(place) = &order.place else {
-        return Ok(());
-    };
-    if let Some(mirror) = &place.mirror {
-        Group::new(mirror).remove()?;
-    }
-    Group::new(&place.group).remove()
+    let places = order.place.iter();
+    let groups = places.flat_map(|place| place.mirror.iter().chain([&place.group]));
+    let groups = all(groups.map(|group| Group::new(group).remove()));
+    copies.and(groups)
+}
+
+/// Does all of this, and gives the first error.
+fn all(done: impl Iterator<Item = io::Result<()>>) -> io::Result<()> {
+    done.fold(Ok(()), io::Result::and)
 }
 
 /// Clears what blocks a start: from 256 on a systemd-nspawn that was killed leaves mounts that the next one of the same name
@@ -157,8 +160,13 @@ fn remove_nameless_copies(records: &Records, order: &Order) -> io::Result<()> {
     let Some(copies) = &order.copies else {
         return Ok(());
     };
+    let entries = match fs::read_dir(copies) {
+        // Whoever removed the place has removed the copies.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
     let ordered = fs::symlink_metadata(records.path().join("order"))?.modified()?;
-    for entry in fs::read_dir(copies)?.flatten() {
+    all(entries.flatten().map(|entry| {
         let name = entry.file_name();
         let copy = name
             .to_str()
@@ -169,10 +177,10 @@ fn remove_nameless_copies(records: &Records, order: &Order) -> io::Result<()> {
             && begun().is_ok_and(|begun| begun >= ordered)
             && let Some(_held) = take_lock(&entry.path())
         {
-            remove_copy(&copies.join(copy))?;
+            return remove_copy(&copies.join(copy));
         }
-    }
-    Ok(())
+        Ok(())
+    }))
 }
 
 /// Whether systemd-nspawn makes up such a name for a copy.
@@ -183,8 +191,15 @@ fn is_random(copy: &str) -> bool {
     random.is_some_and(|random| random.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
+/// Removes a copy, of a tree or of an image.
 fn remove_copy(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
+    let is_tree = path.symlink_metadata().is_ok_and(|about| about.is_dir());
+    let removed = if is_tree {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
@@ -292,8 +307,63 @@ pub(super) fn descendants(of: i32) -> Vec<i32> {
 mod tests {
     use super::super::record::First;
     use super::*;
+    use crate::cgroup::Place;
     use crate::container::Mode;
     use std::collections::BTreeMap;
+
+    /// A start whose copies lie in this place.
+    fn copying_to(copies: &Path, place: Option<Place>) -> (Records, Order) {
+        let records = Records::at(copies.with_file_name("records"));
+        records.create().unwrap();
+        let order = Order {
+            id: "a/t/1".to_owned(),
+            machine: "t-a".to_owned(),
+            mode: Mode::Plain,
+            boot: "b".to_owned(),
+            program: "/n".into(),
+            arguments: Vec::new(),
+            first: First::Image,
+            stdout: None,
+            stderr: None,
+            place,
+            network_namespace: None,
+            locks: None,
+            copies: Some(copies.to_owned()),
+            notes: Vec::new(),
+        };
+        records.write_order(&order, &BTreeMap::new(), None).unwrap();
+        (records, order)
+    }
+
+    #[test]
+    fn what_can_not_be_freed_keeps_nothing_else_from_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let (copies, group) = (temp.path().join("images"), temp.path().join("group"));
+        for directory in [&copies, &group] {
+            fs::create_dir(directory).unwrap();
+        }
+        // No hierarchy of groups has files, so this is one that does not go.
+        let mirror = temp.path().join("mirror");
+        fs::create_dir(&mirror).unwrap();
+        fs::write(mirror.join("file"), "").unwrap();
+        let (records, order) = copying_to(
+            &copies,
+            Some(Place {
+                group: group.clone(),
+                mirror: Some(mirror),
+            }),
+        );
+        let error = free(&records, &order, None).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::DirectoryNotEmpty);
+        assert!(!group.exists());
+    }
+
+    #[test]
+    fn where_the_place_of_the_copies_is_gone_there_is_nothing_to_remove() {
+        let temp = tempfile::tempdir().unwrap();
+        let (records, order) = copying_to(&temp.path().join("gone"), None);
+        free(&records, &order, None).unwrap();
+    }
 
     #[test]
     fn of_copies_without_a_name_those_go_that_are_dead_and_later_than_the_order() {
@@ -308,25 +378,7 @@ mod tests {
             copy
         };
         let early = make(".#machine.tree00000000000000aa");
-        let records = Records::at(temp.path().join("records"));
-        records.create().unwrap();
-        let order = Order {
-            id: "a/t/1".to_owned(),
-            machine: "t-a".to_owned(),
-            mode: Mode::Plain,
-            boot: "b".to_owned(),
-            program: "/n".into(),
-            arguments: Vec::new(),
-            first: First::Image,
-            stdout: None,
-            stderr: None,
-            place: None,
-            network_namespace: None,
-            locks: None,
-            copies: Some(copies.clone()),
-            notes: Vec::new(),
-        };
-        records.write_order(&order, &BTreeMap::new(), None).unwrap();
+        let (records, order) = copying_to(&copies, None);
         let lock = |copy: &Path| {
             let name = copy.file_name().unwrap().to_str().unwrap();
             copies.join(format!(".#{name}.lck"))
@@ -335,6 +387,10 @@ mod tests {
         let file = fs::File::options().write(true).open(lock(&early)).unwrap();
         file.set_modified(before).unwrap();
         let dead = make(".#machine.tree00000000000000bb");
+        let image = copies.join(".#machine.disk.raw00000000000000dd");
+        for file in [&image, &lock(&image)] {
+            fs::write(file, "").unwrap();
+        }
         let alive = make(".#machine.tree00000000000000cc");
         let other = make(".#machine.backup");
         let held = take_lock(&lock(&alive)).unwrap();
@@ -342,7 +398,9 @@ mod tests {
         for copy in [&early, &alive, &other] {
             assert!(copy.exists() && lock(copy).exists(), "{}", copy.display());
         }
-        assert!(!dead.exists() && !lock(&dead).exists());
+        for copy in [&dead, &image] {
+            assert!(!copy.exists() && !lock(copy).exists(), "{}", copy.display());
+        }
         drop(held);
         free(&records, &order, None).unwrap();
         assert!(!alive.exists());
