@@ -19,7 +19,9 @@ use tokio_util::task::TaskTracker;
 
 use super::{BackendError, ContainerBackend, chain};
 use crate::cgroup::{Group, Layout};
-use crate::container::{CgroupLayout, ContainerSpec, Exit, Probe, Root, Started, Usage, Users};
+use crate::container::{
+    CgroupLayout, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users,
+};
 use crate::nspawn::argv::{self, Bind, Host};
 use crate::nspawn::{probe, root};
 use crate::signal::Signal;
@@ -275,11 +277,16 @@ impl NspawnBackend {
             stderr: spec.stderr.clone(),
             place,
             network_namespace: match &spec.network {
-                crate::container::Network::Join(path) => Some(path.clone()),
+                Network::Join(path) => Some(path.clone()),
                 _ => None,
             },
             locks: locks_of(spec),
             copies: copies_of(spec),
+            picks: matches!(&spec.users, Users::Private { range, .. } if range == "pick"),
+            zone: match &spec.network {
+                Network::Private { zone, .. } => zone.clone(),
+                _ => None,
+            },
             notes,
         };
         pause::at(records, Point::BeforeOrder);

@@ -35,6 +35,7 @@ pub mod record;
 pub mod remains;
 pub mod run;
 pub mod state_dir;
+mod zone;
 
 pub use claim::Claim;
 pub use line::{Failure, Step, Verb};

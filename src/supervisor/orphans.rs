@@ -255,6 +255,8 @@ mod tests {
             network_namespace: None,
             locks: None,
             copies: None,
+            picks: false,
+            zone: None,
             notes: Vec::new(),
         }
     }

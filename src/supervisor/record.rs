@@ -76,6 +76,12 @@ pub struct Order {
     pub locks: Option<PathBuf>,
     /// The directory that takes the throw-away copy of an ephemeral root.
     pub copies: Option<PathBuf>,
+    /// Whether systemd-nspawn picks the range of user ids, and locks it.
+    #[serde(default)]
+    pub picks: bool,
+    /// The zone whose bridge the container joins.
+    #[serde(default)]
+    pub zone: Option<String>,
     /// What the user should know about this start.
     pub notes: Vec<String>,
 }
@@ -103,6 +109,9 @@ pub struct Running {
     pub nspawn: Process,
     /// The throw-away copy of the root, if there is one: systemd-nspawn leaves it when it is killed.
     pub copy: Option<PathBuf>,
+    /// The first user id outside of the container's range, if it has one of its own.
+    #[serde(default)]
+    pub uids: Option<u32>,
 }
 
 impl Records {

@@ -285,12 +285,13 @@ proptest! {
 
     #[test]
     fn every_record_is_read_as_it_was_written(
-        exit in exit(), started in started(), nspawn in process(), copy in proptest::option::of(path())
+        exit in exit(), started in started(), nspawn in process(), copy in proptest::option::of(path()),
+        uids: Option<u32>
     ) {
         let (_temp, records) = some();
         records.write_exit(&exit).unwrap();
         prop_assert_eq!(records.exit().unwrap(), Some(exit));
-        let running = Running { started, nspawn, copy };
+        let running = Running { started, nspawn, copy, uids };
         records.write_running(&running).unwrap();
         prop_assert_eq!(records.running().unwrap(), running);
     }

@@ -11,7 +11,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::mount::{MntFlags, umount2};
 
 use super::process::{Held, children, first_child};
-use super::record::{Order, Records};
+use super::record::{Order, Records, Running};
+use super::zone;
 use crate::cgroup::{Group, Layout, freezer};
 use crate::container::Process;
 use crate::nspawn::probe;
@@ -20,6 +21,9 @@ use crate::signal::Signal;
 /// The kind of a lock that nobody shares. The field is narrower than the constant on all platforms.
 #[expect(clippy::cast_possible_truncation, reason = "the constant is 1")]
 const WRITE_LOCK: i16 = nix::libc::F_WRLCK as i16;
+
+/// Where systemd-nspawn keeps the locks of the ranges of user ids that it has picked.
+const UIDS: &str = "/run/systemd/nspawn-uid";
 
 /// How long killed processes may take to go.
 const GONE: Duration = Duration::from_secs(10);
@@ -67,8 +71,7 @@ pub fn end(records: &Records) -> io::Result<()> {
     if let Some(place) = order.place.as_ref().filter(|_| order.boot == boot) {
         empty(&place.group, false)?;
     }
-    let copy = running.and_then(|running| running.copy);
-    free(records, &order, copy.as_deref())
+    free(records, &order, running.as_ref())
 }
 
 /// Ends every process of a group, and removes it if that is wanted.
@@ -83,14 +86,15 @@ pub(super) fn empty(group: &Path, remove: bool) -> io::Result<()> {
 }
 
 /// Frees what the host holds for a container whose processes are gone. What can't be freed keeps nothing else from it; the error
-/// is the first.
-pub fn free(records: &Records, order: &Order, copy: Option<&Path>) -> io::Result<()> {
+/// is the first. What was never told, because it never came up, is found by what is known without.
+pub fn free(records: &Records, order: &Order, running: Option<&Running>) -> io::Result<()> {
     for path in dropped_mounts(&order.machine) {
         let _ = umount2(&path, MntFlags::MNT_DETACH);
         let _ = fs::remove_dir(&path);
     }
     // systemd-nspawn leaves this one where /run is no tmpfs. Only an empty directory goes.
     let _ = fs::remove_dir(Path::new("/run/systemd/nspawn/propagate").join(&order.machine));
+    let copy = running.and_then(|running| running.copy.as_deref());
     let copies = match copy.filter(|copy| is_copy(copy, order)) {
         Some(copy) => remove_copy(copy),
         None => remove_nameless_copies(records, order),
@@ -101,10 +105,25 @@ pub fn free(records: &Records, order: &Order, copy: Option<&Path>) -> io::Result
     for lock in trees.filter_map(|tree| locks_of(tree)).flatten() {
         remove_lock(&lock);
     }
+    let uids = match running.and_then(|running| running.uids) {
+        _ if !order.picks => Ok(()),
+        Some(first) => {
+            remove_lock(&Path::new(UIDS).join(first.to_string()));
+            Ok(())
+        }
+        None => remove_nameless_uids(records, Path::new(UIDS)),
+    };
+    // In another boot a bridge of this name is another one.
+    let here = probe::boot_id().is_ok_and(|boot| boot == order.boot);
+    let zone = order.zone.as_deref().filter(|_| here);
+    // A systemd-nspawn that has ended by itself took its interface along.
+    let by_itself = matches!(records.exit(), Ok(Some(exit)) if exit.error.is_none());
+    let leaving = (!by_itself).then_some(&*order.machine);
+    let zone = zone.map_or(Ok(()), |zone| zone::remove_if_empty(zone, leaving));
     let places = order.place.iter();
     let groups = places.flat_map(|place| place.mirror.iter().chain([&place.group]));
     let groups = all(groups.map(|group| Group::new(group).remove()));
-    copies.and(groups)
+    copies.and(uids).and(zone).and(groups)
 }
 
 /// Does all of this, and gives the first error.
@@ -144,6 +163,16 @@ pub fn copy_of(leader: i32, copies: &Path) -> Option<PathBuf> {
     (name.starts_with(".#") && root.is_dir()).then_some(root)
 }
 
+/// The first id outside of a process's range of user ids, if that is a range of its own.
+pub fn uids_of(leader: i32) -> Option<u32> {
+    first_uid(&fs::read_to_string(format!("/proc/{leader}/uid_map")).ok()?)
+}
+
+fn first_uid(map: &str) -> Option<u32> {
+    let first = map.lines().next()?.split_ascii_whitespace().nth(1)?;
+    first.parse().ok().filter(|first| *first != 0)
+}
+
 /// Only a directory that systemd-nspawn named as a throw-away copy, in the place where this order's copies lie.
 fn is_copy(path: &Path, order: &Order) -> bool {
     let named = path
@@ -160,27 +189,44 @@ fn remove_nameless_copies(records: &Records, order: &Order) -> io::Result<()> {
     let Some(copies) = &order.copies else {
         return Ok(());
     };
-    let entries = match fs::read_dir(copies) {
-        // Whoever removed the place has removed the copies.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+    let dead = dead_locks(records, copies, |name| {
+        let copy = name.strip_prefix(".#")?.strip_suffix(".lck")?;
+        is_random(copy).then(|| copy.to_owned())
+    })?;
+    all(dead
+        .into_iter()
+        .map(|(_held, _, copy)| remove_copy(&copies.join(copy))))
+}
+
+/// The same for the lock of a range of user ids, which is called by the first of them.
+fn remove_nameless_uids(records: &Records, locks: &Path) -> io::Result<()> {
+    let dead = dead_locks(records, locks, |name| name.parse::<u32>().ok())?;
+    for (_held, lock, _) in dead {
+        let _ = fs::remove_file(lock);
+    }
+    Ok(())
+}
+
+/// The locks in a directory that were made after the order and that nobody holds, of those names that mean something. They are
+/// held as long as what is returned.
+fn dead_locks<T>(
+    records: &Records,
+    directory: &Path,
+    meaning: impl Fn(&str) -> Option<T>,
+) -> io::Result<Vec<(fs::File, PathBuf, T)>> {
+    let entries = match fs::read_dir(directory) {
+        // Whoever removed the place has removed what lay in it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries?,
     };
     let ordered = fs::symlink_metadata(records.path().join("order"))?.modified()?;
-    all(entries.flatten().map(|entry| {
-        let name = entry.file_name();
-        let copy = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(".#")?.strip_suffix(".lck"))
-            .filter(|copy| is_random(copy));
-        let begun = || entry.metadata().and_then(|about| about.modified());
-        if let Some(copy) = copy
-            && begun().is_ok_and(|begun| begun >= ordered)
-            && let Some(_held) = take_lock(&entry.path())
-        {
-            return remove_copy(&copies.join(copy));
-        }
-        Ok(())
-    }))
+    let dead = entries.flatten().filter_map(|entry| {
+        let meaning = meaning(entry.file_name().to_str()?)?;
+        let made = entry.metadata().and_then(|about| about.modified()).ok()?;
+        let held = (made >= ordered).then(|| take_lock(&entry.path()))??;
+        Some((held, entry.path(), meaning))
+    });
+    Ok(dead.collect())
 }
 
 /// Whether systemd-nspawn makes up such a name for a copy.
@@ -329,6 +375,8 @@ mod tests {
             network_namespace: None,
             locks: None,
             copies: Some(copies.to_owned()),
+            picks: false,
+            zone: None,
             notes: Vec::new(),
         };
         records.write_order(&order, &BTreeMap::new(), None).unwrap();
@@ -356,6 +404,42 @@ mod tests {
         let error = free(&records, &order, None).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::DirectoryNotEmpty);
         assert!(!group.exists());
+    }
+
+    #[test]
+    fn a_range_of_user_ids_is_told_by_its_first_outside() {
+        assert_eq!(
+            first_uid("         0  403111936      65536\n"),
+            Some(403_111_936)
+        );
+        assert_eq!(first_uid("         0          0 4294967295\n"), None);
+        assert_eq!(first_uid(""), None);
+        assert_eq!(uids_of(i32::MAX), None);
+    }
+
+    #[test]
+    fn of_locks_of_user_ids_those_go_that_are_dead_and_later_than_the_order() {
+        let temp = tempfile::tempdir().unwrap();
+        let locks = temp.path().join("locks");
+        fs::create_dir(&locks).unwrap();
+        let make = |name: &str| {
+            fs::write(locks.join(name), "").unwrap();
+            locks.join(name)
+        };
+        let early = make("65536");
+        let before = std::time::SystemTime::UNIX_EPOCH;
+        let file = fs::File::options().write(true).open(&early).unwrap();
+        file.set_modified(before).unwrap();
+        let (records, _) = copying_to(&temp.path().join("images"), None);
+        let (dead, alive, other) = (make("131072"), make("196608"), make("131072.bak"));
+        let held = take_lock(&alive).unwrap();
+        remove_nameless_uids(&records, &locks).unwrap();
+        assert!(!dead.exists());
+        assert!([&early, &alive, &other].iter().all(|lock| lock.exists()));
+        drop(held);
+        remove_nameless_uids(&records, &locks).unwrap();
+        assert!(!alive.exists());
+        remove_nameless_uids(&records, &locks.join("gone")).unwrap();
     }
 
     #[test]

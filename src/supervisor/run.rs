@@ -198,9 +198,8 @@ enum State {
     /// It came up and must not stay.
     Failing(Failure),
     Running {
-        started: Box<Started>,
+        running: Box<Running>,
         leader: Option<Held>,
-        copy: Option<std::path::PathBuf>,
         since: Instant,
     },
 }
@@ -432,12 +431,12 @@ impl Watch {
         let running = Running {
             started: started.clone(),
             nspawn: self.nspawn,
-            copy: copy.clone(),
+            copy,
+            uids: remains::uids_of(leader),
         };
         self.state = State::Running {
-            started: Box::new(started.clone()),
+            running: Box::new(running.clone()),
             leader: held,
-            copy,
             since: Instant::now(),
         };
         pause::at(&self.records, Point::Heard);
@@ -473,7 +472,7 @@ impl Watch {
             };
             let news = match &self.state {
                 State::Starting { .. } | State::Failing(_) => None,
-                State::Running { started, .. } => Some(News::Started((**started).clone())),
+                State::Running { running, .. } => Some(News::Started(running.started.clone())),
             };
             self.listeners.add(stream);
             if let Some(news) = news {
@@ -729,7 +728,7 @@ impl Watch {
             .place
             .as_ref()
             .map(|place| Group::new(&place.group));
-        let copy = match &self.state {
+        let running = match &self.state {
             State::Starting { .. } => {
                 let failure = self.failed(status);
                 self.listeners.tell(&News::Failed(failure));
@@ -739,16 +738,16 @@ impl Watch {
                 self.listeners.tell(&News::Failed(failure.clone()));
                 None
             }
-            State::Running { copy, .. } => {
-                let copy = copy.clone();
+            State::Running { running, .. } => {
+                let running = running.clone();
                 self.tell_end(status);
-                copy
+                Some(running)
             }
         };
         if let Some(group) = group {
             group.wait_empty(CLEAR_UP);
         }
-        if let Err(error) = remains::free(&self.records, &self.order, copy.as_deref()) {
+        if let Err(error) = remains::free(&self.records, &self.order, running.as_deref()) {
             let _ = writeln!(io::stderr(), "not everything could be freed: {error}");
         }
     }

@@ -77,6 +77,7 @@ impl Odd {
             started: started.clone(),
             nspawn: leader.process(),
             copy: None,
+            uids: None,
         };
         records.write_running(&running).unwrap();
         Self {

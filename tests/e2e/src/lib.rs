@@ -10,6 +10,7 @@ pub mod agent;
 pub mod debian;
 pub mod leftovers;
 pub mod stage;
+pub mod udev;
 
 /// How long anything may take before a test gives up on it. Only a broken test ever waits this long.
 pub const DEADLINE: Duration = Duration::from_secs(60);

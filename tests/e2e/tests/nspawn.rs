@@ -10,6 +10,9 @@ use std::time::Duration;
 use e2e::stage::{Namespace, Running, Stage, end, within};
 use e2e::{debian, until};
 use nomad_driver_nspawn::host::{Plugin, TaskExit};
+use nomad_driver_nspawn::signal::Signal;
+use nomad_driver_nspawn::supervisor::Records;
+use nomad_driver_nspawn::supervisor::process::Held;
 use serde_json::{Value, json};
 
 /// More than any task needs that ends when it is asked.
@@ -333,15 +336,7 @@ async fn an_image_is_found_where_the_documentation_says() {
 async fn a_disk_image_runs_where_systemd_nspawn_can() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
-    let image = stage.join("disk.raw");
-    fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
-    let made = Command::new("mkfs.ext4")
-        .args(["-q", "-d"])
-        .arg(stage.join("tree"))
-        .arg(&image)
-        .output();
-    let made = made.expect("mkfs.ext4 is not installed (Debian: e2fsprogs)");
-    assert!(made.status.success(), "{made:?}");
+    let image = stage.image("disk.raw", &stage.join("tree"));
     let task = stage.shell("echo inside").with("image", json!(image));
     let allocation = stage.allocation(&task);
     let bare = bare(&["--image", image.to_str().unwrap(), "/bin/true"]);
@@ -932,6 +927,91 @@ async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_root() {
     running.destroy(&plugin).await;
     assert!(!held[0].exists(), "{held:?}");
     end(plugin).await;
+    stage.leave();
+}
+
+/// Kills the systemd-nspawn of a container, as somebody on the host might; the task's end is told.
+async fn kill_nspawn(running: &Running, plugin: &Plugin) {
+    let state = running.state()["state"].as_str().map(PathBuf::from);
+    let nspawn = Records::at(state.unwrap()).running().unwrap().nspawn;
+    Held::again(nspawn).unwrap().signal(Signal::KILL).unwrap();
+    let exit = running.wait(plugin).await;
+    assert!(exit.error.is_some(), "{exit:?}");
+}
+
+/// Locks, copies, loop devices and mounts are what the end of the test looks for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_systemd_nspawn_killed_on_a_disk_image_leaves_nothing() {
+    let stage = Stage::new();
+    let (plugin, _udev) = stage.plugin_for_images().await;
+    let image = stage.image("disk.raw", &stage.join("tree"));
+    for ephemeral in [false, true] {
+        let task = stage.shell("echo up; exec sleep 1000");
+        let task = task
+            .with("image", json!(image))
+            .with("ephemeral", ephemeral);
+        let running = stage.start(&plugin, task).await;
+        running.stdout.contains("up").await;
+        let held = stage.marks().left();
+        assert!(
+            held.iter().any(|line| line.starts_with("loop device")),
+            "{held:?}"
+        );
+        kill_nspawn(&running, &plugin).await;
+        running.destroy(&plugin).await;
+    }
+    end(plugin).await;
+    stage.leave();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_systemd_nspawn_killed_in_a_user_namespace_leaves_no_lock_of_its_ids() {
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    let task = stage
+        .shell("echo up; exec sleep 1000")
+        .with("user_namespacing", true);
+    let running = stage.start(&plugin, task).await;
+    running.stdout.contains("up").await;
+    let map = fs::read_to_string(format!("/proc/{}/uid_map", running.leader())).unwrap();
+    let first = map.split_whitespace().nth(1).unwrap();
+    let lock = Path::new("/run/systemd/nspawn-uid").join(first);
+    assert!(lock.exists(), "{map}");
+    kill_nspawn(&running, &plugin).await;
+    running.destroy(&plugin).await;
+    assert!(!lock.exists(), "{}", lock.display());
+    end(plugin).await;
+    stage.leave();
+}
+
+/// It stays as long as somebody is in it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed() {
+    let stage = Stage::new();
+    let namespace = Namespace::new(stage.name());
+    let plugin = stage.plugin_in(&namespace).await;
+    let zone = format!("z{}", e2e::unique());
+    let bridge = format!("vz-{zone}");
+    let links = || namespace.ip(&["-brief", "link"]);
+    let mut all = Vec::new();
+    for tree in ["one", "two"] {
+        let tree = stage.tree(tree);
+        let task = stage.shell("echo up; exec sleep 1000");
+        let task = task
+            .with("network_zone", zone.as_str())
+            .with("image", json!(tree));
+        let running = stage.start(&plugin, task).await;
+        running.stdout.contains("up").await;
+        all.push(running);
+    }
+    for running in all {
+        assert!(links().contains(&bridge), "{}", links());
+        kill_nspawn(&running, &plugin).await;
+        running.destroy(&plugin).await;
+    }
+    assert!(!links().contains(&bridge), "{}", links());
+    end(plugin).await;
+    drop(namespace);
     stage.leave();
 }
 
