@@ -7,8 +7,9 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use nix::fcntl::{FcntlArg, fcntl};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 /// How long what is on its way out may take before it counts as left.
@@ -27,11 +28,15 @@ const PLACES: [(&str, usize); 8] = [
     ("/tmp", 1),
 ];
 
+/// Where systemd-nspawn keeps the locks of ranges of user ids.
+const IDS: &str = "/run/systemd/nspawn-uid";
+
 /// What one run's things can be told by.
 #[derive(Debug, Clone)]
 pub struct Marks {
     dir: PathBuf,
     names: BTreeSet<String>,
+    since: SystemTime,
 }
 
 impl Marks {
@@ -46,6 +51,7 @@ impl Marks {
         Self {
             dir,
             names: BTreeSet::new(),
+            since: SystemTime::now(),
         }
     }
 
@@ -78,6 +84,7 @@ impl Marks {
             self.walk(Path::new(place), depth, &mut left);
         }
         left.extend(self.locks());
+        left.extend(self.ids());
         left.extend(self.links());
         left.extend(self.loops());
         left
@@ -196,6 +203,19 @@ impl Marks {
             .collect()
     }
 
+    /// Locks of ranges of user ids, which carry no mark. What was made since, and nobody holds, is taken for the run's: another
+    /// run's goes as quickly.
+    fn ids(&self) -> Vec<String> {
+        let locks = fs::read_dir(IDS).into_iter().flatten().flatten();
+        let made = |lock: &fs::DirEntry| lock.metadata().and_then(|about| about.modified());
+        locks
+            .filter(|lock| made(lock).is_ok_and(|made| made >= self.since))
+            .map(|lock| lock.path())
+            .filter(|lock| !is_held(lock))
+            .map(|lock| format!("file {}", lock.display()))
+            .collect()
+    }
+
     /// Network interfaces: their names are cut short, so a part of the name has to do.
     fn links(&self) -> Vec<String> {
         let ours = |link: &str| {
@@ -228,6 +248,23 @@ impl Marks {
             })
             .collect()
     }
+}
+
+/// Whether somebody holds this lock of systemd-nspawn's. Asks only: whoever is about to take it is not disturbed.
+fn is_held(lock: &Path) -> bool {
+    let Ok(file) = fs::File::open(lock) else {
+        // It has gone meanwhile.
+        return true;
+    };
+    let mut whole = nix::libc::flock {
+        l_type: i16::try_from(nix::libc::F_WRLCK).expect("a small number"),
+        l_whence: 0,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut whole)).expect("the lock's state");
+    i32::from(whole.l_type) != nix::libc::F_UNLCK
 }
 
 /// A process that carries a mark, safe against reuse of its number.

@@ -6,6 +6,7 @@ use std::process::{Child, Command};
 
 use e2e::leftovers::Marks;
 use e2e::stage::Namespace;
+use nix::fcntl::{FcntlArg, fcntl};
 
 struct Ground {
     dir: tempfile::TempDir,
@@ -129,5 +130,67 @@ fn a_lock_of_a_tree_is_found() {
     fs::write(&lock, "").unwrap();
     ground.sees("inode-");
     fs::remove_file(lock).unwrap();
+    ground.marks.assert_none_left();
+}
+
+#[test]
+fn a_lock_of_user_ids_is_found_once_nobody_holds_it() {
+    let ground = ground();
+    let locks = Path::new("/run/systemd/nspawn-uid");
+    fs::create_dir_all(locks).unwrap();
+    // No range begins there, so nobody else has it.
+    let lock = locks.join(u32::from_str_radix(&e2e::unique(), 16).unwrap().to_string());
+    let file = fs::File::create(&lock).unwrap();
+    let whole = nix::libc::flock {
+        l_type: i16::try_from(nix::libc::F_WRLCK).unwrap(),
+        l_whence: 0,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)).unwrap();
+    let seen = || {
+        ground
+            .marks
+            .left()
+            .iter()
+            .any(|line| line.contains(lock.to_str().unwrap()))
+    };
+    assert!(!seen());
+    drop(file);
+    assert!(seen());
+    fs::remove_file(lock).unwrap();
+    ground.marks.assert_none_left();
+}
+
+#[test]
+fn a_loop_device_is_found() {
+    let ground = ground();
+    let image = ground.dir.path().join("image");
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let losetup = |words: &[&str]| {
+        let said = Command::new("losetup").args(words).output().unwrap();
+        assert!(said.status.success(), "{said:?}");
+        String::from_utf8(said.stdout).unwrap().trim().to_owned()
+    };
+    let device = losetup(&["--find", "--show", image.to_str().unwrap()]);
+    ground.sees("loop device ");
+    losetup(&["--detach", &device]);
+    ground.marks.assert_none_left();
+}
+
+/// The name of a container's interface is the beginning of the container's.
+#[test]
+fn a_link_is_found() {
+    let ground = ground();
+    let link = format!("vb-{}", ground.name);
+    let ip = |words: &[&str]| {
+        let said = Command::new("ip").args(words).output().unwrap();
+        assert!(said.status.success(), "{said:?}");
+    };
+    // One that is down and leads nowhere.
+    ip(&["link", "add", &link, "type", "bridge"]);
+    ground.sees("link ");
+    ip(&["link", "delete", &link]);
     ground.marks.assert_none_left();
 }
