@@ -109,25 +109,31 @@ impl Layout {
 }
 
 impl Layout {
-    /// The groups of starts in the driver's own subtree, in every hierarchy in which there are any.
-    pub fn leaves(&self) -> Vec<PathBuf> {
-        let parents = self.hierarchies().map(|hierarchy| hierarchy.join(SUBTREE));
-        parents.flat_map(|parent| groups_in(&parent)).collect()
-    }
-
-    /// Every group of this name, wherever it lies.
-    pub fn find(&self, leaf: &str) -> Vec<PathBuf> {
+    /// Every group whose name satisfies `is_leaf`, in every hierarchy and wherever it lies, but not inside another one.
+    pub fn leaves(&self, is_leaf: impl Fn(&str) -> bool) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut pending: Vec<PathBuf> = self.hierarchies().cloned().collect();
         while let Some(directory) = pending.pop() {
             for group in groups_in(&directory) {
-                match group.ends_with(leaf) {
+                let name = group.file_name().and_then(|name| name.to_str());
+                match name.is_some_and(&is_leaf) {
                     true => found.push(group),
                     false => pending.push(group),
                 }
             }
         }
         found
+    }
+
+    /// Every group of this name, wherever it lies.
+    pub fn find(&self, leaf: &str) -> Vec<PathBuf> {
+        self.leaves(|name| name == leaf)
+    }
+
+    /// Whether a group lies directly in the driver's own subtree, where nobody else makes groups.
+    pub fn is_own(&self, group: &Path) -> bool {
+        self.hierarchies()
+            .any(|hierarchy| group.parent() == Some(&*hierarchy.join(SUBTREE)))
     }
 
     fn hierarchies(&self) -> impl Iterator<Item = &PathBuf> {
@@ -387,8 +393,16 @@ mod tests {
         fs::create_dir_all(own.join("payload")).unwrap();
         fs::create_dir_all(&granted).unwrap();
         fs::write(root.path().join("named/file"), "").unwrap();
-        assert_eq!(layout.leaves(), std::slice::from_ref(&own));
+        assert!(layout.is_own(&own));
+        for other in [&granted, &own.join("payload")] {
+            assert!(!layout.is_own(other), "{}", other.display());
+        }
+        assert_eq!(layout.find("payload"), [own.join("payload")]);
         let mut found = layout.find("x");
+        found.sort();
+        assert_eq!(found, [granted.clone(), own.clone()]);
+        // What a container makes in its own group is its own.
+        let mut found = layout.leaves(|name| matches!(name, "x" | "payload"));
         found.sort();
         assert_eq!(found, [granted, own]);
     }

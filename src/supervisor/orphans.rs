@@ -189,14 +189,15 @@ impl Supervisor {
 }
 
 /// The driver's control groups that belong to no start that is recorded in this state directory: those in which a systemd-nspawn
-/// of this state directory runs, and those that have been empty for long.
+/// of this state directory runs, wherever they lie, and those of the driver's own subtree that have been empty for long.
 pub fn groups(state_dir: &Path) -> Vec<PathBuf> {
-    let mut leaves = Layout::of_this_host().leaves();
-    leaves.retain(|leaf| is_left(leaf, state_dir).unwrap_or(false));
+    let layout = Layout::of_this_host();
+    let mut leaves = layout.leaves(Records::is_name);
+    leaves.retain(|leaf| is_left(&layout, leaf, state_dir).unwrap_or(false));
     leaves
 }
 
-fn is_left(leaf: &Path, state_dir: &Path) -> Option<bool> {
+fn is_left(layout: &Layout, leaf: &Path, state_dir: &Path) -> Option<bool> {
     let name = leaf.file_name()?.to_str()?;
     // Asked after the group was seen: a start is recorded before its group is made and as long as it is there.
     let recorded = state_dir.join(name).symlink_metadata().is_ok();
@@ -207,6 +208,10 @@ fn is_left(leaf: &Path, state_dir: &Path) -> Option<bool> {
     if !processes.is_empty() {
         let socket = Records::at(state_dir.join(name)).notify();
         return Some(processes.iter().any(|pid| tells(*pid, &socket)));
+    }
+    // Elsewhere a name is no proof.
+    if !layout.is_own(leaf) {
+        return Some(false);
     }
     let changed = fs::metadata(leaf).and_then(|about| about.modified()).ok()?;
     Some(SystemTime::now().duration_since(changed).ok()? > STALE)
@@ -222,11 +227,20 @@ fn tells(pid: i32, socket: &Path) -> bool {
         .any(|variable| variable == want)
 }
 
-/// Ends what runs in such a group and removes it. One that was empty and is no more is an error.
+/// Ends what runs in such a group and removes it, with what systemd-nspawn has made in its likeness in another hierarchy. One that
+/// was empty and is no more is an error.
 pub fn remove_group(group: &Path, state_dir: &Path) -> io::Result<()> {
-    match is_left(group, state_dir) {
+    let layout = Layout::of_this_host();
+    match is_left(&layout, group, state_dir) {
         Some(true) if Group::new(group).processes().is_empty() => Group::new(group).remove(),
-        Some(true) => remains::empty(group, true),
+        Some(true) => {
+            remains::empty(group, true)?;
+            let name = group.file_name().and_then(|name| name.to_str());
+            let alike = layout.find(name.unwrap_or_default());
+            alike
+                .iter()
+                .try_for_each(|group| Group::new(group).remove())
+        }
         _ => Ok(()),
     }
 }

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use nomad_driver_nspawn::cgroup::{Group, Layout};
 use nomad_driver_nspawn::host::Plugin;
-use nomad_driver_nspawn::proto::driver::TaskState;
+use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskState};
 use serde_json::json;
 
 use crate::harness::{Host, Running, eventually, is_root, within};
@@ -67,6 +69,12 @@ fn age(path: &Path) {
     utimensat(nix::fcntl::AT_FDCWD, path, &then, &then, flags).unwrap();
 }
 
+/// A word that is this test's alone.
+fn unique(host: &Host) -> String {
+    let name = host.path().file_name().unwrap().to_string_lossy();
+    name.replace(|c: char| !c.is_ascii_alphanumeric(), "")
+}
+
 fn state_is_empty(host: &Host) -> bool {
     fs::read_dir(host.state()).unwrap().next().is_none()
 }
@@ -78,8 +86,14 @@ async fn a_task_that_nobody_asks_for_is_ended_and_one_that_is_recovered_stays() 
     let wanted = started(&host, &plugin, "wanted", TRAPS).await;
     let unwanted = started(&host, &plugin, "unwanted", DEAF).await;
     plugin.kill().await;
-    let plugin = reconciling(&host).await;
+    // The time begins with another configuration, and a recovery before it can't come too late.
+    let plugin = host.plugin().await;
     within("RecoverTask", plugin.recover(wanted.stored()))
+        .await
+        .unwrap();
+    let mut config = host.config();
+    config["reconcile_after"] = json!("200ms");
+    within("SetConfig", plugin.configure(&config))
         .await
         .unwrap();
     let line = cleared(&host, &directory(&unwanted)).await;
@@ -188,6 +202,38 @@ async fn a_container_without_supervisor_and_records_is_ended() {
     host.log().contains(&format!("\"path\":\"{group}\"")).await;
     host.quiet(&[plugin.pid()]).await;
     assert!(host.groups().iter().all(|group| !group.exists()));
+}
+
+/// The same below a group that Nomad has made for the task, where groups of others lie too.
+#[tokio::test]
+async fn a_container_without_records_is_ended_in_a_granted_group_too() {
+    let Some(tracking) = Layout::of_this_host().tracking.filter(|_| is_root()) else {
+        // There are no groups then, which `check_58_the_first_sample` shows.
+        return;
+    };
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let granted = tracking.join(format!("{}.scope", unique(&host)));
+    let foreign = granted.join("foreign.0123456789abcdef");
+    fs::create_dir_all(&foreign).unwrap();
+    age(&foreign);
+    let allocation = Arc::new(host.allocation(host.shell(DEAF)));
+    let grant = |task: &mut TaskConfig| {
+        let linux = &mut task.resources.get_or_insert_default().linux_resources;
+        linux.get_or_insert_default().cpuset_cgroup = granted.to_str().unwrap().to_owned();
+    };
+    let task = host.start_edited(&plugin, allocation, grant).await.unwrap();
+    task.stdout.contains("up").await;
+    let group = PathBuf::from(task.state(&["cgroup"]).as_str().unwrap());
+    assert_eq!(group.parent(), Some(&*granted));
+    plugin.kill().await;
+    kill(supervisor(&task));
+    fs::remove_dir_all(directory(&task)).unwrap();
+    let plugin = reconciling(&host).await;
+    host.quiet(&[plugin.pid()]).await;
+    eventually("the group is gone", || !group.exists()).await;
+    fs::remove_dir(foreign).unwrap();
+    fs::remove_dir(granted).unwrap();
 }
 
 #[tokio::test]
@@ -312,17 +358,13 @@ async fn an_empty_group_is_removed_when_it_is_old() {
     task.wait(&plugin).await;
     plugin.kill().await;
     host.quiet(&[]).await;
-    let unique = host
-        .path()
-        .file_name()
-        .unwrap()
-        .to_string_lossy()
-        .replace(|c: char| !c.is_ascii_alphanumeric(), "");
+    let unique = unique(&host);
     let named = |hash: &str| group.with_file_name(format!("{unique}.{hash}"));
     let (old, young) = (named("00000000000000aa"), named("00000000000000bb"));
     let foreign = group.with_file_name(format!("{unique}-foreign"));
     for group in [&old, &young, &foreign] {
-        fs::create_dir_all(group).unwrap();
+        // Another test may be removing the empty subtree at this moment.
+        Group::new(group).create().unwrap();
     }
     age(&old);
     age(&foreign);
