@@ -2,13 +2,14 @@
 //! is mounted (alone or beside version 1), the named version 1 hierarchy otherwise. Knows nothing of containers, and touches
 //! no group that the driver did not make.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
-
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use crate::container::{CgroupLayout, Usage};
@@ -17,6 +18,9 @@ pub mod freezer;
 
 /// The driver's own subtree, used where Nomad gives no group.
 const SUBTREE: &str = "nomad-driver-nspawn";
+
+/// How long processes are pursued that fork while they are killed. Who is left then is told by who waits for the end.
+const FORKING: Duration = Duration::from_secs(10);
 
 /// How this host's control groups are mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -209,19 +213,26 @@ impl Group {
             self.processes().into_iter().for_each(freezer::release);
             return;
         }
-        // Before Linux 5.14 and on version 1 there is no such file. A process that forks faster than the list is read is
-        // caught by the next round.
-        for _ in 0..50 {
+        self.kill_each();
+    }
+
+    /// The same without that file, which version 1 does not have, nor version 2 before Linux 5.14. A process that forks faster
+    /// than the list is read is caught by the next round: there is another one as long as somebody new is seen.
+    fn kill_each(&self) {
+        let end = Instant::now() + FORKING;
+        let mut seen = BTreeSet::new();
+        while Instant::now() < end {
             let processes = self.processes();
-            if processes.is_empty() {
+            if processes.iter().all(|pid| seen.contains(pid)) {
                 return;
             }
-            for process in processes {
-                if let Some(pid) = Pid::from_raw(process) {
-                    let _ = kill_process(pid, Signal::KILL);
-                }
-                freezer::release(process);
+            // Not all at once: a descriptor is needed for each.
+            for some in processes.chunks(64) {
+                let held = hold(some);
+                // Listed after it was held, so it is a member that is held: the number may have come to mean somebody else before.
+                strike(&held, &self.processes());
             }
+            seen.extend(processes);
         }
     }
 
@@ -333,6 +344,27 @@ impl Group {
     }
 }
 
+/// Those that are there, each held by a descriptor: its pid can't come to mean another one.
+fn hold(pids: &[i32]) -> Vec<(i32, OwnedFd)> {
+    let hold = |pid: &i32| {
+        let descriptor = pidfd_open(Pid::from_raw(*pid)?, PidfdFlags::empty()).ok()?;
+        Some((*pid, descriptor))
+    };
+    pids.iter().filter_map(hold).collect()
+}
+
+/// Kills those of the held that are among these members, frozen ones too, and says which.
+fn strike(held: &[(i32, OwnedFd)], members: &[i32]) -> Vec<i32> {
+    let members = held.iter().filter(|(pid, _)| members.contains(pid));
+    let strike = |(pid, descriptor): &(i32, OwnedFd)| {
+        // One that has gone needs no signal.
+        let _ = pidfd_send_signal(descriptor, Signal::KILL);
+        freezer::release(*pid);
+        *pid
+    };
+    members.map(strike).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -405,6 +437,41 @@ mod tests {
         let mut found = layout.leaves(|name| matches!(name, "x" | "payload"));
         found.sort();
         assert_eq!(found, [granted, own]);
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "processes to kill")]
+    #[test]
+    fn without_the_kernel_s_help_members_are_killed_and_nobody_else() {
+        use std::os::unix::process::ExitStatusExt;
+        let sleep = || {
+            std::process::Command::new("sleep")
+                .arg("600")
+                .spawn()
+                .unwrap()
+        };
+        let pid = |child: &std::process::Child| i32::try_from(child.id()).unwrap();
+        let (mut member, mut below, mut foreign) = (sleep(), sleep(), sleep());
+        let root = tempfile::tempdir().unwrap();
+        let group = Group::new(root.path());
+        group.child("payload").create().unwrap();
+        let procs = |group: &Group, pids: &[i32]| {
+            let lines: String = pids.iter().map(|pid| format!("{pid}\n")).collect();
+            fs::write(group.path().join("cgroup.procs"), lines).unwrap();
+        };
+        // One is gone by the time that it is looked for.
+        procs(&group, &[pid(&member), i32::MAX]);
+        procs(&group.child("payload"), &[pid(&below)]);
+        group.kill_each();
+        for child in [&mut member, &mut below] {
+            assert_eq!(child.wait().unwrap().signal(), Some(9));
+        }
+        // One that has left, or whose number a member had before.
+        let held = hold(&[pid(&foreign)]);
+        assert_eq!(held.len(), 1);
+        assert!(strike(&held, &[1]).is_empty());
+        assert!(foreign.try_wait().unwrap().is_none());
+        assert_eq!(strike(&held, &[pid(&foreign)]), [pid(&foreign)]);
+        foreign.wait().unwrap();
     }
 
     #[test]
