@@ -135,7 +135,13 @@ pub async fn attach(
                     | io::ErrorKind::ConnectionReset
             ) =>
         {
-            Ok(records.exit()?.map(Supervised::ended))
+            let exit = records.exit().map_err(|error| {
+                let text = format!(
+                    "nobody listens there, and the record of its end can't be read: {error}"
+                );
+                io::Error::new(error.kind(), text)
+            })?;
+            Ok(exit.map(Supervised::ended))
         }
         Err(error) => Err(error),
     }

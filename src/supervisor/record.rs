@@ -11,6 +11,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::fcntl::OFlag;
 use serde::de::DeserializeOwned;
@@ -23,7 +24,7 @@ use crate::container::{Exit, Mode, Process, Started};
 /// No file of ours is larger; a larger one was not written by us.
 const LARGEST: u64 = 64 * 1024 * 1024;
 
-/// Everything that may lie in the directory of one start; a file that is being written has `.new` behind its name.
+/// Everything that may lie in the directory of one start; a file that is being written has a number and `.new` behind its name.
 const NAMES: [&str; 12] = [
     "entered",
     "environment",
@@ -174,9 +175,16 @@ impl Records {
     pub fn stranger(&self) -> io::Result<Option<OsString>> {
         for entry in fs::read_dir(&self.0)? {
             let name = entry?.file_name();
-            let known = name
-                .to_str()
-                .is_some_and(|name| NAMES.contains(&name.strip_suffix(".new").unwrap_or(name)));
+            let known = name.to_str().is_some_and(|name| {
+                let place = name.strip_suffix(".new").map_or(name, |beside| {
+                    let (place, number) = beside.split_once('.').unwrap_or((beside, ""));
+                    let counted = number
+                        .bytes()
+                        .all(|byte| byte.is_ascii_digit() || byte == b'-');
+                    if counted { place } else { name }
+                });
+                NAMES.contains(&place)
+            });
             if !known {
                 return Ok(Some(name));
             }
@@ -218,7 +226,7 @@ impl Records {
     /// its first moment to its last. Who looks shares the lock for that moment, so that two who look don't see each other; and a
     /// process that is just being started here keeps it a little longer, until its own program runs.
     pub fn is_watched(&self) -> bool {
-        File::open(self.log())
+        self.open("log")
             .is_ok_and(|log| matches!(log.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
@@ -358,18 +366,30 @@ impl Records {
     }
 
     fn write(&self, name: &str, text: &[u8]) -> io::Result<()> {
-        let beside = self.0.join(format!("{name}.new"));
-        match fs::remove_file(&beside) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+        // Plugin and supervisor may write the same record at the same time.
+        static WRITTEN: AtomicU32 = AtomicU32::new(0);
+        let (beside, mut file) = loop {
+            let (pid, number) = (std::process::id(), WRITTEN.fetch_add(1, Ordering::Relaxed));
+            let beside = self.0.join(format!("{name}.{pid}-{number}.new"));
+            let made = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&beside);
+            match made {
+                // Of a process that had the same pid.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => break (beside, made?),
+            }
+        };
+        let written = file
+            .write_all(text)
+            .and_then(|()| fs::rename(&beside, self.0.join(name)));
+        if written.is_err() {
+            // Half of it may be half a secret.
+            let _ = fs::remove_file(beside);
         }
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&beside)?;
-        file.write_all(text)?;
-        fs::rename(&beside, self.0.join(name))
+        written
     }
 
     fn read(&self, name: &str) -> io::Result<Vec<u8>> {

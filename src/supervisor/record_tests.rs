@@ -70,6 +70,46 @@ fn a_lock_on_the_log_is_a_watch() {
     assert!(!records.is_watched());
 }
 
+#[test]
+fn a_log_that_is_a_link_is_no_watch() {
+    let (temp, records) = some();
+    let elsewhere = File::create(temp.path().join("elsewhere")).unwrap();
+    elsewhere.try_lock().unwrap();
+    std::os::unix::fs::symlink(temp.path().join("elsewhere"), records.log()).unwrap();
+    assert!(!records.is_watched());
+}
+
+/// A plugin that has lost its supervisor writes the end, while the supervisor may be writing it.
+#[test]
+fn two_who_write_the_same_record_do_not_meet() {
+    let (_temp, records) = some();
+    // What another process, or this pid in another life, has begun.
+    let begun = records
+        .path()
+        .join(format!("exit.{}-0.new", std::process::id()));
+    for place in [
+        &begun,
+        &records.path().join("exit.1-1.new"),
+        &records.path().join("exit.new"),
+    ] {
+        fs::write(place, "{").unwrap();
+    }
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..50).for_each(|_| records.write_exit(&an_exit()).unwrap()));
+        }
+    });
+    assert_eq!(records.exit().unwrap(), Some(an_exit()));
+    assert_eq!(fs::read_to_string(begun).unwrap(), "{");
+    assert_eq!(records.stranger().unwrap(), None);
+    for strange in ["exit.x.new", "else.1-1.new", "exit.1-1.new.old"] {
+        let place = records.path().join(strange);
+        fs::write(&place, "").unwrap();
+        assert_eq!(records.stranger().unwrap(), Some(strange.into()));
+        fs::remove_file(place).unwrap();
+    }
+}
+
 /// A process that is just being started holds what its starter has open, and so the lock of somebody who looks.
 #[test]
 fn who_looks_for_a_watch_is_not_taken_for_one() {

@@ -301,6 +301,29 @@ async fn a_record_that_can_not_be_read_is_refused_and_can_be_destroyed(
 }
 
 #[tokio::test]
+async fn the_record_of_an_end_that_can_not_be_read_is_called_that() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = host.up(&plugin, host.shell("echo up; exit 5")).await;
+    task.wait(&plugin).await;
+    plugin.kill().await;
+    host.quiet(&[]).await;
+    let file = Records::of(&host.state(), &task.id).path().join("exit");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, &text[..text.len() / 2]).unwrap();
+    let plugin = host.plugin().await;
+    let status = refusal(within("RecoverTask", plugin.recover(task.stored())).await);
+    assert!(
+        status
+            .message()
+            .contains("the record of its end can't be read"),
+        "{status:?}"
+    );
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
+#[tokio::test]
 async fn a_clock_that_was_set_back_changes_no_end() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
