@@ -25,6 +25,7 @@ use crate::container::{
 use crate::nspawn::argv::{self, Bind, Host};
 use crate::nspawn::{probe, root};
 use crate::signal::Signal;
+use crate::supervisor::orphans::{self, Supervisor};
 use crate::supervisor::pause::{self, Point};
 use crate::supervisor::record::Running;
 use crate::supervisor::state_dir::StateDirError;
@@ -395,12 +396,18 @@ impl NspawnBackend {
             |_| records.path().display().to_string(),
             |order| order.machine,
         );
-        if let Some(running) = running_now(records) {
-            supervisor::rouse(running.started.supervisor);
+        match running_now(records) {
+            Some(running) => supervisor::rouse(running.started.supervisor),
+            None => unrecorded(records).await.iter().for_each(Supervisor::rouse),
         }
         self.dismiss(records).await;
-        if let Some(running) = running_now(records) {
-            supervisor::put_down(running.started.supervisor).await;
+        match running_now(records) {
+            Some(running) => supervisor::put_down(running.started.supervisor).await,
+            None => {
+                for supervisor in unrecorded(records).await {
+                    let _ = tokio::task::spawn_blocking(move || supervisor.end()).await;
+                }
+            }
         }
         if let Some(known) = self.known(records) {
             let _ = tokio::time::timeout(PROMPT, known.gone()).await;
@@ -662,6 +669,18 @@ fn is_shifted(users: &Users) -> bool {
     };
     let first = range.split(':').next().unwrap_or_default();
     !matches!(first, "no" | "identity") && first.parse::<u32>() != Ok(0)
+}
+
+/// The supervisors that are alive of a start that has not recorded its container, so that it does not name them.
+async fn unrecorded(records: &Records) -> Vec<Supervisor> {
+    if !records.is_watched() {
+        return Vec::new();
+    }
+    let owned = records.clone();
+    let search = move || orphans::supervisors_of(&owned);
+    tokio::task::spawn_blocking(search)
+        .await
+        .unwrap_or_default()
 }
 
 /// Waits until no supervisor of this start is alive; false where one goes on.

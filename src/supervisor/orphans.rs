@@ -145,6 +145,14 @@ pub fn supervisors(state_dir: &Path) -> Vec<Supervisor> {
         .collect()
 }
 
+/// The supervisors of this start.
+pub fn supervisors_of(records: &Records) -> Vec<Supervisor> {
+    let state_dir = records.path().parent().unwrap_or_else(|| records.path());
+    let mut found = supervisors(state_dir);
+    found.retain(|supervisor| supervisor.directory == records.path());
+    found
+}
+
 fn supervisor(pid: i32, state_dir: &Path) -> Option<Supervisor> {
     // Held before the look: what is seen afterwards is this process or none.
     let held = Held::by_pid(pid).ok()?;
@@ -167,8 +175,14 @@ impl Supervisor {
         there.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
     }
 
+    /// Lets one that was stopped go on. One that runs takes no notice.
+    pub fn rouse(&self) {
+        let _ = self.held.signal(Signal::CONT);
+    }
+
     /// Ends its container, so that it frees everything and ends by itself; by force if it does not.
     pub fn end(&self) {
+        self.rouse();
         let pid = self.held.process().pid;
         for child in children(pid) {
             if let Ok(child) = Held::by_pid(child) {

@@ -7,9 +7,12 @@ use std::sync::Arc;
 use nomad_driver_nspawn::cgroup::{Group, Layout};
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskState};
+use nomad_driver_nspawn::supervisor::Records;
+use nomad_driver_nspawn::supervisor::pause::Point;
 use serde_json::json;
 
 use crate::harness::{Host, Running, eventually, is_root, within};
+use crate::troubles::trap::Trap;
 
 const TRAPS: &str = "trap 'echo got; exit 12' USR1; echo up; while :; do sleep 0.05; done";
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
@@ -178,6 +181,33 @@ async fn a_supervisor_whose_records_were_deleted_is_ended() {
             && line.contains(&supervisor(&task).to_string()),
         "{line}"
     );
+    host.quiet(&[plugin.pid()]).await;
+    assert!(state_is_empty(&host));
+}
+
+/// Nothing but its command line tells whose the supervisor is.
+#[tokio::test]
+async fn a_stopped_supervisor_that_is_not_on_record_can_be_destroyed() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let mut trap = Trap::at(&host.state(), Point::CgroupMade);
+    let agent = async {
+        let (_, supervisor) = within("the step", trap.reached()).await;
+        let supervisor = nix::unistd::Pid::from_raw(supervisor);
+        nix::sys::signal::kill(supervisor, nix::sys::signal::Signal::SIGSTOP).unwrap();
+        kill(plugin.pid());
+    };
+    let start = host.try_start(&plugin, host.shell("exit 9"));
+    let (refused, ()) = tokio::join!(start, agent);
+    refused.unwrap_err();
+    drop(trap);
+    plugin.kill().await;
+    let start = fs::read_dir(host.state()).unwrap().next().unwrap().unwrap();
+    let id = Records::at(start.path()).order().unwrap().id;
+    let plugin = host.plugin().await;
+    within("DestroyTask", plugin.destroy(&id, true))
+        .await
+        .unwrap();
     host.quiet(&[plugin.pid()]).await;
     assert!(state_is_empty(&host));
 }
