@@ -2,14 +2,22 @@
 //! nobody who lives claims it. Says what it does in the log, a line for each thing; what fails is said and left for the next
 //! plugin. Touches nothing of which `supervisor::orphans` is not certain that the driver made it.
 
+use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use super::nspawn::NspawnBackend;
 use super::{BackendError, chain};
 use crate::nspawn::probe;
+use crate::supervisor::claim::Seized;
 use crate::supervisor::orphans::{self, Supervisor, Survey};
 use crate::supervisor::process::is_alive;
 use crate::supervisor::{Claim, Records};
+
+/// How often, and after which time, a claimed start is looked at again before it is passed over: a process that is just being
+/// started holds what its starter had open until its own program runs.
+const LOOKS: usize = 5;
+const BREATH: Duration = Duration::from_millis(2);
 
 impl NspawnBackend {
     /// Clears away everything below this state directory that nobody claims, and what belongs to it elsewhere.
@@ -24,8 +32,18 @@ impl NspawnBackend {
         for (path, reason) in foreign {
             tracing::warn!(path = %path.display(), reason, "left alone: this driver did not make it");
         }
-        for records in starts {
-            self.clear_start(&records).await;
+        let mut claimed = starts;
+        for look in 0..LOOKS {
+            if look > 0 && !claimed.is_empty() {
+                tokio::time::sleep(BREATH).await;
+            }
+            let mut still = Vec::new();
+            for records in claimed {
+                if !self.clear_start(&records).await {
+                    still.push(records);
+                }
+            }
+            claimed = still;
         }
         // Those of recorded starts are gone by now, or claimed.
         let lost = |supervisor: &Supervisor| supervisor.is_lost();
@@ -38,32 +56,28 @@ impl NspawnBackend {
         self.clear_groups(state_dir).await;
     }
 
-    /// Clears one start away, unless somebody claims it.
-    async fn clear_start(&self, records: &Records) {
+    /// Clears one start away, unless somebody claims it; whether nobody does.
+    async fn clear_start(&self, records: &Records) -> bool {
         let path = records.path().display().to_string();
+        let owned = records.clone();
+        let seized = tokio::task::spawn_blocking(move || Claim::seize(&owned)).await;
         // Held until everything is done: who wants this start meanwhile waits, and finds it gone.
-        let _seized = match Claim::seize(records) {
-            Ok(Some(seized)) => seized,
-            Ok(None) => return,
+        let _seized = match seized.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            Ok(Seized::Taken(seized)) => seized,
+            Ok(Seized::Gone) => return true,
+            Ok(Seized::Claimed) => return false,
             Err(error) => {
                 tracing::error!(path, %error, "can't tell whether the start is claimed");
-                return;
+                return true;
             }
         };
         let what = describe(records);
         let task = records.order().map(|order| order.id).unwrap_or_default();
-        let state_dir = records.path().parent().unwrap_or_else(|| records.path());
-        // One that has not recorded its container yet can't be asked.
-        if records.running().is_err() {
-            let its = |supervisor: &Supervisor| supervisor.directory == records.path();
-            for supervisor in supervisors(state_dir, its).await {
-                let _ = tokio::task::spawn_blocking(move || supervisor.end()).await;
-            }
-        }
         match self.clear_claimed(records).await {
             Ok(()) => tracing::info!(path, task, "cleared away {what}"),
             Err(error) => log_failure(&path, &error),
         }
+        true
     }
 
     async fn clear_groups(&self, state_dir: &Path) {

@@ -5,7 +5,6 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::time::Duration;
 
 use nix::fcntl::OFlag;
 
@@ -14,14 +13,21 @@ use super::record::Records;
 /// How often a new directory may be taken away by another process before it has been claimed.
 const ATTEMPTS: usize = 100;
 
-/// How often, and after which time, a claimed start is looked at again before it is passed over.
-const LOOKS: usize = 5;
-const BREATH: Duration = Duration::from_millis(2);
-
 /// A lock on the directory of one start. Dropping it, or the death of the process, gives it up.
 #[derive(Debug)]
 pub struct Claim {
     _locked: File,
+}
+
+/// What came of taking a start that nobody claims.
+#[derive(Debug)]
+pub enum Seized {
+    /// It is taken.
+    Taken(Claim),
+    /// Somebody claims it.
+    Claimed,
+    /// It is not there, or not any more.
+    Gone,
 }
 
 impl Claim {
@@ -52,21 +58,17 @@ impl Claim {
         Self::of(directory, records)
     }
 
-    /// Takes a start that nobody claims, so that nobody can as long as this is held. `None` if somebody claims it, or it is not
-    /// there. Waits for a moment at most: a process that is just being started holds what its starter had open until its own
-    /// program runs.
-    pub fn seize(records: &Records) -> io::Result<Option<Self>> {
+    /// Takes a start that nobody claims, so that nobody can as long as this is held. Never waits. A claim may be that of a
+    /// process that is just being started: it holds what its starter had open until its own program runs.
+    pub fn seize(records: &Records) -> io::Result<Seized> {
         let Some(directory) = open(records)? else {
-            return Ok(None);
+            return Ok(Seized::Gone);
         };
-        for _ in 0..LOOKS {
-            match directory.try_lock() {
-                Ok(()) => return Self::of(directory, records),
-                Err(TryLockError::WouldBlock) => std::thread::sleep(BREATH),
-                Err(TryLockError::Error(error)) => return Err(error),
-            }
+        match directory.try_lock() {
+            Ok(()) => Ok(Self::of(directory, records)?.map_or(Seized::Gone, Seized::Taken)),
+            Err(TryLockError::WouldBlock) => Ok(Seized::Claimed),
+            Err(TryLockError::Error(error)) => Err(error),
         }
-        Ok(None)
     }
 
     /// What was locked is worth something only if it still lies in its place.
@@ -106,23 +108,38 @@ mod tests {
         (temp, records)
     }
 
+    /// Other tests start processes, which for a moment hold a claim that was dropped.
+    fn seized(records: &Records) -> Claim {
+        loop {
+            match Claim::seize(records).unwrap() {
+                Seized::Taken(claim) => return claim,
+                Seized::Claimed => std::thread::yield_now(),
+                Seized::Gone => panic!("it is gone"),
+            }
+        }
+    }
+
+    fn is_claimed(records: &Records) -> bool {
+        matches!(Claim::seize(records).unwrap(), Seized::Claimed)
+    }
+
     #[test]
     fn what_is_claimed_can_not_be_seized_until_it_is_given_up() {
         let (_temp, records) = records();
         let first = Claim::create(&records).unwrap();
         let second = Claim::take(&records).unwrap().unwrap();
-        assert!(Claim::seize(&records).unwrap().is_none());
+        assert!(is_claimed(&records));
         drop(first);
-        assert!(Claim::seize(&records).unwrap().is_none());
+        assert!(is_claimed(&records));
         drop(second);
-        assert!(Claim::seize(&records).unwrap().is_some());
+        seized(&records);
     }
 
     #[test]
     fn a_claim_waits_for_whoever_clears_away_and_then_finds_nothing() {
         let (_temp, records) = records();
         records.create().unwrap();
-        let seized = Claim::seize(&records).unwrap().unwrap();
+        let seized = seized(&records);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| Claim::take(&records).unwrap());
             records.remove().unwrap();
@@ -135,7 +152,7 @@ mod tests {
     fn what_is_not_there_or_is_a_link_is_not_claimed() {
         let (temp, records) = records();
         assert!(Claim::take(&records).unwrap().is_none());
-        assert!(Claim::seize(&records).unwrap().is_none());
+        assert!(matches!(Claim::seize(&records).unwrap(), Seized::Gone));
         std::os::unix::fs::symlink(temp.path(), records.path()).unwrap();
         Claim::take(&records).unwrap_err();
         Claim::seize(&records).unwrap_err();
@@ -149,7 +166,7 @@ mod tests {
         records.remove().unwrap();
         let new = Claim::create(&records).unwrap();
         drop(old);
-        assert!(Claim::seize(&records).unwrap().is_none());
+        assert!(is_claimed(&records));
         drop(new);
     }
 }
