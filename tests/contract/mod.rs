@@ -22,7 +22,7 @@ mod exits;
 pub(crate) mod scenarios;
 
 /// No wait in a scenario is longer. A bound against hanging, not a measurement.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(60);
 /// A grace time that no scenario which ends politely uses up.
 const AMPLE: Duration = Duration::from_secs(20);
 
@@ -259,7 +259,7 @@ impl World {
 pub(crate) async fn within<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(LIMIT, what)
         .await
-        .expect("not within 30 s")
+        .expect("not within 60 s")
 }
 
 /// Command lines on this host in which `marker` stands.

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use rstest::rstest;
 use serde_json::Value;
 
-const DEADLINE: Duration = Duration::from_secs(20);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A directory with the link, a tree, and the notification socket.
 struct Bench {

@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use nomad_driver_nspawn::proto::driver::StartTaskRequest;
+use nomad_driver_nspawn::proto::driver::{InspectTaskRequest, StartTaskRequest};
 use nomad_driver_nspawn::proto::rpc;
 use prost::Message as _;
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::harness::{Host, eventually, refusal, within};
+use crate::harness::{Host, refusal, within};
 use crate::lifecycle::nothing_left;
+use crate::trap::Trap;
 
 #[rstest]
 #[case::refused(json!({"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}}), "status 1")]
@@ -99,7 +100,8 @@ async fn check_35_only_what_may_pass_by_itself_may_be_retried() {
 #[tokio::test]
 async fn a_start_that_nobody_waits_for_any_more_is_undone() {
     let host = Host::new();
-    host.scenario(&json!({"calls": [{"delay_before_notify_ms": 300}]}));
+    let mut trap = Trap::named(&host.state(), "pause_before_notify");
+    host.scenario(&json!({"calls": [{"pause_before_notify": trap.socket()}]}));
     let plugin = host.plugin().await;
     let allocation = host.allocation(host.shell("exec sleep 1000"));
     let logs = allocation.open_logs().unwrap();
@@ -111,9 +113,17 @@ async fn a_start_that_nobody_waits_for_any_more_is_undone() {
             .start_task(StartTaskRequest { task: Some(config) })
             .await
     });
-    eventually("systemd-nspawn was called", || !host.starts().is_empty()).await;
+    within("the container", trap.reached()).await;
     start.abort();
     assert!(start.await.unwrap_err().is_cancelled());
+    // Asked after it on the same connection: when this is answered the plugin has heard that nobody waits.
+    let request = InspectTaskRequest {
+        task_id: id.clone(),
+    };
+    within("InspectTask", plugin.driver().inspect_task(request))
+        .await
+        .unwrap();
+    drop(trap);
     host.log()
         .contains("nobody can hold the task's handle")
         .await;

@@ -24,4 +24,6 @@ mod secrets;
 mod shutdown;
 mod signals;
 mod stats;
+#[path = "../matrix/trap.rs"]
+mod trap;
 mod troubles;

@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nomad_driver_nspawn::proto::driver::InspectTaskRequest;
 use nomad_driver_nspawn::supervisor::Records;
 use nomad_driver_nspawn::supervisor::pause::{OLD_KERNEL, Point};
 use nomad_driver_nspawn::supervisor::process::catches;
@@ -13,7 +14,7 @@ use tonic::Code;
 
 use crate::harness::{DEADLINE, Host, eventually, refusal, within};
 use crate::lifecycle::nothing_left;
-use crate::troubles::trap::Trap;
+use crate::trap::Trap;
 
 #[rstest]
 #[case(false, "SIGUSR1")]
@@ -149,19 +150,30 @@ async fn a_destroy_by_force_overtakes_a_stop() {
 #[tokio::test]
 async fn a_stop_during_the_start_ends_what_comes_up() {
     let host = Host::new();
-    host.scenario(&json!({"calls": [{"delay_before_notify_ms": 300}]}));
-    let plugin = host.plugin().await;
-    let allocation = Arc::new(host.allocation(host.shell(DEAF)));
+    let mut trap = Trap::named(&host.state(), "pause_before_notify");
+    host.scenario(&json!({"calls": [{"pause_before_notify": trap.socket()}]}));
+    let plugin = Arc::new(host.plugin().await);
+    let allocation = host.allocation(host.shell(DEAF));
     let _logs = allocation.open_logs().unwrap();
     let config = plugin.task_config(&allocation).await.unwrap();
     let id = config.id.clone();
-    let stop = async {
-        eventually("systemd-nspawn was called", || !host.starts().is_empty()).await;
-        within("StopTask", plugin.stop(&id, Duration::ZERO, "")).await
+    let line = Arc::clone(&plugin);
+    let start = tokio::spawn(async move { line.start(config).await });
+    within("the container", trap.reached()).await;
+    let (line, task) = (Arc::clone(&plugin), id.clone());
+    let stop = tokio::spawn(async move { line.stop(&task, Duration::ZERO, "").await });
+    // Sent after it on the same connection: when it is answered the stop has been heard.
+    let request = InspectTaskRequest {
+        task_id: id.clone(),
     };
-    let (started, stopped) = tokio::join!(within("StartTask", plugin.start(config)), stop);
-    started.unwrap();
-    stopped.unwrap();
+    tokio::task::yield_now().await;
+    within("InspectTask", plugin.driver().inspect_task(request))
+        .await
+        .unwrap();
+    assert!(!start.is_finished() && !stop.is_finished());
+    drop(trap);
+    within("StartTask", start).await.unwrap().unwrap();
+    within("StopTask", stop).await.unwrap().unwrap();
     let exit = within("WaitTask", plugin.wait(&id)).await.unwrap();
     assert_eq!((exit.code, exit.signal), (137, 9));
     within("DestroyTask", plugin.destroy(&id, false))

@@ -3,9 +3,11 @@
 //! the tasks it meets, told in words; what runs goes on, its end is told, and when the trouble is over everything works.
 
 use std::fs;
+use std::io::Read as _;
 use std::io::Write as _;
+use std::ops::Range;
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -20,13 +22,9 @@ use rstest::rstest;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
-use crate::harness::{Host, Running, eventually, is_root, refusal, within};
+use crate::harness::{DEADLINE, Host, Running, eventually, is_root, refusal, within};
 use crate::lifecycle::nothing_left;
-
-#[path = "../matrix/trap.rs"]
-pub(crate) mod trap;
-
-use trap::Trap;
+use crate::trap::Trap;
 
 /// Ends with 5 when `gate` is there.
 fn gated(gate: &Path) -> String {
@@ -453,19 +451,26 @@ fn limit(pid: i32, of: Limited, most: &str) -> String {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let line = limits.lines().find_map(|line| line.strip_prefix(name));
     let before = line.unwrap().split_whitespace().next().unwrap().to_owned();
-    let about = fs::metadata(format!("/proc/{pid}")).unwrap();
-    let mut command = Command::new("setpriv");
-    if is_root() {
-        command.arg(format!("--reuid={}", about.uid()));
-        command.args([&format!("--regid={}", about.gid()), "--clear-groups"]);
+    // Not the owner of its directory in /proc: that is root for all who leave no core dumps.
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let user = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    let user: u32 = user
+        .unwrap()
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
+    let mut words = Vec::new();
+    if user != nix::unistd::geteuid().as_raw() {
+        words.push("setpriv".to_owned());
+        words.extend([format!("--reuid={user}"), format!("--regid={user}")]);
+        words.push("--clear-groups".to_owned());
     }
     // The hard one stays: few may raise it again.
-    command.args([
-        "prlimit",
-        &format!("--pid={pid}"),
-        &format!("--{option}={most}:"),
-    ]);
-    let done = command.output().unwrap();
+    words.push("prlimit".to_owned());
+    words.extend([format!("--pid={pid}"), format!("--{option}={most}:")]);
+    let done = Command::new(&words[0]).args(&words[1..]).output().unwrap();
     assert!(done.status.success(), "{done:?}");
     before
 }
@@ -480,13 +485,12 @@ struct Counted {
 impl Counted {
     async fn new() -> Self {
         let host = Host::new();
-        if !is_root() {
+        let Some(user) = spare_user() else {
             let plugin = Arc::new(host.plugin().await);
             let user = None;
             return Self { plugin, host, user };
-        }
-        // Nobody's but this run's. The programs may lie where such a user can't go.
-        let user = 1_000_000_000 + std::process::id();
+        };
+        // The programs may lie where such a user can't go.
         let usual = host.launch();
         let driver = host.join("plugins/nomad-driver-nspawn");
         fs::copy(&usual.binary, &driver).unwrap();
@@ -545,6 +549,38 @@ impl Counted {
     }
 }
 
+/// A user that is nobody's but this run's. None for those who can be no other one: an ordinary user, and root of a user namespace
+/// with nobody else in it, who are both counted as they are.
+fn spare_user() -> Option<u32> {
+    if !is_root() {
+        return None;
+    }
+    let mapped = |file: &str| -> Vec<Range<u64>> {
+        let text = fs::read_to_string(format!("/proc/self/{file}")).unwrap();
+        let figures = text.lines().map(|line| {
+            let mut words = line
+                .split_whitespace()
+                .map(|word| word.parse::<u64>().unwrap());
+            (words.next().unwrap(), words.nth(1).unwrap())
+        });
+        figures
+            .map(|(first, length)| first..first + length)
+            .collect()
+    };
+    let (users, groups) = (mapped("uid_map"), mapped("gid_map"));
+    let run = u64::from(std::process::id());
+    let last = users
+        .iter()
+        .map(|range| range.end - 1 - run % (range.end - range.start));
+    let found = std::iter::once(1_000_000_000 + run)
+        .chain(last)
+        .find(|user| {
+            let is_in = |ranges: &[Range<u64>]| ranges.iter().any(|range| range.contains(user));
+            *user != 0 && is_in(&users) && is_in(&groups)
+        });
+    found.map(|user| u32::try_from(user).unwrap())
+}
+
 fn chown_all(path: &Path, user: u32) {
     if path.is_symlink() {
         return;
@@ -555,21 +591,19 @@ fn chown_all(path: &Path, user: u32) {
     }
 }
 
-/// How many threads of a process are older than this, in seconds.
-fn threads_of_age(pid: i32, seconds: f64) -> usize {
+/// Whether all threads of a process are older than this, in seconds.
+fn is_of_age(pid: i32, seconds: f64) -> bool {
     let now = fs::read_to_string("/proc/uptime").unwrap();
     let now: f64 = now.split(' ').next().unwrap().parse().unwrap();
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let old = |thread: &std::io::Result<fs::DirEntry>| {
-        let stat = thread.as_ref().unwrap().path().join("stat");
-        let stat = fs::read_to_string(stat).unwrap_or_default();
+    let mut threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.all(|thread| {
+        let stat = fs::read_to_string(thread.unwrap().path().join("stat")).unwrap_or_default();
         let born = stat
             .rsplit_once(") ")
             .and_then(|(_, rest)| rest.split(' ').nth(19));
-        // In hundredths, whatever the kernel counts in.
-        born.is_some_and(|born| now - born.parse::<f64>().unwrap() / 100.0 > seconds)
-    };
-    threads.filter(old).count()
+        // In hundredths, whatever the kernel counts in. One that has ended meanwhile is no matter.
+        born.is_none_or(|born| now - born.parse::<f64>().unwrap() / 100.0 > seconds)
+    })
 }
 
 #[tokio::test]
@@ -579,9 +613,9 @@ async fn a_plugin_that_may_start_no_process_says_so_and_lives_on() {
     let gate = counted.host.join("gate");
     let task = counted.start(&gated(&gate)).await.unwrap();
     task.stdout.contains("up").await;
-    // Long enough for all threads to end that have nothing to do: one more stays than those that always do.
-    eventually("a thread to spare", || {
-        threads_of_age(plugin.pid(), 15.0) >= 7
+    // The threads for blocking work that the start needed end when they have had nothing to do for ten seconds; one has to stay.
+    eventually("no thread but those that stay", || {
+        is_of_age(plugin.pid(), 15.0)
     })
     .await;
     let before = limit(plugin.pid(), Limited::Processes, "1");
@@ -688,20 +722,22 @@ async fn a_supervisor_that_can_let_nobody_in_keeps_its_task_and_takes_no_time() 
     const FEW: usize = 16;
     let before = limit(supervisor, Limited::Descriptors, &FEW.to_string());
     let connect = |_| std::os::unix::net::UnixStream::connect(&lifeline).unwrap();
-    let _listeners: Vec<_> = (0..FEW).map(connect).collect();
-    let plugin = Arc::new(host.plugin().await);
-    let (line, stored) = (Arc::clone(&plugin), task.stored());
-    let recover = tokio::spawn(async move { line.recover(stored).await });
-    // The socket itself, the listeners, and the new plugin.
-    eventually("somebody who knocks", || {
-        let sockets = fs::read_to_string("/proc/net/unix").unwrap();
-        let ours = |line: &&str| line.ends_with(lifeline.to_str().unwrap());
-        sockets.lines().filter(ours).count() == FEW + 2
-    })
-    .await;
+    let mut listeners: Vec<_> = (0..FEW).map(connect).collect();
+    let told = |mut listener: &std::os::unix::net::UnixStream| {
+        listener.set_read_timeout(Some(DEADLINE)).unwrap();
+        listener.read_exact(&mut [0]).unwrap();
+    };
+    // Whoever is let in is told how things stand.
+    told(&listeners[0]);
     eventually("a supervisor that sleeps", || is_asleep(supervisor)).await;
+    let last = listeners.pop().unwrap();
+    last.set_nonblocking(true).unwrap();
+    let waits = (&last).read(&mut [0]).unwrap_err();
+    assert_eq!(waits.kind(), std::io::ErrorKind::WouldBlock);
+    last.set_nonblocking(false).unwrap();
     limit(supervisor, Limited::Descriptors, &before);
-    within("RecoverTask", recover).await.unwrap().unwrap();
+    told(&last);
+    let plugin = host.recovered(&task).await;
     ends_well(&plugin, &task, &gate).await;
     nothing_left(&host, &plugin).await;
 }

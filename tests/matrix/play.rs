@@ -24,7 +24,7 @@ use super::plan::{Again, Cell, Hold, Owed, Step, Victim};
 use super::trap::Trap;
 
 /// Only a broken cell ever waits this long.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(60);
 /// The code the task ends with when its gate is opened.
 const CODE: i32 = 5;
 /// A grace time that no cell uses up.

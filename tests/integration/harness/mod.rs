@@ -26,9 +26,9 @@ use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
 
 /// How long anything may take before a test gives up on it. Only a broken test ever waits this long.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// How long processes that are on their way out may take before they count as left.
-const OUTGOING: Duration = Duration::from_secs(5);
+const OUTGOING: Duration = Duration::from_secs(20);
 
 /// The tools that the fake stands in for.
 const TOOLS: [&str; 3] = ["systemd-nspawn", "machinectl", "systemctl"];
