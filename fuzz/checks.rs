@@ -134,6 +134,21 @@ pub(crate) fn init_packets(bytes: &[u8]) {
 
 /// The bytes as the job's `config` block and as the operator's `plugin` block.
 pub(crate) fn task_config(bytes: &[u8]) {
+    is_container(bytes);
+}
+
+/// An allocation's directories, which have to be there. Nothing is written in them. The manifest is the fuzzer's or the driver's.
+fn allocation() -> PathBuf {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let places = ["allocation", "fuzz/allocation"].map(|place| here.join(place));
+    places
+        .into_iter()
+        .find(|place| place.is_dir())
+        .expect("fuzz/allocation")
+}
+
+/// The same, and whether they are a container.
+pub(crate) fn is_container(bytes: &[u8]) -> bool {
     let nowhere = PathBuf::from("/nowhere");
     let policy = match PluginConfig::decode(bytes) {
         Ok(config) => config,
@@ -144,9 +159,9 @@ pub(crate) fn task_config(bytes: &[u8]) {
     };
     let grants = Grants {
         id: "a/t/1".to_owned(),
-        task: "t".to_owned(),
         alloc_id: "a".to_owned(),
-        alloc_dir: nowhere.clone(),
+        task: "t".to_owned(),
+        alloc_dir: allocation(),
         ..Grants::default()
     };
     let places = Places {
@@ -154,7 +169,13 @@ pub(crate) fn task_config(bytes: &[u8]) {
         machine_dirs: Vec::new(),
     };
     match config::container(bytes, &grants, &policy, &places) {
-        Ok(checked) => assert_eq!(checked.spec.id, "a/t/1"),
-        Err(error) => is_one_line(&error),
+        Ok(checked) => {
+            assert_eq!(checked.spec.id, "a/t/1");
+            true
+        }
+        Err(error) => {
+            is_one_line(&error);
+            false
+        }
     }
 }

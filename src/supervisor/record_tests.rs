@@ -278,11 +278,53 @@ pub(in crate::supervisor) fn exit() -> impl Strategy<Value = Exit> {
     )
 }
 
+fn order() -> impl Strategy<Value = Order> {
+    let first = prop_oneof![
+        Just(First::Image),
+        any::<bool>().prop_map(|streams| First::Ours { streams }),
+    ];
+    let mirror = proptest::option::of(path());
+    let place = (path(), mirror).prop_map(|(group, mirror)| Place { group, mirror });
+    let maybe = || proptest::option::of(path());
+    let names = (any::<String>(), any::<String>(), any::<String>(), mode());
+    let call = (path(), any::<Vec<String>>(), first);
+    let paths = (maybe(), maybe(), maybe(), maybe(), maybe());
+    let held = (any::<bool>(), any::<Option<String>>());
+    let rest = (proptest::option::of(place), held, any::<Vec<String>>());
+    (names, call, paths, rest).prop_map(
+        |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
+            let (place, (picks, zone), notes) = rest;
+            let (stdout, stderr, network_namespace, locks, copies) = paths;
+            Order {
+                id,
+                machine,
+                mode,
+                boot,
+                program,
+                arguments,
+                first,
+                stdout,
+                stderr,
+                place,
+                network_namespace,
+                locks,
+                copies,
+                picks,
+                zone,
+                notes,
+            }
+        },
+    )
+}
+
+fn mode() -> impl Strategy<Value = Mode> {
+    proptest::sample::select(vec![Mode::Plain, Mode::ProcessTwo, Mode::Boot])
+}
+
 pub(in crate::supervisor) fn started() -> impl Strategy<Value = Started> {
     let names = (any::<String>(), any::<String>(), any::<String>(), path());
-    let modes = proptest::sample::select(vec![Mode::Plain, Mode::ProcessTwo, Mode::Boot]);
     let cgroup = proptest::option::of(path());
-    let rest = (modes, cgroup, moment(), any::<Vec<String>>());
+    let rest = (mode(), cgroup, moment(), any::<Vec<String>>());
     (names, process(), process(), rest).prop_map(
         |((id, machine, boot, state), supervisor, leader, (mode, cgroup, started_at, notes))| {
             Started {
@@ -325,10 +367,18 @@ proptest! {
 
     #[test]
     fn every_record_is_read_as_it_was_written(
-        exit in exit(), started in started(), nspawn in process(), copy in proptest::option::of(path()),
+        order in order(),
+        environment in proptest::collection::btree_map(any::<String>(), any::<String>(), 0..4),
+        exit in exit(),
+        started in started(),
+        nspawn in process(),
+        copy in proptest::option::of(path()),
         uids: Option<u32>
     ) {
         let (_temp, records) = some();
+        records.write_order(&order, &environment, None).unwrap();
+        prop_assert_eq!(records.order().unwrap(), order);
+        prop_assert_eq!(records.take_environment().unwrap(), environment);
         records.write_exit(&exit).unwrap();
         prop_assert_eq!(records.exit().unwrap(), Some(exit));
         let running = Running { started, nspawn, copy, uids };

@@ -103,8 +103,11 @@ fn damaged(error: serde_json::Error) -> HandleError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::container::{Mode, Process};
     use crate::task::tests::started;
     use proptest::prelude::*;
+    use std::path::PathBuf;
+    use std::time::{Duration, SystemTime};
 
     #[test]
     fn what_is_written_is_read_back() {
@@ -163,7 +166,40 @@ mod tests {
         ));
     }
 
+    fn any_started() -> impl Strategy<Value = Started> {
+        let process =
+            || (any::<i32>(), any::<u64>()).prop_map(|(pid, start)| Process { pid, start });
+        let names: [_; 4] = std::array::from_fn(|_| any::<String>());
+        let modes = proptest::sample::select(vec![Mode::Plain, Mode::ProcessTwo, Mode::Boot]);
+        let moment = (0..1u64 << 40, 0..1_000_000_000u32);
+        let rest = (any::<Option<String>>(), moment, any::<Vec<String>>());
+        (names, process(), process(), modes, rest).prop_map(
+            |([id, machine, state, boot], supervisor, leader, mode, rest)| {
+                let (cgroup, (seconds, nanos), notes) = rest;
+                Started {
+                    id,
+                    machine,
+                    state: PathBuf::from(state),
+                    boot,
+                    supervisor,
+                    leader,
+                    mode,
+                    cgroup: cgroup.map(PathBuf::from),
+                    started_at: SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos),
+                    notes,
+                }
+            },
+        )
+    }
+
     proptest! {
+        #[test]
+        fn whatever_is_written_is_read_back(started in any_started()) {
+            let bytes = encode(&started).unwrap();
+            let id = started.id.clone();
+            prop_assert_eq!(decode(VERSION, &bytes, &id).unwrap(), started);
+        }
+
         #[test]
         fn no_bytes_panic(version in 0..4i32, bytes: Vec<u8>, cut in 0..300usize) {
             let _ = decode(version, &bytes, "i");

@@ -58,7 +58,10 @@ fn every_check_has_a_target_and_a_corpus() {
 /// The corpus reaches what it is about: with nothing but garbage in it the checks would hold as well.
 #[test]
 fn every_corpus_has_something_that_is_accepted() {
-    use nomad_driver_nspawn::supervisor::record::{self, Order};
+    use nomad_driver_nspawn::config::PluginConfig;
+    use nomad_driver_nspawn::container::Exit;
+    use nomad_driver_nspawn::supervisor::line::{self, Question, Told};
+    use nomad_driver_nspawn::supervisor::record::{self, Order, Running};
     use nomad_driver_nspawn::task::handle;
     let any = |name: &str, accepted: &dyn Fn(&[u8]) -> bool| {
         let mut seeds = fs::read_dir(fuzz("corpus").join(name)).unwrap();
@@ -68,6 +71,18 @@ fn every_corpus_has_something_that_is_accepted() {
         );
     };
     any("order", &|bytes| record::decode::<Order>(bytes).is_ok());
+    any("records", &|bytes| record::decode::<Running>(bytes).is_ok());
+    any("records", &|bytes| record::decode::<Exit>(bytes).is_ok());
+    any("requests", &|bytes| {
+        let first = line::next::<Question>(&mut bytes.to_vec());
+        matches!(first, Some(Ok(Question::Known(_))))
+    });
+    any("news", &|bytes| {
+        let first = line::next::<Told>(&mut bytes.to_vec());
+        matches!(first, Some(Ok(Told::Known(_))))
+    });
+    any("task_config", &checks::is_container);
+    any("task_config", &|bytes| PluginConfig::decode(bytes).is_ok());
     any("handle", &|bytes| {
         bytes.first() == Some(&2) && handle::decode(2, &bytes[1..], "a/t/1").is_ok()
     });
