@@ -148,7 +148,7 @@ pub(crate) enum Owed {
     ItsOwnEnd,
     /// It is told dead, by SIGKILL, with these words for a reason; none if the driver was asked to kill it.
     Killed(&'static str),
-    /// It is told dead, with no success: its first process was killed.
+    /// It is told dead, with no success: its first process was killed. By SIGKILL, where the kernel tells how it ended (6.15).
     NoSuccess,
     /// RecoverTask refuses it with these words.
     Lost(&'static str),
@@ -210,11 +210,19 @@ const SUPERVISOR: &str = "supervisor was killed";
 const NSPAWN: &str = "systemd-nspawn was ended by SIGKILL";
 
 impl Cell {
-    /// Whether it is one of the third that is played on the real systemd-nspawn too, which nobody can hold.
+    /// Whether it is one of those that are played on the real systemd-nspawn too, which nobody can hold.
     pub(crate) fn is_for_real(self) -> bool {
         let step = matches!(
             self.step,
-            Step::NspawnSpawned | Step::Notified | Step::Running | Step::Exited | Step::Recovering
+            Step::NspawnSpawned
+                | Step::Notified
+                | Step::Running
+                | Step::Signalled
+                | Step::Stopping
+                | Step::Exited
+                | Step::EndRecorded
+                | Step::Destroying
+                | Step::Recovering
         );
         step && self
             .plan()
