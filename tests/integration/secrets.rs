@@ -15,11 +15,15 @@ use nix::unistd::Pid;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin};
 use nomad_driver_nspawn::proto::driver::fingerprint_response::HealthState;
 use nomad_driver_nspawn::proto::driver::{DriverTaskEvent, FingerprintRequest};
+use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::process::first_child;
 use rstest::rstest;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 use crate::harness::{Host, Running, Task, argv, eventually, is_root, refusal, within};
 use crate::lifecycle::nothing_left;
+use crate::trap::Trap;
 
 #[path = "../secrecy/mod.rs"]
 mod secrecy;
@@ -28,6 +32,12 @@ use secrecy::{Marker, Mode, ancestry, descriptors, open_to_others, shown};
 
 /// The variable that everybody expects to be a secret.
 const SECRET: &str = "DB_PASSWORD";
+
+/// What can be no variable's name.
+const NO_NAME: &str = "no=name";
+
+/// The files that have the secrets until the start has read them.
+const ON_DISK: [&str; 2] = ["environment", "init"];
 
 const ON_AND_ON: &str = "echo up; exec sleep 1000";
 
@@ -47,17 +57,20 @@ enum Death {
     Signal(i32),
     Stop,
     Leader,
+    /// What runs below it: the driver's first program where there is one, as the container's init or in the command's place.
+    Inside,
     Nspawn,
     Supervisor,
     Plugin,
 }
 
-const DEATHS: [Death; 8] = [
+const DEATHS: [Death; 9] = [
     Death::Exit(0),
     Death::Exit(3),
     Death::Signal(11),
     Death::Stop,
     Death::Leader,
+    Death::Inside,
     Death::Nspawn,
     Death::Supervisor,
     Death::Plugin,
@@ -106,6 +119,11 @@ impl Case {
 
     /// Looks through the whole host. `nspawn` is the systemd-nspawn that runs now.
     fn search(&self, when: &str, nspawn: Option<i32>) {
+        self.search_but(when, nspawn, &[]);
+    }
+
+    /// The same, where the secrets may lie in files with these names in the start's directory. Gives which of them have it.
+    fn search_but(&self, when: &str, nspawn: Option<i32>, on_disk: &[&str]) -> usize {
         let lines = self.marker.in_command_lines();
         // Where the arguments have it, so has the order, which only root reads.
         let expects = shown(self.mode, self.version, false).is_some();
@@ -119,7 +137,12 @@ impl Case {
         let mut places = secrecy::places();
         places.push((self.host.path(), usize::MAX));
         let files = self.marker.in_files(&places, &self.spared(), self.since);
-        let kept = |path: &PathBuf| expects && path.ends_with("order");
+        let kept = |path: &&PathBuf| {
+            let of_a_start =
+                path.parent().and_then(Path::parent) == Some(self.host.state().as_path());
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap();
+            of_a_start && (on_disk.contains(&name) || (expects && name == "order"))
+        };
         let others: Vec<&PathBuf> = files.iter().filter(|path| !kept(path)).collect();
         assert_eq!(others, Vec::<&PathBuf>::new(), "{when}: files have it");
         assert_eq!(
@@ -129,6 +152,7 @@ impl Case {
         );
         let log = self.host.log().text().join("\n");
         self.marker.not_in("the plugin's log", &log);
+        files.len()
     }
 
     fn nspawn(&self) -> i32 {
@@ -149,6 +173,8 @@ impl Case {
             Death::Signal(number) => self.task(&format!("kill -{number} $$")),
             _ => self.task(ON_AND_ON),
         };
+        // No program can get it: an event says so.
+        let task = task.env(NO_NAME, &self.marker.secret("event"));
         self.host
             .scenario(&json!({"version": self.version, "calls": [{"instead": instead}]}));
         let allocation = self.allocation(task);
@@ -201,6 +227,7 @@ impl Case {
                 running.stop(&plugin, Duration::from_millis(100), "").await;
             }
             Death::Leader => end(pid("leader")),
+            Death::Inside => end(first_child(pid("leader")).expect("a payload")),
             Death::Nspawn => end(self.nspawn()),
             Death::Supervisor => end(pid("supervisor")),
             Death::Plugin => {
@@ -224,9 +251,71 @@ async fn no_secret_shows_whatever_a_task_dies_of(
 ) {
     let case = Case::new(mode, version);
     let mut plugin = case.host.plugin().await;
-    for death in DEATHS {
+    let told = events(&plugin).await;
+    // An init that is simulated has nothing inside.
+    let can_be = |death: &Death| mode != Mode::Boot || *death != Death::Inside;
+    for death in DEATHS.into_iter().filter(can_be) {
         plugin = case.dies(plugin, death).await;
     }
+    // The last death was this plugin's, and so the stream has ended.
+    let told = within("the end of the events", told).await.unwrap();
+    assert!(told.contains(NO_NAME), "{told}");
+    case.marker.not_in("an event", &told);
+}
+
+/// All events of a plugin, in words, when it has ended.
+async fn events(plugin: &Plugin) -> JoinHandle<String> {
+    let mut events = plugin.events().await.unwrap();
+    tokio::spawn(async move {
+        let mut told = String::new();
+        while let Ok(Some(event)) = events.message().await {
+            told += &format!("{event:?}\n");
+        }
+        told
+    })
+}
+
+/// While the files with the secrets lie on disk, and while they are handed over: nobody else has them meanwhile.
+#[rstest]
+#[tokio::test]
+async fn no_secret_shows_while_a_start_stands_still(
+    #[values(Mode::Plain, Mode::ProcessTwo, Mode::Boot)] mode: Mode,
+    #[values(
+        Point::OrderWritten,
+        Point::CgroupMade,
+        Point::Entered,
+        Point::Spawned,
+        Point::Heard
+    )]
+    point: Point,
+) {
+    let case = Case::new(mode, 252);
+    let plugin = Arc::new(case.host.plugin().await);
+    let mut trap = Trap::at(&case.host.state(), point);
+    let allocation = case.allocation(case.task(ON_AND_ON));
+    let _logs = allocation.open_logs().unwrap();
+    let config = plugin.task_config(&allocation).await.unwrap();
+    let (id, line) = (config.id.clone(), Arc::clone(&plugin));
+    let start = tokio::spawn(async move { line.start(config).await });
+    let (_, held) = within("the step", trap.reached()).await;
+    let (nspawn, on_disk): (_, &[&str]) = match point {
+        Point::Entered => (Some(held), &[]),
+        // It goes on meanwhile and has taken them or not.
+        Point::Spawned => (first_child(held), &ON_DISK),
+        Point::Heard => (first_child(held), &[]),
+        _ => (None, &ON_DISK),
+    };
+    let found = case.search_but(&format!("at {point:?}"), nspawn, on_disk);
+    let lie_there = matches!(point, Point::OrderWritten | Point::CgroupMade);
+    assert!(!lie_there || found > 0, "nothing was there to be found");
+    drop(trap);
+    within("StartTask", start).await.unwrap().unwrap();
+    case.search("while it runs", Some(case.nspawn()));
+    within("DestroyTask", plugin.destroy(&id, true))
+        .await
+        .unwrap();
+    nothing_left(&case.host, &plugin).await;
+    case.search("destroyed", None);
 }
 
 /// Names that systemd-nspawn or a library of its would act on.
@@ -298,8 +387,9 @@ async fn no_failed_start_shows_a_secret(
         Fault::NoStateDir
     )]
     fault: Fault,
+    #[values(Mode::Plain, Mode::ProcessTwo, Mode::Boot)] mode: Mode,
 ) {
-    let case = Case::new(Mode::Plain, 252);
+    let case = Case::new(mode, 252);
     let secret = case.marker.secret("value");
     let (task, words) = match fault {
         Fault::NoImage => {
