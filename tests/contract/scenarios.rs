@@ -1,5 +1,7 @@
 //! The scenarios. One function each; its name is the promise.
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use nomad_driver_nspawn::cgroup::Group;
 use nomad_driver_nspawn::container::{Mount, Process};
 use nomad_driver_nspawn::supervisor::process::{Held, children};
@@ -56,7 +58,7 @@ macro_rules! scenarios {
             signals_during_a_stop_are_no_error, a_payload_is_stopped_and_goes_on, a_signal_to_kill_is_told_as_137,
             a_real_time_signal_reaches_its_handler, a_named_signal_is_sent_though_another_is_handled,
             another_backend_stops_it_politely, a_stop_of_what_was_removed_is_an_error, removing_overtakes_a_patient_stop,
-            an_ephemeral_root_that_is_ended_by_force_is_told_once,
+            an_ephemeral_root_that_is_ended_by_force_is_told_once, a_booted_container_has_its_variables_and_is_stopped_in_order,
         }
     };
 }
@@ -112,33 +114,108 @@ pub(crate) async fn stdout_and_stderr_stay_apart(world: World) {
     world.leave(&[&started]).await;
 }
 
+const VALUES: [(&str, &str); 6] = [
+    ("PLAIN", "x"),
+    ("EMPTY", ""),
+    ("LINES", "a\nb\n"),
+    ("QUOTES", "it's \"so\" \\n"),
+    ("EQUALS", "a=b=c"),
+    ("WORDS", " a  ü ☃ "),
+];
+
+fn values() -> BTreeMap<String, String> {
+    let values = VALUES.iter();
+    let owned = values.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    owned.collect()
+}
+
+/// What a script says that gets these variables, with a command as the first process and as the second.
+async fn says(world: World, environment: BTreeMap<String, String>, script: &str, want: &str) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                environment: environment.clone(),
+                ..world.named(&format!("{mode:?}").to_lowercase(), script)
+            })
+            .await;
+        world.end(&started).await;
+        assert_eq!(world.said("stdout"), want, "{mode:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+/// Booted ones: [`a_booted_container_has_its_variables_and_is_stopped_in_order`].
 pub(crate) async fn the_environment_arrives_unchanged(world: World) {
-    let values = [
-        ("PLAIN", "x"),
-        ("EMPTY", ""),
-        ("LINES", "a\nb\n"),
-        ("QUOTES", "it's \"so\" \\n"),
-        ("EQUALS", "a=b=c"),
-        ("WORDS", " a  ü ☃ "),
-    ];
-    let environment = values
-        .iter()
-        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-        .collect();
     let script = "for n in PLAIN EMPTY LINES QUOTES EQUALS WORDS; do eval printf '%s=%s\\;' $n '\"$'$n'\"'; done; env | grep -c NOMAD_PLUGIN";
-    let started = world
-        .start(ContainerSpec {
-            environment,
-            ..world.spec(script)
-        })
-        .await;
-    world.end(&started).await;
-    let want: String = values
+    let want: String = VALUES
         .iter()
         .map(|(name, value)| format!("{name}={value};"))
         .collect();
-    assert_eq!(world.said("stdout"), format!("{want}0\n"));
+    says(world, values(), script, &format!("{want}0\n")).await;
+}
+
+/// The image's init gets them through systemd-nspawn itself, and is asked to end by the signal at which systemd powers off.
+pub(crate) async fn a_booted_container_has_its_variables_and_is_stopped_in_order(world: World) {
+    // The fake plays an init of its own, and writes down what it was sent.
+    let init = world.tree.join("sbin/init");
+    fs::create_dir_all(init.parent().unwrap()).unwrap();
+    let script = "#!/bin/sh\ntrap 'echo heard; exit 0' 38\nwhile :; do sleep 0.05; done\n";
+    fs::write(&init, script).unwrap();
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut environment = values();
+    environment.insert("BIG".to_owned(), longest());
+    let started = world
+        .start(ContainerSpec {
+            mode: Mode::Boot,
+            command: Vec::new(),
+            environment: environment.clone(),
+            ..world.spec("")
+        })
+        .await;
+    let leader = started.leader.pid;
+    let ledger = world.scratch.path().join("bin/ledger.jsonl");
+    if !ledger.exists() {
+        // Until then it may be systemd-nspawn's own child, which is about to become the init.
+        world.handles(&started, "SIGRTMIN+4").await;
+    }
+    within(async {
+        let all = |seen: BTreeMap<_, _>| {
+            environment
+                .iter()
+                .all(|(name, value)| seen.get(name) == Some(value))
+        };
+        while !all(variables(leader)) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    stopped_politely(&world.backend, &started, (0, 0)).await;
+    if ledger.exists() {
+        let ledger = fs::read_to_string(ledger).unwrap();
+        assert!(ledger.contains("\"signal\":38"), "{ledger}");
+    } else {
+        assert!(world.said("stdout").contains("heard"));
+    }
     world.leave(&[&started]).await;
+}
+
+/// The environment with which a process was executed last.
+fn variables(pid: i32) -> BTreeMap<String, String> {
+    let text = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let pairs = text.split_terminator('\0');
+    let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+    pairs
+        .filter_map(|pair| pair.split_once('=').map(owned))
+        .collect()
+}
+
+/// The kernel takes 128 KiB with the name, `BIG`, and the end of the string.
+fn longest() -> String {
+    "x".repeat(128 * 1024 - "BIG=".len() - 1)
 }
 
 pub(crate) async fn words_arrive_unchanged(world: World) {
@@ -1131,9 +1208,12 @@ pub(crate) async fn a_frozen_container_can_be_removed(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// Freezes a group of the container, where it has one: without control groups nobody can freeze it.
+/// Freezes a group of the container. Who is not root has made none, and then there is nothing to hinder the stop.
 async fn freeze(started: &Started, file: &str) {
-    let Some(group) = &started.cgroup else { return };
+    let Some(group) = &started.cgroup else {
+        assert!(!nix::unistd::geteuid().is_root(), "it has no group");
+        return;
+    };
     let file = group.join(file);
     fs::write(&file, "1").unwrap();
     let events = file.with_file_name("cgroup.events");
@@ -1145,14 +1225,20 @@ async fn freeze(started: &Started, file: &str) {
     .await;
 }
 
-/// A process in it takes not even SIGKILL. Where the host has no such freezer, there is nothing to hinder the stop.
+/// A process in it takes not even SIGKILL. Where the host has no such freezer, or not for this user, there is nothing to hinder the
+/// stop.
 pub(crate) async fn a_container_in_a_freezer_of_version_1_is_ended_too(world: World) {
     let started = world.up(world.spec(DEAF)).await;
     let nspawn = Records::at(&started.state).running().unwrap().nspawn;
     let inner = offspring(started.leader.pid);
     let top = Path::new("/sys/fs/cgroup/freezer");
     let freezer = top.join(&started.machine);
-    let frozen = started.cgroup.is_some() && top.is_dir();
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let is_freezer = |line: &str| {
+        let mut words = line.split(' ').skip(1);
+        words.next() == top.to_str() && words.next() == Some("cgroup")
+    };
+    let frozen = nix::unistd::geteuid().is_root() && mounts.lines().any(is_freezer);
     if frozen {
         fs::create_dir(&freezer).unwrap();
         for pid in [nspawn.pid, started.leader.pid] {
@@ -1471,18 +1557,9 @@ pub(crate) async fn an_ephemeral_root_that_is_ended_by_force_is_told_once(world:
 
 /// The longest single string that a program can get.
 pub(crate) async fn a_value_of_128_kib_arrives(world: World) {
-    let value = "x".repeat(128 * 1024 - "BIG=".len() - 1);
-    let want = value.len();
-    let environment = BTreeMap::from([("BIG".to_owned(), value)]);
-    let started = world
-        .start(ContainerSpec {
-            environment,
-            ..world.spec("echo ${#BIG}")
-        })
-        .await;
-    world.end(&started).await;
-    assert_eq!(world.said("stdout"), format!("{want}\n"));
-    world.leave(&[&started]).await;
+    let want = format!("{}\n", longest().len());
+    let environment = BTreeMap::from([("BIG".to_owned(), longest())]);
+    says(world, environment, "echo ${#BIG}", &want).await;
 }
 
 /// The kernel takes 2 MiB of words and variables, whoever executes.
