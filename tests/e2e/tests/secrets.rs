@@ -15,12 +15,18 @@ use e2e::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nomad_driver_nspawn::host::{Allocation, Plugin};
+use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::process::first_child;
 use serde_json::{Value, json};
 
 #[path = "../../secrecy/mod.rs"]
 mod secrecy;
+#[path = "../../matrix/trap.rs"]
+#[expect(dead_code, reason = "only the fake has to be told where a trap is")]
+mod trap;
 
 use secrecy::{Marker, Mode, ancestry, descriptors, environment, open_to_others, shown};
+use trap::Trap;
 
 /// The installed systemd-nspawn's version.
 fn version() -> u32 {
@@ -33,15 +39,17 @@ fn version() -> u32 {
     text.split_whitespace().find_map(digits).unwrap()
 }
 
-/// Looks through the whole machine: `nspawn` and what it started may hold it in their environment.
+/// Looks through the whole machine: `nspawn` and what it started may hold it in their environment, and files with the names
+/// `on_disk` in the start's directory. Gives how many files have it.
 fn search(
     when: &str,
     marker: &Marker,
     mode: Mode,
     nspawn: Option<i32>,
     (own, spared): (&Path, &[PathBuf]),
+    on_disk: &[&str],
     since: i64,
-) {
+) -> usize {
     let expects = shown(mode, version(), false).is_some();
     let expected: Vec<i32> = nspawn.into_iter().filter(|_| expects).collect();
     let lines = marker.in_command_lines();
@@ -58,12 +66,25 @@ fn search(
     let mut places = secrecy::places();
     places.push((own, usize::MAX));
     let files = marker.in_files(&places, spared, since);
-    let kept = |path: &PathBuf| expects && path.ends_with("order");
+    let kept = |path: &&PathBuf| {
+        let of_a_start = path.parent().and_then(Path::parent) == Some(own.join("state").as_path());
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap();
+        of_a_start && (on_disk.contains(&name) || (expects && name == "order"))
+    };
     let others: Vec<&PathBuf> = files.iter().filter(|path| !kept(path)).collect();
     assert_eq!(others, Vec::<&PathBuf>::new(), "{when}: files have it");
     let open = open_to_others(&own.join("state"));
     assert_eq!(open, Vec::<String>::new(), "{when}");
+    files.len()
 }
+
+/// What can be no variable's name.
+const NO_NAME: &str = "no=name";
+
+/// The files that have the secrets until the start has read them.
+const ON_DISK: [&str; 2] = ["environment", "init"];
+
+const ON_AND_ON: &str = "echo up; exec sleep 1000";
 
 /// A stage with secrets.
 struct Case {
@@ -76,8 +97,12 @@ struct Case {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Death {
     Exit(i32),
+    Signal(i32),
     Stop,
-    Payload,
+    /// The container's first process: the command, or the driver's init, or the image's.
+    Leader,
+    /// The command, where it is the second process.
+    Second,
     Nspawn,
     Supervisor,
     Plugin,
@@ -128,10 +153,15 @@ impl Case {
     }
 
     fn search(&self, when: &str, nspawn: Option<i32>) {
+        self.search_but(when, nspawn, &[]);
+    }
+
+    fn search_but(&self, when: &str, nspawn: Option<i32>, on_disk: &[&str]) -> usize {
         let own = self.stage.join("");
         let spared = ["alloc", "plugins"].map(|name| self.stage.join(name));
         let places = (own.as_path(), &spared[..]);
-        search(when, &self.marker, self.mode, nspawn, places, self.since);
+        let (marker, since) = (&self.marker, self.since);
+        search(when, marker, self.mode, nspawn, places, on_disk, since)
     }
 
     fn nspawn(&self, running: &Running) -> i32 {
@@ -144,8 +174,11 @@ impl Case {
     async fn dies(&self, plugin: Plugin, death: Death) -> Plugin {
         let task = match death {
             Death::Exit(code) => self.task(&format!("echo up; exit {code}")),
-            _ => self.task("echo up; exec sleep 1000"),
+            Death::Signal(number) => self.task(&format!("echo up; kill -{number} $$")),
+            _ => self.task(ON_AND_ON),
         };
+        // No program can get it: an event says so.
+        let task = task.env(NO_NAME, &self.marker.secret("event"));
         let allocation = self.allocation(&task);
         let running = self.stage.start_in(&plugin, &task, allocation).await;
         let running = running.unwrap_or_else(|refused| panic!("{refused:?}"));
@@ -155,7 +188,7 @@ impl Case {
             running.stdout.contains("up").await;
         }
         let plugin = match death {
-            Death::Exit(_) => plugin,
+            Death::Exit(_) | Death::Signal(_) => plugin,
             other => {
                 let leader = i32::try_from(running.leader()).unwrap();
                 until("the payload has its secrets", || {
@@ -183,11 +216,12 @@ impl Case {
         let end = |pid: i32| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         let pid = |who: &str| i32::try_from(running.state()[who]["pid"].as_i64().unwrap()).unwrap();
         match death {
-            Death::Exit(_) => {}
+            Death::Exit(_) | Death::Signal(_) => {}
             Death::Stop => {
                 running.stop(&plugin, Duration::from_millis(200), "").await;
             }
-            Death::Payload => end(pid("leader")),
+            Death::Leader => end(pid("leader")),
+            Death::Second => end(first_child(pid("leader")).expect("a second process")),
             Death::Nspawn => end(self.nspawn(running)),
             Death::Supervisor => end(pid("supervisor")),
             Death::Plugin => {
@@ -208,16 +242,28 @@ impl Case {
 async fn every_death(mode: Mode, deaths: &[Death]) {
     let case = Case::new(mode);
     let mut plugin = case.stage.plugin().await;
+    let mut events = plugin.events().await.unwrap();
+    let told = tokio::spawn(async move {
+        let mut told = String::new();
+        while let Ok(Some(event)) = events.message().await {
+            told += &format!("{event:?}\n");
+        }
+        told
+    });
     for death in deaths {
         plugin = case.dies(plugin, *death).await;
     }
     end(plugin).await;
+    // The stream has ended with its plugin.
+    let told = within("the end of the events", told).await.unwrap();
+    assert!(told.contains(NO_NAME), "{told}");
+    case.marker.not_in("an event", &told);
     case.stage.leave();
 }
 
 const FROM_OUTSIDE: [Death; 5] = [
     Death::Stop,
-    Death::Payload,
+    Death::Leader,
     Death::Nspawn,
     Death::Supervisor,
     Death::Plugin,
@@ -231,7 +277,9 @@ async fn no_secret_of_a_plain_task_shows() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_secret_of_a_second_process_shows() {
-    every_death(Mode::ProcessTwo, &[Death::Exit(0), Death::Exit(3)]).await;
+    let by_itself = [Death::Exit(0), Death::Exit(3), Death::Signal(11)];
+    every_death(Mode::ProcessTwo, &by_itself).await;
+    every_death(Mode::ProcessTwo, &[Death::Second]).await;
     every_death(Mode::ProcessTwo, &FROM_OUTSIDE).await;
 }
 
@@ -242,12 +290,18 @@ async fn no_secret_of_a_booted_task_shows() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_failed_start_shows_a_secret() {
-    let case = Case::new(Mode::Plain);
+    for mode in [Mode::Plain, Mode::ProcessTwo, Mode::Boot] {
+        failed_starts_show_no_secret(mode).await;
+    }
+}
+
+async fn failed_starts_show_no_secret(mode: Mode) {
+    let case = Case::new(mode);
     let plugin = case.stage.plugin().await;
     let empty = case.stage.join("empty");
     fs::create_dir(&empty).unwrap();
     let broken = case.stage.file("broken.raw", "no image");
-    let up = "echo up; exec sleep 1000";
+    let up = ON_AND_ON;
     let secret = case.marker.secret("value");
     let tasks = [
         ("missing", case.task(up).with("image", "/no/such/image")),
@@ -275,8 +329,12 @@ async fn no_failed_start_shows_a_secret() {
         case.search(what, None);
         case.marker.not_in("the plugin's log", &case.stage.log());
     }
-    // These have started before anybody can know.
-    for command in ["/no/such/program", "/etc/passwd"] {
+    // These have started before anybody can know. A booted container has no command.
+    let commands: &[&str] = match mode {
+        Mode::Boot => &[],
+        _ => &["/no/such/program", "/etc/passwd"],
+    };
+    for command in commands {
         let task = case.task(up).with("command", json!([command]));
         let allocation = case.allocation(&task);
         let running = case.stage.start_in(&plugin, &task, allocation).await;
@@ -293,6 +351,41 @@ async fn no_failed_start_shows_a_secret() {
     case.stage.leave();
 }
 
+/// While the files with the secrets lie on disk, and while they are handed over: nobody else has them meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_secret_shows_while_a_start_stands_still() {
+    for mode in [Mode::Plain, Mode::ProcessTwo, Mode::Boot] {
+        for point in [Point::OrderWritten, Point::Entered, Point::Spawned] {
+            let case = Case::new(mode);
+            let plugin = Arc::new(case.stage.plugin().await);
+            let mut trap = Trap::at(&case.stage.join("state"), point);
+            let allocation = case.allocation(&case.task(ON_AND_ON));
+            let _logs = allocation.open_logs().unwrap();
+            let config = plugin.task_config(&allocation).await.unwrap();
+            let (id, line) = (config.id.clone(), Arc::clone(&plugin));
+            let start = tokio::spawn(async move { line.start(config).await });
+            let (_, held) = within("the step", trap.reached()).await;
+            let (nspawn, on_disk): (_, &[&str]) = match point {
+                Point::Entered => (Some(held), &[]),
+                // It goes on meanwhile and has taken them or not.
+                Point::Spawned => (first_child(held), &ON_DISK),
+                _ => (None, &ON_DISK),
+            };
+            let found = case.search_but(&format!("{mode:?} at {point:?}"), nspawn, on_disk);
+            let lie_there = point == Point::OrderWritten;
+            assert!(!lie_there || found > 0, "nothing was there to be found");
+            drop(trap);
+            within("StartTask", start).await.unwrap().unwrap();
+            within("DestroyTask", plugin.destroy(&id, true))
+                .await
+                .unwrap();
+            case.search("destroyed", None);
+            end(Arc::into_inner(plugin).unwrap()).await;
+            case.stage.leave();
+        }
+    }
+}
+
 /// What systemd-nspawn's own environment has beside the task's variables.
 const NSPAWN_KNOWS: &[&str] = &[
     "LANG",
@@ -305,6 +398,26 @@ const NSPAWN_KNOWS: &[&str] = &[
     "LISTEN_FDS",
     "LISTEN_PID",
 ];
+
+/// What systemd-nspawn opens for itself, beside the locks of the root: its event loop, and the lines to its children.
+const NSPAWN_MAKES: &[&str] = &[
+    "socket",
+    "eventpoll",
+    "signalfd",
+    "eventfd",
+    "pipe",
+    "pidfd",
+];
+
+/// The sockets and pipes that a process has open, which tell whether two have the same.
+fn inodes(pid: i32) -> BTreeSet<String> {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let targets = open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    let names = targets.map(|target| target.to_string_lossy().into_owned());
+    names
+        .filter(|name| name.starts_with("socket:[") || name.starts_with("pipe:["))
+        .collect()
+}
 
 /// An agent that marks nothing as closed on exec, and has tokens of its own in its environment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -344,6 +457,33 @@ async fn nobody_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
         let open = descriptors(who).unwrap();
         let files: Vec<&String> = open.values().filter(|to| to.contains("precious")).collect();
         assert_eq!(files, Vec::<&String>::new(), "{open:?}");
+    }
+    let of_plugin = inodes(plugin.pid());
+    assert!(!of_plugin.is_empty());
+    for who in [pid("supervisor"), nspawn, pid("leader")] {
+        let shared: Vec<_> = inodes(who).intersection(&of_plugin).cloned().collect();
+        assert_eq!(shared, Vec::<String>::new(), "the plugin's own");
+    }
+    let directory = state["state"].as_str().unwrap();
+    let open = descriptors(pid("supervisor")).unwrap();
+    let streams = [
+        "socket",
+        "/memfd:nspawn-init (deleted)",
+        &format!("{directory}/log"),
+    ];
+    assert_eq!([0, 1, 2].map(|number| &*open[&number]), streams);
+    let beside: BTreeSet<&str> = open.range(3..).map(|(_, kind)| kind.as_str()).collect();
+    assert_eq!(beside, BTreeSet::from(["signalfd", "socket", "pidfd"]));
+    let open = descriptors(nspawn).unwrap();
+    let streams = ["/dev/null", "/dev/null", &format!("{directory}/words")];
+    assert_eq!([0, 1, 2].map(|number| &*open[&number]), streams);
+    let tree = case.stage.join("tree");
+    let lock = tree.with_file_name(".#tree.lck");
+    for (number, to) in open.range(3..) {
+        let own = NSPAWN_MAKES.contains(&to.as_str())
+            || Path::new(to) == lock
+            || to.starts_with("/run/systemd/nspawn/locks/");
+        assert!(own, "{number}: {to}");
     }
     let leader: Vec<i32> = descriptors(pid("leader")).unwrap().into_keys().collect();
     assert_eq!(leader, [0, 1, 2]);
@@ -405,7 +545,7 @@ fn no_secret_shows_with_a_real_agent() {
     let look = |when: &str, nspawn: Option<i32>| {
         for secret in [&marker, &token] {
             let places = (own.as_path(), &spared[..]);
-            search(when, secret, Mode::Plain, nspawn, places, since);
+            search(when, secret, Mode::Plain, nspawn, places, &[], since);
         }
     };
     look("while it runs", Some(nspawn));
