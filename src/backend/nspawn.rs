@@ -30,8 +30,8 @@ use crate::supervisor::pause::{self, Point};
 use crate::supervisor::record::Running;
 use crate::supervisor::state_dir::StateDirError;
 use crate::supervisor::{
-    self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, orphans,
-    remains, state_dir,
+    self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
+    state_dir,
 };
 
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.

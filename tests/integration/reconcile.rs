@@ -12,7 +12,7 @@ use nomad_driver_nspawn::supervisor::pause::Point;
 use serde_json::json;
 
 use crate::harness::{Host, Running, eventually, is_root, within};
-use crate::troubles::trap::Trap;
+use crate::trap::Trap;
 
 const TRAPS: &str = "trap 'echo got; exit 12' USR1; echo up; while :; do sleep 0.05; done";
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
