@@ -1,5 +1,5 @@
 //! Tier (a): the real plugin binary and the real systemd-nspawn. Every option has the effect that `docs/configuration.md`
-//! promises, and nothing is lost or left when the plugin dies.
+//! promises, and nothing is lost or left when the plugin dies. Each test says why the stand-in can't play it.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -66,6 +66,7 @@ fn bare(words: &[&str]) -> Output {
 
 // Words, streams, processes.
 
+/// Real only: the real parser's own rules for words and specifiers are the question.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_words_of_the_command_arrive_unchanged() {
     let stage = Stage::new();
@@ -92,6 +93,7 @@ async fn the_words_of_the_command_arrive_unchanged() {
     stage.leave();
 }
 
+/// Real only: a pseudo terminal is systemd-nspawn's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_the_console_pipe_keeps_the_streams_apart_and_unchanged() {
     let stage = Stage::new();
@@ -116,6 +118,7 @@ async fn only_the_console_pipe_keeps_the_streams_apart_and_unchanged() {
     stage.leave();
 }
 
+/// Real only: a pid namespace gives orphans to its first process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn process_two_runs_below_an_init_that_reaps() {
     let stage = Stage::new();
@@ -135,6 +138,7 @@ async fn process_two_runs_below_an_init_that_reaps() {
     stage.leave();
 }
 
+/// Real only: users are looked up in a real root and taken on by root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_command_runs_as_the_user_of_the_config_or_of_the_task() {
     let stage = Stage::new();
@@ -153,6 +157,7 @@ async fn the_command_runs_as_the_user_of_the_config_or_of_the_task() {
     stage.leave();
 }
 
+/// Real only: the directory is one of the container's own root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_working_directory_is_where_the_command_starts() {
     let stage = Stage::new();
@@ -161,6 +166,7 @@ async fn the_working_directory_is_where_the_command_starts() {
     stage.leave();
 }
 
+/// Real only: systemd-nspawn adds variables of its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_environment_of_the_config_wins_over_the_job_and_over_nomad() {
     let stage = Stage::new();
@@ -180,6 +186,7 @@ async fn the_environment_of_the_config_wins_over_the_job_and_over_nomad() {
 }
 
 /// Command lines can be read by everybody on the host.
+/// Real only: systemd-nspawn's helpers have command lines too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_value_of_the_environment_stands_in_a_command_line() {
     let stage = Stage::new();
@@ -216,6 +223,7 @@ async fn no_value_of_the_environment_stands_in_a_command_line() {
 
 // The root file system.
 
+/// Real only: mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_read_only_root_can_not_be_written_and_the_allocation_can() {
     let stage = Stage::new();
@@ -234,6 +242,7 @@ async fn a_read_only_root_can_not_be_written_and_the_allocation_can() {
     stage.leave();
 }
 
+/// Real only: systemd-nspawn makes and removes the copy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ephemeral_root_can_be_written_and_nothing_stays() {
     let stage = Stage::new();
@@ -253,6 +262,7 @@ async fn an_ephemeral_root_can_be_written_and_nothing_stays() {
     stage.leave();
 }
 
+/// Real only: mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_volatile_is_thrown_away() {
     let stage = Stage::new();
@@ -295,6 +305,7 @@ async fn what_is_volatile_is_thrown_away() {
     stage.leave();
 }
 
+/// Real only: a root that runs is the proof.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_image_is_found_where_the_documentation_says() {
     let stage = Stage::new();
@@ -332,6 +343,7 @@ async fn an_image_is_found_where_the_documentation_says() {
 
 /// Up to version 257 systemd-nspawn asks udev about the loop device. Where it can't run a disk image itself, its own words
 /// reach the user.
+/// Real only: loop devices and file systems.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_image_runs_where_systemd_nspawn_can() {
     let stage = Stage::new();
@@ -359,6 +371,7 @@ async fn a_disk_image_runs_where_systemd_nspawn_can() {
     stage.leave();
 }
 
+/// Real only: mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn pivot_root_makes_a_directory_of_the_image_the_root() {
     let stage = Stage::new();
@@ -395,6 +408,7 @@ async fn pivot_root_makes_a_directory_of_the_image_the_root() {
     stage.leave();
 }
 
+/// Real only: systemd-nspawn makes the file.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn resolv_conf_is_made_as_it_is_asked_for() {
     let stage = Stage::new();
@@ -419,6 +433,7 @@ async fn resolv_conf_is_made_as_it_is_asked_for() {
 
 // Mounts.
 
+/// Real only: mounts with mapped ids.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn binds_show_host_paths_with_and_without_user_namespaces() {
     let stage = Stage::new();
@@ -455,6 +470,7 @@ async fn binds_show_host_paths_with_and_without_user_namespaces() {
     stage.leave();
 }
 
+/// Real only: mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_volumes_only_the_allocation_can_be_shown() {
     let stage = Stage::new();
@@ -480,6 +496,7 @@ async fn without_volumes_only_the_allocation_can_be_shown() {
 
 // Users and capabilities.
 
+/// Real only: user namespaces.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_user_namespace_hides_root_and_keeps_the_allocation_usable() {
     let stage = Stage::new();
@@ -504,6 +521,7 @@ async fn a_user_namespace_hides_root_and_keeps_the_allocation_usable() {
     stage.leave();
 }
 
+/// Real only: user namespaces, and owners that systemd-nspawn changes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn private_users_and_their_ownership_are_what_was_asked_for() {
     let stage = Stage::new();
@@ -539,6 +557,7 @@ async fn private_users_and_their_ownership_are_what_was_asked_for() {
     stage.leave();
 }
 
+/// Real only: the fake gives up no rights.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn capabilities_are_added() {
     let stage = Stage::new();
@@ -571,6 +590,7 @@ async fn capabilities_are_added() {
 
 // Networks. Everything that makes interfaces runs in a network namespace of the test's own.
 
+/// Real only: network namespaces.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_network_options_the_container_is_in_the_hosts_network() {
     let stage = Stage::new();
@@ -582,6 +602,7 @@ async fn without_network_options_the_container_is_in_the_hosts_network() {
     stage.leave();
 }
 
+/// Real only: network interfaces.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_veth_a_zone_and_a_bridge_come_and_go_with_the_container() {
     let stage = Stage::new();
@@ -629,6 +650,7 @@ async fn a_veth_a_zone_and_a_bridge_come_and_go_with_the_container() {
     stage.leave();
 }
 
+/// Real only: network namespaces.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_groups_network_is_joined_with_and_without_user_namespaces() {
     let stage = Stage::new();
@@ -657,6 +679,7 @@ async fn the_groups_network_is_joined_with_and_without_user_namespaces() {
 
 // Logs.
 
+/// Real only: users, and a `/dev` of the container's own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dev_stdout_can_be_opened_anew_by_any_user_and_in_a_user_namespace() {
     let stage = Stage::new();
@@ -691,6 +714,7 @@ async fn dev_stdout_can_be_opened_anew_by_any_user_and_in_a_user_namespace() {
 
 // The plugin dies.
 
+/// Real only: systemd-nspawn's own way with a pipe is the question.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_writes_on_while_the_plugin_is_killed_and_found_by_the_next() {
     let stage = Stage::new();
@@ -726,6 +750,7 @@ async fn a_task_writes_on_while_the_plugin_is_killed_and_found_by_the_next() {
     stage.leave();
 }
 
+/// Real only: the code goes through systemd-nspawn's own hands.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_that_ended_without_a_plugin_has_its_true_exit_code() {
     let stage = Stage::new();
@@ -753,6 +778,7 @@ async fn a_task_that_ended_without_a_plugin_has_its_true_exit_code() {
 
 // A whole system.
 
+/// Real only: a real init.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_debian_tree_boots_in_a_user_namespace_and_is_stopped_in_order() {
     let stage = Stage::new();
@@ -818,6 +844,7 @@ async fn shut_down(
     (exit.code, exit.signal, said)
 }
 
+/// Real only: a real init.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shutdown_that_hangs_is_ended_after_the_grace() {
     let grace = Duration::from_secs(4);
@@ -828,6 +855,7 @@ async fn a_shutdown_that_hangs_is_ended_after_the_grace() {
 }
 
 /// The job's own signal takes the place of the order to power off: this one makes systemd execute itself anew.
+/// Real only: a real init.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_named_signal_is_what_the_init_gets() {
     let ended = shut_down("true", async |plugin, running| {
@@ -838,6 +866,7 @@ async fn a_named_signal_is_what_the_init_gets() {
     assert_eq!(ended.await, (137, 9, "started\n".to_owned()));
 }
 
+/// Real only: a real init.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_signal_reaches_the_init() {
     let ended = shut_down("true", async |plugin, running| {
@@ -875,6 +904,7 @@ async fn what_is_sent_right_after_the_start_reaches_the_init() {
 // Ends that only a real pid namespace and a real systemd-nspawn have; the rest of the exit table is in the contract.
 
 /// The kernel ends the first process of a pid namespace in which reboot(2) is called, by a signal that tells what was asked for.
+/// Real only: the kernel ends a pid namespace.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_asked_of_reboot_from_inside_is_told() {
     let stage = Stage::new();
@@ -904,6 +934,7 @@ async fn what_is_asked_of_reboot_from_inside_is_told() {
 
 /// systemd-nspawn locks the root that it is given by its inode too, and leaves that file when it is killed. For a read-only root
 /// that lacks mount points this is a directory of the driver's own.
+/// Real only: systemd-nspawn's own locks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_root() {
     let stage = Stage::new();
@@ -1017,6 +1048,7 @@ async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed()
 
 /// What the kernel does for want of memory. With version 2 of control groups the task's own group is limited, as an operator
 /// could; with version 1 the command is put into one.
+/// Real only: the kernel's limits, which take root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kill_for_want_of_memory_is_told() {
     const LIMIT: &str = "16777216";
@@ -1064,6 +1096,7 @@ fn command(running: &Running) -> i64 {
 }
 
 /// systemd-nspawn's own words say why it refuses.
+/// Real only: its words.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_disk_image_is_refused_in_systemd_nspawns_words() {
     let stage = Stage::new();
