@@ -466,15 +466,20 @@ impl Allocation<'_> {
 
     /// The first process of the task's container, as the host numbers it.
     pub fn leader(&self) -> i64 {
+        self.process("/started/leader/pid")
+    }
+
+    /// A process of the task, by its place in the record of its start.
+    pub fn process(&self, place: &str) -> i64 {
         let state = fs::read_dir(self.agent.join("state")).expect("the state directory");
-        let mut leaders = state.flatten().filter_map(|entry| {
+        let mut found = state.flatten().filter_map(|entry| {
             let record = fs::read(entry.path().join("running")).ok()?;
             let record: Value = serde_json::from_slice(&record).ok()?;
             let id = record["started"]["id"].as_str()?;
             id.starts_with(&self.id)
-                .then(|| record["started"]["leader"]["pid"].as_i64())?
+                .then(|| record.pointer(place)?.as_i64())?
         });
-        leaders.next().expect("a running container of the task")
+        found.next().expect("a running container of the task")
     }
 
     /// Adds what Nomad knows to a wait that fails.

@@ -133,6 +133,84 @@ fn nomad_shows_how_a_task_ended() {
     agent.leave();
 }
 
+/// The same of what is done to a task from outside.
+#[test]
+fn nomad_shows_what_ended_a_task() {
+    let agent = Agent::new();
+    let run = |name: &str, script: &str| {
+        let image = image(&agent, name);
+        let variables = [
+            ("image", &*image),
+            ("two", "true"),
+            ("program", "/bin/sh"),
+            ("script", script),
+        ];
+        agent.run(&file("ends"), &variables)
+    };
+    let strike = |task: &Allocation, place: &str| {
+        let pid = i32::try_from(task.process(place)).unwrap();
+        let pid = nix::unistd::Pid::from_raw(pid);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    };
+    let said = |task: &Allocation, kind: &str| {
+        task.dead();
+        let event = task.event(kind).expect(kind);
+        event["DisplayMessage"].as_str().unwrap().to_owned()
+    };
+    let deaf = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
+    let stopped = run("stopped", deaf);
+    let nspawn = run("nspawn", deaf);
+    let supervisor = run("supervisor", deaf);
+    for task in [&stopped, &nspawn, &supervisor] {
+        task.printed("up");
+    }
+    strike(&nspawn, "/nspawn/pid");
+    strike(&supervisor, "/started/supervisor/pid");
+    stopped.stop();
+    assert_eq!(said(&stopped, "Terminated"), "Exit Code: 137, Signal: 9");
+    for (task, words) in [
+        (&nspawn, "systemd-nspawn was ended by SIGKILL"),
+        (&supervisor, "supervisor was killed"),
+    ] {
+        let said = said(task, "Terminated");
+        assert!(
+            said.starts_with("Exit Code: 137, Signal: 9, Exit Message: "),
+            "{said}"
+        );
+        assert!(said.contains(words), "{said}");
+    }
+
+    let dumps = "ulimit -S -c $(ulimit -H -c); kill -SEGV $$";
+    let here = std::process::Command::new("/bin/sh")
+        .args(["-c", dumps])
+        .current_dir(agent.join(""))
+        .status()
+        .unwrap();
+    let dumped = if std::os::unix::process::ExitStatusExt::core_dumped(&here) {
+        ", Exit Message: \"the command dumped core\""
+    } else {
+        ""
+    };
+    let told = said(&run("dumps", dumps), "Terminated");
+    assert_eq!(told, format!("Exit Code: 139, Signal: 11{dumped}"));
+
+    let broken = agent.join("broken.raw");
+    fs::write(&broken, "no image").unwrap();
+    let variables = [
+        ("image", broken.to_str().unwrap()),
+        ("two", "true"),
+        ("program", "/bin/sh"),
+        ("script", deaf),
+    ];
+    let refused = agent.run(&file("ends"), &variables);
+    let told = said(&refused, "Driver Failure");
+    // Which words they are depends on the host.
+    let words =
+        told.split_once("systemd-nspawn exited with status 1 before the container was up: ");
+    assert!(words.is_some_and(|(_, words)| !words.is_empty()), "{told}");
+    agent.leave();
+}
+
 #[test]
 fn a_service_that_fails_is_started_again_as_its_policy_says() {
     let agent = Agent::new();
