@@ -956,6 +956,17 @@ fn is_cleared(started: &Started) -> bool {
     !started.state.exists() && !is_alive(started.leader) && !is_alive(started.supervisor)
 }
 
+/// Reconciles until all of these are cleared away. A process that is just being started for another scenario has the dead backend's
+/// claims too until its own program runs; what looks claimed is left for the next plugin.
+async fn cleared(world: &World, all: &[&Started]) {
+    within(async {
+        while !all.iter().all(|started| is_cleared(started)) {
+            world.backend.reconcile().await;
+        }
+    })
+    .await;
+}
+
 pub(crate) async fn what_nobody_claims_is_cleared_away(world: World) {
     let beside = |task: &str, script: &str| ContainerSpec {
         volatile: Volatile::Overlay,
@@ -964,8 +975,7 @@ pub(crate) async fn what_nobody_claims_is_cleared_away(world: World) {
     let deaf = abandoned(&world, beside("deaf", DEAF)).await;
     world.heard("up").await;
     let over = abandoned(&world, beside("over", "exit 1")).await;
-    within(world.backend.reconcile()).await;
-    assert!(is_cleared(&deaf) && is_cleared(&over));
+    cleared(&world, &[&deaf, &over]).await;
     within(world.backend.reconcile()).await;
     let next = world.start(world.spec("exit 21")).await;
     assert_eq!(ended(&world.end(&next).await), (21, 0));
@@ -1015,8 +1025,7 @@ pub(crate) async fn a_copy_that_nobody_claims_is_cleared_away(world: World) {
     };
     let started = abandoned(&world, spec).await;
     world.heard("up").await;
-    within(world.backend.reconcile()).await;
-    assert!(is_cleared(&started));
+    cleared(&world, &[&started]).await;
     world.leave(&[&started]).await;
 }
 
@@ -1044,8 +1053,7 @@ pub(crate) async fn an_order_that_can_not_be_read_hides_no_container(world: Worl
     let started = abandoned(&world, world.spec(DEAF)).await;
     world.heard("up").await;
     fs::write(started.state.join("order"), "{\"id\":").unwrap();
-    within(world.backend.reconcile()).await;
-    assert!(is_cleared(&started));
+    cleared(&world, &[&started]).await;
     world.leave(&[&started]).await;
 }
 
