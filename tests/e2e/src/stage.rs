@@ -113,14 +113,6 @@ impl Stage {
         self.launch(launch, options).await
     }
 
-    /// The same with one heap for all its threads. The C library gives every thread one of its own until it has eight for each
-    /// processor, and each grows for a while: what the plugin itself keeps can't be told from that.
-    pub async fn plugin_with_one_heap(&self, options: Value) -> Plugin {
-        let launch = Launch::new(self.join("plugins/nomad-driver-nspawn"));
-        self.launch(launch.set("MALLOC_ARENA_MAX", "1"), options)
-            .await
-    }
-
     /// A plugin, and with it all containers, in a network namespace that is not the machine's.
     pub async fn plugin_in(&self, namespace: &Namespace) -> Plugin {
         // The interfaces are looked up below /sys too, so that has to show the namespace; the control groups stay.
@@ -150,7 +142,7 @@ impl Stage {
         self.launch(launch, json!({})).await
     }
 
-    async fn launch(&self, launch: Launch, mut options: Value) -> Plugin {
+    pub(crate) async fn launch(&self, launch: Launch, mut options: Value) -> Plugin {
         options["state_dir"] = json!(self.join("state"));
         let mut launch = launch.set("TMPDIR", self.dir.path());
         launch.log = Some(self.sender.clone());
@@ -225,14 +217,7 @@ impl Stage {
             Ok(config) => config,
             Err(error) => return Err(Refused { error, stderr }),
         };
-        config.network_isolation_spec =
-            task.network
-                .as_ref()
-                .map(|path| driver::NetworkIsolationSpec {
-                    mode: driver::network_isolation_spec::NetworkIsolationMode::Group.into(),
-                    path: path.to_string_lossy().into_owned(),
-                    ..driver::NetworkIsolationSpec::default()
-                });
+        config.network_isolation_spec = task.isolation();
         let id = config.id.clone();
         match within("StartTask", plugin.start(config)).await {
             Ok(started) => Ok(Running {
@@ -351,6 +336,16 @@ impl Task {
     pub fn network(mut self, path: &Path) -> Self {
         self.network = Some(path.to_owned());
         self
+    }
+
+    /// How Nomad says so.
+    pub fn isolation(&self) -> Option<driver::NetworkIsolationSpec> {
+        let path = self.network.as_ref()?;
+        Some(driver::NetworkIsolationSpec {
+            mode: driver::network_isolation_spec::NetworkIsolationMode::Group.into(),
+            path: path.to_string_lossy().into_owned(),
+            ..driver::NetworkIsolationSpec::default()
+        })
     }
 }
 

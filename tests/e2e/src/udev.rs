@@ -2,14 +2,15 @@
 //! who listens in the same network namespace. Seen by one plugin and its containers alone; the machine's `/run` is not touched.
 
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
-use nomad_driver_nspawn::host::Plugin;
+use nomad_driver_nspawn::host::{Launch, Plugin};
+use serde_json::Value;
 
 use crate::stage::Stage;
 
@@ -30,22 +31,23 @@ const SCRIPT: &str = r#"exec unshare --mount sh -c '
     rmdir "$2"
     mkdir /run/udev
     mount --bind "$1" /run/udev
-    exec "$0"' "$0" "#;
+    exec "$0"' "$0" "$1" "$2""#;
 
 /// Somebody who listens, until this is dropped.
 #[derive(Debug)]
 pub struct Udev {
-    _listener: Option<OwnedFd>,
+    /// None where the machine has udev itself.
+    listener: Option<OwnedFd>,
 }
 
 impl Stage {
-    /// A plugin whose containers may be disk images.
-    pub async fn plugin_for_images(&self) -> (Plugin, Udev) {
+    /// What containers of disk images need besides a plugin that is started with it.
+    pub fn udev(&self) -> Udev {
         if Path::new(CONTROL).exists() {
-            return (self.plugin().await, Udev { _listener: None });
+            return Udev { listener: None };
         }
-        let (udev, run) = (self.join("udev"), self.join("run"));
-        fs::create_dir(&udev).expect("a directory");
+        let directory = self.join("udev");
+        fs::create_dir(&directory).expect("a directory");
         let listener = socket(
             AddressFamily::Unix,
             SockType::SeqPacket,
@@ -53,22 +55,33 @@ impl Stage {
             None,
         )
         .and_then(|socket| {
-            bind(
-                std::os::fd::AsRawFd::as_raw_fd(&socket),
-                &UnixAddr::new(&udev.join("control"))?,
-            )?;
-            listen(&socket, Backlog::new(8)?)?;
+            let address = UnixAddr::new(&directory.join("control"))?;
+            bind(socket.as_raw_fd(), &address)?;
+            // Nobody is let in, so everybody who ever knocks has to find room.
+            listen(&socket, Backlog::MAXCONN)?;
             Ok(socket)
         });
-        let script = format!("{SCRIPT} {} {}", udev.display(), run.display());
-        let listener = Some(listener.expect("a socket that listens"));
-        let plugin = self.plugin_by(&script).await;
-        (
-            plugin,
-            Udev {
-                _listener: listener,
-            },
-        )
+        Udev {
+            listener: Some(listener.expect("a socket that listens")),
+        }
+    }
+
+    /// A plugin with these options whose containers may be disk images. It has one heap for all its threads: the C library gives
+    /// every thread one of its own until it has eight for each processor, and each grows for a while, so that what the plugin
+    /// itself keeps can't be told from that.
+    pub async fn plugin_for_images(&self, udev: &Udev, options: Value) -> Plugin {
+        let plugin = self.join("plugins/nomad-driver-nspawn");
+        let launch = if udev.listener.is_some() {
+            let mut launch = Launch::new("/bin/sh");
+            launch.args = ["-c", SCRIPT].map(Into::into).into();
+            let places = [plugin, self.join("udev"), self.join("run")];
+            launch.args.extend(places.map(Into::into));
+            launch
+        } else {
+            Launch::new(plugin)
+        };
+        self.launch(launch.set("MALLOC_ARENA_MAX", "1"), options)
+            .await
     }
 
     /// A disk image of a small tree, without partitions.

@@ -974,7 +974,8 @@ async fn kill_nspawn(running: &Running, plugin: &Plugin) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_systemd_nspawn_killed_on_a_disk_image_leaves_nothing() {
     let stage = Stage::new();
-    let (plugin, _udev) = stage.plugin_for_images().await;
+    let udev = stage.udev();
+    let plugin = stage.plugin_for_images(&udev, json!({})).await;
     let image = stage.image("disk.raw", &stage.join("tree"));
     for ephemeral in [false, true] {
         let task = stage.shell("echo up; exec sleep 1000");
