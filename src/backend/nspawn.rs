@@ -170,7 +170,7 @@ impl NspawnBackend {
         }
         // The handle names the place: an operator may have chosen another state directory since. So the place has to prove itself.
         let records = Records::at(&started.state);
-        let state_dir = started.state.parent().unwrap_or(Path::new("/"));
+        let state_dir = started.state.parent().unwrap_or_else(|| Path::new("/"));
         if Records::of(state_dir, &started.id) != records {
             return Err(lost("its state lies in another one's place"));
         }

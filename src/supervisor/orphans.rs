@@ -60,7 +60,7 @@ pub fn survey(state_dir: &Path) -> io::Result<Survey> {
 
 /// Why what lies in these records, in whatever state directory, is no start of the driver's, if it is none.
 pub fn foreign(records: &Records) -> io::Result<Option<String>> {
-    let state_dir = records.path().parent().unwrap_or(Path::new("/"));
+    let state_dir = records.path().parent().unwrap_or_else(|| Path::new("/"));
     if let Err(refused) = state_dir::check(state_dir) {
         return Ok(Some(refused.to_string()));
     }
