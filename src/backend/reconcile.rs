@@ -14,10 +14,9 @@ use crate::supervisor::orphans::{self, Supervisor, Survey};
 use crate::supervisor::process::is_alive;
 use crate::supervisor::{Claim, Records};
 
-/// How often, and after which time, a claimed start is looked at again before it is passed over: a process that is just being
-/// started holds what its starter had open until its own program runs.
-const LOOKS: usize = 5;
-const BREATH: Duration = Duration::from_millis(2);
+/// When a claimed start is looked at again before it is passed over, in milliseconds: a process that is just being started holds
+/// what its starter had open until its own program runs, which on a busy host takes a while.
+const LOOKS: [u64; 6] = [0, 2, 10, 50, 200, 800];
 
 impl NspawnBackend {
     /// Clears away everything below this state directory that nobody claims, and what belongs to it elsewhere.
@@ -33,9 +32,9 @@ impl NspawnBackend {
             tracing::warn!(path = %path.display(), reason, "left alone: this driver did not make it");
         }
         let mut claimed = starts;
-        for look in 0..LOOKS {
-            if look > 0 && !claimed.is_empty() {
-                tokio::time::sleep(BREATH).await;
+        for pause in LOOKS {
+            if !claimed.is_empty() {
+                tokio::time::sleep(Duration::from_millis(pause)).await;
             }
             let mut still = Vec::new();
             for records in claimed {
