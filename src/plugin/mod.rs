@@ -32,8 +32,9 @@ use controller::{Controller, QuietBroker, QuietStdio};
 const LARGEST_REQUEST: usize = 256 << 20;
 /// What this process still says before it ends, it says in this time.
 const LAST_LINES: Duration = Duration::from_millis(100);
-/// How often the thread for blocking work that is kept has something to do.
-const IDLE: Duration = Duration::from_secs(4);
+/// How often the thread for blocking work that is kept has something to do: more often than an idle one ends, and not so often that
+/// two would stay that take turns.
+const IDLE: Duration = Duration::from_secs(6);
 /// Threads for requests; they wait more than they work.
 const THREADS: usize = 4;
 /// How long the tasks' desks may take to put down their pens once told to.

@@ -455,8 +455,11 @@ impl Allocation<'_> {
         self.dead()
     }
 
-    /// `nomad alloc signal`.
+    /// `nomad alloc signal`. The agent refuses it until it knows of the start, which the command may have been told before.
     pub fn signal(&self, signal: &str) {
+        until("the agent's word of the start", || {
+            (self.task()["State"] == "running").then_some(())
+        });
         let path = format!("/v1/client/allocation/{}/signal", self.id);
         let request = json!({ "Signal": signal, "Task": self.task });
         self.agent
