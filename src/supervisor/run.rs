@@ -13,32 +13,32 @@
 //!
 //! Where the container's first program is ours, it runs no command before the start is on record and it has been told so.
 
-use std::fs::File;
-use std::io::{self, IoSlice, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+mod birth;
+mod over;
+mod stopping;
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nspawn_init::{Trouble, Word};
-use rustix::process::{WaitOptions, wait};
 
-use super::ending::{Farewell, Signs, exit_of, foreseen, told};
+use super::ending::Farewell;
 use super::first::Channel;
 use super::line::{Failure, News, Step, Verb};
 use super::listeners::Listeners;
 use super::pause::{self, Point};
-use super::process::{Held, catches, close_inherited, first_child, ignores, myself, takes};
-use super::record::{First, Order, Records, Running};
+use super::process::{Held, close_inherited, myself};
+use super::record::{Order, Records, Running};
 use super::{logs, remains};
-use crate::cgroup::{Group, freezer};
-use crate::container::{Mode, Process, Started};
+use crate::cgroup::Group;
+use crate::container::{Process, Started};
 use crate::signal::Signal;
 
 /// How long systemd-nspawn may clear up after its container was killed before it is killed too.
@@ -49,9 +49,6 @@ const BREATH: Duration = Duration::from_millis(100);
 
 /// How many times in a row waiting may fail.
 const MOST_BREATHS: u32 = 100;
-
-/// How long an image's init may need before it takes signals. What it does not take then, it never will.
-const YOUTH: Duration = Duration::from_secs(60);
 
 /// How often it is looked whether it takes what is kept for it. Nothing tells it.
 const LOOK: Duration = Duration::from_millis(10);
@@ -217,7 +214,7 @@ impl Watch {
         }
         pause::at(&records, Point::CgroupMade);
         remains::clear_the_way(&order.machine);
-        let (child, first) = spawn(&records, order.first, stdout, stderr)
+        let (child, first) = birth::spawn(&records, order.first, stdout, stderr)
             .map_err(|error| failure(Step::Nspawn, &error))?;
         let pid = i32::try_from(child.id())
             .map_err(|_| failure(Step::Nspawn, &io::ErrorKind::InvalidData.into()))?;
@@ -510,314 +507,12 @@ impl Watch {
             self.kill();
         }
     }
-
-    /// The process that signals are for.
-    fn payload(&self) -> Option<i32> {
-        let State::Running {
-            leader: Some(leader),
-            ..
-        } = &self.state
-        else {
-            return None;
-        };
-        let pid = leader.process().pid;
-        match self.order.mode {
-            Mode::Boot | Mode::Plain => Some(pid),
-            Mode::ProcessTwo => {
-                // Before it has a child, and after, our own program keeps signals or has no use for them.
-                let init = self
-                    .first
-                    .as_ref()
-                    .and_then(Channel::speaker)
-                    .unwrap_or(pid);
-                Some(first_child(init).unwrap_or(init))
-            }
-        }
-    }
-
-    /// The signal that asks this payload to end. systemd has one of its own. A command gets SIGTERM if it has a handler for
-    /// it, and else Nomad's default, SIGINT: the first process of a container is deaf to what it has no handler for, and shells
-    /// have one for SIGINT that means nothing.
-    fn polite(&self) -> Option<Signal> {
-        if self.order.mode == Mode::Boot {
-            return Some(Signal::POWER_OFF);
-        }
-        let pid = self.payload()?;
-        let term = catches(pid, Signal::TERM) || ignores(pid, Signal::INT);
-        Some(if term { Signal::TERM } else { Signal::INT })
-    }
-
-    fn signal(&mut self, signal: Option<Signal>) -> io::Result<()> {
-        self.rouse_nspawn();
-        let (Some(signal), Some(pid)) = (signal, self.payload()) else {
-            return Ok(());
-        };
-        if self.comes_too_early(pid, signal) {
-            // One is as good as many: the kernel too keeps a signal once.
-            if !self.kept.contains(&signal) {
-                self.kept.push(signal);
-            }
-            return Ok(());
-        }
-        send(pid, signal)
-    }
-
-    /// Whether an image's init would lose a signal that it may take later. systemd-nspawn tells of the start while the first
-    /// process is still its own program, and an init needs a moment as well.
-    fn comes_too_early(&self, pid: i32, signal: Signal) -> bool {
-        let State::Running { since, .. } = self.state else {
-            return false;
-        };
-        // These work without being taken.
-        let works = [Signal::NULL, Signal::CONT, Signal::STOP].contains(&signal);
-        let young = self.order.mode == Mode::Boot && since.elapsed() < YOUTH;
-        young && !works && takes(pid, signal) == Some(false)
-    }
-
-    fn send_what_was_kept(&mut self) {
-        if self.kept.is_empty() {
-            return;
-        }
-        let Some(pid) = self.payload() else {
-            return;
-        };
-        for signal in std::mem::take(&mut self.kept) {
-            if self.comes_too_early(pid, signal) {
-                self.kept.push(signal);
-            } else if let Err(error) = send(pid, signal) {
-                let _ = writeln!(io::stderr(), "{signal} can't be sent: {error}");
-            }
-        }
-    }
-
-    /// Ends the container by force, and lets systemd-nspawn see it and clear up.
-    fn kill(&mut self) {
-        pause::at(&self.records, Point::Killing);
-        self.kept.clear();
-        let State::Running { leader, .. } = &self.state else {
-            self.forced = true;
-            self.kill_nspawn();
-            return;
-        };
-        // One that has ended by itself has its own truth.
-        let lives = |leader: &Held| !leader.wait(Duration::ZERO);
-        self.forced |= leader.as_ref().is_some_and(lives);
-        if let Some(place) = &self.order.place {
-            Group::new(&place.group).child("payload").kill();
-        }
-        if let Some(leader) = leader {
-            let _ = leader.signal(Signal::KILL);
-            freezer::release(leader.process().pid);
-        }
-        // What is frozen can't clear up.
-        if let Some(place) = &self.order.place {
-            Group::new(&place.group).thaw();
-        }
-        self.rouse_nspawn();
-        self.patience
-            .get_or_insert_with(|| Instant::now() + CLEAR_UP);
-    }
-
-    /// A systemd-nspawn that somebody has stopped would not notice the end of its container.
-    fn rouse_nspawn(&self) {
-        if let Ok(nspawn) = Held::again(self.nspawn) {
-            let _ = nspawn.signal(Signal::CONT);
-        }
-    }
-
-    /// The leader, where its end is told before that of systemd-nspawn: throwing away an ephemeral root may take that seconds.
-    /// Any other root stays locked until systemd-nspawn has ended.
-    fn leader_to_watch(&self) -> Option<PollFd<'_>> {
-        let leader = self.held_leader()?;
-        let flags = match self.leader {
-            Leader::Lives => PollFlags::POLLIN,
-            // The kernel says so unasked when it is waited for, and until then has no other news.
-            Leader::Ended => PollFlags::empty(),
-            Leader::Reaped => return None,
-        };
-        let early = !self.told && self.order.copies.is_some();
-        early.then(|| PollFd::new(leader.as_fd(), flags))
-    }
-
-    /// How systemd-nspawn may be taken to have ended, once the leader has and nothing that it could add would change what is told.
-    fn end_known_early(&self) -> Option<ExitStatus> {
-        if self.told || self.leader == Leader::Lives {
-            return None;
-        }
-        let by_force = ExitStatus::from_raw(Signal::KILL.number());
-        if self.forced || self.status.is_some() || self.trouble.is_some() {
-            return Some(by_force);
-        }
-        foreseen(self.raw_status()?, self.farewell)
-    }
-
-    fn held_leader(&self) -> Option<&Held> {
-        match &self.state {
-            State::Running { leader, .. } => leader.as_ref(),
-            State::Starting { .. } | State::Failing(_) => None,
-        }
-    }
-
-    /// The leader's raw wait status, where the kernel tells it to others than the parent.
-    fn raw_status(&self) -> Option<i32> {
-        let leader = self.held_leader()?;
-        leader
-            .raw_status()
-            .filter(|_| !pause::kernel_is_old(&self.records))
-    }
-
-    /// Records how it ended and tells everybody, once.
-    fn tell_end(&mut self, status: ExitStatus) {
-        if std::mem::replace(&mut self.told, true) {
-            return;
-        }
-        let place = self.order.place.as_ref();
-        let exit = exit_of(&Signs {
-            mode: self.order.mode,
-            trouble: self.trouble.as_ref(),
-            command: self.status,
-            leader: self.raw_status(),
-            words: &self.records.words(),
-            nspawn: status,
-            forced: self.forced,
-            put_down: self.put_down,
-            oom: place.is_some_and(|place| Group::new(&place.group).oom_kills() > 0),
-        });
-        if let Err(error) = self.records.write_exit(&exit) {
-            let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
-        }
-        pause::at(&self.records, Point::EndRecorded);
-        self.listeners.tell(&News::Exited(exit));
-        pause::at(&self.records, Point::EndTold);
-    }
-
-    /// Ends everything at once, systemd-nspawn too.
-    fn kill_nspawn(&mut self) {
-        self.put_down = true;
-        // Its own parent has not waited for it yet, so the pid is its own. No descriptor is needed for that.
-        let pid = nix::unistd::Pid::from_raw(self.nspawn.pid);
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        if let Some(place) = &self.order.place {
-            Group::new(&place.group).kill();
-        }
-    }
-
-    /// Reaps whoever has ended; the status of systemd-nspawn if it is among them.
-    fn reap(&self) -> Option<ExitStatus> {
-        pause::at(&self.records, Point::Exited);
-        while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
-        let mut found = None;
-        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            if pid.as_raw_nonzero().get() == self.nspawn.pid {
-                found = Some(ExitStatus::from_raw(status.as_raw()));
-            }
-        }
-        found
-    }
-
-    /// systemd-nspawn has ended: so has the container, or it does now.
-    fn end(&mut self, status: ExitStatus) {
-        // What was said last may still lie in the sockets: a short command is over before anybody has looked.
-        self.hear_nspawn();
-        self.hear_first();
-        self.start_if_ready();
-        self.records.discard_secrets();
-        self.kill_the_rest();
-        let group = self
-            .order
-            .place
-            .as_ref()
-            .map(|place| Group::new(&place.group));
-        let running = match &self.state {
-            State::Starting { .. } => {
-                let failure = self.failed(status);
-                self.listeners.tell(&News::Failed(failure));
-                None
-            }
-            State::Failing(failure) => {
-                self.listeners.tell(&News::Failed(failure.clone()));
-                None
-            }
-            State::Running { running, .. } => {
-                let running = running.clone();
-                self.tell_end(status);
-                Some(running)
-            }
-        };
-        if let Some(group) = group {
-            group.wait_empty(CLEAR_UP);
-        }
-        if let Err(error) = remains::free(&self.records, &self.order, running.as_deref()) {
-            let _ = writeln!(io::stderr(), "not everything could be freed: {error}");
-        }
-    }
-
-    /// After a systemd-nspawn that was killed the container lives on, without anybody to tell its end.
-    fn kill_the_rest(&self) {
-        if let State::Running {
-            leader: Some(leader),
-            ..
-        } = &self.state
-        {
-            let _ = leader.signal(Signal::KILL);
-            leader.wait(CLEAR_UP);
-            self.reap();
-        }
-        match &self.order.place {
-            Some(place) => {
-                let group = Group::new(&place.group);
-                if !group.processes().is_empty() {
-                    group.kill();
-                }
-            }
-            None => remains::kill_descendants(nix::unistd::getpid().as_raw(), || {
-                self.reap();
-            }),
-        }
-    }
-
-    fn failed(&self, status: ExitStatus) -> Failure {
-        let trouble = self.trouble.as_ref().map(ToString::to_string);
-        let reason = self.records.failure().or(trouble).unwrap_or_else(|| {
-            let how = told(status);
-            let words = in_one_line(&self.records.words());
-            if words.is_empty() {
-                format!(
-                    "{how} before the container was up; what it said is in the task's stderr log"
-                )
-            } else {
-                format!("{how} before the container was up: {words}")
-            }
-        });
-        Failure {
-            step: Step::Nspawn,
-            reason,
-            transient: false,
-        }
-    }
-}
-
-fn send(pid: i32, signal: Signal) -> io::Result<()> {
-    match Held::by_pid(pid) {
-        Ok(held) => held.signal(signal),
-        Err(error) if is_gone(&error) => Ok(()),
-        Err(error) => Err(error),
-    }
 }
 
 /// Whether it means that there is no such process.
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(nix::Error::ESRCH as i32)
-}
-
-fn in_one_line(words: &str) -> String {
-    let lines: Vec<&str> = words
-        .lines()
-        .map(str::trim)
-        .filter(|line| !line.is_empty())
-        .collect();
-    lines.join("; ")
 }
 
 #[derive(Debug, Default)]
@@ -838,55 +533,4 @@ impl Awake {
             leader: None,
         }
     }
-}
-
-/// Starts the step between this process and systemd-nspawn.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the container's own process begins here"
-)]
-fn spawn(
-    records: &Records,
-    first: First,
-    stdout: File,
-    stderr: File,
-) -> io::Result<(Child, Option<Channel>)> {
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .arg0("nomad-driver-nspawn")
-        .arg("enter")
-        .arg(records.path())
-        .env_clear();
-    let First::Ours { streams } = first else {
-        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
-        return Ok((command.spawn()?, None));
-    };
-    let (channel, theirs) = Channel::open()?;
-    let (give, take) = UnixStream::pair()?;
-    let program = io::stdout().as_fd().try_clone_to_owned()?;
-    hand_over(
-        &give,
-        [
-            theirs,
-            stdout.try_clone()?.into(),
-            stderr.try_clone()?.into(),
-            program,
-        ],
-    )?;
-    command.stdin(OwnedFd::from(take));
-    if streams {
-        command.stdout(Stdio::null()).stderr(records.open_words()?);
-    } else {
-        command.stdout(stdout).stderr(stderr);
-    }
-    Ok((command.spawn()?, Some(channel)))
-}
-
-/// Sends descriptors to whoever holds the other end.
-fn hand_over(give: &UnixStream, descriptors: [OwnedFd; 4]) -> io::Result<()> {
-    let numbers = descriptors.each_ref().map(AsRawFd::as_raw_fd);
-    let rights = [ControlMessage::ScmRights(&numbers)];
-    let byte = [IoSlice::new(&[0])];
-    sendmsg::<()>(give.as_raw_fd(), &byte, &rights, MsgFlags::empty(), None)?;
-    Ok(())
 }

@@ -1,0 +1,166 @@
+//! The end of a container: seen, recorded, told, and what it held freed, in this order. How the signs of an end are read is
+//! `supervisor::ending`'s to know.
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+
+use nix::poll::{PollFd, PollFlags};
+use rustix::process::{WaitOptions, wait};
+
+use super::super::ending::{Signs, exit_of, foreseen, told};
+use super::super::line::{Failure, News, Step};
+use super::super::pause::{self, Point};
+use super::super::process::Held;
+use super::super::remains;
+use super::{CLEAR_UP, Leader, State, Watch};
+use crate::cgroup::Group;
+use crate::signal::Signal;
+
+impl Watch {
+    /// The leader, where its end is told before that of systemd-nspawn: throwing away an ephemeral root may take that seconds.
+    /// Any other root stays locked until systemd-nspawn has ended.
+    pub(super) fn leader_to_watch(&self) -> Option<PollFd<'_>> {
+        let leader = self.held_leader()?;
+        let flags = match self.leader {
+            Leader::Lives => PollFlags::POLLIN,
+            // The kernel says so unasked when it is waited for, and until then has no other news.
+            Leader::Ended => PollFlags::empty(),
+            Leader::Reaped => return None,
+        };
+        let early = !self.told && self.order.copies.is_some();
+        early.then(|| PollFd::new(leader.as_fd(), flags))
+    }
+
+    /// How systemd-nspawn may be taken to have ended, once the leader has and nothing that it could add would change what is told.
+    pub(super) fn end_known_early(&self) -> Option<ExitStatus> {
+        if self.told || self.leader == Leader::Lives {
+            return None;
+        }
+        let by_force = ExitStatus::from_raw(Signal::KILL.number());
+        if self.forced || self.status.is_some() || self.trouble.is_some() {
+            return Some(by_force);
+        }
+        foreseen(self.raw_status()?, self.farewell)
+    }
+
+    fn held_leader(&self) -> Option<&Held> {
+        match &self.state {
+            State::Running { leader, .. } => leader.as_ref(),
+            State::Starting { .. } | State::Failing(_) => None,
+        }
+    }
+
+    /// The leader's raw wait status, where the kernel tells it to others than the parent.
+    fn raw_status(&self) -> Option<i32> {
+        let leader = self.held_leader()?;
+        leader
+            .raw_status()
+            .filter(|_| !pause::kernel_is_old(&self.records))
+    }
+
+    /// Records how it ended and tells everybody, once.
+    pub(super) fn tell_end(&mut self, status: ExitStatus) {
+        if std::mem::replace(&mut self.told, true) {
+            return;
+        }
+        let place = self.order.place.as_ref();
+        let exit = exit_of(&Signs {
+            mode: self.order.mode,
+            trouble: self.trouble.as_ref(),
+            command: self.status,
+            leader: self.raw_status(),
+            words: &self.records.words(),
+            nspawn: status,
+            forced: self.forced,
+            put_down: self.put_down,
+            oom: place.is_some_and(|place| Group::new(&place.group).oom_kills() > 0),
+        });
+        if let Err(error) = self.records.write_exit(&exit) {
+            let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
+        }
+        pause::at(&self.records, Point::EndRecorded);
+        self.listeners.tell(&News::Exited(exit));
+        pause::at(&self.records, Point::EndTold);
+    }
+
+    /// Reaps whoever has ended; the status of systemd-nspawn if it is among them.
+    pub(super) fn reap(&self) -> Option<ExitStatus> {
+        pause::at(&self.records, Point::Exited);
+        while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
+        let mut found = None;
+        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+            if pid.as_raw_nonzero().get() == self.nspawn.pid {
+                found = Some(ExitStatus::from_raw(status.as_raw()));
+            }
+        }
+        found
+    }
+
+    /// systemd-nspawn has ended: so has the container, or it does now.
+    pub(super) fn end(&mut self, status: ExitStatus) {
+        // What was said last may still lie in the sockets: a short command is over before anybody has looked.
+        self.hear_nspawn();
+        self.hear_first();
+        self.start_if_ready();
+        self.records.discard_secrets();
+        self.kill_the_rest();
+        let group = self
+            .order
+            .place
+            .as_ref()
+            .map(|place| Group::new(&place.group));
+        let running = match &self.state {
+            State::Starting { .. } => {
+                let failure = self.failed(status);
+                self.listeners.tell(&News::Failed(failure));
+                None
+            }
+            State::Failing(failure) => {
+                self.listeners.tell(&News::Failed(failure.clone()));
+                None
+            }
+            State::Running { running, .. } => {
+                let running = running.clone();
+                self.tell_end(status);
+                Some(running)
+            }
+        };
+        if let Some(group) = group {
+            group.wait_empty(CLEAR_UP);
+        }
+        if let Err(error) = remains::free(&self.records, &self.order, running.as_deref()) {
+            let _ = writeln!(io::stderr(), "not everything could be freed: {error}");
+        }
+    }
+
+    fn failed(&self, status: ExitStatus) -> Failure {
+        let trouble = self.trouble.as_ref().map(ToString::to_string);
+        let reason = self.records.failure().or(trouble).unwrap_or_else(|| {
+            let how = told(status);
+            let words = in_one_line(&self.records.words());
+            if words.is_empty() {
+                format!(
+                    "{how} before the container was up; what it said is in the task's stderr log"
+                )
+            } else {
+                format!("{how} before the container was up: {words}")
+            }
+        });
+        Failure {
+            step: Step::Nspawn,
+            reason,
+            transient: false,
+        }
+    }
+}
+
+fn in_one_line(words: &str) -> String {
+    let lines: Vec<&str> = words
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    lines.join("; ")
+}

@@ -1,0 +1,176 @@
+//! What is sent to a container: signals, the polite end and the end by force. Decides who gets a signal and when; what came of it is
+//! told elsewhere.
+
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use super::super::first::Channel;
+use super::super::pause::{self, Point};
+use super::super::process::{Held, catches, first_child, ignores, takes};
+use super::super::remains;
+use super::{CLEAR_UP, State, Watch, is_gone};
+use crate::cgroup::{Group, freezer};
+use crate::container::Mode;
+use crate::signal::Signal;
+
+/// How long an image's init may need before it takes signals. What it does not take then, it never will.
+const YOUTH: Duration = Duration::from_secs(60);
+
+impl Watch {
+    /// The process that signals are for.
+    pub(super) fn payload(&self) -> Option<i32> {
+        let State::Running {
+            leader: Some(leader),
+            ..
+        } = &self.state
+        else {
+            return None;
+        };
+        let pid = leader.process().pid;
+        match self.order.mode {
+            Mode::Boot | Mode::Plain => Some(pid),
+            Mode::ProcessTwo => {
+                // Before it has a child, and after, our own program keeps signals or has no use for them.
+                let init = self
+                    .first
+                    .as_ref()
+                    .and_then(Channel::speaker)
+                    .unwrap_or(pid);
+                Some(first_child(init).unwrap_or(init))
+            }
+        }
+    }
+
+    /// The signal that asks this payload to end. systemd has one of its own. A command gets SIGTERM if it has a handler for
+    /// it, and else Nomad's default, SIGINT: the first process of a container is deaf to what it has no handler for, and shells
+    /// have one for SIGINT that means nothing.
+    pub(super) fn polite(&self) -> Option<Signal> {
+        if self.order.mode == Mode::Boot {
+            return Some(Signal::POWER_OFF);
+        }
+        let pid = self.payload()?;
+        let term = catches(pid, Signal::TERM) || ignores(pid, Signal::INT);
+        Some(if term { Signal::TERM } else { Signal::INT })
+    }
+
+    pub(super) fn signal(&mut self, signal: Option<Signal>) -> io::Result<()> {
+        self.rouse_nspawn();
+        let (Some(signal), Some(pid)) = (signal, self.payload()) else {
+            return Ok(());
+        };
+        if self.comes_too_early(pid, signal) {
+            // One is as good as many: the kernel too keeps a signal once.
+            if !self.kept.contains(&signal) {
+                self.kept.push(signal);
+            }
+            return Ok(());
+        }
+        send(pid, signal)
+    }
+
+    /// Whether an image's init would lose a signal that it may take later. systemd-nspawn tells of the start while the first
+    /// process is still its own program, and an init needs a moment as well.
+    fn comes_too_early(&self, pid: i32, signal: Signal) -> bool {
+        let State::Running { since, .. } = self.state else {
+            return false;
+        };
+        // These work without being taken.
+        let works = [Signal::NULL, Signal::CONT, Signal::STOP].contains(&signal);
+        let young = self.order.mode == Mode::Boot && since.elapsed() < YOUTH;
+        young && !works && takes(pid, signal) == Some(false)
+    }
+
+    pub(super) fn send_what_was_kept(&mut self) {
+        if self.kept.is_empty() {
+            return;
+        }
+        let Some(pid) = self.payload() else {
+            return;
+        };
+        for signal in std::mem::take(&mut self.kept) {
+            if self.comes_too_early(pid, signal) {
+                self.kept.push(signal);
+            } else if let Err(error) = send(pid, signal) {
+                let _ = writeln!(io::stderr(), "{signal} can't be sent: {error}");
+            }
+        }
+    }
+
+    /// Ends the container by force, and lets systemd-nspawn see it and clear up.
+    pub(super) fn kill(&mut self) {
+        pause::at(&self.records, Point::Killing);
+        self.kept.clear();
+        let State::Running { leader, .. } = &self.state else {
+            self.forced = true;
+            self.kill_nspawn();
+            return;
+        };
+        // One that has ended by itself has its own truth.
+        let lives = |leader: &Held| !leader.wait(Duration::ZERO);
+        self.forced |= leader.as_ref().is_some_and(lives);
+        if let Some(place) = &self.order.place {
+            Group::new(&place.group).child("payload").kill();
+        }
+        if let Some(leader) = leader {
+            let _ = leader.signal(Signal::KILL);
+            freezer::release(leader.process().pid);
+        }
+        // What is frozen can't clear up.
+        if let Some(place) = &self.order.place {
+            Group::new(&place.group).thaw();
+        }
+        self.rouse_nspawn();
+        self.patience
+            .get_or_insert_with(|| Instant::now() + CLEAR_UP);
+    }
+
+    /// A systemd-nspawn that somebody has stopped would not notice the end of its container.
+    fn rouse_nspawn(&self) {
+        if let Ok(nspawn) = Held::again(self.nspawn) {
+            let _ = nspawn.signal(Signal::CONT);
+        }
+    }
+
+    /// Ends everything at once, systemd-nspawn too.
+    pub(super) fn kill_nspawn(&mut self) {
+        self.put_down = true;
+        // Its own parent has not waited for it yet, so the pid is its own. No descriptor is needed for that.
+        let pid = nix::unistd::Pid::from_raw(self.nspawn.pid);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        if let Some(place) = &self.order.place {
+            Group::new(&place.group).kill();
+        }
+    }
+
+    /// After a systemd-nspawn that was killed the container lives on, without anybody to tell its end.
+    pub(super) fn kill_the_rest(&self) {
+        if let State::Running {
+            leader: Some(leader),
+            ..
+        } = &self.state
+        {
+            let _ = leader.signal(Signal::KILL);
+            leader.wait(CLEAR_UP);
+            self.reap();
+        }
+        match &self.order.place {
+            Some(place) => {
+                let group = Group::new(&place.group);
+                if !group.processes().is_empty() {
+                    group.kill();
+                }
+            }
+            None => remains::kill_descendants(nix::unistd::getpid().as_raw(), || {
+                self.reap();
+            }),
+        }
+    }
+}
+
+fn send(pid: i32, signal: Signal) -> io::Result<()> {
+    match Held::by_pid(pid) {
+        Ok(held) => held.signal(signal),
+        Err(error) if is_gone(&error) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
