@@ -101,7 +101,7 @@ fn cases() -> Vec<Case> {
         Case {
             config: json!({"ephemeral": true}),
             early: true,
-            ..case("ephemeral, 20000 files", DEAF)
+            ..case("ephemeral, 4000 files", DEAF)
         },
         Case {
             config: json!({"ephemeral": true}),
@@ -109,7 +109,7 @@ fn cases() -> Vec<Case> {
             obeys: true,
             // Before 6.15 the kernel tells nobody but systemd-nspawn.
             early: nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15),
-            ..case("ephemeral, 20000 files, obeys", HEARS)
+            ..case("ephemeral, 4000 files, obeys", HEARS)
         },
         Case {
             config: json!({"ephemeral": true, "process_two": true}),
@@ -374,7 +374,7 @@ fn make_tree(tree: &Path) -> anyhow::Result<()> {
     fs::write(&init, format!("#!/bin/sh\n{obeys}\n"))?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
     // What an ephemeral root has to throw away at the end.
-    for directory in 0..20 {
+    for directory in 0..4 {
         let directory = tree.join(format!("usr/d{directory}"));
         fs::create_dir(&directory)?;
         for file in 0..1000 {

@@ -594,18 +594,14 @@ impl Machine {
     }
 
     /// Others are at work on the machine too, so this is no comparison of numbers: whatever every task leaves is seen.
-    fn assert_flat(&self, early: &Self, lives: u64) {
+    fn is_flat(&self, early: &Self, lives: u64) -> bool {
         let grown = [
             self.groups.saturating_sub(early.groups),
             self.mounts.saturating_sub(early.mounts),
             self.files.saturating_sub(early.files),
             self.kernel.saturating_sub(early.kernel) / KERNEL_KIB,
         ];
-        let most = grown.iter().max().unwrap();
-        assert!(
-            *most < (lives / 4).max(50),
-            "over {lives} lives the machine went from {early:?} to {self:?}"
-        );
+        grown.iter().all(|more| *more < (lives / 4).max(50))
     }
 }
 
@@ -724,7 +720,14 @@ async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
     }
     let (early, late) = (machine[0], machine[PARTS - 1]);
     println!("the machine: {early:?} early, {late:?} late");
-    late.assert_flat(&early, u64::try_from(part * (PARTS - 1)).unwrap());
+    // Groups that were removed go by and by.
+    let lives = u64::try_from(part * (PARTS - 1)).unwrap();
+    within("a machine that holds what it held", async {
+        while !Machine::now().is_flat(&early, lives) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    })
+    .await;
     let (warm, hot) = (memory[PARTS / 2 - 1], memory[PARTS - 1]);
     assert!(
         hot <= warm + GROWTH_KIB,
