@@ -314,6 +314,18 @@ mod tests {
         host: PathBuf,
     }
 
+    impl Place {
+        /// Builds the skeleton with this one mount point.
+        fn with(&self, below: &str) -> io::Result<Vec<Mount>> {
+            let missing = [point(below, false)];
+            skeleton(&self.image, &self.skeleton, &missing, Volatile::No)
+        }
+
+        fn os_release(&self) -> String {
+            fs::read_to_string(self.skeleton.join("usr/lib/os-release")).unwrap()
+        }
+    }
+
     fn place(directories: &[&str]) -> Place {
         let temp = tempfile::tempdir().unwrap();
         let [image, skeleton, host] =
@@ -386,17 +398,8 @@ mod tests {
     fn an_os_release_is_seen_before_anything_is_mounted() {
         let place = place(&["usr/lib"]);
         fs::write(place.image.join("usr/lib/os-release"), "ID=x\n").unwrap();
-        skeleton(
-            &place.image,
-            &place.skeleton,
-            &[point("alloc", false)],
-            Volatile::No,
-        )
-        .unwrap();
-        assert_eq!(
-            fs::read_to_string(place.skeleton.join("usr/lib/os-release")).unwrap(),
-            "ID=x\n"
-        );
+        place.with("alloc").unwrap();
+        assert_eq!(place.os_release(), "ID=x\n");
     }
 
     #[test]
@@ -432,13 +435,7 @@ mod tests {
         symlink(&place.host, place.image.join("usr")).unwrap();
         // Would be written, were it followed.
         symlink(place.host.join("victim"), place.host.join("lib/os-release")).unwrap();
-        skeleton(
-            &place.image,
-            &place.skeleton,
-            &[point("alloc", false)],
-            Volatile::No,
-        )
-        .unwrap();
+        place.with("alloc").unwrap();
         assert!(!place.host.join("victim").exists());
         let found = tree::resolve(&place.skeleton, Path::new("usr/lib/os-release"));
         assert_eq!(found, None, "nothing of the host is an os-release");
@@ -450,17 +447,8 @@ mod tests {
         let fifo = place.image.join("etc/os-release");
         nix::unistd::mkfifo(&fifo, Mode::from_bits_truncate(0o644)).unwrap();
         fs::write(place.image.join("usr/lib/os-release"), "ID=x\n").unwrap();
-        skeleton(
-            &place.image,
-            &place.skeleton,
-            &[point("alloc", false)],
-            Volatile::No,
-        )
-        .unwrap();
-        assert_eq!(
-            fs::read_to_string(place.skeleton.join("usr/lib/os-release")).unwrap(),
-            "ID=x\n"
-        );
+        place.with("alloc").unwrap();
+        assert_eq!(place.os_release(), "ID=x\n");
     }
 
     #[test]
@@ -468,13 +456,7 @@ mod tests {
         let place = place(&["srv"]);
         symlink(&place.host, place.image.join("data")).unwrap();
         // As if it had been a directory when the mount points were looked for.
-        let error = skeleton(
-            &place.image,
-            &place.skeleton,
-            &[point("data/x", false)],
-            Volatile::No,
-        )
-        .unwrap_err();
+        let error = place.with("data/x").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(nix::libc::ENOTDIR), "{error}");
         assert!(fs::read_dir(&place.host).unwrap().next().is_none());
     }
