@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::InspectTaskRequest;
 use nomad_driver_nspawn::supervisor::Records;
 use nomad_driver_nspawn::supervisor::pause::{OLD_KERNEL, Point};
@@ -12,7 +13,7 @@ use rstest::rstest;
 use serde_json::json;
 use tonic::Code;
 
-use crate::harness::{DEADLINE, Host, eventually, refusal, within};
+use crate::harness::{DEADLINE, Host, Running, eventually, refusal, within};
 use crate::lifecycle::nothing_left;
 use crate::trap::Trap;
 
@@ -182,6 +183,17 @@ async fn a_stop_during_the_start_ends_what_comes_up() {
     nothing_left(&host, &plugin).await;
 }
 
+/// A started container whose init is held before it takes signals.
+async fn booting(host: &Host) -> (Plugin, Running, Trap) {
+    let mut early = Trap::named(&host.state(), "before_signals");
+    host.scenario(&json!({"calls": [{"pause_before_signals": early.socket()}]}));
+    let plugin = host.plugin().await;
+    let job = host.task(&[]).with("boot", json!(true));
+    let task = host.start(&plugin, job.with("command", json!([]))).await;
+    within("the init", early.reached()).await;
+    (plugin, task, early)
+}
+
 /// systemd-nspawn tells of the start long before the image's init takes signals, and what a first process does not take is lost.
 #[rstest]
 #[case::a_stop(None)]
@@ -189,12 +201,7 @@ async fn a_stop_during_the_start_ends_what_comes_up() {
 #[tokio::test]
 async fn what_an_init_does_not_take_yet_is_kept_for_it(#[case] signal: Option<&str>) {
     let host = Host::new();
-    let mut early = Trap::named(&host.state(), "before_signals");
-    host.scenario(&json!({"calls": [{"pause_before_signals": early.socket()}]}));
-    let plugin = host.plugin().await;
-    let job = host.task(&[]).with("boot", json!(true));
-    let task = host.start(&plugin, job.with("command", json!([]))).await;
-    within("the init", early.reached()).await;
+    let (plugin, task, early) = booting(&host).await;
     let mut asked = Trap::at(&host.state(), Point::Signalled);
     let ask = async {
         match signal {
@@ -220,12 +227,7 @@ async fn what_an_init_does_not_take_yet_is_kept_for_it(#[case] signal: Option<&s
 #[tokio::test]
 async fn a_stop_that_an_init_never_takes_ends_with_the_grace() {
     let host = Host::new();
-    let mut early = Trap::named(&host.state(), "before_signals");
-    host.scenario(&json!({"calls": [{"pause_before_signals": early.socket()}]}));
-    let plugin = host.plugin().await;
-    let job = host.task(&[]).with("boot", json!(true));
-    let task = host.start(&plugin, job.with("command", json!([]))).await;
-    within("the init", early.reached()).await;
+    let (plugin, task, _early) = booting(&host).await;
     let exit = task.stop(&plugin, Duration::from_millis(300), "").await;
     assert_eq!((exit.code, exit.signal, exit.error), (137, 9, None));
     task.destroy(&plugin).await;
