@@ -29,6 +29,63 @@ const DUMPING: [i32; 10] = [3, 4, 5, 6, 7, 8, 11, 24, 25, 31];
 
 const DUMPED: &str = "the command dumped core";
 
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_code_of_0_is_0(world: World) {
+    code(world, Mode::Plain, 0, 0).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_code_of_42_is_42(world: World) {
+    code(world, Mode::Plain, 42, 42).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_code_of_255_is_255(world: World) {
+    code(world, Mode::Plain, 255, 255).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_code_of_a_second_process_is_its_own(world: World) {
+    code(world, Mode::ProcessTwo, 7, 7).await;
+}
+
+/// systemd-nspawn has this code for itself and makes 1 of it; the kernel tells the truth from 6.15 on.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_code_of_133_is_told(world: World) {
+    let told = if world.kernel_tells() { 133 } else { 1 };
+    code(world, Mode::Plain, 133, told).await;
+}
+
+async fn code(world: World, mode: Mode, code: i32, told: i32) {
+    let started = world
+        .start(ContainerSpec {
+            mode,
+            ..world.spec(&format!("exit {code}"))
+        })
+        .await;
+    let exit = world.end(&started).await;
+    assert_eq!(
+        (ended(&exit), exit.oom_killed, exit.error.clone()),
+        ((told, 0), false, None)
+    );
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_payload_is_no_success(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    strike(started.leader.pid, Signal::KILL);
+    let exit = world.end(&started).await;
+    assert_ne!(exit.code, 0);
+    world.leave(&[&started]).await;
+}
+
 /// A row of the table.
 struct Row {
     spec: ContainerSpec,
@@ -87,12 +144,16 @@ fn spec(world: &World, mode: Mode, name: &str, script: &str) -> ContainerSpec {
     }
 }
 
-pub(crate) async fn every_code_is_told(world: World) {
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_code_is_told(world: World) {
     codes(world, &WITH_A_COMMAND).await;
 }
 
 /// A second process has its end told by our own first program, whatever the kernel is.
-pub(crate) async fn every_code_is_told_on_an_older_kernel(world: World) {
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_code_is_told_on_an_older_kernel(world: World) {
     codes(world.on_an_old_kernel(), &[Mode::Plain]).await;
 }
 
@@ -117,7 +178,9 @@ async fn codes(world: World, modes: &[Mode]) {
 }
 
 /// A second process dies of whatever it sends to itself.
-pub(crate) async fn every_signal_is_told(world: World) {
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_signal_is_told(world: World) {
     let mut rows = Vec::new();
     for number in SIGNALS {
         let goes_on = if STOPPING.contains(&number) {
@@ -144,12 +207,16 @@ pub(crate) async fn every_signal_is_told(world: World) {
 }
 
 /// The first process dies of no signal that it sends to itself, but of what it does; a second one does as well.
-pub(crate) async fn every_fault_is_told(world: World) {
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_fault_is_told(world: World) {
     faults(world, &WITH_A_COMMAND).await;
 }
 
 /// systemd-nspawn's words tell the signal then, and nothing tells of a core dump.
-pub(crate) async fn every_fault_is_told_on_an_older_kernel(world: World) {
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_fault_is_told_on_an_older_kernel(world: World) {
     faults(world.on_an_old_kernel(), &[Mode::Plain]).await;
 }
 
@@ -169,7 +236,9 @@ async fn faults(world: World, modes: &[Mode]) {
     all(world, rows).await;
 }
 
-pub(crate) async fn a_core_dump_is_told(world: World) {
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_core_dump_is_told(world: World) {
     let (segv, code) = FAULTS[0];
     put_program(&world, "fault", code);
     let wanted = dumps_at_all(&world).then(|| DUMPED.to_owned());

@@ -16,15 +16,31 @@ use nomad_driver_nspawn::container::{
 use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::supervisor::Records;
 use nomad_driver_nspawn::supervisor::pause::OLD_KERNEL;
-use nomad_driver_nspawn::supervisor::process::{Held, catches, is_alive};
+use nomad_driver_nspawn::supervisor::process::{Held, catches, children, is_alive};
 
+use rstest::rstest;
+
+// The crate that plays the suite says, beside this module, what a world is.
+use super::world;
+
+mod environment;
 mod exits;
-pub(crate) mod scenarios;
+mod force;
+mod lifecycle;
+mod logs;
+mod orphans;
+mod recover;
+mod roots;
+mod signals;
+mod stops;
 
 /// No wait in a scenario is longer. A bound against hanging, not a measurement.
 const LIMIT: Duration = Duration::from_secs(60);
 /// A grace time that no scenario which ends politely uses up.
 const AMPLE: Duration = Duration::from_secs(20);
+
+const HEARS_TERM: &str = "trap 'echo term; exit 3' TERM; echo up; while :; do sleep 0.05; done";
+const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
 
 /// Everything one scenario owns.
 pub(crate) struct World {
@@ -290,4 +306,41 @@ pub(crate) fn strike(pid: i32, signal: Signal) {
 /// The signal with this name.
 pub(crate) fn signal(name: &str) -> Signal {
     name.parse().unwrap()
+}
+
+/// Everything below a leader, held so that its end can be seen.
+pub(crate) fn offspring(leader: i32) -> Vec<Held> {
+    let mut pending = children(leader);
+    let mut found = Vec::new();
+    while let Some(pid) = pending.pop() {
+        pending.extend(children(pid));
+        found.extend(Held::by_pid(pid).ok());
+    }
+    found
+}
+
+pub(crate) async fn lost(world: &World, started: &Started) {
+    let other = NspawnBackend::new(world.settings.clone());
+    let error = within(other.attach(started)).await.unwrap_err();
+    assert!(matches!(error, BackendError::Lost { .. }), "{error:?}");
+    assert!(!error.is_transient());
+}
+
+/// Force after a short grace, which ends all of these processes.
+pub(crate) async fn ended_by_force(world: &World, started: &Started, inner: Vec<Held>) {
+    let grace = Duration::from_millis(50);
+    within(world.backend.stop(started, None, grace))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(started).await), (137, 9));
+    assert!(inner.iter().all(|held| held.wait(LIMIT)), "one lives on");
+}
+
+/// With a grace that never ends, so that only the payload itself can have ended it.
+pub(crate) async fn stopped_politely(backend: &NspawnBackend, started: &Started, want: (i32, i32)) {
+    within(backend.stop(started, None, Duration::MAX))
+        .await
+        .unwrap();
+    let exit = within(backend.wait(started)).await.unwrap();
+    assert_eq!((ended(&exit), &exit.error), (want, &None));
 }

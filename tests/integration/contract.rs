@@ -8,6 +8,7 @@ use std::path::Path;
 mod suite;
 
 /// A world whose systemd-nspawn is the fake.
+#[rstest::fixture]
 fn world() -> suite::World {
     suite::World::new(
         Path::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn")),
@@ -20,14 +21,3 @@ fn world() -> suite::World {
         |tree: &Path| super::harness::fill_tree(tree),
     )
 }
-
-macro_rules! tests {
-    ($($name:ident,)*) => {
-        $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-        async fn $name() {
-            suite::scenarios::$name(world()).await;
-        })*
-    };
-}
-
-crate::scenarios!(tests);

@@ -5,6 +5,7 @@ use std::path::Path;
 #[path = "../../contract/mod.rs"]
 mod contract;
 
+#[rstest::fixture]
 fn world() -> contract::World {
     e2e::needs_root();
     contract::World::new(
@@ -13,14 +14,3 @@ fn world() -> contract::World {
         |tree: &Path| e2e::busybox_tree(tree),
     )
 }
-
-macro_rules! tests {
-    ($($name:ident,)*) => {
-        $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-        async fn $name() {
-            contract::scenarios::$name(world()).await;
-        })*
-    };
-}
-
-scenarios!(tests);

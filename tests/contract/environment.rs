@@ -1,0 +1,345 @@
+//! What the command gets: its words, variables, descriptors, limits and directory.
+
+use std::os::unix::fs::PermissionsExt as _;
+
+use super::*;
+
+const VALUES: [(&str, &str); 6] = [
+    ("PLAIN", "x"),
+    ("EMPTY", ""),
+    ("LINES", "a\nb\n"),
+    ("QUOTES", "it's \"so\" \\n"),
+    ("EQUALS", "a=b=c"),
+    ("WORDS", " a  ü ☃ "),
+];
+
+fn values() -> BTreeMap<String, String> {
+    let values = VALUES.iter();
+    let owned = values.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    owned.collect()
+}
+
+/// What a script says that gets these variables, with a command as the first process and as the second.
+async fn says(world: World, environment: BTreeMap<String, String>, script: &str, want: &str) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                environment: environment.clone(),
+                ..world.named(&format!("{mode:?}").to_lowercase(), script)
+            })
+            .await;
+        world.end(&started).await;
+        assert_eq!(world.said("stdout"), want, "{mode:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+/// Booted ones: [`a_booted_container_has_its_variables_and_is_stopped_in_order`].
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_environment_arrives_unchanged(world: World) {
+    let script = "for n in PLAIN EMPTY LINES QUOTES EQUALS WORDS; do eval printf '%s=%s\\;' $n '\"$'$n'\"'; done; env | grep -c NOMAD_PLUGIN";
+    let want: String = VALUES
+        .iter()
+        .map(|(name, value)| format!("{name}={value};"))
+        .collect();
+    says(world, values(), script, &format!("{want}0\n")).await;
+}
+
+/// The image's init gets them through systemd-nspawn itself, and is asked to end by the signal at which systemd powers off.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_booted_container_has_its_variables_and_is_stopped_in_order(world: World) {
+    // The fake plays an init of its own, and writes down what it was sent.
+    let init = world.tree.join("sbin/init");
+    fs::create_dir_all(init.parent().unwrap()).unwrap();
+    let script = "#!/bin/sh\ntrap 'echo heard; exit 0' 38\nwhile :; do sleep 0.05; done\n";
+    fs::write(&init, script).unwrap();
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut environment = values();
+    environment.insert("BIG".to_owned(), longest());
+    let started = world
+        .start(ContainerSpec {
+            mode: Mode::Boot,
+            command: Vec::new(),
+            environment: environment.clone(),
+            ..world.spec("")
+        })
+        .await;
+    let leader = started.leader.pid;
+    let ledger = world.scratch.path().join("bin/ledger.jsonl");
+    if !ledger.exists() {
+        // Until then it may be systemd-nspawn's own child, which is about to become the init.
+        world.handles(&started, "SIGRTMIN+4").await;
+    }
+    within(async {
+        let all = |seen: BTreeMap<_, _>| {
+            environment
+                .iter()
+                .all(|(name, value)| seen.get(name) == Some(value))
+        };
+        while !all(variables(leader)) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+    stopped_politely(&world.backend, &started, (0, 0)).await;
+    if ledger.exists() {
+        let ledger = fs::read_to_string(ledger).unwrap();
+        assert!(ledger.contains("\"signal\":38"), "{ledger}");
+    } else {
+        assert!(world.said("stdout").contains("heard"));
+    }
+    world.leave(&[&started]).await;
+}
+
+/// The environment with which a process was executed last.
+fn variables(pid: i32) -> BTreeMap<String, String> {
+    let text = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let pairs = text.split_terminator('\0');
+    let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+    pairs
+        .filter_map(|pair| pair.split_once('=').map(owned))
+        .collect()
+}
+
+/// The kernel takes 128 KiB with the name, `BIG`, and the end of the string.
+fn longest() -> String {
+    "x".repeat(128 * 1024 - "BIG=".len() - 1)
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn words_arrive_unchanged(world: World) {
+    let words = [
+        "two words",
+        "",
+        "it's",
+        "q\"q",
+        "$HOME",
+        "ü",
+        "-x",
+        "--",
+        "--bind=/etc:/x",
+        "%s",
+    ];
+    let mut spec = world.spec("for a; do printf '<%s>' \"$a\"; done");
+    spec.command.push("sh".into());
+    spec.command.extend(words.map(String::from));
+    let started = world.start(spec).await;
+    world.end(&started).await;
+    assert_eq!(
+        world.said("stdout"),
+        words.map(|word| format!("<{word}>")).concat()
+    );
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_working_directory_is_where_it_starts(world: World) {
+    let started = world
+        .start(ContainerSpec {
+            working_directory: Some("/usr".into()),
+            ..world.spec("basename $(pwd)")
+        })
+        .await;
+    world.end(&started).await;
+    assert_eq!(world.said("stdout"), "usr\n");
+    world.leave(&[&started]).await;
+}
+
+/// The longest single string that a program can get.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_value_of_128_kib_arrives(world: World) {
+    let want = format!("{}\n", longest().len());
+    let environment = BTreeMap::from([("BIG".to_owned(), longest())]);
+    says(world, environment, "echo ${#BIG}", &want).await;
+}
+
+/// The kernel takes 2 MiB of words and variables, whoever executes.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_environment_arrives(world: World) {
+    const EACH: usize = 131_000;
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let environment = (0..14)
+            .map(|number| (format!("BIG{number}"), number.to_string().repeat(EACH)))
+            .map(|(name, value)| (name, value[..EACH].to_owned()))
+            .collect();
+        let script = "n=0; i=0; while [ $i -lt 14 ]; do eval \"v=\\$BIG$i\"; n=$((n+${#v})); i=$((i+1)); done; echo $n";
+        let task = format!("{mode:?}").to_lowercase();
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                environment,
+                ..world.named(&task, script)
+            })
+            .await;
+        world.end(&started).await;
+        assert_eq!(world.said("stdout"), format!("{}\n", 14 * EACH), "{mode:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_of_4_kib_arrives(world: World) {
+    let environment = BTreeMap::from([("N".repeat(4096), "arrived".to_owned())]);
+    let started = world
+        .start(ContainerSpec {
+            environment,
+            ..world.spec("env | grep -c '^NNNN*=arrived$'")
+        })
+        .await;
+    world.end(&started).await;
+    assert_eq!(world.said("stdout"), "1\n");
+    world.leave(&[&started]).await;
+}
+
+/// In `boot`, where systemd-nspawn itself has to carry everything. No init is ever reached.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_than_the_kernel_takes_is_refused_with_the_limit(world: World) {
+    let (stack, _) =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_STACK).unwrap();
+    let limit = (stack / 4).clamp(128 * 1024, 6 * 1024 * 1024);
+    let number = limit / 131_000 + 1;
+    let environment = (0..number)
+        .map(|number| (format!("BIG{number}"), "s3cret-".repeat(18_714)))
+        .collect();
+    let error = world
+        .refused(ContainerSpec {
+            mode: Mode::Boot,
+            command: Vec::new(),
+            environment,
+            ..world.spec("")
+        })
+        .await;
+    let text = error.to_string();
+    assert!(text.contains(&limit.to_string()), "{text}");
+    assert!(!text.contains("s3cret"), "{text}");
+    world.leave(&[]).await;
+}
+
+/// In `boot`, by an argument: systemd-nspawn would refuse it, and print it into the task's log.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_value_that_would_be_printed_is_refused_by_name(world: World) {
+    let environment = BTreeMap::from([("LANG".to_owned(), "s3cret\u{fffe}".to_owned())]);
+    let error = world
+        .refused(ContainerSpec {
+            mode: Mode::Boot,
+            command: Vec::new(),
+            environment,
+            ..world.spec("")
+        })
+        .await;
+    assert!(!error.is_transient(), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("LANG") && text.contains("U+FFFE"), "{text}");
+    let told = [text, world.said("stdout"), world.said("stderr")].concat();
+    assert!(!told.contains("s3cret"), "{told}");
+    world.leave(&[]).await;
+}
+
+/// They steer no systemd-nspawn, and are the command's all the same.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn names_that_systemd_reads_arrive(world: World) {
+    let names = [
+        "HOME",
+        "LC_ALL",
+        "SYSTEMD_LOG_LEVEL",
+        "TERM",
+        "TZ",
+        "XDG_RUNTIME_DIR",
+    ];
+    let environment = names
+        .iter()
+        .map(|name| ((*name).to_owned(), format!("/{name}/ of the job")))
+        .collect();
+    let script = format!("for n in {}; do eval \"echo \\$$n\"; done", names.join(" "));
+    let started = world
+        .start(ContainerSpec {
+            environment,
+            ..world.spec(&script)
+        })
+        .await;
+    world.end(&started).await;
+    let want: String = names
+        .iter()
+        .map(|name| format!("/{name}/ of the job\n"))
+        .collect();
+    assert_eq!(world.said("stdout"), want);
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_value_stands_in_no_command_line(world: World) {
+    let scratch = world.scratch.path().to_string_lossy().into_owned();
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let secret = format!("s3cret-{}-{mode:?}", scratch.replace('/', "_"));
+        let environment = BTreeMap::from([("DB_PASSWORD".to_owned(), secret.clone())]);
+        let task = format!("{mode:?}").to_lowercase();
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                environment,
+                ..world.named(&task, DEAF)
+            })
+            .await;
+        world.heard("up").await;
+        let shown = processes_that_name(&secret);
+        assert!(shown.is_empty(), "{shown:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+/// Whatever driver and systemd-nspawn use among themselves.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_has_three_descriptors(world: World) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        // The shell's own, with which it reads the directory, is closed when it looks again.
+        let script = "for d in /proc/$$/fd/*; do test -e $d && echo ${d##*/}; done";
+        let task = format!("{mode:?}").to_lowercase();
+        let started = world
+            .start(ContainerSpec {
+                mode,
+                ..world.named(&task, script)
+            })
+            .await;
+        world.end(&started).await;
+        assert_eq!(world.said("stdout"), "0\n1\n2\n", "{mode:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+/// systemd-nspawn must not dump core, for its secrets; the command may.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_keeps_the_limit_of_core_dumps(world: World) {
+    let started = world.start(world.spec("ulimit -H -c")).await;
+    world.end(&started).await;
+    let (_, hard) =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_CORE).unwrap();
+    let want = match hard {
+        nix::sys::resource::RLIM_INFINITY => "unlimited\n".to_owned(),
+        bytes => format!("{}\n", bytes / 512),
+    };
+    assert_eq!(world.said("stdout"), want);
+    world.leave(&[&started]).await;
+}

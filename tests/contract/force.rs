@@ -1,0 +1,276 @@
+//! Force ends everything, whatever state it is in.
+
+use nomad_driver_nspawn::cgroup::Group;
+
+use super::*;
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_process_is_ended_too(world: World) {
+    let started = world
+        .up(world.spec("trap '' TERM INT; sleep 600 & kill -STOP $!; echo up; wait"))
+        .await;
+    let inner = offspring(started.leader.pid);
+    assert!(!inner.is_empty());
+    within(
+        world
+            .backend
+            .stop(&started, None, Duration::from_millis(50)),
+    )
+    .await
+    .unwrap();
+    assert!(
+        inner.iter().all(|held| held.wait(LIMIT)),
+        "a stopped process lives on"
+    );
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_forked_twice_is_ended_too(world: World) {
+    let started = world
+        .up(world.spec(
+            "(sleep 600 & sleep 601 &) ; trap '' TERM INT; echo up; while :; do sleep 0.05; done",
+        ))
+        .await;
+    let inner = offspring(started.leader.pid);
+    within(
+        world
+            .backend
+            .stop(&started, None, Duration::from_millis(50)),
+    )
+    .await
+    .unwrap();
+    assert!(
+        inner.iter().all(|held| held.wait(LIMIT)),
+        "a grandchild lives on"
+    );
+    world.leave(&[&started]).await;
+}
+
+/// By it a stop finds everything at once.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_payload_has_a_group_of_its_own(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let inner = offspring(started.leader.pid);
+    if let Some(group) = &started.cgroup {
+        let payload = Group::new(group).child("payload").processes();
+        assert!(payload.contains(&started.leader.pid), "{payload:?}");
+        let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+        assert!(!payload.contains(&nspawn.pid), "{payload:?}");
+    }
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_session_is_ended_too(world: World) {
+    let script = "setsid sh -c 'trap \"\" TERM HUP; sleep 600 & setsid sleep 601 & wait' & trap '' TERM INT; echo up; while :; do sleep 0.05; done";
+    let started = world.up(world.spec(script)).await;
+    let inner = offspring(started.leader.pid);
+    assert!(!inner.is_empty());
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+/// Faster than a list of them can be read.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_of_forks_is_ended_too(world: World) {
+    let script = "trap '' TERM INT; i=0; while [ $i -lt 20 ]; do (while :; do (:); done) & i=$((i+1)); done; echo up; wait";
+    let started = world.up(world.spec(script)).await;
+    let inner = offspring(started.leader.pid);
+    assert!(inner.len() >= 20);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+/// As a payload makes them that runs containers of its own.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn groups_made_below_are_ended_and_removed(world: World) {
+    let started = world
+        .up(world.spec("sleep 600 & trap '' TERM INT; echo up; while :; do sleep 0.05; done"))
+        .await;
+    let inner = offspring(started.leader.pid);
+    if let Some(group) = &started.cgroup {
+        let below = Group::new(group).child("payload").child("a").child("b");
+        below.create().unwrap();
+        let moved = inner.iter().map(|held| held.process().pid.to_string());
+        let moved = moved.filter(|pid| fs::write(below.path().join("cgroup.procs"), pid).is_ok());
+        assert!(moved.count() > 0, "nobody could be moved");
+    }
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_payload_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    freeze(&started, "payload/cgroup.freeze").await;
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+/// systemd-nspawn among it, which could not clear up.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_frozen_as_a_whole_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    freeze(&started, "cgroup.freeze").await;
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_container_can_be_removed(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    freeze(&started, "cgroup.freeze").await;
+    world.leave(&[&started]).await;
+}
+
+/// Freezes a group of the container. Who is not root has made none, and then there is nothing to hinder the stop.
+async fn freeze(started: &Started, file: &str) {
+    let Some(group) = &started.cgroup else {
+        assert!(!nix::unistd::geteuid().is_root(), "it has no group");
+        return;
+    };
+    let file = group.join(file);
+    fs::write(&file, "1").unwrap();
+    let events = file.with_file_name("cgroup.events");
+    within(async {
+        while !fs::read_to_string(&events).unwrap().contains("frozen 1") {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+/// A process in it takes not even SIGKILL. Where the host has no such freezer, or not for this user, there is nothing to hinder the
+/// stop.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_in_a_freezer_of_version_1_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let inner = offspring(started.leader.pid);
+    let top = Path::new("/sys/fs/cgroup/freezer");
+    let freezer = top.join(&started.machine);
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let is_freezer = |line: &str| {
+        let mut words = line.split(' ').skip(1);
+        words.next() == top.to_str() && words.next() == Some("cgroup")
+    };
+    let frozen = nix::unistd::geteuid().is_root() && mounts.lines().any(is_freezer);
+    if frozen {
+        fs::create_dir(&freezer).unwrap();
+        for pid in [nspawn.pid, started.leader.pid] {
+            fs::write(freezer.join("cgroup.procs"), pid.to_string()).unwrap();
+        }
+        fs::write(freezer.join("freezer.state"), "FROZEN").unwrap();
+        within(async {
+            while fs::read_to_string(freezer.join("freezer.state")).unwrap() != "FROZEN\n" {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    }
+    ended_by_force(&world, &started, inner).await;
+    if frozen {
+        let state = fs::read_to_string(freezer.join("freezer.state")).unwrap();
+        assert_eq!(state, "FROZEN\n", "a group of somebody else was changed");
+        fs::remove_dir(&freezer).unwrap();
+    }
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_first_process_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    strike(started.leader.pid, signal("SIGSTOP"));
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_second_process_is_ended_too(world: World) {
+    let started = world
+        .up(ContainerSpec {
+            mode: Mode::ProcessTwo,
+            ..world.spec(DEAF)
+        })
+        .await;
+    within(world.backend.signal(&started, signal("SIGSTOP")))
+        .await
+        .unwrap();
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_nspawn_is_ended_too(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    strike(nspawn.pid, signal("SIGSTOP"));
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    world.leave(&[&started]).await;
+}
+
+/// It has to go on to notice the end.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_nspawn_hides_no_polite_end(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    strike(nspawn.pid, signal("SIGSTOP"));
+    stopped_politely(&world.backend, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_supervisor_still_carries_out_a_stop(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    strike(started.supervisor.pid, signal("SIGSTOP"));
+    stopped_politely(&world.backend, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_supervisor_can_be_removed(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    strike(started.supervisor.pid, signal("SIGSTOP"));
+    world.leave(&[&started]).await;
+}
+
+/// Both of those who could clear up are out of action.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_nspawn_without_a_supervisor_is_ended(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let mut all = offspring(started.leader.pid);
+    all.extend([nspawn, started.leader].map(|process| Held::again(process).unwrap()));
+    strike(nspawn.pid, signal("SIGSTOP"));
+    strike(started.supervisor.pid, Signal::KILL);
+    let exit = world.end(&started).await;
+    assert!(exit.error.is_some(), "{exit:?}");
+    assert!(all.iter().all(|held| held.wait(LIMIT)), "one lives on");
+    world.leave(&[&started]).await;
+}

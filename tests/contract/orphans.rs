@@ -1,0 +1,208 @@
+//! What is cleared away because nobody claims it.
+
+use super::*;
+
+/// A backend whose process has died, as far as claims go: nobody holds them any more.
+async fn abandoned(world: &World, spec: ContainerSpec) -> Started {
+    let dead = NspawnBackend::new(world.settings.clone());
+    within(dead.start(spec)).await.unwrap()
+}
+
+fn is_cleared(started: &Started) -> bool {
+    !started.state.exists() && !is_alive(started.leader) && !is_alive(started.supervisor)
+}
+
+/// Reconciles until all of these are cleared away. A process that is just being started for another scenario has the dead backend's
+/// claims too until its own program runs; what looks claimed is left for the next plugin.
+async fn cleared(world: &World, all: &[&Started]) {
+    within(async {
+        while !all.iter().all(|started| is_cleared(started)) {
+            world.backend.reconcile().await;
+        }
+    })
+    .await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nobody_claims_is_cleared_away(world: World) {
+    let beside = |task: &str, script: &str| ContainerSpec {
+        volatile: Volatile::Overlay,
+        ..world.named(task, script)
+    };
+    let deaf = abandoned(&world, beside("deaf", DEAF)).await;
+    world.heard("up").await;
+    let over = abandoned(&world, beside("over", "exit 1")).await;
+    cleared(&world, &[&deaf, &over]).await;
+    within(world.backend.reconcile()).await;
+    let next = world.start(world.spec("exit 21")).await;
+    assert_eq!(ended(&world.end(&next).await), (21, 0));
+    world.leave(&[&deaf, &over, &next]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_backend_started_is_spared(world: World) {
+    let started = world.start(world.spec(HEARS_TERM)).await;
+    world.heard("up").await;
+    let other = NspawnBackend::new(world.settings.clone());
+    within(other.reconcile()).await;
+    within(world.backend.reconcile()).await;
+    within(world.backend.stop(&started, Some(signal("TERM")), AMPLE))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (3, 0));
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_found_again_is_spared(world: World) {
+    let started = abandoned(&world, world.spec(HEARS_TERM)).await;
+    world.heard("up").await;
+    within(world.backend.attach(&started)).await.unwrap();
+    let other = NspawnBackend::new(world.settings.clone());
+    within(other.reconcile()).await;
+    within(world.backend.stop(&started, Some(signal("TERM")), AMPLE))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (3, 0));
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_that_somebody_may_ask_for_is_kept(world: World) {
+    let started = world.start(world.spec("exit 22")).await;
+    world.end(&started).await;
+    let other = NspawnBackend::new(world.settings.clone());
+    within(other.reconcile()).await;
+    within(other.attach(&started)).await.unwrap();
+    assert_eq!(ended(&within(other.wait(&started)).await.unwrap()), (22, 0));
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_nobody_claims_is_cleared_away(world: World) {
+    let spec = ContainerSpec {
+        ephemeral: true,
+        ..world.spec(DEAF)
+    };
+    let started = abandoned(&world, spec).await;
+    world.heard("up").await;
+    cleared(&world, &[&started]).await;
+    world.leave(&[&started]).await;
+}
+
+/// What a plugin leaves that is killed before it has started the supervisor.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_made_starts_are_cleared_away(world: World) {
+    let bare = world.records("bare");
+    bare.create().unwrap();
+    let secret = world.records("secret");
+    secret.create().unwrap();
+    fs::write(secret.path().join("environment.new"), "{").unwrap();
+    let started = world.start(world.spec("exit 0")).await;
+    world.end(&started).await;
+    let ordered = world.copied(&started, "ordered", |_| {});
+    fs::remove_file(ordered.path().join("running")).unwrap();
+    fs::remove_file(ordered.path().join("exit")).unwrap();
+    within(world.backend.reconcile()).await;
+    for records in [bare, secret, ordered] {
+        assert!(!records.path().exists(), "{}", records.path().display());
+    }
+    assert!(started.state.exists());
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_that_can_not_be_read_hides_no_container(world: World) {
+    let started = abandoned(&world, world.spec(DEAF)).await;
+    world.heard("up").await;
+    fs::write(started.state.join("order"), "{\"id\":").unwrap();
+    cleared(&world, &[&started]).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_driver_did_not_make_is_left_alone(world: World) {
+    use std::os::unix::fs::symlink;
+    let started = world.start(world.spec("exit 0")).await;
+    let state = &world.settings.state_dir;
+    let elsewhere = world.scratch.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    fs::write(elsewhere.join("order"), "{}").unwrap();
+    let strange = world.records("strange");
+    strange.create().unwrap();
+    let link = world.records("link").path().to_owned();
+    symlink(&elsewhere, &link).unwrap();
+    let foreign = [
+        state.join("note"),
+        state.join("else/deep"),
+        strange.path().join("order.old"),
+        elsewhere.join("order"),
+    ];
+    fs::create_dir(state.join("else")).unwrap();
+    for path in &foreign {
+        fs::write(path, "{}").unwrap();
+    }
+    // An order that would have something foreign removed.
+    let hostile = world.copied(&started, "hostile", |order| {
+        order["machine"] = "../../../../tmp".into();
+    });
+    within(world.backend.reconcile()).await;
+    for path in foreign.iter().chain([&link]) {
+        assert!(path.symlink_metadata().is_ok(), "{}", path.display());
+    }
+    assert!(hostile.path().join("order").exists());
+    fs::remove_file(link).unwrap();
+    fs::remove_file(state.join("note")).unwrap();
+    for directory in [&state.join("else"), strange.path(), hostile.path()] {
+        fs::remove_dir_all(directory).unwrap();
+    }
+    world.leave(&[&started]).await;
+}
+
+/// The same pid with the same start time may be somebody else after a reboot.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_is_mistaken_for_a_process_of_another_boot(world: World) {
+    let innocent = world.start(world.spec(HEARS_TERM)).await;
+    world.heard("up").await;
+    let old = |task: &str| {
+        world.copied(&innocent, task, |value| {
+            let boot = "00000000-0000-0000-0000-000000000000";
+            if value.get("started").is_some() {
+                value["started"]["boot"] = boot.into();
+            } else {
+                value["boot"] = boot.into();
+                value["place"] = serde_json::Value::Null;
+                value["locks"] = serde_json::Value::Null;
+            }
+        })
+    };
+    let (reconciled, removed) = (old("reconciled"), old("removed"));
+    let found = Started {
+        id: world.named("removed", "").id,
+        state: removed.path().to_owned(),
+        boot: removed.order().unwrap().boot,
+        ..innocent.clone()
+    };
+    lost(&world, &found).await;
+    within(world.backend.remove(&found.id)).await.unwrap();
+    assert!(!removed.path().exists());
+    within(world.backend.reconcile()).await;
+    assert!(!reconciled.path().exists());
+    for process in [innocent.leader, innocent.supervisor] {
+        assert!(is_alive(process), "another one was ended");
+    }
+    within(world.backend.stop(&innocent, Some(signal("TERM")), AMPLE))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&innocent).await), (3, 0));
+    world.leave(&[&innocent]).await;
+}

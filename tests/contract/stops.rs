@@ -1,0 +1,264 @@
+//! Stops: the signal, the grace time, force.
+
+use super::*;
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_reaches_a_handler_of_term(world: World) {
+    stopped(world, Mode::Plain, HEARS_TERM, "TERM", None, (3, 0)).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_reaches_a_handler_of_int(world: World) {
+    stopped(
+        world,
+        Mode::Plain,
+        "trap 'exit 4' INT; echo up; while :; do sleep 0.05; done",
+        "INT",
+        None,
+        (4, 0),
+    )
+    .await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_reaches_a_second_process(world: World) {
+    stopped(world, Mode::ProcessTwo, HEARS_TERM, "TERM", None, (3, 0)).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chosen_stop_signal_is_sent(world: World) {
+    stopped(
+        world,
+        Mode::Plain,
+        "trap 'exit 6' USR1; trap '' TERM INT; echo up; while :; do sleep 0.05; done",
+        "USR1",
+        Some("SIGUSR1"),
+        (6, 0),
+    )
+    .await;
+}
+
+async fn stopped(
+    world: World,
+    mode: Mode,
+    script: &str,
+    handled: &str,
+    with: Option<&str>,
+    want: (i32, i32),
+) {
+    let started = world
+        .up(ContainerSpec {
+            mode,
+            ..world.spec(script)
+        })
+        .await;
+    if mode == Mode::Plain {
+        world.handles(&started, handled).await;
+    }
+    within(world.backend.stop(&started, with.map(signal), AMPLE))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), want);
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deaf_payload_is_ended_after_the_grace(world: World) {
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let started = world
+            .up(ContainerSpec {
+                mode,
+                ..world.named(&format!("{mode:?}").to_lowercase(), DEAF)
+            })
+            .await;
+        within(
+            world
+                .backend
+                .stop(&started, None, Duration::from_millis(100)),
+        )
+        .await
+        .unwrap();
+        assert_eq!(ended(&world.end(&started).await), (137, 9));
+        assert!(!is_alive(started.leader));
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_grace_is_force_at_once(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    within(world.backend.stop(&started, None, Duration::ZERO))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (137, 9));
+    assert!(!world.said("stdout").contains("term"), "the handler ran");
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_after_the_end_is_fine(world: World) {
+    let started = world.start(world.spec("exit 9")).await;
+    world.end(&started).await;
+    within(world.backend.stop(&started, None, AMPLE))
+        .await
+        .unwrap();
+    within(world.backend.signal(&started, signal("TERM")))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (9, 0));
+    world.leave(&[&started]).await;
+}
+
+/// Before the command runs there may be nobody to hear a signal; the grace time ends all the same.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_right_after_the_start_is_carried_out(world: World) {
+    for number in 0..5 {
+        let task = format!("t{number}");
+        let started = world.start(world.named(&task, HEARS_TERM)).await;
+        let grace = Duration::from_millis(20 * number);
+        within(world.backend.stop(&started, None, grace))
+            .await
+            .unwrap();
+        let exit = world.end(&started).await;
+        // A shell answers SIGINT before it comes to the line that has it hear SIGTERM. It wants to die of the signal then: a first
+        // process can't, and ends with 130; the fake's is none, and systemd-nspawn says 0 of that death.
+        assert!(
+            [(3, 0), (137, 9), (130, 0), (0, 0)].contains(&ended(&exit)),
+            "{number}: {exit:?}"
+        );
+        assert!(!is_alive(started.leader));
+        within(world.backend.remove(&started.id)).await.unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_stops_at_once_end_once(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    let stop = || stopped_politely(&world.backend, &started, (3, 0));
+    tokio::join!(stop(), stop(), stop());
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn force_overtakes_a_patient_stop(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let patient = world.backend.stop(&started, None, Duration::MAX);
+    let force = world.backend.stop(&started, None, Duration::ZERO);
+    let (patient, force) = within(async { tokio::join!(patient, force) }).await;
+    patient.unwrap();
+    force.unwrap();
+    assert_eq!(ended(&world.end(&started).await), (137, 9));
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endless_grace_ends_with_the_task(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    stopped_politely(&world.backend, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_during_the_grace_has_its_own_code(world: World) {
+    let script = "trap 'heard=1' TERM; echo up; while [ -z \"$heard\" ]; do sleep 0.02; done; sleep 0.1; exit 24";
+    let started = world.up(world.spec(script)).await;
+    world.handles(&started, "TERM").await;
+    stopped_politely(&world.backend, &started, (24, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn signals_during_a_stop_are_no_error(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    let signals = async {
+        for _ in 0..50 {
+            world.backend.signal(&started, signal("SIGHUP")).await?;
+        }
+        Ok::<_, BackendError>(())
+    };
+    let stop = stopped_politely(&world.backend, &started, (3, 0));
+    let (sent, ()) = within(async { tokio::join!(signals, stop) }).await;
+    sent.unwrap();
+    world.leave(&[&started]).await;
+}
+
+/// What suits the payload is asked only where the job names nothing.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_named_signal_is_sent_though_another_is_handled(world: World) {
+    let script = "trap 'exit 22' INT; trap 'exit 23' TERM; echo up; while :; do sleep 0.05; done";
+    stopped(world, Mode::Plain, script, "INT", Some("SIGINT"), (22, 0)).await;
+}
+
+/// One that has not heard yet how things stand, as a plugin that has only just been started again.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_backend_stops_it_politely(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    world.handles(&started, "TERM").await;
+    let other = NspawnBackend::new(world.settings.clone());
+    stopped_politely(&other, &started, (3, 0)).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_of_what_was_removed_is_an_error(world: World) {
+    let started = world.start(world.spec("exit 0")).await;
+    within(world.backend.remove(&started.id)).await.unwrap();
+    let stopped = within(world.backend.stop(&started, None, AMPLE)).await;
+    let signalled = within(world.backend.signal(&started, Signal::TERM)).await;
+    for error in [stopped.unwrap_err(), signalled.unwrap_err()] {
+        assert!(matches!(error, BackendError::Lost { .. }), "{error:?}");
+    }
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn removing_overtakes_a_patient_stop(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let patient = world.backend.stop(&started, None, Duration::MAX);
+    let removed = world.backend.remove(&started.id);
+    let (patient, removed) = within(async { tokio::join!(patient, removed) }).await;
+    patient.unwrap();
+    removed.unwrap();
+    world.leave(&[&started]).await;
+}
+
+/// Its end is known before systemd-nspawn has thrown the root away.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ephemeral_root_that_is_ended_by_force_is_told_once(world: World) {
+    let started = world
+        .up(ContainerSpec {
+            ephemeral: true,
+            ..world.spec(DEAF)
+        })
+        .await;
+    let inner = offspring(started.leader.pid);
+    ended_by_force(&world, &started, inner).await;
+    let first = world.end(&started).await;
+    let other = NspawnBackend::new(world.settings.clone());
+    assert_eq!(within(other.wait(&started)).await.unwrap(), first);
+    world.leave(&[&started]).await;
+}
