@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub struct ContainerSpec {
     /// Nomad's id of this start: `<allocation id>/<task name>/<8 hex digits>`. New for every start.
     pub id: String,
+    /// The directory of the allocation, absolute, as the agent names it.
+    pub alloc_dir: PathBuf,
     /// The machine name: unique for allocation and task, valid as a host name, at most 64 characters.
     pub machine: String,
     /// Where the root file system comes from.

@@ -2,6 +2,8 @@
 //! real implementor, [`nspawn::NspawnBackend`]; in the unit tests of `driver` and `task` a generated mock stands there.
 //! It decides nothing about what a job may do: `config` did.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -59,6 +61,7 @@ pub trait ContainerBackend: Send + Sync + std::fmt::Debug + 'static {
 
     /// Ends and clears away what dead plugins left and no living one claims: claimed is what was started or attached by any
     /// backend that still lives, and not removed. Says in the log what it did, a line for each thing; never touches what the
-    /// driver did not make. A claim that is made meanwhile wins, or finds that the start is gone.
-    async fn reconcile(&self);
+    /// driver did not make, and what may be another agent's: `alloc_roots` are the directories that hold this agent's allocations.
+    /// A claim that is made meanwhile wins, or finds that the start is gone.
+    async fn reconcile(&self, alloc_roots: &BTreeSet<PathBuf>);
 }

@@ -1,7 +1,7 @@
 //! The one real backend: a supervisor and systemd-nspawn for every container. Puts the whole order together before anything is
 //! started, so that a failed start has one undo step. Holds nothing that can't be rebuilt from the state directory.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -64,6 +64,8 @@ pub struct NspawnBackend {
     supervised: Mutex<HashMap<PathBuf, Supervised>>,
     /// The starts that are this backend's, until they are removed.
     claims: Mutex<HashMap<PathBuf, Claim>>,
+    /// What was found in the state directory, left alone and named in the log.
+    pub(super) named: Mutex<BTreeSet<PathBuf>>,
     version: tokio::sync::Mutex<Option<(Program, u32)>>,
     /// The first program of containers: one for all, made when the first of them starts.
     first: Mutex<Option<OwnedFd>>,
@@ -86,6 +88,7 @@ impl NspawnBackend {
             kernel: probe::kernel(),
             supervised: Mutex::default(),
             claims: Mutex::default(),
+            named: Mutex::default(),
             version: tokio::sync::Mutex::default(),
             first: Mutex::default(),
             tracker: TaskTracker::new(),
@@ -260,6 +263,7 @@ impl NspawnBackend {
         }
         let order = Order {
             id: spec.id.clone(),
+            alloc_dir: Some(spec.alloc_dir.clone()),
             machine: spec.machine.clone(),
             mode: spec.mode,
             boot: probe::boot_id().map_err(|source| {
@@ -641,8 +645,9 @@ impl ContainerBackend for NspawnBackend {
         })
     }
 
-    async fn reconcile(&self) {
-        self.clear_orphans(&self.settings.state_dir).await;
+    async fn reconcile(&self, alloc_roots: &BTreeSet<PathBuf>) {
+        self.clear_orphans(&self.settings.state_dir, alloc_roots)
+            .await;
     }
 }
 

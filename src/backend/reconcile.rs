@@ -1,9 +1,12 @@
-//! Once in a plugin's life: what dead plugins left in the state directory and in the control groups is ended and cleared away, if
-//! nobody who lives claims it. Says what it does in the log, a line for each thing; what fails is said and left for the next
-//! plugin. Touches nothing of which `supervisor::orphans` is not certain that the driver made it.
+//! What dead plugins left in the state directory and in the control groups is ended and cleared away, if no living plugin claims
+//! it and no other agent can ask for it. Says what it does in the log, a line for each thing; what fails is said and left for the
+//! next plugin. Touches nothing of which `supervisor::orphans` is not certain that the driver made it, and nothing that
+//! `supervisor::owner` finds to be another agent's.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use super::nspawn::NspawnBackend;
@@ -11,6 +14,7 @@ use super::{BackendError, chain};
 use crate::nspawn::probe;
 use crate::supervisor::claim::Seized;
 use crate::supervisor::orphans::{self, Supervisor, Survey};
+use crate::supervisor::owner::{self, Owner};
 use crate::supervisor::process::is_alive;
 use crate::supervisor::{Claim, Records};
 
@@ -20,7 +24,7 @@ const LOOKS: [u64; 6] = [0, 2, 10, 50, 200, 800];
 
 impl NspawnBackend {
     /// Clears away everything below this state directory that nobody claims, and what belongs to it elsewhere.
-    pub(super) async fn clear_orphans(&self, state_dir: &Path) {
+    pub(super) async fn clear_orphans(&self, state_dir: &Path, alloc_roots: &BTreeSet<PathBuf>) {
         let Survey { starts, foreign } = match blocking(state_dir, orphans::survey).await {
             Ok(survey) => survey,
             Err(error) => {
@@ -29,7 +33,9 @@ impl NspawnBackend {
             }
         };
         for (path, reason) in foreign {
-            tracing::warn!(path = %path.display(), reason, "left alone: this driver did not make it");
+            if self.is_new(&path) {
+                tracing::warn!(path = %path.display(), reason, "left alone: this driver did not make it");
+            }
         }
         let mut claimed = starts;
         for pause in LOOKS {
@@ -38,7 +44,7 @@ impl NspawnBackend {
             }
             let mut still = Vec::new();
             for records in claimed {
-                if !self.clear_start(&records).await {
+                if !self.clear_start(&records, alloc_roots).await {
                     still.push(records);
                 }
             }
@@ -55,16 +61,20 @@ impl NspawnBackend {
         self.clear_groups(state_dir).await;
     }
 
-    /// Clears one start away, unless somebody claims it; whether nobody does.
-    async fn clear_start(&self, records: &Records) -> bool {
+    /// Clears one start away, unless it is claimed or may be another agent's; false if it is claimed.
+    async fn clear_start(&self, records: &Records, alloc_roots: &BTreeSet<PathBuf>) -> bool {
         let path = records.path().display().to_string();
         let owned = records.clone();
-        let seized = tokio::task::spawn_blocking(move || Claim::seize(&owned)).await;
+        let seized = tokio::task::spawn_blocking(move || seize(&owned)).await;
         // Held until everything is done: who wants this start meanwhile waits, and finds it gone.
         let _seized = match seized.unwrap_or_else(|error| Err(io::Error::other(error))) {
-            Ok(Seized::Taken(seized)) => seized,
-            Ok(Seized::Gone) => return true,
-            Ok(Seized::Claimed) => return false,
+            Ok((Seized::Taken(seized), owner)) if is_own(&owner, alloc_roots) => seized,
+            Ok((Seized::Taken(_), owner)) => {
+                self.leave(records, &owner, alloc_roots);
+                return true;
+            }
+            Ok((Seized::Gone, _)) => return true,
+            Ok((Seized::Claimed, _)) => return false,
             Err(error) => {
                 tracing::error!(path, %error, "can't tell whether the start is claimed");
                 return true;
@@ -79,6 +89,38 @@ impl NspawnBackend {
         true
     }
 
+    /// Says, once, why a start is left alone and what the operator can do.
+    fn leave(&self, records: &Records, owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) {
+        const REMEDY: &str = "if that agent is gone for good, remove this directory: the plugin that starts next ends what is left";
+        let path = records.path().display();
+        match owner {
+            // It may still turn out to be this agent's.
+            Owner::Agent(root) if alloc_roots.is_empty() => tracing::info!(
+                %path,
+                alloc_root = %root.display(),
+                "left alone until this agent asks for a task, which shows whether it is the agent of these allocations"
+            ),
+            _ if !self.is_new(records.path()) => {}
+            Owner::Agent(root) => tracing::warn!(
+                %path,
+                alloc_root = %root.display(),
+                remedy = REMEDY,
+                "left alone: it belongs to another Nomad agent"
+            ),
+            Owner::Unknown | Owner::Nobody => tracing::warn!(
+                %path,
+                remedy = REMEDY,
+                "left alone: its record does not say which Nomad agent it belongs to"
+            ),
+        }
+    }
+
+    /// Whether this was not named in the log before.
+    fn is_new(&self, path: &Path) -> bool {
+        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        named.insert(path.to_owned())
+    }
+
     async fn clear_groups(&self, state_dir: &Path) {
         let groups = blocking(state_dir, |dir| Ok(orphans::groups(dir))).await;
         for group in groups.unwrap_or_default() {
@@ -88,6 +130,21 @@ impl NspawnBackend {
                 Err(error) => tracing::error!(path, error, "a control group is left over"),
             }
         }
+    }
+}
+
+/// Takes a start that nobody claims, and finds out whose it is.
+fn seize(records: &Records) -> io::Result<(Seized, Owner)> {
+    let seized = Claim::seize(records)?;
+    Ok((seized, owner::of(records, &probe::boot_id()?)))
+}
+
+/// Whether nobody but this agent can ask for a start.
+fn is_own(owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) -> bool {
+    match owner {
+        Owner::Nobody => true,
+        Owner::Agent(root) => alloc_roots.contains(root),
+        Owner::Unknown => false,
     }
 }
 

@@ -78,6 +78,7 @@ pub(super) fn check(
     }
     let spec = ContainerSpec {
         id: grants.id.clone(),
+        alloc_dir: grants.alloc_dir.clone(),
         machine: identity::machine(&grants.task, &grants.alloc_id),
         root,
         mode,

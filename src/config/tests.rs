@@ -36,6 +36,7 @@ fn the_smallest_job_has_the_defaults() {
     };
     let expected = ContainerSpec {
         id: format!("{ALLOC}/web/00c0ffee"),
+        alloc_dir: host.grants.alloc_dir.clone(),
         machine: format!("web-{ALLOC}"),
         root: Root::Directory(host.path("plugins/system")),
         mode: Mode::Boot,

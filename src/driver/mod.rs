@@ -1,7 +1,9 @@
 //! Reception: speaks Nomad's two services and decides nothing. It holds what the operator configured, hands every request on to
 //! the room that knows, and turns the answer back into Nomad's messages.
 
+use std::collections::BTreeSet;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -52,6 +54,8 @@ pub struct Driver {
     events: Events,
     /// Told of every task that the agent takes up again.
     taken_up: watch::Sender<()>,
+    /// The directories that hold the allocations of this agent, as its own requests show them.
+    alloc_roots: watch::Sender<BTreeSet<PathBuf>>,
     /// Calls that run to their end whoever goes away.
     calls: TaskTracker,
     root: CancellationToken,
@@ -81,6 +85,7 @@ impl Driver {
             tasks: Tasks::new(root.child_token()),
             events: Events::default(),
             taken_up: watch::Sender::new(()),
+            alloc_roots: watch::Sender::default(),
             calls: TaskTracker::new(),
             root,
             closing: Arc::new(AtomicBool::new(false)),
@@ -147,16 +152,35 @@ impl Driver {
         backend
     }
 
+    /// Reconciles when the agent has had its time, and again whenever a request shows another directory with allocations of this
+    /// agent: only then can its own leftovers be told from those of another agent.
     async fn reconcile(self, backend: Arc<dyn ContainerBackend>, after: Duration) {
         let mut taken_up = self.taken_up.subscribe();
-        while let Ok(Ok(())) = tokio::time::timeout(after, taken_up.changed()).await {}
-        let in_use = self
-            .settings
-            .borrow()
-            .as_ref()
-            .is_some_and(|settings| Arc::ptr_eq(&settings.backend, &backend));
-        if in_use {
-            backend.reconcile().await;
+        let mut alloc_roots = self.alloc_roots.subscribe();
+        loop {
+            while let Ok(Ok(())) = tokio::time::timeout(after, taken_up.changed()).await {}
+            let in_use = self
+                .settings
+                .borrow()
+                .as_ref()
+                .is_some_and(|settings| Arc::ptr_eq(&settings.backend, &backend));
+            if !in_use {
+                return;
+            }
+            let roots = alloc_roots.borrow_and_update().clone();
+            backend.reconcile(&roots).await;
+            if alloc_roots.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Notes where this agent keeps its allocations: `alloc_dir` is the directory of one of them.
+    fn note_alloc_dir(&self, alloc_dir: &str) {
+        let root = Path::new(alloc_dir).parent();
+        if let Some(root) = root.filter(|root| root.is_absolute()) {
+            self.alloc_roots
+                .send_if_modified(|roots| roots.insert(root.to_owned()));
         }
     }
 

@@ -86,6 +86,7 @@ impl DriverService for Driver {
             .into_inner()
             .task
             .ok_or(CallError::Missing("task"))?;
+        self.note_alloc_dir(&task.alloc_dir);
         let driver = self.clone();
         let (caller, outcome) = oneshot::channel();
         self.calls.spawn(async move {
@@ -107,6 +108,9 @@ impl DriverService for Driver {
             .into_inner()
             .handle
             .ok_or(CallError::Missing("handle"))?;
+        if let Some(task) = &handle.config {
+            self.note_alloc_dir(&task.alloc_dir);
+        }
         let (identity, started) = held(handle)?;
         let driver = self.clone();
         let recovered = self.apart(async move { driver.recover(identity, started).await });

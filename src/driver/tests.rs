@@ -867,7 +867,7 @@ async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) ->
         .returning(|started| Ok(started.clone()));
     mock.expect_wait().returning(|_| Ok(exit(0, 0)));
     mock.expect_reconcile()
-        .returning(move || asked.send(tokio::time::Instant::now()).unwrap());
+        .returning(move |_| asked.send(tokio::time::Instant::now()).unwrap());
     let backend: Arc<dyn ContainerBackend> = Arc::new(mock);
     let chosen = after;
     let factory = move |policy: &PluginConfig| match policy.reconcile_after == chosen {
@@ -893,6 +893,46 @@ async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) ->
     let again = timeout(hour, told.recv()).await;
     assert!(!matches!(again, Ok(Some(_))), "once in a life");
     first.map(|at| at - begin)
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_task_after_it_shows_whose_allocations_are_whose_and_it_is_done_again() {
+    let (asked, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let mut mock = MockContainerBackend::new();
+    mock.expect_attach()
+        .returning(|started| Ok(started.clone()));
+    mock.expect_wait().returning(|_| Ok(exit(0, 0)));
+    mock.expect_reconcile()
+        .returning(move |roots| asked.send(roots.clone()).unwrap());
+    let backend: Arc<dyn ContainerBackend> = Arc::new(mock);
+    let places = Places {
+        plugin_dir: "/".into(),
+        machine_dirs: Vec::new(),
+    };
+    let driver = Driver::new(move |_: &PluginConfig| Arc::clone(&backend), places);
+    let after = Some(Duration::from_secs(60));
+    driver.configure(
+        PluginConfig {
+            reconcile_after: after,
+            ..policy()
+        },
+        None,
+    );
+    assert!(told.recv().await.unwrap().is_empty());
+    let handle = |alloc_dir: &str| {
+        let mut request = kept(handle::VERSION, ID);
+        let handle = request.get_mut().handle.as_mut().unwrap();
+        handle.config.as_mut().unwrap().alloc_dir = alloc_dir.to_owned();
+        request
+    };
+    driver.recover_task(handle("/data/alloc/a")).await.unwrap();
+    let root = std::path::PathBuf::from("/data/alloc");
+    let want = std::collections::BTreeSet::from([root]);
+    assert_eq!(told.recv().await.unwrap(), want);
+    // Another allocation in the same directory is no news.
+    driver.recover_task(handle("/data/alloc/b")).await.unwrap();
+    let hour = Duration::from_secs(3600);
+    assert!(timeout(hour, told.recv()).await.is_err());
 }
 
 #[tokio::test(start_paused = true)]

@@ -9,6 +9,7 @@ const HOST: Host = Host {
 fn spec() -> ContainerSpec {
     ContainerSpec {
         id: "0f1e/web/abcd".into(),
+        alloc_dir: "/alloc/0f1e".into(),
         machine: "web-0f1e".into(),
         root: Root::Directory("/srv/root".into()),
         mode: Mode::Plain,

@@ -283,6 +283,7 @@ mod tests {
     fn read_only(image: &Path, mounts: Vec<Mount>) -> ContainerSpec {
         ContainerSpec {
             id: "0f1e/web/abcd".into(),
+            alloc_dir: "/alloc/0f1e".into(),
             machine: "web-0f1e".into(),
             root: Root::Directory(image.to_owned()),
             mode: container::Mode::Plain,

@@ -28,6 +28,7 @@ pub mod line;
 mod listeners;
 pub mod logs;
 pub mod orphans;
+pub mod owner;
 pub mod pause;
 mod pidfd;
 pub mod process;

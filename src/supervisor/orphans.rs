@@ -261,38 +261,16 @@ pub fn remove_group(group: &Path, state_dir: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::First;
+    use super::super::record::tests::an_order;
     use super::*;
     use crate::cgroup::Place;
-    use crate::container::Mode;
     use std::collections::BTreeMap;
     use std::os::unix::fs::{PermissionsExt, symlink};
-
-    fn order(id: &str) -> Order {
-        Order {
-            id: id.to_owned(),
-            machine: "t-a".to_owned(),
-            mode: Mode::Plain,
-            boot: "b".to_owned(),
-            program: "/n".into(),
-            arguments: Vec::new(),
-            first: First::Image,
-            stdout: None,
-            stderr: None,
-            place: None,
-            network_namespace: None,
-            locks: None,
-            copies: None,
-            picks: false,
-            zone: None,
-            notes: Vec::new(),
-        }
-    }
 
     fn ordered(state_dir: &Path, id: &str, change: impl FnOnce(&mut Order)) -> Records {
         let records = Records::of(state_dir, id);
         records.create().unwrap();
-        let mut order = order(id);
+        let mut order = an_order(id);
         change(&mut order);
         records.write_order(&order, &BTreeMap::new(), None).unwrap();
         records

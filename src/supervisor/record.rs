@@ -52,6 +52,9 @@ pub struct Records(PathBuf);
 pub struct Order {
     /// Nomad's id of this start.
     pub id: String,
+    /// The directory of the allocation, as its agent names it; see [`Order::alloc_dir`] for orders of drivers before it was kept.
+    #[serde(default)]
+    pub alloc_dir: Option<PathBuf>,
     /// The machine name.
     pub machine: String,
     /// What the container's first process is: decides who gets signals.
@@ -113,6 +116,9 @@ pub struct Running {
     /// The first user id outside of the container's range, if it has one of its own.
     #[serde(default)]
     pub uids: Option<u32>,
+    /// The directory of the allocation, where it is known: an order that can't be read does not tell.
+    #[serde(default)]
+    pub alloc_dir: Option<PathBuf>,
 }
 
 impl Records {

@@ -15,6 +15,52 @@ fn an_exit() -> Exit {
     }
 }
 
+/// An order of the boot `b` with nothing special in it.
+pub(in crate::supervisor) fn an_order(id: &str) -> Order {
+    Order {
+        id: id.to_owned(),
+        alloc_dir: None,
+        machine: "t-a".to_owned(),
+        mode: Mode::Plain,
+        boot: "b".to_owned(),
+        program: "/n".into(),
+        arguments: Vec::new(),
+        first: First::Image,
+        stdout: None,
+        stderr: None,
+        place: None,
+        network_namespace: None,
+        locks: None,
+        copies: None,
+        picks: false,
+        zone: None,
+        notes: Vec::new(),
+    }
+}
+
+/// The fact of a start whose processes are nobody.
+pub(in crate::supervisor) fn a_running(id: &str, boot: &str) -> Running {
+    let nobody = Process { pid: 0, start: 0 };
+    Running {
+        started: Started {
+            id: id.to_owned(),
+            machine: "t-a".to_owned(),
+            state: "/none".into(),
+            boot: boot.to_owned(),
+            supervisor: nobody,
+            leader: nobody,
+            mode: Mode::Plain,
+            cgroup: None,
+            started_at: SystemTime::UNIX_EPOCH,
+            notes: Vec::new(),
+        },
+        nspawn: nobody,
+        copy: None,
+        uids: None,
+        alloc_dir: None,
+    }
+}
+
 /// Records in a directory of their own.
 fn some() -> (tempfile::TempDir, Records) {
     let temp = tempfile::tempdir().unwrap();
@@ -288,15 +334,16 @@ fn order() -> impl Strategy<Value = Order> {
     let maybe = || proptest::option::of(path());
     let names = (any::<String>(), any::<String>(), any::<String>(), mode());
     let call = (path(), any::<Vec<String>>(), first);
-    let paths = (maybe(), maybe(), maybe(), maybe(), maybe());
+    let paths = (maybe(), maybe(), maybe(), maybe(), maybe(), maybe());
     let held = (any::<bool>(), any::<Option<String>>());
     let rest = (proptest::option::of(place), held, any::<Vec<String>>());
     (names, call, paths, rest).prop_map(
         |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
             let (place, (picks, zone), notes) = rest;
-            let (stdout, stderr, network_namespace, locks, copies) = paths;
+            let (stdout, stderr, network_namespace, locks, copies, alloc_dir) = paths;
             Order {
                 id,
+                alloc_dir,
                 machine,
                 mode,
                 boot,
@@ -373,7 +420,8 @@ proptest! {
         started in started(),
         nspawn in process(),
         copy in proptest::option::of(path()),
-        uids: Option<u32>
+        uids: Option<u32>,
+        alloc_dir in proptest::option::of(path()),
     ) {
         let (_temp, records) = some();
         records.write_order(&order, &environment, None).unwrap();
@@ -381,7 +429,7 @@ proptest! {
         prop_assert_eq!(records.take_environment().unwrap(), environment);
         records.write_exit(&exit).unwrap();
         prop_assert_eq!(records.exit().unwrap(), Some(exit));
-        let running = Running { started, nspawn, copy, uids };
+        let running = Running { started, nspawn, copy, uids, alloc_dir };
         records.write_running(&running).unwrap();
         prop_assert_eq!(records.running().unwrap(), running);
     }

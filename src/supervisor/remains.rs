@@ -351,10 +351,9 @@ pub(super) fn descendants(of: i32) -> Vec<i32> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::First;
+    use super::super::record::tests::an_order;
     use super::*;
     use crate::cgroup::Place;
-    use crate::container::Mode;
     use std::collections::BTreeMap;
 
     /// A start whose copies lie in this place.
@@ -362,22 +361,9 @@ mod tests {
         let records = Records::at(copies.with_file_name("records"));
         records.create().unwrap();
         let order = Order {
-            id: "a/t/1".to_owned(),
-            machine: "t-a".to_owned(),
-            mode: Mode::Plain,
-            boot: "b".to_owned(),
-            program: "/n".into(),
-            arguments: Vec::new(),
-            first: First::Image,
-            stdout: None,
-            stderr: None,
             place,
-            network_namespace: None,
-            locks: None,
             copies: Some(copies.to_owned()),
-            picks: false,
-            zone: None,
-            notes: Vec::new(),
+            ..an_order("a/t/1")
         };
         records.write_order(&order, &BTreeMap::new(), None).unwrap();
         (records, order)

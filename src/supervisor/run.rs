@@ -430,6 +430,7 @@ impl Watch {
             nspawn: self.nspawn,
             copy,
             uids: remains::uids_of(leader),
+            alloc_dir: self.order.alloc_dir.clone(),
         };
         self.state = State::Running {
             running: Box::new(running.clone()),

@@ -78,6 +78,7 @@ impl Odd {
             nspawn: leader.process(),
             copy: None,
             uids: None,
+            alloc_dir: None,
         };
         records.write_running(&running).unwrap();
         Self {

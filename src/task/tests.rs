@@ -1,5 +1,7 @@
 //! The desks against a backend that plays along, and one that does not.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use mockall::predicate::{always, eq};
@@ -86,8 +88,8 @@ impl ContainerBackend for Stage {
         self.mock.usage(started).await
     }
 
-    async fn reconcile(&self) {
-        self.mock.reconcile().await;
+    async fn reconcile(&self, alloc_roots: &BTreeSet<PathBuf>) {
+        self.mock.reconcile(alloc_roots).await;
     }
 }
 
@@ -133,6 +135,7 @@ pub(crate) fn identity(id: &str) -> Identity {
 pub(crate) fn spec(id: &str) -> ContainerSpec {
     ContainerSpec {
         id: id.to_owned(),
+        alloc_dir: "/alloc/a".into(),
         machine: "t-a".to_owned(),
         root: Root::Directory("/".into()),
         mode: Mode::Plain,

@@ -2,7 +2,7 @@
 //! systemd-nspawn (end to end), and must pass on both: that is what makes the fake worth trusting. Payloads are `/bin/sh`
 //! scripts that both can run, and a scenario sees only what the hatch, the container's output and the host's `/proc` show.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -115,6 +115,7 @@ impl World {
             .replace(|c: char| !c.is_ascii_alphanumeric(), "");
         ContainerSpec {
             id: format!("alloc-{unique}/{task}/00000001"),
+            alloc_dir: self.scratch.path().join("allocations").join("alloc"),
             machine: format!("{task}-{unique}"),
             root: Root::Directory(self.tree.clone()),
             mode: Mode::Plain,
@@ -136,6 +137,11 @@ impl World {
             stderr: Some(self.file("stderr")),
             cgroup: None,
         }
+    }
+
+    /// The directory that holds the allocations of its agent.
+    pub(crate) fn alloc_roots(&self) -> BTreeSet<PathBuf> {
+        BTreeSet::from([self.scratch.path().join("allocations")])
     }
 
     /// Where the records of the start with this name for its task lie.

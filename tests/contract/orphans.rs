@@ -17,7 +17,7 @@ fn is_cleared(started: &Started) -> bool {
 async fn cleared(world: &World, all: &[&Started]) {
     within(async {
         while !all.iter().all(|started| is_cleared(started)) {
-            world.backend.reconcile().await;
+            world.backend.reconcile(&world.alloc_roots()).await;
         }
     })
     .await;
@@ -34,7 +34,7 @@ async fn what_nobody_claims_is_cleared_away(world: World) {
     world.heard("up").await;
     let over = abandoned(&world, beside("over", "exit 1")).await;
     cleared(&world, &[&deaf, &over]).await;
-    within(world.backend.reconcile()).await;
+    within(world.backend.reconcile(&world.alloc_roots())).await;
     let next = world.start(world.spec("exit 21")).await;
     assert_eq!(ended(&world.end(&next).await), (21, 0));
     world.leave(&[&deaf, &over, &next]).await;
@@ -46,8 +46,8 @@ async fn what_another_backend_started_is_spared(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
     world.heard("up").await;
     let other = NspawnBackend::new(world.settings.clone());
-    within(other.reconcile()).await;
-    within(world.backend.reconcile()).await;
+    within(other.reconcile(&world.alloc_roots())).await;
+    within(world.backend.reconcile(&world.alloc_roots())).await;
     within(world.backend.stop(&started, Some(signal("TERM")), AMPLE))
         .await
         .unwrap();
@@ -62,7 +62,7 @@ async fn what_was_found_again_is_spared(world: World) {
     world.heard("up").await;
     within(world.backend.attach(&started)).await.unwrap();
     let other = NspawnBackend::new(world.settings.clone());
-    within(other.reconcile()).await;
+    within(other.reconcile(&world.alloc_roots())).await;
     within(world.backend.stop(&started, Some(signal("TERM")), AMPLE))
         .await
         .unwrap();
@@ -76,7 +76,7 @@ async fn an_end_that_somebody_may_ask_for_is_kept(world: World) {
     let started = world.start(world.spec("exit 22")).await;
     world.end(&started).await;
     let other = NspawnBackend::new(world.settings.clone());
-    within(other.reconcile()).await;
+    within(other.reconcile(&world.alloc_roots())).await;
     within(other.attach(&started)).await.unwrap();
     assert_eq!(ended(&within(other.wait(&started)).await.unwrap()), (22, 0));
     world.leave(&[&started]).await;
@@ -109,7 +109,7 @@ async fn half_made_starts_are_cleared_away(world: World) {
     let ordered = world.copied(&started, "ordered", |_| {});
     fs::remove_file(ordered.path().join("running")).unwrap();
     fs::remove_file(ordered.path().join("exit")).unwrap();
-    within(world.backend.reconcile()).await;
+    within(world.backend.reconcile(&world.alloc_roots())).await;
     for records in [bare, secret, ordered] {
         assert!(!records.path().exists(), "{}", records.path().display());
     }
@@ -154,7 +154,7 @@ async fn what_the_driver_did_not_make_is_left_alone(world: World) {
     let hostile = world.copied(&started, "hostile", |order| {
         order["machine"] = "../../../../tmp".into();
     });
-    within(world.backend.reconcile()).await;
+    within(world.backend.reconcile(&world.alloc_roots())).await;
     for path in foreign.iter().chain([&link]) {
         assert!(path.symlink_metadata().is_ok(), "{}", path.display());
     }
@@ -195,7 +195,7 @@ async fn nobody_is_mistaken_for_a_process_of_another_boot(world: World) {
     lost(&world, &found).await;
     within(world.backend.remove(&found.id)).await.unwrap();
     assert!(!removed.path().exists());
-    within(world.backend.reconcile()).await;
+    within(world.backend.reconcile(&world.alloc_roots())).await;
     assert!(!reconciled.path().exists());
     for process in [innocent.leader, innocent.supervisor] {
         assert!(is_alive(process), "another one was ended");

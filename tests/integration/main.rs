@@ -5,6 +5,7 @@
     reason = "the tests start the programs they are about"
 )]
 
+mod agents;
 mod cli;
 mod configure;
 mod contract;

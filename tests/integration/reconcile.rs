@@ -17,9 +17,16 @@ use crate::trap::Trap;
 const TRAPS: &str = "trap 'echo got; exit 12' USR1; echo up; while :; do sleep 0.05; done";
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
 
-/// A plugin that clears away soon after its start, or after the last task was recovered.
+/// A plugin that clears away soon after its start, or after the last task was recovered. It has been asked for a task, so that it
+/// knows which tasks are its agent's.
 async fn reconciling(host: &Host) -> Plugin {
-    host.plugin_with(&json!({"reconcile_after": "200ms"})).await
+    let plugin = host.plugin_with(&json!({"reconcile_after": "200ms"})).await;
+    let image = json!(host.tree(&format!("asked-{}", plugin.pid())));
+    let task = host.shell("exit 0").named("asked").with("image", image);
+    let task = host.start(&plugin, task).await;
+    task.wait(&plugin).await;
+    task.destroy(&plugin).await;
+    plugin
 }
 
 /// A task with a tree of its own, so that several run side by side.
@@ -47,11 +54,14 @@ fn supervisor(task: &Running) -> i32 {
 
 /// Waits until this directory was cleared away, and gives the line of the log.
 async fn cleared(host: &Host, directory: &Path) -> String {
-    let line = host
-        .log()
-        .contains(&format!("\"path\":\"{}\"", directory.display()))
-        .await;
-    assert!(line.contains("cleared away"), "{line}");
+    let path = format!("\"path\":\"{}\"", directory.display());
+    let line = || {
+        let lines = host.log().text();
+        let mut of_it = lines.into_iter().filter(|line| line.contains(&path));
+        of_it.find(|line| line.contains("cleared away"))
+    };
+    eventually("the start is cleared away", || line().is_some()).await;
+    let line = line().unwrap_or_default();
     assert!(!directory.exists(), "{}", directory.display());
     line
 }

@@ -263,6 +263,10 @@ impl Arena {
             .stage
             .plugin_with(json!({ "reconcile_after": "100ms" }))
             .await;
+        // Its agent's first task shows which leftovers are this agent's.
+        let task = self.stage.start(&plugin, self.stage.shell("exit 0")).await;
+        task.wait(&plugin).await;
+        task.destroy(&plugin).await;
         within("an empty state directory", async {
             while !self.recorded().is_empty() {
                 tokio::time::sleep(Duration::from_millis(20)).await;

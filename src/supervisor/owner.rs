@@ -1,0 +1,151 @@
+//! Which Nomad agent a recorded start belongs to. Several agents may share a state directory, so a plugin must not end what its
+//! own agent does not ask for before it knows that no other agent will. An agent is known by the directory that holds its
+//! allocations, which no two agents share. Reads records and looks at directories; changes nothing.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::record::{Order, Records};
+
+/// Who may ask for a start again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Owner {
+    /// No agent: it never came up, its boot is over, or its allocation has been removed.
+    Nobody,
+    /// The agent whose allocations lie in this directory.
+    Agent(PathBuf),
+    /// An agent that the records do not name.
+    Unknown,
+}
+
+/// The owner of a start, seen from the boot with this id.
+pub fn of(records: &Records, boot: &str) -> Owner {
+    let alloc_dir = match (records.order(), records.running()) {
+        // What is not recorded as running can't be recovered.
+        (_, Err(error)) if error.kind() == io::ErrorKind::NotFound => return Owner::Nobody,
+        (Ok(order), _) if order.boot != boot => return Owner::Nobody,
+        (Ok(order), _) => alloc_dir(&order),
+        // Without an order RecoverTask takes what runs.
+        (Err(_), Ok(running)) if running.started.boot != boot => return Owner::Nobody,
+        (Err(_), Ok(running)) => running.alloc_dir,
+        (Err(_), Err(_)) => None,
+    };
+    let Some(alloc_dir) = alloc_dir else {
+        return Owner::Unknown;
+    };
+    match alloc_dir.parent() {
+        // Where the parent is missing too, a file system may just not be mounted.
+        Some(root) if root.is_dir() && is_missing(&alloc_dir) => Owner::Nobody,
+        Some(root) => Owner::Agent(root.to_owned()),
+        None => Owner::Unknown,
+    }
+}
+
+/// The directory of the allocation. Orders of drivers that did not keep it name the agent's log FIFOs, which lie in it.
+fn alloc_dir(order: &Order) -> Option<PathBuf> {
+    let streams = [&order.stdout, &order.stderr];
+    let derived = || streams.into_iter().flatten().find_map(|path| above(path));
+    order.alloc_dir.clone().or_else(derived)
+}
+
+/// The allocation's directory of `<alloc_dir>/alloc/logs/.<task>.stdout.fifo`.
+fn above(fifo: &Path) -> Option<PathBuf> {
+    let logs = fifo
+        .parent()
+        .filter(|_| fifo.extension().is_some_and(|end| end == "fifo"))?;
+    let alloc_dir = logs.parent()?.parent()?;
+    (logs == alloc_dir.join("alloc/logs") && alloc_dir.is_absolute()).then(|| alloc_dir.to_owned())
+}
+
+fn is_missing(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::tests::{a_running, an_order};
+    use super::*;
+    use std::collections::BTreeMap;
+
+    struct Start {
+        temp: tempfile::TempDir,
+        records: Records,
+    }
+
+    /// A start of the boot `b` that is up, whose allocation is there.
+    fn start(change: impl FnOnce(&mut Order, &Path)) -> Start {
+        let temp = tempfile::tempdir().unwrap();
+        let root = temp.path().join("allocs");
+        fs::create_dir_all(root.join("a")).unwrap();
+        let records = Records::at(temp.path().join("records"));
+        records.create().unwrap();
+        let mut order = an_order("a/t/1");
+        change(&mut order, &root);
+        records.write_order(&order, &BTreeMap::new(), None).unwrap();
+        let mut running = a_running("a/t/1", "b");
+        running.alloc_dir = order.alloc_dir;
+        records.write_running(&running).unwrap();
+        Start { temp, records }
+    }
+
+    fn recorded() -> Start {
+        start(|order, root| order.alloc_dir = Some(root.join("a")))
+    }
+
+    impl Start {
+        fn owner(&self) -> Owner {
+            of(&self.records, "b")
+        }
+
+        fn agent(&self) -> Owner {
+            Owner::Agent(self.temp.path().join("allocs"))
+        }
+    }
+
+    #[test]
+    fn a_start_belongs_to_the_agent_whose_allocations_lie_beside_its_own() {
+        let start = recorded();
+        assert_eq!(start.owner(), start.agent());
+        assert_eq!(of(&start.records, "another boot"), Owner::Nobody);
+        fs::write(start.records.path().join("order"), "{").unwrap();
+        assert_eq!(start.owner(), start.agent());
+        assert_eq!(of(&start.records, "another boot"), Owner::Nobody);
+        fs::remove_file(start.records.path().join("running")).unwrap();
+        assert_eq!(start.owner(), Owner::Nobody);
+    }
+
+    #[test]
+    fn an_allocation_that_was_removed_has_no_owner_but_one_that_is_not_mounted_has() {
+        let start = recorded();
+        fs::remove_dir(start.temp.path().join("allocs/a")).unwrap();
+        assert_eq!(start.owner(), Owner::Nobody);
+        fs::remove_dir(start.temp.path().join("allocs")).unwrap();
+        assert_eq!(start.owner(), start.agent());
+    }
+
+    #[test]
+    fn an_older_order_names_its_agent_by_the_log_fifos() {
+        let older = |stdout: Option<&str>, stderr: Option<&str>| {
+            start(|order, root| {
+                order.stdout = stdout.map(|path| root.join(path));
+                order.stderr = stderr.map(|path| root.join(path));
+            })
+        };
+        for (stdout, stderr) in [
+            (Some("a/alloc/logs/.t.stdout.fifo"), None),
+            (Some("/dev/null"), Some("a/alloc/logs/.t.stderr.fifo")),
+        ] {
+            let start = older(stdout, stderr);
+            assert_eq!(start.owner(), start.agent());
+        }
+        for stdout in [
+            None,
+            Some("/dev/null"),
+            Some("a/logs/.t.stdout.fifo"),
+            Some("/x.fifo"),
+        ] {
+            assert_eq!(older(stdout, None).owner(), Owner::Unknown, "{stdout:?}");
+        }
+    }
+}

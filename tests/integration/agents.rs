@@ -1,0 +1,156 @@
+//! Several Nomad agents on one state directory: no plugin ends a task that another agent may ask for, and every plugin still clears
+//! away what its own agent left.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nomad_driver_nspawn::host::Plugin;
+use serde_json::{Value, json};
+
+use crate::harness::{Host, Running, eventually};
+
+const HEARS: &str = "trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done";
+
+/// A plugin of this host's agent on a state directory, which it clears soon.
+async fn reconciling(host: &Host, state_dir: &Path) -> Plugin {
+    host.plugin_with(&json!({"reconcile_after": "100ms", "state_dir": state_dir}))
+        .await
+}
+
+/// A task of an agent that has been stopped, with its plugin.
+async fn left(host: &Host) -> Running {
+    let mut plugin = host.plugin().await;
+    let task = host.up(&plugin, host.shell(HEARS)).await;
+    plugin.kill().await;
+    task
+}
+
+/// A short task that shows a plugin where its agent has its allocations.
+async fn asked(host: &Host, plugin: &Plugin) {
+    let task = host.shell("exit 0").named("asked");
+    let task = host
+        .start(plugin, task.with("image", json!(host.tree("asked"))))
+        .await;
+    task.wait(plugin).await;
+    task.destroy(plugin).await;
+}
+
+fn directory(task: &Running) -> PathBuf {
+    task.state(&["state"]).as_str().unwrap().into()
+}
+
+/// The next line of a host's log about this start.
+async fn said_of(host: &Host, task: &Running) -> String {
+    let path = format!("\"path\":\"{}\"", directory(task).display());
+    host.log().contains(&path).await
+}
+
+/// The task goes on, and its own agent can take it up again.
+async fn lives(host: &Host, task: &Running) {
+    let plugin = host.recovered(task).await;
+    task.signal(&plugin, "SIGUSR1").await.unwrap();
+    assert_eq!(task.wait(&plugin).await.code, 12);
+    task.destroy(&plugin).await;
+}
+
+fn edit_order(task: &Running, edit: impl FnOnce(&mut Value)) {
+    let path = directory(task).join("order");
+    let mut order = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    edit(&mut order);
+    fs::write(&path, order.to_string()).unwrap();
+}
+
+#[tokio::test]
+async fn a_second_agent_on_the_state_directory_ends_no_task_of_the_first() {
+    let (first, second) = (Host::new(), Host::new());
+    let task = left(&first).await;
+    let plugin = reconciling(&second, &first.state()).await;
+    asked(&second, &plugin).await;
+    let warnings = || {
+        let lines = second.log().text();
+        let of_another = |line: &&String| line.contains("it belongs to another Nomad agent");
+        lines.iter().filter(of_another).cloned().collect::<Vec<_>>()
+    };
+    eventually("a line about the first agent's task", || {
+        let path = directory(&task).display().to_string();
+        let text = second.log().text().join("\n");
+        text.contains("cleared away") || warnings().iter().any(|line| line.contains(&path))
+    })
+    .await;
+    let root = first.join("alloc").display().to_string();
+    let said = warnings();
+    assert_eq!(said.len(), 1, "{:?}", second.log().text());
+    assert!(
+        said[0].contains(&root) && said[0].contains("remove this directory"),
+        "{said:?}"
+    );
+    lives(&first, &task).await;
+}
+
+#[tokio::test]
+async fn before_the_first_task_no_leftover_is_taken_for_the_agents_own() {
+    let host = Host::new();
+    let task = left(&host).await;
+    let plugin = reconciling(&host, &host.state()).await;
+    let line = said_of(&host, &task).await;
+    assert!(
+        line.contains("left alone until this agent asks for a task"),
+        "{line}"
+    );
+    assert!(directory(&task).exists());
+    asked(&host, &plugin).await;
+    host.log().contains("cleared away a container").await;
+    eventually("the record is gone", || !directory(&task).exists()).await;
+    host.quiet(&[plugin.pid()]).await;
+}
+
+#[tokio::test]
+async fn a_task_whose_allocation_was_removed_is_nobodys() {
+    let (first, second) = (Host::new(), Host::new());
+    let task = left(&first).await;
+    fs::remove_dir_all(task.allocation.dir()).unwrap();
+    let _plugin = reconciling(&second, &first.state()).await;
+    let line = said_of(&second, &task).await;
+    assert!(line.contains("cleared away"), "{line}");
+    first.quiet(&[]).await;
+}
+
+#[tokio::test]
+async fn orders_of_older_drivers_belong_to_the_agent_whose_fifos_they_name() {
+    let (first, second) = (Host::new(), Host::new());
+    let task = left(&first).await;
+    edit_order(&task, |order| {
+        order.as_object_mut().unwrap().remove("alloc_dir").unwrap();
+    });
+    let plugin = reconciling(&second, &first.state()).await;
+    asked(&second, &plugin).await;
+    let line = second
+        .log()
+        .contains("it belongs to another Nomad agent")
+        .await;
+    assert!(
+        line.contains(&directory(&task).display().to_string()),
+        "{line}"
+    );
+    let plugin = reconciling(&first, &first.state()).await;
+    asked(&first, &plugin).await;
+    first.log().contains("cleared away a container").await;
+    first.quiet(&[plugin.pid()]).await;
+}
+
+#[tokio::test]
+async fn an_order_that_names_no_agent_is_left_alone() {
+    let host = Host::new();
+    let task = left(&host).await;
+    edit_order(&task, |order| {
+        for name in ["alloc_dir", "stdout", "stderr"] {
+            order[name] = Value::Null;
+        }
+    });
+    let plugin = reconciling(&host, &host.state()).await;
+    asked(&host, &plugin).await;
+    let line = said_of(&host, &task).await;
+    assert!(line.contains("does not say which Nomad agent"), "{line}");
+    drop(plugin);
+    lives(&host, &task).await;
+}
