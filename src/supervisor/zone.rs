@@ -1,12 +1,15 @@
 //! The bridge of a zone, which systemd-nspawn makes for the first container of the zone and removes with the last: removed here as
-//! systemd-nspawn does it, after one that was killed. Touches no bridge that has an interface, and no other link.
+//! systemd-nspawn does it, after one that was killed, and under the same lock. Touches no bridge that has an interface, and no
+//! other link.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
 };
@@ -25,8 +28,22 @@ const LONGEST: usize = 15;
 /// How long the kernel may take to remove the interface of a container whose last process has gone.
 const GOING: Duration = Duration::from_secs(2);
 
-/// Removes the bridge of this zone in the network of the calling process, if nobody is in it. Not there is fine. The interface of
-/// a container `leaving` it is waited for.
+/// The file that systemd-nspawn locks while it joins the bridge of a zone or removes one.
+const LOCK_PATH: &str = "/run/systemd/nspawn-network-zone";
+
+/// How long systemd-nspawn may hold that lock. It needs a few milliseconds.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often the lock is tried. The kernel has no wait for it that ends by itself.
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// The kind of a lock that nobody shares. The field is narrower than the constant on all platforms.
+#[expect(clippy::cast_possible_truncation, reason = "the constant is 1")]
+const WRITE_LOCK: i16 = nix::libc::F_WRLCK as i16;
+
+/// Removes the bridge of this zone in the network of the calling process, if it has no interface. A bridge that does not exist is
+/// fine. The interface of a container `leaving` it is waited for. Waits at most [`LOCK_TIMEOUT`] for systemd-nspawn's lock; if
+/// it can't be had, the bridge stays and the error says so.
 pub(super) fn remove_if_empty(zone: &str, leaving: Option<&str>) -> io::Result<()> {
     let link = format!("vz-{zone}");
     if link.len() > LONGEST || link.contains(['/', '\0', ':']) {
@@ -42,13 +59,84 @@ pub(super) fn remove_if_empty(zone: &str, leaving: Option<&str>) -> io::Result<(
             std::thread::sleep(Duration::from_millis(5));
         }
     }
-    if ports(&bridge).is_none_or(|ports| !ports.is_empty()) {
+    let is_empty = || ports(&bridge).is_some_and(|ports| ports.is_empty());
+    if !is_empty() {
+        return Ok(());
+    }
+    // A container that starts in this zone holds the lock from before it looks for the bridge until its interface is in it.
+    let _lock = ZoneLock::acquire(Path::new(LOCK_PATH), LOCK_TIMEOUT).map_err(|error| {
+        let text = format!(
+            "the bridge {link} of the task's zone stays, because {LOCK_PATH} can't be locked: {error}"
+        );
+        io::Error::new(error.kind(), text)
+    })?;
+    if !is_empty() {
         return Ok(());
     }
     match delete_link(&link) {
-        // Somebody else was faster.
+        // It has gone in the meantime.
         Err(error) if error.raw_os_error() == Some(nix::Error::ENODEV as i32) => Ok(()),
         deleted => deleted,
+    }
+}
+
+/// systemd-nspawn's lock for zones: a write lock of the open file description (`F_OFD_SETLK`) on the whole file. Its holder removes
+/// the file before it lets go, so a lock on a file without a name counts for nothing.
+#[derive(Debug)]
+struct ZoneLock {
+    path: PathBuf,
+    /// Closing it releases the lock.
+    _file: File,
+}
+
+impl ZoneLock {
+    /// Takes the lock; an error of kind `TimedOut` if another process holds it for `timeout`.
+    fn acquire(path: &Path, timeout: Duration) -> io::Result<Self> {
+        let end = Instant::now() + timeout;
+        loop {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NOCTTY).bits())
+                .open(path)?;
+            while !try_lock(&file)? {
+                if Instant::now() >= end {
+                    let text = format!("another process has held the lock for {timeout:?}");
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+                }
+                std::thread::sleep(LOCK_INTERVAL);
+            }
+            if file.metadata()?.nlink() > 0 {
+                let path = path.to_owned();
+                return Ok(Self { path, _file: file });
+            }
+        }
+    }
+}
+
+impl Drop for ZoneLock {
+    fn drop(&mut self) {
+        // While it is held, the name is this file's.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Whether this file could be locked now.
+fn try_lock(file: &File) -> io::Result<bool> {
+    let whole = nix::libc::flock {
+        l_type: WRITE_LOCK,
+        l_whence: 0,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole)) {
+        Ok(_) => Ok(true),
+        Err(nix::Error::EAGAIN | nix::Error::EACCES | nix::Error::EINTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -141,6 +229,46 @@ mod tests {
         ] {
             remove_if_empty(zone, Some("machine")).unwrap();
         }
+    }
+
+    #[test]
+    fn the_lock_is_refused_while_another_holds_it_and_leaves_no_file() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("zone");
+        let held = ZoneLock::acquire(&path, Duration::ZERO).unwrap();
+        let error = ZoneLock::acquire(&path, LOCK_INTERVAL).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        drop(held);
+        assert!(!path.exists());
+        ZoneLock::acquire(&path, Duration::ZERO).unwrap();
+    }
+
+    /// The next holder makes a new file; a lock on the old one would exclude nobody.
+    #[test]
+    fn a_lock_on_a_file_that_has_lost_its_name_counts_for_nothing() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("zone");
+        let held = ZoneLock::acquire(&path, Duration::ZERO).unwrap();
+        let waiting = std::thread::spawn({
+            let path = path.clone();
+            move || ZoneLock::acquire(&path, Duration::from_secs(60)).unwrap()
+        });
+        // It waits for the old file as soon as this process has that open twice.
+        let opened = || {
+            let all = fs::read_dir("/proc/self/fd").unwrap().flatten();
+            all.filter(|entry| fs::read_link(entry.path()).is_ok_and(|file| file == path))
+                .count()
+        };
+        let end = Instant::now() + Duration::from_secs(60);
+        while opened() < 2 {
+            assert!(Instant::now() < end, "nobody waits for the lock");
+            std::thread::sleep(LOCK_INTERVAL);
+        }
+        drop(held);
+        let taken = waiting.join().unwrap();
+        assert!(path.exists(), "the lock is on another file");
+        ZoneLock::acquire(&path, Duration::ZERO).unwrap_err();
+        drop(taken);
     }
 
     /// The kernel understands the question: it knows no such link, or asks for rights first.
