@@ -198,7 +198,7 @@ pub struct Exit {
     pub code: i32,
     /// The signal that ended it, or 0.
     pub signal: i32,
-    /// Whether the kernel ended it for want of memory.
+    /// Whether an OOM kill ended it: the kernel counted one in the task's group, and the end was by SIGKILL.
     pub oom_killed: bool,
     /// Why the end can't be known, when it can't: the watch was lost. Makes the exit unsuccessful whatever the code.
     pub error: Option<String>,

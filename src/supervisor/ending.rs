@@ -35,7 +35,7 @@ pub(super) struct Signs<'a> {
     pub(super) forced: bool,
     /// Whether systemd-nspawn did not end when its container had, and was killed by the supervisor.
     pub(super) put_down: bool,
-    /// Whether the kernel has ended a process of it for want of memory.
+    /// Whether the kernel has counted an OOM kill in the task's group, at any time.
     pub(super) oom: bool,
 }
 
@@ -68,10 +68,17 @@ pub(super) fn exit_of(signs: &Signs<'_>) -> Exit {
     Exit {
         code,
         signal,
-        oom_killed: signs.oom,
+        oom_killed: signs.oom && !signs.forced && error.is_none() && is_by_kill(code, signal),
         error,
         ended_at: SystemTime::now(),
     }
+}
+
+/// Whether an OOM kill can have caused this end: it was by SIGKILL, or the command passes on the code that shells give to the death
+/// of a child by SIGKILL. An OOM kill of some worker long before any other end has not caused it.
+fn is_by_kill(code: i32, signal: i32) -> bool {
+    let kill = Signal::KILL.number();
+    signal == kill || (code, signal) == (128 + kill, 0)
 }
 
 fn of_raw(status: i32) -> (i32, i32, Option<String>) {
@@ -183,7 +190,6 @@ mod tests {
 
     fn end(signs: &Signs<'_>) -> (i32, i32, bool) {
         let exit = exit_of(signs);
-        assert_eq!(exit.oom_killed, signs.oom);
         (exit.code, exit.signal, exit.error.is_some())
     }
 
@@ -204,6 +210,38 @@ mod tests {
             ..signs(nspawn)
         };
         assert_eq!(end(&signs), (code, signal, false));
+    }
+
+    #[rstest]
+    #[case::the_command(Some(KILLED), None, exited(137), true)]
+    #[case::the_first_process(None, Some(KILLED), exited(1), true)]
+    #[case::nothing_else_is_known(None, None, exited(1), true)]
+    #[case::a_child_of_a_shell(Some(exited(137)), None, exited(137), true)]
+    #[case::a_child_of_a_shell_that_is_first(None, None, exited(137), true)]
+    #[case::a_worker_before_success(Some(0), None, exited(0), false)]
+    #[case::a_worker_before_success_of_the_first_process(None, Some(0), exited(0), false)]
+    #[case::a_worker_before_a_failure(Some(exited(3)), None, exited(3), false)]
+    #[case::a_worker_before_a_fault(Some(11), None, exited(139), false)]
+    #[case::systemd_nspawn_was_killed(None, None, KILLED, false)]
+    fn an_oom_kill_is_told_where_it_caused_the_end(
+        #[case] command: Option<i32>,
+        #[case] leader: Option<i32>,
+        #[case] nspawn: i32,
+        #[case] told: bool,
+    ) {
+        let with = |oom: bool, forced: bool| {
+            let exit = exit_of(&Signs {
+                command,
+                leader,
+                oom,
+                forced,
+                ..signs(nspawn)
+            });
+            exit.oom_killed
+        };
+        assert_eq!(with(true, false), told);
+        assert!(!with(false, false), "none was counted");
+        assert!(!with(true, true), "the driver ended it");
     }
 
     #[rstest]
