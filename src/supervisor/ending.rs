@@ -17,6 +17,11 @@ const RESTART: i32 = 133;
 /// The raw wait status of a process that SIGKILL has ended.
 const KILLED: i32 = 9;
 
+/// The raw wait statuses by which reboot(2) in a pid namespace is reported to the parent of its first process: SIGHUP for a
+/// restart, SIGINT for the rest. Of these signals themselves a first process does not die.
+const REBOOT: i32 = 1;
+const POWER_OFF: i32 = 2;
+
 /// What is known of an end.
 #[derive(Debug)]
 pub(super) struct Signs<'a> {
@@ -27,6 +32,8 @@ pub(super) struct Signs<'a> {
     pub(super) command: Option<i32>,
     /// The leader's raw wait status, where the kernel tells it to others than the parent.
     pub(super) leader: Option<i32>,
+    /// The same where this process was the one to reap the leader: its parent alone learns what was asked of reboot(2).
+    pub(super) reaped: Option<i32>,
     /// What systemd-nspawn has said on stderr.
     pub(super) words: &'a str,
     /// How systemd-nspawn itself ended.
@@ -60,6 +67,18 @@ pub(super) fn exit_of(signs: &Signs<'_>) -> Exit {
             (signs.nspawn.code().unwrap_or_default(), 0, None)
         }
         Signs {
+            reaped: Some(REBOOT),
+            ..
+        } => (RESTART, 0, None),
+        Signs {
+            reaped: Some(POWER_OFF),
+            ..
+        } => (0, 0, None),
+        Signs {
+            reaped: Some(status),
+            ..
+        }
+        | Signs {
             leader: Some(status),
             ..
         } => of_raw(*status),
@@ -180,6 +199,7 @@ mod tests {
             trouble: None,
             command: None,
             leader: None,
+            reaped: None,
             words: "",
             nspawn: ExitStatus::from_raw(nspawn),
             forced: false,
@@ -324,6 +344,24 @@ mod tests {
         };
         assert_eq!(end(&put_down(Some(exited(3)))), (3, 0, false));
         assert_eq!(end(&put_down(None)), (137, 9, true));
+    }
+
+    /// It had not waited for its container, so that became this process's child.
+    #[rstest]
+    #[case::a_code(exited(7), (7, 0))]
+    #[case::a_fault(DUMPED_BY_SEGV, (139, 11))]
+    #[case::a_restart(1, (133, 0))]
+    #[case::a_power_off(2, (0, 0))]
+    fn a_stuck_systemd_nspawn_leaves_the_status_to_the_supervisor(
+        #[case] status: i32,
+        #[case] told: (i32, i32),
+    ) {
+        let exit = exit_of(&Signs {
+            reaped: Some(status),
+            put_down: true,
+            ..signs(KILLED)
+        });
+        assert_eq!((exit.code, exit.signal), told);
     }
 
     #[test]

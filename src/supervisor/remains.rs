@@ -324,7 +324,7 @@ fn kill_with_descendants(process: Process) {
 
 /// Kills what descends from a process, for hosts without control groups. Whoever is orphaned on the way comes back as a child,
 /// because the process is a subreaper; so this goes on until there is none.
-pub fn kill_descendants(of: i32, reap: impl Fn()) {
+pub fn kill_descendants(of: i32, mut reap: impl FnMut()) {
     for _ in 0..1000 {
         let Some(child) = first_child(of) else { return };
         for pid in descendants(child) {

@@ -160,8 +160,10 @@ struct Watch {
     forced: bool,
     /// Set when systemd-nspawn itself was killed.
     put_down: bool,
-    /// How far the leader's end is seen, where it is waited for.
+    /// How far the leader's end is seen.
     leader: Leader,
+    /// The leader's raw wait status, once it has become a child of this process and has been reaped.
+    reaped: Option<i32>,
     /// What systemd-nspawn has said last.
     farewell: Option<Farewell>,
     /// When systemd-nspawn itself is killed, after its container was.
@@ -236,6 +238,7 @@ impl Watch {
             forced: false,
             put_down: false,
             leader: Leader::Lives,
+            reaped: None,
             farewell: None,
             patience: None,
             closed: None,
@@ -269,7 +272,9 @@ impl Watch {
             }
             self.hear_listeners();
             self.send_what_was_kept();
-            self.leader = awake.leader.unwrap_or(self.leader);
+            if let Some(leader) = awake.leader {
+                self.see_leader(leader);
+            }
             if let Some(status) = self.end_known_early() {
                 self.tell_end(status);
             }

@@ -29,6 +29,7 @@ mod force;
 mod lifecycle;
 mod logs;
 mod orphans;
+mod own_end;
 mod recover;
 mod roots;
 mod signals;

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags};
 use rustix::process::{WaitOptions, wait};
@@ -19,23 +20,41 @@ use crate::cgroup::Group;
 use crate::signal::Signal;
 
 impl Watch {
-    /// The leader, where its end is told before that of systemd-nspawn: throwing away an ephemeral root may take that seconds.
-    /// Any other root stays locked until systemd-nspawn has ended.
+    /// The leader, as long as its end is news. systemd-nspawn may have been stopped, and then it would not report it.
     pub(super) fn leader_to_watch(&self) -> Option<PollFd<'_>> {
         let leader = self.held_leader()?;
         let flags = match self.leader {
             Leader::Lives => PollFlags::POLLIN,
             // The kernel says so unasked when it is waited for, and until then has no other news.
-            Leader::Ended => PollFlags::empty(),
-            Leader::Reaped => return None,
+            Leader::Ended if self.may_end_early() => PollFlags::empty(),
+            Leader::Ended | Leader::Reaped => return None,
         };
-        let early = !self.told && self.order.copies.is_some();
-        early.then(|| PollFd::new(leader.as_fd(), flags))
+        Some(PollFd::new(leader.as_fd(), flags))
+    }
+
+    /// Whether the leader's end is told before that of systemd-nspawn: throwing away an ephemeral root may take that minutes. Any
+    /// other root stays locked until systemd-nspawn has ended.
+    fn may_end_early(&self) -> bool {
+        !self.told && self.order.copies.is_some()
+    }
+
+    /// The leader has ended. systemd-nspawn normally ends a few milliseconds later; one that was stopped continues, and one that
+    /// still does not end is killed after [`CLEAR_UP`], unless it may be throwing away an ephemeral root.
+    pub(super) fn see_leader(&mut self, seen: Leader) {
+        let ends_now = std::mem::replace(&mut self.leader, seen) == Leader::Lives;
+        if !ends_now {
+            return;
+        }
+        self.rouse_nspawn();
+        if self.order.copies.is_none() {
+            self.patience
+                .get_or_insert_with(|| Instant::now() + CLEAR_UP);
+        }
     }
 
     /// How systemd-nspawn may be taken to have ended, once the leader has and nothing that it could add would change what is told.
     pub(super) fn end_known_early(&self) -> Option<ExitStatus> {
-        if self.told || self.leader == Leader::Lives {
+        if !self.may_end_early() || self.leader == Leader::Lives {
             return None;
         }
         let by_force = ExitStatus::from_raw(Signal::KILL.number());
@@ -71,6 +90,7 @@ impl Watch {
             trouble: self.trouble.as_ref(),
             command: self.status,
             leader: self.raw_status(),
+            reaped: self.reaped,
             words: &self.records.words(),
             nspawn: status,
             forced: self.forced,
@@ -85,14 +105,19 @@ impl Watch {
         pause::at(&self.records, Point::EndTold);
     }
 
-    /// Reaps whoever has ended; the status of systemd-nspawn if it is among them.
-    pub(super) fn reap(&self) -> Option<ExitStatus> {
+    /// Reaps every child that has ended; the status of systemd-nspawn if it is among them. The leader is one only after a
+    /// systemd-nspawn that ended without having waited for it.
+    pub(super) fn reap(&mut self) -> Option<ExitStatus> {
         pause::at(&self.records, Point::Exited);
         while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
+        let leader = self.held_leader().map(|leader| leader.process().pid);
         let mut found = None;
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            if pid.as_raw_nonzero().get() == self.nspawn.pid {
+            let pid = pid.as_raw_nonzero().get();
+            if pid == self.nspawn.pid {
                 found = Some(ExitStatus::from_raw(status.as_raw()));
+            } else if Some(pid) == leader {
+                self.reaped = Some(status.as_raw());
             }
         }
         found

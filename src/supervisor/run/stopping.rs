@@ -125,7 +125,7 @@ impl Watch {
     }
 
     /// A systemd-nspawn that somebody has stopped would not notice the end of its container.
-    fn rouse_nspawn(&self) {
+    pub(super) fn rouse_nspawn(&self) {
         if let Ok(nspawn) = Held::again(self.nspawn) {
             let _ = nspawn.signal(Signal::CONT);
         }
@@ -143,7 +143,7 @@ impl Watch {
     }
 
     /// After a systemd-nspawn that was killed the container lives on, without anybody to tell its end.
-    pub(super) fn kill_the_rest(&self) {
+    pub(super) fn kill_the_rest(&mut self) {
         if let State::Running {
             leader: Some(leader),
             ..
@@ -153,16 +153,15 @@ impl Watch {
             leader.wait(CLEAR_UP);
             self.reap();
         }
-        match &self.order.place {
-            Some(place) => {
-                let group = Group::new(&place.group);
-                if !group.processes().is_empty() {
-                    group.kill();
-                }
+        if let Some(place) = &self.order.place {
+            let group = Group::new(&place.group);
+            if !group.processes().is_empty() {
+                group.kill();
             }
-            None => remains::kill_descendants(nix::unistd::getpid().as_raw(), || {
+        } else {
+            remains::kill_descendants(nix::unistd::getpid().as_raw(), || {
                 self.reap();
-            }),
+            });
         }
     }
 }
