@@ -1,4 +1,5 @@
-//! The fault matrix on the fake: every cell, and the table. Words on the command line choose cells by parts of their names.
+//! The fault matrix on the fake: every cell is a test, which `cargo test --test matrix NAME` chooses by a part of its name; then the
+//! table.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

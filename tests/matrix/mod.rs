@@ -5,10 +5,9 @@
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use libtest_mimic::{Arguments, Failed, Trial};
 use nomad_driver_nspawn::host::{Plugin, TaskSpec};
 use serde_json::Value;
 
@@ -55,100 +54,34 @@ pub(crate) enum Moment {
     BeforeExit,
 }
 
-/// What a run was asked for on its command line: `--list`, or parts of the names of cells.
-#[derive(Debug)]
-pub(crate) struct Asked {
-    list: bool,
-    words: Vec<String>,
-}
-
-impl Asked {
-    /// As the words of this process have it. The test runner's own options are passed over.
-    pub(crate) fn of_this_process() -> Self {
-        let mut asked = Self {
-            list: false,
-            words: Vec::new(),
-        };
-        let mut words = std::env::args().skip(1);
-        while let Some(word) = words.next() {
-            match &*word {
-                "--list" => asked.list = true,
-                "--test-threads" | "--skip" | "--format" | "--color" | "--logfile" => {
-                    words.next();
-                }
-                option if option.starts_with('-') => {}
-                _ => asked.words.push(word),
-            }
-        }
-        asked
-    }
-
-    fn wants(&self, cell: &Cell) -> bool {
-        let name = cell.to_string();
-        self.words.is_empty() || self.words.iter().any(|word| name.contains(word))
-    }
-}
-
-/// Plays those of the cells that are asked for, and prints what came of them: the failures, then the table.
+/// Runs the cells as tests, one for each, and prints the table of those that were played. At most `at_once` worlds stand at a time,
+/// unless `--test-threads` says another number.
 pub(crate) fn report<W: World>(
-    mut cells: Vec<Cell>,
+    cells: Vec<Cell>,
     at_once: usize,
-    world: impl Fn() -> W + Sync,
+    world: impl Fn() -> W + Clone + Send + Sync + 'static,
 ) -> ExitCode {
-    let asked = Asked::of_this_process();
-    cells.retain(|cell| asked.wants(cell));
-    let mut out = std::io::stdout().lock();
-    if asked.list {
-        for cell in cells {
-            let _ = writeln!(out, "{cell}: test");
-        }
-        return ExitCode::SUCCESS;
-    }
-    if cells.is_empty() {
-        let _ = writeln!(out, "the fault matrix: no cell is called {:?}", asked.words);
-        return ExitCode::SUCCESS;
-    }
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(at_once);
+    let (sender, results) = std::sync::mpsc::channel();
+    let trial = |cell: Cell| {
+        let (world, sender) = (world.clone(), sender.clone());
+        Trial::test(cell.to_string(), move || {
+            let result = one(cell, &world);
+            let _ = sender.send((cell, result.clone()));
+            result.map(drop).map_err(Failed::from)
+        })
+    };
+    let trials = cells.into_iter().map(trial).collect();
     let start = Instant::now();
-    let results = run(&cells, at_once, world);
-    let time = start.elapsed();
-    let played: Vec<_> = cells.into_iter().zip(results).collect();
-    let mut failed = false;
-    for (cell, result) in &played {
-        if let Err(text) = result {
-            failed = true;
-            let _ = writeln!(out, "FAILED {cell}: {text}");
-        }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let played: Vec<_> = results.try_iter().collect();
+    // nextest plays one cell in each process, which is no table.
+    if played.len() > 1 {
+        let text = table::table(&played, start.elapsed());
+        let _ = std::io::stdout().write_all(text.as_bytes());
     }
-    let _ = out.write_all(table::table(&played, time).as_bytes());
-    if failed {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    }
-}
-
-/// Plays these cells in as many worlds at a time as `at_once` says, and gives what came out, in the order of the cells.
-fn run<W: World>(
-    cells: &[Cell],
-    at_once: usize,
-    world: impl Fn() -> W + Sync,
-) -> Vec<Result<String, String>> {
-    let next = AtomicUsize::new(0);
-    let results = Mutex::new(vec![Err("not played".to_owned()); cells.len()]);
-    std::thread::scope(|scope| {
-        for _ in 0..at_once {
-            scope.spawn(|| {
-                while let Some((index, cell)) = {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    cells.get(index).map(|cell| (index, *cell))
-                } {
-                    let result = one(cell, &world);
-                    results.lock().unwrap_or_else(PoisonError::into_inner)[index] = result;
-                }
-            });
-        }
-    });
-    results.into_inner().unwrap_or_else(PoisonError::into_inner)
+    conclusion.exit_code()
 }
 
 fn one<W: World>(cell: Cell, world: &(impl Fn() -> W + Sync)) -> Result<String, String> {

@@ -78,7 +78,8 @@ impl World for Machine {
     }
 }
 
-fn main() -> ExitCode {
+/// A machine for one cell. Listing the cells needs neither root nor a driver, playing them does.
+fn machine() -> Machine {
     e2e::needs_root();
     let driver = e2e::driver();
     let program = std::fs::read(&driver).expect("the driver");
@@ -87,9 +88,13 @@ fn main() -> ExitCode {
         "{} is no debug build and can't be held at a step",
         driver.display()
     );
+    Machine(Stage::new())
+}
+
+fn main() -> ExitCode {
     let mut cells = suite::cells();
     let all = cells.len();
     cells.retain(|cell| cell.is_for_real());
     assert!(3 * cells.len() >= all, "{} of {all} cells", cells.len());
-    suite::report(cells, AT_ONCE, || Machine(Stage::new()))
+    suite::report(cells, AT_ONCE, machine)
 }
