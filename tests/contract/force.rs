@@ -53,14 +53,16 @@ async fn what_forked_twice_is_ended_too(world: World) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_payload_has_a_group_of_its_own(world: World) {
+    if !has_groups() {
+        return world.leave(&[]).await;
+    }
     let started = world.up(world.spec(DEAF)).await;
     let inner = offspring(started.leader.pid);
-    if let Some(group) = &started.cgroup {
-        let payload = Group::new(group).child("payload").processes();
-        assert!(payload.contains(&started.leader.pid), "{payload:?}");
-        let nspawn = Records::at(&started.state).running().unwrap().nspawn;
-        assert!(!payload.contains(&nspawn.pid), "{payload:?}");
-    }
+    let group = Group::new(started.cgroup.as_ref().unwrap());
+    let payload = group.child("payload").processes();
+    assert!(payload.contains(&started.leader.pid), "{payload:?}");
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    assert!(!payload.contains(&nspawn.pid), "{payload:?}");
     ended_by_force(&world, &started, inner).await;
     world.leave(&[&started]).await;
 }
@@ -92,17 +94,19 @@ async fn a_storm_of_forks_is_ended_too(world: World) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn groups_made_below_are_ended_and_removed(world: World) {
+    if !has_groups() {
+        return world.leave(&[]).await;
+    }
     let started = world
         .up(world.spec("sleep 600 & trap '' TERM INT; echo up; while :; do sleep 0.05; done"))
         .await;
     let inner = offspring(started.leader.pid);
-    if let Some(group) = &started.cgroup {
-        let below = Group::new(group).child("payload").child("a").child("b");
-        below.create().unwrap();
-        let moved = inner.iter().map(|held| held.process().pid.to_string());
-        let moved = moved.filter(|pid| fs::write(below.path().join("cgroup.procs"), pid).is_ok());
-        assert!(moved.count() > 0, "nobody could be moved");
-    }
+    let group = Group::new(started.cgroup.as_ref().unwrap());
+    let below = group.child("payload").child("a").child("b");
+    below.create().unwrap();
+    let moved = inner.iter().map(|held| held.process().pid.to_string());
+    let moved = moved.filter(|pid| fs::write(below.path().join("cgroup.procs"), pid).is_ok());
+    assert!(moved.count() > 0, "no process could be moved");
     ended_by_force(&world, &started, inner).await;
     world.leave(&[&started]).await;
 }
@@ -110,6 +114,9 @@ async fn groups_made_below_are_ended_and_removed(world: World) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_payload_is_ended_too(world: World) {
+    if !has_groups() {
+        return world.leave(&[]).await;
+    }
     let started = world.up(world.spec(DEAF)).await;
     freeze(&started, "payload/cgroup.freeze").await;
     let inner = offspring(started.leader.pid);
@@ -121,6 +128,9 @@ async fn a_frozen_payload_is_ended_too(world: World) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_frozen_as_a_whole_is_ended_too(world: World) {
+    if !has_groups() {
+        return world.leave(&[]).await;
+    }
     let started = world.up(world.spec(DEAF)).await;
     freeze(&started, "cgroup.freeze").await;
     let inner = offspring(started.leader.pid);
@@ -131,18 +141,26 @@ async fn a_container_frozen_as_a_whole_is_ended_too(world: World) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_container_can_be_removed(world: World) {
+    if !has_groups() {
+        return world.leave(&[]).await;
+    }
     let started = world.up(world.spec(DEAF)).await;
     freeze(&started, "cgroup.freeze").await;
     world.leave(&[&started]).await;
 }
 
-/// Freezes a group of the container. Who is not root has made none, and then there is nothing to hinder the stop.
+/// Whether containers get control groups. Reports the test as not applicable otherwise.
+fn has_groups() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        not_applicable("a control group needs root");
+    }
+    root
+}
+
+/// Freezes a group of the container.
 async fn freeze(started: &Started, file: &str) {
-    let Some(group) = &started.cgroup else {
-        assert!(!nix::unistd::geteuid().is_root(), "it has no group");
-        return;
-    };
-    let file = group.join(file);
+    let file = started.cgroup.as_ref().unwrap().join(file);
     fs::write(&file, "1").unwrap();
     let events = file.with_file_name("cgroup.events");
     within(async {
@@ -153,41 +171,39 @@ async fn freeze(started: &Started, file: &str) {
     .await;
 }
 
-/// A process in it takes not even SIGKILL. Where the host has no such freezer, or not for this user, there is nothing to hinder the
-/// stop.
+/// A process in it takes not even SIGKILL.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_in_a_freezer_of_version_1_is_ended_too(world: World) {
-    let started = world.up(world.spec(DEAF)).await;
-    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
-    let inner = offspring(started.leader.pid);
     let top = Path::new("/sys/fs/cgroup/freezer");
-    let freezer = top.join(&started.machine);
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let is_freezer = |line: &str| {
         let mut words = line.split(' ').skip(1);
         words.next() == top.to_str() && words.next() == Some("cgroup")
     };
-    let frozen = nix::unistd::geteuid().is_root() && mounts.lines().any(is_freezer);
-    if frozen {
-        fs::create_dir(&freezer).unwrap();
-        for pid in [nspawn.pid, started.leader.pid] {
-            fs::write(freezer.join("cgroup.procs"), pid.to_string()).unwrap();
+    if !nix::unistd::geteuid().is_root() || !mounts.lines().any(is_freezer) {
+        not_applicable("needs root and the freezer of cgroup v1 at /sys/fs/cgroup/freezer");
+        return world.leave(&[]).await;
+    }
+    let started = world.up(world.spec(DEAF)).await;
+    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let inner = offspring(started.leader.pid);
+    let freezer = top.join(&started.machine);
+    fs::create_dir(&freezer).unwrap();
+    for pid in [nspawn.pid, started.leader.pid] {
+        fs::write(freezer.join("cgroup.procs"), pid.to_string()).unwrap();
+    }
+    fs::write(freezer.join("freezer.state"), "FROZEN").unwrap();
+    within(async {
+        while fs::read_to_string(freezer.join("freezer.state")).unwrap() != "FROZEN\n" {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        fs::write(freezer.join("freezer.state"), "FROZEN").unwrap();
-        within(async {
-            while fs::read_to_string(freezer.join("freezer.state")).unwrap() != "FROZEN\n" {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        })
-        .await;
-    }
+    })
+    .await;
     ended_by_force(&world, &started, inner).await;
-    if frozen {
-        let state = fs::read_to_string(freezer.join("freezer.state")).unwrap();
-        assert_eq!(state, "FROZEN\n", "a group of somebody else was changed");
-        fs::remove_dir(&freezer).unwrap();
-    }
+    let state = fs::read_to_string(freezer.join("freezer.state")).unwrap();
+    assert_eq!(state, "FROZEN\n", "a group of somebody else was changed");
+    fs::remove_dir(&freezer).unwrap();
     world.leave(&[&started]).await;
 }
 

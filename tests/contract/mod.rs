@@ -19,6 +19,7 @@ use nomad_driver_nspawn::supervisor::pause::OLD_KERNEL;
 use nomad_driver_nspawn::supervisor::process::{Held, catches, children, is_alive};
 
 use rstest::rstest;
+use support::not_applicable;
 
 // The crate that plays the suite says, beside this module, what a world is.
 use super::world;

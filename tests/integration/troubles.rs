@@ -20,6 +20,7 @@ use nomad_driver_nspawn::supervisor::pause::Point;
 use nomad_driver_nspawn::supervisor::record::Records;
 use rstest::rstest;
 use serde_json::{Value, json};
+use support::not_applicable;
 use tokio::task::JoinHandle;
 
 use crate::harness::{DEADLINE, Host, Running, eventually, is_root, refusal, within};
@@ -80,7 +81,7 @@ struct Small {
 }
 
 impl Small {
-    /// `None` where this user may mount nothing.
+    /// `None` where this user may mount nothing: the test is reported as not applicable.
     async fn new() -> Option<Self> {
         let status = fs::read_to_string("/proc/self/status").unwrap();
         let capabilities = status.split("CapEff:").nth(1).unwrap();
@@ -90,6 +91,7 @@ impl Small {
         let made = unshare.args(["--mount", "true"]).output().unwrap();
         assert_eq!(made.status.success(), may, "{made:?}");
         if !may {
+            not_applicable("a small file system of its own needs CAP_SYS_ADMIN");
             return None;
         }
         const SCRIPT: &str = "mount -t tmpfs -o size=256k,mode=755 none \"$1\" && exec \"$2\"";

@@ -1,0 +1,22 @@
+//! What all test suites share.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the test runner says in the environment which test this is"
+)]
+
+use std::io::Write as _;
+
+/// Reports that this host cannot run the present test. The test runner has no such result and counts the test as passed, so the
+/// caller returns after this; `ci/rerun-failed` collects the lines, and `.ci/run` prints and counts them at the end.
+pub fn not_applicable(reason: &str) {
+    // Under nextest every test is the main thread of a process of its own.
+    let name = std::env::var("NEXTEST_TEST_NAME").ok();
+    let name = name.or_else(|| std::thread::current().name().map(str::to_owned));
+    let line = format!(
+        "NOT APPLICABLE {}: {reason}\n",
+        name.as_deref().unwrap_or("unnamed")
+    );
+    // In one piece, and past the runner, which keeps back what a macro prints.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
