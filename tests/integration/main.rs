@@ -21,6 +21,7 @@ mod lifecycle;
 mod logs;
 mod reconcile;
 mod recover;
+mod rerun;
 mod secrets;
 mod shutdown;
 mod signals;
