@@ -43,6 +43,9 @@ pub(crate) fn act(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
     let call = scenario.call(number);
     let status = match parsed {
         Ok(Parsed::Help) => tools::say(&options::help(scenario.version)),
+        Ok(Parsed::Version) if scenario.version_hangs => loop {
+            nix::unistd::pause();
+        },
         Ok(Parsed::Version) => tools::say(&tools::version(scenario.version)),
         Ok(Parsed::Words(known)) => tools::say(&format!("{}\n", known.join("\n"))),
         Ok(Parsed::Run(options)) => container(directory, &scenario, &call, &options, &mut ledger)?,

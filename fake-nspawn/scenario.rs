@@ -23,6 +23,8 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Scenario {
     /// The systemd version to be, 244 to 262. Options that it lacks are refused.
     pub(crate) version: u32,
+    /// `--version` is never answered.
+    pub(crate) version_hangs: bool,
     /// The host has cgroup v1 or both: 258 and later refuse to run.
     pub(crate) legacy_cgroups: bool,
     /// The host has udev, which images need up to 257.
@@ -42,6 +44,7 @@ impl Default for Scenario {
     fn default() -> Self {
         Self {
             version: 252,
+            version_hangs: false,
             legacy_cgroups: false,
             udev: true,
             bus: false,

@@ -260,3 +260,56 @@ pub enum CgroupLayout {
     /// None mounted.
     None,
 }
+
+/// Why a container did not come up, as far as that decides whether Nomad may try again. `docs/configuration.md` has the same list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// Something else holds what the start needs: the tree, a range of user ids, an earlier start that does not end.
+    Busy,
+    /// The host is short of something or does not answer in time: memory, processes, descriptors, space.
+    Resources,
+    /// The job, the image or the installed systemd-nspawn has to be changed first.
+    Config,
+    /// Nothing that is known; also what a later driver calls by a name that this one does not know.
+    #[serde(other)]
+    Unknown,
+}
+
+impl Cause {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Busy, Self::Resources, Self::Config, Self::Unknown];
+
+    /// Its name, as in the documentation.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Busy => "busy",
+            Self::Resources => "resources",
+            Self::Config => "config",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    /// Whether the same start may succeed later. What is not known may: a job that is given up for good has to be started again
+    /// by a person, and the job's `restart` block limits how often a hopeless one is tried.
+    pub fn is_recoverable(self) -> bool {
+        match self {
+            Self::Busy | Self::Resources | Self::Unknown => true,
+            Self::Config => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Cause;
+
+    #[test]
+    fn every_cause_is_listed_under_its_name() {
+        assert_eq!(Cause::ALL.len(), Cause::Unknown as usize + 1);
+        for cause in Cause::ALL {
+            let text = serde_json::to_string(&cause).unwrap();
+            assert_eq!(text, format!("{:?}", cause.as_str()));
+        }
+    }
+}

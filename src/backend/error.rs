@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use crate::container::Cause;
+
 /// Why the backend could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
@@ -23,8 +25,8 @@ pub enum BackendError {
         step: &'static str,
         /// What happened, with the tool's status and words.
         reason: String,
-        /// Whether another attempt may succeed with nothing changed.
-        transient: bool,
+        /// Why, as far as that decides whether Nomad may try again.
+        cause: Cause,
     },
     /// The container is not there any more and how it ended can't be known.
     #[error("machine {machine} is lost: {reason}")]
@@ -56,13 +58,19 @@ pub enum BackendError {
 }
 
 impl BackendError {
+    /// Why a start failed, as far as that decides whether Nomad may try again.
+    pub fn cause(&self) -> Cause {
+        match self {
+            Self::Start { cause, .. } => *cause,
+            Self::Io { .. } => Cause::Resources,
+            Self::Stuck { .. } => Cause::Busy,
+            Self::Unsupported { .. } | Self::Lost { .. } => Cause::Config,
+        }
+    }
+
     /// Whether another attempt may succeed with nothing changed, so that Nomad may retry under the job's restart policy.
     pub fn is_transient(&self) -> bool {
-        match self {
-            Self::Start { transient, .. } => *transient,
-            Self::Io { .. } => true,
-            Self::Unsupported { .. } | Self::Lost { .. } | Self::Stuck { .. } => false,
-        }
+        self.cause().is_recoverable()
     }
 }
 

@@ -20,14 +20,15 @@ use tokio_util::task::TaskTracker;
 use super::{BackendError, ContainerBackend, chain};
 use crate::cgroup::{Group, Layout};
 use crate::container::{
-    CgroupLayout, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users,
+    Cause, CgroupLayout, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users,
 };
 use crate::nspawn::argv::{self, Bind, Host};
+use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 use crate::nspawn::{probe, root};
 use crate::signal::Signal;
 use crate::supervisor::orphans::{self, Supervisor};
 use crate::supervisor::pause::{self, Point};
-use crate::supervisor::record::Running;
+use crate::supervisor::record::{self, Running};
 use crate::supervisor::state_dir::StateDirError;
 use crate::supervisor::{
     self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
@@ -42,6 +43,9 @@ const WORD: Duration = Duration::from_secs(1);
 
 /// How often it is looked whether a supervisor that can't be asked is gone.
 const LOOK: Duration = Duration::from_millis(2);
+
+/// How long systemd-nspawn may take to tell its version.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// What an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,8 +119,11 @@ impl NspawnBackend {
     }
 
     /// The program and its version, asked once as long as the file stays the same.
-    async fn installed(&self) -> Result<(PathBuf, u32), String> {
-        let program = self.program()?;
+    async fn installed(&self) -> Result<(PathBuf, u32), NoVersion> {
+        let program = self.program().map_err(|reason| NoVersion {
+            cause: Cause::Config,
+            reason,
+        })?;
         let mut known = self.version.lock().await;
         if let Some((_, version)) = known.as_ref().filter(|(asked, _)| *asked == program) {
             return Ok((program.path, *version));
@@ -343,10 +350,9 @@ impl NspawnBackend {
     }
 
     async fn bring_up(&self, records: &Records) -> Result<Started, Failure> {
-        let failed = |error: io::Error| Failure {
-            step: Step::Watch,
-            reason: format!("its supervisor can't be started: {error}"),
-            transient: true,
+        let failed = |error: io::Error| {
+            let reason = format!("its supervisor can't be started: {error}");
+            Failure::new(Step::Watch, cause_of_host_error(&error), reason)
         };
         pause::at(records, Point::OrderWritten);
         let one = self
@@ -364,18 +370,14 @@ impl NspawnBackend {
                 .running()
                 .map(|running| running.started)
                 .map_err(failed),
-            Ok(Status::Starting) => Err(Failure {
-                step: Step::Watch,
-                reason: "its supervisor died".to_owned(),
-                transient: true,
-            }),
+            Ok(Status::Starting) => Err(Failure::new(
+                Step::Watch,
+                Cause::Unknown,
+                "its supervisor died",
+            )),
             Err(_) => {
                 let reason = format!("the container did not come up within {} s", START.as_secs());
-                Err(Failure {
-                    step: Step::Nspawn,
-                    reason,
-                    transient: true,
-                })
+                Err(Failure::new(Step::Nspawn, Cause::Resources, reason))
             }
         }
     }
@@ -430,6 +432,13 @@ impl NspawnBackend {
         self.forget(records);
         match ended {
             Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) if record::is_of_later_form(&error) => Err(BackendError::Unsupported {
+                machine,
+                reason: format!(
+                    "{}: {error}; install the driver that wrote it, or remove the directory",
+                    records.path().display()
+                ),
+            }),
             Ok(Err(error)) => Err(BackendError::Stuck {
                 machine,
                 reason: error.to_string(),
@@ -483,7 +492,9 @@ impl ContainerBackend for NspawnBackend {
         Probe {
             idmapped_mounts: installed.as_ref().is_ok_and(|(_, version)| *version >= 250)
                 && self.kernel >= (5, 12),
-            nspawn: installed.map(|(_, version)| version),
+            nspawn: installed
+                .map(|(_, version)| version)
+                .map_err(|error| error.reason),
             root: nix::unistd::geteuid().is_root(),
             cgroup: Layout::of_this_host().kind,
             user_namespaces: probe::has_user_namespaces(),
@@ -512,7 +523,10 @@ impl ContainerBackend for NspawnBackend {
         for earlier in earlier {
             self.clear(&earlier).await?;
         }
-        let (program, version) = self.installed().await.map_err(unsupported)?;
+        let (program, version) = self
+            .installed()
+            .await
+            .map_err(|error| error.of_start(&machine))?;
         let prepared = self.prepare(&spec, &records, program, version);
         let up = match prepared {
             Ok(()) => self
@@ -521,8 +535,8 @@ impl ContainerBackend for NspawnBackend {
                 .map_err(|failure| BackendError::Start {
                     machine: machine.clone(),
                     step: failure.step.as_str(),
+                    cause: failure.cause(),
                     reason: failure.reason,
-                    transient: failure.transient,
                 }),
             Err(error) => Err(error),
         };
@@ -700,6 +714,29 @@ async fn unwatched(records: &Records) -> bool {
     true
 }
 
+/// Why the version of systemd-nspawn is not known.
+#[derive(Debug)]
+struct NoVersion {
+    cause: Cause,
+    reason: String,
+}
+
+impl NoVersion {
+    fn of_start(self, machine: &str) -> BackendError {
+        let Self { cause, reason } = self;
+        let machine = machine.to_owned();
+        match cause {
+            Cause::Config => BackendError::Unsupported { machine, reason },
+            cause => BackendError::Start {
+                machine,
+                step: "asking systemd-nspawn for its version",
+                reason,
+                cause,
+            },
+        }
+    }
+}
+
 /// What systemd-nspawn locks for a container.
 fn locks_of(spec: &ContainerSpec) -> Option<PathBuf> {
     let (Root::Directory(root) | Root::Image(root)) = &spec.root;
@@ -710,7 +747,7 @@ fn locks_of(spec: &ContainerSpec) -> Option<PathBuf> {
     clippy::disallowed_methods,
     reason = "the one question the backend asks a tool"
 )]
-async fn ask_version(program: &Path) -> Result<u32, String> {
+async fn ask_version(program: &Path) -> Result<u32, NoVersion> {
     let mut command = Command::new(program);
     command
         .arg("--version")
@@ -721,16 +758,31 @@ async fn ask_version(program: &Path) -> Result<u32, String> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null());
-    let said = tokio::time::timeout(Duration::from_secs(10), command.output()).await;
-    let said = said.map_err(|_| format!("{} --version does not answer", program.display()))?;
-    let said = said.map_err(|error| format!("{} can't be run: {error}", program.display()))?;
+    let program = program.display();
+    let said = tokio::time::timeout(ANSWER, command.output()).await;
+    let said = said.map_err(|_| NoVersion {
+        cause: Cause::Resources,
+        reason: format!(
+            "{program} --version does not answer within {} s",
+            ANSWER.as_secs()
+        ),
+    })?;
+    let said = said.map_err(|error| NoVersion {
+        cause: cause_of_exec_error(&error),
+        reason: format!("{program} can't be run: {error}"),
+    })?;
     let text = String::from_utf8_lossy(&said.stdout);
-    probe::parse_version(&text).ok_or_else(|| {
-        format!(
-            "{} --version does not tell a version: {:?}",
-            program.display(),
+    probe::parse_version(&text).ok_or_else(|| NoVersion {
+        // A program that succeeds with other words is another program. One that fails may be in the middle of an upgrade.
+        cause: match said.status.success() {
+            true => Cause::Config,
+            false => Cause::Unknown,
+        },
+        reason: format!(
+            "{program} --version ({}) does not tell a version: {:?}",
+            said.status,
             text.lines().next().unwrap_or("")
-        )
+        ),
     })
 }
 

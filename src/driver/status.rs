@@ -92,15 +92,16 @@ fn recoverable(code: Code, message: &str) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::container::Cause;
     use crate::driver::tests::hex;
     use rstest::rstest;
 
-    fn start(transient: bool) -> CallError {
+    fn start(cause: Cause) -> CallError {
         let error = BackendError::Start {
             machine: "m".to_owned(),
             step: "boot",
             reason: "no".to_owned(),
-            transient,
+            cause,
         };
         TaskError::from(error).into()
     }
@@ -113,13 +114,13 @@ mod tests {
 
     #[test]
     fn only_what_may_pass_by_itself_may_be_retried() {
-        let transient = Status::from(start(true));
+        let transient = Status::from(start(Cause::Busy));
         assert_eq!(transient.code(), Code::FailedPrecondition);
         let details = rpc::Status::decode(transient.details()).unwrap();
         assert_eq!(details.message, transient.message());
         assert_eq!(details.details[0].type_url, RECOVERABLE_TYPE);
 
-        let lasting = Status::from(start(false));
+        let lasting = Status::from(start(Cause::Config));
         assert_eq!(lasting.code(), Code::Internal);
         assert!(lasting.details().is_empty());
         assert_eq!(lasting.message(), "machine m: boot failed: no");

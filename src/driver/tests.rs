@@ -749,7 +749,7 @@ async fn a_transient_failure_of_the_host_may_be_retried() {
             machine: "t-a".to_owned(),
             step: "start",
             reason: "machined is busy".to_owned(),
-            transient: true,
+            cause: crate::container::Cause::Busy,
         })
     });
     let driver = driver(Arc::new(mock));

@@ -4,4 +4,5 @@
 pub mod argv;
 pub mod hidden;
 pub mod probe;
+pub mod refusal;
 pub mod root;

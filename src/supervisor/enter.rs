@@ -20,79 +20,97 @@ use nspawn_init::{DESCRIPTORS, Descriptor};
 
 use super::pause::{self, Point};
 use super::process::{close_inherited, myself, no_core_dump_of_the_next};
-use super::record::{First, Order, Records};
+use super::record::{First, Order, Records, Refusal};
 use crate::cgroup::Group;
+use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 
 /// Becomes systemd-nspawn as the order in this directory says. Returns only if that failed, with the reason left beside the
 /// order: stderr may be the task's by now.
 pub fn enter(directory: &Path) -> ExitCode {
     close_inherited();
     let records = Records::at(directory);
-    let reason = become_nspawn(&records);
-    let _ = records.write_failure(&reason);
+    let refusal = become_nspawn(&records);
+    let _ = records.write_failure(&refusal);
     ExitCode::FAILURE
 }
 
+/// A step of the driver's own that failed.
+fn because(what: &str) -> impl FnOnce(io::Error) -> Refusal {
+    move |error| Refusal {
+        cause: cause_of_host_error(&error),
+        reason: format!("{what}: {error}"),
+    }
+}
+
+/// Returns only if it failed.
+fn become_nspawn(records: &Records) -> Refusal {
+    let command = prepared(records);
+    let (order, size, mut command) = match command {
+        Ok(prepared) => prepared,
+        Err(refusal) => return refusal,
+    };
+    pause::at(records, Point::Entered);
+    let error = command.exec();
+    let program = order.program.display();
+    let reason = if error.raw_os_error() == Some(nix::Error::E2BIG as i32) {
+        too_big(&program.to_string(), size)
+    } else {
+        format!("can't execute {program}: {error}")
+    };
+    Refusal {
+        cause: cause_of_exec_error(&error),
+        reason,
+    }
+}
+
+/// Goes where the container shall be: the order, the size of the strings that the kernel has to take, and the command.
 #[expect(
     clippy::disallowed_methods,
     reason = "this is where systemd-nspawn is called"
 )]
-fn become_nspawn(records: &Records) -> String {
-    let order = match records.order() {
-        Ok(order) => order,
-        Err(error) => return format!("the order can't be read: {error}"),
-    };
-    let environment = match records.take_environment() {
-        Ok(environment) => environment,
-        Err(error) => return format!("the environment can't be read: {error}"),
-    };
-    if let Err(reason) = go_there(&order) {
-        return reason;
-    }
-    if order.place.is_none()
-        && let Err(error) = myself().and_then(|me| records.write_entered(&me))
-    {
-        return format!("can't leave word of this process: {error}");
+fn prepared(records: &Records) -> Result<(Order, usize, Command), Refusal> {
+    let order = records
+        .order()
+        .map_err(because("the order can't be read"))?;
+    let environment = records
+        .take_environment()
+        .map_err(because("the environment can't be read"))?;
+    go_there(&order)?;
+    if order.place.is_none() {
+        myself()
+            .and_then(|me| records.write_entered(&me))
+            .map_err(because("can't leave word of this process"))?;
     }
     let size = size_of_strings(&order.arguments, &environment);
     let mut command = Command::new(&order.program);
     command.args(&order.arguments).env_clear().envs(environment);
     if let First::Ours { .. } = order.first {
-        if let Err(error) = line_up(records) {
-            return format!("the container's first program can't be handed over: {error}");
-        }
+        line_up(records).map_err(because(
+            "the container's first program can't be handed over",
+        ))?;
         command
             .env("LISTEN_FDS", DESCRIPTORS.to_string())
             .env("LISTEN_PID", nix::unistd::getpid().to_string());
     }
-    pause::at(records, Point::Entered);
-    let error = command.exec();
-    let program = order.program.display();
-    if error.raw_os_error() == Some(nix::Error::E2BIG as i32) {
-        return too_big(&program.to_string(), size);
-    }
-    format!("can't execute {program}: {error}")
+    Ok((order, size, command))
 }
 
-fn go_there(order: &Order) -> Result<(), String> {
-    if let Some(place) = &order.place
-        && let Err(error) = Group::new(&place.group).enter()
-    {
+fn go_there(order: &Order) -> Result<(), Refusal> {
+    if let Some(place) = &order.place {
         let group = place.group.display();
-        return Err(format!("can't enter the control group {group}: {error}"));
+        let what = format!("can't enter the control group {group}");
+        Group::new(&place.group).enter().map_err(because(&what))?;
     }
     if let Some(path) = &order.network_namespace {
         let entered = File::open(path).and_then(|file| Ok(setns(file, CloneFlags::CLONE_NEWNET)?));
-        entered.map_err(|error| {
-            let path = path.display();
-            format!("can't enter the network namespace {path}: {error}")
-        })?;
+        let what = format!("can't enter the network namespace {}", path.display());
+        entered.map_err(because(&what))?;
     }
     umask(Mode::from_bits_truncate(0o022));
-    let unblocked = SigSet::empty().thread_set_mask();
-    unblocked.map_err(|error| format!("can't unblock signals: {error}"))?;
-    let limited = no_core_dump_of_the_next();
-    limited.map_err(|error| format!("can't switch core dumps off: {error}"))
+    SigSet::empty()
+        .thread_set_mask()
+        .map_err(|error| because("can't unblock signals")(error.into()))?;
+    no_core_dump_of_the_next().map_err(|error| because("can't switch core dumps off")(error.into()))
 }
 
 /// Takes the descriptors that wait on stdin and puts the order behind them, each at its number: nothing else is open, so the

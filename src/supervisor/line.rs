@@ -9,7 +9,7 @@
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::container::{Exit, Started};
+use crate::container::{Cause, Exit, Started};
 use crate::signal::Signal;
 
 /// A longer line was not written by us.
@@ -41,8 +41,31 @@ pub struct Failure {
     pub step: Step,
     /// What happened.
     pub reason: String,
-    /// Whether another attempt may succeed with nothing changed.
-    pub transient: bool,
+    /// Whether another attempt may succeed with nothing changed: what a plugin reads that knows of no cause.
+    transient: bool,
+    /// Why, where it was said: a supervisor that knows of no cause does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cause: Option<Cause>,
+}
+
+impl Failure {
+    /// A failure with a cause.
+    pub fn new(step: Step, cause: Cause, reason: impl Into<String>) -> Self {
+        Self {
+            step,
+            reason: reason.into(),
+            transient: cause.is_recoverable(),
+            cause: Some(cause),
+        }
+    }
+
+    /// Why it happened, as far as that decides whether Nomad may try again.
+    pub fn cause(&self) -> Cause {
+        self.cause.unwrap_or(match self.transient {
+            true => Cause::Unknown,
+            false => Cause::Config,
+        })
+    }
 }
 
 /// The steps of a start.
@@ -272,21 +295,35 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_failure_of_another_age_can_be_judged() {
+        let failed = |more: &str| {
+            let text = format!(r#"{{"failed":{{"step":"nspawn","reason":"why",{more}}}}}"#);
+            match heard::<Told>(format!("{text}\n").as_bytes()).remove(0) {
+                Ok(Told::Known(News::Failed(failure))) => failure.cause(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(failed(r#""transient":true"#), Cause::Unknown);
+        assert_eq!(failed(r#""transient":false"#), Cause::Config);
+        assert_eq!(failed(r#""transient":true,"cause":"busy""#), Cause::Busy);
+        assert_eq!(
+            failed(r#""transient":true,"cause":"later""#),
+            Cause::Unknown
+        );
+    }
+
     fn news() -> impl Strategy<Value = News> {
         use crate::supervisor::record::tests::{exit, started};
         let steps = proptest::sample::select(vec![Step::Order, Step::Cgroup, Step::Watch]);
+        let causes = proptest::sample::select(Cause::ALL.to_vec());
         prop_oneof![
             started().prop_map(News::Started),
             exit().prop_map(News::Exited),
             (any::<u64>(), any::<Option<String>>())
                 .prop_map(|(request, error)| News::Done { request, error }),
-            (steps, any::<String>(), any::<bool>()).prop_map(|(step, reason, transient)| {
-                News::Failed(Failure {
-                    step,
-                    reason,
-                    transient,
-                })
-            }),
+            (steps, any::<String>(), causes)
+                .prop_map(|(step, reason, cause)| News::Failed(Failure::new(step, cause, reason))),
         ]
     }
 

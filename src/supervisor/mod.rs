@@ -17,7 +17,7 @@ use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::container::{Exit, Process, Started};
+use crate::container::{Cause, Exit, Process, Started};
 use crate::signal::Signal;
 
 pub mod claim;
@@ -348,11 +348,8 @@ impl Line {
             Err(error) => format!("{why} and ending the container failed: {error}"),
         };
         if !was_up {
-            return self.set(Status::Failed(Arc::new(Failure {
-                step: Step::Watch,
-                reason,
-                transient: true,
-            })));
+            let failure = Failure::new(Step::Watch, Cause::Unknown, reason);
+            return self.set(Status::Failed(Arc::new(failure)));
         }
         let code = 128 + Signal::KILL.number();
         let error = Some(reason);

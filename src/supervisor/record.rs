@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::cgroup::Place;
-use crate::container::{Exit, Mode, Process, Started};
+use crate::container::{Cause, Exit, Mode, Process, Started};
 
 /// No file of ours is larger; a larger one was not written by us.
 const LARGEST: u64 = 64 * 1024 * 1024;
@@ -119,6 +119,15 @@ pub struct Running {
     /// The directory of the allocation, where it is known: an order that can't be read does not tell.
     #[serde(default)]
     pub alloc_dir: Option<PathBuf>,
+}
+
+/// Why systemd-nspawn could not even be called. Read only by the supervisor of the same binary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// Whether another attempt is of use.
+    pub cause: Cause,
+    /// In words.
+    pub reason: String,
 }
 
 impl Records {
@@ -362,12 +371,12 @@ impl Records {
     }
 
     /// Why systemd-nspawn could not even be called, left by the process that tried.
-    pub fn write_failure(&self, reason: &str) -> io::Result<()> {
-        self.write("failure", &serde_json::to_vec(reason)?)
+    pub fn write_failure(&self, refusal: &Refusal) -> io::Result<()> {
+        self.write("failure", &serde_json::to_vec(refusal)?)
     }
 
     /// Why systemd-nspawn could not even be called, if that was so.
-    pub fn failure(&self) -> Option<String> {
+    pub fn failure(&self) -> Option<Refusal> {
         serde_json::from_slice(&self.read("failure").ok()?).ok()
     }
 
@@ -477,6 +486,12 @@ pub fn decode<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
         return Err(io::Error::new(io::ErrorKind::Unsupported, text));
     }
     read(text)
+}
+
+/// Whether [`decode`] gave this error because of a later form.
+pub fn is_of_later_form(error: &io::Error) -> bool {
+    // The kernel's own refusals of this kind have a number.
+    error.kind() == io::ErrorKind::Unsupported && error.raw_os_error().is_none()
 }
 
 /// The error names the place and not what is there: it may be a secret, and it may be anything.

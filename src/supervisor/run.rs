@@ -39,6 +39,7 @@ use super::record::{Order, Records, Running};
 use super::{logs, remains};
 use crate::cgroup::Group;
 use crate::container::{Process, Started};
+use crate::nspawn::refusal::cause_of_host_error;
 use crate::signal::Signal;
 
 /// How long systemd-nspawn may clear up after its container was killed before it is killed too.
@@ -134,11 +135,7 @@ fn listen(records: &Records, signals: SignalFd) -> io::Result<Sockets> {
 }
 
 fn failure(step: Step, error: &io::Error) -> Failure {
-    Failure {
-        step,
-        reason: error.to_string(),
-        transient: true,
-    }
+    Failure::new(step, cause_of_host_error(error), error.to_string())
 }
 
 /// One container and everything that is known of it.

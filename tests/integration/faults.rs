@@ -89,7 +89,8 @@ async fn check_35_only_what_may_pass_by_itself_may_be_retried() {
             .is_empty()
     );
     plugin.configure(&host.config()).await.unwrap();
-    host.scenario(&json!({"calls": [{"refuse": {"status": 1, "stderr": "no"}}]}));
+    let refused = "systemd-nspawn: unrecognized option '--frobnicate'";
+    host.scenario(&json!({"calls": [{"refuse": {"status": 1, "stderr": refused}}]}));
     assert!(
         refusal(host.try_start(&plugin, host.shell("exit 0")).await)
             .details()

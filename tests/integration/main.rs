@@ -25,6 +25,7 @@ mod rerun;
 mod secrets;
 mod shutdown;
 mod signals;
+mod start_failures;
 mod stats;
 #[path = "../matrix/trap.rs"]
 mod trap;

@@ -17,6 +17,7 @@ use super::super::process::Held;
 use super::super::remains;
 use super::{CLEAR_UP, Leader, State, Watch};
 use crate::cgroup::Group;
+use crate::nspawn::refusal::{cause_of_exec_error, cause_of_messages};
 use crate::signal::Signal;
 
 impl Watch {
@@ -160,24 +161,23 @@ impl Watch {
         }
     }
 
+    /// Why it did not come up, from the one who was furthest: systemd-nspawn may not have been reached, or its own messages tell.
     fn failed(&self, status: ExitStatus) -> Failure {
-        let trouble = self.trouble.as_ref().map(ToString::to_string);
-        let reason = self.records.failure().or(trouble).unwrap_or_else(|| {
-            let how = told(status);
-            let words = in_one_line(&self.records.words());
-            if words.is_empty() {
-                format!(
-                    "{how} before the container was up; what it said is in the task's stderr log"
-                )
-            } else {
-                format!("{how} before the container was up: {words}")
-            }
-        });
-        Failure {
-            step: Step::Nspawn,
-            reason,
-            transient: false,
+        if let Some(refusal) = self.records.failure() {
+            return Failure::new(Step::Nspawn, refusal.cause, refusal.reason);
         }
+        if let Some(trouble) = &self.trouble {
+            let error = io::Error::from_raw_os_error(trouble.errno);
+            let cause = cause_of_exec_error(&error);
+            return Failure::new(Step::Nspawn, cause, trouble.to_string());
+        }
+        let messages = self.records.words();
+        let what = match in_one_line(&messages) {
+            none if none.is_empty() => "; what it said is in the task's stderr log".to_owned(),
+            messages => format!(": {messages}"),
+        };
+        let reason = format!("{} before the container was up{what}", told(status));
+        Failure::new(Step::Nspawn, cause_of_messages(&messages), reason)
     }
 }
 

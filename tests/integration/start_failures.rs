@@ -1,0 +1,163 @@
+//! Which failures of a start Nomad may retry: on the wire, by the mark that Nomad's agent reads, and in the documentation.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use nomad_driver_nspawn::container::Cause;
+use nomad_driver_nspawn::proto::rpc;
+use prost::Message as _;
+use rstest::rstest;
+use serde_json::{Value, json};
+
+use crate::harness::{Host, Running, refusal};
+
+/// Whether a status carries the mark by which Nomad's agent tries again.
+fn is_recoverable(status: &tonic::Status) -> bool {
+    let details = rpc::Status::decode(status.details()).unwrap().details;
+    let marks = details.iter().filter(|detail| {
+        detail
+            .type_url
+            .ends_with("/hashicorp.nomad.plugins.shared.structs.RecoverableError")
+    });
+    let values: Vec<_> = marks.map(|mark| mark.value.clone()).collect();
+    assert!(values.is_empty() || values == [[8, 1]], "{values:?}");
+    !values.is_empty()
+}
+
+fn says(text: &str) -> Value {
+    json!({"refuse": {"status": 1, "stderr": text}})
+}
+
+#[rstest]
+#[case::busy(says("Directory tree /srv/web is currently busy."), true)]
+#[case::uid_range(
+    says("Failed to pick suitable UID/GID range: Device or resource busy"),
+    true
+)]
+#[case::memory(says("Failed to fork inner child: Cannot allocate memory"), true)]
+#[case::processes(says("Failed to fork: Resource temporarily unavailable"), true)]
+#[case::never_heard_of(says("Failed to fork: out of luck"), true)]
+#[case::killed(json!({"die_before_notify": 9}), true)]
+#[case::silent(json!({"never_notify": true, "instead": {"exit": 3}}), true)]
+#[case::option(says("systemd-nspawn: unrecognized option '--frobnicate'"), false)]
+#[case::value(says("Failed to parse UID \"xyz\": Invalid argument"), false)]
+#[case::image(
+    says("Failed to resolve path /srv/none: No such file or directory"),
+    false
+)]
+#[tokio::test]
+async fn a_refusal_may_be_retried_if_it_can_pass(#[case] call: Value, #[case] recoverable: bool) {
+    let host = Host::new();
+    host.scenario(&json!({"calls": [call, {}]}));
+    let plugin = host.plugin().await;
+    let status = refusal(host.try_start(&plugin, host.shell("exit 0")).await);
+    assert_eq!(is_recoverable(&status), recoverable, "{status:?}");
+    let task = host.start(&plugin, host.shell("exit 6")).await;
+    assert_eq!(task.wait(&plugin).await.code, 6);
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn a_version_that_is_not_told_in_time_may_be_retried() {
+    let host = Host::new();
+    host.scenario(&json!({"version_hangs": true}));
+    let plugin = host.plugin().await;
+    let status = refusal(host.try_start(&plugin, host.shell("exit 0")).await);
+    assert!(
+        status.message().contains("--version does not answer"),
+        "{}",
+        status.message()
+    );
+    assert!(is_recoverable(&status), "{status:?}");
+    host.scenario(&json!({}));
+    let task = host.start(&plugin, host.shell("exit 6")).await;
+    assert_eq!(task.wait(&plugin).await.code, 6);
+    task.destroy(&plugin).await;
+}
+
+/// Changes the order of an earlier start of the task, so that the next start can't clear it.
+async fn started_over(
+    host: &Host,
+    change: impl FnOnce(&mut Value),
+) -> (tonic::Status, std::path::PathBuf) {
+    let plugin = host.plugin().await;
+    let first = host.start(&plugin, host.shell("exit 0")).await;
+    first.wait(&plugin).await;
+    let directory = directory_of(&first);
+    let order = directory.join("order");
+    let text = fs::read(&order).unwrap();
+    let mut changed: Value = serde_json::from_slice(&text).unwrap();
+    change(&mut changed);
+    fs::write(&order, changed.to_string()).unwrap();
+    let again = host.start_in(&plugin, Arc::clone(&first.allocation)).await;
+    let status = refusal(again);
+    fs::write(&order, text).unwrap();
+    let second = host
+        .start_in(&plugin, Arc::clone(&first.allocation))
+        .await
+        .unwrap();
+    second.wait(&plugin).await;
+    second.destroy(&plugin).await;
+    first.destroy(&plugin).await;
+    (status, directory)
+}
+
+fn directory_of(task: &Running) -> std::path::PathBuf {
+    task.state(&["state"]).as_str().unwrap().into()
+}
+
+#[tokio::test]
+async fn an_earlier_start_that_is_not_cleared_may_be_retried() {
+    let host = Host::new();
+    let occupied = host.join("occupied");
+    fs::write(&occupied, "").unwrap();
+    let (status, _) = started_over(&host, |order| {
+        order["copies"] = occupied.to_str().into();
+    })
+    .await;
+    assert!(is_recoverable(&status), "{status:?}");
+}
+
+/// Only a change of the installed driver helps.
+#[tokio::test]
+async fn a_record_of_a_later_driver_is_final_and_named() {
+    let host = Host::new();
+    let (status, directory) = started_over(&host, |order| order["form"] = 2.into()).await;
+    assert!(!is_recoverable(&status), "{status:?}");
+    for words in [
+        directory.to_str().unwrap(),
+        "form 2",
+        "remove the directory",
+    ] {
+        assert!(status.message().contains(words), "{}", status.message());
+    }
+}
+
+#[test]
+fn the_documented_causes_are_those_of_the_driver() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+    let text = fs::read_to_string(path).unwrap();
+    let (_, rest) = text.split_once("\n## Start failures\n").unwrap();
+    let section = rest.split("\n## ").next().unwrap();
+    let rows: Vec<(String, String)> = section
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `"))
+        .map(|line| {
+            let mut cells = line.split('|').map(|cell| cell.trim().trim_matches('`'));
+            let mut next = || cells.next().unwrap().to_owned();
+            (next(), next())
+        })
+        .collect();
+    let documented: BTreeMap<_, _> = rows.iter().cloned().collect();
+    assert_eq!(documented.len(), rows.len(), "a cause stands there twice");
+    let driver: BTreeMap<_, _> = Cause::ALL
+        .into_iter()
+        .map(|cause| {
+            let recoverable = if cause.is_recoverable() { "yes" } else { "no" };
+            (cause.as_str().to_owned(), recoverable.to_owned())
+        })
+        .collect();
+    assert_eq!(documented, driver);
+}
