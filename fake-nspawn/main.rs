@@ -26,6 +26,7 @@ mod process;
 mod scenario;
 mod tools;
 mod tree;
+mod tree_lock;
 mod values;
 
 /// The exit status when the stand-in itself is at fault, for instance over a scenario that it can't read.

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, Flock, FlockArg, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
@@ -21,6 +21,7 @@ use crate::options::{self, Options, Parsed, Refusal};
 use crate::process;
 use crate::scenario::{Call, Scenario};
 use crate::tree::{self, Prepared};
+use crate::tree_lock::TreeLock;
 use crate::{notify, tools};
 
 /// The exit status that asks for a new start.
@@ -48,7 +49,7 @@ pub(crate) fn act(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
         },
         Ok(Parsed::Version) => tools::say(&tools::version(scenario.version)),
         Ok(Parsed::Words(known)) => tools::say(&format!("{}\n", known.join("\n"))),
-        Ok(Parsed::Run(options)) => container(directory, &scenario, &call, &options, &mut ledger)?,
+        Ok(Parsed::Run(options)) => container(&scenario, &call, &options, &mut ledger)?,
         Err(refusal) => refuse(scenario.version, &refusal),
     };
     ledger.write(&Event::Exit { status })?;
@@ -80,7 +81,6 @@ fn farewell(version: u32, status: i32, errno: Option<i32>) {
 
 #[expect(clippy::print_stderr, reason = "the tool's own words")]
 fn container(
-    directory: &Path,
     scenario: &Scenario,
     call: &Call,
     options: &Options,
@@ -114,7 +114,7 @@ fn container(
         Ok(prepared) => prepared,
         Err(refusal) => return Ok(refuse(scenario.version, &refusal)),
     };
-    let _lock = match lock(directory, options, &prepared)? {
+    let _lock = match lock(options, &prepared)? {
         Ok(lock) => lock,
         Err(refusal) => return Ok(refuse(scenario.version, &refusal)),
     };
@@ -157,30 +157,22 @@ fn container(
     Ok(status)
 }
 
-/// One writer or any number of readers of a tree, among the callers of one link.
+/// One writer or any number of readers of a tree, by the lock that lies beside it. The other one, which the real tool names by
+/// the tree's inode, is root's.
 fn lock(
-    directory: &Path,
     options: &Options,
     prepared: &Prepared,
-) -> anyhow::Result<Result<Option<Flock<File>>, Refusal>> {
-    use std::os::unix::fs::MetadataExt;
+) -> anyhow::Result<Result<Option<TreeLock>, Refusal>> {
     let Some(root) = prepared.root.as_deref().filter(|_| !options.ephemeral) else {
         return Ok(Ok(None));
     };
-    let found = std::fs::metadata(root)?;
-    let file = File::create(directory.join(format!(".lock-{:x}-{}", found.dev(), found.ino())))?;
-    let kind = if options.read_only {
-        FlockArg::LockSharedNonblock
-    } else {
-        FlockArg::LockExclusiveNonblock
-    };
-    Ok(match Flock::lock(file, kind) {
-        Ok(lock) => Ok(Some(lock)),
-        Err((_, Errno::EWOULDBLOCK)) => Err(Refusal {
+    Ok(match TreeLock::take(root, options.read_only) {
+        Ok(lock) => Ok(lock),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(Refusal {
             message: format!("Directory tree {} is currently busy.", root.display()),
             errno: 16,
         }),
-        Err((_, error)) => return Err(error.into()),
+        Err(errno) => return Err(errno.into()),
     })
 }
 

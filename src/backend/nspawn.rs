@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 use super::{BackendError, ContainerBackend, chain};
 use crate::cgroup::{Group, Layout};
 use crate::container::{
-    Cause, CgroupLayout, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users,
+    Cause, CgroupLayout, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users, Volatile,
 };
 use crate::nspawn::argv::{self, Bind, Host};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
@@ -293,6 +293,7 @@ impl NspawnBackend {
                 _ => None,
             },
             locks: locks_of(spec),
+            shares: shares(spec, &root),
             copies: copies_of(spec),
             picks: matches!(&spec.users, Users::Private { range, .. } if range == "pick"),
             zone: match &spec.network {
@@ -735,6 +736,11 @@ impl NoVersion {
             },
         }
     }
+}
+
+/// Whether systemd-nspawn shares its lock of the tree. A stand-in for the root is this container's alone.
+fn shares(spec: &ContainerSpec, root: &Root) -> bool {
+    (spec.read_only || spec.volatile != Volatile::No) && *root == spec.root
 }
 
 /// What systemd-nspawn locks for a container.

@@ -36,6 +36,7 @@ pub mod record;
 pub mod remains;
 pub mod run;
 pub mod state_dir;
+mod tree_lock;
 mod zone;
 
 pub use claim::Claim;

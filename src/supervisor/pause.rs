@@ -34,6 +34,10 @@ pub enum Point {
     EndRecorded,
     /// Supervisor: the end is told, nothing is freed.
     EndTold,
+    /// Supervisor: about to wait, because the tree that it may share is locked by another for itself.
+    TreeBusy,
+    /// Supervisor or plugin: the lock that a killed systemd-nspawn has left is taken, its file is not removed.
+    TreeLocked,
     /// Plugin: what is left of a start is about to be removed.
     Removing,
     /// Plugin: a container's record was read, its supervisor was not asked.
@@ -57,6 +61,8 @@ impl Point {
             Self::Exited => "exited",
             Self::EndRecorded => "end_recorded",
             Self::EndTold => "end_told",
+            Self::TreeBusy => "tree_busy",
+            Self::TreeLocked => "tree_locked",
             Self::Removing => "removing",
             Self::Recovering => "recovering",
         }

@@ -25,7 +25,7 @@ use crate::container::{Cause, Exit, Mode, Process, Started};
 const LARGEST: u64 = 64 * 1024 * 1024;
 
 /// Everything that may lie in the directory of one start; a file that is being written has a number and `.new` behind its name.
-const NAMES: [&str; 12] = [
+const NAMES: [&str; 13] = [
     "entered",
     "environment",
     "exit",
@@ -35,6 +35,7 @@ const NAMES: [&str; 12] = [
     "log",
     "notify",
     "order",
+    "released",
     "root",
     "running",
     "words",
@@ -78,6 +79,9 @@ pub struct Order {
     pub network_namespace: Option<PathBuf>,
     /// The tree or image that systemd-nspawn locks, unless it works on a copy.
     pub locks: Option<PathBuf>,
+    /// Whether it shares that lock with others that do not write the tree.
+    #[serde(default)]
+    pub shares: bool,
     /// The directory that takes the throw-away copy of an ephemeral root.
     pub copies: Option<PathBuf>,
     /// Whether systemd-nspawn picks the range of user ids, and locks it.
@@ -358,6 +362,16 @@ impl Records {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Keeps that systemd-nspawn has ended by itself: what it had locked is not locked any more, and may be another's.
+    pub fn write_released(&self) -> io::Result<()> {
+        self.write("released", b"")
+    }
+
+    /// Whether systemd-nspawn has ended by itself. If it did while nobody was there to see it, this is not known.
+    pub fn has_released(&self) -> bool {
+        self.0.join("released").symlink_metadata().is_ok()
     }
 
     /// Keeps who is about to become systemd-nspawn. Needed only where no control group tells who belongs to the start.

@@ -31,6 +31,7 @@ pub(in crate::supervisor) fn an_order(id: &str) -> Order {
         place: None,
         network_namespace: None,
         locks: None,
+        shares: false,
         copies: None,
         picks: false,
         zone: None,
@@ -335,11 +336,11 @@ fn order() -> impl Strategy<Value = Order> {
     let names = (any::<String>(), any::<String>(), any::<String>(), mode());
     let call = (path(), any::<Vec<String>>(), first);
     let paths = (maybe(), maybe(), maybe(), maybe(), maybe(), maybe());
-    let held = (any::<bool>(), any::<Option<String>>());
+    let held = (any::<bool>(), any::<bool>(), any::<Option<String>>());
     let rest = (proptest::option::of(place), held, any::<Vec<String>>());
     (names, call, paths, rest).prop_map(
         |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
-            let (place, (picks, zone), notes) = rest;
+            let (place, (shares, picks, zone), notes) = rest;
             let (stdout, stderr, network_namespace, locks, copies, alloc_dir) = paths;
             Order {
                 id,
@@ -355,6 +356,7 @@ fn order() -> impl Strategy<Value = Order> {
                 place,
                 network_namespace,
                 locks,
+                shares,
                 copies,
                 picks,
                 zone,

@@ -3,24 +3,18 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::mount::{MntFlags, umount2};
 
 use super::process::{Held, children, first_child};
 use super::record::{Order, Records, Running};
-use super::zone;
+use super::{tree_lock, zone};
 use crate::cgroup::{Group, Layout, freezer};
 use crate::container::Process;
 use crate::nspawn::probe;
 use crate::signal::Signal;
-
-/// The kind of a lock that nobody shares. The field is narrower than the constant on all platforms.
-#[expect(clippy::cast_possible_truncation, reason = "the constant is 1")]
-const WRITE_LOCK: i16 = nix::libc::F_WRLCK as i16;
 
 /// Where systemd-nspawn keeps the locks of the ranges of user ids that it has picked.
 const UIDS: &str = "/run/systemd/nspawn-uid";
@@ -48,8 +42,9 @@ pub fn end(records: &Records) -> io::Result<()> {
         if let Ok(nspawn) = &watched {
             let _ = nspawn.signal(Signal::CONT);
         }
-        if !watched.is_ok_and(|nspawn| nspawn.wait(Duration::from_secs(2))) {
-            kill(running.nspawn);
+        match watched.map(|nspawn| nspawn.wait(Duration::from_secs(2))) {
+            Ok(true) => records.write_released()?,
+            _ => kill(running.nspawn),
         }
     } else if let Ok(nspawn) = records.entered()
         && records.order().map_or(true, |order| order.boot == boot)
@@ -99,16 +94,19 @@ pub fn free(records: &Records, order: &Order, running: Option<&Running>) -> io::
         Some(copy) => remove_copy(copy),
         None => remove_nameless_copies(records, order),
     };
-    // The stand-in for a root is a tree like any other to systemd-nspawn.
-    let skeleton = records.skeleton();
-    let trees = order.locks.iter().chain([&skeleton]);
-    for lock in trees.filter_map(|tree| locks_of(tree)).flatten() {
-        remove_lock(&lock);
+    // One that has ended by itself has given up its locks by itself, and the tree may be another's since.
+    let killed = !records.has_released();
+    if killed {
+        // The stand-in for a root is a tree like any other to systemd-nspawn.
+        let skeleton = records.skeleton();
+        for tree in order.locks.iter().chain([&skeleton]) {
+            tree_lock::remove_of_tree(records, tree);
+        }
     }
     let uids = match running.and_then(|running| running.uids) {
-        _ if !order.picks => Ok(()),
+        _ if !order.picks || !killed => Ok(()),
         Some(first) => {
-            remove_lock(&Path::new(UIDS).join(first.to_string()));
+            tree_lock::remove(records, &Path::new(UIDS).join(first.to_string()));
             Ok(())
         }
         None => remove_nameless_uids(records, Path::new(UIDS)),
@@ -223,7 +221,7 @@ fn dead_locks<T>(
     let dead = entries.flatten().filter_map(|entry| {
         let meaning = meaning(entry.file_name().to_str()?)?;
         let made = entry.metadata().and_then(|about| about.modified()).ok()?;
-        let held = (made >= ordered).then(|| take_lock(&entry.path()))??;
+        let held = (made >= ordered).then(|| tree_lock::take(&entry.path()))??;
         Some((held, entry.path(), meaning))
     });
     Ok(dead.collect())
@@ -254,45 +252,6 @@ fn remove_copy(path: &Path) -> io::Result<()> {
         let _ = fs::remove_file(path.with_file_name(format!(".#{name}.lck")));
     }
     Ok(())
-}
-
-/// The two files by which systemd-nspawn keeps others off a tree or an image.
-fn locks_of(tree: &Path) -> Option<[PathBuf; 2]> {
-    let about = fs::metadata(tree).ok()?;
-    let name = tree.file_name()?.to_str()?;
-    let node = format!("inode-{}:{}", about.dev(), about.ino());
-    Some([
-        tree.with_file_name(format!(".#{name}.lck")),
-        Path::new("/run/systemd/nspawn/locks").join(node),
-    ])
-}
-
-/// Removes a lock file that a killed systemd-nspawn has left, if nobody holds it: the lock is taken first, so that another
-/// container of the same tree keeps its own. systemd-nspawn notices when a file it has locked was removed, and begins again.
-fn remove_lock(path: &Path) {
-    if let Some(_held) = take_lock(path) {
-        let _ = fs::remove_file(path);
-    }
-}
-
-/// Takes one of systemd-nspawn's locks, if it is there and nobody holds it.
-fn take_lock(path: &Path) -> Option<fs::File> {
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let file = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(flags.bits())
-        .open(path)
-        .ok()?;
-    let whole = nix::libc::flock {
-        l_type: WRITE_LOCK,
-        l_whence: 0,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)).ok()?;
-    Some(file)
 }
 
 /// Kills a process and waits until it has gone.
@@ -418,7 +377,7 @@ mod tests {
         file.set_modified(before).unwrap();
         let (records, _) = copying_to(&temp.path().join("images"), None);
         let (dead, alive, other) = (make("131072"), make("196608"), make("131072.bak"));
-        let held = take_lock(&alive).unwrap();
+        let held = tree_lock::take(&alive).unwrap();
         remove_nameless_uids(&records, &locks).unwrap();
         assert!(!dead.exists());
         assert!([&early, &alive, &other].iter().all(|lock| lock.exists()));
@@ -463,7 +422,7 @@ mod tests {
         }
         let alive = make(".#machine.tree00000000000000cc");
         let other = make(".#machine.backup");
-        let held = take_lock(&lock(&alive)).unwrap();
+        let held = tree_lock::take(&lock(&alive)).unwrap();
         free(&records, &order, None).unwrap();
         for copy in [&early, &alive, &other] {
             assert!(copy.exists() && lock(copy).exists(), "{}", copy.display());

@@ -36,6 +36,7 @@ use super::listeners::Listeners;
 use super::pause::{self, Point};
 use super::process::{Held, close_inherited, myself};
 use super::record::{Order, Records, Running};
+use super::tree_lock::SharedLocks;
 use super::{logs, remains};
 use crate::cgroup::Group;
 use crate::container::{Process, Started};
@@ -146,6 +147,8 @@ struct Watch {
     sockets: Sockets,
     listeners: Listeners,
     nspawn: Process,
+    /// The locks of a tree that others use too, until systemd-nspawn has them.
+    tree: Option<SharedLocks>,
     /// To the container's first program, where it is ours.
     first: Option<Channel>,
     /// Why the command does not run, from the first program.
@@ -213,6 +216,8 @@ impl Watch {
         }
         pause::at(&records, Point::CgroupMade);
         remains::clear_the_way(&order.machine);
+        let tree = order.locks.as_deref().filter(|_| order.shares);
+        let tree = tree.map(|tree| SharedLocks::take(&records, tree));
         let (child, first) = birth::spawn(&records, order.first, stdout, stderr)
             .map_err(|error| failure(Step::Nspawn, &error))?;
         let pid = i32::try_from(child.id())
@@ -228,6 +233,7 @@ impl Watch {
             sockets,
             listeners,
             nspawn,
+            tree,
             first,
             trouble: None,
             status: None,
@@ -398,6 +404,7 @@ impl Watch {
     }
 
     fn started(&mut self, leader: i32) {
+        self.tree = None;
         let held = match Held::by_pid(leader) {
             Ok(held) => Some(held),
             // A command may have ended before anybody could look at it: then its end is all there is to see.

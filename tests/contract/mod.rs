@@ -33,6 +33,7 @@ mod orphans;
 mod own_end;
 mod recover;
 mod roots;
+mod shared_tree;
 mod signals;
 mod stops;
 

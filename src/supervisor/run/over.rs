@@ -156,6 +156,17 @@ impl Watch {
         if let Some(group) = group {
             group.wait_empty(CLEAR_UP);
         }
+        // After systemd-nspawn's own end, so that of the two the last removes the files.
+        self.tree = None;
+        if !self.put_down
+            && status.signal().is_none()
+            && let Err(error) = self.records.write_released()
+        {
+            let _ = writeln!(
+                io::stderr(),
+                "the end of systemd-nspawn can't be recorded: {error}"
+            );
+        }
         if let Err(error) = remains::free(&self.records, &self.order, running.as_deref()) {
             let _ = writeln!(io::stderr(), "not everything could be freed: {error}");
         }

@@ -1,0 +1,186 @@
+//! systemd-nspawn's own locks, by which it keeps two containers from writing one tree or image, and one range of user ids. A
+//! shared lock is kept by containers that do not write the tree; whoever ends tries to make its lock exclusive, to remove the
+//! file if nobody else holds it. For that moment another start finds the tree busy, and fails. So a start that shares its
+//! tree holds the locks itself until systemd-nspawn has them, and only waits for the moment to pass here, where nothing has been
+//! started yet.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use super::pause::{self, Point};
+use super::record::Records;
+
+/// Where systemd-nspawn keeps the locks that it names by inode.
+const BY_INODE: &str = "/run/systemd/nspawn/locks";
+
+/// How long a start waits before it tries again to share a lock, in milliseconds. The moment lasts microseconds, longer on a
+/// loaded host; a container that writes the tree holds its lock for as long as it runs, and is not waited for.
+const PAUSES: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+
+/// The kind of a lock that others may have too. The field is narrower than the constant on all platforms.
+#[expect(clippy::cast_possible_truncation, reason = "the constant is 0")]
+const SHARED: i16 = nix::libc::F_RDLCK as i16;
+
+/// The kind of a lock that nobody else has.
+#[expect(clippy::cast_possible_truncation, reason = "the constant is 1")]
+const EXCLUSIVE: i16 = nix::libc::F_WRLCK as i16;
+
+/// Locks that are shared with other containers of the same tree. Dropping it gives them up as systemd-nspawn does: whoever is the
+/// last removes the files.
+#[derive(Debug, Default)]
+pub(super) struct SharedLocks(Vec<(File, PathBuf)>);
+
+impl SharedLocks {
+    /// Shares the locks of a tree or image. Those that can't be had are left to systemd-nspawn, which then says why.
+    pub(super) fn take(records: &Records, tree: &Path) -> Self {
+        // Fails where it is there, and where systemd-nspawn has never run: then there is nobody to share with.
+        let _ = DirBuilder::new().mode(0o700).create(BY_INODE);
+        let mut locks = Self::default();
+        let mut pauses = PAUSES.iter();
+        for path in paths_of(tree).into_iter().flatten() {
+            loop {
+                match share(&path) {
+                    Ok(file) => {
+                        locks.0.push((file, path));
+                        break;
+                    }
+                    Err(Errno::EAGAIN | Errno::EACCES) => {
+                        pause::at(records, Point::TreeBusy);
+                        let Some(pause) = pauses.next() else {
+                            return locks;
+                        };
+                        std::thread::sleep(Duration::from_millis(*pause));
+                    }
+                    Err(_) => break,
+                }
+            }
+        }
+        locks
+    }
+}
+
+impl Drop for SharedLocks {
+    fn drop(&mut self) {
+        for (file, path) in self.0.drain(..) {
+            if lock(&file, EXCLUSIVE).is_ok() {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+}
+
+/// Shares one lock, and makes its file if need be.
+fn share(path: &Path) -> Result<File, Errno> {
+    loop {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
+            .open(path)
+            .map_err(errno)?;
+        lock(&file, SHARED)?;
+        // Whoever removed the file before it was locked here has left a lock that nobody else will find.
+        if file.metadata().map_err(errno)?.nlink() > 0 {
+            return Ok(file);
+        }
+    }
+}
+
+fn errno(error: io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+fn lock(file: &File, kind: i16) -> Result<(), Errno> {
+    let whole = nix::libc::flock {
+        l_type: kind,
+        l_whence: 0,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&whole)).map(drop)
+}
+
+/// The two files by which systemd-nspawn keeps others off a tree or an image.
+fn paths_of(tree: &Path) -> Option<[PathBuf; 2]> {
+    let about = fs::metadata(tree).ok()?;
+    let name = tree.file_name()?.to_str()?;
+    let node = format!("inode-{}:{}", about.dev(), about.ino());
+    Some([
+        tree.with_file_name(format!(".#{name}.lck")),
+        Path::new(BY_INODE).join(node),
+    ])
+}
+
+/// Removes the lock files of a tree that a killed systemd-nspawn has left.
+pub(super) fn remove_of_tree(records: &Records, tree: &Path) {
+    for path in paths_of(tree).into_iter().flatten() {
+        remove(records, &path);
+    }
+}
+
+/// Removes a lock file that a killed systemd-nspawn has left, if nobody holds it: the lock is taken first, so that another
+/// container of the same tree keeps its own. systemd-nspawn notices when a file it has locked was removed, and begins again.
+pub(super) fn remove(records: &Records, path: &Path) {
+    if let Some(_held) = take(path) {
+        pause::at(records, Point::TreeLocked);
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// Takes one of systemd-nspawn's locks, if it is there and nobody holds it.
+pub(super) fn take(path: &Path) -> Option<File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags.bits())
+        .open(path)
+        .ok()?;
+    lock(&file, EXCLUSIVE).ok()?;
+    Some(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_that_shares_a_lock_removes_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let tree = temp.path().join("tree");
+        fs::create_dir(&tree).unwrap();
+        let records = Records::at(temp.path().join("state/start"));
+        let file = temp.path().join(".#tree.lck");
+        let first = SharedLocks::take(&records, &tree);
+        let second = SharedLocks::take(&records, &tree);
+        assert!(take(&file).is_none());
+        drop(first);
+        assert!(file.exists());
+        drop(second);
+        assert!(!file.exists());
+    }
+
+    #[test]
+    fn what_is_held_by_one_alone_is_not_shared() {
+        let temp = tempfile::tempdir().unwrap();
+        let tree = temp.path().join("tree");
+        fs::create_dir(&tree).unwrap();
+        let records = Records::at(temp.path().join("state/start"));
+        let file = temp.path().join(".#tree.lck");
+        fs::write(&file, "").unwrap();
+        let held = take(&file).unwrap();
+        assert!(SharedLocks::take(&records, &tree).0.is_empty());
+        drop(held);
+        assert!(!SharedLocks::take(&records, &tree).0.is_empty());
+    }
+}

@@ -1,0 +1,85 @@
+//! One tree for several containers: who may use it at the same time, and that an end keeps no start from it.
+
+use nomad_driver_nspawn::container::Cause;
+use nomad_driver_nspawn::supervisor::pause::Point;
+
+use super::*;
+
+#[path = "../matrix/trap.rs"]
+#[expect(dead_code, reason = "only the fake has to be told where its trap is")]
+mod trap;
+
+use trap::Trap;
+
+const UP: &str = "echo up; exec sleep 1000";
+
+/// A container that does not write its tree.
+fn shares(world: &World, task: &str, script: &str) -> ContainerSpec {
+    ContainerSpec {
+        volatile: Volatile::Overlay,
+        ..world.named(task, script)
+    }
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tree_that_another_container_writes_is_busy(world: World) {
+    let writes = world.up(world.named("writes", UP)).await;
+    for spec in [
+        world.named("writes-too", "exit 0"),
+        shares(&world, "shares", "exit 0"),
+    ] {
+        let error = world.refused(spec).await;
+        assert_eq!(error.cause(), Cause::Busy, "{error}");
+        assert!(error.is_transient());
+        assert!(error.to_string().contains("is currently busy"), "{error}");
+    }
+    world.leave(&[&writes]).await;
+}
+
+/// The one whose systemd-nspawn was killed leaves a lock. Whoever removes it holds it for a moment.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clearing_a_killed_container_keeps_no_other_from_its_tree(world: World) {
+    let state = world.settings.state_dir.clone();
+    let killed = world.up(shares(&world, "killed", UP)).await;
+    let mut locked = Trap::at(&state, Point::TreeLocked);
+    let mut busy = Trap::at(&state, Point::TreeBusy);
+    let nspawn = Records::at(&killed.state).running().unwrap().nspawn;
+    strike(nspawn.pid, Signal::KILL);
+    within(locked.reached()).await;
+    let mut start = world.backend.start(shares(&world, "next", "exit 11"));
+    let met = async {
+        tokio::select! {
+            reached = busy.reached() => reached,
+            started = &mut start => panic!("it did not meet the lock: {started:?}"),
+        }
+    };
+    within(met).await;
+    drop(locked);
+    within(world.backend.wait(&killed)).await.unwrap();
+    within(world.backend.remove(&killed.id)).await.unwrap();
+    drop(busy);
+    let next = within(&mut start).await.unwrap();
+    drop(start);
+    assert_eq!(ended(&world.end(&next).await), (11, 0));
+    world.leave(&[&killed, &next]).await;
+}
+
+/// It has given them up by itself. What lies there later is another's, that has made the file and is about to lock it.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_locks_of_a_container_that_ended_by_itself_are_left_alone(world: World) {
+    let started = world.up(shares(&world, "ends", HEARS_TERM)).await;
+    within(world.backend.stop(&started, Some(signal("TERM")), AMPLE))
+        .await
+        .unwrap();
+    assert_eq!(ended(&world.end(&started).await), (3, 0));
+    let lock = world.tree.with_file_name(".#tree.lck");
+    assert!(!lock.exists());
+    fs::write(&lock, "").unwrap();
+    within(world.backend.remove(&started.id)).await.unwrap();
+    assert!(lock.exists(), "the lock of another was removed");
+    fs::remove_file(lock).unwrap();
+    world.leave(&[&started]).await;
+}
