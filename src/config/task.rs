@@ -278,7 +278,7 @@ fn download_fault(download: &ImageDownload) -> ConfigError {
     }
     let again = if download.force { " again" } else { "" };
     let reason = format!(
-        "downloading{again} is not built yet: use an artifact block and an image below local/"
+        "downloading{again} is not built yet: use a directory or a disk image on the client, or fetch a disk image in one file with an artifact block"
     );
     ConfigError::new("config.image_download", reason)
 }

@@ -202,7 +202,7 @@ fn a_job_with_many_words() {
 )]
 #[case(
     r#"image_download { url = "https://x/y" }"#,
-    "config.image_download: downloading is not built yet: use an artifact block and an image below local/"
+    "config.image_download: downloading is not built yet: use a directory or a disk image on the client, or fetch a disk image in one file with an artifact block"
 )]
 #[case(
     "image_download {\n url = \"ftp://x/y\"\n}",
