@@ -13,8 +13,12 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use crate::container::{CgroupLayout, Usage};
+use crate::procfs::{self, Mount};
 
 pub mod freezer;
+
+/// Where control groups are mounted.
+const TOP: &str = "/sys/fs/cgroup";
 
 /// The driver's own subtree, used where Nomad gives no group.
 const SUBTREE: &str = "nomad-driver-nspawn";
@@ -43,52 +47,44 @@ pub struct Place {
 }
 
 impl Layout {
-    /// Reads the layout from the text of `/proc/self/mounts`.
-    pub fn parse(mounts: &str) -> Self {
-        let mut unified = None;
-        let mut named = None;
-        let mut legacy = false;
-        for line in mounts.lines() {
-            let mut words = line.split(' ').skip(1);
-            let (Some(target), Some(kind), Some(options)) =
-                (words.next(), words.next(), words.next())
-            else {
-                continue;
-            };
-            match kind {
-                "cgroup2" => unified = unified.or_else(|| Some(PathBuf::from(target))),
-                "cgroup" => {
-                    legacy = true;
-                    if options.split(',').any(|option| option == "name=systemd") {
-                        named = named.or_else(|| Some(PathBuf::from(target)));
-                    }
-                }
-                _ => {}
-            }
-        }
-        let kind = match (&unified, legacy) {
-            (Some(_), false) => CgroupLayout::V2,
-            (Some(_), true) => CgroupLayout::Hybrid,
-            (None, true) => CgroupLayout::V1,
-            (None, false) => CgroupLayout::None,
-        };
-        match unified {
-            Some(_) => Self {
-                kind,
-                tracking: unified,
-                mirror: named,
-            },
-            None => Self {
-                kind,
-                tracking: named,
+    /// The layout that these mounts make.
+    ///
+    /// A host is unified where `/sys/fs/cgroup` itself is version 2, as systemd has it. A version 1 hierarchy that something mounts elsewhere
+    /// beside it (a VPN client its `net_cls`) changes nothing about that.
+    pub fn of(mounts: &[Mount]) -> Self {
+        let at_top = |mount: &&Mount| mount.target == Path::new(TOP);
+        // What was mounted last is on top of what was there before.
+        if let Some(top) = mounts.iter().rfind(at_top)
+            && top.kind == "cgroup2"
+        {
+            return Self {
+                kind: CgroupLayout::V2,
+                tracking: Some(top.target.clone()),
                 mirror: None,
-            },
+            };
+        }
+        let target = |mount: &Mount| mount.target.clone();
+        let mut legacy = mounts.iter().filter(|mount| mount.kind == "cgroup");
+        let mut version_2 = mounts.iter().filter(|mount| mount.kind == "cgroup2");
+        let version_2 = version_2.find(|mount| !at_top(mount));
+        let named = legacy
+            .clone()
+            .find(|mount| mount.has_option("name=systemd"));
+        let (kind, tracking, mirror) = match version_2 {
+            Some(version_2) => (CgroupLayout::Hybrid, Some(version_2), named),
+            None if legacy.next().is_some() => (CgroupLayout::V1, named, None),
+            None => (CgroupLayout::None, None, None),
+        };
+        Self {
+            kind,
+            tracking: tracking.map(target),
+            mirror: mirror.map(target),
         }
     }
 
-    /// The layout of this host.
+    /// The layout of this host; none where the mount table can't be read.
     pub fn of_this_host() -> Self {
-        Self::parse(&fs::read_to_string("/proc/self/mounts").unwrap_or_default())
+        Self::of(&procfs::own_mounts().unwrap_or_default())
     }
 
     /// Where the group of one start goes: below the group that Nomad made for the task if it is one of the tracking
@@ -368,27 +364,56 @@ fn strike(held: &[(i32, OwnedFd)], members: &[i32]) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rstest::rstest;
+
+    /// A mount table with a version 2 mount (`2`) or a version 1 mount (its options) at each of these places, in this order.
+    fn layout(mounts: &[(&str, &str)]) -> Layout {
+        let line = |(target, what): &(&str, &str)| match *what {
+            "2" => format!("1 2 0:1 / {target} rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"),
+            "tmpfs" => format!("1 2 0:1 / {target} rw - tmpfs tmpfs rw,mode=755\n"),
+            options => format!("1 2 0:1 / {target} rw - cgroup cgroup rw,{options}\n"),
+        };
+        let table: String = mounts.iter().map(line).collect();
+        Layout::of(&procfs::parse_mountinfo(table.as_bytes()))
+    }
+
+    const UNIFIED: (&str, &str) = ("/sys/fs/cgroup", "2");
+    const TMPFS: (&str, &str) = ("/sys/fs/cgroup", "tmpfs");
+    const BESIDE: (&str, &str) = ("/sys/fs/cgroup/unified", "2");
+    const NAMED: (&str, &str) = ("/sys/fs/cgroup/systemd", "xattr,name=systemd");
+    const MEMORY: (&str, &str) = ("/sys/fs/cgroup/memory", "memory");
+    const STRAY: (&str, &str) = ("/opt/vpn/net_cls", "net_cls");
+
+    #[rstest]
+    #[case::unified(&[UNIFIED], CgroupLayout::V2, Some(UNIFIED), None)]
+    #[case::stray_after(&[UNIFIED, STRAY], CgroupLayout::V2, Some(UNIFIED), None)]
+    #[case::stray_before(&[STRAY, UNIFIED], CgroupLayout::V2, Some(UNIFIED), None)]
+    #[case::on_top_of_a_hybrid(&[TMPFS, MEMORY, NAMED, BESIDE, UNIFIED], CgroupLayout::V2, Some(UNIFIED), None)]
+    #[case::below_a_tmpfs(&[UNIFIED, TMPFS, NAMED, BESIDE], CgroupLayout::Hybrid, Some(BESIDE), Some(NAMED))]
+    #[case::hybrid(&[TMPFS, MEMORY, NAMED, BESIDE], CgroupLayout::Hybrid, Some(BESIDE), Some(NAMED))]
+    #[case::version_2_elsewhere(&[("/mnt", "2")], CgroupLayout::Hybrid, Some(("/mnt", "2")), None)]
+    #[case::version_1(&[TMPFS, MEMORY, NAMED], CgroupLayout::V1, Some(NAMED), None)]
+    #[case::without_a_name(&[TMPFS, MEMORY], CgroupLayout::V1, None, None)]
+    #[case::none(&[TMPFS], CgroupLayout::None, None, None)]
+    fn layouts_are_told_apart(
+        #[case] mounts: &[(&str, &str)],
+        #[case] kind: CgroupLayout,
+        #[case] tracking: Option<(&str, &str)>,
+        #[case] mirror: Option<(&str, &str)>,
+    ) {
+        let path = |mount: Option<(&str, &str)>| mount.map(|(target, _)| PathBuf::from(target));
+        let wanted = Layout {
+            kind,
+            tracking: path(tracking),
+            mirror: path(mirror),
+        };
+        assert_eq!(layout(mounts), wanted);
+    }
 
     #[test]
-    fn layouts_are_told_apart() {
-        let v2 = "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\n";
-        let hybrid = "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
-        let v1 = "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\ncgroup /sys/fs/cgroup/systemd cgroup rw,name=systemd 0 0\n";
-        assert_eq!(Layout::parse(v2).kind, CgroupLayout::V2);
-        assert_eq!(Layout::parse(hybrid).kind, CgroupLayout::Hybrid);
-        assert_eq!(
-            Layout::parse(hybrid).tracking,
-            Some("/sys/fs/cgroup/unified".into())
-        );
-        assert_eq!(Layout::parse(v1).kind, CgroupLayout::V1);
-        assert_eq!(
-            Layout::parse(v1).tracking,
-            Some("/sys/fs/cgroup/systemd".into())
-        );
-        assert_eq!(
-            Layout::parse("proc /proc proc rw 0 0\n").kind,
-            CgroupLayout::None
-        );
+    fn a_place_with_a_blank_is_found() {
+        let layout = layout(&[(r"/my\040groups", "2")]);
+        assert_eq!(layout.tracking, Some("/my groups".into()));
     }
 
     #[test]

@@ -18,6 +18,7 @@
 pub mod proto;
 
 pub mod container;
+pub mod procfs;
 pub mod signal;
 pub mod tree;
 

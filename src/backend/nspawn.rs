@@ -20,10 +20,11 @@ use tokio_util::task::TaskTracker;
 use super::{BackendError, ContainerBackend, chain};
 use crate::cgroup::{Group, Layout};
 use crate::container::{
-    Cause, CgroupLayout, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users, Volatile,
+    Cause, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users, Volatile,
 };
 use crate::nspawn::argv::{self, Bind, Host};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
+use crate::nspawn::version::{self, Feature};
 use crate::nspawn::{probe, root};
 use crate::signal::Signal;
 use crate::supervisor::orphans::{self, Supervisor};
@@ -232,7 +233,7 @@ impl NspawnBackend {
             version,
             cgroup: layout.kind,
         };
-        if let Some(reason) = probe::unusable(version, layout.kind == CgroupLayout::V2) {
+        if let Some(reason) = version::unusable(version, layout.kind) {
             return Err(BackendError::Unsupported {
                 machine: spec.machine.clone(),
                 reason,
@@ -243,7 +244,7 @@ impl NspawnBackend {
         self.claims().insert(records.path().to_owned(), claim);
         let (root, mut mounts) = self.root(spec, records)?;
         mounts.extend(spec.mounts.iter().cloned());
-        let mapped = version >= 250 && is_shifted(&spec.users);
+        let mapped = Feature::MappedBinds.is_in(version) && is_shifted(&spec.users);
         let binds: Vec<Bind> = mounts
             .into_iter()
             .map(|mount| Bind {
@@ -491,7 +492,9 @@ impl ContainerBackend for NspawnBackend {
     async fn probe(&self) -> Probe {
         let installed = self.installed().await;
         Probe {
-            idmapped_mounts: installed.as_ref().is_ok_and(|(_, version)| *version >= 250)
+            idmapped_mounts: installed
+                .as_ref()
+                .is_ok_and(|(_, version)| Feature::MappedBinds.is_in(*version))
                 && self.kernel >= (5, 12),
             nspawn: installed
                 .map(|(_, version)| version)

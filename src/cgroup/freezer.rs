@@ -2,7 +2,8 @@
 //! processes, and changes no group's state: the group may be somebody else's, with others in it.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+
+use crate::procfs::{self, Mount};
 
 /// Lets a process go that lies in a frozen group of version 1, by moving it to the top, which is never frozen. With a SIGKILL
 /// pending it dies without another instruction. Anything else is left as it is.
@@ -11,8 +12,11 @@ pub fn release(pid: i32) {
     let Some(group) = group_in(&groups) else {
         return;
     };
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let Some(top) = mount_in(&mounts) else { return };
+    let mounts = procfs::own_mounts().unwrap_or_default();
+    let freezer = |mount: &&Mount| mount.kind == "cgroup" && mount.has_option("freezer");
+    let Some(top) = mounts.iter().find(freezer).map(|mount| &mount.target) else {
+        return;
+    };
     let state = top
         .join(group.trim_start_matches('/'))
         .join("freezer.state");
@@ -33,16 +37,6 @@ fn group_in(groups: &str) -> Option<&str> {
     group.filter(|group| *group != "/")
 }
 
-/// Where the freezer is mounted, in the text of `/proc/self/mounts`.
-fn mount_in(mounts: &str) -> Option<PathBuf> {
-    mounts.lines().find_map(|line| {
-        let mut words = line.split(' ').skip(1);
-        let (target, kind, options) = (words.next()?, words.next()?, words.next()?);
-        let freezes = kind == "cgroup" && options.split(',').any(|option| option == "freezer");
-        freezes.then(|| Path::new(target).to_owned())
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,13 +47,5 @@ mod tests {
         assert_eq!(group_in(groups), Some("/nomad/x:y"));
         assert_eq!(group_in("7:freezer:/\n0::/c\n"), None);
         assert_eq!(group_in("0::/c\n"), None);
-    }
-
-    #[test]
-    fn the_freezers_mount_is_found() {
-        let mounts = "cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n\
-                      cgroup /sys/fs/cgroup/freezer cgroup rw,relatime,freezer 0 0\n";
-        assert_eq!(mount_in(mounts), Some("/sys/fs/cgroup/freezer".into()));
-        assert_eq!(mount_in("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"), None);
     }
 }

@@ -5,17 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::config::PluginConfig;
 use crate::container::{CgroupLayout, Probe};
+use crate::nspawn::version::{self, Feature};
 use crate::proto::driver::FingerprintResponse;
 use crate::proto::driver::fingerprint_response::HealthState;
 use crate::proto::structs::{Attribute, attribute::Value};
-
-/// The oldest systemd whose systemd-nspawn does what the driver needs.
-const OLDEST: u32 = 247;
-/// From this version on systemd-nspawn takes the value of a variable from its own environment, which only root can read; before
-/// it the value has to stand in an argument. Matters for booted containers alone.
-const HIDES_BOOT: u32 = 250;
-/// From this version on systemd knows cgroup version 2 alone.
-const V2_ALONE: u32 = 258;
 
 /// One reading, comparable with the one before.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,19 +30,15 @@ impl Fingerprint {
             Ok(version) => *version,
             Err(reason) => return Self::undetected(reason),
         };
-        let split = matches!(probe.cgroup, CgroupLayout::V1 | CgroupLayout::Hybrid);
-        let (health, description) = if version < OLDEST {
-            let text = format!("systemd-nspawn {version} is too old: {OLDEST} or later is needed");
-            (HealthState::Unhealthy, text)
-        } else if version >= V2_ALONE && split {
-            let text = format!("systemd-nspawn {version} needs a host with cgroup version 2 alone");
-            (HealthState::Unhealthy, text)
+        let (health, description) = if let Some(reason) = version::unusable(version, probe.cgroup) {
+            (HealthState::Unhealthy, reason)
         } else if let Err(reason) = &probe.state_dir {
             (HealthState::Unhealthy, reason.clone())
-        } else if version < HIDES_BOOT {
+        } else if !Feature::HiddenValues.is_in(version) {
+            let since = Feature::HiddenValues.since();
             let text = format!(
                 "Healthy; systemd-nspawn {version} shows the environment of booted tasks in the process list, \
-                 {HIDES_BOOT} and later do not"
+                 {since} and later do not"
             );
             (HealthState::Healthy, text)
         } else {
@@ -118,7 +107,7 @@ fn attributes(policy: &PluginConfig, probe: &Probe, version: u32) -> BTreeMap<&'
         ),
         (
             "driver.nspawn.boot_environment_hidden",
-            Value::BoolVal(version >= HIDES_BOOT),
+            Value::BoolVal(Feature::HiddenValues.is_in(version)),
         ),
     ])
 }
@@ -137,7 +126,7 @@ mod tests {
     }
 
     const TOO_OLD: &str = "systemd-nspawn 246 is too old: 247 or later is needed";
-    const TOO_NEW: &str = "systemd-nspawn 258 needs a host with cgroup version 2 alone";
+    const TOO_NEW: &str = "systemd-nspawn 258 needs a host with control groups version 2 alone, mounted at /sys/fs/cgroup";
     const SHOWS: &str = "Healthy; systemd-nspawn 247 shows the environment of booted tasks in the process list, \
         250 and later do not";
     const OFF: &str = "disabled by the plugin configuration (enabled = false)";
@@ -169,6 +158,30 @@ mod tests {
             print.attributes.is_empty(),
             health == HealthState::Undetected
         );
+    }
+
+    #[test]
+    fn a_node_is_healthy_exactly_where_a_start_is_not_refused() {
+        let layouts = [
+            CgroupLayout::V2,
+            CgroupLayout::Hybrid,
+            CgroupLayout::V1,
+            CgroupLayout::None,
+        ];
+        for version in 246..=262 {
+            for cgroup in layouts {
+                let (policy, probe) = host(|_, probe| {
+                    (probe.nspawn, probe.cgroup) = (Ok(version), cgroup);
+                });
+                let print = Fingerprint::of(&policy, &probe);
+                let refused = version::unusable(version, cgroup);
+                let healthy = print.health == HealthState::Healthy;
+                assert_eq!(healthy, refused.is_none(), "{version} {cgroup:?}");
+                if let Some(reason) = refused {
+                    assert_eq!(print.description, reason);
+                }
+            }
+        }
     }
 
     #[rstest]

@@ -5,12 +5,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::hidden::may_pass_hidden;
+use super::version::Feature;
 use crate::container::{
     CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, Root, Users, Volatile,
 };
-
-/// The oldest systemd-nspawn that is supported.
-pub const OLDEST: u32 = 247;
 
 /// What the command line depends on.
 #[derive(Debug, Clone, Copy)]
@@ -152,7 +150,7 @@ impl Line {
             ("SYSTEMD_LOG_TARGET".to_owned(), "console".to_owned()),
             ("SYSTEMD_LOG_COLOR".to_owned(), "0".to_owned()),
         ]);
-        if host.cgroup == CgroupLayout::V2 && host.version < 258 {
+        if host.cgroup == CgroupLayout::V2 && !Feature::UnifiedOnly.is_in(host.version) {
             // Else an image without systemd gets version 1 mounts that this host does not have.
             environment.insert(
                 "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY".to_owned(),
@@ -200,26 +198,33 @@ impl Line {
             return Ok(());
         };
         match range.as_str() {
-            "identity" => self.needs("private_users = \"identity\"", 249)?,
-            "managed" => self.needs("private_users = \"managed\"", 258)?,
+            "identity" => self.needs("private_users = \"identity\"", Feature::IdentityRange)?,
+            "managed" => self.needs("private_users = \"managed\"", Feature::ManagedRange)?,
             _ => {}
         }
         self.flag("--private-users", range);
         match ownership.as_deref() {
             None => {}
-            Some(how) if self.host.version >= 249 => self.flag("--private-users-ownership", how),
+            Some(how) if Feature::Ownership.is_in(self.host.version) => {
+                self.flag("--private-users-ownership", how)
+            }
             // Older ones know chown alone, and do it by themselves for a picked range.
             Some("chown") => self.switch("--private-users-chown", true),
-            Some("map") => self.needs("private_users_ownership = \"map\"", 249)?,
+            Some("map") => self.needs("private_users_ownership = \"map\"", Feature::Ownership)?,
             Some(_) => {}
         }
         Ok(())
     }
 
-    fn needs(&self, option: &'static str, needs: u32) -> Result<(), Unsupported> {
-        match self.host.version {
-            has if has < needs => Err(Unsupported::Word { option, needs, has }),
-            _ => Ok(()),
+    fn needs(&self, option: &'static str, feature: Feature) -> Result<(), Unsupported> {
+        let has = self.host.version;
+        match feature.is_in(has) {
+            true => Ok(()),
+            false => Err(Unsupported::Word {
+                option,
+                needs: feature.since(),
+                has,
+            }),
         }
     }
 
@@ -295,7 +300,7 @@ impl Line {
 
     fn variables(&mut self, variables: &BTreeMap<String, String>) -> Result<(), Unsupported> {
         for (name, value) in variables {
-            if self.host.version >= 250 && may_pass_hidden(name) {
+            if Feature::HiddenValues.is_in(self.host.version) && may_pass_hidden(name) {
                 self.flag("--setenv", name);
                 self.environment.insert(name.clone(), value.clone());
                 continue;
@@ -334,10 +339,11 @@ fn unfit(assignment: &str, value: &str, version: u32) -> Option<String> {
         );
     }
     let control = |char: char| char.is_ascii_control() && !matches!(char, '\t' | '\n');
-    if version < 248 && value.chars().any(control) {
-        return Some(
-            "has a control character; up to 247 only tab and newline are allowed".to_owned(),
-        );
+    if !Feature::ControlCharacters.is_in(version) && value.chars().any(control) {
+        let since = Feature::ControlCharacters.since();
+        return Some(format!(
+            "has a control character; before systemd-nspawn {since} only tab and newline are allowed"
+        ));
     }
     None
 }

@@ -6,3 +6,4 @@ pub mod hidden;
 pub mod probe;
 pub mod refusal;
 pub mod root;
+pub mod version;

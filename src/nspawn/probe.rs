@@ -7,8 +7,6 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FsType, statfs};
 
-use super::argv::OLDEST;
-
 /// Where a program is looked for besides `PATH`: an agent started by hand often lacks these.
 const USUAL: &[&str] = &[
     "/usr/bin",
@@ -51,21 +49,6 @@ pub fn parse_version(output: &str) -> Option<u32> {
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(digits.len());
     digits[..end].parse().ok()
-}
-
-/// Why a version can't be used on this host, if it can't.
-pub fn unusable(version: u32, unified_only: bool) -> Option<String> {
-    if version < OLDEST {
-        return Some(format!(
-            "systemd-nspawn {version} is too old: {OLDEST} or later is needed"
-        ));
-    }
-    if version >= 258 && !unified_only {
-        return Some(format!(
-            "systemd-nspawn {version} needs a host with control groups version 2 alone"
-        ));
-    }
-    None
 }
 
 /// The running kernel's version, as `(6, 1)`.
@@ -153,27 +136,6 @@ mod tests {
     #[case("bash 5", None)]
     fn versions_are_read(#[case] output: &str, #[case] version: Option<u32>) {
         assert_eq!(parse_version(output), version);
-    }
-
-    #[rstest]
-    #[case(252, false, None)]
-    #[case(262, true, None)]
-    #[case(
-        246,
-        true,
-        Some("systemd-nspawn 246 is too old: 247 or later is needed")
-    )]
-    #[case(
-        258,
-        false,
-        Some("systemd-nspawn 258 needs a host with control groups version 2 alone")
-    )]
-    fn what_cannot_be_used_says_why(
-        #[case] version: u32,
-        #[case] v2: bool,
-        #[case] text: Option<&str>,
-    ) {
-        assert_eq!(unusable(version, v2).as_deref(), text);
     }
 
     #[test]

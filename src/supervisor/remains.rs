@@ -14,6 +14,7 @@ use super::{tree_lock, zone};
 use crate::cgroup::{Group, Layout, freezer};
 use crate::container::Process;
 use crate::nspawn::probe;
+use crate::procfs;
 use crate::signal::Signal;
 
 /// Where systemd-nspawn keeps the locks of the ranges of user ids that it has picked.
@@ -149,14 +150,12 @@ fn dropped_mounts(machine: &str) -> [PathBuf; 2] {
 /// Where a container's throw-away root lies, seen from its leader: the kernel shows which directory of the file system is
 /// mounted at its root.
 pub fn copy_of(leader: i32, copies: &Path) -> Option<PathBuf> {
-    let text = fs::read_to_string(format!("/proc/{leader}/mountinfo")).ok()?;
-    let root = text.lines().find_map(|line| {
-        let mut words = line.split(' ').skip(3);
-        let (source, target) = (words.next()?, words.next()?);
-        (target == "/")
-            .then(|| Path::new(source).file_name())?
-            .map(|name| copies.join(name))
-    })?;
+    let mounts = procfs::mounts_of(leader).ok()?;
+    let root = mounts
+        .iter()
+        .filter(|mount| mount.target == Path::new("/"))
+        .find_map(|mount| mount.root.file_name())
+        .map(|name| copies.join(name))?;
     let name = root.file_name()?.to_str()?;
     (name.starts_with(".#") && root.is_dir()).then_some(root)
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 const MAY_USE: &[(&str, &[&str])] = &[
     ("proto", &[]),
     ("container", &[]),
+    ("procfs", &[]),
     ("signal", &[]),
     ("tree", &[]),
     (
@@ -23,7 +24,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "driver",
-        &["proto", "config", "task", "backend", "container", "signal"],
+        &[
+            "proto",
+            "config",
+            "task",
+            "backend",
+            "nspawn",
+            "container",
+            "signal",
+        ],
     ),
     ("config", &["proto", "container", "signal", "tree"]),
     ("task", &["backend", "container", "signal"]),
@@ -31,9 +40,12 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "backend",
         &["supervisor", "nspawn", "cgroup", "container", "signal"],
     ),
-    ("supervisor", &["nspawn", "cgroup", "container", "signal"]),
-    ("nspawn", &["container", "signal", "tree"]),
-    ("cgroup", &["container", "signal"]),
+    (
+        "supervisor",
+        &["nspawn", "cgroup", "container", "procfs", "signal"],
+    ),
+    ("nspawn", &["container", "procfs", "signal", "tree"]),
+    ("cgroup", &["container", "procfs", "signal"]),
     ("host", &["proto", "config", "container", "signal"]),
     (
         "cli",
