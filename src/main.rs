@@ -12,7 +12,7 @@ use nomad_driver_nspawn::backend::NspawnBackend;
 use nomad_driver_nspawn::backend::nspawn::Settings;
 use nomad_driver_nspawn::config::{Places, PluginConfig};
 use nomad_driver_nspawn::driver::Driver;
-use nomad_driver_nspawn::plugin::{self, HandshakeError, Invitation};
+use nomad_driver_nspawn::plugin::{self, HandshakeError, Invitation, Owner};
 use nomad_driver_nspawn::supervisor::process::stay_out_of_core_dumps;
 use nomad_driver_nspawn::{cli, supervisor};
 
@@ -39,19 +39,37 @@ fn main() -> ExitCode {
             supervisor::enter::enter(Path::new(directory))
         }
         _ => match Invitation::from_environment() {
-            Ok(invitation) => serve(invitation),
+            Ok(invitation) => match words.as_slice() {
+                [life, directories @ ..] if *life == cli::BOUND_PLUGIN => {
+                    serve_owner(invitation, directories)
+                }
+                _ => serve(invitation, None),
+            },
             Err(HandshakeError::NotAHost) => cli::main(arguments),
             Err(error) => fail(&error.into()),
         },
     }
 }
 
-fn serve(invitation: Invitation) -> ExitCode {
+fn serve(invitation: Invitation, owner: Option<&Owner>) -> ExitCode {
     stay_out_of_core_dumps();
     match driver() {
-        Ok(driver) => plugin::live(invitation, driver),
+        Ok(driver) => plugin::live(invitation, driver, owner),
         Err(error) => fail(&error),
     }
+}
+
+/// A plugin of `run`. When `run` is gone, this process is the only one left that can remove its directories.
+fn serve_owner(invitation: Invitation, directories: &[&OsStr]) -> ExitCode {
+    let owner = match Owner::on_stdin().context("duplicate standard input") {
+        Ok(owner) => owner,
+        Err(error) => return fail(&error),
+    };
+    let code = serve(invitation, Some(&owner));
+    if owner.is_gone() {
+        cli::remove_directories(directories.iter().map(Path::new));
+    }
+    code
 }
 
 /// The real driver: containers by systemd-nspawn, supervisors by this very binary.

@@ -6,12 +6,17 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+mod directory;
 mod hcl;
 mod job;
 mod json;
 mod run;
 mod say;
+mod signals;
 mod tree;
+
+pub use directory::remove_directories;
+pub use run::BOUND_PLUGIN;
 
 /// What a run gives when the task could not be run, as docker does: the task's own codes are all others.
 const FAILED: u8 = 125;

@@ -1,31 +1,37 @@
-//! `run`: one task of a job file, started through a plugin of this very binary. Streams what the task prints, tells the rest
+//! `run`: one task of a job file, started through a plugin of this very binary. Passes on what the task prints, reports the rest
 //! on stderr, ends with the task's code.
 
 use std::collections::BTreeMap;
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 use serde_json::Value;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::directory::Directory;
 use super::job::Job;
 use super::tree::stored;
-use super::{FAILED, hcl, say};
+use super::{FAILED, hcl, say, signals};
 use crate::host::log::Level;
-use crate::host::run::{Happening, chain};
-use crate::host::{HostError, Launch, LogLine, Run, TaskExit, TaskSpec, run_task};
+use crate::host::run::chain;
+use crate::host::{HostError, Launch, LogLine, Run, RunEvent, TaskExit, TaskSpec, run_task};
 
-/// What `run` is told.
+/// The first argument of a plugin that ends with its `run`; the directories of that `run` follow.
+pub const BOUND_PLUGIN: &str = "plugin-of-run";
+/// What a shell gives for a process that SIGPIPE has ended: the output was closed before the task had ended.
+const OUTPUT_CLOSED: u8 = 128 + 13;
+
+/// The arguments of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Exit status: the task's own; 128 + n when signal n ended it; 125 when the task could not be run or how it ended is not \
-known; 2 for wrong arguments.
+Exit status: the task's own; 128 + n when signal n ended it; 127 when its command is missing, 126 when that can't be \
+executed; 141 when standard output or error was closed and the task therefore stopped; 125 when the task could not be run or \
+how it ended is not known; 2 for wrong arguments.
 
-SIGINT and SIGTERM stop the task with its kill_timeout and kill_signal; a second one kills it.")]
+SIGINT, SIGTERM and SIGHUP stop the task with its kill_timeout and kill_signal; a second one kills it. When `run` itself is \
+killed, the task is killed too.")]
 pub(super) struct Arguments {
     /// The job file: HCL, or the JSON that `nomad job run -output` prints
     jobfile: PathBuf,
@@ -47,17 +53,20 @@ fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// Runs, tells, and gives the status to end with.
+/// Runs, reports, and gives the status to end with.
 pub(super) fn main(arguments: &Arguments) -> ExitCode {
-    let exit = prepare(arguments).and_then(|(spec, config)| {
+    let code = prepare(arguments).and_then(|(spec, config)| {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
             .map_err(|error| format!("can't start: {error}"))?;
-        runtime.block_on(run(spec, config))
+        let code = runtime.block_on(run(spec, config));
+        // A write to a pipe that nobody reads would be waited for.
+        runtime.shutdown_background();
+        code
     });
-    match exit.and_then(status) {
+    match code {
         Ok(code) => ExitCode::from(code),
         Err(reason) => {
             say::line(&format!("error: {reason}"));
@@ -109,7 +118,9 @@ fn plugin_config(source: &str) -> Result<Value, String> {
     Ok(stored(&entries))
 }
 
-async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<TaskExit, String> {
+async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<u8, String> {
+    // Before anything exists that a signal could leave behind.
+    let stops = signals::stops().map_err(|error| format!("can't watch for signals: {error}"))?;
     let directory = Directory::create()?;
     // Never that of a Nomad agent on this machine: its plugin clears what it does not know. Where somebody names that one all the
     // same, this plugin must not clear away the agent's tasks, which it does not know either.
@@ -117,21 +128,25 @@ async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<TaskExit, Strin
         config.insert("reconcile_after".to_owned(), "0".into());
         config
             .entry("state_dir")
-            .or_insert_with(|| directory.0.join("state").to_string_lossy().into());
+            .or_insert_with(|| directory.state().to_string_lossy().into());
     }
     let (log, mut lines) = mpsc::unbounded_channel();
     let binary =
         std::env::current_exe().map_err(|error| format!("can't find this program: {error}"))?;
     let run = Run {
         launch: Launch {
+            args: std::iter::once(BOUND_PLUGIN.into())
+                .chain(directory.paths().map(Into::into))
+                .collect(),
             log: Some(log),
+            bound: true,
             ..Launch::new(binary)
         },
         plugin_config,
         task,
-        allocations: directory.0.clone(),
+        allocations: directory.allocations().to_owned(),
     };
-    let teller = tokio::spawn(async move {
+    let printer = tokio::spawn(async move {
         while let Some(line) = lines.recv().await {
             let line = LogLine::parse(&line);
             match line.level {
@@ -143,35 +158,26 @@ async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<TaskExit, Strin
             }
         }
     });
-    let stops = stops().map_err(|error| format!("can't watch for signals: {error}"))?;
-    let end = run_task(run, std::io::stdout(), std::io::stderr(), stops, &tell).await;
+    let end = run_task(run, std::io::stdout(), std::io::stderr(), stops, &report).await;
     // The channel ends with the plugin's stderr; after a kill somebody may still hold that.
-    drop(tokio::time::timeout(crate::host::plugin::GRACE, teller).await);
-    end.map_err(|error: HostError| chain(&error))
-}
-
-fn tell(happening: Happening) {
-    match happening {
-        Happening::Step(text) => say::line(&format!("run: {text}")),
-        Happening::Event(text) => say::line(&format!("event: {text}")),
-        Happening::Trouble(text) => say::line(&format!("warning: {text}")),
+    drop(tokio::time::timeout(crate::host::plugin::GRACE, printer).await);
+    match end {
+        Ok(exit) => status(exit),
+        Err(HostError::Output { source, .. })
+            if source.kind() == std::io::ErrorKind::BrokenPipe =>
+        {
+            Ok(OUTPUT_CLOSED)
+        }
+        Err(error) => Err(chain(&error)),
     }
 }
 
-/// A message for each SIGINT and SIGTERM.
-fn stops() -> std::io::Result<mpsc::Receiver<()>> {
-    let (sender, stops) = mpsc::channel(4);
-    for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
-        let mut signals = signal(kind)?;
-        let sender = sender.clone();
-        tokio::spawn(async move {
-            while signals.recv().await.is_some() {
-                // Full means that more stops are waiting than make a difference.
-                let _ = sender.try_send(());
-            }
-        });
+fn report(event: RunEvent) {
+    match event {
+        RunEvent::Step(text) => say::line(&format!("run: {text}")),
+        RunEvent::Task(text) => say::line(&format!("event: {text}")),
+        RunEvent::Warning(text) => say::line(&format!("warning: {text}")),
     }
-    Ok(stops)
 }
 
 fn status(exit: TaskExit) -> Result<u8, String> {
@@ -188,34 +194,4 @@ fn status(exit: TaskExit) -> Result<u8, String> {
     };
     say::line(&format!("run: the task ended with {code}"));
     u8::try_from(code).map_err(|_| format!("the task's code {code} is no exit status"))
-}
-
-/// A directory for this run alone, removed at its end.
-#[derive(Debug)]
-struct Directory(PathBuf);
-
-impl Directory {
-    fn create() -> Result<Self, String> {
-        let parent = std::env::temp_dir();
-        let path = parent.join(format!("nomad-driver-nspawn-{}", std::process::id()));
-        let make = || {
-            // Left by a run of the same pid that was killed: only an empty one can be taken over.
-            drop(fs::remove_dir(&path));
-            fs::create_dir(&path)?;
-            fs::set_permissions(&path, Permissions::from_mode(0o700))
-        };
-        make().map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        // The state directory is the plugin's, empty once every task is destroyed. The allocation is gone unless something is
-        // mounted in it, and then nothing may be deleted.
-        drop(fs::remove_dir(self.0.join("state")));
-        if let Err(error) = fs::remove_dir(&self.0) {
-            say::line(&format!("warning: {} is left: {error}", self.0.display()));
-        }
-    }
 }

@@ -97,6 +97,30 @@ impl Driver {
         self.root.clone()
     }
 
+    /// Takes no more starts, kills every task and removes what is left of it; waits at most for `limit`.
+    pub async fn end_tasks(&self, limit: Duration) {
+        self.set_closing(true);
+        let ended = tokio::time::timeout(limit, async {
+            self.destroy_all().await;
+            // A start that was let in before may only now have become a task.
+            self.calls.close();
+            self.calls.wait().await;
+            self.destroy_all().await;
+        });
+        if ended.await.is_err() {
+            tracing::warn!("not every task could be ended in {} s", limit.as_secs());
+        }
+    }
+
+    async fn destroy_all(&self) {
+        let mut destroying = tokio::task::JoinSet::new();
+        for id in self.tasks.ids() {
+            let driver = self.clone();
+            destroying.spawn(async move { driver.abandon(&id).await });
+        }
+        destroying.join_all().await;
+    }
+
     /// Ends everything that runs here, and no task; waits at most for `limit`. Calls under way are not waited for.
     pub async fn close(&self, limit: Duration) {
         self.root.cancel();

@@ -94,6 +94,7 @@ impl DriverService for Driver {
             let started = driver.start(task).await;
             if let Err(Ok(_)) = caller.send(started) {
                 // The agent died meanwhile: nobody holds the handle, so nobody would ever ask for this task again.
+                tracing::warn!(task = id, "nobody can hold the task's handle: it is ended");
                 driver.abandon(&id).await;
             }
         });
@@ -298,6 +299,10 @@ impl Driver {
         match handle::encode(started) {
             Ok(state) => Ok(state),
             Err(error) => {
+                tracing::warn!(
+                    task = started.id,
+                    "nobody can hold the task's handle: it is ended"
+                );
                 self.abandon(&started.id).await;
                 Err(error.into())
             }
@@ -305,8 +310,7 @@ impl Driver {
     }
 
     /// Ends and clears away a task that nobody will ask for.
-    async fn abandon(&self, id: &str) {
-        tracing::warn!(task = id, "nobody can hold the task's handle: it is ended");
+    pub(super) async fn abandon(&self, id: &str) {
         let destroyed = match self.settings() {
             Ok(settings) => self
                 .tasks

@@ -246,14 +246,19 @@ impl Allocation {
 
     /// Removes the directories, unless something is still mounted below them.
     pub fn remove(self) -> Result<(), HostError> {
-        let table = "/proc/self/mountinfo";
-        let mounts = fs::read_to_string(table).map_err(HostError::io("read", table))?;
-        let dir = fs::canonicalize(&self.dir).map_err(HostError::io("find", &self.dir))?;
-        if let Some(mount) = mount_below(&mounts, &dir) {
-            return Err(HostError::Mounted { dir, mount });
-        }
-        fs::remove_dir_all(&dir).map_err(HostError::io("remove", dir))
+        remove_unmounted(&self.dir)
     }
+}
+
+/// Removes a directory with everything in it, unless something is mounted there.
+pub fn remove_unmounted(dir: &Path) -> Result<(), HostError> {
+    let table = "/proc/self/mountinfo";
+    let mounts = fs::read_to_string(table).map_err(HostError::io("read", table))?;
+    let dir = fs::canonicalize(dir).map_err(HostError::io("find", dir))?;
+    if let Some(mount) = mount_below(&mounts, &dir) {
+        return Err(HostError::Mounted { dir, mount });
+    }
+    fs::remove_dir_all(&dir).map_err(HostError::io("remove", dir))
 }
 
 /// The mount point at or below `dir` in a mount table, if there is one.

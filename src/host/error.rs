@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::configure::ConfigureError;
+use super::log::LogLine;
 
 /// Why the host could not do its part, or the plugin did not do its own.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +67,18 @@ pub enum HostError {
         /// For how long.
         deadline: std::time::Duration,
     },
+    /// The run was asked to stop before the task was started.
+    #[error("stopped before the task was started")]
+    Stopped,
+    /// The task's output could not be written, so the task was stopped.
+    #[error("write the task's {stream}")]
+    Output {
+        /// `stdout` or `stderr`.
+        stream: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// A configuration does not fit the plugin's schema.
     #[error(transparent)]
     Configure(#[from] ConfigureError),
@@ -111,5 +124,9 @@ fn last_words(lines: &[String]) -> String {
     if lines.is_empty() {
         return String::new();
     }
+    let lines: Vec<_> = lines
+        .iter()
+        .map(|line| LogLine::parse(line).to_string())
+        .collect();
     format!("; its last words: {}", lines.join(" | "))
 }

@@ -10,6 +10,7 @@
 //! ```
 
 pub mod allocation;
+pub mod calls;
 pub mod configure;
 pub mod error;
 pub mod handshake;
@@ -19,8 +20,9 @@ pub mod run;
 pub mod variables;
 
 pub use allocation::{Allocation, Logs, TaskSpec};
+pub use calls::TaskExit;
 pub use error::HostError;
 pub use log::LogLine;
 pub use plugin::{Launch, Plugin, Stopped};
-pub use run::{Run, TaskExit, run_task};
+pub use run::{Run, RunEvent, run_task};
 pub use variables::Variables;

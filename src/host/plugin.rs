@@ -14,7 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
@@ -52,6 +52,9 @@ pub struct Launch {
     pub log: Option<mpsc::UnboundedSender<String>>,
     /// How long the handshake line may take.
     pub start_timeout: Duration,
+    /// Whether the plugin lives in a process group of its own, out of reach of a terminal's signals, with a pipe as standard
+    /// input that ends with this process. It is then asked to end, never killed, when its [`Plugin`] is dropped.
+    pub bound: bool,
 }
 
 impl Launch {
@@ -63,6 +66,7 @@ impl Launch {
             environment: BTreeMap::new(),
             log: None,
             start_timeout: START_TIMEOUT,
+            bound: false,
         }
     }
 
@@ -89,7 +93,10 @@ impl Launch {
             .stdin(Stdio::inherit())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            .kill_on_drop(true);
+            .kill_on_drop(!self.bound);
+        if self.bound {
+            command.stdin(Stdio::piped()).process_group(0);
+        }
         for (name, value) in &self.environment {
             match value {
                 Some(value) => command.env(name, value),
@@ -111,8 +118,8 @@ pub struct Stopped {
     pub driver_shutdown: Option<tonic::Status>,
 }
 
-/// A connection to a plugin, and its process. A process that was launched dies with this value; one that was found again
-/// does not.
+/// A connection to a plugin, and its process. A process that was launched dies with this value, unless it is
+/// [`bound`](Launch::bound); one that was found again does not.
 #[derive(Debug)]
 pub struct Plugin {
     address: PathBuf,
@@ -144,6 +151,8 @@ struct Own {
     stdout_open: watch::Receiver<bool>,
     stderr_open: watch::Receiver<bool>,
     stray: Arc<Mutex<Vec<u8>>>,
+    /// The other end of a bound plugin's standard input: it ends its tasks and itself when this is closed.
+    bound: Option<ChildStdin>,
 }
 
 impl Plugin {
@@ -325,7 +334,7 @@ impl Plugin {
 
 impl Drop for Own {
     fn drop(&mut self) {
-        if self.exit.borrow().is_none() {
+        if self.bound.is_none() && self.exit.borrow().is_none() {
             strike(&self.pidfd);
         }
     }
@@ -339,6 +348,7 @@ impl Own {
         stderr_open: watch::Receiver<bool>,
     ) -> Self {
         let stray = Arc::new(Mutex::new(Vec::new()));
+        let bound = child.stdin.take();
         let stdout_open = read_stray(stdout, Arc::clone(&stray));
         let (told, exit) = watch::channel(None);
         tokio::spawn(async move { told.send_replace(child.wait().await.ok()) });
@@ -349,6 +359,7 @@ impl Own {
             stdout_open,
             stderr_open,
             stray,
+            bound,
         }
     }
 

@@ -1,7 +1,7 @@
-//! The calls Nomad's agent makes, in its order: methods for each, and [`run_task`], which drives one task from configuration
-//! to clean-up. Retries nothing, except that a plugin that dies under a running task is started again to find the task.
+//! Drives one task from configuration to clean-up, in the order of Nomad's agent. A plugin that dies under a running task is
+//! started again and finds the task; a stop that was asked for before is then repeated. Retries nothing else.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,255 +9,24 @@ use serde_json::Value;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, timeout};
 use tonic::Streaming;
 
 use super::allocation::{Allocation, TaskSpec};
-use super::configure;
+use super::calls::TaskExit;
 use super::error::HostError;
 use super::plugin::{Launch, Plugin};
-use super::variables::Variables;
-use crate::proto::base::{
-    ConfigSchemaRequest, PluginInfoRequest, PluginInfoResponse, PluginType, SetConfigRequest,
-};
-use crate::proto::driver::fingerprint_response::HealthState;
 use crate::proto::driver::{
-    DestroyTaskRequest, DriverTaskEvent, ExitResult, FingerprintRequest, FingerprintResponse,
-    NetworkOverride, RecoverTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfig,
-    TaskConfigSchemaRequest, TaskEventsRequest, TaskHandle, WaitTaskRequest,
+    DriverTaskEvent, StopTaskRequest, StopTaskResponse, TaskConfig, TaskHandle,
 };
-use crate::proto::{base, hclspec};
 
-/// The plugin API version that every Nomad speaks.
-pub const API_VERSION: &str = "v0.1.0";
-/// How long Nomad's client waits for a driver's first fingerprint.
-const FINGERPRINT: Duration = Duration::from_secs(50);
 /// How long what a task printed may take to arrive once the task has ended.
 const DRAIN: Duration = Duration::from_secs(2);
-
-/// What a start gave.
-#[derive(Debug, Clone, PartialEq)]
-pub struct StartedTask {
-    /// What Nomad would store.
-    pub handle: TaskHandle,
-    /// Where the task is reached, when it has a network of its own.
-    pub network: Option<NetworkOverride>,
-}
-
-impl Plugin {
-    /// `PluginInfo`, checked as Nomad's loader checks it: a driver that speaks [`API_VERSION`].
-    pub async fn identify(&self) -> Result<PluginInfoResponse, HostError> {
-        let answer = self.base().plugin_info(PluginInfoRequest {}).await;
-        let info = answer.map_err(HostError::call("PluginInfo"))?.into_inner();
-        let refuse = |what| HostError::Answer {
-            method: "PluginInfo",
-            what,
-        };
-        if info.r#type() != PluginType::Driver {
-            return Err(refuse("type DRIVER"));
-        }
-        let spoken = |version: &String| {
-            version.trim_start_matches('v') == API_VERSION.trim_start_matches('v')
-        };
-        if !info.plugin_api_versions.iter().any(spoken) {
-            return Err(refuse("API version v0.1.0"));
-        }
-        if info.plugin_version.is_empty() {
-            return Err(refuse("version"));
-        }
-        Ok(info)
-    }
-
-    /// Encodes `config` by the plugin's own schema and sends it, as in Nomad's third launch.
-    pub async fn configure(&self, config: &Value) -> Result<(), HostError> {
-        let answer = self.base().config_schema(ConfigSchemaRequest {}).await;
-        let schema = answer
-            .map_err(HostError::call("ConfigSchema"))?
-            .into_inner();
-        let bytes = configure::encode(
-            schema.spec.as_ref(),
-            config,
-            &Variables::default(),
-            "plugin",
-        )?;
-        self.set_config(bytes).await
-    }
-
-    /// `SetConfig` with these bytes.
-    pub async fn set_config(&self, msgpack: Vec<u8>) -> Result<(), HostError> {
-        let request = SetConfigRequest {
-            msgpack_config: msgpack,
-            nomad_config: Some(base::NomadConfig {
-                driver: Some(base::NomadDriverConfig {
-                    client_min_port: 14000,
-                    client_max_port: 14512,
-                    topology: None,
-                }),
-            }),
-            plugin_api_version: API_VERSION.to_owned(),
-        };
-        let answer = self.base().set_config(request).await;
-        answer.map(drop).map_err(HostError::call("SetConfig"))
-    }
-
-    /// The stream of fingerprints and its first one, which must come in Nomad's time.
-    pub async fn fingerprint(
-        &self,
-    ) -> Result<(FingerprintResponse, Streaming<FingerprintResponse>), HostError> {
-        let method = "Fingerprint";
-        let mut client = self.driver();
-        let first = async {
-            let answer = client.fingerprint(FingerprintRequest {}).await;
-            let mut stream = answer.map_err(HostError::call(method))?.into_inner();
-            let first = stream.message().await.map_err(HostError::call(method))?;
-            let what = "first message";
-            let first = first.ok_or(HostError::Answer { method, what })?;
-            Ok((first, stream))
-        };
-        match timeout(FINGERPRINT, first).await {
-            Ok(answer) => answer,
-            Err(_) => Err(HostError::Deadline {
-                what: "the first fingerprint",
-                deadline: FINGERPRINT,
-            }),
-        }
-    }
-
-    /// Whether the driver takes tasks: an error says why not, in its own words.
-    pub async fn healthy(&self) -> Result<FingerprintResponse, HostError> {
-        let (first, _) = self.fingerprint().await?;
-        let health = match first.health() {
-            HealthState::Healthy if first.err.is_empty() => return Ok(first),
-            HealthState::Undetected => "undetected",
-            HealthState::Unhealthy | HealthState::Healthy => "unhealthy",
-        };
-        let reason = if first.err.is_empty() {
-            first.health_description
-        } else {
-            first.err
-        };
-        Err(HostError::Unhealthy { health, reason })
-    }
-
-    /// The schema of a task's `config` block.
-    pub async fn task_schema(&self) -> Result<hclspec::Spec, HostError> {
-        let method = "TaskConfigSchema";
-        let answer = self
-            .driver()
-            .task_config_schema(TaskConfigSchemaRequest {})
-            .await;
-        let spec = answer.map_err(HostError::call(method))?.into_inner().spec;
-        spec.ok_or(HostError::Answer {
-            method,
-            what: "spec",
-        })
-    }
-
-    /// The wire form of one start of the allocation's task, its `config` encoded by the driver's schema.
-    pub async fn task_config(&self, allocation: &Allocation) -> Result<TaskConfig, HostError> {
-        let schema = self.task_schema().await?;
-        let spec = allocation.spec();
-        let bytes = configure::encode(
-            Some(&schema),
-            &spec.config,
-            allocation.variables(),
-            "config",
-        )?;
-        allocation.task_config(bytes)
-    }
-
-    /// `StartTask`. Gives the handle, which must be there.
-    pub async fn start(&self, task: TaskConfig) -> Result<StartedTask, HostError> {
-        let method = "StartTask";
-        let answer = self
-            .driver()
-            .start_task(StartTaskRequest { task: Some(task) })
-            .await;
-        let answer = answer.map_err(HostError::call(method))?.into_inner();
-        let what = "handle with a config";
-        let handle = answer.handle.filter(|handle| handle.config.is_some());
-        Ok(StartedTask {
-            handle: handle.ok_or(HostError::Answer { method, what })?,
-            network: answer.network_override,
-        })
-    }
-
-    /// `WaitTask`: the end of a task. An exit with an error text is given as [`TaskExit::error`].
-    pub async fn wait(&self, id: &str) -> Result<TaskExit, HostError> {
-        let method = "WaitTask";
-        let task_id = id.to_owned();
-        let answer = self.driver().wait_task(WaitTaskRequest { task_id }).await;
-        let answer = answer.map_err(HostError::call(method))?.into_inner();
-        let result = answer.result.ok_or(HostError::Answer {
-            method,
-            what: "result",
-        })?;
-        Ok(TaskExit::new(&result, answer.err))
-    }
-
-    /// `StopTask`.
-    pub async fn stop(&self, id: &str, grace: Duration, signal: &str) -> Result<(), HostError> {
-        let request = StopTaskRequest {
-            task_id: id.to_owned(),
-            // Out of range only for times that no job file can ask for.
-            timeout: grace.try_into().ok(),
-            signal: signal.to_owned(),
-        };
-        let answer = self.driver().stop_task(request).await;
-        answer.map(drop).map_err(HostError::call("StopTask"))
-    }
-
-    /// `DestroyTask`.
-    pub async fn destroy(&self, id: &str, force: bool) -> Result<(), HostError> {
-        let task_id = id.to_owned();
-        let answer = self
-            .driver()
-            .destroy_task(DestroyTaskRequest { task_id, force })
-            .await;
-        answer.map(drop).map_err(HostError::call("DestroyTask"))
-    }
-
-    /// `RecoverTask`, with the handle that a start gave.
-    pub async fn recover(&self, handle: TaskHandle) -> Result<(), HostError> {
-        let request = RecoverTaskRequest {
-            task_id: String::new(),
-            handle: Some(handle),
-        };
-        let answer = self.driver().recover_task(request).await;
-        answer.map(drop).map_err(HostError::call("RecoverTask"))
-    }
-
-    /// The stream of task events.
-    pub async fn events(&self) -> Result<Streaming<DriverTaskEvent>, HostError> {
-        let answer = self.driver().task_events(TaskEventsRequest {}).await;
-        let answer = answer.map_err(HostError::call("TaskEvents"))?;
-        Ok(answer.into_inner())
-    }
-}
-
-/// How a task ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TaskExit {
-    /// As a shell gives it: the status, or 128 + signal.
-    pub code: i32,
-    /// The signal that ended it, or 0.
-    pub signal: i32,
-    /// Whether it ended for want of memory.
-    pub oom_killed: bool,
-    /// Why the driver does not know how it ended, if it doesn't.
-    pub error: Option<String>,
-}
-
-impl TaskExit {
-    fn new(result: &ExitResult, error: String) -> Self {
-        Self {
-            code: result.exit_code,
-            signal: result.signal,
-            oom_killed: result.oom_killed,
-            error: Some(error).filter(|error| !error.is_empty()),
-        }
-    }
-}
+/// How often a plugin that dies under a task is started again.
+const RESTARTS: usize = 3;
+/// How long a start that is given up may take until it can be cleared away.
+const GIVE_UP: Duration = Duration::from_secs(10);
 
 /// One run of one task.
 #[derive(Debug)]
@@ -274,30 +43,36 @@ pub struct Run {
 
 /// Something that happened during a run, for a person to read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Happening {
-    /// The host goes on to this.
+pub enum RunEvent {
+    /// The run goes on to this.
     Step(String),
-    /// The driver tells this about the task.
-    Event(String),
+    /// The driver reports this about the task.
+    Task(String),
     /// Something did not go as it should; the run goes on.
-    Trouble(String),
+    Warning(String),
 }
 
-/// Runs a task from start to end. What it prints goes to `stdout` and `stderr` unchanged, what happens goes to `tell`. Each
-/// message on `stops` asks the task to end: the first with its own kill timeout and signal, the next ones at once.
-/// Leaves nothing behind, after an error neither.
+type Report = dyn Fn(RunEvent) + Sync;
+
+/// Runs a task from start to end. What it prints goes to `stdout` and `stderr` unchanged, what happens goes to `report`. Each
+/// message on `stops` asks the task to end: the first with its own kill timeout and signal, the next ones at once. Before the
+/// task is started the first one ends the run with [`HostError::Stopped`].
+///
+/// When a write to `stdout` or `stderr` fails while the task runs, the task is stopped and [`HostError::Output`] returned.
+/// Leaves nothing behind, not even after an error.
 pub async fn run_task<O, E>(
     run: Run,
     stdout: O,
     stderr: E,
-    mut stops: mpsc::Receiver<()>,
-    tell: &(dyn Fn(Happening) + Sync),
+    stops: mpsc::Receiver<()>,
+    report: &Report,
 ) -> Result<TaskExit, HostError>
 where
     O: Write + Send + 'static,
     E: Write + Send + 'static,
 {
-    let mut plugin = prepare(&run, tell).await?;
+    let mut stops = Stops::new(stops, run.task.kill_timeout);
+    let mut plugin = prepare(&run, report, stops.next()).await?;
     let allocation = match Allocation::create(&run.allocations, run.task.clone()) {
         Ok(allocation) => allocation,
         Err(error) => {
@@ -305,46 +80,55 @@ where
             return Err(error);
         }
     };
-    tell(Happening::Step(format!("allocation {}", allocation.id())));
-    let end = drive(
-        &run,
-        &mut plugin,
-        &allocation,
-        (stdout, stderr),
-        &mut stops,
-        tell,
-    )
-    .await;
+    report(RunEvent::Step(format!("allocation {}", allocation.id())));
+    let mut drive = Drive {
+        run: &run,
+        allocation: &allocation,
+        report,
+        stops,
+        broken: None,
+    };
+    let end = drive.task(&mut plugin, stdout, stderr).await;
     let stopped = plugin.shutdown().await;
     if stopped.killed {
-        tell(Happening::Trouble(
+        report(RunEvent::Warning(
             "the plugin did not end in 2 s and was killed".to_owned(),
         ));
     }
     if let Err(error) = allocation.remove() {
-        tell(Happening::Trouble(chain(&error)));
+        report(RunEvent::Warning(chain(&error)));
     }
     end
 }
 
-/// Starts the plugin and brings it to the point where it takes tasks.
-async fn prepare(run: &Run, tell: &(dyn Fn(Happening) + Sync)) -> Result<Plugin, HostError> {
-    let plugin = Plugin::launch(run.launch.clone()).await?;
+/// Starts the plugin and brings it to the point where it takes tasks, unless `stopped` comes before.
+async fn prepare(
+    run: &Run,
+    report: &Report,
+    stopped: impl Future<Output = Duration>,
+) -> Result<Plugin, HostError> {
+    tokio::pin!(stopped);
+    let plugin = tokio::select! {
+        biased;
+        _ = &mut stopped => return Err(HostError::Stopped),
+        launched = Plugin::launch(run.launch.clone()) => launched?,
+    };
     let ready = async {
         let info = plugin.identify().await?;
         plugin.configure(&run.plugin_config).await?;
         let fingerprint = plugin.healthy().await?;
-        let (name, version, health) = (
-            &info.name,
-            &info.plugin_version,
-            &fingerprint.health_description,
-        );
-        tell(Happening::Step(format!(
-            "plugin {name} {version}: {health}"
+        report(RunEvent::Step(format!(
+            "plugin {} {}: {}",
+            info.name, info.plugin_version, fingerprint.health_description
         )));
         Ok(())
     };
-    match ready.await {
+    let ready = tokio::select! {
+        biased;
+        _ = &mut stopped => Err(HostError::Stopped),
+        ready = ready => ready,
+    };
+    match ready {
         Ok(()) => Ok(plugin),
         Err(error) => {
             plugin.shutdown().await;
@@ -353,143 +137,303 @@ async fn prepare(run: &Run, tell: &(dyn Fn(Happening) + Sync)) -> Result<Plugin,
     }
 }
 
-async fn drive<O, E>(
-    run: &Run,
-    plugin: &mut Plugin,
-    allocation: &Allocation,
-    (stdout, stderr): (O, E),
-    stops: &mut mpsc::Receiver<()>,
-    tell: &(dyn Fn(Happening) + Sync),
-) -> Result<TaskExit, HostError>
-where
-    O: Write + Send + 'static,
-    E: Write + Send + 'static,
-{
-    let task = plugin.task_config(allocation).await?;
-    let id = task.id.clone();
-    let mut events = plugin.events().await?;
-    let logs = allocation.open_logs()?;
-    let copies = [
-        tokio::spawn(copy(logs.stdout, stdout)),
-        tokio::spawn(copy(logs.stderr, stderr)),
-    ];
-    let started = {
+/// The requests to stop, counted: what was asked of a plugin that died is asked of the next one.
+#[derive(Debug)]
+struct Stops {
+    requests: mpsc::Receiver<()>,
+    kill_timeout: Duration,
+    count: usize,
+    /// When the task is killed, once a stop was requested.
+    deadline: Option<Instant>,
+}
+
+impl Stops {
+    fn new(requests: mpsc::Receiver<()>, kill_timeout: Duration) -> Self {
+        Self {
+            requests,
+            kill_timeout,
+            count: 0,
+            deadline: None,
+        }
+    }
+
+    /// The next request, and how long the task then has; never, when nothing can send one.
+    async fn next(&mut self) -> Duration {
+        match self.requests.recv().await {
+            Some(()) => self.request(),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn request(&mut self) -> Duration {
+        self.count += 1;
+        let grace = if self.count == 1 {
+            self.kill_timeout
+        } else {
+            Duration::ZERO
+        };
+        // A timeout beyond the clock's range is none.
+        self.deadline = Instant::now().checked_add(grace);
+        grace
+    }
+
+    /// How long the task has left, if a stop was requested.
+    fn left(&self) -> Option<Duration> {
+        (self.count > 0).then(|| match self.deadline {
+            Some(deadline) => deadline.saturating_duration_since(Instant::now()),
+            None => self.kill_timeout,
+        })
+    }
+}
+
+/// A stream of the task's output that could not be passed on.
+#[derive(Debug)]
+struct Broken {
+    stream: &'static str,
+    source: io::Error,
+}
+
+/// One task under a plugin that may change.
+struct Drive<'a> {
+    run: &'a Run,
+    allocation: &'a Allocation,
+    report: &'a Report,
+    stops: Stops,
+    /// The first output that could not be written while the task ran.
+    broken: Option<Broken>,
+}
+
+impl Drive<'_> {
+    async fn task<O, E>(
+        &mut self,
+        plugin: &mut Plugin,
+        stdout: O,
+        stderr: E,
+    ) -> Result<TaskExit, HostError>
+    where
+        O: Write + Send + 'static,
+        E: Write + Send + 'static,
+    {
+        let task = plugin.task_config(self.allocation).await?;
+        let id = task.id.clone();
+        let mut events = plugin.events().await?;
+        let logs = self.allocation.open_logs()?;
+        let (failed, mut failures) = mpsc::channel(2);
+        let copies = [
+            tokio::spawn(copy("stdout", logs.stdout, stdout, failed.clone())),
+            tokio::spawn(copy("stderr", logs.stderr, stderr, failed)),
+        ];
+        let handle = match self.start(plugin, task, &mut events).await {
+            Ok(handle) => handle,
+            Err(error) => {
+                copies.iter().for_each(JoinHandle::abort);
+                return Err(error);
+            }
+        };
+        self.step(format!("task {} runs", self.run.task.task));
+        let mut end = self.follow(plugin, &id, &mut events, &mut failures).await;
+        for _ in 0..RESTARTS {
+            if end.is_ok() || timeout(DRAIN, plugin.gone()).await.is_err() {
+                break;
+            }
+            end = match self.recover(plugin, handle.clone()).await {
+                Ok(mut events) => self.follow(plugin, &id, &mut events, &mut failures).await,
+                Err(error) => Err(error),
+            };
+        }
+        self.drain(copies, &mut failures).await;
+        self.destroy(plugin, &id).await;
+        match self.broken.take() {
+            Some(Broken { stream, source }) => Err(HostError::Output { stream, source }),
+            None => end,
+        }
+    }
+
+    /// Starts the task. A stop that comes meanwhile has effect once it runs; a second one, or the end of the kill timeout, gives
+    /// the start up.
+    async fn start(
+        &mut self,
+        plugin: &Plugin,
+        task: TaskConfig,
+        events: &mut Streaming<DriverTaskEvent>,
+    ) -> Result<TaskHandle, HostError> {
+        let id = task.id.clone();
         let start = plugin.start(task);
         tokio::pin!(start);
         loop {
+            let deadline = self.stops.deadline;
+            let late = async {
+                match deadline {
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
-                started = &mut start => break started,
-                Ok(Some(event)) = events.message() => tell_event(&event, allocation, tell),
+                started = &mut start => return Ok(started?.handle),
+                Ok(Some(event)) = events.message() => self.task_event(&event),
+                _ = self.stops.next() => {}
+                () = late => {
+                    // The driver does it when the start is over.
+                    drop(timeout(GIVE_UP, plugin.destroy(&id, true)).await);
+                    return Err(HostError::Stopped);
+                }
             }
         }
-    };
-    let started = match started {
-        Ok(started) => started,
-        Err(error) => {
-            copies.iter().for_each(tokio::task::JoinHandle::abort);
-            return Err(error);
+    }
+
+    /// Waits for the end of the task, passes on what the driver reports, and stops the task when asked.
+    async fn follow(
+        &mut self,
+        plugin: &Plugin,
+        id: &str,
+        events: &mut Streaming<DriverTaskEvent>,
+        failures: &mut mpsc::Receiver<Broken>,
+    ) -> Result<TaskExit, HostError> {
+        let wait = plugin.wait(id);
+        tokio::pin!(wait);
+        // The stops run beside each other: the second one must not wait for the first.
+        let mut stopping = JoinSet::new();
+        if let Some(left) = self.stops.left() {
+            self.stop(plugin, id, left, &mut stopping);
         }
-    };
-    tell(Happening::Step(format!("task {} runs", run.task.task)));
-    let mut end = follow(run, plugin, allocation, &id, &mut events, stops, tell).await;
-    if end.is_err() && timeout(DRAIN, plugin.gone()).await.is_ok() {
-        tell(Happening::Trouble(
-            "the plugin died; another one is started to find the task again".to_owned(),
-        ));
-        *plugin = prepare(run, tell).await?;
-        end = match plugin.recover(started.handle).await {
-            Ok(()) => {
-                events = plugin.events().await?;
-                follow(run, plugin, allocation, &id, &mut events, stops, tell).await
+        loop {
+            tokio::select! {
+                end = &mut wait => return end,
+                Ok(Some(event)) = events.message() => self.task_event(&event),
+                grace = self.stops.next() => self.stop(plugin, id, grace, &mut stopping),
+                Some(broken) = failures.recv() => {
+                    let Broken { stream, source } = &broken;
+                    self.warn(format!("{stream} can't be written ({source}): the task is stopped"));
+                    if self.broken.is_none() && self.stops.count == 0 {
+                        self.broken = Some(broken);
+                        let grace = self.stops.request();
+                        self.stop(plugin, id, grace, &mut stopping);
+                    }
+                }
+                Some(stopped) = stopping.join_next() => if let Ok(Err(status)) = stopped {
+                    self.warn(chain(&HostError::call("StopTask")(status)));
+                },
             }
-            Err(error) => Err(error),
+        }
+    }
+
+    /// Asks the plugin to stop the task, and to kill it after `grace`.
+    fn stop(
+        &self,
+        plugin: &Plugin,
+        id: &str,
+        grace: Duration,
+        stopping: &mut JoinSet<Result<tonic::Response<StopTaskResponse>, tonic::Status>>,
+    ) {
+        let tenths = (grace.as_secs_f64() * 10.0).round();
+        self.step(format!("stopping, kill timeout {} s", tenths / 10.0));
+        let mut client = plugin.driver();
+        let request = StopTaskRequest {
+            task_id: id.to_owned(),
+            timeout: grace.try_into().ok(),
+            signal: self.run.task.kill_signal.clone(),
         };
+        stopping.spawn(async move { client.stop_task(request).await });
     }
-    for copy in copies {
-        let abort = copy.abort_handle();
-        match timeout(DRAIN, copy).await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => tell(Happening::Trouble(format!(
-                "copying the task's output: {error}"
-            ))),
-            Ok(Err(panicked)) => tell(Happening::Trouble(panicked.to_string())),
-            Err(_) => {
-                abort.abort();
-                let text =
-                    "the task has ended, but its output is still held open; the rest is cut off";
-                tell(Happening::Trouble(text.to_owned()));
+
+    /// A new plugin in place of one that died, which finds the task again.
+    async fn recover(
+        &self,
+        plugin: &mut Plugin,
+        handle: TaskHandle,
+    ) -> Result<Streaming<DriverTaskEvent>, HostError> {
+        self.warn("the plugin died; another one is started to find the task again".to_owned());
+        *plugin = prepare(self.run, self.report, std::future::pending()).await?;
+        plugin.recover(handle).await?;
+        let events = plugin.events().await?;
+        self.step("found the task again".to_owned());
+        Ok(events)
+    }
+
+    /// Waits until everything that the task printed is passed on.
+    async fn drain(&self, copies: [JoinHandle<()>; 2], failures: &mut mpsc::Receiver<Broken>) {
+        for copy in copies {
+            let abort = copy.abort_handle();
+            match timeout(DRAIN, copy).await {
+                Ok(Ok(())) => {}
+                Ok(Err(panicked)) => self.warn(panicked.to_string()),
+                Err(_) => {
+                    abort.abort();
+                    self.warn(
+                        "the task has ended, but its output is not read or still held open; the rest is cut off"
+                            .to_owned(),
+                    );
+                }
+            }
+        }
+        while let Ok(Broken { stream, source }) = failures.try_recv() {
+            // A reader that wanted no more than it has got lacks nothing.
+            if source.kind() != io::ErrorKind::BrokenPipe {
+                self.warn(format!("{stream} can't be written: {source}"));
             }
         }
     }
-    if let Err(error) = plugin.destroy(&id, true).await {
-        tell(Happening::Trouble(chain(&error)));
-    }
-    end
-}
 
-/// Waits for the end of the task, passes on what the driver tells, and stops the task when asked.
-async fn follow(
-    run: &Run,
-    plugin: &Plugin,
-    allocation: &Allocation,
-    id: &str,
-    events: &mut Streaming<DriverTaskEvent>,
-    stops: &mut mpsc::Receiver<()>,
-    tell: &(dyn Fn(Happening) + Sync),
-) -> Result<TaskExit, HostError> {
-    let spec = &run.task;
-    let wait = plugin.wait(id);
-    tokio::pin!(wait);
-    let mut asked = 0;
-    // The stops run beside each other: the second one must not wait for the first.
-    let mut stopping = tokio::task::JoinSet::new();
-    loop {
-        tokio::select! {
-            end = &mut wait => return end,
-            Ok(Some(event)) = events.message() => tell_event(&event, allocation, tell),
-            Some(()) = stops.recv() => {
-                asked += 1;
-                let grace = if asked == 1 { spec.kill_timeout } else { Duration::ZERO };
-                tell(Happening::Step(format!("stopping, kill timeout {} s", grace.as_secs_f64())));
-                let mut client = plugin.driver();
-                let request = StopTaskRequest {
-                    task_id: id.to_owned(),
-                    timeout: grace.try_into().ok(),
-                    signal: spec.kill_signal.clone(),
-                };
-                stopping.spawn(async move { client.stop_task(request).await });
+    /// Clears the task away; if the plugin has died meanwhile, through another one.
+    async fn destroy(&self, plugin: &mut Plugin, id: &str) {
+        let Err(error) = plugin.destroy(id, true).await else {
+            return;
+        };
+        let again = async {
+            if timeout(DRAIN, plugin.gone()).await.is_err() {
+                return Err(error);
             }
-            Some(stopped) = stopping.join_next() => if let Ok(Err(status)) = stopped {
-                tell(Happening::Trouble(chain(&HostError::call("StopTask")(status))));
-            },
+            *plugin = prepare(self.run, self.report, std::future::pending()).await?;
+            plugin.destroy(id, true).await
+        };
+        if let Err(error) = again.await {
+            self.warn(format!("the task may be left over: {}", chain(&error)));
+        }
+    }
+
+    fn step(&self, text: String) {
+        (self.report)(RunEvent::Step(text));
+    }
+
+    fn warn(&self, text: String) {
+        (self.report)(RunEvent::Warning(text));
+    }
+
+    fn task_event(&self, event: &DriverTaskEvent) {
+        let allocation = self.allocation;
+        if event.alloc_id == allocation.id() && event.task_name == allocation.spec().task {
+            (self.report)(RunEvent::Task(event.message.clone()));
         }
     }
 }
 
-fn tell_event(event: &DriverTaskEvent, allocation: &Allocation, tell: &(dyn Fn(Happening) + Sync)) {
-    if event.alloc_id == allocation.id() && event.task_name == allocation.spec().task {
-        tell(Happening::Event(event.message.clone()));
-    }
-}
-
-/// Copies until the last writer is gone, each piece as it comes.
+/// Copies until the last writer is gone, each piece as it comes, or until the output can't be written: the task then gets what a
+/// process in a pipeline gets, SIGPIPE or EPIPE.
 async fn copy(
-    mut from: pipe::Receiver,
-    mut to: impl Write + Send + 'static,
-) -> std::io::Result<()> {
+    stream: &'static str,
+    from: pipe::Receiver,
+    to: impl Write + Send + 'static,
+    failed: mpsc::Sender<Broken>,
+) {
+    if let Err(source) = copy_all(from, to).await {
+        drop(failed.try_send(Broken { stream, source }));
+    }
+}
+
+async fn copy_all(mut from: pipe::Receiver, mut to: impl Write + Send + 'static) -> io::Result<()> {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let n = from.read(&mut buffer).await?;
         if n == 0 {
             return Ok(());
         }
-        // Whoever reads our stdout may be slow, and must not hold up everything else.
+        // A slow reader of our output must not hold up everything else.
         let written = tokio::task::spawn_blocking(move || {
             to.write_all(&buffer[..n])?;
             to.flush()?;
-            Ok::<_, std::io::Error>((to, buffer))
+            Ok::<_, io::Error>((to, buffer))
         });
-        (to, buffer) = written.await.map_err(std::io::Error::other)??;
+        (to, buffer) = written.await.map_err(io::Error::other)??;
     }
 }
 

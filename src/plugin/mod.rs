@@ -22,9 +22,11 @@ mod controller;
 mod handshake;
 mod listen;
 pub mod log;
+mod owner;
 
 pub use handshake::{HandshakeError, Invitation};
 pub use listen::ListenError;
+pub use owner::Owner;
 
 use controller::{Controller, QuietBroker, QuietStdio};
 
@@ -37,6 +39,8 @@ const LAST_LINES: Duration = Duration::from_millis(100);
 const IDLE: Duration = Duration::from_secs(6);
 /// Threads for requests; they wait more than they work.
 const THREADS: usize = 4;
+/// How long ending all tasks may take once the owner is gone.
+const OWNER_GONE: Duration = Duration::from_secs(30);
 /// How long the tasks' desks may take to put down their pens once told to.
 const LAST_WORDS: Duration = Duration::from_millis(50);
 
@@ -52,24 +56,32 @@ pub enum ServeError {
     /// The signals could not be watched.
     #[error("watch for signals")]
     Signals(#[source] std::io::Error),
+    /// Standard input is not the pipe that an owner holds.
+    #[error("watch the owner through standard input")]
+    Owner(#[source] std::io::Error),
     /// The server failed.
     #[error("serve the socket")]
     Server(#[from] tonic::transport::Error),
 }
 
 /// Serves `driver` to the host that sent `invitation` until the host or SIGTERM ends it. The socket is gone on return; tasks
-/// keep running. The process shall end at once then, without waiting for what the runtime still holds.
+/// keep running, except when an `owner` was given and is gone: then they are killed and removed. The process shall end at once then, without waiting for what the runtime still holds.
 ///
 /// SIGINT and SIGHUP reach the whole process group of a terminal and mean the agent, which needs this plugin to stop its tasks:
 /// they are ignored, with handlers, because an ignored signal would stay ignored in every program started from here.
-pub async fn serve(driver: Driver, invitation: Invitation) -> Result<(), ServeError> {
+pub async fn serve(
+    driver: Driver,
+    invitation: Invitation,
+    owner: Option<&Owner>,
+) -> Result<(), ServeError> {
     let announce = |socket: &Path| invitation.announce(socket);
-    serve_announced(driver, &invitation, announce).await
+    serve_announced(driver, &invitation, owner, announce).await
 }
 
 async fn serve_announced(
     driver: Driver,
     invitation: &Invitation,
+    owner: Option<&Owner>,
     announce: impl FnOnce(&Path) -> std::io::Result<()>,
 ) -> Result<(), ServeError> {
     let watch = |kind| signal(kind).map_err(ServeError::Signals);
@@ -102,12 +114,23 @@ async fn serve_announced(
     let dir = invitation.socket_dir.clone();
     tokio::task::spawn_blocking(move || listen::sweep(&dir));
 
+    let owner_gone = async {
+        match owner {
+            Some(owner) => owner.wait().await,
+            None => std::future::pending().await,
+        }
+    };
     let ended = tokio::select! {
         ended = server => ended.map_err(ServeError::from),
         () = root.cancelled() => Ok(()),
         _ = terminate.recv() => Ok(()),
+        gone = owner_gone => gone.map_err(ServeError::Owner),
     };
     drop(socket);
+    if owner.is_some_and(Owner::is_gone) {
+        tracing::warn!("the process that started this plugin is gone: its tasks are ended");
+        driver.end_tasks(OWNER_GONE).await;
+    }
     driver.close(LAST_WORDS).await;
     ended
 }
@@ -121,8 +144,9 @@ async fn keep_a_hand() {
     }
 }
 
-/// The plugin life of this binary, from the invitation to the exit status. Logs to stderr in the agent's form.
-pub fn live(invitation: Invitation, driver: Driver) -> ExitCode {
+/// The plugin life of this binary, from the invitation to the exit status. Logs to stderr in the agent's form. With an `owner` the
+/// tasks end when that is gone.
+pub fn live(invitation: Invitation, driver: Driver, owner: Option<&Owner>) -> ExitCode {
     let sink = log::install();
     raise_descriptors();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -132,7 +156,7 @@ pub fn live(invitation: Invitation, driver: Driver) -> ExitCode {
     let code = match runtime {
         Ok(runtime) => {
             runtime.spawn(keep_a_hand());
-            let served = runtime.block_on(serve(driver, invitation));
+            let served = runtime.block_on(serve(driver, invitation, owner));
             // Calls that are still open are cut off by the end of the process, which must not wait for them.
             runtime.shutdown_background();
             report(served)

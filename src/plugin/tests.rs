@@ -44,7 +44,7 @@ async fn served(mock: MockContainerBackend) -> Served {
             announce.send(socket.to_owned()).unwrap();
             Ok(())
         };
-        serve_announced(driver, &invitation, announce).await
+        serve_announced(driver, &invitation, None, announce).await
     });
     Served {
         socket: announced.await.unwrap(),

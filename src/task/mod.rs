@@ -178,6 +178,11 @@ impl Tasks {
         known.ok_or(TaskError::Unknown)
     }
 
+    /// The ids of all tasks, of those that are being cleared away too.
+    pub fn ids(&self) -> Vec<String> {
+        self.store.ids()
+    }
+
     /// Starts a container and returns when it is up. After an error nothing of it is left, here or on the host.
     pub async fn start(
         &self,

@@ -30,6 +30,11 @@ impl TaskStore {
         self.tasks().get(id).cloned()
     }
 
+    /// The ids of all tasks.
+    pub(super) fn ids(&self) -> Vec<String> {
+        self.tasks().keys().cloned().collect()
+    }
+
     /// Strikes this very task off. Another one of the same id, which may have come meanwhile, stays.
     pub(super) fn remove(&self, identity: &Arc<Identity>) {
         let mut tasks = self.tasks();

@@ -4,8 +4,7 @@ use std::fs;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use nomad_driver_nspawn::host::run::Happening;
-use nomad_driver_nspawn::host::{HostError, Run, TaskExit, run_task};
+use nomad_driver_nspawn::host::{HostError, Run, RunEvent, TaskExit, run_task};
 use rstest::rstest;
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -69,7 +68,7 @@ struct Ran {
     end: Result<TaskExit, HostError>,
     stdout: Written,
     stderr: Written,
-    happened: Vec<Happening>,
+    happened: Vec<RunEvent>,
 }
 
 /// Runs a task; `stop_at` is the output at which it is asked to stop.
@@ -138,7 +137,7 @@ async fn a_run_passes_on_output_and_exit_and_leaves_nothing() {
     assert!(
         !ran.happened
             .iter()
-            .any(|one| matches!(one, Happening::Trouble(_))),
+            .any(|one| matches!(one, RunEvent::Warning(_))),
         "{:?}",
         ran.happened
     );

@@ -22,6 +22,8 @@ mod logs;
 mod reconcile;
 mod recover;
 mod rerun;
+mod run_command;
+mod run_signals;
 mod secrets;
 mod shutdown;
 mod signals;

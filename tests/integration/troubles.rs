@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nomad_driver_nspawn::host::run::StartedTask;
+use nomad_driver_nspawn::host::calls::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Logs, Plugin};
 use nomad_driver_nspawn::supervisor::pause::Point;
 use nomad_driver_nspawn::supervisor::record::Records;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nomad_driver_nspawn::container::Process;
-use nomad_driver_nspawn::host::run::StartedTask;
+use nomad_driver_nspawn::host::calls::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Plugin, TaskExit};
 use nomad_driver_nspawn::nspawn::probe::kernel;
 use nomad_driver_nspawn::proto::driver::{

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nomad_driver_nspawn::host::run::StartedTask;
+use nomad_driver_nspawn::host::calls::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
 use nomad_driver_nspawn::proto::driver;
 use serde_json::{Value, json};

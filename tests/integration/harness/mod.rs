@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nomad_driver_nspawn::cgroup::Group;
-use nomad_driver_nspawn::host::run::StartedTask;
+use nomad_driver_nspawn::host::calls::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
 use nomad_driver_nspawn::proto::driver::{
     InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, TaskConfig, TaskHandle,

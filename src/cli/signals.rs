@@ -1,0 +1,39 @@
+//! The signals that stop the task of a `run`.
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+/// A message for each SIGINT, SIGTERM and SIGHUP. SIGINT and SIGHUP stay ignored where they are already: so `nohup` and a shell's
+/// background jobs have it. Needs a runtime.
+pub(super) fn stops() -> std::io::Result<mpsc::Receiver<()>> {
+    let ignored = ignored()?;
+    let (sender, stops) = mpsc::channel(4);
+    for kind in [
+        SignalKind::terminate(),
+        SignalKind::interrupt(),
+        SignalKind::hangup(),
+    ] {
+        if kind != SignalKind::terminate() && ignored >> (kind.as_raw_value() - 1) & 1 == 1 {
+            continue;
+        }
+        let mut signals = signal(kind)?;
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                // Full means that more stops are waiting than make a difference.
+                let _ = sender.try_send(());
+            }
+        });
+    }
+    Ok(stops)
+}
+
+/// The signals that this process ignores, signal n as bit n - 1.
+fn ignored() -> std::io::Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.ok_or_else(|| std::io::Error::other("/proc/self/status has no SigIgn"))
+}

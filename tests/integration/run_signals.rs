@@ -1,0 +1,196 @@
+//! What ends a `run`, and that its task never outlives it: signals, a closed output, the death of `run` or of its plugin.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use rstest::rstest;
+
+use crate::harness::{Host, eventually};
+use crate::run_command::{RunCommand, job, refused_without_root};
+
+const LONG: Duration = Duration::from_secs(600);
+const SHORT: Duration = Duration::from_millis(100);
+
+/// Ends with 7 when it is asked to end.
+const ASKED: &str = "trap 'exit 7' TERM; echo up; while :; do sleep 0.05; done";
+/// Ends only by force.
+const DEAF: &str = "trap '' TERM; echo up; while :; do sleep 0.05; done";
+
+/// SIGHUP is what a lost ssh session sends; `timeout`, CI runners and Ctrl-C signal the whole process group.
+#[rstest]
+#[case::terminated(Signal::SIGTERM)]
+#[case::hung_up(Signal::SIGHUP)]
+#[case::interrupted(Signal::SIGINT)]
+#[tokio::test]
+async fn a_signal_to_the_process_group_stops_the_task(#[case] signal: Signal) {
+    let host = Host::new();
+    let mut run = RunCommand::new(&host, &job(&host, ASKED, LONG)).start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    run.prints("up").await;
+    run.signal_group(signal);
+    run.ends_with(7).await;
+    let text = run.stderr.text();
+    assert!(!text.contains("the plugin died"), "{text}");
+}
+
+#[tokio::test]
+async fn a_second_signal_kills_the_task() {
+    let host = Host::new();
+    let mut run = RunCommand::new(&host, &job(&host, DEAF, LONG)).start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    run.prints("up").await;
+    run.signal(Signal::SIGTERM);
+    run.stderr.contains("stopping, kill timeout 600 s").await;
+    run.signal(Signal::SIGTERM);
+    run.ends_with(137).await;
+}
+
+/// `nohup` ignores SIGHUP for what it starts, and an ignored signal stays ignored.
+#[tokio::test]
+async fn a_hangup_that_nohup_ignores_stays_ignored() {
+    let host = Host::new();
+    fs::write(host.join("job.hcl"), job(&host, ASKED, LONG)).unwrap();
+    let script = format!(
+        "trap '' HUP; exec {} run job.hcl \"$@\"",
+        env!("CARGO_BIN_EXE_nomad-driver-nspawn")
+    );
+    let mut run = RunCommand::with_program(&host, "/bin/sh", &["-c", &script, "sh"]).start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    run.prints("up").await;
+    let status = fs::read_to_string(format!("/proc/{}/status", run.pid())).unwrap();
+    let ignored = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:\t"))
+        .unwrap();
+    assert_eq!(
+        u64::from_str_radix(ignored, 16).unwrap() & 1,
+        1,
+        "{ignored}"
+    );
+    run.signal(Signal::SIGTERM);
+    run.ends_with(7).await;
+}
+
+#[tokio::test]
+async fn a_killed_run_takes_its_task_along() {
+    let host = Host::new();
+    let mut run = RunCommand::new(&host, &job(&host, DEAF, LONG)).start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    run.prints("up").await;
+    run.signal(Signal::SIGKILL);
+    run.ends().await;
+    run.leaves_nothing().await;
+}
+
+/// The request to stop is in the connection of a plugin that is not running and then dies.
+#[rstest]
+#[case::asked(ASKED, LONG, 7)]
+#[case::forced(DEAF, SHORT, 137)]
+#[tokio::test]
+async fn a_stop_is_repeated_when_the_plugin_dies(
+    #[case] script: &str,
+    #[case] kill_timeout: Duration,
+    #[case] code: i32,
+) {
+    let host = Host::new();
+    let mut run = RunCommand::new(&host, &job(&host, script, kill_timeout)).start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    run.prints("up").await;
+    let plugin = run.plugin();
+    kill(plugin, Signal::SIGSTOP).unwrap();
+    run.signal(Signal::SIGTERM);
+    run.stderr.contains("stopping").await;
+    kill(plugin, Signal::SIGKILL).unwrap();
+    run.ends_with(code).await;
+}
+
+#[tokio::test]
+async fn a_plugin_that_dies_twice_is_replaced_twice() {
+    let host = Host::new();
+    let mut run = RunCommand::new(&host, &job(&host, ASKED, LONG)).start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    run.prints("up").await;
+    for count in 1..=2 {
+        kill(run.plugin(), Signal::SIGKILL).unwrap();
+        let text = "found the task again";
+        eventually(text, || run.stderr.text().matches(text).count() == count).await;
+    }
+    run.signal(Signal::SIGTERM);
+    run.ends_with(7).await;
+}
+
+/// As in `run x | head`: 141 is what a shell gives for a process that SIGPIPE has ended.
+#[rstest]
+#[case::asked("trap 'exit 7' TERM; trap '' PIPE; while :; do echo up; sleep 0.05; done")]
+#[case::silent("trap '' PIPE; while :; do echo up 2>/dev/null; sleep 0.05; done")]
+#[tokio::test]
+async fn a_closed_output_stops_the_task(#[case] script: &str) {
+    let host = Host::new();
+    let mut run = RunCommand::new(&host, &job(&host, script, SHORT)).start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    run.prints("up").await;
+    drop(run.stdout.take());
+    run.ends_with(141).await;
+}
+
+/// What waits in a full pipe holds up neither the stop nor the end.
+#[tokio::test]
+async fn a_stop_does_not_wait_for_who_reads_the_output() {
+    let host = Host::new();
+    let script = "trap 'exit 7' TERM; echo up; while :; do echo 0123456789012345678901234567890123456789; done";
+    let mut run = RunCommand::new(&host, &job(&host, script, SHORT)).start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    run.prints("up").await;
+    run.signal(Signal::SIGTERM);
+    let status = run.ends().await;
+    assert!(
+        [Some(7), Some(137)].contains(&status.code()),
+        "{status}: {}",
+        run.stderr.text()
+    );
+    run.leaves_nothing().await;
+}
+
+/// The plugin hangs before it takes tasks, because systemd-nspawn does not answer.
+#[tokio::test]
+async fn a_signal_before_the_task_is_started_ends_the_run() {
+    let host = Host::new();
+    let mut command = RunCommand::new(&host, &job(&host, ASKED, LONG));
+    let tool = host.join("bin/hangs");
+    fs::write(&tool, "#!/bin/sh\nexec sleep 1000\n").unwrap();
+    fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
+    command = command.plugin_config(&serde_json::json!({ "nspawn_path": tool }));
+    let mut run = command.start();
+    let hangs = || {
+        let processes = host.processes();
+        processes
+            .iter()
+            .any(|one| one.command.contains("sleep 1000"))
+    };
+    eventually("systemd-nspawn was asked for its version", hangs).await;
+    run.signal_group(Signal::SIGINT);
+    run.ends_with(125).await;
+    let text = run.stderr.text();
+    assert!(
+        text.contains("stopped before the task was started"),
+        "{text}"
+    );
+}
