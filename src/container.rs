@@ -191,6 +191,9 @@ pub struct Started {
     pub notes: Vec<String>,
 }
 
+/// How [`Exit::error`] begins when code and signal are not those of the task, because its end was not seen.
+pub const UNKNOWN_END: &str = "how the task ended is not known";
+
 /// How a container ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exit {
@@ -200,7 +203,8 @@ pub struct Exit {
     pub signal: i32,
     /// Whether an OOM kill ended it: the kernel counted one in the task's group, and the end was by SIGKILL.
     pub oom_killed: bool,
-    /// Why the end can't be known, when it can't: the watch was lost. Makes the exit unsuccessful whatever the code.
+    /// What else there is to say of an unsuccessful end; begins with [`UNKNOWN_END`] when code and signal were not seen. Makes the
+    /// exit unsuccessful whatever the code.
     pub error: Option<String>,
     /// When it ended.
     pub ended_at: SystemTime,

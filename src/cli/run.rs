@@ -181,8 +181,11 @@ fn report(event: RunEvent) {
 }
 
 fn status(exit: TaskExit) -> Result<u8, String> {
-    if let Some(error) = exit.error {
-        return Err(format!("how the task ended is not known: {error}"));
+    if let Some(error) = &exit.error {
+        if !exit.is_known() {
+            return Err(error.clone());
+        }
+        say::line(&format!("run: {error}"));
     }
     if exit.oom_killed {
         say::line("run: the task was killed for want of memory");

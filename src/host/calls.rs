@@ -11,6 +11,7 @@ use super::configure;
 use super::error::HostError;
 use super::plugin::Plugin;
 use super::variables::Variables;
+use crate::container::UNKNOWN_END;
 use crate::proto::base::{
     ConfigSchemaRequest, PluginInfoRequest, PluginInfoResponse, PluginType, SetConfigRequest,
 };
@@ -236,7 +237,7 @@ pub struct TaskExit {
     pub signal: i32,
     /// Whether it ended for want of memory.
     pub oom_killed: bool,
-    /// Why the driver does not know how it ended, if it doesn't.
+    /// What the driver says of an end that was no success: why the command did not run, why the end is not known.
     pub error: Option<String>,
 }
 
@@ -248,5 +249,11 @@ impl TaskExit {
             oom_killed: result.oom_killed,
             error: Some(error).filter(|error| !error.is_empty()),
         }
+    }
+
+    /// Whether code and signal are the task's own, rather than a stand-in for an end that the driver did not see.
+    pub fn is_known(&self) -> bool {
+        let unknown = |error: &String| error.starts_with(UNKNOWN_END);
+        !self.error.as_ref().is_some_and(unknown)
     }
 }

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use nspawn_init::Trouble;
 
-use crate::container::{Exit, Mode};
+use crate::container::{Exit, Mode, UNKNOWN_END};
 use crate::signal::Signal;
 
 /// The status by which systemd-nspawn says that the container asked to be started again, and nothing else. After reboot(2) the
@@ -155,8 +155,9 @@ fn guessed(signs: &Signs<'_>) -> (i32, i32, Option<String>) {
     match (signs.nspawn.code(), signs.mode) {
         _ if signs.forced => (128 + kill, kill, None),
         (None, _) if signs.put_down => {
-            let text = "the container ended by itself and systemd-nspawn did not: how it ended is not known";
-            (128 + kill, kill, Some(text.to_owned()))
+            let text =
+                format!("{UNKNOWN_END}: the container ended by itself and systemd-nspawn did not");
+            (128 + kill, kill, Some(text))
         }
         (Some(1), Mode::Plain | Mode::ProcessTwo) if signs.oom => (128 + kill, kill, None),
         (Some(code), _) => (code, 0, None),

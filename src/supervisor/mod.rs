@@ -17,7 +17,7 @@ use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::container::{Cause, Exit, Process, Started};
+use crate::container::{Cause, Exit, Process, Started, UNKNOWN_END};
 use crate::signal::Signal;
 
 pub mod claim;
@@ -343,10 +343,14 @@ impl Line {
         let reason = match ended {
             Ok(Ok(())) if !was_up => format!("{why} before the container was up"),
             Ok(Ok(())) => {
-                format!("{why}, so the container was ended and its exit status is not known")
+                format!("{UNKNOWN_END}: {why}, so the container was ended")
             }
-            Ok(Err(error)) => format!("{why} and the container could not be ended: {error}"),
-            Err(error) => format!("{why} and ending the container failed: {error}"),
+            Ok(Err(error)) => {
+                format!("{UNKNOWN_END}: {why} and the container could not be ended: {error}")
+            }
+            Err(error) => {
+                format!("{UNKNOWN_END}: {why} and ending the container failed: {error}")
+            }
         };
         if !was_up {
             let failure = Failure::new(Step::Watch, Cause::Unknown, reason);

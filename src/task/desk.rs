@@ -12,7 +12,7 @@ use super::state::{Fact, Refusal, Request, State, Verdict};
 use super::store::TaskStore;
 use super::{Identity, Life, TaskError};
 use crate::backend::ContainerBackend;
-use crate::container::{ContainerSpec, Exit, Started};
+use crate::container::{ContainerSpec, Exit, Started, UNKNOWN_END};
 use crate::signal::Signal;
 
 /// How long finding a container again may take: the agent recovers one task after the other before its node is up.
@@ -344,7 +344,7 @@ fn lost(id: &str, error: &TaskError) -> Exit {
         signal: 0,
         oom_killed: false,
         error: Some(format!(
-            "lost track of the container: {}",
+            "{UNKNOWN_END}: lost track of the container: {}",
             crate::backend::chain(error)
         )),
         ended_at: SystemTime::now(),

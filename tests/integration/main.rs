@@ -23,6 +23,7 @@ mod reconcile;
 mod recover;
 mod rerun;
 mod run_command;
+mod run_exits;
 mod run_signals;
 mod secrets;
 mod shutdown;
