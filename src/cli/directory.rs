@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::mkdtemp;
 
 use super::say;
+use crate::config::LONGEST_STATE_DIR;
 
 /// How their names begin.
 const PREFIX: &str = "nomad-driver-nspawn-";
@@ -14,32 +15,58 @@ const PREFIX: &str = "nomad-driver-nspawn-";
 /// The directories of one run, removed when this is dropped.
 #[derive(Debug)]
 pub(super) struct Directory {
-    path: PathBuf,
+    allocations: PathBuf,
+    /// The plugin's own, when it can't be the same.
+    short: Option<PathBuf>,
 }
 
 impl Directory {
-    /// Makes them below `TMPDIR`, or `/tmp` without one, for this user alone.
+    /// Makes them below `TMPDIR`, or `/tmp` without one, for this user alone. The sockets of the plugin take no long path: where
+    /// `TMPDIR` is one, they and the state go to a directory in `/tmp` or `/run`.
     pub(super) fn create() -> Result<Self, String> {
-        let template = std::env::temp_dir().join(format!("{PREFIX}XXXXXX"));
-        let path =
-            mkdtemp(&template).map_err(|errno| format!("{}: {errno}", template.display()))?;
-        Ok(Self { path })
+        let parent = std::env::temp_dir();
+        let mut made = Self {
+            allocations: make_in(&parent)?,
+            short: None,
+        };
+        if made.state().as_os_str().len() > LONGEST_STATE_DIR {
+            let short = make_in(Path::new("/tmp")).or_else(|_| make_in(Path::new("/run")));
+            made.short = Some(short.map_err(|error| {
+                let beyond = made.state().as_os_str().len() - LONGEST_STATE_DIR;
+                format!(
+                    "TMPDIR: {} is {beyond} bytes too long for sockets below it, and neither /tmp nor /run can be used instead: {error}",
+                    parent.display()
+                )
+            })?);
+        }
+        Ok(made)
     }
 
     /// Where the allocation is made.
     pub(super) fn allocations(&self) -> &Path {
-        &self.path
+        &self.allocations
+    }
+
+    /// Where the plugin makes its socket.
+    pub(super) fn sockets(&self) -> &Path {
+        self.short.as_ref().unwrap_or(&self.allocations)
     }
 
     /// The plugin's state directory, which it makes itself.
     pub(super) fn state(&self) -> PathBuf {
-        self.path.join("state")
+        self.sockets().join("state")
     }
 
     /// All of them.
     pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
-        std::iter::once(self.path.as_path())
+        std::iter::once(self.allocations.as_path()).chain(self.short.as_deref())
     }
+}
+
+/// Makes a private directory of a new name.
+fn make_in(parent: &Path) -> Result<PathBuf, String> {
+    let template = parent.join(format!("{PREFIX}XXXXXX"));
+    mkdtemp(&template).map_err(|errno| format!("{}: {errno}", template.display()))
 }
 
 impl Drop for Directory {
@@ -47,11 +74,10 @@ impl Drop for Directory {
         // The state directory is the plugin's, empty once every task is destroyed. The allocation is gone unless something is
         // mounted in it, and then nothing may be deleted.
         drop(fs::remove_dir(self.state()));
-        if let Err(error) = fs::remove_dir(&self.path) {
-            say::line(&format!(
-                "warning: {} is left: {error}",
-                self.path.display()
-            ));
+        for path in self.paths() {
+            if let Err(error) = fs::remove_dir(path) {
+                say::line(&format!("warning: {} is left: {error}", path.display()));
+            }
         }
     }
 }

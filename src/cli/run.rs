@@ -2,9 +2,9 @@
 //! on stderr, ends with the task's code.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::{fs, io};
 
 use clap::Args;
 use serde_json::Value;
@@ -33,7 +33,7 @@ how it ended is not known; 2 for wrong arguments.
 SIGINT, SIGTERM and SIGHUP stop the task with its kill_timeout and kill_signal; a second one kills it. When `run` itself is \
 killed, the task is killed too.")]
 pub(super) struct Arguments {
-    /// The job file: HCL, or the JSON that `nomad job run -output` prints
+    /// The job file: HCL, or the JSON that `nomad job run -output` prints; - is standard input
     jobfile: PathBuf,
     /// The task to run, as TASK or GROUP/TASK; needed when the job has several
     #[arg(long, value_name = "NAME")]
@@ -78,8 +78,7 @@ pub(super) fn main(arguments: &Arguments) -> ExitCode {
 /// Everything that can be known to be wrong before anything is started.
 fn prepare(arguments: &Arguments) -> Result<(TaskSpec, Value), String> {
     let named = |path: &Path, reason: String| format!("{}: {reason}", path.display());
-    let read =
-        |path: &Path| fs::read_to_string(path).map_err(|error| named(path, error.to_string()));
+    let read = |path: &Path| read(path).map_err(|error| named(path, error.to_string()));
 
     let file = &arguments.jobfile;
     let meta: BTreeMap<_, _> = arguments.meta.iter().cloned().collect();
@@ -97,6 +96,19 @@ fn prepare(arguments: &Arguments) -> Result<(TaskSpec, Value), String> {
         Some(file) => plugin_config(&read(file)?).map_err(|reason| named(file, reason))?,
     };
     Ok((picked.spec, config))
+}
+
+/// A file as text, or standard input for `-`. A byte order mark at its beginning is no part of it.
+fn read(path: &Path) -> io::Result<String> {
+    let mut text = if path == Path::new("-") {
+        io::read_to_string(io::stdin())?
+    } else {
+        fs::read_to_string(path)?
+    };
+    if text.starts_with('\u{feff}') {
+        text.remove(0);
+    }
+    Ok(text)
 }
 
 /// The options of a `config` block, alone or within the agent's `plugin` block.
@@ -140,7 +152,7 @@ async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<u8, String> {
                 .collect(),
             log: Some(log),
             bound: true,
-            ..Launch::new(binary)
+            ..Launch::new(binary).set("PLUGIN_UNIX_SOCKET_DIR", directory.sockets())
         },
         plugin_config,
         task,
@@ -158,14 +170,12 @@ async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<u8, String> {
             }
         }
     });
-    let end = run_task(run, std::io::stdout(), std::io::stderr(), stops, &report).await;
+    let end = run_task(run, io::stdout(), io::stderr(), stops, &report).await;
     // The channel ends with the plugin's stderr; after a kill somebody may still hold that.
     drop(tokio::time::timeout(crate::host::plugin::GRACE, printer).await);
     match end {
         Ok(exit) => status(exit),
-        Err(HostError::Output { source, .. })
-            if source.kind() == std::io::ErrorKind::BrokenPipe =>
-        {
+        Err(HostError::Output { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {
             Ok(OUTPUT_CLOSED)
         }
         Err(error) => Err(chain(&error)),

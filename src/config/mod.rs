@@ -30,6 +30,7 @@ mod sample;
 mod tests;
 
 use options::{Options as _, PluginOptions, TaskOptions};
+pub use plugin::LONGEST_STATE_DIR;
 
 /// What an operator set in the agent's `plugin` block, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]

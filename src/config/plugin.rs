@@ -6,7 +6,7 @@ use super::{ConfigError, PluginConfig, duration};
 
 /// The longest state directory, in bytes: sockets lie below it, and the kernel takes no path of one over 107 bytes. A start's
 /// directory and the socket's name in it need up to 43.
-const LONGEST_STATE_DIR: usize = 64;
+pub const LONGEST_STATE_DIR: usize = 64;
 
 pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError> {
     let state_dir = inside("plugin.state_dir", &options.state_dir)?;

@@ -5,6 +5,8 @@ use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
+use super::listen::LONGEST_DIR;
+
 /// The variable by which a host shows that it is one. It protects nothing; it tells a person from a host.
 const COOKIE: &str = "NOMAD_PLUGIN_MAGIC_COOKIE";
 const COOKIE_VALUE: &str = "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255";
@@ -30,12 +32,18 @@ pub enum HandshakeError {
     /// The directory for the socket can't stand in the handshake line.
     #[error("PLUGIN_UNIX_SOCKET_DIR: {0:?} must be text without line breaks and without '|'")]
     SocketDirectory(PathBuf),
+    /// The host names a directory in which the kernel takes no socket.
+    #[error(
+        "PLUGIN_UNIX_SOCKET_DIR: {0:?} is longer than {LONGEST_DIR} bytes, which sockets below it can't be"
+    )]
+    LongDirectory(PathBuf),
 }
 
 /// What a host asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Invitation {
-    /// The absolute directory in which the socket shall appear.
+    /// The absolute directory in which the socket is made: `PLUGIN_UNIX_SOCKET_DIR`, else `TMPDIR` unless that is too long, else
+    /// `/tmp`.
     pub socket_dir: PathBuf,
     /// The group (name or number) that may connect; `None` is this user alone.
     pub socket_group: Option<String>,
@@ -69,10 +77,17 @@ impl Invitation {
                 return Err(HandshakeError::Versions(versions));
             }
         }
-        let dir = get("PLUGIN_UNIX_SOCKET_DIR")
-            .or_else(|| get("TMPDIR"))
-            .map_or_else(|| PathBuf::from("/tmp"), PathBuf::from);
-        let dir = std::path::absolute(&dir).unwrap_or(dir);
+        let absolute = |dir: OsString| std::path::absolute(&dir).unwrap_or_else(|_| dir.into());
+        let fits = |dir: &PathBuf| dir.as_os_str().len() <= LONGEST_DIR;
+        let dir = match get("PLUGIN_UNIX_SOCKET_DIR").map(absolute) {
+            Some(dir) if !fits(&dir) => return Err(HandshakeError::LongDirectory(dir)),
+            Some(dir) => dir,
+            // The host did not choose TMPDIR for sockets, and finds the socket by the handshake line wherever it is.
+            None => get("TMPDIR")
+                .map(absolute)
+                .filter(fits)
+                .unwrap_or_else(|| PathBuf::from("/tmp")),
+        };
         if dir
             .to_str()
             .is_none_or(|text| text.contains(['|', '\n', '\r']))
@@ -168,6 +183,24 @@ mod tests {
     #[case(&[("TMPDIR", "/var/tmp"), ("PLUGIN_UNIX_SOCKET_DIR", "/run/x")], "/run/x")]
     fn the_socket_goes_where_the_host_wants(#[case] pairs: &[(&str, &str)], #[case] dir: &str) {
         assert_eq!(invited(pairs).unwrap().socket_dir, Path::new(dir));
+    }
+
+    #[test]
+    fn a_directory_that_is_too_long_for_sockets_is_refused_or_replaced() {
+        let fits = format!("/{}", "d".repeat(LONGEST_DIR - 1));
+        let long = format!("{fits}d");
+        for name in ["TMPDIR", "PLUGIN_UNIX_SOCKET_DIR"] {
+            assert_eq!(
+                invited(&[(name, &fits)]).unwrap().socket_dir,
+                Path::new(&fits)
+            );
+        }
+        assert_eq!(
+            invited(&[("TMPDIR", &long)]).unwrap().socket_dir,
+            Path::new("/tmp")
+        );
+        let error = invited(&[("PLUGIN_UNIX_SOCKET_DIR", &long)]).unwrap_err();
+        assert_eq!(error, HandshakeError::LongDirectory(long.into()));
     }
 
     #[test]

@@ -17,6 +17,8 @@ const BREATH: Duration = Duration::from_millis(100);
 
 /// How the names of our sockets begin.
 const PREFIX: &str = "plugin-nspawn-";
+/// The longest directory for a socket, in bytes: the kernel takes no path of one over 107, and the name needs up to 26.
+pub(super) const LONGEST_DIR: usize = 107 - 26;
 /// In a younger directory a socket may just be being made.
 const STALE: Duration = Duration::from_secs(60);
 

@@ -24,6 +24,7 @@ mod recover;
 mod rerun;
 mod run_command;
 mod run_exits;
+mod run_files;
 mod run_signals;
 mod secrets;
 mod shutdown;

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::task::JoinHandle;
 
 use crate::harness::{Host, Written, eventually, is_root, within};
@@ -71,6 +71,18 @@ impl<'a> RunCommand<'a> {
         Self { host, command }
     }
 
+    /// With this variable.
+    pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// With a pipe as standard input.
+    pub(crate) fn piped_stdin(mut self) -> Self {
+        self.command.stdin(Stdio::piped());
+        self
+    }
+
     /// With these options of the plugin.
     pub(crate) fn plugin_config(self, config: &Value) -> Self {
         fs::write(self.host.join("plugin.json"), config.to_string()).unwrap();
@@ -85,6 +97,7 @@ impl<'a> RunCommand<'a> {
         Run {
             host: self.host,
             pid: i32::try_from(child.id().unwrap()).unwrap(),
+            stdin: child.stdin.take(),
             stdout: child.stdout.take(),
             child,
             stderr,
@@ -106,6 +119,7 @@ pub(crate) struct Run<'a> {
     host: &'a Host,
     pid: i32,
     child: Child,
+    pub(crate) stdin: Option<ChildStdin>,
     /// What nobody has read yet.
     pub(crate) stdout: Option<ChildStdout>,
     pub(crate) stderr: Written,
