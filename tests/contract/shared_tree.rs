@@ -3,13 +3,9 @@
 use nomad_driver_nspawn::container::Cause;
 use nomad_driver_nspawn::supervisor::pause::Point;
 
+use support::trap::Trap;
+
 use super::*;
-
-#[path = "../matrix/trap.rs"]
-#[expect(dead_code, reason = "only the fake has to be told where its trap is")]
-mod trap;
-
-use trap::Trap;
 
 const UP: &str = "echo up; exec sleep 1000";
 

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Host, refusal, within};
 use crate::lifecycle::nothing_left;
-use crate::trap::Trap;
+use support::trap::Trap;
 
 #[rstest]
 #[case::refused(json!({"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}}), "status 1")]

@@ -31,6 +31,4 @@ mod shutdown;
 mod signals;
 mod start_failures;
 mod stats;
-#[path = "../matrix/trap.rs"]
-mod trap;
 mod troubles;

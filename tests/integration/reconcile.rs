@@ -13,7 +13,7 @@ use serde_json::json;
 use support::not_applicable;
 
 use crate::harness::{Host, Running, eventually, is_root, within};
-use crate::trap::Trap;
+use support::trap::Trap;
 
 const TRAPS: &str = "trap 'echo got; exit 12' USR1; echo up; while :; do sleep 0.05; done";
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";

@@ -24,7 +24,7 @@ use tokio::task::JoinHandle;
 
 use crate::harness::{Host, Running, Task, argv, eventually, is_root, refusal, within};
 use crate::lifecycle::nothing_left;
-use crate::trap::Trap;
+use support::trap::Trap;
 
 #[path = "../secrecy/mod.rs"]
 mod secrecy;

@@ -15,7 +15,7 @@ use tonic::Code;
 
 use crate::harness::{DEADLINE, Host, Running, eventually, refusal, within};
 use crate::lifecycle::nothing_left;
-use crate::trap::Trap;
+use support::trap::Trap;
 
 #[rstest]
 #[case(false, "SIGUSR1")]

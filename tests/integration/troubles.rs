@@ -25,7 +25,7 @@ use tokio::task::JoinHandle;
 
 use crate::harness::{DEADLINE, Host, Running, eventually, is_root, refusal, within};
 use crate::lifecycle::nothing_left;
-use crate::trap::Trap;
+use support::trap::Trap;
 
 /// Ends with 5 when `gate` is there.
 fn gated(gate: &Path) -> String {

@@ -15,8 +15,8 @@ mod harness;
 mod suite;
 
 use harness::{Host, eventually};
-use suite::trap::Trap;
 use suite::{Moment, World};
+use support::trap::Trap;
 
 /// Worlds at a time. A cell waits for processes most of its time.
 const AT_ONCE: usize = 6;

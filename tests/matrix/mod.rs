@@ -14,7 +14,6 @@ use serde_json::Value;
 mod plan;
 mod play;
 mod table;
-pub(crate) mod trap;
 
 use plan::{Again, Step, Victim};
 pub(crate) use plan::{Cell, cells};
@@ -34,7 +33,7 @@ pub(crate) trait World {
     /// A file that stands where the payload sees it: its path here, and its path there.
     fn gate(&self) -> (PathBuf, String);
     /// A trap for the next systemd-nspawn at this moment.
-    fn hold_nspawn(&self, moment: Moment) -> trap::Trap;
+    fn hold_nspawn(&self, moment: Moment) -> support::trap::Trap;
     /// The driver's own first program of a container with this first process.
     fn init(&self, leader: i32) -> Option<i32>;
     /// The plugins' log so far.

@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 
 use super::World;
 use super::plan::{Again, Cell, Hold, Owed, Step, Victim};
-use super::trap::Trap;
+use support::trap::Trap;
 
 /// Only a broken cell ever waits this long.
 const DEADLINE: Duration = Duration::from_secs(60);

@@ -10,11 +10,10 @@ use nomad_driver_nspawn::host::{Plugin, TaskSpec};
 use serde_json::{Value, json};
 
 #[path = "../../matrix/mod.rs"]
-#[expect(dead_code, reason = "only the fake has to be told where its trap is")]
 mod suite;
 
-use suite::trap::Trap;
 use suite::{Moment, World};
+use support::trap::Trap;
 
 /// Worlds at a time. A cell waits for processes most of its time.
 const AT_ONCE: usize = 3;

@@ -21,12 +21,9 @@ use serde_json::{Value, json};
 
 #[path = "../../secrecy/mod.rs"]
 mod secrecy;
-#[path = "../../matrix/trap.rs"]
-#[expect(dead_code, reason = "only the fake has to be told where a trap is")]
-mod trap;
 
 use secrecy::{Marker, Mode, ancestry, descriptors, environment, open_to_others, shown};
-use trap::Trap;
+use support::trap::Trap;
 
 /// The installed systemd-nspawn's version.
 fn version() -> u32 {

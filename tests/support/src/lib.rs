@@ -7,6 +7,8 @@
 
 use std::io::Write as _;
 
+pub mod trap;
+
 /// Reports that this host cannot run the present test. The test runner has no such result and counts the test as passed, so the
 /// caller returns after this; `ci/rerun-failed` collects the lines, and `.ci/run` prints and counts them at the end.
 pub fn not_applicable(reason: &str) {

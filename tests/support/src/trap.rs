@@ -8,7 +8,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 /// A step that is waited for.
 #[derive(Debug)]
-pub(crate) struct Trap {
+pub struct Trap {
     socket: PathBuf,
     listener: UnixListener,
     held: Vec<BufReader<UnixStream>>,
@@ -16,12 +16,12 @@ pub(crate) struct Trap {
 
 impl Trap {
     /// Holds whoever reaches this point of the driver with records in this state directory.
-    pub(crate) fn at(state: &Path, point: Point) -> Self {
+    pub fn at(state: &Path, point: Point) -> Self {
         Self::named(state, point.name())
     }
 
     /// The same for another step, which the fake is told by the path of [`socket`](Self::socket).
-    pub(crate) fn named(state: &Path, name: &str) -> Self {
+    pub fn named(state: &Path, name: &str) -> Self {
         let mut directory = state.file_name().unwrap().to_owned();
         directory.push(".pause");
         let directory = state.with_file_name(directory);
@@ -35,12 +35,12 @@ impl Trap {
     }
 
     /// Where it listens.
-    pub(crate) fn socket(&self) -> &Path {
+    pub fn socket(&self) -> &Path {
         &self.socket
     }
 
     /// Waits until a process is held here, and gives its life and its pid.
-    pub(crate) async fn reached(&mut self) -> (String, i32) {
+    pub async fn reached(&mut self) -> (String, i32) {
         let (stream, _) = self.listener.accept().await.unwrap();
         let mut stream = BufReader::new(stream);
         let mut line = String::new();
