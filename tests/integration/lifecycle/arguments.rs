@@ -1,0 +1,203 @@
+//! What systemd-nspawn is called with.
+
+use super::*;
+
+#[tokio::test]
+async fn systemd_nspawn_gets_nothing_of_the_plugins_own() {
+    let host = Host::new();
+    let plugin = Plugin::launch(host.launch().set("OPERATORS_OWN", "marker-of-the-agent"))
+        .await
+        .unwrap();
+    plugin.configure(&host.config()).await.unwrap();
+    let task = host.start(&plugin, host.shell("env; exit 0")).await;
+    let inside = task.stdout.all().await;
+    let start = &host.starts()[0];
+    let outside = environment(start);
+    for (name, value) in &outside {
+        let plugins = name.starts_with("PLUGIN_")
+            || name.contains("COOKIE")
+            || name == "OPERATORS_OWN"
+            || name == "TMPDIR";
+        assert!(
+            !plugins && !value.contains("marker-of-the-agent"),
+            "{name}={value}"
+        );
+    }
+    assert!(
+        !inside.contains("COOKIE") && !inside.contains("marker-of-the-agent"),
+        "{inside}"
+    );
+    assert!(
+        outside["NOTIFY_SOCKET"].starts_with(host.state().to_str().unwrap()),
+        "{outside:?}"
+    );
+    assert!(!inside.contains(&outside["NOTIFY_SOCKET"]), "{inside}");
+    // What it reads, says and hands on to the container's first program; no descriptor of plugin or supervisor.
+    let descriptors = start["descriptors"].as_object().unwrap();
+    let wanted = [
+        ("0", "/dev/null"),
+        ("1", "/dev/null"),
+        ("2", "/words"),
+        ("3", "socket:["),
+        ("4", ".web.stdout.fifo"),
+        ("5", ".web.stderr.fifo"),
+        ("6", "/memfd:nspawn-init (deleted)"),
+        ("7", "/init (deleted)"),
+    ];
+    assert_eq!(descriptors.len(), wanted.len(), "{descriptors:?}");
+    for (number, part) in wanted {
+        assert!(
+            descriptors[number].as_str().unwrap().contains(part),
+            "{number} is not {part}: {descriptors:?}"
+        );
+    }
+    assert_eq!(start["signal_mask"], "0000000000000000");
+    let ignored = u64::from_str_radix(start["ignored"].as_str().unwrap(), 16).unwrap();
+    // 32 and 33 belong to the C library, which lets nobody set them: as the tests' own parent left them.
+    assert_eq!(ignored & !(0b11 << 31), 0, "{ignored:x}");
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn a_secret_is_in_nobodys_hands() {
+    const SECRET: &str = "marker-of-a-secret";
+    let host = Host::new();
+    let plugin = Plugin::launch(host.launch().set("NOMAD_LOG_LEVEL", "TRACE"))
+        .await
+        .unwrap();
+    plugin.configure(&host.config()).await.unwrap();
+    let job = || {
+        host.shell(
+            "test \"$TOKEN\" = marker-of-a-secret && test \"$OTHER\" = marker-of-a-secret; exit $?",
+        )
+        .env("TOKEN", SECRET)
+        .with("environment", json!([{"OTHER": SECRET}]))
+    };
+    let task = host.start(&plugin, job()).await;
+    assert_eq!(task.wait(&plugin).await.code, 0, "the task has it");
+    for call in host
+        .ledger()
+        .iter()
+        .filter(|event| event["event"] == "call")
+    {
+        assert!(
+            argv(call)
+                .iter()
+                .all(|word| !word.contains(SECRET) || word.contains("test")),
+            "{call}"
+        );
+    }
+    for file in walk(&host.state()) {
+        let text = String::from_utf8_lossy(&std::fs::read(&file).unwrap())
+            .replace("= marker-of-a-secret", "");
+        assert!(!text.contains(SECRET), "{}", file.display());
+    }
+    assert!(!String::from_utf8_lossy(&task.started.handle.driver_state).contains(SECRET));
+    task.destroy(&plugin).await;
+    host.scenario(&json!({"calls": [{"refuse": {"status": 1, "stderr": "out of luck"}}]}));
+    let status = refusal(host.try_start(&plugin, job()).await);
+    assert!(!status.message().contains(SECRET), "{}", status.message());
+    let status = refusal(
+        host.try_start(&plugin, job().with("volatile", json!("maybe")))
+            .await,
+    );
+    assert!(!status.message().contains(SECRET), "{}", status.message());
+    plugin.shutdown().await;
+    for line in host.log().text() {
+        assert!(!line.contains(SECRET), "{line}");
+    }
+}
+
+/// All plain files below a directory.
+fn walk(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).unwrap().flatten() {
+        let kind = entry.file_type().unwrap();
+        if kind.is_dir() {
+            found.extend(walk(&entry.path()));
+        } else if kind.is_file() {
+            found.push(entry.path());
+        }
+    }
+    found
+}
+
+#[rstest]
+#[case::old(
+    247,
+    "--private-users=4194304:65536",
+    "--setenv=WHO=me",
+    "--private-users-ownership=auto"
+)]
+#[case::less_old(
+    249,
+    "--private-users-ownership=auto",
+    "--setenv=WHO=me",
+    "--setenv=WHO"
+)]
+#[case::new(
+    252,
+    "--private-users-ownership=auto",
+    "--setenv=WHO",
+    "--setenv=WHO=me"
+)]
+#[tokio::test]
+async fn an_old_systemd_nspawn_gets_words_that_it_knows(
+    #[case] version: u32,
+    #[case] has: &str,
+    #[case] has_too: &str,
+    #[case] has_not: &str,
+) {
+    let host = Host::new();
+    host.scenario(&json!({"version": version}));
+    let plugin = host.plugin().await;
+    let job = |boot: bool| {
+        host.shell("echo $WHO")
+            .env("WHO", "me")
+            .with("boot", json!(boot))
+            .with("user_namespacing", json!(true))
+            .with("private_users", json!("4194304:65536"))
+    };
+    // A command has its variables from our own program, whatever the version is.
+    let task = host.start(&plugin, job(false)).await;
+    assert_eq!(task.stdout.all().await, "me\n");
+    let words = argv(&host.starts()[0]);
+    assert!(!words.iter().any(|word| word.starts_with("--setenv=")));
+    task.destroy(&plugin).await;
+
+    let task = host
+        .start(&plugin, job(true).with("command", json!([])))
+        .await;
+    let words = argv(&host.starts()[1]);
+    for word in [has, has_too] {
+        assert!(
+            words.iter().any(|found| found == word),
+            "{word} is not in {words:?}"
+        );
+    }
+    assert!(
+        words.iter().all(|found| found != has_not),
+        "{has_not} is in {words:?}"
+    );
+    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn what_the_installed_version_lacks_is_refused_by_name() {
+    let host = Host::new();
+    host.scenario(&json!({"version": 248}));
+    let plugin = host.plugin().await;
+    let job = host
+        .shell("exit 0")
+        .with("user_namespacing", json!(true))
+        .with("private_users", json!("identity"));
+    let status = refusal(host.try_start(&plugin, job).await);
+    assert!(
+        status
+            .message()
+            .contains("needs systemd-nspawn 249 or later, and this host has 248"),
+        "{}",
+        status.message()
+    );
+    assert!(host.starts().is_empty() && status.details().is_empty());
+}

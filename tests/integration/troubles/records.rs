@@ -1,0 +1,78 @@
+//! Records that can't be read, and a clock that was set back.
+
+use super::*;
+
+#[rstest]
+#[case::half(|text: &str| text[..text.len() / 2].to_owned())]
+#[case::empty(|_: &str| String::new())]
+#[case::of_a_later_driver(|text: &str| text.replacen("\"form\":1", "\"form\":99", 1))]
+#[tokio::test]
+async fn a_record_that_can_not_be_read_is_refused_and_can_be_destroyed(
+    #[case] spoil: fn(&str) -> String,
+) {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = host
+        .up(&plugin, host.shell("echo up; exec sleep 1000"))
+        .await;
+    plugin.kill().await;
+    let file = Records::of(&host.state(), &task.id).path().join("running");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, spoil(&text)).unwrap();
+    let plugin = host.plugin().await;
+    let status = refusal(within("RecoverTask", plugin.recover(task.stored())).await);
+    assert!(
+        status.message().contains("reading the record"),
+        "{status:?}"
+    );
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
+#[tokio::test]
+async fn the_record_of_an_end_that_can_not_be_read_is_called_that() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let task = host.up(&plugin, host.shell("echo up; exit 5")).await;
+    task.wait(&plugin).await;
+    plugin.kill().await;
+    host.quiet(&[]).await;
+    let file = Records::of(&host.state(), &task.id).path().join("exit");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, &text[..text.len() / 2]).unwrap();
+    let plugin = host.plugin().await;
+    let status = refusal(within("RecoverTask", plugin.recover(task.stored())).await);
+    assert!(
+        status
+            .message()
+            .contains("the record of its end can't be read"),
+        "{status:?}"
+    );
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
+#[tokio::test]
+async fn a_clock_that_was_set_back_changes_no_end() {
+    let host = Host::new();
+    let mut plugin = host.plugin().await;
+    let gate = host.join("gate");
+    let task = host.up(&plugin, host.shell(&gated(&gate))).await;
+    plugin.kill().await;
+    fs::write(gate, "").unwrap();
+    host.quiet(&[]).await;
+    // As if it had ended a day before it was started, and before there were clocks.
+    let file = Records::of(&host.state(), &task.id).path().join("exit");
+    let text = fs::read_to_string(&file).unwrap();
+    let mut exit: Value = serde_json::from_str(&text).unwrap();
+    let seconds = exit["ended_at"]["secs_since_epoch"].as_u64().unwrap();
+    exit["ended_at"]["secs_since_epoch"] = json!(seconds - 86400);
+    fs::write(&file, exit.to_string()).unwrap();
+    let plugin = host.recovered(&task).await;
+    let exit = task.wait(&plugin).await;
+    assert_eq!((exit.code, exit.signal, exit.error), (5, 0, None));
+    let shown = task.inspect(&plugin).await.unwrap().task.unwrap();
+    assert!(shown.completed_at.unwrap().seconds < shown.started_at.unwrap().seconds);
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
