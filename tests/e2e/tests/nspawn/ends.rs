@@ -1,0 +1,215 @@
+//! Ends that only a real pid namespace and a real systemd-nspawn have; the rest of the exit table is in the contract.
+
+use super::*;
+
+/// The kernel ends the first process of a pid namespace in which reboot(2) is called, by a signal that tells what was asked for.
+/// Real only: the kernel ends a pid namespace.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_asked_of_reboot_from_inside_is_told() {
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    let init = stage.join("tree/sbin/init");
+    fs::create_dir(stage.join("tree/sbin")).unwrap();
+    for (ask, code) in [("reboot -f", 133), ("poweroff -f", 0), ("halt -f", 0)] {
+        let words = format!("{ask}; sleep 1000");
+        fs::write(&init, format!("#!/bin/sh\n{words}\n")).unwrap();
+        fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+        let booted = stage
+            .words(&[])
+            .with("command", json!([]))
+            .with("boot", true);
+        for (how, task) in [
+            ("plain", stage.shell(&words)),
+            ("process_two", stage.shell(&words).with("process_two", true)),
+            ("boot", booted),
+        ] {
+            let exit = stage.run_on(&plugin, task).await.exit;
+            assert_eq!((exit.code, exit.signal), (code, 0), "{how}: {ask}");
+        }
+    }
+    end(plugin).await;
+    stage.leave();
+}
+
+/// systemd-nspawn locks the root that it is given by its inode too, and leaves that file when it is killed. For a read-only root
+/// that lacks mount points this is a directory of the driver's own.
+/// Real only: systemd-nspawn's own locks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_root() {
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    let task = stage
+        .shell("echo up; exec sleep 1000")
+        .with("read_only", true);
+    let running = stage.start(&plugin, task).await;
+    running.stdout.contains("up").await;
+    let own = running.state()["state"].as_str().map(PathBuf::from);
+    let roots = [own.unwrap().join("root"), stage.join("tree")];
+    let held: Vec<PathBuf> = roots
+        .iter()
+        .filter_map(|root| fs::metadata(root).ok())
+        .map(|root| format!("inode-{}:{}", root.dev(), root.ino()))
+        .map(|name| Path::new("/run/systemd/nspawn/locks").join(name))
+        .filter(|lock| lock.exists())
+        .collect();
+    assert_eq!(held.len(), 1, "{roots:?}");
+    running.stop(&plugin, Duration::ZERO, "").await;
+    running.destroy(&plugin).await;
+    assert!(!held[0].exists(), "{held:?}");
+    end(plugin).await;
+    stage.leave();
+}
+
+/// Kills the systemd-nspawn of a container, as somebody on the host might; the task's end is told.
+async fn kill_nspawn(running: &Running, plugin: &Plugin) {
+    let state = running.state()["state"].as_str().map(PathBuf::from);
+    let nspawn = Records::at(state.unwrap()).running().unwrap().nspawn;
+    Held::again(nspawn).unwrap().signal(Signal::KILL).unwrap();
+    let exit = running.wait(plugin).await;
+    assert!(exit.error.is_some(), "{exit:?}");
+}
+
+/// Locks, copies, loop devices and mounts are what the end of the test looks for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_systemd_nspawn_killed_on_a_disk_image_leaves_nothing() {
+    let stage = Stage::new();
+    let udev = stage.udev();
+    let plugin = stage.plugin_for_images(&udev, json!({})).await;
+    let image = stage.image("disk.raw", &stage.join("tree"));
+    for ephemeral in [false, true] {
+        let task = stage.shell("echo up; exec sleep 1000");
+        let task = task
+            .with("image", json!(image))
+            .with("ephemeral", ephemeral);
+        let running = stage.start(&plugin, task).await;
+        running.stdout.contains("up").await;
+        let held = stage.marks().left();
+        assert!(
+            held.iter().any(|line| line.starts_with("loop device")),
+            "{held:?}"
+        );
+        kill_nspawn(&running, &plugin).await;
+        running.destroy(&plugin).await;
+    }
+    end(plugin).await;
+    stage.leave();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_systemd_nspawn_killed_in_a_user_namespace_leaves_no_lock_of_its_ids() {
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    let task = stage
+        .shell("echo up; exec sleep 1000")
+        .with("user_namespacing", true);
+    let running = stage.start(&plugin, task).await;
+    running.stdout.contains("up").await;
+    let map = fs::read_to_string(format!("/proc/{}/uid_map", running.leader())).unwrap();
+    let first = map.split_whitespace().nth(1).unwrap();
+    let lock = Path::new("/run/systemd/nspawn-uid").join(first);
+    assert!(lock.exists(), "{map}");
+    kill_nspawn(&running, &plugin).await;
+    running.destroy(&plugin).await;
+    assert!(!lock.exists(), "{}", lock.display());
+    end(plugin).await;
+    stage.leave();
+}
+
+/// It stays as long as somebody is in it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed() {
+    let stage = Stage::new();
+    let namespace = Namespace::new(stage.name());
+    let plugin = stage.plugin_in(&namespace).await;
+    let zone = format!("z{}", e2e::unique());
+    let bridge = format!("vz-{zone}");
+    let links = || namespace.ip(&["-brief", "link"]);
+    let mut all = Vec::new();
+    for tree in ["one", "two"] {
+        let tree = stage.tree(tree);
+        let task = stage.shell("echo up; exec sleep 1000");
+        let task = task
+            .with("network_zone", zone.as_str())
+            .with("image", json!(tree));
+        let running = stage.start(&plugin, task).await;
+        running.stdout.contains("up").await;
+        all.push(running);
+    }
+    for running in all {
+        assert!(links().contains(&bridge), "{}", links());
+        kill_nspawn(&running, &plugin).await;
+        running.destroy(&plugin).await;
+    }
+    assert!(!links().contains(&bridge), "{}", links());
+    end(plugin).await;
+    drop(namespace);
+    stage.leave();
+}
+
+/// What the kernel does for want of memory. With version 2 of control groups the task's own group is limited, as an operator
+/// could; with version 1 the command is put into one.
+/// Real only: the kernel's limits, which take root.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_for_want_of_memory_is_told() {
+    const LIMIT: &str = "16777216";
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    let hungry = "mkfifo /tmp/go; echo up; read go < /tmp/go; \
+        exec dd if=/dev/zero of=/dev/null bs=64M count=100";
+    for two in [false, true] {
+        let task = stage.shell(hungry).with("process_two", two);
+        let running = stage.start(&plugin, task).await;
+        running.stdout.contains("up").await;
+        let own = running.state()["cgroup"].as_str().map(PathBuf::from);
+        let own = own.filter(|group| group.join("memory.max").exists());
+        let other = Path::new("/sys/fs/cgroup/memory").join(format!("nde-{}", e2e::unique()));
+        if let Some(group) = &own {
+            fs::write(group.join("memory.max"), LIMIT).unwrap();
+            let _ = fs::write(group.join("memory.swap.max"), "0");
+        } else {
+            fs::create_dir(&other).expect("memory can be limited by one of the two versions");
+            fs::write(other.join("memory.limit_in_bytes"), LIMIT).unwrap();
+            fs::write(other.join("cgroup.procs"), command(&running).to_string()).unwrap();
+        }
+        let go = format!("/proc/{}/root/tmp/go", running.leader());
+        fs::write(go, "go\n").unwrap();
+        let exit = running.finish(&plugin).await.exit;
+        if own.is_none() {
+            until("the limited group is empty", || fs::remove_dir(&other).ok());
+        }
+        // Version 1 counts it in a group that is not the task's.
+        let told = (exit.code, exit.signal, exit.oom_killed);
+        assert_eq!(told, (137, 9, own.is_some()), "process_two: {two}");
+    }
+    end(plugin).await;
+    stage.leave();
+}
+
+/// The command's pid on the host: the first process, or its child.
+fn command(running: &Running) -> i64 {
+    let leader = running.leader();
+    let children = fs::read_to_string(format!("/proc/{leader}/task/{leader}/children")).unwrap();
+    children
+        .split_whitespace()
+        .next()
+        .map_or(leader, |child| child.parse().unwrap())
+}
+
+/// systemd-nspawn's own words say why it refuses.
+/// Real only: its words.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_disk_image_is_refused_in_systemd_nspawns_words() {
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    let image = stage.file("broken.raw", &"no file system\n".repeat(4096));
+    let refused = stage
+        .refused(&plugin, stage.shell("true").with("image", json!(image)))
+        .await;
+    let bare = bare(&["--image", image.to_str().unwrap(), "/bin/true"]);
+    assert!(!bare.status.success());
+    let said = String::from_utf8_lossy(&bare.stderr);
+    let reason = said.lines().last().unwrap();
+    assert!(refused.contains(reason), "{refused:?} without {reason:?}");
+    end(plugin).await;
+    stage.leave();
+}

@@ -1,0 +1,126 @@
+//! A whole system, booted.
+
+use super::*;
+
+/// Real only: a real init.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_debian_tree_boots_in_a_user_namespace_and_is_stopped_in_order() {
+    let stage = Stage::new();
+    let tree = stage.join("debian");
+    debian::copy(
+        &tree,
+        "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/sh -c 'echo started >> /local/said; \
+         cat /proc/1/comm /proc/1/uid_map >> /local/said'\n\
+         ExecStop=/bin/sh -c 'echo stopped >> /local/said'\n",
+    );
+    let plugin = stage.plugin().await;
+    let mut task = stage.words(&[]).with("image", json!(tree));
+    // What is left is the default of every option.
+    let config = task.spec.config.as_object_mut().unwrap();
+    config.retain(|option, _| option == "image");
+    let running = stage.start(&plugin, task).await;
+    let said = running.allocation.task_dir().join("local/said");
+    let read = || fs::read_to_string(&said).unwrap_or_default();
+    tokio::task::block_in_place(|| {
+        until("the unit's start", || {
+            read().contains("65536\n").then_some(())
+        })
+    });
+    assert!(read().starts_with("started\nsystemd\n"), "{}", read());
+    let exit = running.stop(&plugin, AMPLE, "").await;
+    assert_eq!((exit.code, exit.signal), (0, 0), "{exit:?}");
+    assert!(read().ends_with("stopped\n"), "{}", read());
+    running.destroy(&plugin).await;
+    end(plugin).await;
+    stage.leave();
+}
+
+/// Boots a Debian tree with a unit that runs this when it is stopped, does something to the system, and gives the end and what the
+/// unit has said.
+async fn shut_down(
+    stop_by: &str,
+    end_it: impl AsyncFnOnce(&Plugin, &Running) -> TaskExit,
+) -> (i32, i32, String) {
+    let stage = Stage::new();
+    let tree = stage.join("debian");
+    debian::copy(
+        &tree,
+        &format!(
+            "[Service]\nType=oneshot\nRemainAfterExit=yes\n\
+             ExecStart=/bin/sh -c 'echo started >> /local/said'\n\
+             ExecStop=/bin/sh -c 'echo stopping >> /local/said; {stop_by}'\n"
+        ),
+    );
+    let plugin = stage.plugin().await;
+    let task = stage.words(&[]).with("image", json!(tree));
+    let task = task.with("boot", json!(true));
+    let running = stage.start(&plugin, task).await;
+    let said = running.allocation.task_dir().join("local/said");
+    let read = || fs::read_to_string(&said).unwrap_or_default();
+    tokio::task::block_in_place(|| {
+        until("the unit's start", || (read() == "started\n").then_some(()))
+    });
+    let exit = end_it(&plugin, &running).await;
+    let said = read();
+    running.destroy(&plugin).await;
+    end(plugin).await;
+    stage.leave();
+    (exit.code, exit.signal, said)
+}
+
+/// Real only: a real init.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shutdown_that_hangs_is_ended_after_the_grace() {
+    let grace = Duration::from_secs(4);
+    let ended = shut_down("sleep 600", async |plugin, running| {
+        running.stop(plugin, grace, "").await
+    });
+    assert_eq!(ended.await, (137, 9, "started\nstopping\n".to_owned()));
+}
+
+/// The job's own signal takes the place of the order to power off: this one makes systemd execute itself anew.
+/// Real only: a real init.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_named_signal_is_what_the_init_gets() {
+    let ended = shut_down("true", async |plugin, running| {
+        running
+            .stop(plugin, Duration::from_secs(2), "SIGTERM")
+            .await
+    });
+    assert_eq!(ended.await, (137, 9, "started\n".to_owned()));
+}
+
+/// Real only: a real init.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signal_reaches_the_init() {
+    let ended = shut_down("true", async |plugin, running| {
+        running.signal(plugin, "SIGRTMIN+4").await;
+        running.wait(plugin).await
+    });
+    assert_eq!(ended.await, (0, 0, "started\nstopping\n".to_owned()));
+}
+
+/// systemd-nspawn tells of the start while the first process is still its own program, to which the kernel delivers nothing that
+/// it has no handler for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_sent_right_after_the_start_reaches_the_init() {
+    let stage = Stage::new();
+    let tree = stage.join("debian");
+    debian::copy(&tree, "[Service]\nType=oneshot\nExecStart=true\n");
+    let plugin = stage.plugin().await;
+    for signal in [None, Some("SIGRTMIN+4")] {
+        let task = stage.words(&[]).with("image", json!(tree));
+        let running = stage.start(&plugin, task.with("boot", json!(true))).await;
+        let exit = match signal {
+            None => running.stop(&plugin, AMPLE, "").await,
+            Some(name) => {
+                running.signal(&plugin, name).await;
+                running.wait(&plugin).await
+            }
+        };
+        assert_eq!((exit.code, exit.signal), (0, 0), "{signal:?}: {exit:?}");
+        running.destroy(&plugin).await;
+    }
+    end(plugin).await;
+    stage.leave();
+}
