@@ -28,6 +28,14 @@ use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
+mod fate;
+
+use fate::{Dice, Fate, Role};
+
+mod machine;
+
+use machine::{Machine, holds, own_memory};
+
 const LIVES: usize = 500;
 /// How many live at the same time.
 const WORKERS: usize = 6;
@@ -37,94 +45,6 @@ const PARTS: usize = 10;
 const GROWTH_KIB: u64 = 320;
 /// What the kernel's own memory may grow by meanwhile, for every life: others are at work on the machine too.
 const KERNEL_KIB: u64 = 64;
-
-/// Numbers that look like chance and can be had again (splitmix64).
-#[derive(Debug)]
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % sides
-    }
-
-    fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
-        let count = u64::try_from(choices.len()).unwrap();
-        choices[usize::try_from(self.roll(count)).unwrap()]
-    }
-}
-
-/// What becomes of a task.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    /// It ends by itself, with this code.
-    Ends(i32),
-    /// The agent stops it, with so many milliseconds of grace.
-    Stopped(u64),
-    /// The agent destroys it while it runs.
-    Destroyed,
-    /// Somebody kills one of its processes while it runs.
-    Struck(Role),
-    /// Somebody kills one of its processes while it is started.
-    StruckEarly(Role),
-    /// Somebody kills the plugin while it runs.
-    PluginDies,
-    /// Somebody kills the plugin while it is started.
-    PluginDiesEarly,
-    /// Somebody kills the plugin and the task's supervisor.
-    BothDie,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Role {
-    Supervisor,
-    Nspawn,
-    Leader,
-    Payload,
-}
-
-impl Fate {
-    fn choose(dice: &mut Dice, plugin_may_die: bool) -> Self {
-        let early = [Role::Supervisor, Role::Nspawn, Role::Leader];
-        match dice.roll(100) {
-            0..25 => Self::Ends(dice.one_of(&[0, 1, 7, 42, 255])),
-            25..40 => Self::Stopped(dice.one_of(&[0, 50, 20_000])),
-            40..48 => Self::Destroyed,
-            48..72 => Self::Struck(dice.one_of(&[
-                Role::Supervisor,
-                Role::Nspawn,
-                Role::Leader,
-                Role::Payload,
-            ])),
-            72..92 => Self::StruckEarly(dice.one_of(&early)),
-            _ if !plugin_may_die => Self::Ends(3),
-            92..96 => Self::PluginDies,
-            96..98 => Self::PluginDiesEarly,
-            _ => Self::BothDie,
-        }
-    }
-
-    /// Whether nobody may be left who can tell its end.
-    fn may_be_lost(self) -> bool {
-        matches!(
-            self,
-            Self::BothDie | Self::Struck(Role::Supervisor) | Self::StruckEarly(Role::Supervisor)
-        )
-    }
-
-    fn script(self) -> String {
-        match self {
-            Self::Ends(code) => format!("echo up; exit {code}"),
-            Self::Stopped(20_000) => {
-                "trap 'exit 9' TERM 38; echo up; while :; do sleep 0.02; done".to_owned()
-            }
-            _ => "trap '' TERM INT; echo up; while :; do sleep 0.05; done".to_owned(),
-        }
-    }
-}
 
 /// The plugin of the moment. A dead one is followed by another, as by Nomad's agent.
 #[derive(Debug)]
@@ -539,93 +459,6 @@ fn judge(fate: Fate, exit: &TaskExit) {
         _ => exit.code != 0,
     };
     assert!(fine, "{fate:?}: {exit:?}");
-}
-
-/// The memory that is a process's own, in KiB.
-fn own_memory(pid: i32) -> u64 {
-    kib(&format!("/proc/{pid}/status"), "RssAnon:")
-}
-
-/// A line of a file of the kernel's, in KiB.
-fn kib(file: &str, key: &str) -> u64 {
-    let text = fs::read_to_string(file).unwrap();
-    let line = text.lines().find_map(|line| line.strip_prefix(key));
-    line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok())
-        .unwrap()
-}
-
-/// How many descriptors (`fd`) or threads (`task`) a process has.
-fn holds(pid: i32, what: &str) -> usize {
-    let entries = fs::read_dir(format!("/proc/{pid}/{what}")).unwrap();
-    entries.count()
-}
-
-/// What the kernel keeps for everybody on the machine, while no task runs.
-#[derive(Debug, Clone, Copy)]
-struct Machine {
-    /// Control groups of all hierarchies, and those of version 2 that are removed and not gone.
-    groups: u64,
-    mounts: u64,
-    /// Files of systemd-nspawn.
-    files: u64,
-    /// What it can't give back, in KiB.
-    kernel: u64,
-}
-
-impl Machine {
-    fn now() -> Self {
-        fn below(dir: &Path) -> u64 {
-            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-            entries
-                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-                .map(|entry| 1 + below(&entry.path()))
-                .sum()
-        }
-        let places = [
-            "nspawn/propagate",
-            "nspawn/locks",
-            "nspawn/unix-export",
-            "nspawn-uid",
-        ];
-        let files = places.map(|name| count(&Path::new("/run/systemd").join(name)));
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        Self {
-            groups: below(Path::new("/sys/fs/cgroup")) + dying(),
-            mounts: u64::try_from(mounts.lines().count()).unwrap(),
-            files: files.iter().sum(),
-            kernel: kib("/proc/meminfo", "SUnreclaim:"),
-        }
-    }
-
-    /// Others are at work on the machine too, so this is no comparison of numbers: whatever every task leaves is seen.
-    fn is_flat(&self, early: &Self, lives: u64) -> bool {
-        let grown = [
-            self.groups.saturating_sub(early.groups),
-            self.mounts.saturating_sub(early.mounts),
-            self.files.saturating_sub(early.files),
-            self.kernel.saturating_sub(early.kernel) / KERNEL_KIB,
-        ];
-        grown.iter().all(|more| *more < (lives / 4).max(50))
-    }
-}
-
-fn count(dir: &Path) -> u64 {
-    u64::try_from(fs::read_dir(dir).into_iter().flatten().count()).unwrap()
-}
-
-/// Groups of version 2 that are removed and not gone. With the memory controller they stay as long as there is cache of theirs, and
-/// say nothing.
-fn dying() -> u64 {
-    let top = Layout::of_this_host().tracking.unwrap_or_default();
-    let read = |name: &str| fs::read_to_string(top.join(name)).unwrap_or_default();
-    if read("cgroup.controllers").contains("memory") {
-        return 0;
-    }
-    let text = read("cgroup.stat");
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("nr_dying_descendants "));
-    line.and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
 async fn crowd(arena: &Arc<Arena>, lives: usize, seed: u64, plugin_may_die: bool) {

@@ -1,0 +1,90 @@
+//! What the machine and a process hold.
+
+use super::*;
+
+/// The memory that is a process's own, in KiB.
+pub(super) fn own_memory(pid: i32) -> u64 {
+    kib(&format!("/proc/{pid}/status"), "RssAnon:")
+}
+
+/// A line of a file of the kernel's, in KiB.
+pub(super) fn kib(file: &str, key: &str) -> u64 {
+    let text = fs::read_to_string(file).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok())
+        .unwrap()
+}
+
+/// How many descriptors (`fd`) or threads (`task`) a process has.
+pub(super) fn holds(pid: i32, what: &str) -> usize {
+    let entries = fs::read_dir(format!("/proc/{pid}/{what}")).unwrap();
+    entries.count()
+}
+
+/// What the kernel keeps for everybody on the machine, while no task runs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Machine {
+    /// Control groups of all hierarchies, and those of version 2 that are removed and not gone.
+    groups: u64,
+    mounts: u64,
+    /// Files of systemd-nspawn.
+    files: u64,
+    /// What it can't give back, in KiB.
+    kernel: u64,
+}
+
+impl Machine {
+    pub(super) fn now() -> Self {
+        fn below(dir: &Path) -> u64 {
+            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+            entries
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                .map(|entry| 1 + below(&entry.path()))
+                .sum()
+        }
+        let places = [
+            "nspawn/propagate",
+            "nspawn/locks",
+            "nspawn/unix-export",
+            "nspawn-uid",
+        ];
+        let files = places.map(|name| count(&Path::new("/run/systemd").join(name)));
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        Self {
+            groups: below(Path::new("/sys/fs/cgroup")) + dying(),
+            mounts: u64::try_from(mounts.lines().count()).unwrap(),
+            files: files.iter().sum(),
+            kernel: kib("/proc/meminfo", "SUnreclaim:"),
+        }
+    }
+
+    /// Others are at work on the machine too, so this is no comparison of numbers: whatever every task leaves is seen.
+    pub(super) fn is_flat(&self, early: &Self, lives: u64) -> bool {
+        let grown = [
+            self.groups.saturating_sub(early.groups),
+            self.mounts.saturating_sub(early.mounts),
+            self.files.saturating_sub(early.files),
+            self.kernel.saturating_sub(early.kernel) / KERNEL_KIB,
+        ];
+        grown.iter().all(|more| *more < (lives / 4).max(50))
+    }
+}
+
+pub(super) fn count(dir: &Path) -> u64 {
+    u64::try_from(fs::read_dir(dir).into_iter().flatten().count()).unwrap()
+}
+
+/// Groups of version 2 that are removed and not gone. With the memory controller they stay as long as there is cache of theirs, and
+/// say nothing.
+pub(super) fn dying() -> u64 {
+    let top = Layout::of_this_host().tracking.unwrap_or_default();
+    let read = |name: &str| fs::read_to_string(top.join(name)).unwrap_or_default();
+    if read("cgroup.controllers").contains("memory") {
+        return 0;
+    }
+    let text = read("cgroup.stat");
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("nr_dying_descendants "));
+    line.and_then(|number| number.parse().ok()).unwrap_or(0)
+}
