@@ -9,7 +9,11 @@ use nomad_driver_nspawn::supervisor::process::first_child;
 use serde_json::{Value, json};
 
 #[path = "../integration/harness/mod.rs"]
-#[expect(dead_code, reason = "the integration tests use the rest")]
+#[expect(
+    dead_code,
+    unused_imports,
+    reason = "the integration tests use the rest"
+)]
 mod harness;
 #[path = "mod.rs"]
 mod suite;

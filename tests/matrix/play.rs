@@ -24,6 +24,13 @@ use super::World;
 use super::plan::{Again, Cell, Hold, Owed, Step, Victim};
 use support::trap::Trap;
 
+mod calls;
+
+use calls::{
+    attach, collect, hang_up, hang_up_or, is_our_program, is_running, own_end, signal, strike,
+    supervisor_below,
+};
+
 /// Only a broken cell ever waits this long.
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The code the task ends with when its gate is opened.
@@ -554,108 +561,4 @@ impl<'w, W: World> Game<'w, W> {
         let stopped = within("Shutdown", self.process.shutdown()).await;
         assert!(!stopped.killed, "{stopped:?}");
     }
-}
-
-async fn attach<W: World>(world: &W, process: &Plugin) -> Arc<Plugin> {
-    within("the agent's connection", async {
-        let line = Plugin::reattach(process.address(), process.pid())
-            .await
-            .unwrap();
-        line.configure(&world.config()).await.unwrap();
-        Arc::new(line)
-    })
-    .await
-}
-
-async fn signal(line: &Plugin, task_id: String) -> Result<(), HostError> {
-    let request = SignalTaskRequest {
-        task_id,
-        signal: "SIGUSR1".to_owned(),
-    };
-    let answer = line.driver().signal_task(request).await;
-    answer.map(drop).map_err(|status| HostError::Call {
-        method: "SignalTask",
-        status: Box::new(status),
-    })
-}
-
-/// Its connection goes with it.
-async fn hang_up<T: std::fmt::Debug>(call: Call<T>) {
-    hang_up_or(call, |answer| {
-        panic!("it was answered before the agent died: {answer:?}")
-    })
-    .await;
-}
-
-/// The same of a call that may have been answered in this way already.
-async fn hang_up_or<T>(call: Call<T>, answered: impl FnOnce(Result<T, HostError>)) {
-    call.abort();
-    match call.await {
-        Ok(answer) => answered(answer),
-        Err(error) => assert!(error.is_cancelled(), "{error}"),
-    }
-}
-
-fn own_end(exit: &TaskExit) {
-    assert_eq!(
-        (exit.code, exit.signal, &exit.error),
-        (CODE, 0, &None),
-        "{exit:?}"
-    );
-}
-
-/// Kills a process, and returns when it is dead.
-fn strike(pid: i32) {
-    let held = Held::by_pid(pid).unwrap();
-    held.signal(Signal::KILL).unwrap();
-    assert!(held.wait(DEADLINE), "it does not die");
-}
-
-/// Whether a process is there and no zombie.
-fn is_running(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ")
-        .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
-}
-
-/// Whether a process runs the program that the driver brings for containers.
-fn is_our_program(pid: i32) -> bool {
-    std::fs::read_link(format!("/proc/{pid}/exe"))
-        .is_ok_and(|exe| exe.to_string_lossy().contains("nspawn-init"))
-}
-
-/// The process that watches over a start with records in this directory.
-fn supervisor_below(state: &Path) -> Option<i32> {
-    let below = format!("{}/", state.display());
-    std::fs::read_dir("/proc")
-        .unwrap()
-        .flatten()
-        .find_map(|entry| {
-            let pid = entry.file_name().to_str()?.parse().ok()?;
-            let line = std::fs::read(entry.path().join("cmdline")).ok()?;
-            let mut words = line.split(|byte| *byte == 0).skip(1);
-            (words.next()? == b"supervise" && words.next()?.starts_with(below.as_bytes()))
-                .then_some(pid)
-        })
-}
-
-/// Reads what the task prints, as Nomad does, from now on.
-fn collect(allocation: &Allocation) -> watch::Receiver<String> {
-    let (sender, printed) = watch::channel(String::new());
-    for fifo in [allocation.stdout_path(), allocation.stderr_path()] {
-        // For writing too, so that it goes on when one writer is gone and the next has not come.
-        let mut pipe = tokio::net::unix::pipe::OpenOptions::new()
-            .read_write(true)
-            .open_receiver(fifo)
-            .unwrap();
-        let sender = sender.clone();
-        tokio::spawn(async move {
-            let mut buffer = [0; 4096];
-            while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
-                let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
-                sender.send_modify(|all| all.push_str(&text));
-            }
-        });
-    }
-    printed
 }
