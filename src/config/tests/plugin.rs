@@ -1,0 +1,87 @@
+//! The operator's block.
+
+use super::*;
+
+#[rstest]
+#[case(&[], true, true, "/run/nomad-driver-nspawn", None)]
+#[case(
+    b"\x84\xa7enabled\xc2\xa7volumes\xc2\xa9state_dir\xa2/x\xabnspawn_path\xa4/n/s",
+    false,
+    false,
+    "/x",
+    Some("/n/s")
+)]
+#[case(
+    b"\x82\xa9state_dir\xa0\xabnspawn_path\xa0",
+    true,
+    true,
+    "/run/nomad-driver-nspawn",
+    None
+)]
+fn plugin_configurations(
+    #[case] bytes: &[u8],
+    #[case] enabled: bool,
+    #[case] volumes: bool,
+    #[case] state_dir: &str,
+    #[case] nspawn_path: Option<&str>,
+) {
+    let expected = PluginConfig {
+        enabled,
+        volumes,
+        state_dir: state_dir.into(),
+        nspawn_path: nspawn_path.map(Into::into),
+        reconcile_after: Some(Duration::from_secs(600)),
+    };
+    assert_eq!(PluginConfig::decode(bytes), Ok(expected));
+}
+
+#[rstest]
+#[case("", Some(600_000))]
+#[case("1m30s", Some(90_000))]
+#[case("250ms", Some(250))]
+#[case("0", None)]
+#[case("0s", None)]
+fn the_time_before_reconciling(#[case] text: &str, #[case] milliseconds: Option<u64>) {
+    let options = std::collections::BTreeMap::from([("reconcile_after", text)]);
+    let decoded = PluginConfig::decode(&rmp_serde::to_vec_named(&options).unwrap()).unwrap();
+    let want = milliseconds.map(Duration::from_millis);
+    assert_eq!(decoded.reconcile_after, want);
+}
+
+#[rstest]
+#[case(
+    b"\x81\xa7enabled\x01",
+    "plugin.enabled: a number is not true or false"
+)]
+#[case(
+    b"\x81\xa9state_dir\xa1x",
+    r#"plugin.state_dir: "x" is not an absolute path"#
+)]
+#[case(
+    b"\x81\xabnspawn_path\xa1x",
+    r#"plugin.nspawn_path: "x" is not an absolute path"#
+)]
+#[case(
+    b"\x81\xafreconcile_after\xa2-1",
+    r#"plugin.reconcile_after: "-1" is not a duration: give a number with a unit, such as 30s, 1m30s or 500ms"#
+)]
+#[case(b"\x90", "plugin.*: a list is not a block")]
+fn plugin_configurations_that_are_wrong(#[case] bytes: &[u8], #[case] message: &str) {
+    assert_eq!(
+        PluginConfig::decode(bytes).unwrap_err().to_string(),
+        message
+    );
+}
+
+#[test]
+fn a_state_directory_leaves_room_for_the_sockets_below_it() {
+    let decode = |path: &str| {
+        let options = std::collections::BTreeMap::from([("state_dir", path)]);
+        PluginConfig::decode(&rmp_serde::to_vec_named(&options).unwrap())
+    };
+    let longest = format!("/{}", "x".repeat(63));
+    assert!(decode(&longest).is_ok());
+    let error = decode(&format!("{longest}x")).unwrap_err();
+    assert_eq!(error.option, "plugin.state_dir");
+    assert!(error.reason.contains("64 bytes"), "{error}");
+}

@@ -1,0 +1,137 @@
+//! Networks and ports.
+
+use super::*;
+
+fn forward(label: &str, host: u16, container: u16) -> PortForward {
+    PortForward {
+        label: label.into(),
+        host,
+        container,
+    }
+}
+
+#[test]
+fn ports_lead_inside() {
+    let host = with_ports();
+    let spec = plain(&host, r#"ports = ["web", "raw"]"#);
+    let private = |ports| Network::Private {
+        veth: true,
+        zone: None,
+        bridge: None,
+        ports,
+    };
+    let expected = vec![forward("web", 18080, 80), forward("raw", 19000, 19000)];
+    assert_eq!(spec.network, private(expected));
+    assert_eq!(spec.environment["NOMAD_PORT_web"], "80");
+    let spec = plain(&host, "port_map = { old = 80, web = 81 }");
+    let expected = vec![
+        forward("old", 20001, 80),
+        forward("web", 18080, 81),
+        forward("same", 20002, 20002),
+    ];
+    assert_eq!(spec.network, private(expected));
+    assert_eq!(spec.environment["NOMAD_PORT_old"], "80");
+    assert_eq!(plain(&host, "").network, Network::Host);
+}
+
+#[rstest]
+#[case(
+    r#"ports = ["web", "web"]"#,
+    r#"config.ports[1]: "web" is listed twice"#
+)]
+#[case(r#"ports = ["x"]"#, r#"config.ports[0]: "x" is not the label of a port: the job's ports are "old", "raw", "same", "web""#)]
+#[case("port_map = { x = 1 }", r#"config.port_map["x"]: "x" is not the label of a port: the job's ports are "old", "raw", "same", "web""#)]
+#[case(
+    "port_map = { old = 0 }",
+    r#"config.port_map["old"]: 0 is not a port number from 1 to 65535"#
+)]
+#[case(
+    "port_map = { old = 65536 }",
+    r#"config.port_map["old"]: 65536 is not a port number from 1 to 65535"#
+)]
+#[case(
+    "port_map = { old = 1.5 }",
+    r#"config.port_map["old"]: 1.5 is not a port number from 1 to 65535"#
+)]
+#[case(
+    "port_map = { old = 80 }\nports = [\"web\"]",
+    "config.port_map: can't be combined with config.ports"
+)]
+#[case(
+    "ports = [\"web\"]\nnetwork_veth = false",
+    "config.network_veth: false can't be combined with config.ports or config.port_map: ports lead into a network of its own"
+)]
+fn what_is_wrong_with_ports_is_said(#[case] extra: &str, #[case] message: &str) {
+    let body = format!("image = \"tree\"\nboot = false\n{extra}");
+    assert_eq!(with_ports().refusal(&body), message);
+}
+
+#[test]
+fn two_labels_with_one_host_port_are_refused() {
+    let mut host = with_ports();
+    host.grants.ports[1].host = 18080;
+    assert_eq!(
+        host.refusal("image = \"tree\"\nboot = false\nports = [\"web\", \"raw\"]"),
+        r#"config.ports[1]: "raw" has the host port 18080 that "web" has already"#
+    );
+}
+
+#[test]
+fn a_network_of_the_group_is_joined() {
+    let mut host = with_ports();
+    host.grants.network_namespace = Some("/var/run/netns/x".into());
+    let body = "image = \"tree\"\nboot = false\n";
+    let join = Network::Join("/var/run/netns/x".into());
+    let checked = host.check(body).unwrap();
+    assert_eq!(
+        (checked.spec.network, checked.notes),
+        (join.clone(), vec![])
+    );
+    let checked = host
+        .check(&format!(
+            "{body}network_veth = true\nport_map = {{ web = 80 }}"
+        ))
+        .unwrap();
+    assert_eq!(checked.spec.network, join);
+    assert_eq!(checked.spec.environment["NOMAD_PORT_web"], "18080");
+    assert_eq!(
+        checked.notes,
+        [
+            "config.network_veth has no effect: the task is in the network of its group",
+            "config.port_map has no effect: the task is in the network of its group",
+        ]
+    );
+    assert_eq!(
+        host.refusal(&format!("{body}port_map = {{ web = 81 }}")),
+        r#"config.port_map["web"]: 81 is not 80, the port that the network of the group leads to: set to = 81 in its port block"#
+    );
+    assert_eq!(
+        host.refusal(&format!("{body}network_zone = \"z\"")),
+        r#"config.network_zone: "z" can't be combined with a network mode of the group"#
+    );
+}
+
+#[rstest]
+#[case("network_veth = true", true, None, None)]
+#[case("network_zone = \"z\"", false, Some("z"), None)]
+#[case("network_zone = \"12\"\nnetwork_veth = false", false, Some("12"), None)]
+#[case(
+    "network_bridge = \"br0\"\nnetwork_veth = true",
+    true,
+    None,
+    Some("br0")
+)]
+fn private_networks(
+    #[case] extra: &str,
+    #[case] veth: bool,
+    #[case] zone: Option<&str>,
+    #[case] bridge: Option<&str>,
+) {
+    let expected = Network::Private {
+        veth,
+        zone: zone.map(Into::into),
+        bridge: bridge.map(Into::into),
+        ports: vec![],
+    };
+    assert_eq!(plain(&Host::new(), extra).network, expected);
+}
