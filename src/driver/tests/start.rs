@@ -1,0 +1,212 @@
+//! StartTask.
+
+use super::*;
+
+/// An allocation on disk and a task in it whose root is an empty tree.
+struct Allocation {
+    dir: tempfile::TempDir,
+}
+
+impl Allocation {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [
+            "root/usr",
+            "alloc/alloc",
+            "alloc/t/local",
+            "alloc/t/secrets",
+        ] {
+            std::fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        Self { dir }
+    }
+
+    fn task(&self, more: &[(&str, rmpv::Value)]) -> proto::TaskConfig {
+        let path = |name| self.dir.path().join(name).to_str().unwrap().to_owned();
+        let mut options = vec![
+            ("image".into(), path("root").into()),
+            ("boot".into(), false.into()),
+            (
+                "command".into(),
+                rmpv::Value::Array(vec!["/bin/true".into()]),
+            ),
+        ];
+        options.extend(
+            more.iter()
+                .map(|(name, value)| ((*name).into(), value.clone())),
+        );
+        let mut bytes = Vec::new();
+        rmpv::encode::write_value(&mut bytes, &rmpv::Value::Map(options)).unwrap();
+        proto::TaskConfig {
+            id: ID.to_owned(),
+            name: "t".to_owned(),
+            alloc_id: "a".to_owned(),
+            alloc_dir: path("alloc"),
+            msgpack_driver_config: bytes,
+            env: [("SECRET".to_owned(), "hush".to_owned())].into(),
+            ..Default::default()
+        }
+    }
+}
+
+fn start_request(task: &proto::TaskConfig) -> Request<proto::StartTaskRequest> {
+    Request::new(proto::StartTaskRequest {
+        task: Some(task.clone()),
+    })
+}
+
+#[tokio::test]
+async fn a_start_gives_a_handle_that_finds_the_task_again() {
+    let (stage, _end) = Stage::new(starts());
+    let first = driver(stage);
+    let task = Allocation::new().task(&[]);
+    // The allocation is gone from disk by the time of the start; that is an error of the configuration.
+    let gone = first.start_task(start_request(&task)).await.unwrap_err();
+    assert_eq!(gone.code(), Code::InvalidArgument);
+
+    let allocation = Allocation::new();
+    let task = allocation.task(&[]);
+    let response = first
+        .start_task(start_request(&task))
+        .await
+        .unwrap()
+        .into_inner();
+    let handle = response.handle.unwrap();
+    assert_eq!(
+        (handle.version, handle.state()),
+        (2, proto::TaskState::Running)
+    );
+    assert_eq!(handle.config.as_ref(), Some(&task), "unchanged");
+    let state = String::from_utf8(handle.driver_state.clone()).unwrap();
+    assert!(
+        state.contains(r#""schema":1"#) && !state.contains("hush"),
+        "{state}"
+    );
+
+    let mut events = first
+        .task_events(Request::new(proto::TaskEventsRequest {}))
+        .await
+        .unwrap()
+        .into_inner();
+    let event = timeout(LIMIT, events.next())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        (event.alloc_id.as_str(), event.message.as_str()),
+        ("a", "a note")
+    );
+
+    let mut mock = MockContainerBackend::new();
+    mock.expect_attach()
+        .times(1)
+        .returning(|started| Ok(started.clone()));
+    let (stage, end) = Stage::new(mock);
+    let second = driver(stage);
+    // What Nomad keeps over its own restart lacks the job's config block.
+    let handle = proto::TaskHandle {
+        config: Some(proto::TaskConfig {
+            msgpack_driver_config: Vec::new(),
+            ..task
+        }),
+        ..handle
+    };
+    let request = proto::RecoverTaskRequest {
+        task_id: String::new(),
+        handle: Some(handle),
+    };
+    second.recover_task(Request::new(request)).await.unwrap();
+    end.send_replace(Some(exit(42, 0)));
+    let waited = timeout(LIMIT, second.wait_task(wait_request()))
+        .await
+        .unwrap()
+        .unwrap()
+        .into_inner();
+    assert_eq!(waited.result.unwrap().exit_code, 42);
+}
+
+#[tokio::test]
+async fn the_same_id_twice_leaves_the_first_alone() {
+    let (stage, _end) = Stage::new(starts());
+    let driver = driver(stage);
+    let allocation = Allocation::new();
+    let task = allocation.task(&[]);
+    driver.start_task(start_request(&task)).await.unwrap();
+    let second = driver.start_task(start_request(&task)).await.unwrap_err();
+    assert_eq!(second.code(), Code::AlreadyExists);
+    assert!(driver.inspect_task(inspect_request()).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_wrong_option_starts_nothing_and_is_named() {
+    let driver = driver(Arc::new(MockContainerBackend::new()));
+    let allocation = Allocation::new();
+    let task = allocation.task(&[("volatile", "maybe".into())]);
+    let refused = driver.start_task(start_request(&task)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(refused.details().is_empty());
+    assert!(
+        refused.message().starts_with("config.volatile: "),
+        "{}",
+        refused.message()
+    );
+}
+
+#[tokio::test]
+async fn a_transient_failure_of_the_host_may_be_retried() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_start().returning(|_| {
+        Err(BackendError::Start {
+            machine: "t-a".to_owned(),
+            step: "start",
+            reason: "machined is busy".to_owned(),
+            cause: crate::container::Cause::Busy,
+        })
+    });
+    let driver = driver(Arc::new(mock));
+    let allocation = Allocation::new();
+    let failed = driver
+        .start_task(start_request(&allocation.task(&[])))
+        .await
+        .unwrap_err();
+    assert_eq!(failed.code(), Code::FailedPrecondition);
+    assert!(!failed.details().is_empty());
+    assert!(matches!(
+        driver.tasks.get(ID),
+        Err(crate::task::TaskError::Unknown)
+    ));
+}
+
+#[tokio::test]
+async fn a_start_whose_caller_died_is_finished_and_taken_back() {
+    let mut mock = starts();
+    mock.expect_stop().times(1).returning(|_, _, _| Ok(()));
+    let (tell, removed) = tokio::sync::oneshot::channel();
+    let tell = std::sync::Mutex::new(Some(tell));
+    mock.expect_remove()
+        .with(eq(ID))
+        .times(1)
+        .returning(move |id| {
+            let tell = tell.lock().unwrap().take().unwrap();
+            tell.send(id.to_owned()).unwrap();
+            Ok(())
+        });
+    let (stage, end) = Stage::new(mock);
+    stage.gate.forget_permits(usize::MAX);
+    let driver = driver(stage.clone());
+    let allocation = Allocation::new();
+    let task = allocation.task(&[]);
+    let caller = tokio::spawn({
+        let driver = driver.clone();
+        async move { driver.start_task(start_request(&task)).await.map(drop) }
+    });
+    while driver.tasks.get(ID).is_err() {
+        tokio::task::yield_now().await;
+    }
+    caller.abort();
+    assert!(caller.await.unwrap_err().is_cancelled());
+    stage.gate.add_permits(1);
+    end.send_replace(Some(exit(137, 9)));
+    assert_eq!(timeout(LIMIT, removed).await.unwrap().unwrap(), ID);
+}
