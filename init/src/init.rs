@@ -48,7 +48,8 @@ pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, 
     .ok();
     match start_command(&task, &mut channel, home.as_ref()) {
         Ok((signals, command)) => {
-            channel.say(&Word::Running);
+            let pid = command.as_raw_pid();
+            channel.say(&Word::Running { pid });
             Ok(Init {
                 channel,
                 signals,

@@ -99,7 +99,10 @@ pub enum Word {
     /// Everything is prepared and the command waits for [`Request::Go`]. The first word, unless it is `Failed`.
     Ready,
     /// The command runs. A launcher that has become the command can't say it.
-    Running,
+    Running {
+        /// Its process id inside the container.
+        pid: i32,
+    },
     /// The command does not run, and the program exits with [`Trouble::status`].
     Failed(Trouble),
     /// The command has ended with this raw wait status.
@@ -379,9 +382,10 @@ mod tests {
 
     #[test]
     fn what_is_too_long_is_no_message() {
-        let word = packet(&Word::Running);
+        let running = Word::Running { pid: 2 };
+        let word = packet(&running);
         let padded = [&word[..], &vec![b' '; LONGEST - word.len()]].concat();
-        assert_eq!(message::<Word>(&padded), Ok(Word::Running));
+        assert_eq!(message::<Word>(&padded), Ok(running));
         assert!(message::<Word>(&[&padded[..], b" "].concat()).is_err());
     }
 

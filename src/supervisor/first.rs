@@ -84,7 +84,7 @@ impl Said {
     fn then(self, word: &Word) -> Option<Self> {
         match (self, word) {
             (Self::Nothing, Word::Ready) => Some(Self::Ready),
-            (Self::Ready, Word::Running) => Some(Self::Running),
+            (Self::Ready, Word::Running { .. }) => Some(Self::Running),
             (Self::Nothing | Self::Ready, Word::Failed(_))
             | (Self::Running, Word::Ended { .. }) => Some(Self::Over),
             _ => None,
@@ -188,7 +188,8 @@ fn speaker_of(received: &RecvMsg<'_, '_, ()>) -> Option<i32> {
 mod tests {
     use super::*;
 
-    const LIFE: [Word; 3] = [Word::Ready, Word::Running, Word::Ended { status: 0 }];
+    const RUNNING: Word = Word::Running { pid: 2 };
+    const LIFE: [Word; 3] = [Word::Ready, RUNNING, Word::Ended { status: 0 }];
 
     /// What is heard when this is said, and whether the channel is open after it.
     fn heard(said: &[Word]) -> (Vec<Word>, bool) {
@@ -226,10 +227,10 @@ mod tests {
             errno: 2,
         });
         for (said, words) in [
-            (vec![Word::Running], 0),
+            (vec![RUNNING], 0),
             (vec![Word::Ended { status: 0 }], 0),
             (vec![Word::Ready, Word::Ended { status: 0 }], 1),
-            (vec![Word::Ready, Word::Running, failed.clone()], 2),
+            (vec![Word::Ready, RUNNING, failed.clone()], 2),
             (vec![failed.clone(), Word::Ready], 1),
             (vec![Word::Ready, Word::ExecEnded { id: 1, status: 0 }], 1),
         ] {

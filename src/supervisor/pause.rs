@@ -24,6 +24,8 @@ pub enum Point {
     Heard,
     /// Supervisor: the start is recorded, nobody knows of it.
     Recorded,
+    /// Supervisor: a signal is about to be sent.
+    Signalling,
     /// Supervisor: a signal has been sent, whoever asked for it does not know.
     Signalled,
     /// Supervisor: about to end the container by force.
@@ -56,6 +58,7 @@ impl Point {
             Self::Spawned => "spawned",
             Self::Heard => "heard",
             Self::Recorded => "recorded",
+            Self::Signalling => "signalling",
             Self::Signalled => "signalled",
             Self::Killing => "killing",
             Self::Exited => "exited",

@@ -107,6 +107,21 @@ pub fn first_child(pid: i32) -> Option<i32> {
     children(pid).first().copied()
 }
 
+/// The child of a process's main thread that has the pid `inner` in its own pid namespace. `None` if it has been reaped.
+pub fn child_by_inner_pid(parent: i32, inner: i32) -> Option<Held> {
+    children(parent).into_iter().find_map(|pid| {
+        let held = Held::by_pid(pid).ok()?;
+        // Read after it is held: if the pid means another process by now, the one that is held is gone and gets no signal.
+        let is_child = field(pid, "PPid:")?.trim().parse() == Ok(parent);
+        let is_it = field(pid, "NSpid:")?
+            .split_ascii_whitespace()
+            .last()?
+            .parse()
+            == Ok(inner);
+        (is_child && is_it).then_some(held)
+    })
+}
+
 /// The children of a process's main thread.
 pub fn children(pid: i32) -> Vec<i32> {
     let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
@@ -136,10 +151,15 @@ fn has(mask: u64, signal: Signal) -> bool {
         .is_ok_and(|bit| mask.checked_shr(bit).is_some_and(|rest| rest & 1 == 1))
 }
 
-fn mask(pid: i32, field: &str) -> Option<u64> {
+fn mask(pid: i32, name: &str) -> Option<u64> {
+    u64::from_str_radix(field(pid, name)?.trim(), 16).ok()
+}
+
+/// The rest of the line of `/proc/<pid>/status` that begins with `name`.
+fn field(pid: i32, name: &str) -> Option<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
-    u64::from_str_radix(line.trim(), 16).ok()
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    Some(line.to_owned())
 }
 
 /// Keeps this process out of core dumps, and out of the reach of debuggers and `/proc` readers that are not privileged: secrets
@@ -213,6 +233,34 @@ mod tests {
             assert!(!is_alive(nobody));
             assert!(children(pid).is_empty());
         }
+    }
+
+    /// The first child of an init whose command has ended is an orphan that it has adopted.
+    #[expect(clippy::disallowed_methods, reason = "processes to look for")]
+    #[test]
+    fn a_child_is_found_by_its_own_pid_and_never_another_one() {
+        let script = "sleep 600 & echo $!; sleep 600 & second=$!; echo $second; \
+            read line; kill $second; wait $second; echo gone; read line; kill %1";
+        let mut shell = Command::new("sh")
+            .args(["-c", script])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let parent = i32::try_from(shell.id()).unwrap();
+        let mut lines =
+            std::io::BufRead::lines(std::io::BufReader::new(shell.stdout.take().unwrap()));
+        let mut line = || lines.next().unwrap().unwrap();
+        let (first, second): (i32, i32) = (line().parse().unwrap(), line().parse().unwrap());
+        let found = |pid| child_by_inner_pid(parent, pid).map(|held| held.process().pid);
+        assert_eq!((found(first), found(second)), (Some(first), Some(second)));
+        assert_eq!(found(parent), None);
+        let mut stdin = shell.stdin.take().unwrap();
+        std::io::Write::write_all(&mut stdin, b"\n").unwrap();
+        assert_eq!(line(), "gone");
+        assert_eq!((found(first), found(second)), (Some(first), None));
+        drop(stdin);
+        shell.wait().unwrap();
     }
 
     #[test]

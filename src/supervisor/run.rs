@@ -34,7 +34,7 @@ use super::first::Channel;
 use super::line::{Failure, News, Step, Verb};
 use super::listeners::Listeners;
 use super::pause::{self, Point};
-use super::process::{Held, close_inherited, myself};
+use super::process::{Held, child_by_inner_pid, close_inherited, myself};
 use super::record::{Order, Records, Running};
 use super::tree_lock::SharedLocks;
 use super::{logs, remains};
@@ -153,6 +153,9 @@ struct Watch {
     first: Option<Channel>,
     /// Why the command does not run, from the first program.
     trouble: Option<Trouble>,
+    /// The process that signals are for with `process_two`: the first program, which passes them on, until it has said which
+    /// process the command is; then the command.
+    command: Option<Held>,
     /// The raw wait status of the command, from the first program.
     status: Option<i32>,
     state: State,
@@ -236,6 +239,7 @@ impl Watch {
             tree,
             first,
             trouble: None,
+            command: None,
             status: None,
             state: State::Starting { leader, ready },
             forced: false,
@@ -379,16 +383,20 @@ impl Watch {
         while let Some(word) = channel.hear() {
             match word {
                 Word::Ready => {
+                    let init = channel.speaker();
+                    self.command = init.and_then(|init| Held::by_pid(init).ok());
                     if let State::Starting { ready, .. } = &mut self.state {
                         *ready = true;
                     }
                 }
                 Word::Failed(trouble) => self.trouble = Some(trouble),
                 Word::Ended { status } => self.status = Some(status),
-                Word::Running
-                | Word::ExecRunning { .. }
-                | Word::ExecFailed { .. }
-                | Word::ExecEnded { .. } => {}
+                Word::Running { pid } => {
+                    let init = channel.speaker();
+                    let command = init.and_then(|init| child_by_inner_pid(init, pid));
+                    self.command = command.or_else(|| self.command.take());
+                }
+                Word::ExecRunning { .. } | Word::ExecFailed { .. } | Word::ExecEnded { .. } => {}
             }
         }
     }

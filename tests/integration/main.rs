@@ -26,6 +26,7 @@ mod run_command;
 mod run_exits;
 mod run_files;
 mod run_signals;
+mod second_process;
 mod secrets;
 mod shutdown;
 mod signals;

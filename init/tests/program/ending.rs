@@ -17,15 +17,19 @@ const HARMLESS: [i32; 8] = [
     libc::SIGWINCH,
 ];
 
+fn ran_and_ended(words: &[Word], raw: i32) {
+    match words {
+        [Word::Ready, Word::Running { .. }, Word::Ended { status }] if *status == raw => {}
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn every_exit_code_is_told_as_it_is() {
     for code in 0..=255 {
         let left = run(&shell(Life::Init, &format!("exit {code}")));
         let status = code << 8;
-        assert_eq!(
-            left.words,
-            [Word::Ready, Word::Running, Word::Ended { status }]
-        );
+        ran_and_ended(&left.words, status);
         assert_eq!(left.status, status, "its own end says the same");
     }
 }
@@ -48,10 +52,7 @@ fn death_by_every_signal_is_told_as_it_is() {
             .directory(place.path())
             .run();
         let status = number;
-        assert_eq!(
-            left.words,
-            [Word::Ready, Word::Running, Word::Ended { status }]
-        );
+        ran_and_ended(&left.words, status);
         assert_eq!(left.code(), 128 + number);
         let left = run(&shell(Life::Launcher, &script));
         assert_eq!((left.words, left.status), (vec![Word::Ready], number));
@@ -67,10 +68,7 @@ fn a_core_dump_is_told_as_the_kernel_told_it() {
     let left = Launch::new(&shell(Life::Init, script))
         .directory(place.path())
         .run();
-    assert_eq!(
-        left.words,
-        [Word::Ready, Word::Running, Word::Ended { status }]
-    );
+    ran_and_ended(&left.words, status);
     assert_eq!(left.code(), 128 + libc::SIGQUIT, "without the flag");
 }
 

@@ -229,7 +229,8 @@ impl Program {
 
     pub(crate) fn expect_running(&self) {
         assert_eq!(self.word(), Some(Word::Ready));
-        assert_eq!(self.word(), Some(Word::Running));
+        let word = self.word();
+        assert!(matches!(word, Some(Word::Running { .. })), "{word:?}");
     }
 
     /// Sends a request with these descriptors.

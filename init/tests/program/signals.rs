@@ -36,6 +36,15 @@ fn every_signal_is_passed_on() {
 }
 
 #[test]
+fn the_supervisor_learns_which_process_the_command_is() {
+    let program = Launch::new(&shell(Life::Init, "read line")).start();
+    assert_eq!(program.word(), Some(Word::Ready));
+    let running = program.word();
+    let pid = program.command();
+    assert_eq!(running, Some(Word::Running { pid }));
+}
+
+#[test]
 fn a_signal_to_which_the_command_has_no_answer_ends_it() {
     for number in [libc::SIGTERM, libc::SIGINT, libc::SIGPIPE, 34, 64] {
         let program = Launch::new(&shell(Life::Init, "read line")).start();

@@ -4,11 +4,10 @@
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
-use super::super::first::Channel;
 use super::super::pause::{self, Point};
-use super::super::process::{Held, catches, first_child, ignores, takes};
+use super::super::process::{Held, catches, ignores, takes};
 use super::super::remains;
-use super::{CLEAR_UP, State, Watch, is_gone};
+use super::{CLEAR_UP, State, Watch};
 use crate::cgroup::{Group, freezer};
 use crate::container::Mode;
 use crate::signal::Signal;
@@ -17,27 +16,16 @@ use crate::signal::Signal;
 const YOUTH: Duration = Duration::from_secs(60);
 
 impl Watch {
-    /// The process that signals are for.
-    pub(super) fn payload(&self) -> Option<i32> {
-        let State::Running {
-            leader: Some(leader),
-            ..
-        } = &self.state
-        else {
+    /// The process that signals are for; none once it has ended. A second process is known from what its init says, and never
+    /// looked for: when it has ended, the children of the init are orphans that the init has adopted.
+    fn payload(&self) -> Option<&Held> {
+        let State::Running { leader, .. } = &self.state else {
             return None;
         };
-        let pid = leader.process().pid;
         match self.order.mode {
-            Mode::Boot | Mode::Plain => Some(pid),
-            Mode::ProcessTwo => {
-                // Before it has a child, and after, our own program keeps signals or has no use for them.
-                let init = self
-                    .first
-                    .as_ref()
-                    .and_then(Channel::speaker)
-                    .unwrap_or(pid);
-                Some(first_child(init).unwrap_or(init))
-            }
+            Mode::Boot | Mode::Plain => leader.as_ref(),
+            Mode::ProcessTwo if self.status.is_some() => None,
+            Mode::ProcessTwo => self.command.as_ref().or(leader.as_ref()),
         }
     }
 
@@ -48,52 +36,56 @@ impl Watch {
         if self.order.mode == Mode::Boot {
             return Some(Signal::POWER_OFF);
         }
-        let pid = self.payload()?;
+        let pid = self.payload()?.process().pid;
         let term = catches(pid, Signal::TERM) || ignores(pid, Signal::INT);
         Some(if term { Signal::TERM } else { Signal::INT })
     }
 
     pub(super) fn signal(&mut self, signal: Option<Signal>) -> io::Result<()> {
         self.rouse_nspawn();
-        let (Some(signal), Some(pid)) = (signal, self.payload()) else {
+        pause::at(&self.records, Point::Signalling);
+        let (Some(signal), Some(payload)) = (signal, self.payload()) else {
             return Ok(());
         };
-        if self.comes_too_early(pid, signal) {
-            // One is as good as many: the kernel too keeps a signal once.
-            if !self.kept.contains(&signal) {
-                self.kept.push(signal);
-            }
-            return Ok(());
+        if !self.comes_too_early(payload, signal) {
+            return payload.signal(signal);
         }
-        send(pid, signal)
+        // One is as good as many: the kernel too keeps a signal once.
+        if !self.kept.contains(&signal) {
+            self.kept.push(signal);
+        }
+        Ok(())
     }
 
     /// Whether an image's init would lose a signal that it may take later. systemd-nspawn tells of the start while the first
     /// process is still its own program, and an init needs a moment as well.
-    fn comes_too_early(&self, pid: i32, signal: Signal) -> bool {
+    fn comes_too_early(&self, payload: &Held, signal: Signal) -> bool {
         let State::Running { since, .. } = self.state else {
             return false;
         };
         // These work without being taken.
         let works = [Signal::NULL, Signal::CONT, Signal::STOP].contains(&signal);
         let young = self.order.mode == Mode::Boot && since.elapsed() < YOUTH;
-        young && !works && takes(pid, signal) == Some(false)
+        young && !works && takes(payload.process().pid, signal) == Some(false)
     }
 
     pub(super) fn send_what_was_kept(&mut self) {
         if self.kept.is_empty() {
             return;
         }
-        let Some(pid) = self.payload() else {
+        let kept = std::mem::take(&mut self.kept);
+        let Some(payload) = self.payload() else {
             return;
         };
-        for signal in std::mem::take(&mut self.kept) {
-            if self.comes_too_early(pid, signal) {
-                self.kept.push(signal);
-            } else if let Err(error) = send(pid, signal) {
+        let (early, due): (Vec<_>, Vec<_>) = kept
+            .into_iter()
+            .partition(|signal| self.comes_too_early(payload, *signal));
+        for signal in due {
+            if let Err(error) = payload.signal(signal) {
                 let _ = writeln!(io::stderr(), "{signal} can't be sent: {error}");
             }
         }
+        self.kept = early;
     }
 
     /// Ends the container by force, and lets systemd-nspawn see it and clear up.
@@ -163,13 +155,5 @@ impl Watch {
                 self.reap();
             });
         }
-    }
-}
-
-fn send(pid: i32, signal: Signal) -> io::Result<()> {
-    match Held::by_pid(pid) {
-        Ok(held) => held.signal(signal),
-        Err(error) if is_gone(&error) => Ok(()),
-        Err(error) => Err(error),
     }
 }
