@@ -19,6 +19,7 @@ mod stopping;
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
@@ -423,7 +424,9 @@ impl Watch {
             .order
             .copies
             .as_deref()
-            .and_then(|copies| remains::copy_of(leader, copies));
+            .and_then(|copies| remains::copy_of(leader, copies))
+            // The container may have mounted something over its root whose name is that of another one's copy.
+            .filter(|copy| is_root_of(leader, copy));
         let started = Started {
             id: self.order.id.clone(),
             machine: self.order.machine.clone(),
@@ -527,6 +530,15 @@ impl Watch {
     }
 }
 
+/// Whether this directory is the root directory of a process.
+fn is_root_of(pid: i32, directory: &Path) -> bool {
+    let root = std::fs::metadata(format!("/proc/{pid}/root"));
+    let directory = std::fs::symlink_metadata(directory);
+    root.is_ok_and(|root| {
+        directory.is_ok_and(|other| (root.dev(), root.ino()) == (other.dev(), other.ino()))
+    })
+}
+
 /// Whether it means that there is no such process.
 fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
@@ -549,6 +561,23 @@ impl Awake {
             notify: true,
             lifeline: true,
             leader: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_root_is_known_by_its_device_and_number() {
+        let scratch = tempfile::tempdir().unwrap();
+        let link = scratch.path().join("link");
+        std::os::unix::fs::symlink("/", &link).unwrap();
+        let me = nix::unistd::getpid().as_raw();
+        assert!(is_root_of(me, Path::new("/")));
+        for other in [scratch.path(), &link, Path::new("/nowhere")] {
+            assert!(!is_root_of(me, other), "{}", other.display());
         }
     }
 }
