@@ -17,6 +17,7 @@ mod birth;
 mod over;
 mod stopping;
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -69,6 +70,11 @@ pub fn supervise(directory: &Path) -> ExitCode {
     let mut listeners = Listeners::default();
     if let Ok(asker) = asker {
         listeners.add(asker);
+        // A client that is dropped sees the end of its connection, so no other descriptor may keep that open.
+        let closed = File::open("/dev/null").and_then(|null| Ok(nix::unistd::dup2_stdin(null)?));
+        if let Err(error) = closed {
+            let _ = writeln!(io::stderr(), "standard input can't be closed: {error}");
+        }
     }
     match prepare(&records)
         .and_then(|(order, sockets)| Watch::start(records.clone(), order, sockets))

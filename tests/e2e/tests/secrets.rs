@@ -464,7 +464,7 @@ async fn nobody_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
     let directory = state["state"].as_str().unwrap();
     let open = descriptors(pid("supervisor")).unwrap();
     let streams = [
-        "socket",
+        "/dev/null",
         "/memfd:nspawn-init (deleted)",
         &format!("{directory}/log"),
     ];
