@@ -188,6 +188,19 @@ fn check_root(options: &Options, root: &Path) -> Result<(), Refusal> {
             "Sorry, --volatile=yes mode is not supported with OS images that have not merged /bin/, /sbin/, /lib/, /lib64/ into /usr/. Please work with your distribution and help them adopt the merged /usr scheme.\nShort read while reading cgroup mode (0 bytes). The child is most likely dead.",
         ));
     }
+    check_mapping(options)
+}
+
+/// A root that is put together from several mounts can't be mapped, which the real tool finds in its child. Seen with a picked range.
+fn check_mapping(options: &Options) -> Result<(), Refusal> {
+    let several = matches!(options.volatile, Volatile::Yes | Volatile::State);
+    let mapped = matches!(options.ownership.as_deref(), Some("map" | "auto"));
+    if several && options.users == Users::Pick && mapped && options.version >= 249 {
+        return Err(Refusal {
+            message: "Failed to set up ID mapped mounts: Device or resource busy\nShort read while reading cgroup mode (0 bytes). The child is most likely dead.".to_owned(),
+            errno: 16,
+        });
+    }
     Ok(())
 }
 

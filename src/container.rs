@@ -2,6 +2,7 @@
 //! it ended, what it uses. Types only: no I/O, no decisions, nothing of Nomad's wire and nothing of systemd's command line.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -150,6 +151,8 @@ pub enum Network {
 pub struct PortForward {
     /// The job's name for it.
     pub label: String,
+    /// The one address of the host on which Nomad allotted it; `None` is every address.
+    pub address: Option<IpAddr>,
     /// On the host.
     pub host: u16,
     /// Inside.

@@ -4,7 +4,19 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
+
+/// The directory in which systemd-nspawn makes the throw-away copy of a root: the one that holds the root, or a tree itself where it is
+/// a mount point of its own.
+pub fn copy_place(root: &Path) -> PathBuf {
+    let parent = root.parent().unwrap_or(root);
+    let device = |path: &Path| path.metadata().map(|about| about.dev()).ok();
+    match root.is_dir() && device(root) != device(parent) {
+        true => root.to_owned(),
+        false => parent.to_owned(),
+    }
+}
 
 /// As many links as the kernel follows.
 const MAX_LINKS: usize = 40;

@@ -22,10 +22,11 @@ use crate::cgroup::{Group, Layout};
 use crate::container::{
     Cause, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users, Volatile,
 };
-use crate::nspawn::argv::{self, Bind, Host};
+use crate::nspawn::argv::{self, Host};
+use crate::nspawn::ports::{self, Addresses};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 use crate::nspawn::version::{self, Feature};
-use crate::nspawn::{probe, root};
+use crate::nspawn::{idmap, ownership, probe, root};
 use crate::signal::Signal;
 use crate::supervisor::orphans::{self, Supervisor};
 use crate::supervisor::pause::{self, Point};
@@ -35,6 +36,7 @@ use crate::supervisor::{
     self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
     state_dir,
 };
+use crate::tree::copy_place;
 
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
 const START: Duration = Duration::from_secs(600);
@@ -244,14 +246,10 @@ impl NspawnBackend {
         self.claims().insert(records.path().to_owned(), claim);
         let (root, mut mounts) = self.root(spec, records)?;
         mounts.extend(spec.mounts.iter().cloned());
-        let mapped = Feature::MappedBinds.is_in(version) && is_shifted(&spec.users);
-        let binds: Vec<Bind> = mounts
-            .into_iter()
-            .map(|mount| Bind {
-                idmap: mapped && probe::can_idmap(&mount.source, self.kernel),
-                mount,
-            })
-            .collect();
+        let mut notes = port_notes(spec)?;
+        let (binds, unmapped) = idmap::binds(mounts, &spec.users, version, self.kernel);
+        notes.extend(unmapped);
+        notes.extend(ownership::notes(spec, version, self.kernel));
         let mut line = argv::command_line(spec, &root, &binds, host).map_err(|error| {
             BackendError::Unsupported {
                 machine: spec.machine.clone(),
@@ -263,10 +261,10 @@ impl NspawnBackend {
             records.notify().to_string_lossy().into_owned(),
         );
         let place = self.place(spec, records, &layout);
-        let mut notes = Vec::new();
         if place.is_none() {
             notes.push(
-                "this host gives no control groups: no limit of this task is enforced".to_owned(),
+                "this host has no control groups that the driver can use: there are no statistics of this task"
+                    .to_owned(),
             );
         }
         let order = Order {
@@ -669,29 +667,22 @@ impl ContainerBackend for NspawnBackend {
     }
 }
 
-/// systemd-nspawn copies an ephemeral image beside it; a tree too, or into it where it is a mount point of its own.
+/// Where the throw-away copy of a container's root is made, if there is one.
 fn copies_of(spec: &ContainerSpec) -> Option<PathBuf> {
-    let tree = match &spec.root {
-        _ if !spec.ephemeral => return None,
-        Root::Image(image) => return image.parent().map(Path::to_owned),
-        Root::Directory(tree) => tree,
-    };
-    let parent = tree.parent().unwrap_or(tree);
-    let device = |path: &Path| fs::metadata(path).map(|about| about.dev()).ok();
-    Some(if device(tree) == device(parent) {
-        parent.to_owned()
-    } else {
-        tree.clone()
-    })
+    let (Root::Directory(root) | Root::Image(root)) = &spec.root;
+    spec.ephemeral.then(|| copy_place(root))
 }
 
-/// Whether ids inside are other ids outside. Where they are the same, the kernel refuses to map a mount.
-fn is_shifted(users: &Users) -> bool {
-    let Users::Private { range, .. } = users else {
-        return false;
+/// What the user should know about the ports of a container. A port that would be reached on more addresses than it is allotted on is
+/// refused.
+fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
+    let Network::Private { ports, .. } = &spec.network else {
+        return Ok(Vec::new());
     };
-    let first = range.split(':').next().unwrap_or_default();
-    !matches!(first, "no" | "identity") && first.parse::<u32>() != Ok(0)
+    ports::check(ports, &Addresses::of_this_host()).map_err(|reason| BackendError::Unsupported {
+        machine: spec.machine.clone(),
+        reason,
+    })
 }
 
 /// The supervisors that are alive of a start that has not recorded its container, so that it does not name them.

@@ -23,14 +23,6 @@ pub(super) fn check(grants: &Grants) -> Result<(), ConfigError> {
             format!("{} {reason}", quoted(value)),
         ))
     };
-    let id = &grants.id;
-    if id.len() > ID_MAX || has_control(id) || id.split('/').any(|part| !is_file_name(part)) {
-        return fault(
-            "task.id",
-            id,
-            "is not an id: give names with / between them, at most 512 bytes",
-        );
-    }
     for (option, name) in [
         ("task.name", &grants.task),
         ("task.alloc_id", &grants.alloc_id),
@@ -39,9 +31,17 @@ pub(super) fn check(grants: &Grants) -> Result<(), ConfigError> {
             return fault(
                 option,
                 name,
-                "can't be the name of a directory: give 1 to 255 bytes without /",
+                "can't be the name of a directory: give 1 to 255 bytes without / and control characters such as a tab, and not . or ..",
             );
         }
+    }
+    let id = &grants.id;
+    if id.len() > ID_MAX || has_control(id) || id.split('/').any(|part| !is_file_name(part)) {
+        return fault(
+            "task.id",
+            id,
+            "is not an id: give names with / between them, none of them . or .., without control characters, at most 512 bytes",
+        );
     }
     Ok(())
 }
@@ -139,6 +139,9 @@ mod tests {
     #[case("a/../b", "web", ALLOC, "task.id")]
     #[case("/a", "web", ALLOC, "task.id")]
     #[case("a/b\nc", "web", ALLOC, "task.id")]
+    #[case("a/./b", ".", ALLOC, "task.name")]
+    #[case("a/../b", "..", ALLOC, "task.name")]
+    #[case("a/t\tx/b", "t\tx", ALLOC, "task.name")]
     #[case("a", "", ALLOC, "task.name")]
     #[case("a", "..", ALLOC, "task.name")]
     #[case("a", "x/y", ALLOC, "task.name")]
@@ -159,6 +162,8 @@ mod tests {
         assert_eq!(check(&grants).unwrap_err().option, option);
         let long = Grants {
             id: "a/".repeat(300) + "a",
+            task: "web".into(),
+            alloc_id: ALLOC.into(),
             ..grants
         };
         assert_eq!(check(&long).unwrap_err().option, "task.id");

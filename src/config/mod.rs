@@ -2,6 +2,7 @@
 //! that is not meaningful or not allowed, so that no later room asks again; starts nothing.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -96,6 +97,8 @@ pub struct GrantedPort {
     pub host: u16,
     /// Inside; 0 is the same number.
     pub to: u16,
+    /// The one address of the host on which it is allotted; `None` is every address.
+    pub address: Option<IpAddr>,
     /// Whether it comes from a task-level `network` block (the old form, for `port_map`) rather than from the group's.
     pub task_level: bool,
 }

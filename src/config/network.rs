@@ -188,6 +188,7 @@ fn add(
     }
     forwards.push(PortForward {
         label: port.label.clone(),
+        address: port.address,
         host: port.host,
         container,
     });

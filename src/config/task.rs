@@ -4,8 +4,10 @@
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
+use nix::sys::statvfs::{FsFlags, statvfs};
+
 use crate::container::{ContainerSpec, Mode, Network, Root, Users, Volatile};
-use crate::tree::resolve;
+use crate::tree::{copy_place, resolve};
 
 use super::decode::quoted;
 use super::environment::{self, STRING_MAX};
@@ -14,6 +16,7 @@ use super::paths::{Allocation, inside};
 use super::words::{self, one_of};
 use super::{Checked, ConfigError, Grants, Places, PluginConfig, identity, mounts, network, tree};
 
+const EPHEMERAL: &str = "config.ephemeral";
 const IMAGE: &str = "config.image";
 const OWNERSHIP: &str = "config.private_users_ownership";
 const PIVOT_ROOT: &str = "config.pivot_root";
@@ -73,6 +76,9 @@ pub(super) fn check(
     }
     let allocation = Allocation::of(grants)?;
     let root = root(&options.image, &allocation, places)?;
+    if options.ephemeral {
+        copied_from(&root)?;
+    }
     if let Root::Directory(path) = &root {
         start_from(path, &options, mode, volatile, &users, pivot.as_deref())?;
     }
@@ -232,11 +238,20 @@ fn users(
     }
     // With the other ranges the files of the image have their owners already.
     let mapped = range == "pick" || range.starts_with(|first: char| first.is_ascii_digit());
+    let ownership = ownership.or_else(|| mapped.then_some("auto"));
+    if let (true, Volatile::Yes | Volatile::State, Some("auto" | "map")) =
+        (mapped, volatile, ownership)
+    {
+        let word = quoted(options.volatile.as_deref().unwrap_or_default());
+        let reason = format!(
+            "{word} can't be combined with config.user_namespacing, which is true unless it is set to false: systemd-nspawn can't map the ids \
+             of a root that is put together from several mounts; set config.user_namespacing = false or use \"overlay\""
+        );
+        return Err(ConfigError::new(VOLATILE, reason));
+    }
     Ok(Users::Private {
         range: range.to_owned(),
-        ownership: ownership
-            .or_else(|| mapped.then_some("auto"))
-            .map(str::to_owned),
+        ownership: ownership.map(str::to_owned),
     })
 }
 
@@ -304,6 +319,26 @@ fn root(image: &str, allocation: &Allocation, places: &Places) -> Result<Root, C
         );
         Err(ConfigError::new(IMAGE, reason))
     }
+}
+
+/// The copy of an ephemeral root needs a place that can be written.
+fn copied_from(root: &Root) -> Result<(), ConfigError> {
+    let (Root::Directory(path) | Root::Image(path)) = root;
+    let place = copy_place(path);
+    let is_read_only =
+        |found: nix::sys::statvfs::Statvfs| found.flags().contains(FsFlags::ST_RDONLY);
+    // A place that can't be asked is systemd-nspawn's to refuse.
+    if !statvfs(&place).is_ok_and(is_read_only) {
+        return Ok(());
+    }
+    let shown = |path: &Path| quoted(&path.to_string_lossy());
+    let reason = format!(
+        "true can't be used with the image {}: its copy is made in {}, which is mounted read-only; mount it writable, or set \
+         config.volatile = \"overlay\" in place of config.ephemeral",
+        shown(path),
+        shown(&place)
+    );
+    Err(ConfigError::new(EPHEMERAL, reason))
 }
 
 /// What systemd-nspawn would refuse about a directory as the root.

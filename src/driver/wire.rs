@@ -1,6 +1,7 @@
 //! Between Nomad's messages and our nouns, both ways. Pure; it decides nothing, and leaves no field out whose absence would end
 //! the agent.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
@@ -87,28 +88,47 @@ fn mount(mount: &proto::Mount) -> GrantedMount {
 }
 
 fn ports(resources: &proto::Resources) -> Result<Vec<GrantedPort>, CallError> {
-    let port = |label: &str, number: i32, to: i32, task_level| {
-        let wrong =
-            |_| CallError::Request(format!("port {label:?}: {number} is not a port number"));
-        Ok(GrantedPort {
-            label: label.to_owned(),
-            host: number.try_into().map_err(wrong)?,
-            // -1 is the job's word for "the same number".
-            to: to.max(0).try_into().map_err(wrong)?,
-            task_level,
-        })
-    };
     let networks = resources
         .allocated_resources
         .iter()
         .flat_map(|allocated| &allocated.networks);
-    let task_level =
-        networks.flat_map(|network| network.reserved_ports.iter().chain(&network.dynamic_ports));
+    let task_level = networks.flat_map(|network| {
+        let ports = network.reserved_ports.iter().chain(&network.dynamic_ports);
+        ports.map(|given| (given, &network.ip))
+    });
     let group = resources.ports.iter();
     group
-        .map(|mapping| port(&mapping.label, mapping.value, mapping.to, false))
-        .chain(task_level.map(|given| port(&given.label, given.value, 0, true)))
+        .map(|given| port(&given.label, given.value, given.to, &given.host_ip, false))
+        .chain(task_level.map(|(given, ip)| port(&given.label, given.value, 0, ip, true)))
         .collect()
+}
+
+fn port(
+    label: &str,
+    number: i32,
+    to: i32,
+    address: &str,
+    task_level: bool,
+) -> Result<GrantedPort, CallError> {
+    let wrong = |_| CallError::Request(format!("port {label:?}: {number} is not a port number"));
+    Ok(GrantedPort {
+        label: label.to_owned(),
+        host: number.try_into().map_err(wrong)?,
+        // -1 is the job's word for "the same number".
+        to: to.max(0).try_into().map_err(wrong)?,
+        address: host_address(label, address)?,
+        task_level,
+    })
+}
+
+/// The one address on which a port is allotted. Nothing and the unspecified addresses mean all.
+fn host_address(label: &str, text: &str) -> Result<Option<IpAddr>, CallError> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let wrong = |_| CallError::Request(format!("port {label:?}: {text:?} is not an IP address"));
+    let address = text.parse::<IpAddr>().map_err(wrong)?.to_canonical();
+    Ok(Some(address).filter(|address| !address.is_unspecified()))
 }
 
 /// A duration of the wire; negative and absent ones are zero.
@@ -196,6 +216,7 @@ mod tests {
     use super::*;
     use crate::driver::tests::hex;
     use prost::Message as _;
+    use rstest::rstest;
 
     fn exit(code: i32, signal: i32) -> Exit {
         Exit {
@@ -277,6 +298,7 @@ mod tests {
                             label: "old".to_owned(),
                             value: 9000,
                         }],
+                        ip: "192.0.2.2".to_owned(),
                         ..Default::default()
                     }],
                     ..Default::default()
@@ -332,6 +354,40 @@ mod tests {
         });
         let error = grants(&task).unwrap_err().to_string();
         assert_eq!(error, "port \"x\": 70000 is not a port number");
+    }
+
+    #[rstest]
+    #[case("", Ok(None))]
+    #[case("0.0.0.0", Ok(None))]
+    #[case("::", Ok(None))]
+    #[case("::ffff:0.0.0.0", Ok(None))]
+    #[case("10.0.0.1", Ok(Some("10.0.0.1")))]
+    #[case("::ffff:10.0.0.1", Ok(Some("10.0.0.1")))]
+    #[case("fd00::1", Ok(Some("fd00::1")))]
+    #[case("10.0.0.0/8", Err("port \"x\": \"10.0.0.0/8\" is not an IP address"))]
+    fn a_port_keeps_the_address_on_which_it_is_allotted(
+        #[case] host_ip: &str,
+        #[case] wanted: Result<Option<&str>, &str>,
+    ) {
+        let port = proto::PortMapping {
+            label: "x".to_owned(),
+            value: 25000,
+            host_ip: host_ip.to_owned(),
+            ..Default::default()
+        };
+        let task = proto::TaskConfig {
+            resources: Some(proto::Resources {
+                ports: vec![port],
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let address = grants(&task).map(|grants| grants.ports[0].address);
+        let wanted = wanted.map(|address| address.map(|text| text.parse().unwrap()));
+        assert_eq!(
+            address.map_err(|error| error.to_string()),
+            wanted.map_err(str::to_owned)
+        );
     }
 
     #[test]

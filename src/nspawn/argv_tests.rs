@@ -78,6 +78,7 @@ fn every_option_has_its_word() {
             bridge: None,
             ports: vec![crate::container::PortForward {
                 label: "http".into(),
+                address: None,
                 host: 25000,
                 container: 80,
             }],

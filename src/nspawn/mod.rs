@@ -3,6 +3,9 @@
 
 pub mod argv;
 pub mod hidden;
+pub mod idmap;
+pub mod ownership;
+pub mod ports;
 pub mod probe;
 pub mod refusal;
 pub mod root;

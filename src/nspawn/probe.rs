@@ -5,8 +5,6 @@ use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::sys::statfs::{FsType, statfs};
-
 /// Where a program is looked for besides `PATH`: an agent started by hand often lacks these.
 const USUAL: &[&str] = &[
     "/usr/bin",
@@ -63,34 +61,6 @@ fn parse_kernel(release: &str) -> (u32, u32) {
         .split(|c: char| !c.is_ascii_digit())
         .map(|part| part.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
-}
-
-/// The kernel from which on a file system of this type can carry an id mapping; by its magic number, from the kernel's
-/// `linux/magic.h` and the file systems' histories.
-fn idmap_since(kind: FsType) -> Option<(u32, u32)> {
-    const SINCE: &[(u32, (u32, u32))] = &[
-        (0xEF53, (5, 12)),      // ext2, ext3, ext4
-        (0x5846_5342, (5, 12)), // xfs
-        (0x4d44, (5, 12)),      // vfat
-        (0x9123_683E, (5, 15)), // btrfs
-        (0xF2F5_2010, (5, 18)), // f2fs
-        (0xE0F5_E1E2, (5, 19)), // erofs
-        (0x7371_7368, (6, 2)),  // squashfs
-        (0x0102_1994, (6, 3)),  // tmpfs
-        (0x2FC1_2FC1, (6, 6)),  // zfs 2.2
-    ];
-    let magic = u32::try_from(kind.0).ok()?;
-    SINCE
-        .iter()
-        .find(|(known, _)| *known == magic)
-        .map(|(_, since)| *since)
-}
-
-/// Whether the file system under `path` can carry an id mapping. One that is not known can't: the mount is then made without.
-pub fn can_idmap(path: &Path, kernel: (u32, u32)) -> bool {
-    statfs(path).is_ok_and(|found| {
-        idmap_since(found.filesystem_type()).is_some_and(|since| kernel >= since)
-    })
 }
 
 /// Whether the kernel gives user namespaces: they are built in and their number is not limited to none.

@@ -24,6 +24,7 @@ use support::not_applicable;
 // The crate that plays the suite says, beside this module, what a world is.
 use super::world;
 
+mod degraded;
 mod environment;
 mod exits;
 mod force;

@@ -38,7 +38,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("task", &["backend", "container", "signal"]),
     (
         "backend",
-        &["supervisor", "nspawn", "cgroup", "container", "signal"],
+        &[
+            "supervisor",
+            "nspawn",
+            "cgroup",
+            "container",
+            "signal",
+            "tree",
+        ],
     ),
     (
         "supervisor",

@@ -19,6 +19,7 @@ mod hostile;
 mod house;
 mod lifecycle;
 mod logs;
+mod ports;
 mod reconcile;
 mod recover;
 mod rerun;

@@ -5,9 +5,51 @@ use super::*;
 fn forward(label: &str, host: u16, container: u16) -> PortForward {
     PortForward {
         label: label.into(),
+        address: None,
         host,
         container,
     }
+}
+
+/// Only a root that systemd-nspawn would map the ids of: `map` is refused too, and what has its owners already or keeps them is not.
+#[rstest]
+#[case("volatile = \"yes\"", true)]
+#[case("volatile = \"state\"", true)]
+#[case("volatile = \"overlay\"", false)]
+#[case("volatile = \"state\"\nprivate_users = \"1048576\"", true)]
+#[case("volatile = \"state\"\nprivate_users_ownership = \"map\"", true)]
+#[case("volatile = \"state\"\nprivate_users_ownership = \"off\"", false)]
+#[case("volatile = \"state\"\nprivate_users = \"identity\"", false)]
+#[case(
+    "volatile = \"state\"\nprivate_users = \"yes\"\nprivate_users_ownership = \"map\"",
+    false
+)]
+#[case("volatile = \"state\"\nprivate_users = \"no\"", false)]
+#[case("volatile = \"state\"\nuser_namespacing = false", false)]
+fn a_root_of_several_mounts_is_not_mapped(#[case] options: &str, #[case] refused: bool) {
+    let host = Host::new();
+    let body = format!("image = \"tree\"\nboot = false\n{options}");
+    match host.check(&body) {
+        Ok(_) => assert!(!refused, "{options}"),
+        Err(error) => {
+            let text = error.to_string();
+            assert!(refused, "{text}");
+            for name in ["config.volatile: ", "config.user_namespacing", "overlay"] {
+                assert!(text.contains(name), "{text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_address_of_a_port_travels_along() {
+    let mut host = with_ports();
+    host.grants.ports[0].address = Some("10.0.0.1".parse().unwrap());
+    let Network::Private { ports, .. } = plain(&host, r#"ports = ["web", "raw"]"#).network else {
+        panic!("no private network")
+    };
+    assert_eq!(ports[0].address, Some("10.0.0.1".parse().unwrap()));
+    assert_eq!(ports[1].address, None);
 }
 
 #[test]

@@ -1,0 +1,215 @@
+//! Which mounts can carry the id mapping of a user namespace, and what the user should know about those that can't.
+
+use std::path::Path;
+
+use nix::sys::statfs::statfs;
+
+use super::argv::Bind;
+use super::version::Feature;
+use crate::container::{Mount, Users};
+
+/// A kernel's version, as `(6, 1)`.
+pub type Kernel = (u32, u32);
+
+/// File systems by their magic number, with the kernel from which on they can carry an id mapping; from the kernel's `linux/magic.h` and
+/// the histories of the file systems.
+const FILE_SYSTEMS: &[(u32, &str, Option<Kernel>)] = &[
+    (0xEF53, "ext4", Some((5, 12))), // ext2 and ext3 too
+    (0x5846_5342, "xfs", Some((5, 12))),
+    (0x4d44, "vfat", Some((5, 12))),
+    (0x9123_683E, "btrfs", Some((5, 15))),
+    (0xF2F5_2010, "f2fs", Some((5, 18))),
+    (0xE0F5_E1E2, "erofs", Some((5, 19))),
+    (0x7371_7368, "squashfs", Some((6, 2))),
+    (0x0102_1994, "tmpfs", Some((6, 3))),
+    (0x2FC1_2FC1, "zfs", Some((6, 6))), // zfs 2.2
+    (OVERLAY, "overlay", None),
+    (0x6969, "nfs", None),
+    (0x6573_5546, "fuse", None),
+    (0x00c3_6400, "ceph", None),
+    (0xFF53_4D42, "cifs", None),
+    (0xFE53_4D42, "smb2", None),
+    (0x0102_1997, "9p", None),
+    (0x8584_58f6, "ramfs", None),
+];
+
+/// The magic number of overlayfs.
+const OVERLAY: u32 = 0x794c_7630;
+
+/// The file system under a path, and whether it can carry an id mapping.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileSystem {
+    /// Its name, or its magic number where it is not known.
+    pub name: String,
+    /// Whether a mount of it can carry an id mapping on this kernel. One that is not known can't.
+    pub maps: bool,
+    /// Whether it is an overlay, in which a change of owner copies the file.
+    pub is_overlay: bool,
+}
+
+impl FileSystem {
+    /// The file system under `path`. One that can't be asked maps nothing.
+    pub fn under(path: &Path, kernel: Kernel) -> Self {
+        let magic = statfs(path).map(|found| found.filesystem_type().0);
+        let magic = magic.ok().and_then(|magic| u32::try_from(magic).ok());
+        magic.map_or_else(
+            || Self {
+                name: "unknown".to_owned(),
+                maps: false,
+                is_overlay: false,
+            },
+            |magic| Self::of(magic, kernel),
+        )
+    }
+
+    fn of(magic: u32, kernel: Kernel) -> Self {
+        let known = FILE_SYSTEMS.iter().find(|(known, ..)| *known == magic);
+        Self {
+            name: known.map_or_else(
+                || format!("of type {magic:#x}"),
+                |(_, name, _)| (*name).to_owned(),
+            ),
+            maps: known
+                .and_then(|(.., since)| *since)
+                .is_some_and(|since| kernel >= since),
+            is_overlay: magic == OVERLAY,
+        }
+    }
+}
+
+/// The binds of these mounts, with an id mapping where it is needed and possible, and what to tell the user about the others.
+pub fn binds(
+    mounts: Vec<Mount>,
+    users: &Users,
+    version: u32,
+    kernel: Kernel,
+) -> (Vec<Bind>, Vec<String>) {
+    let shifted = is_shifted(users);
+    let able = Feature::MappedBinds.is_in(version);
+    // The targets that lack the mapping, by what they lack it for.
+    let mut lacking: Vec<(String, Vec<String>)> = Vec::new();
+    let bind = |mount: Mount| {
+        let mut idmap = false;
+        if shifted {
+            let found = FileSystem::under(&mount.source, kernel);
+            idmap = able && found.maps;
+            let why = match able {
+                true => format!(
+                    "the file system {} can't carry one on this kernel",
+                    found.name
+                ),
+                false => format!(
+                    "systemd-nspawn {version} can't make one, {} and later can",
+                    Feature::MappedBinds.since()
+                ),
+            };
+            let target = mount.target.display().to_string();
+            match lacking.iter_mut().find(|(known, _)| *known == why) {
+                _ if idmap => {}
+                Some((_, targets)) => targets.push(target),
+                None => lacking.push((why, vec![target])),
+            }
+        }
+        Bind { mount, idmap }
+    };
+    let binds = mounts.into_iter().map(bind).collect();
+    let notes = lacking
+        .iter()
+        .map(|(why, targets)| unmapped(why, targets))
+        .collect();
+    (binds, notes)
+}
+
+fn unmapped(why: &str, targets: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown = targets.iter().take(SHOWN).cloned().collect::<Vec<_>>();
+    let more = match targets.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!(
+        "mounted without an id mapping, because {why}: {}{more}. In the container their files belong to nobody, and its root may do there what \
+         others may. Set config.user_namespacing = false, or keep what is mounted there on ext4, xfs or btrfs",
+        shown.join(", ")
+    )
+}
+
+/// Whether ids inside are other ids outside. Where they are the same, the kernel refuses to map a mount.
+fn is_shifted(users: &Users) -> bool {
+    let Users::Private { range, .. } = users else {
+        return false;
+    };
+    let first = range.split(':').next().unwrap_or_default();
+    !matches!(first, "no" | "identity") && first.parse::<u32>() != Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    #[rstest]
+    #[case(0xEF53, (5, 12), "ext4", true)]
+    #[case(0xEF53, (5, 11), "ext4", false)]
+    #[case(0x0102_1994, (6, 1), "tmpfs", false)]
+    #[case(0x0102_1994, (6, 3), "tmpfs", true)]
+    #[case(OVERLAY, (6, 18), "overlay", false)]
+    #[case(0x6969, (6, 18), "nfs", false)]
+    #[case(0x1234, (6, 18), "of type 0x1234", false)]
+    fn file_systems_are_known(
+        #[case] magic: u32,
+        #[case] kernel: Kernel,
+        #[case] name: &str,
+        #[case] maps: bool,
+    ) {
+        let found = FileSystem::of(magic, kernel);
+        assert_eq!((found.name.as_str(), found.maps), (name, maps));
+    }
+
+    fn private(range: &str) -> Users {
+        Users::Private {
+            range: range.to_owned(),
+            ownership: None,
+        }
+    }
+
+    fn mount(source: &str, target: &str) -> Mount {
+        Mount {
+            source: source.into(),
+            target: target.into(),
+            read_only: false,
+        }
+    }
+
+    /// `/proc` carries no mapping on any kernel.
+    #[test]
+    fn an_unmapped_mount_is_told_with_target_and_file_system() {
+        let mounts = vec![mount("/proc/self", "/data"), mount("/proc/sys", "/more")];
+        let (binds, notes) = super::binds(mounts, &private("pick"), 252, (6, 18));
+        assert!(binds.iter().all(|bind| !bind.idmap));
+        let [note] = notes.as_slice() else {
+            panic!("{notes:?}")
+        };
+        for part in ["/data, /more", "0x9fa0", "user_namespacing = false"] {
+            assert!(note.contains(part), "{note}");
+        }
+    }
+
+    #[test]
+    fn a_version_that_maps_no_bind_is_the_reason() {
+        let (_, notes) = super::binds(vec![mount("/", "/data")], &private("pick"), 249, (6, 18));
+        assert!(
+            notes[0].contains("systemd-nspawn 249") && notes[0].contains("250"),
+            "{notes:?}"
+        );
+    }
+
+    #[rstest]
+    #[case(Users::Host)]
+    #[case(private("identity"))]
+    #[case(private("0:65536"))]
+    fn where_ids_are_the_same_nothing_is_mapped_and_nothing_told(#[case] users: Users) {
+        let (binds, notes) = super::binds(vec![mount("/proc", "/data")], &users, 252, (6, 18));
+        assert!(!binds[0].idmap && notes.is_empty(), "{notes:?}");
+    }
+}

@@ -1,0 +1,231 @@
+//! What is lost where systemd-nspawn changes the owners of an image's files instead of mapping them: file capabilities, ids above 65535,
+//! and on an overlay the space for a copy of every file. Tells it, changes nothing.
+
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use super::idmap::{FileSystem, Kernel};
+use super::version::Feature;
+use crate::container::{ContainerSpec, Root, Users, Volatile};
+
+/// At most so many files are looked at. systemd-nspawn is about to visit all of them, so this adds little to a start.
+const ENTRIES: usize = 10_000;
+
+/// The ids that systemd-nspawn keeps apart when it changes an owner; of a greater one the remainder is kept.
+const IDS: u32 = 65536;
+
+/// What the user should know about the owners of this image's files, a sentence each. Empty where they are mapped or stay as they are.
+pub fn notes(spec: &ContainerSpec, version: u32, kernel: Kernel) -> Vec<String> {
+    let (Users::Private { range, ownership }, Root::Directory(tree)) = (&spec.users, &spec.root)
+    else {
+        return Vec::new();
+    };
+    let file_system = FileSystem::under(tree, kernel);
+    let in_memory = spec.volatile == Volatile::Overlay;
+    let changed = match ownership.as_deref() {
+        Some("chown") => true,
+        Some("auto") if Feature::Ownership.is_in(version) => in_memory || !file_system.maps,
+        Some("auto") => range == "pick",
+        _ => false,
+    };
+    let top = fs::symlink_metadata(tree);
+    if !changed || top.is_ok_and(|top| belongs_to(&top, range)) {
+        return Vec::new();
+    }
+    let survey = Survey::of(tree, ENTRIES);
+    let copied = match (in_memory, file_system.is_overlay) {
+        (true, _) => {
+            Some("volatile = \"overlay\" in a user namespace copies the whole image into memory")
+        }
+        (_, true) => Some(
+            "the image lies on an overlay, and a change of owner copies its whole tree into the upper layer",
+        ),
+        _ => None,
+    };
+    let by_itself = (ownership.as_deref() == Some("auto")).then(|| {
+        format!(
+            "the file system of the image ({}) can't carry an id mapping, so the owners of its files are changed",
+            file_system.name
+        )
+    });
+    let what = copied.map(str::to_owned).or(by_itself);
+    survey.told(what.as_deref())
+}
+
+/// Whether the tree belongs to the range already, which systemd-nspawn tells by its top, and then changes nothing. A range that is
+/// picked is the one that the tree belongs to, if that is one of a container.
+fn belongs_to(top: &Metadata, range: &str) -> bool {
+    const FIRST: u32 = 0x0008_0000;
+    const LAST: u32 = 0x6FFF_0000;
+    let base = top.uid() - top.uid() % IDS;
+    let number: Option<u32> = range.split(':').next().and_then(|first| first.parse().ok());
+    let known = match number {
+        Some(number) => base == number,
+        None => (FIRST..=LAST).contains(&base),
+    };
+    known && top.gid() - top.gid() % IDS == base
+}
+
+/// What is in a tree.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Survey {
+    files: usize,
+    bytes: u64,
+    /// Whether there is more than was looked at.
+    more: bool,
+    capable: usize,
+    first_capable: Option<PathBuf>,
+    high: usize,
+    first_high: Option<(PathBuf, u32)>,
+}
+
+impl Survey {
+    /// Looks at the files of a tree in the order of their names, at `most` of them, and not into other file systems.
+    fn of(tree: &Path, most: usize) -> Self {
+        let mut survey = Self::default();
+        let device = fs::symlink_metadata(tree).map(|top| top.dev()).ok();
+        let mut pending = vec![tree.to_owned()];
+        while let Some(path) = pending.pop() {
+            if survey.files == most {
+                survey.more = true;
+                return survey;
+            }
+            let Ok(about) = fs::symlink_metadata(&path) else {
+                continue;
+            };
+            if Some(about.dev()) != device {
+                continue;
+            }
+            let below = Path::new("/").join(path.strip_prefix(tree).unwrap_or(&path));
+            survey.see(&below, &about, is_capable(&path, &about));
+            if about.is_dir() {
+                let entries = fs::read_dir(&path).into_iter().flatten().flatten();
+                let mut inner: Vec<_> = entries.map(|entry| entry.path()).collect();
+                inner.sort_by(|one, other| other.cmp(one));
+                pending.extend(inner);
+            }
+        }
+        survey
+    }
+
+    fn see(&mut self, below: &Path, about: &Metadata, capable: bool) {
+        self.count(below, [about.uid(), about.gid()], capable);
+        if about.is_file() {
+            self.bytes += about.blocks() * 512;
+        }
+    }
+
+    fn count(&mut self, below: &Path, ids: [u32; 2], capable: bool) {
+        self.files += 1;
+        if capable {
+            self.capable += 1;
+            self.first_capable.get_or_insert_with(|| below.to_owned());
+        }
+        if let Some(high) = ids.into_iter().find(|id| *id >= IDS) {
+            self.high += 1;
+            self.first_high
+                .get_or_insert_with(|| (below.to_owned(), high));
+        }
+    }
+
+    fn told(&self, what: Option<&str>) -> Vec<String> {
+        const REMEDY: &str = "To keep the image as it is, put it on ext4, xfs or btrfs and leave config.private_users_ownership unset, \
+             or set config.user_namespacing = false";
+        let least = if self.more { "at least " } else { "" };
+        let (files, mib) = (self.files, self.bytes.div_ceil(1 << 20));
+        let what = what.map(|what| format!("{what}: {least}{files} files, {mib} MiB. {REMEDY}"));
+        let capable = self.first_capable.as_ref().map(|first| {
+            format!(
+                "the change of owner removes the file capabilities of {least}{} files, the first is {}. {REMEDY}",
+                self.capable,
+                first.display()
+            )
+        });
+        let high = self.first_high.as_ref().map(|(first, id)| {
+            format!(
+                "the change of owner cuts ids above {} to their remainder in {least}{} files: {} belongs to {id}, which becomes {}. {REMEDY}",
+                IDS - 1,
+                self.high,
+                first.display(),
+                id % IDS
+            )
+        });
+        what.into_iter().chain(capable).chain(high).collect()
+    }
+}
+
+/// Whether a program has file capabilities.
+fn is_capable(path: &Path, about: &Metadata) -> bool {
+    let program = about.is_file() && about.mode() & 0o111 != 0;
+    program && rustix::fs::lgetxattr(path, "security.capability", &mut [0_u8; 64]).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn losses_are_told_with_the_first_path_and_the_count() {
+        let mut survey = Survey::default();
+        survey.count(Path::new("/etc/a"), [0, 0], false);
+        survey.count(Path::new("/etc/b"), [1_516_583_083, 0], false);
+        survey.count(Path::new("/etc/c"), [0, 70_000], false);
+        survey.count(Path::new("/usr/bin/ping"), [0, 0], true);
+        let told = survey.told(None);
+        assert_eq!(told.len(), 2, "{told:?}");
+        assert!(
+            told[0].contains("of 1 files, the first is /usr/bin/ping."),
+            "{told:?}"
+        );
+        assert!(
+            told[1].contains("in 2 files: /etc/b belongs to 1516583083, which becomes 14507."),
+            "{told:?}"
+        );
+        survey.more = true;
+        let told = survey.told(Some("copied"));
+        assert!(
+            told[0].starts_with("copied: at least 4 files, 0 MiB."),
+            "{told:?}"
+        );
+        assert!(told[1].contains("of at least 1 files"), "{told:?}");
+    }
+
+    #[test]
+    fn an_image_without_losses_says_nothing() {
+        let mut survey = Survey::default();
+        survey.count(Path::new("/etc"), [65_535, 65_535], false);
+        assert_eq!(survey.told(None), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_walk_is_bounded_and_in_the_order_of_names() {
+        let tree = tempfile::tempdir().unwrap();
+        for name in ["b/2", "b/1", "a/1"] {
+            let path = tree.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "x").unwrap();
+        }
+        std::os::unix::fs::symlink("/", tree.path().join("c")).unwrap();
+        let whole = Survey::of(tree.path(), 100);
+        assert_eq!((whole.files, whole.more), (7, false));
+        let exactly = Survey::of(tree.path(), 7);
+        assert_eq!((exactly.files, exactly.more), (7, false));
+        let part = Survey::of(tree.path(), 3);
+        assert_eq!((part.files, part.more), (3, true));
+    }
+
+    /// The tree of a test is the tester's, whatever number that is.
+    #[test]
+    fn a_tree_that_belongs_to_the_range_is_left_alone() {
+        let tree = tempfile::tempdir().unwrap();
+        let top = fs::metadata(tree.path()).unwrap();
+        let base = top.uid() - top.uid() % IDS;
+        assert_eq!(
+            belongs_to(&top, &format!("{base}:65536")),
+            top.gid() - top.gid() % IDS == base
+        );
+        assert!(!belongs_to(&top, &(base + IDS).to_string()));
+        assert!(base != 0 || !belongs_to(&top, "pick"));
+    }
+}

@@ -1,0 +1,160 @@
+//! What a container would get less of than the job asks for: refused, or told with its start.
+
+use nomad_driver_nspawn::container::{Mount, PortForward};
+use nomad_driver_nspawn::nspawn::ports::{self, Addresses};
+
+use super::*;
+
+/// A user namespace as a job gets it that says nothing about it.
+fn by_default() -> Users {
+    Users::Private {
+        range: "pick".to_owned(),
+        ownership: Some("auto".to_owned()),
+    }
+}
+
+/// A container with a network of its own into which one port leads.
+fn with_port(world: &World, address: Option<&str>) -> ContainerSpec {
+    let port = PortForward {
+        label: "http".to_owned(),
+        address: address.map(|text| text.parse().unwrap()),
+        host: 25_917,
+        container: 80,
+    };
+    ContainerSpec {
+        network: Network::Private {
+            veth: true,
+            zone: None,
+            bridge: None,
+            ports: vec![port],
+        },
+        ..world.spec(DEAF)
+    }
+}
+
+/// Of these notes those about this.
+fn about<'a>(notes: &'a [String], what: &str) -> Vec<&'a String> {
+    notes.iter().filter(|note| note.contains(what)).collect()
+}
+
+#[rstest]
+#[case::loopback("127.0.0.1")]
+#[case::not_of_this_host("203.0.113.7")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_port_of_an_address_that_is_not_the_default_is_refused(
+    world: World,
+    #[case] address: &str,
+) {
+    let error = world.refused(with_port(&world, Some(address))).await;
+    assert!(
+        matches!(error, BackendError::Unsupported { .. }),
+        "{error:?}"
+    );
+    let text = error.to_string();
+    for part in ["\"http\"", address, "bridge", "host_network"] {
+        assert!(text.contains(part), "{text}");
+    }
+    world.leave(&[]).await;
+}
+
+/// Nomad's ordinary port. What this host's addresses come to is known to the test in the same way as to the driver.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_port_of_a_default_address_is_forwarded_and_told(world: World) {
+    let host = Addresses::of_this_host();
+    let address = host.default.first().map(ToString::to_string);
+    let spec = with_port(&world, address.as_deref());
+    let Network::Private { ports, .. } = &spec.network else {
+        unreachable!()
+    };
+    let wanted = ports::check(ports, &host).unwrap();
+    let started = world.up(spec).await;
+    let told = about(&started.notes, "port ");
+    assert_eq!(told, wanted.iter().collect::<Vec<_>>());
+    world.leave(&[&started]).await;
+}
+
+/// Nothing that lies in `/proc` can carry a mapping.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mount_without_an_id_mapping_is_told(world: World) {
+    let mounts = vec![Mount {
+        source: "/proc/sys/kernel".into(),
+        target: "/mnt".into(),
+        read_only: true,
+    }];
+    let spec = |users| ContainerSpec {
+        mounts: mounts.clone(),
+        users,
+        ..world.spec(DEAF)
+    };
+    let started = world.up(spec(by_default())).await;
+    let told = about(&started.notes, "id mapping");
+    let [told] = told.as_slice() else {
+        panic!("{:?}", started.notes)
+    };
+    for part in ["/mnt", "0x9fa0", "user_namespacing"] {
+        assert!(told.contains(part), "{told}");
+    }
+    within(world.backend.remove(&started.id)).await.unwrap();
+    let plain = world.up(spec(Users::Host)).await;
+    assert_eq!(about(&plain.notes, "id mapping"), [""; 0]);
+    world.leave(&[&plain]).await;
+}
+
+/// `config` refuses it before, by the names of the options.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_root_of_several_mounts_cannot_be_mapped(world: World) {
+    let error = world
+        .refused(ContainerSpec {
+            users: by_default(),
+            volatile: Volatile::State,
+            ..world.spec("exit 0")
+        })
+        .await;
+    let text = error.to_string();
+    assert!(text.contains("Failed to set up ID mapped mounts"), "{text}");
+    world.leave(&[]).await;
+}
+
+/// Only root can make files of others and file capabilities; anybody else has nothing to lose, and is told nothing.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_change_of_owner_loses_is_told(world: World) {
+    let root = nix::unistd::geteuid().is_root();
+    let file = world.tree.join("etc/high");
+    fs::write(&file, "").unwrap();
+    let program = world.tree.join("usr/bin/capable");
+    fs::copy(
+        fs::canonicalize(world.tree.join("bin/sh")).unwrap_or_else(|_| "/bin/sh".into()),
+        &program,
+    )
+    .unwrap();
+    if root {
+        std::os::unix::fs::chown(&file, Some(1_516_583_083), Some(0)).unwrap();
+        // Version 2, effective, CAP_NET_RAW.
+        let mut capability = [0_u8; 20];
+        capability[..6].copy_from_slice(&[1, 0, 0, 2, 0, 0x20]);
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(&program, "security.capability", &capability, flags).unwrap();
+    }
+    let spec = || ContainerSpec {
+        users: Users::Private {
+            range: "1048576:65536".to_owned(),
+            ownership: Some("chown".to_owned()),
+        },
+        ..world.spec(DEAF)
+    };
+    let started = world.up(spec()).await;
+    let told = about(&started.notes, "change of owner");
+    let said = |part: &str| told.iter().any(|note| note.contains(part));
+    assert_eq!(told.len(), if root { 2 } else { 0 }, "{told:?}");
+    for part in [
+        "capabilities of 1 files, the first is /usr/bin/capable.",
+        "in 1 files: /etc/high belongs to 1516583083, which becomes 14507.",
+    ] {
+        assert_eq!(said(part), root, "{told:?}");
+    }
+    world.leave(&[&started]).await;
+}
