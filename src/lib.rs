@@ -17,6 +17,7 @@
 
 pub mod proto;
 
+pub mod blocking;
 pub mod container;
 pub mod procfs;
 pub mod signal;

@@ -9,15 +9,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use super::{BackendError, ContainerBackend, chain};
+use crate::blocking;
 use crate::cgroup::{Group, Layout};
 use crate::container::{
     Cause, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users, Volatile,
@@ -44,11 +45,11 @@ const START: Duration = Duration::from_secs(600);
 /// How long a recovery waits for the first word of a supervisor that was found. It comes within a millisecond.
 const WORD: Duration = Duration::from_secs(1);
 
-/// How often it is looked whether a supervisor that can't be asked is gone.
-const LOOK: Duration = Duration::from_millis(2);
-
 /// How long systemd-nspawn may take to tell its version.
 const ANSWER: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether a supervisor that can't be asked is gone.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// What an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,16 +67,18 @@ pub struct Settings {
 /// Containers by systemd-nspawn.
 #[derive(Debug)]
 pub struct NspawnBackend {
-    settings: Settings,
+    settings: Arc<Settings>,
     kernel: (u32, u32),
     supervised: Mutex<HashMap<PathBuf, Supervised>>,
     /// The starts that are this backend's, until they are removed.
     claims: Mutex<HashMap<PathBuf, Claim>>,
     /// What was found in the state directory, left alone and named in the log.
     pub(super) named: Mutex<BTreeSet<PathBuf>>,
-    version: tokio::sync::Mutex<Option<(Program, u32)>>,
+    version: Arc<tokio::sync::Mutex<Option<(Program, u32)>>>,
+    /// One look at the host at a time: one that hangs holds one thread, and not a thread for each look.
+    probing: Arc<tokio::sync::Mutex<()>>,
     /// The first program of containers: one for all, made when the first of them starts.
-    first: Mutex<Option<OwnedFd>>,
+    first: Arc<OnceLock<OwnedFd>>,
     tracker: TaskTracker,
 }
 
@@ -91,49 +94,52 @@ impl NspawnBackend {
     /// A backend with these settings. Touches nothing yet.
     pub fn new(settings: Settings) -> Self {
         Self {
-            settings,
+            settings: Arc::new(settings),
             kernel: probe::kernel(),
             supervised: Mutex::default(),
             claims: Mutex::default(),
             named: Mutex::default(),
-            version: tokio::sync::Mutex::default(),
-            first: Mutex::default(),
+            version: Arc::default(),
+            probing: Arc::default(),
+            first: Arc::default(),
             tracker: TaskTracker::new(),
         }
     }
 
-    fn program(&self) -> Result<Program, String> {
-        let path = match &self.settings.nspawn {
-            None => probe::find("systemd-nspawn", &self.settings.search)?,
-            Some(path) if probe::is_executable(path) => path.clone(),
-            Some(path) => {
-                return Err(format!(
-                    "nspawn_path {} is not an executable file",
-                    path.display()
-                ));
-            }
-        };
-        let about = fs::metadata(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Program {
-            path,
-            inode: about.ino(),
-            changed: about.ctime(),
-        })
-    }
-
     /// The program and its version, asked once as long as the file stays the same.
     async fn installed(&self) -> Result<(PathBuf, u32), NoVersion> {
-        let program = self.program().map_err(|reason| NoVersion {
-            cause: Cause::Config,
-            reason,
-        })?;
-        let mut known = self.version.lock().await;
-        if let Some((_, version)) = known.as_ref().filter(|(asked, _)| *asked == program) {
-            return Ok((program.path, *version));
-        }
-        let version = ask_version(&program.path).await?;
-        *known = Some((program.clone(), version));
-        Ok((program.path, version))
+        let version = Arc::clone(&self.version);
+        let settings = Arc::clone(&self.settings);
+        let question = async {
+            let known = version.lock_owned().await;
+            // The lock goes with the work: a file system that hangs holds one thread, and not a thread for each question.
+            let (mut known, look) = blocking::run(move || {
+                let look = look(&settings, known.as_ref());
+                (known, look)
+            })
+            .await;
+            match look? {
+                Look::Known(program, version) => Ok((program.path, version)),
+                Look::Asked(program, asked) => {
+                    let version = read_version(&program.path, *asked).await?;
+                    *known = Some((program.clone(), version));
+                    Ok((program.path, version))
+                }
+            }
+        };
+        let answer = tokio::time::timeout(ANSWER, question).await;
+        answer.unwrap_or_else(|_| {
+            let path = self.settings.nspawn.as_deref();
+            let path = path.unwrap_or_else(|| Path::new("systemd-nspawn"));
+            Err(NoVersion {
+                cause: Cause::Resources,
+                reason: format!(
+                    "{} --version does not answer within {} s",
+                    path.display(),
+                    ANSWER.as_secs()
+                ),
+            })
+        })
     }
 
     fn known(&self, records: &Records) -> Option<Supervised> {
@@ -167,10 +173,7 @@ impl NspawnBackend {
 
     /// The supervised container of a handle, found again if need be.
     async fn find(&self, started: &Started) -> Result<Supervised, BackendError> {
-        let lost = |reason: &str| BackendError::Lost {
-            machine: started.machine.clone(),
-            reason: reason.to_owned(),
-        };
+        let lost = |reason: &str| lost(started, reason);
         let boot = probe::boot_id().map_err(|source| {
             io_error(
                 "reading",
@@ -190,28 +193,8 @@ impl NspawnBackend {
         if let Some(known) = self.known(&records) {
             return Ok(known);
         }
-        let claim = claim(&records)
-            .await?
-            .ok_or_else(|| lost("there is no record of it"))?;
-        let foreign = orphans::foreign(&records)
-            .map_err(|source| io_error("looking at", records.path(), source))?;
-        if let Some(reason) = foreign {
-            return Err(lost(&format!(
-                "what lies in its place is not the driver's: {reason}"
-            )));
-        }
-        let recorded = match records.running() {
-            Ok(running) => running.started,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(lost("there is no record of it"));
-            }
-            Err(source) => return Err(io_error("reading the record in", records.path(), source)),
-        };
-        if (&recorded.id, recorded.leader) != (&started.id, started.leader) {
-            return Err(lost("the record in its place is another one's"));
-        }
-        pause::at(&records, Point::Recovering);
-        supervisor::rouse(recorded.supervisor);
+        let (place, handle) = (records.clone(), started.clone());
+        let (claim, recorded) = blocking::run(move || recorded(&place, &handle)).await?;
         let attached = supervisor::attach(&records, &recorded, &self.tracker).await;
         let attached =
             attached.map_err(|source| io_error("connecting to", &records.lifeline(), source))?;
@@ -222,131 +205,20 @@ impl NspawnBackend {
         Ok(one)
     }
 
-    /// Everything that has to be known before anything is started, written down.
-    fn prepare(
+    /// Claims a new start and writes its order.
+    async fn ordered(
         &self,
-        spec: &ContainerSpec,
+        spec: ContainerSpec,
         records: &Records,
-        program: PathBuf,
-        version: u32,
+        installed: (PathBuf, u32),
     ) -> Result<(), BackendError> {
-        let layout = Layout::of_this_host();
-        let host = Host {
-            version,
-            cgroup: layout.kind,
-        };
-        if let Some(reason) = version::unusable(version, layout.kind) {
-            return Err(BackendError::Unsupported {
-                machine: spec.machine.clone(),
-                reason,
-            });
-        }
-        let claim = Claim::create(records)
-            .map_err(|source| io_error("making the directory", records.path(), source))?;
+        let place = records.clone();
+        let claim = blocking::run_start(move || Claim::create(&place)).await;
+        let claim =
+            claim.map_err(|source| io_error("making the directory", records.path(), source))?;
         self.claims().insert(records.path().to_owned(), claim);
-        let (root, mut mounts) = self.root(spec, records)?;
-        mounts.extend(spec.mounts.iter().cloned());
-        let mut notes = port_notes(spec)?;
-        let (binds, unmapped) = idmap::binds(mounts, &spec.users, version, self.kernel);
-        notes.extend(unmapped);
-        notes.extend(ownership::notes(spec, version, self.kernel));
-        let mut line = argv::command_line(spec, &root, &binds, host).map_err(|error| {
-            BackendError::Unsupported {
-                machine: spec.machine.clone(),
-                reason: error.to_string(),
-            }
-        })?;
-        line.environment.insert(
-            "NOTIFY_SOCKET".to_owned(),
-            records.notify().to_string_lossy().into_owned(),
-        );
-        let place = self.place(spec, records, &layout);
-        if place.is_none() {
-            notes.push(
-                "this host has no control groups that the driver can use: there are no statistics of this task"
-                    .to_owned(),
-            );
-        }
-        let order = Order {
-            id: spec.id.clone(),
-            alloc_dir: Some(spec.alloc_dir.clone()),
-            machine: spec.machine.clone(),
-            mode: spec.mode,
-            boot: probe::boot_id().map_err(|source| {
-                io_error(
-                    "reading",
-                    Path::new("/proc/sys/kernel/random/boot_id"),
-                    source,
-                )
-            })?,
-            program,
-            arguments: line.arguments,
-            first: line.init.as_ref().map_or(First::Image, |init| First::Ours {
-                streams: init.streams,
-            }),
-            stdout: spec.stdout.clone(),
-            stderr: spec.stderr.clone(),
-            place,
-            network_namespace: match &spec.network {
-                Network::Join(path) => Some(path.clone()),
-                _ => None,
-            },
-            locks: locks_of(spec),
-            shares: shares(spec, &root),
-            copies: copies_of(spec),
-            picks: matches!(&spec.users, Users::Private { range, .. } if range == "pick"),
-            zone: match &spec.network {
-                Network::Private { zone, .. } => zone.clone(),
-                _ => None,
-            },
-            notes,
-        };
-        pause::at(records, Point::BeforeOrder);
-        records
-            .write_order(&order, &line.environment, line.init.as_ref())
-            .map_err(|source| io_error("writing the order in", records.path(), source))
-    }
-
-    /// Groups are root's to make; without them the supervisor falls back to descent.
-    fn place(
-        &self,
-        spec: &ContainerSpec,
-        records: &Records,
-        layout: &Layout,
-    ) -> Option<crate::cgroup::Place> {
-        let leaf = records.path().file_name()?.to_str()?;
-        layout
-            .place(spec.cgroup.as_deref(), leaf)
-            .filter(|_| nix::unistd::geteuid().is_root())
-    }
-
-    fn root(
-        &self,
-        spec: &ContainerSpec,
-        records: &Records,
-    ) -> Result<(Root, Vec<crate::container::Mount>), BackendError> {
-        let missing = root::missing_mount_points(spec);
-        let Root::Directory(image) = &spec.root else {
-            return Ok((spec.root.clone(), Vec::new()));
-        };
-        if missing.is_empty() {
-            return Ok((spec.root.clone(), Vec::new()));
-        }
-        let skeleton = records.skeleton();
-        let made = fs::create_dir(&skeleton)
-            .and_then(|()| root::skeleton(image, &skeleton, &missing, spec.volatile));
-        let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
-        Ok((Root::Directory(skeleton), binds))
-    }
-
-    fn first_program(&self) -> io::Result<OwnedFd> {
-        let mut made = self.first.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *made {
-            Some(program) => program.try_clone(),
-            none => none
-                .insert(supervisor::first::program(&self.settings.state_dir)?)
-                .try_clone(),
-        }
+        let (place, kernel) = (records.clone(), self.kernel);
+        blocking::run_start(move || prepare(&spec, &place, installed, kernel)).await
     }
 
     async fn bring_up(&self, records: &Records) -> Result<Started, Failure> {
@@ -354,22 +226,24 @@ impl NspawnBackend {
             let reason = format!("its supervisor can't be started: {error}");
             Failure::new(Step::Watch, cause_of_host_error(&error), reason)
         };
-        pause::at(records, Point::OrderWritten);
-        let one = self
-            .first_program()
-            .and_then(|program| {
-                supervisor::launch(&self.settings.binary, records, program, &self.tracker)
-            })
-            .map_err(failed)?;
+        let (settings, tracker) = (Arc::clone(&self.settings), self.tracker.clone());
+        let (first, place) = (Arc::clone(&self.first), records.clone());
+        let launched = blocking::run_start(move || {
+            pause::at(&place, Point::OrderWritten);
+            let program = first_program(&first, &settings.state_dir)?;
+            supervisor::launch(&settings.binary, &place, program, &tracker)
+        });
+        let one = launched.await.map_err(failed)?;
         self.remember(records, one.clone());
         match tokio::time::timeout(START, one.settled()).await {
             Ok(Status::Up(started)) => Ok((*started).clone()),
             Ok(Status::Failed(failure)) => Err((*failure).clone()),
             // A command that is over before the news of its start was read.
-            Ok(Status::Ended(_)) => records
-                .running()
-                .map(|running| running.started)
-                .map_err(failed),
+            Ok(Status::Ended(_)) => {
+                let place = records.clone();
+                let running = blocking::run(move || place.running()).await;
+                running.map(|running| running.started).map_err(failed)
+            }
             Ok(Status::Starting) => Err(Failure::new(
                 Step::Watch,
                 Cause::Unknown,
@@ -394,41 +268,29 @@ impl NspawnBackend {
     }
 
     pub(super) async fn clear_claimed(&self, records: &Records) -> Result<(), BackendError> {
-        if !records.path().exists() {
+        let place = records.clone();
+        let Some(machine) = blocking::run(move || roused(&place)).await else {
             self.forget(records);
             return Ok(());
-        }
-        let machine = records.order().map_or_else(
-            |_| records.path().display().to_string(),
-            |order| order.machine,
-        );
-        match running_now(records) {
-            Some(running) => supervisor::rouse(running.started.supervisor),
-            None => unrecorded(records).await.iter().for_each(Supervisor::rouse),
-        }
+        };
         self.dismiss(records).await;
-        match running_now(records) {
-            Some(running) => supervisor::put_down(running.started.supervisor).await,
-            None => {
-                for supervisor in unrecorded(records).await {
-                    let _ = tokio::task::spawn_blocking(move || supervisor.end()).await;
-                }
-            }
-        }
+        let place = records.clone();
+        blocking::run(move || put_down(&place)).await;
         if let Some(known) = self.known(records) {
             let _ = tokio::time::timeout(PROMPT, known.gone()).await;
         }
-        pause::at(records, Point::Removing);
         if !unwatched(records).await {
             return Err(BackendError::Stuck {
                 machine,
                 reason: "its supervisor does not end".to_owned(),
             });
         }
-        let owned = records.clone();
-        let ended =
-            tokio::task::spawn_blocking(move || remains::end(&owned).and_then(|()| owned.remove()))
-                .await;
+        let place = records.clone();
+        let ended = tokio::task::spawn_blocking(move || {
+            pause::at(&place, Point::Removing);
+            remains::end(&place).and_then(|()| place.remove())
+        })
+        .await;
         self.forget(records);
         match ended {
             Ok(Ok(())) => Ok(()),
@@ -461,7 +323,7 @@ impl NspawnBackend {
             } else {
                 supervisor::dismiss(records).await;
             }
-            if !records.is_watched() || Instant::now() >= end {
+            if !is_watched(records).await || Instant::now() >= end {
                 return;
             }
             tokio::time::sleep(LOOK).await;
@@ -477,7 +339,8 @@ impl NspawnBackend {
         if known.is_some() {
             return known;
         }
-        let running = running_now(records)?;
+        let place = records.clone();
+        let running = blocking::run(move || running_now(&place)).await?;
         supervisor::attach(records, &running.started, &self.tracker)
             .await
             .ok()
@@ -489,20 +352,26 @@ impl NspawnBackend {
 impl ContainerBackend for NspawnBackend {
     async fn probe(&self) -> Probe {
         let installed = self.installed().await;
-        Probe {
-            idmapped_mounts: installed
-                .as_ref()
-                .is_ok_and(|(_, version)| Feature::MappedBinds.is_in(*version))
-                && self.kernel >= (5, 12),
-            nspawn: installed
-                .map(|(_, version)| version)
-                .map_err(|error| error.reason),
-            root: nix::unistd::geteuid().is_root(),
-            cgroup: Layout::of_this_host().kind,
-            user_namespaces: probe::has_user_namespaces(),
-            machined: probe::has_machined(),
-            state_dir: state_dir::check(&self.settings.state_dir).map_err(|error| chain(&error)),
-        }
+        let turn = Arc::clone(&self.probing).lock_owned().await;
+        let (settings, kernel) = (Arc::clone(&self.settings), self.kernel);
+        blocking::run(move || {
+            let _turn = turn;
+            Probe {
+                idmapped_mounts: installed
+                    .as_ref()
+                    .is_ok_and(|(_, version)| Feature::MappedBinds.is_in(*version))
+                    && kernel >= (5, 12),
+                nspawn: installed
+                    .map(|(_, version)| version)
+                    .map_err(|error| error.reason),
+                root: nix::unistd::geteuid().is_root(),
+                cgroup: Layout::of_this_host().kind,
+                user_namespaces: probe::has_user_namespaces(),
+                machined: probe::has_machined(),
+                state_dir: state_dir::check(&settings.state_dir).map_err(|error| chain(&error)),
+            }
+        })
+        .await
     }
 
     async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
@@ -513,24 +382,27 @@ impl ContainerBackend for NspawnBackend {
             reason,
         };
         // What lies there is believed, so this comes first.
-        state_dir::secure(&self.settings.state_dir).map_err(|error| match error {
+        let settings = Arc::clone(&self.settings);
+        let secured = blocking::run_start(move || state_dir::secure(&settings.state_dir)).await;
+        secured.map_err(|error| match error {
             StateDirError::Io { path, source } => io_error("making the directory", &path, source),
             refused => unsupported(refused.to_string()),
         })?;
         self.clear(&records).await?;
-        let earlier = Records::earlier(&self.settings.state_dir, &spec.id).map_err(|source| {
+        let (settings, id) = (Arc::clone(&self.settings), spec.id.clone());
+        let earlier = blocking::run_start(move || Records::earlier(&settings.state_dir, &id)).await;
+        let earlier = earlier.map_err(|source| {
             let place = &self.settings.state_dir;
             io_error("looking for earlier starts in", place, source)
         })?;
         for earlier in earlier {
             self.clear(&earlier).await?;
         }
-        let (program, version) = self
+        let installed = self
             .installed()
             .await
             .map_err(|error| error.of_start(&machine))?;
-        let prepared = self.prepare(&spec, &records, program, version);
-        let up = match prepared {
+        let up = match self.ordered(spec, &records, installed).await {
             Ok(()) => self
                 .bring_up(&records)
                 .await
@@ -554,18 +426,18 @@ impl ContainerBackend for NspawnBackend {
         let one = self.find(started).await?;
         let records = Records::at(&started.state);
         // The record is believed, and not the handle.
-        let recorded = || {
-            records
-                .running()
-                .map_or_else(|_| started.clone(), |running| running.started)
-        };
+        let handle = started.clone();
+        let recorded = blocking::run(move || {
+            let running = records.running();
+            running.map_or(handle, |running| running.started)
+        });
         let Ok(status) = tokio::time::timeout(WORD, one.settled()).await else {
             // It was found, and has somebody at its lifeline, who gets no processor time now. That is no reason to give it up.
-            return Ok(recorded());
+            return Ok(recorded.await);
         };
         match status {
             Status::Up(found) => Ok((*found).clone()),
-            Status::Ended(_) => Ok(recorded()),
+            Status::Ended(_) => Ok(recorded.await),
             Status::Failed(failure) => Err(BackendError::Lost {
                 machine: started.machine.clone(),
                 reason: failure.reason.clone(),
@@ -667,10 +539,126 @@ impl ContainerBackend for NspawnBackend {
     }
 }
 
+/// Everything that has to be known before anything is started, written down.
+fn prepare(
+    spec: &ContainerSpec,
+    records: &Records,
+    (program, version): (PathBuf, u32),
+    kernel: (u32, u32),
+) -> Result<(), BackendError> {
+    let layout = Layout::of_this_host();
+    let host = Host {
+        version,
+        cgroup: layout.kind,
+    };
+    if let Some(reason) = version::unusable(version, layout.kind) {
+        return Err(BackendError::Unsupported {
+            machine: spec.machine.clone(),
+            reason,
+        });
+    }
+    let (root, mut mounts) = root(spec, records)?;
+    mounts.extend(spec.mounts.iter().cloned());
+    let mut notes = port_notes(spec)?;
+    let (binds, unmapped) = idmap::binds(mounts, &spec.users, version, kernel);
+    notes.extend(unmapped);
+    notes.extend(ownership::notes(spec, version, kernel));
+    let mut line = argv::command_line(spec, &root, &binds, host).map_err(|error| {
+        BackendError::Unsupported {
+            machine: spec.machine.clone(),
+            reason: error.to_string(),
+        }
+    })?;
+    line.environment.insert(
+        "NOTIFY_SOCKET".to_owned(),
+        records.notify().to_string_lossy().into_owned(),
+    );
+    let place = place(spec, records, &layout);
+    if place.is_none() {
+        notes.push(
+            "this host has no control groups that the driver can use: there are no statistics of this task"
+                .to_owned(),
+        );
+    }
+    let order = Order {
+        id: spec.id.clone(),
+        alloc_dir: Some(spec.alloc_dir.clone()),
+        machine: spec.machine.clone(),
+        mode: spec.mode,
+        boot: probe::boot_id().map_err(|source| {
+            io_error(
+                "reading",
+                Path::new("/proc/sys/kernel/random/boot_id"),
+                source,
+            )
+        })?,
+        program,
+        arguments: line.arguments,
+        first: line.init.as_ref().map_or(First::Image, |init| First::Ours {
+            streams: init.streams,
+        }),
+        stdout: spec.stdout.clone(),
+        stderr: spec.stderr.clone(),
+        place,
+        network_namespace: match &spec.network {
+            Network::Join(path) => Some(path.clone()),
+            _ => None,
+        },
+        locks: locks_of(spec),
+        shares: shares(spec, &root),
+        copies: copies_of(spec),
+        picks: matches!(&spec.users, Users::Private { range, .. } if range == "pick"),
+        zone: match &spec.network {
+            Network::Private { zone, .. } => zone.clone(),
+            _ => None,
+        },
+        notes,
+    };
+    pause::at(records, Point::BeforeOrder);
+    records
+        .write_order(&order, &line.environment, line.init.as_ref())
+        .map_err(|source| io_error("writing the order in", records.path(), source))
+}
+
+/// Groups are root's to make; without them the supervisor falls back to descent.
+fn place(spec: &ContainerSpec, records: &Records, layout: &Layout) -> Option<crate::cgroup::Place> {
+    let leaf = records.path().file_name()?.to_str()?;
+    layout
+        .place(spec.cgroup.as_deref(), leaf)
+        .filter(|_| nix::unistd::geteuid().is_root())
+}
+
+fn root(
+    spec: &ContainerSpec,
+    records: &Records,
+) -> Result<(Root, Vec<crate::container::Mount>), BackendError> {
+    let missing = root::missing_mount_points(spec);
+    let Root::Directory(image) = &spec.root else {
+        return Ok((spec.root.clone(), Vec::new()));
+    };
+    if missing.is_empty() {
+        return Ok((spec.root.clone(), Vec::new()));
+    }
+    let skeleton = records.skeleton();
+    let made = fs::create_dir(&skeleton)
+        .and_then(|()| root::skeleton(image, &skeleton, &missing, spec.volatile));
+    let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
+    Ok((Root::Directory(skeleton), binds))
+}
+
 /// Where the throw-away copy of a container's root is made, if there is one.
 fn copies_of(spec: &ContainerSpec) -> Option<PathBuf> {
     let (Root::Directory(root) | Root::Image(root)) = &spec.root;
     spec.ephemeral.then(|| copy_place(root))
+}
+
+/// The first program, made when it is needed first. Two that make it at once wait for nobody; one of the two is kept.
+fn first_program(made: &OnceLock<OwnedFd>, state_dir: &Path) -> io::Result<OwnedFd> {
+    if let Some(program) = made.get() {
+        return program.try_clone();
+    }
+    let program = supervisor::first::program(state_dir)?;
+    made.get_or_init(|| program).try_clone()
 }
 
 /// What the user should know about the ports of a container. A port that would be reached on more addresses than it is allotted on is
@@ -686,21 +674,46 @@ fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
 }
 
 /// The supervisors that are alive of a start that has not recorded its container, so that it does not name them.
-async fn unrecorded(records: &Records) -> Vec<Supervisor> {
+fn unrecorded(records: &Records) -> Vec<Supervisor> {
     if !records.is_watched() {
         return Vec::new();
     }
-    let owned = records.clone();
-    let search = move || orphans::supervisors_of(&owned);
-    tokio::task::spawn_blocking(search)
-        .await
-        .unwrap_or_default()
+    orphans::supervisors_of(records)
+}
+
+/// Lets the supervisors of a start go on, if they were stopped, and gives the name of its machine; `None` if there is no start.
+fn roused(records: &Records) -> Option<String> {
+    if !records.path().exists() {
+        return None;
+    }
+    match running_now(records) {
+        Some(running) => supervisor::rouse(running.started.supervisor),
+        None => unrecorded(records).iter().for_each(Supervisor::rouse),
+    }
+    let order = records.order();
+    Some(order.map_or_else(
+        |_| records.path().display().to_string(),
+        |order| order.machine,
+    ))
+}
+
+/// Ends the supervisors of a start by force, where they have not ended.
+fn put_down(records: &Records) {
+    match running_now(records) {
+        Some(running) => remains::kill(running.started.supervisor),
+        None => unrecorded(records).iter().for_each(Supervisor::end),
+    }
+}
+
+async fn is_watched(records: &Records) -> bool {
+    let place = records.clone();
+    blocking::run(move || place.is_watched()).await
 }
 
 /// Waits until no supervisor of this start is alive; false where one goes on.
 async fn unwatched(records: &Records) -> bool {
     let end = Instant::now() + PROMPT;
-    while records.is_watched() {
+    while is_watched(records).await {
         if Instant::now() >= end {
             return false;
         }
@@ -717,6 +730,18 @@ struct NoVersion {
 }
 
 impl NoVersion {
+    fn config(reason: String) -> Self {
+        let cause = Cause::Config;
+        Self { cause, reason }
+    }
+
+    fn not_run(program: &Path, error: &io::Error) -> Self {
+        Self {
+            cause: cause_of_exec_error(error),
+            reason: format!("{} can't be run: {error}", program.display()),
+        }
+    }
+
     fn of_start(self, machine: &str) -> BackendError {
         let Self { cause, reason } = self;
         let machine = machine.to_owned();
@@ -743,11 +768,47 @@ fn locks_of(spec: &ContainerSpec) -> Option<PathBuf> {
     (!spec.ephemeral).then(|| root.clone())
 }
 
+/// What is known of the installed systemd-nspawn.
+#[derive(Debug)]
+enum Look {
+    /// The version.
+    Known(Program, u32),
+    /// Nothing: it has been asked.
+    Asked(Program, Box<Child>),
+}
+
+/// Finds the program, and asks it for its version where that is not `known`.
+fn look(settings: &Settings, known: Option<&(Program, u32)>) -> Result<Look, NoVersion> {
+    let path = match &settings.nspawn {
+        None => probe::find("systemd-nspawn", &settings.search).map_err(NoVersion::config)?,
+        Some(path) if probe::is_executable(path) => path.clone(),
+        Some(path) => {
+            return Err(NoVersion::config(format!(
+                "nspawn_path {} is not an executable file",
+                path.display()
+            )));
+        }
+    };
+    let about = fs::metadata(&path)
+        .map_err(|error| NoVersion::config(format!("{}: {error}", path.display())))?;
+    let program = Program {
+        path,
+        inode: about.ino(),
+        changed: about.ctime(),
+    };
+    if let Some((_, version)) = known.filter(|(asked, _)| *asked == program) {
+        return Ok(Look::Known(program, *version));
+    }
+    let asked =
+        ask_version(&program.path).map_err(|error| NoVersion::not_run(&program.path, &error))?;
+    Ok(Look::Asked(program, Box::new(asked)))
+}
+
 #[expect(
     clippy::disallowed_methods,
     reason = "the one question the backend asks a tool"
 )]
-async fn ask_version(program: &Path) -> Result<u32, NoVersion> {
+fn ask_version(program: &Path) -> io::Result<Child> {
     let mut command = Command::new(program);
     command
         .arg("--version")
@@ -758,19 +819,12 @@ async fn ask_version(program: &Path) -> Result<u32, NoVersion> {
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null());
-    let program = program.display();
-    let said = tokio::time::timeout(ANSWER, command.output()).await;
-    let said = said.map_err(|_| NoVersion {
-        cause: Cause::Resources,
-        reason: format!(
-            "{program} --version does not answer within {} s",
-            ANSWER.as_secs()
-        ),
-    })?;
-    let said = said.map_err(|error| NoVersion {
-        cause: cause_of_exec_error(&error),
-        reason: format!("{program} can't be run: {error}"),
-    })?;
+    command.spawn()
+}
+
+async fn read_version(program: &Path, asked: Child) -> Result<u32, NoVersion> {
+    let said = asked.wait_with_output().await;
+    let said = said.map_err(|error| NoVersion::not_run(program, &error))?;
     let text = String::from_utf8_lossy(&said.stdout);
     probe::parse_version(&text).ok_or_else(|| NoVersion {
         // A program that succeeds with other words is another program. One that fails may be in the middle of an upgrade.
@@ -779,11 +833,47 @@ async fn ask_version(program: &Path) -> Result<u32, NoVersion> {
             false => Cause::Unknown,
         },
         reason: format!(
-            "{program} --version ({}) does not tell a version: {:?}",
+            "{} --version ({}) does not tell a version: {:?}",
+            program.display(),
             said.status,
             text.lines().next().unwrap_or("")
         ),
     })
+}
+
+/// Claims the start of a handle and reads its record, if both are what the handle says.
+fn recorded(records: &Records, started: &Started) -> Result<(Claim, Started), BackendError> {
+    let lost = |reason: &str| lost(started, reason);
+    let claim = Claim::take(records)
+        .map_err(|source| io_error("claiming", records.path(), source))?
+        .ok_or_else(|| lost("there is no record of it"))?;
+    let foreign = orphans::foreign(records)
+        .map_err(|source| io_error("looking at", records.path(), source))?;
+    if let Some(reason) = foreign {
+        return Err(lost(&format!(
+            "what lies in its place is not the driver's: {reason}"
+        )));
+    }
+    let recorded = match records.running() {
+        Ok(running) => running.started,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(lost("there is no record of it"));
+        }
+        Err(source) => return Err(io_error("reading the record in", records.path(), source)),
+    };
+    if (&recorded.id, recorded.leader) != (&started.id, started.leader) {
+        return Err(lost("the record in its place is another one's"));
+    }
+    pause::at(records, Point::Recovering);
+    supervisor::rouse(recorded.supervisor);
+    Ok((claim, recorded))
+}
+
+fn lost(started: &Started, reason: &str) -> BackendError {
+    BackendError::Lost {
+        machine: started.machine.clone(),
+        reason: reason.to_owned(),
+    }
 }
 
 /// The fact of a start, if it is of this boot: in another one its numbers mean other processes.
@@ -794,11 +884,9 @@ fn running_now(records: &Records) -> Option<Running> {
 
 /// Claims a start, if it is there.
 async fn claim(records: &Records) -> Result<Option<Claim>, BackendError> {
-    let owned = records.clone();
-    let taken = tokio::task::spawn_blocking(move || Claim::take(&owned)).await;
-    taken
-        .unwrap_or_else(|error| Err(io::Error::other(error)))
-        .map_err(|source| io_error("claiming", records.path(), source))
+    let place = records.clone();
+    let taken = blocking::run(move || Claim::take(&place)).await;
+    taken.map_err(|source| io_error("claiming", records.path(), source))
 }
 
 fn io_error(step: &'static str, path: &Path, source: io::Error) -> BackendError {

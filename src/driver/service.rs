@@ -9,6 +9,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::status::CallError;
 use super::stream::{EventStream, Feed};
 use super::{Driver, Settings, wire};
+use crate::blocking;
 use crate::config::{self, Checked};
 use crate::container::Started;
 use crate::proto::driver as proto;
@@ -286,10 +287,9 @@ impl Driver {
         let grants = wire::grants(task)?;
         let bytes = task.msgpack_driver_config.clone();
         let (policy, places) = (settings.policy.clone(), Arc::clone(&self.places));
-        let checked = tokio::task::spawn_blocking(move || {
-            config::container(&bytes, &grants, &policy, &places)
-        });
-        let mut checked = checked.await.map_err(|_| CallError::Panicked)??;
+        let checked =
+            blocking::run_start(move || config::container(&bytes, &grants, &policy, &places));
+        let mut checked = checked.await?;
         checked.notes.extend(wire::left_out(task));
         Ok(checked)
     }

@@ -49,6 +49,8 @@ pub struct Invitation {
     pub socket_group: Option<String>,
     /// Whether the host asked about broker multiplexing and so reads a seventh field.
     pub multiplex_asked: bool,
+    /// How many worker threads the plugin shall have, by tokio's own variable; `None` where it is not set or no number above zero.
+    pub workers: Option<usize>,
 }
 
 impl Invitation {
@@ -99,6 +101,9 @@ impl Invitation {
             socket_group: get("PLUGIN_UNIX_SOCKET_GROUP")
                 .map(|group| group.to_string_lossy().into_owned()),
             multiplex_asked: get("PLUGIN_MULTIPLEX_GRPC").is_some(),
+            workers: get("TOKIO_WORKER_THREADS")
+                .and_then(|workers| workers.to_str()?.parse().ok())
+                .filter(|workers| *workers > 0),
         })
     }
 
@@ -183,6 +188,19 @@ mod tests {
     #[case(&[("TMPDIR", "/var/tmp"), ("PLUGIN_UNIX_SOCKET_DIR", "/run/x")], "/run/x")]
     fn the_socket_goes_where_the_host_wants(#[case] pairs: &[(&str, &str)], #[case] dir: &str) {
         assert_eq!(invited(pairs).unwrap().socket_dir, Path::new(dir));
+    }
+
+    #[rstest]
+    #[case("1", Some(1))]
+    #[case("0", None)]
+    #[case("many", None)]
+    #[case("", None)]
+    fn tokio_s_own_variable_sets_the_number_of_workers(
+        #[case] text: &str,
+        #[case] workers: Option<usize>,
+    ) {
+        let invitation = invited(&[("TOKIO_WORKER_THREADS", text)]).unwrap();
+        assert_eq!(invitation.workers, workers);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 
+use crate::blocking;
 use crate::driver::Driver;
 use crate::proto::base::base_plugin_server::BasePluginServer;
 use crate::proto::driver::driver_server::DriverServer;
@@ -37,8 +38,8 @@ const LAST_LINES: Duration = Duration::from_millis(100);
 /// How often the thread for blocking work that is kept has something to do: more often than an idle one ends, and not so often that
 /// two would stay that take turns.
 const IDLE: Duration = Duration::from_secs(6);
-/// Threads for requests; they wait more than they work.
-const THREADS: usize = 4;
+/// Threads for requests, where the environment does not say otherwise. Nothing that blocks runs on them, see [`blocking`].
+const WORKERS: usize = 4;
 /// How long ending all tasks may take once the owner is gone.
 const OWNER_GONE: Duration = Duration::from_secs(30);
 /// How long the tasks' desks may take to put down their pens once told to.
@@ -150,7 +151,8 @@ pub fn live(invitation: Invitation, driver: Driver, owner: Option<&Owner>) -> Ex
     let sink = log::install();
     raise_descriptors();
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(THREADS)
+        .worker_threads(invitation.workers.unwrap_or(WORKERS))
+        .max_blocking_threads(blocking::THREADS)
         .enable_all()
         .build();
     let code = match runtime {

@@ -36,6 +36,7 @@ async fn served(mock: MockContainerBackend) -> Served {
         socket_dir: dir.path().to_owned(),
         socket_group: None,
         multiplex_asked: false,
+        workers: None,
     };
     let driver = driver(Arc::new(mock));
     let (announce, announced) = oneshot::channel();

@@ -17,6 +17,7 @@ use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
 
+use crate::blocking;
 use crate::container::{Cause, Exit, Process, Started, UNKNOWN_END};
 use crate::signal::Signal;
 
@@ -70,7 +71,7 @@ pub struct Supervised {
 type Asked = (Verb, oneshot::Sender<Result<(), String>>);
 
 /// Starts a supervisor, which is `binary` in another life, for the order that lies in `records`, and follows it. `program`
-/// becomes the container's first where that is ours, see [`first::program`].
+/// becomes the container's first where that is ours, see [`first::program`]. Blocks; needs a runtime around it all the same.
 #[expect(clippy::disallowed_methods, reason = "a supervisor is a process")]
 pub fn launch(
     binary: &Path,
@@ -137,7 +138,8 @@ pub async fn attach(
                     | io::ErrorKind::ConnectionReset
             ) =>
         {
-            let exit = records.exit().map_err(|error| {
+            let owned = records.clone();
+            let exit = blocking::run(move || owned.exit()).await.map_err(|error| {
                 let text = format!(
                     "nobody listens there, and the record of its end can't be read: {error}"
                 );
@@ -334,7 +336,8 @@ impl Line {
             Status::Up(_) => true,
             Status::Starting => self.known,
         };
-        if let Ok(Some(exit)) = self.records.exit() {
+        let records = self.records.clone();
+        if let Ok(Some(exit)) = blocking::run(move || records.exit()).await {
             return self.set(Status::Ended(Arc::new(exit)));
         }
         let records = self.records.clone();
@@ -365,7 +368,8 @@ impl Line {
             error,
             ended_at: SystemTime::now(),
         };
-        let _ = self.records.write_exit(&exit);
+        let (records, kept) = (self.records.clone(), exit.clone());
+        let _ = blocking::run(move || records.write_exit(&kept)).await;
         self.set(Status::Ended(Arc::new(exit)));
     }
 }

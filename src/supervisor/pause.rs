@@ -93,21 +93,14 @@ pub fn kernel_is_old(records: &Records) -> bool {
 #[inline(always)]
 pub fn at(_: &Records, _: Point) {}
 
-/// Holds the process here if a test waits for it.
+/// Holds the process here if a test waits for it. Blocks the thread, as what it stands for would.
 #[cfg(debug_assertions)]
 pub fn at(records: &Records, point: Point) {
-    use std::os::unix::net::UnixStream;
-    use tokio::runtime::{Handle, RuntimeFlavor};
-
-    let Some(stream) = directory(records)
-        .and_then(|directory| UnixStream::connect(directory.join(point.name())).ok())
-    else {
-        return;
-    };
-    // In the plugin other calls go on meanwhile.
-    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
-        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(|| hold(stream)),
-        _ => hold(stream),
+    let stream = directory(records).and_then(|directory| {
+        std::os::unix::net::UnixStream::connect(directory.join(point.name())).ok()
+    });
+    if let Some(stream) = stream {
+        hold(stream);
     }
 }
 

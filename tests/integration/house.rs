@@ -6,6 +6,7 @@ use std::path::Path;
 /// Which rooms each room may use, itself aside. `main` may use all.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("proto", &[]),
+    ("blocking", &[]),
     ("container", &[]),
     ("procfs", &[]),
     ("signal", &[]),
@@ -18,6 +19,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "config",
             "task",
             "backend",
+            "blocking",
             "container",
             "signal",
         ],
@@ -30,6 +32,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "task",
             "backend",
             "nspawn",
+            "blocking",
             "container",
             "signal",
         ],
@@ -42,6 +45,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "supervisor",
             "nspawn",
             "cgroup",
+            "blocking",
             "container",
             "signal",
             "tree",
@@ -49,7 +53,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "supervisor",
-        &["nspawn", "cgroup", "container", "procfs", "signal"],
+        &[
+            "nspawn",
+            "cgroup",
+            "blocking",
+            "container",
+            "procfs",
+            "signal",
+        ],
     ),
     ("nspawn", &["container", "procfs", "signal", "tree"]),
     ("cgroup", &["container", "procfs", "signal"]),

@@ -23,6 +23,7 @@ mod ports;
 mod reconcile;
 mod recover;
 mod rerun;
+mod responsive;
 mod run_command;
 mod run_exits;
 mod run_files;

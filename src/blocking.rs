@@ -1,0 +1,78 @@
+//! Work that may block: files, locks, `statfs`, starting a process. On a network file system that is gone, each of them may last for
+//! ever. It runs on tokio's threads for blocking work and never on a worker, of which there are few and which serve every request.
+
+use tokio::sync::Semaphore;
+
+/// The most threads for blocking work, for the runtime that serves requests. Work beyond that waits for one of them.
+pub const THREADS: usize = 512;
+
+/// The most of them that starts may hold together. Starts that hang leave the other half to everything else.
+const STARTS: usize = THREADS / 2;
+
+static STARTING: Semaphore = Semaphore::const_new(STARTS);
+
+/// Runs `work` on a thread for blocking work and waits for it. Its panic is the caller's. The work goes on if the caller is dropped.
+pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is shutting down, and this call ends with it.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}
+
+/// [`run`] for a step of a start. Waits as long as too many steps of other starts are under way.
+pub async fn run_start<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    // Nobody closes it. The permit goes with the work, which holds its thread although the caller may be gone.
+    let permit = STARTING.acquire().await;
+    run(move || {
+        let _permit = permit;
+        work()
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread()
+            .max_blocking_threads(THREADS)
+            .build()
+            .unwrap()
+    }
+
+    #[test]
+    fn a_panic_is_the_caller_s() {
+        let runtime = runtime();
+        let call = runtime.spawn(run(|| panic!("on purpose")));
+        assert!(runtime.block_on(call).unwrap_err().is_panic());
+    }
+
+    #[test]
+    fn starts_that_hang_leave_threads_to_others() {
+        let runtime = runtime();
+        let (release, released) = mpsc::channel::<()>();
+        let released = std::sync::Arc::new(std::sync::Mutex::new(released));
+        let hung: Vec<_> = (0..2 * STARTS)
+            .map(|_| {
+                let released = std::sync::Arc::clone(&released);
+                runtime.spawn(run_start(move || released.lock().unwrap().recv().is_err()))
+            })
+            .collect();
+        runtime.block_on(async {
+            while STARTING.available_permits() > 0 {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(run(|| 1).await, 1);
+            drop(release);
+            for start in hung {
+                assert!(start.await.unwrap());
+            }
+        });
+    }
+}
