@@ -197,6 +197,11 @@ impl Case {
         let told = running.inspect(&plugin).await.unwrap();
         self.marker
             .not_in("what InspectTask says", &format!("{told:?}"));
+        // The end is reported once its processes have been killed; the kernel takes a moment to end them.
+        eventually("the end of all processes of the task", || {
+            self.marker.in_environments().is_empty()
+        })
+        .await;
         self.search(&format!("after {death:?}"), None);
         running.destroy(&plugin).await;
         let said = running.stdout.all().await + &running.stderr.all().await;
