@@ -123,7 +123,11 @@ impl NspawnBackend {
 
     async fn clear_groups(&self, state_dir: &Path) {
         let groups = blocking(state_dir, |dir| Ok(orphans::groups(dir))).await;
-        for group in groups.unwrap_or_default() {
+        let groups = groups.unwrap_or_else(|error| {
+            tracing::error!(error, "control groups without records can't be looked for");
+            Vec::new()
+        });
+        for group in groups {
             let path = group.display().to_string();
             match blocking(state_dir, move |dir| orphans::remove_group(&group, dir)).await {
                 Ok(()) => tracing::info!(path, "removed a control group without records"),
@@ -174,7 +178,10 @@ fn describe(records: &Records) -> &'static str {
 
 async fn supervisors(state_dir: &Path, wanted: impl Fn(&Supervisor) -> bool) -> Vec<Supervisor> {
     let found = blocking(state_dir, |dir| Ok(orphans::supervisors(dir))).await;
-    let mut found = found.unwrap_or_default();
+    let mut found = found.unwrap_or_else(|error| {
+        tracing::error!(error, "supervisors without records can't be looked for");
+        Vec::new()
+    });
     found.retain(wanted);
     found
 }

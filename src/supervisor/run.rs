@@ -114,11 +114,20 @@ fn prepare(records: &Records) -> Result<(Order, Sockets), Failure> {
 fn detach() -> io::Result<SignalFd> {
     // Fails for the leader of a process group, which is what a person's shell makes of it; then there is nothing to leave.
     let _ = nix::unistd::setsid();
-    let _ = std::env::set_current_dir("/");
+    if let Err(error) = std::env::set_current_dir("/") {
+        let _ = writeln!(io::stderr(), "/ can't be the working directory: {error}");
+    }
     // Its sockets and files are root's alone.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     // The payload shall be the victim when memory runs out. Only root may say so.
-    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000")
+        && nix::unistd::geteuid().is_root()
+    {
+        let _ = writeln!(
+            io::stderr(),
+            "oom_score_adj can't be set: the kernel may end this process for want of memory, and the container with it: {error}"
+        );
+    }
     nix::sys::prctl::set_child_subreaper(true)?;
     let all = SigSet::all();
     all.thread_block()?;
