@@ -83,12 +83,6 @@ impl<'a> RunCommand<'a> {
         self
     }
 
-    /// With these options of the plugin.
-    pub(crate) fn plugin_config(self, config: &Value) -> Self {
-        fs::write(self.host.join("plugin.json"), config.to_string()).unwrap();
-        self
-    }
-
     /// Starts it.
     pub(crate) fn start(mut self) -> Run<'a> {
         let mut child = self.command.spawn().unwrap();

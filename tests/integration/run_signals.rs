@@ -1,11 +1,11 @@
 //! What ends a `run`, and that its task never outlives it: signals, a closed output, the death of `run` or of its plugin.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use rstest::rstest;
+use serde_json::json;
 
 use crate::harness::{Host, eventually};
 use crate::run_command::{RunCommand, job, refused_without_root};
@@ -173,19 +173,15 @@ async fn a_stop_does_not_wait_for_who_reads_the_output() {
 #[tokio::test]
 async fn a_signal_before_the_task_is_started_ends_the_run() {
     let host = Host::new();
-    let mut command = RunCommand::new(&host, &job(&host, ASKED, LONG));
-    let tool = host.join("bin/hangs");
-    fs::write(&tool, "#!/bin/sh\nexec sleep 1000\n").unwrap();
-    fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
-    command = command.plugin_config(&serde_json::json!({ "nspawn_path": tool }));
-    let mut run = command.start();
-    let hangs = || {
+    host.scenario(&json!({ "version_hangs": true }));
+    let mut run = RunCommand::new(&host, &job(&host, ASKED, LONG)).start();
+    let asked = || {
         let processes = host.processes();
         processes
             .iter()
-            .any(|one| one.command.contains("sleep 1000"))
+            .any(|one| one.command.contains("systemd-nspawn --version"))
     };
-    eventually("systemd-nspawn was asked for its version", hangs).await;
+    eventually("systemd-nspawn was asked for its version", asked).await;
     run.signal_group(Signal::SIGINT);
     run.ends_with(125).await;
     let text = run.stderr.text();
