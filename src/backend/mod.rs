@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use crate::container::{ContainerSpec, Exit, Probe, Started, Usage};
 use crate::signal::Signal;
 
+mod acquire;
 pub mod error;
 pub mod nspawn;
 mod reconcile;

@@ -17,12 +17,10 @@ use tokio::process::{Child, Command};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use super::{BackendError, ContainerBackend, chain};
+use super::{BackendError, ContainerBackend, acquire, chain};
 use crate::blocking;
 use crate::cgroup::{Group, Layout};
-use crate::container::{
-    Cause, ContainerSpec, Exit, Network, Probe, Root, Started, Usage, Users, Volatile,
-};
+use crate::container::{Cause, ContainerSpec, Exit, Network, Probe, Root, Started, Usage};
 use crate::nspawn::argv::{self, Host};
 use crate::nspawn::ports::{self, Addresses};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
@@ -37,7 +35,6 @@ use crate::supervisor::{
     self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
     state_dir,
 };
-use crate::tree::copy_place;
 
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
 const START: Duration = Duration::from_secs(600);
@@ -599,19 +596,11 @@ fn prepare(
         }),
         stdout: spec.stdout.clone(),
         stderr: spec.stderr.clone(),
-        place,
         network_namespace: match &spec.network {
             Network::Join(path) => Some(path.clone()),
             _ => None,
         },
-        locks: locks_of(spec),
-        shares: shares(spec, &root),
-        copies: copies_of(spec),
-        picks: matches!(&spec.users, Users::Private { range, .. } if range == "pick"),
-        zone: match &spec.network {
-            Network::Private { zone, .. } => zone.clone(),
-            _ => None,
-        },
+        resources: acquire::resources(spec, place, &root),
         notes,
     };
     pause::at(records, Point::BeforeOrder);
@@ -644,12 +633,6 @@ fn root(
         .and_then(|()| root::skeleton(image, &skeleton, &missing, spec.volatile));
     let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
     Ok((Root::Directory(skeleton), binds))
-}
-
-/// Where the throw-away copy of a container's root is made, if there is one.
-fn copies_of(spec: &ContainerSpec) -> Option<PathBuf> {
-    let (Root::Directory(root) | Root::Image(root)) = &spec.root;
-    spec.ephemeral.then(|| copy_place(root))
 }
 
 /// The first program, made when it is needed first. Two that make it at once wait for nobody; one of the two is kept.
@@ -755,17 +738,6 @@ impl NoVersion {
             },
         }
     }
-}
-
-/// Whether systemd-nspawn shares its lock of the tree. A stand-in for the root is this container's alone.
-fn shares(spec: &ContainerSpec, root: &Root) -> bool {
-    (spec.read_only || spec.volatile != Volatile::No) && *root == spec.root
-}
-
-/// What systemd-nspawn locks for a container.
-fn locks_of(spec: &ContainerSpec) -> Option<PathBuf> {
-    let (Root::Directory(root) | Root::Image(root)) = &spec.root;
-    (!spec.ephemeral).then(|| root.clone())
 }
 
 /// What is known of the installed systemd-nspawn.

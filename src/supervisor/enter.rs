@@ -76,7 +76,7 @@ fn prepared(records: &Records) -> Result<(Order, usize, Command), Refusal> {
         .take_environment()
         .map_err(because("the environment can't be read"))?;
     go_there(&order)?;
-    if order.place.is_none() {
+    if order.cgroup().is_none() {
         myself()
             .and_then(|me| records.write_entered(&me))
             .map_err(because("can't leave word of this process"))?;
@@ -96,10 +96,9 @@ fn prepared(records: &Records) -> Result<(Order, usize, Command), Refusal> {
 }
 
 fn go_there(order: &Order) -> Result<(), Refusal> {
-    if let Some(place) = &order.place {
-        let group = place.group.display();
-        let what = format!("can't enter the control group {group}");
-        Group::new(&place.group).enter().map_err(because(&what))?;
+    if let Some(group) = order.cgroup() {
+        let what = format!("can't enter the control group {}", group.display());
+        Group::new(group).enter().map_err(because(&what))?;
     }
     if let Some(path) = &order.network_namespace {
         let entered = File::open(path).and_then(|file| Ok(setns(file, CloneFlags::CLONE_NEWNET)?));

@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use super::process::{Held, children};
@@ -113,18 +113,11 @@ fn is_sound(order: &Order, records: &Records) -> bool {
             .machine
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'));
-    let own = |group: &Path| {
-        group.file_name() == records.path().file_name()
-            && group.is_absolute()
-            && group
-                .components()
-                .all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
-    };
     machine
         && order
-            .place
-            .as_ref()
-            .is_none_or(|place| own(&place.group) && place.mirror.as_deref().is_none_or(own))
+            .resources
+            .iter()
+            .all(|resource| resource.is_own(records))
 }
 
 /// A supervisor of this state directory, by its command line.
@@ -262,8 +255,8 @@ pub fn remove_group(group: &Path, state_dir: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::record::tests::an_order;
+    use super::super::resource::{Cgroup, CgroupMirror, Resource};
     use super::*;
-    use crate::cgroup::Place;
     use std::collections::BTreeMap;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
@@ -276,6 +269,10 @@ mod tests {
         records
     }
 
+    fn in_group(group: PathBuf) -> Resource {
+        Resource::Cgroup(Cgroup { group })
+    }
+
     #[test]
     fn only_what_the_driver_made_counts_as_a_start() {
         let temp = tempfile::tempdir().unwrap();
@@ -286,9 +283,11 @@ mod tests {
         let whole = ordered(dir, "a/whole/1", |_| {});
         let placed = Records::of(dir, "a/placed/1");
         ordered(dir, "a/placed/1", |order| {
-            let mirror = Some(group(&placed, "/m"));
-            let group = group(&placed, "/g/x");
-            order.place = Some(Place { group, mirror });
+            let mirror = group(&placed, "/m");
+            order.resources = vec![
+                in_group(group(&placed, "/g/x")),
+                Resource::CgroupMirror(CgroupMirror { group: mirror }),
+            ];
         });
         let bare = Records::of(dir, "a/bare/1");
         bare.create().unwrap();
@@ -318,19 +317,13 @@ mod tests {
         let text = text.replace("\"form\":1", "\"form\":2");
         fs::write(newer.path().join("order"), text).unwrap();
         ordered(dir, "a/group/1", |order| {
-            let group = "/sys/fs/cgroup/system.slice".into();
-            order.place = Some(Place {
-                group,
-                mirror: None,
-            });
+            let group = PathBuf::from("/sys/fs/cgroup/system.slice");
+            order.resources = vec![in_group(group)];
         });
         let climbing = Records::of(dir, "a/climbing/1");
         ordered(dir, "a/climbing/1", |order| {
             let group = group(&climbing, "/g/../..");
-            order.place = Some(Place {
-                group,
-                mirror: None,
-            });
+            order.resources = vec![in_group(group)];
         });
 
         let survey = survey(dir).unwrap();

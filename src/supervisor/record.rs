@@ -18,18 +18,20 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::cgroup::Place;
+use super::order_form::OrderForm;
+use super::resource::Resource;
 use crate::container::{Cause, Exit, Mode, Process, Started};
 
 /// No file of ours is larger; a larger one was not written by us.
 const LARGEST: u64 = 64 * 1024 * 1024;
 
 /// Everything that may lie in the directory of one start; a file that is being written has a number and `.new` behind its name.
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 14] = [
     "entered",
     "environment",
     "exit",
     "failure",
+    "freed",
     "init",
     "lifeline",
     "log",
@@ -50,11 +52,11 @@ pub struct Records(PathBuf);
 
 /// Everything a supervisor needs to start and to watch one container, except the environment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "OrderForm", into = "OrderForm")]
 pub struct Order {
     /// Nomad's id of this start.
     pub id: String,
     /// The directory of the allocation, as its agent names it; see [`Order::alloc_dir`] for orders of drivers before it was kept.
-    #[serde(default)]
     pub alloc_dir: Option<PathBuf>,
     /// The machine name.
     pub machine: String,
@@ -67,31 +69,43 @@ pub struct Order {
     /// Its arguments.
     pub arguments: Vec<String>,
     /// The container's first program.
-    #[serde(default)]
     pub first: First,
     /// Where stdout goes; `None` discards.
     pub stdout: Option<PathBuf>,
     /// Where stderr goes; `None` discards.
     pub stderr: Option<PathBuf>,
-    /// The control group to make, if the host has any.
-    pub place: Option<Place>,
     /// The network namespace to start systemd-nspawn in.
     pub network_namespace: Option<PathBuf>,
-    /// The tree or image that systemd-nspawn locks, unless it works on a copy.
-    pub locks: Option<PathBuf>,
-    /// Whether it shares that lock with others that do not write the tree.
-    #[serde(default)]
-    pub shares: bool,
-    /// The directory that takes the throw-away copy of an ephemeral root.
-    pub copies: Option<PathBuf>,
-    /// Whether systemd-nspawn picks the range of user ids, and locks it.
-    #[serde(default)]
-    pub picks: bool,
-    /// The zone whose bridge the container joins.
-    #[serde(default)]
-    pub zone: Option<String>,
+    /// What the start acquires on the host, in the order of acquisition. All of it is released in the reverse order.
+    pub resources: Vec<Resource>,
     /// What the user should know about this start.
     pub notes: Vec<String>,
+}
+
+impl Order {
+    /// The control group to make, if the host has any.
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.resources.iter().find_map(|resource| match resource {
+            Resource::Cgroup(cgroup) => Some(&*cgroup.group),
+            _ => None,
+        })
+    }
+
+    /// The tree whose lock is shared with others that do not write it.
+    pub fn shared_tree(&self) -> Option<&Path> {
+        self.resources.iter().find_map(|resource| match resource {
+            Resource::TreeLock(lock) if lock.shared => Some(&*lock.tree),
+            _ => None,
+        })
+    }
+
+    /// The directory that takes the throw-away copy of an ephemeral root.
+    pub fn copies(&self) -> Option<&Path> {
+        self.resources.iter().find_map(|resource| match resource {
+            Resource::EphemeralCopy(copy) => Some(&*copy.directory),
+            _ => None,
+        })
+    }
 }
 
 /// A container's first program.
@@ -371,6 +385,16 @@ impl Records {
     /// Whether systemd-nspawn has ended by itself. If it did while nobody was there to see it, this is not known.
     pub fn has_released(&self) -> bool {
         self.0.join("released").symlink_metadata().is_ok()
+    }
+
+    /// Keeps that every resource of the start has been released.
+    pub fn write_freed(&self) -> io::Result<()> {
+        self.write("freed", b"")
+    }
+
+    /// Whether every resource of the start has been released.
+    pub fn is_freed(&self) -> bool {
+        self.0.join("freed").symlink_metadata().is_ok()
     }
 
     /// Keeps who is about to become systemd-nspawn. Needed only where no control group tells who belongs to the start.

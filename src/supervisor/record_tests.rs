@@ -1,5 +1,8 @@
 //! Records: who may read them, what they look like for ever, and what hostile ones can't do.
 
+use super::super::resource::{
+    Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Skeleton, TreeLock, UidRange, ZoneBridge,
+};
 use super::*;
 use proptest::prelude::*;
 use std::os::unix::fs::PermissionsExt;
@@ -28,13 +31,8 @@ pub(in crate::supervisor) fn an_order(id: &str) -> Order {
         first: First::Image,
         stdout: None,
         stderr: None,
-        place: None,
         network_namespace: None,
-        locks: None,
-        shares: false,
-        copies: None,
-        picks: false,
-        zone: None,
+        resources: Vec::new(),
         notes: Vec::new(),
     }
 }
@@ -275,6 +273,57 @@ fn what_was_ever_released_is_read_and_the_last_is_written() {
     is_frozen::<Exit>(EXITS);
 }
 
+/// A driver before the list of resources frees what it finds in fields of its own.
+#[test]
+fn what_older_orders_name_is_a_resource_and_still_named_as_before() {
+    const OLDER: [&str; 6] = ["place", "locks", "shares", "copies", "picks", "zone"];
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    for line in ORDERS.lines() {
+        let order: Order = decode(line.as_bytes()).unwrap();
+        let written = String::from_utf8(encode(&order).unwrap()).unwrap();
+        for name in OLDER {
+            let before = json(line)[name].clone();
+            let before = match name {
+                "picks" | "shares" if before.is_null() => false.into(),
+                _ => before,
+            };
+            assert_eq!(json(&written)[name], before, "{name} of {line}");
+        }
+        assert_eq!(decode::<Order>(written.as_bytes()).unwrap(), order);
+    }
+    let of = |number: usize| {
+        let line = ORDERS.lines().nth(number).unwrap();
+        decode::<Order>(line.as_bytes()).unwrap().resources
+    };
+    let group =
+        |hierarchy: &str| format!("/sys/fs/cgroup/{hierarchy}/nomad-driver-nspawn/x").into();
+    let want = [
+        Resource::Cgroup(Cgroup {
+            group: group("unified"),
+        }),
+        Resource::CgroupMirror(CgroupMirror {
+            group: group("systemd"),
+        }),
+        Resource::Skeleton(Skeleton {}),
+        Resource::EphemeralCopy(EphemeralCopy {
+            directory: "/srv".into(),
+        }),
+        Resource::NspawnMounts(NspawnMounts {}),
+    ];
+    assert_eq!(of(0), want);
+    let want = [
+        Resource::ZoneBridge(ZoneBridge { zone: "web".into() }),
+        Resource::UidRange(UidRange {}),
+        Resource::Skeleton(Skeleton {}),
+        Resource::TreeLock(TreeLock {
+            tree: "/srv/web".into(),
+            shared: false,
+        }),
+        Resource::NspawnMounts(NspawnMounts {}),
+    ];
+    assert_eq!(of(4), want);
+}
+
 #[test]
 fn records_of_another_age() {
     let last = EXITS.lines().last().unwrap();
@@ -325,23 +374,36 @@ pub(in crate::supervisor) fn exit() -> impl Strategy<Value = Exit> {
     )
 }
 
+fn resource() -> impl Strategy<Value = Resource> {
+    prop_oneof![
+        path().prop_map(|group| Resource::Cgroup(Cgroup { group })),
+        path().prop_map(|group| Resource::CgroupMirror(CgroupMirror { group })),
+        any::<String>().prop_map(|zone| Resource::ZoneBridge(ZoneBridge { zone })),
+        Just(Resource::UidRange(UidRange {})),
+        (path(), any::<bool>())
+            .prop_map(|(tree, shared)| Resource::TreeLock(TreeLock { tree, shared })),
+        Just(Resource::Skeleton(Skeleton {})),
+        path().prop_map(|directory| Resource::EphemeralCopy(EphemeralCopy { directory })),
+        Just(Resource::NspawnMounts(NspawnMounts {})),
+        any::<String>()
+            .prop_map(|x| Resource::Unknown(serde_json::json!({"kind": "later", "x": x}))),
+    ]
+}
+
 fn order() -> impl Strategy<Value = Order> {
     let first = prop_oneof![
         Just(First::Image),
         any::<bool>().prop_map(|streams| First::Ours { streams }),
     ];
-    let mirror = proptest::option::of(path());
-    let place = (path(), mirror).prop_map(|(group, mirror)| Place { group, mirror });
     let maybe = || proptest::option::of(path());
     let names = (any::<String>(), any::<String>(), any::<String>(), mode());
     let call = (path(), any::<Vec<String>>(), first);
-    let paths = (maybe(), maybe(), maybe(), maybe(), maybe(), maybe());
-    let held = (any::<bool>(), any::<bool>(), any::<Option<String>>());
-    let rest = (proptest::option::of(place), held, any::<Vec<String>>());
+    let paths = (maybe(), maybe(), maybe(), maybe());
+    let resources = proptest::collection::vec(resource(), 0..9);
+    let rest = (resources, any::<Vec<String>>());
     (names, call, paths, rest).prop_map(
-        |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
-            let (place, (shares, picks, zone), notes) = rest;
-            let (stdout, stderr, network_namespace, locks, copies, alloc_dir) = paths;
+        |((id, machine, boot, mode), (program, arguments, first), paths, (resources, notes))| {
+            let (stdout, stderr, network_namespace, alloc_dir) = paths;
             Order {
                 id,
                 alloc_dir,
@@ -353,13 +415,8 @@ fn order() -> impl Strategy<Value = Order> {
                 first,
                 stdout,
                 stderr,
-                place,
                 network_namespace,
-                locks,
-                shares,
-                copies,
-                picks,
-                zone,
+                resources,
                 notes,
             }
         },

@@ -39,7 +39,7 @@ use super::pause::{self, Point};
 use super::process::{Held, child_by_inner_pid, close_inherited, myself};
 use super::record::{Order, Records, Running};
 use super::tree_lock::SharedLocks;
-use super::{logs, remains};
+use super::{logs, resource};
 use crate::cgroup::Group;
 use crate::container::{Process, Started};
 use crate::nspawn::refusal::cause_of_host_error;
@@ -228,14 +228,14 @@ impl Watch {
             logs::open(order.stdout.as_deref()).map_err(|error| failure(Step::Logs, &error))?;
         let stderr =
             logs::open(order.stderr.as_deref()).map_err(|error| failure(Step::Logs, &error))?;
-        if let Some(place) = &order.place {
-            Group::new(&place.group)
+        if let Some(group) = order.cgroup() {
+            Group::new(group)
                 .create()
                 .map_err(|error| failure(Step::Cgroup, &error))?;
         }
         pause::at(&records, Point::CgroupMade);
-        remains::clear_the_way(&order.machine);
-        let tree = order.locks.as_deref().filter(|_| order.shares);
+        resource::clear_the_way(&order.machine);
+        let tree = order.shared_tree();
         let tree = tree.map(|tree| SharedLocks::take(&records, tree));
         let (child, first) = birth::spawn(&records, order.first, stdout, stderr)
             .map_err(|error| failure(Step::Nspawn, &error))?;
@@ -437,9 +437,8 @@ impl Watch {
         };
         let copy = self
             .order
-            .copies
-            .as_deref()
-            .and_then(|copies| remains::copy_of(leader, copies))
+            .copies()
+            .and_then(|copies| resource::copy_of(leader, copies))
             // The container may have mounted something over its root whose name is that of another one's copy.
             .filter(|copy| is_root_of(leader, copy));
         let started = Started {
@@ -456,7 +455,7 @@ impl Watch {
                 Held::process,
             ),
             mode: self.order.mode,
-            cgroup: self.order.place.as_ref().map(|place| place.group.clone()),
+            cgroup: self.order.cgroup().map(Path::to_owned),
             started_at: SystemTime::now(),
             notes: self.order.notes.clone(),
         };
@@ -464,7 +463,7 @@ impl Watch {
             started: started.clone(),
             nspawn: self.nspawn,
             copy,
-            uids: remains::uids_of(leader),
+            uids: resource::uids_of(leader),
             alloc_dir: self.order.alloc_dir.clone(),
         };
         self.state = State::Running {

@@ -172,6 +172,8 @@ impl World {
             match name {
                 "order" => {
                     value["id"] = id.as_str().into();
+                    // As a driver before the list of resources wrote it.
+                    value.as_object_mut().unwrap().remove("resources");
                     for kind in ["group", "mirror"] {
                         if let Some(group) = value["place"][kind].as_str() {
                             let moved = Path::new(group).with_file_name(leaf);

@@ -11,7 +11,7 @@ use prost::Message as _;
 use rstest::rstest;
 use serde_json::{Value, json};
 
-use crate::harness::{Host, Running, refusal};
+use crate::harness::{Host, Running, eventually, refusal};
 
 /// Whether a status carries the mark by which Nomad's agent tries again.
 fn is_recoverable(status: &tonic::Status) -> bool {
@@ -86,6 +86,12 @@ async fn started_over(
     let first = host.start(&plugin, host.shell("exit 0")).await;
     first.wait(&plugin).await;
     let directory = directory_of(&first);
+    // As if its supervisor had been killed before it released anything.
+    eventually("the release of its resources", || {
+        directory.join("freed").exists()
+    })
+    .await;
+    fs::remove_file(directory.join("freed")).unwrap();
     let order = directory.join("order");
     let text = fs::read(&order).unwrap();
     let mut changed: Value = serde_json::from_slice(&text).unwrap();
@@ -114,7 +120,7 @@ async fn an_earlier_start_that_is_not_cleared_may_be_retried() {
     let occupied = host.join("occupied");
     fs::write(&occupied, "").unwrap();
     let (status, _) = started_over(&host, |order| {
-        order["copies"] = occupied.to_str().into();
+        order["resources"] = json!([{"kind": "ephemeral_copy", "directory": occupied}]);
     })
     .await;
     assert!(is_recoverable(&status), "{status:?}");

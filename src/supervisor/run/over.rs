@@ -36,7 +36,7 @@ impl Watch {
     /// Whether the leader's end is told before that of systemd-nspawn: throwing away an ephemeral root may take that minutes. Any
     /// other root stays locked until systemd-nspawn has ended.
     fn may_end_early(&self) -> bool {
-        !self.told && self.order.copies.is_some()
+        !self.told && self.order.copies().is_some()
     }
 
     /// The leader has ended. systemd-nspawn normally ends a few milliseconds later; one that was stopped continues, and one that
@@ -47,7 +47,7 @@ impl Watch {
             return;
         }
         self.rouse_nspawn();
-        if self.order.copies.is_none() {
+        if self.order.copies().is_none() {
             self.patience
                 .get_or_insert_with(|| Instant::now() + CLEAR_UP);
         }
@@ -85,7 +85,7 @@ impl Watch {
         if std::mem::replace(&mut self.told, true) {
             return;
         }
-        let place = self.order.place.as_ref();
+        let group = self.order.cgroup();
         let exit = exit_of(&Signs {
             mode: self.order.mode,
             trouble: self.trouble.as_ref(),
@@ -96,7 +96,7 @@ impl Watch {
             nspawn: status,
             forced: self.forced,
             put_down: self.put_down,
-            oom: place.is_some_and(|place| Group::new(&place.group).oom_kills() > 0),
+            oom: group.is_some_and(|group| Group::new(group).oom_kills() > 0),
         });
         if let Err(error) = self.records.write_exit(&exit) {
             let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
@@ -132,11 +132,7 @@ impl Watch {
         self.start_if_ready();
         self.records.discard_secrets();
         self.kill_the_rest();
-        let group = self
-            .order
-            .place
-            .as_ref()
-            .map(|place| Group::new(&place.group));
+        let group = self.order.cgroup().map(Group::new);
         let running = match &self.state {
             State::Starting { .. } => {
                 let failure = self.failed(status);

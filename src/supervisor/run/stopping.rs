@@ -100,16 +100,16 @@ impl Watch {
         // One that has ended by itself has its own truth.
         let lives = |leader: &Held| !leader.wait(Duration::ZERO);
         self.forced |= leader.as_ref().is_some_and(lives);
-        if let Some(place) = &self.order.place {
-            Group::new(&place.group).child("payload").kill();
+        if let Some(group) = self.order.cgroup() {
+            Group::new(group).child("payload").kill();
         }
         if let Some(leader) = leader {
             let _ = leader.signal(Signal::KILL);
             freezer::release(leader.process().pid);
         }
         // What is frozen can't clear up.
-        if let Some(place) = &self.order.place {
-            Group::new(&place.group).thaw();
+        if let Some(group) = self.order.cgroup() {
+            Group::new(group).thaw();
         }
         self.rouse_nspawn();
         self.patience
@@ -129,8 +129,8 @@ impl Watch {
         // Its own parent has not waited for it yet, so the pid is its own. No descriptor is needed for that.
         let pid = nix::unistd::Pid::from_raw(self.nspawn.pid);
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        if let Some(place) = &self.order.place {
-            Group::new(&place.group).kill();
+        if let Some(group) = self.order.cgroup() {
+            Group::new(group).kill();
         }
     }
 
@@ -145,8 +145,8 @@ impl Watch {
             leader.wait(CLEAR_UP);
             self.reap();
         }
-        if let Some(place) = &self.order.place {
-            let group = Group::new(&place.group);
+        if let Some(group) = self.order.cgroup() {
+            let group = Group::new(group);
             if !group.processes().is_empty() {
                 group.kill();
             }

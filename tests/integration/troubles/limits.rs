@@ -331,7 +331,8 @@ async fn a_supervisor_that_may_not_wait_watches_all_the_same(#[case] passes: boo
     if passes {
         limit(supervisor, Limited::Descriptors, &before);
         task.signal(&plugin, "SIGURG").await.unwrap();
-        assert_eq!(fs::read_to_string(&log).unwrap().lines().count(), 1);
+        let complaints = fs::read_to_string(&log).unwrap();
+        assert_eq!(complaints.lines().count(), 1, "{complaints}");
         ends_well(&plugin, &task, &gate).await;
     } else {
         let exit = task.wait(&plugin).await;

@@ -1,0 +1,45 @@
+//! What a start will acquire on the host, told from its spec before anything is acquired.
+
+use crate::cgroup::Place;
+use crate::container::{ContainerSpec, Network, Root, Users, Volatile};
+use crate::supervisor::resource::{
+    Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
+    ZoneBridge,
+};
+use crate::tree::copy_place;
+
+/// The resources of a start in this place, in the order of their acquisition; they are released in the reverse order. `used` is the
+/// root that systemd-nspawn is given, which may be a stand-in for the spec's.
+pub(super) fn resources(spec: &ContainerSpec, place: Option<Place>, used: &Root) -> Vec<Resource> {
+    let mut resources = Vec::new();
+    if let Some(Place { group, mirror }) = place {
+        resources.push(Resource::Cgroup(Cgroup { group }));
+        resources.extend(mirror.map(|group| Resource::CgroupMirror(CgroupMirror { group })));
+    }
+    if let Network::Private {
+        zone: Some(zone), ..
+    } = &spec.network
+    {
+        let zone = zone.clone();
+        resources.push(Resource::ZoneBridge(ZoneBridge { zone }));
+    }
+    if matches!(&spec.users, Users::Private { range, .. } if range == "pick") {
+        resources.push(Resource::UidRange(UidRange {}));
+    }
+    if *used != spec.root {
+        resources.push(Resource::Skeleton(Skeleton {}));
+    }
+    let (Root::Directory(image) | Root::Image(image)) = &spec.root;
+    resources.push(match spec.ephemeral {
+        true => Resource::EphemeralCopy(EphemeralCopy {
+            directory: copy_place(image),
+        }),
+        false => Resource::TreeLock(TreeLock {
+            tree: image.clone(),
+            // A stand-in for the root is locked by this container alone.
+            shared: (spec.read_only || spec.volatile != Volatile::No) && *used == spec.root,
+        }),
+    });
+    resources.push(Resource::NspawnMounts(NspawnMounts {}));
+    resources
+}

@@ -1,0 +1,149 @@
+//! How an order stands on the disk. Besides the resources it names, in fields of their own, those that drivers before the list of
+//! resources knew, so that an older driver after a step back still frees them; and of orders of such drivers those fields are read.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::record::{First, Order};
+use super::resource::{
+    Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
+    ZoneBridge,
+};
+use crate::cgroup::Place;
+use crate::container::Mode;
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct OrderForm {
+    id: String,
+    #[serde(default)]
+    alloc_dir: Option<PathBuf>,
+    machine: String,
+    mode: Mode,
+    boot: String,
+    program: PathBuf,
+    arguments: Vec<String>,
+    #[serde(default)]
+    first: First,
+    stdout: Option<PathBuf>,
+    stderr: Option<PathBuf>,
+    network_namespace: Option<PathBuf>,
+    #[serde(flatten)]
+    older: Older,
+    /// Missing in orders of drivers before it.
+    #[serde(default)]
+    resources: Option<Vec<Resource>>,
+    notes: Vec<String>,
+}
+
+/// What drivers before the list of resources know.
+#[derive(Default, Serialize, Deserialize)]
+struct Older {
+    place: Option<Place>,
+    locks: Option<PathBuf>,
+    #[serde(default)]
+    shares: bool,
+    copies: Option<PathBuf>,
+    #[serde(default)]
+    picks: bool,
+    #[serde(default)]
+    zone: Option<String>,
+}
+
+impl From<OrderForm> for Order {
+    fn from(form: OrderForm) -> Self {
+        Self {
+            id: form.id,
+            alloc_dir: form.alloc_dir,
+            machine: form.machine,
+            mode: form.mode,
+            boot: form.boot,
+            program: form.program,
+            arguments: form.arguments,
+            first: form.first,
+            stdout: form.stdout,
+            stderr: form.stderr,
+            network_namespace: form.network_namespace,
+            resources: form.resources.unwrap_or_else(|| form.older.resources()),
+            notes: form.notes,
+        }
+    }
+}
+
+impl From<Order> for OrderForm {
+    fn from(order: Order) -> Self {
+        Self {
+            older: Older::of(&order.resources),
+            id: order.id,
+            alloc_dir: order.alloc_dir,
+            machine: order.machine,
+            mode: order.mode,
+            boot: order.boot,
+            program: order.program,
+            arguments: order.arguments,
+            first: order.first,
+            stdout: order.stdout,
+            stderr: order.stderr,
+            network_namespace: order.network_namespace,
+            resources: Some(order.resources),
+            notes: order.notes,
+        }
+    }
+}
+
+impl Older {
+    /// As resources, in the order of their acquisition. Such an order does not tell whether its root has a stand-in.
+    fn resources(self) -> Vec<Resource> {
+        let (group, mirror) = match self.place {
+            Some(Place { group, mirror }) => (Some(group), mirror),
+            None => (None, None),
+        };
+        let shared = self.shares;
+        let held = [
+            group.map(|group| Resource::Cgroup(Cgroup { group })),
+            mirror.map(|group| Resource::CgroupMirror(CgroupMirror { group })),
+            self.zone
+                .map(|zone| Resource::ZoneBridge(ZoneBridge { zone })),
+            self.picks.then_some(Resource::UidRange(UidRange {})),
+            Some(Resource::Skeleton(Skeleton {})),
+            self.locks
+                .map(|tree| Resource::TreeLock(TreeLock { tree, shared })),
+            self.copies
+                .map(|directory| Resource::EphemeralCopy(EphemeralCopy { directory })),
+            Some(Resource::NspawnMounts(NspawnMounts {})),
+        ];
+        held.into_iter().flatten().collect()
+    }
+
+    fn of(resources: &[Resource]) -> Self {
+        let mut older = Self::default();
+        let mut mirror = None;
+        for resource in resources.iter().cloned() {
+            match resource {
+                Resource::Cgroup(Cgroup { group }) => {
+                    older.place = Some(Place {
+                        group,
+                        mirror: None,
+                    });
+                }
+                Resource::CgroupMirror(CgroupMirror { group }) => mirror = Some(group),
+                Resource::ZoneBridge(ZoneBridge { zone }) => older.zone = Some(zone),
+                Resource::UidRange(UidRange {}) => older.picks = true,
+                Resource::TreeLock(TreeLock { tree, shared }) => {
+                    older.locks = Some(tree);
+                    older.shares = shared;
+                }
+                Resource::EphemeralCopy(EphemeralCopy { directory }) => {
+                    older.copies = Some(directory)
+                }
+                // Older drivers free these without being told.
+                Resource::Skeleton(Skeleton {}) | Resource::NspawnMounts(NspawnMounts {}) => {}
+                Resource::Unknown(_) => {}
+            }
+        }
+        if let Some(place) = &mut older.place {
+            place.mirror = mirror;
+        }
+        older
+    }
+}

@@ -1,0 +1,53 @@
+//! The control group of a start, and its mirror: the group that systemd-nspawn makes in the named hierarchy of version 1, in the
+//! likeness of one in version 2, and leaves there.
+
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::super::record::Records;
+use super::{Context, Lease};
+use crate::cgroup::Group;
+
+/// The control group that the supervisor makes and systemd-nspawn is started in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// Its directory.
+    pub group: PathBuf,
+}
+
+/// The group of the same name in the other hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CgroupMirror {
+    /// Its directory.
+    pub group: PathBuf,
+}
+
+impl Lease for Cgroup {
+    fn release(&self, _: &Context<'_>) -> io::Result<()> {
+        Group::new(&self.group).remove()
+    }
+
+    fn is_own(&self, records: &Records) -> bool {
+        is_named_like(&self.group, records)
+    }
+}
+
+impl Lease for CgroupMirror {
+    fn release(&self, _: &Context<'_>) -> io::Result<()> {
+        Group::new(&self.group).remove()
+    }
+
+    fn is_own(&self, records: &Records) -> bool {
+        is_named_like(&self.group, records)
+    }
+}
+
+/// The group of a start has the name of its records.
+fn is_named_like(group: &Path, records: &Records) -> bool {
+    let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
+    group.file_name() == records.path().file_name()
+        && group.is_absolute()
+        && group.components().all(plain)
+}

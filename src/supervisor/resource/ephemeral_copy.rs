@@ -1,0 +1,149 @@
+//! The throw-away copy of an ephemeral root, which systemd-nspawn makes, and leaves when it is killed.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::super::record::Records;
+use super::{Context, Lease, lock_file};
+use crate::procfs;
+
+/// A copy with a name that systemd-nspawn makes up, known when the container has come up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EphemeralCopy {
+    /// The directory in which it is made.
+    pub directory: PathBuf,
+}
+
+impl Lease for EphemeralCopy {
+    fn release(&self, context: &Context<'_>) -> io::Result<()> {
+        let copy = context.running.and_then(|running| running.copy.as_deref());
+        match copy.filter(|copy| self.is_copy(copy)) {
+            Some(copy) => remove(copy),
+            None => self.remove_nameless(context.records),
+        }
+    }
+}
+
+impl EphemeralCopy {
+    /// Only a directory that systemd-nspawn named as a throw-away copy, in the place where this start's copies lie.
+    fn is_copy(&self, path: &Path) -> bool {
+        let named = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .is_some_and(|name| name.starts_with(".#"));
+        named && path.parent() == Some(&self.directory)
+    }
+
+    /// A systemd-nspawn that was killed early has told nobody what its copy is called. It locks the name before it copies anything,
+    /// and the lock ends with it: so a copy in this place, begun after the order was written, whose lock nobody holds, is a dead one's.
+    fn remove_nameless(&self, records: &Records) -> io::Result<()> {
+        let dead = lock_file::dead(records, &self.directory, |name| {
+            let copy = name.strip_prefix(".#")?.strip_suffix(".lck")?;
+            is_random(copy).then(|| copy.to_owned())
+        })?;
+        dead.into_iter()
+            .map(|(_held, _, copy)| remove(&self.directory.join(copy)))
+            .fold(Ok(()), io::Result::and)
+    }
+}
+
+/// Where a container's throw-away root lies, seen from its leader: the kernel shows which directory of the file system is
+/// mounted at its root.
+pub(in crate::supervisor) fn copy_of(leader: i32, copies: &Path) -> Option<PathBuf> {
+    let mounts = procfs::mounts_of(leader).ok()?;
+    let root = mounts
+        .iter()
+        .filter(|mount| mount.target == Path::new("/"))
+        .find_map(|mount| mount.root.file_name())
+        .map(|name| copies.join(name))?;
+    let name = root.file_name()?.to_str()?;
+    (name.starts_with(".#") && root.is_dir()).then_some(root)
+}
+
+/// Whether systemd-nspawn makes up such a name for a copy.
+fn is_random(copy: &str) -> bool {
+    let random = copy
+        .strip_prefix(".#machine.")
+        .and_then(|rest| rest.get(rest.len().checked_sub(16)?..));
+    random.is_some_and(|random| random.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// Removes a copy, of a tree or of an image.
+fn remove(path: &Path) -> io::Result<()> {
+    let is_tree = path.symlink_metadata().is_ok_and(|about| about.is_dir());
+    let removed = if is_tree {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // After the copy: without its lock nobody would find it again.
+    if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+        let _ = fs::remove_file(path.with_file_name(format!(".#{name}.lck")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::tree_lock;
+    use super::super::tests::Start;
+    use super::*;
+
+    #[test]
+    fn where_the_place_of_the_copies_is_gone_there_is_nothing_to_remove() {
+        let start = Start::new();
+        let directory = start.temp.path().join("gone");
+        EphemeralCopy { directory }
+            .release(&start.context())
+            .unwrap();
+    }
+
+    #[test]
+    fn of_copies_without_a_name_those_go_that_are_dead_and_later_than_the_order() {
+        let start = Start::new();
+        let copies = start.directory("images");
+        let lease = EphemeralCopy {
+            directory: copies.clone(),
+        };
+        let make = |name: &str| {
+            let copy = copies.join(name);
+            fs::create_dir(&copy).unwrap();
+            fs::write(copy.join("file"), "").unwrap();
+            fs::write(copies.join(format!(".#{name}.lck")), "").unwrap();
+            copy
+        };
+        let lock = |copy: &Path| {
+            let name = copy.file_name().unwrap().to_str().unwrap();
+            copies.join(format!(".#{name}.lck"))
+        };
+        let early = make(".#machine.tree00000000000000aa");
+        let before = std::time::SystemTime::UNIX_EPOCH;
+        let file = fs::File::options().write(true).open(lock(&early)).unwrap();
+        file.set_modified(before).unwrap();
+        let dead = make(".#machine.tree00000000000000bb");
+        let image = copies.join(".#machine.disk.raw00000000000000dd");
+        for file in [&image, &lock(&image)] {
+            fs::write(file, "").unwrap();
+        }
+        let alive = make(".#machine.tree00000000000000cc");
+        let other = make(".#machine.backup");
+        let held = tree_lock::take(&lock(&alive)).unwrap();
+        lease.release(&start.context()).unwrap();
+        for copy in [&early, &alive, &other] {
+            assert!(copy.exists() && lock(copy).exists(), "{}", copy.display());
+        }
+        for copy in [&dead, &image] {
+            assert!(!copy.exists() && !lock(copy).exists(), "{}", copy.display());
+        }
+        drop(held);
+        lease.release(&start.context()).unwrap();
+        assert!(!alive.exists());
+    }
+}

@@ -1,0 +1,42 @@
+//! What systemd-nspawn mounts for a machine below `/run/systemd/nspawn`: it leaves them when it is killed, and from 256 on the next
+//! one of the same name trips over them.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, umount2};
+use serde::{Deserialize, Serialize};
+
+use super::{Context, Lease};
+
+const BASE: &str = "/run/systemd/nspawn";
+
+/// The mounts and directories that carry the machine's name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NspawnMounts {}
+
+impl Lease for NspawnMounts {
+    fn release(&self, context: &Context<'_>) -> io::Result<()> {
+        clear_the_way(context.machine);
+        // Left where /run is no tmpfs. Only an empty directory goes.
+        let _ = fs::remove_dir(Path::new(BASE).join("propagate").join(context.machine));
+        Ok(())
+    }
+}
+
+/// Removes the mounts of this machine that would block its start.
+pub(in crate::supervisor) fn clear_the_way(machine: &str) {
+    for path in mounts_of(machine) {
+        let _ = umount2(&path, MntFlags::MNT_DETACH);
+        let _ = fs::remove_dir(&path);
+    }
+}
+
+fn mounts_of(machine: &str) -> [PathBuf; 2] {
+    let base = Path::new(BASE);
+    [
+        base.join("unix-export").join(machine),
+        base.join(machine).join("unix-export"),
+    ]
+}

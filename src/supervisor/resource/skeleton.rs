@@ -1,0 +1,22 @@
+//! The stand-in for a root that lacks mount points. It lies in the records and goes with them; to systemd-nspawn it is a tree like any
+//! other, which it locks.
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+use super::super::tree_lock;
+use super::{Context, Lease};
+
+/// The stand-in root of the start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skeleton {}
+
+impl Lease for Skeleton {
+    fn release(&self, context: &Context<'_>) -> io::Result<()> {
+        if context.killed {
+            tree_lock::remove_of_tree(context.records, &context.records.skeleton());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,28 @@
+//! The two files by which systemd-nspawn keeps others off a tree or an image that it works on.
+
+use std::io;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::super::tree_lock;
+use super::{Context, Lease};
+
+/// The lock of a tree or an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TreeLock {
+    /// The tree or image.
+    pub tree: PathBuf,
+    /// Whether the lock is shared with others that do not write the tree.
+    #[serde(default)]
+    pub shared: bool,
+}
+
+impl Lease for TreeLock {
+    fn release(&self, context: &Context<'_>) -> io::Result<()> {
+        if context.killed {
+            tree_lock::remove_of_tree(context.records, &self.tree);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,93 @@
+//! The lock of the range of user ids that systemd-nspawn picks for a container; its name is the first id of the range.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::super::record::Records;
+use super::super::tree_lock;
+use super::{Context, Lease, lock_file};
+
+/// Where systemd-nspawn keeps these locks.
+const LOCKS: &str = "/run/systemd/nspawn-uid";
+
+/// A picked range of user ids. Which one is known when the container has come up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UidRange {}
+
+impl Lease for UidRange {
+    fn release(&self, context: &Context<'_>) -> io::Result<()> {
+        if !context.killed {
+            return Ok(());
+        }
+        match context.running.and_then(|running| running.uids) {
+            Some(first) => {
+                tree_lock::remove(context.records, &Path::new(LOCKS).join(first.to_string()));
+                Ok(())
+            }
+            None => remove_nameless(context.records, Path::new(LOCKS)),
+        }
+    }
+}
+
+/// A systemd-nspawn that was killed early has told nobody which range it picked: a lock made after the order was written, and held
+/// by nobody, is a dead one's.
+fn remove_nameless(records: &Records, locks: &Path) -> io::Result<()> {
+    let dead = lock_file::dead(records, locks, |name| name.parse::<u32>().ok())?;
+    for (_held, lock, _) in dead {
+        let _ = fs::remove_file(lock);
+    }
+    Ok(())
+}
+
+/// The first id outside of a process's range of user ids, if that is a range of its own.
+pub(in crate::supervisor) fn uids_of(leader: i32) -> Option<u32> {
+    first_uid(&fs::read_to_string(format!("/proc/{leader}/uid_map")).ok()?)
+}
+
+fn first_uid(map: &str) -> Option<u32> {
+    let first = map.lines().next()?.split_ascii_whitespace().nth(1)?;
+    first.parse().ok().filter(|first| *first != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::Start;
+    use super::*;
+
+    #[test]
+    fn a_range_of_user_ids_is_told_by_its_first_outside() {
+        assert_eq!(
+            first_uid("         0  403111936      65536\n"),
+            Some(403_111_936)
+        );
+        assert_eq!(first_uid("         0          0 4294967295\n"), None);
+        assert_eq!(first_uid(""), None);
+        assert_eq!(uids_of(i32::MAX), None);
+    }
+
+    #[test]
+    fn of_locks_of_user_ids_those_go_that_are_dead_and_later_than_the_order() {
+        let start = Start::new();
+        let locks = start.directory("locks");
+        let make = |name: &str| {
+            fs::write(locks.join(name), "").unwrap();
+            locks.join(name)
+        };
+        let early = make("65536");
+        let before = std::time::SystemTime::UNIX_EPOCH;
+        let file = fs::File::options().write(true).open(&early).unwrap();
+        file.set_modified(before).unwrap();
+        let (dead, alive, other) = (make("131072"), make("196608"), make("131072.bak"));
+        let held = tree_lock::take(&alive).unwrap();
+        remove_nameless(&start.records, &locks).unwrap();
+        assert!(!dead.exists());
+        assert!([&early, &alive, &other].iter().all(|lock| lock.exists()));
+        drop(held);
+        remove_nameless(&start.records, &locks).unwrap();
+        assert!(!alive.exists());
+        remove_nameless(&start.records, &locks.join("gone")).unwrap();
+    }
+}
