@@ -1,5 +1,4 @@
-//! A stand-in for systemd-nspawn, machinectl and systemctl in the hermetic tests: it acts as the tool it is called as, without
-//! privileges, systemd or network, and keeps a ledger of what it was asked. Never shipped.
+//! A stand-in for systemd-nspawn in the hermetic tests: it acts as it, without privileges, systemd or network, and keeps a ledger of what it was asked. Never shipped.
 //!
 //! It is used through a link or a copy named as the tool. Beside that link lie `scenario.json` (what should go differently, see
 //! [`scenario`]) and `ledger.jsonl` (what happened, see [`ledger`]); it has no environment variables of its own. What it refuses
@@ -24,7 +23,6 @@ mod nspawn;
 mod options;
 mod process;
 mod scenario;
-mod tools;
 mod tree;
 mod tree_lock;
 mod values;
@@ -61,10 +59,9 @@ fn act(words: &[OsString]) -> anyhow::Result<i32> {
     };
     match tool {
         "systemd-nspawn" => nspawn::act(directory, words),
-        "machinectl" | "systemctl" => tools::act(directory, tool, words),
         leader::LEADER => leader::lead(plan()?),
         leader::PAYLOAD => leader::become_payload(&plan()?),
         leader::GUARD => leader::guard(&plan()?).map(|()| 0),
-        other => anyhow::bail!("{other:?} is not systemd-nspawn, machinectl or systemctl"),
+        other => anyhow::bail!("{other:?} is not systemd-nspawn"),
     }
 }

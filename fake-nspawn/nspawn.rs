@@ -17,12 +17,12 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::leader::{self, End, Plan};
 use crate::ledger::{Event, Ledger, Role};
+use crate::notify;
 use crate::options::{self, Options, Parsed, Refusal};
 use crate::process;
 use crate::scenario::{Call, Scenario};
 use crate::tree::{self, Prepared};
 use crate::tree_lock::TreeLock;
-use crate::{notify, tools};
 
 /// The exit status that asks for a new start.
 const RESTART: i32 = 133;
@@ -43,17 +43,36 @@ pub(crate) fn act(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
     let number = ledger.call(words, "systemd-nspawn", starts)?;
     let call = scenario.call(number);
     let status = match parsed {
-        Ok(Parsed::Help) => tools::say(&options::help(scenario.version)),
+        Ok(Parsed::Help) => say(&options::help(scenario.version)),
         Ok(Parsed::Version) if scenario.version_hangs => loop {
             nix::unistd::pause();
         },
-        Ok(Parsed::Version) => tools::say(&tools::version(scenario.version)),
-        Ok(Parsed::Words(known)) => tools::say(&format!("{}\n", known.join("\n"))),
+        Ok(Parsed::Version) => say(&version(scenario.version)),
+        Ok(Parsed::Words(known)) => say(&format!("{}\n", known.join("\n"))),
         Ok(Parsed::Run(options)) => container(&scenario, &call, &options, &mut ledger)?,
         Err(refusal) => refuse(scenario.version, &refusal),
     };
     ledger.write(&Event::Exit { status })?;
     Ok(status)
+}
+
+/// Prints on stdout; gives the status of success.
+#[expect(clippy::print_stdout, reason = "the tool's own words")]
+fn say(text: &str) -> i32 {
+    print!("{text}");
+    0
+}
+
+/// What `--version` prints.
+fn version(number: u32) -> String {
+    let package = if number == 252 {
+        "252.39-1~deb12u2".to_owned()
+    } else {
+        format!("{number}-1")
+    };
+    format!(
+        "systemd {number} ({package})\n+PAM +AUDIT +SELINUX +APPARMOR +IMA +SMACK +SECCOMP +GCRYPT -GNUTLS +OPENSSL +ACL +BLKID +CURL +ELFUTILS +FIDO2 +IDN2 -IDN +IPTC +KMOD +LIBCRYPTSETUP +LIBFDISK +PCRE2 -PWQUALITY +P11KIT +QRENCODE +TPM2 +BZIP2 +LZ4 +XZ +ZLIB +ZSTD -BPF_FRAMEWORK -XKBCOMMON +UTMP +SYSVINIT default-hierarchy=unified\n"
+    )
 }
 
 #[expect(clippy::print_stderr, reason = "the tool's own words")]

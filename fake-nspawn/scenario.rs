@@ -5,13 +5,10 @@
 //! {
 //!   "version": 257,
 //!   "legacy_cgroups": false,
-//!   "calls": [{ "refuse": { "status": 1, "stderr": "Failed to fork: out of luck" } }, { "exit_status": 7 }],
-//!   "machinectl": { "list-images": { "stdout": "web\n", "status": 0 } },
-//!   "systemctl": { "is-system-running": { "stdout": "running\n", "status": 0 } }
+//!   "calls": [{ "refuse": { "status": 1, "stderr": "Failed to fork: out of luck" } }, { "exit_status": 7 }]
 //! }
 //! ```
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -34,10 +31,6 @@ pub(crate) struct Scenario {
     /// What each start does: the first start takes the first entry and so on, the last entry serves all further ones.
     /// `--version` and `--help` are not starts.
     pub(crate) calls: Vec<Call>,
-    /// Answers of machinectl by its verb; any other verb finds no bus.
-    pub(crate) machinectl: BTreeMap<String, Answer>,
-    /// Answers of systemctl by its verb; any other verb finds no systemd.
-    pub(crate) systemctl: BTreeMap<String, Answer>,
 }
 
 impl Default for Scenario {
@@ -49,8 +42,6 @@ impl Default for Scenario {
             udev: true,
             bus: false,
             calls: Vec::new(),
-            machinectl: BTreeMap::new(),
-            systemctl: BTreeMap::new(),
         }
     }
 }
@@ -105,15 +96,6 @@ pub(crate) enum Instead {
     Exit(i32),
     /// Dies by this signal.
     Signal(i32),
-}
-
-/// What machinectl or systemctl answers.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct Answer {
-    pub(crate) stdout: String,
-    pub(crate) stderr: String,
-    pub(crate) status: i32,
 }
 
 impl Scenario {

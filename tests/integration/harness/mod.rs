@@ -34,9 +34,6 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// How long processes that are on their way out may take before they count as left.
 const OUTGOING: Duration = Duration::from_secs(20);
 
-/// The tools that the fake stands in for.
-const TOOLS: [&str; 3] = ["systemd-nspawn", "machinectl", "systemctl"];
-
 /// Waits for something with a deadline; `what` is named when it does not come.
 pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
     match tokio::time::timeout(DEADLINE, future).await {
@@ -92,10 +89,8 @@ impl Host {
             let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
             fs::set_permissions(path, mode).unwrap();
         }
-        for tool in TOOLS {
-            let link = dir.path().join("bin").join(tool);
-            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_fake-nspawn"), link).unwrap();
-        }
+        let link = dir.path().join("bin/systemd-nspawn");
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_fake-nspawn"), link).unwrap();
         let host = Self {
             dir,
             log: Lines::default(),
