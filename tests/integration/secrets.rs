@@ -26,10 +26,7 @@ use crate::harness::{Host, Running, Task, argv, eventually, is_root, refusal, wi
 use crate::lifecycle::nothing_left;
 use support::trap::Trap;
 
-#[path = "../secrecy/mod.rs"]
-mod secrecy;
-
-use secrecy::{Marker, Mode, ancestry, descriptors, open_to_others, shown};
+use support::secrecy::{self, Marker, Mode, ancestry, descriptors, open_to_others, shown};
 
 mod processes;
 mod refusals;

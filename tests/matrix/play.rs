@@ -16,6 +16,7 @@ use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::supervisor::pause::Point;
 use nomad_driver_nspawn::supervisor::process::{Held, first_child, is_alive};
 use nomad_driver_nspawn::supervisor::record::Records;
+use support::{DEADLINE, within};
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -31,8 +32,6 @@ use calls::{
     supervisor_below,
 };
 
-/// Only a broken cell ever waits this long.
-const DEADLINE: Duration = Duration::from_secs(60);
 /// The code the task ends with when its gate is opened.
 const CODE: i32 = 5;
 /// A grace time that no cell uses up.
@@ -40,13 +39,6 @@ const AMPLE: Duration = Duration::from_secs(600);
 
 /// A call that has not been answered.
 type Call<T> = JoinHandle<Result<T, HostError>>;
-
-async fn within<F: Future>(what: &str, future: F) -> F::Output {
-    match tokio::time::timeout(DEADLINE, future).await {
-        Ok(output) => output,
-        Err(_) => panic!("{what}: not within {DEADLINE:?}"),
-    }
-}
 
 /// For what tells nobody when it happens.
 async fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {

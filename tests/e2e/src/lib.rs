@@ -12,8 +12,7 @@ pub mod leftovers;
 pub mod stage;
 pub mod udev;
 
-/// How long anything may take before a test gives up on it. Only a broken test ever waits this long.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub use support::DEADLINE;
 
 /// Waits until `look` finds something; `what` is named when it does not come. For things that tell nobody when they happen.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {

@@ -2,9 +2,7 @@
 //! containers. Everything on it carries the stage's mark, and [`Stage::leave`] fails the test over anything that is left.
 
 use std::ffi::OsString;
-use std::fmt;
 use std::fs;
-use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,21 +12,12 @@ use nomad_driver_nspawn::host::calls::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
 use nomad_driver_nspawn::proto::driver;
 use serde_json::{Value, json};
+use support::Output;
+pub use support::within;
 use tempfile::TempDir;
-use tokio::io::AsyncReadExt;
-use tokio::net::unix::pipe;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
-use crate::DEADLINE;
 use crate::leftovers::Marks;
-
-/// Waits for something with a deadline; `what` is named when it does not come.
-pub async fn within<F: Future>(what: &str, future: F) -> F::Output {
-    match tokio::time::timeout(DEADLINE, future).await {
-        Ok(output) => output,
-        Err(_) => panic!("{what}: not within {DEADLINE:?}"),
-    }
-}
 
 /// One test's place.
 #[derive(Debug)]
@@ -459,67 +448,6 @@ impl Ended {
         assert_eq!(self.exit.code, 0, "{self:?}");
         assert_eq!(self.exit.error, None, "{self:?}");
         &self.stdout
-    }
-}
-
-/// What comes out of a task's FIFO.
-#[derive(Debug)]
-pub struct Output {
-    seen: watch::Receiver<Seen>,
-}
-
-#[derive(Default)]
-struct Seen {
-    bytes: Vec<u8>,
-    ended: bool,
-}
-
-impl fmt::Debug for Seen {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&String::from_utf8_lossy(&self.bytes))
-    }
-}
-
-impl Output {
-    fn collect(mut from: pipe::Receiver) -> Self {
-        let (sender, seen) = watch::channel(Seen::default());
-        tokio::spawn(async move {
-            let mut buffer = vec![0; 64 * 1024];
-            loop {
-                let n = from.read(&mut buffer).await.unwrap_or(0);
-                sender.send_modify(|seen| {
-                    seen.bytes.extend_from_slice(&buffer[..n]);
-                    seen.ended = n == 0;
-                });
-                if n == 0 {
-                    return;
-                }
-            }
-        });
-        Self { seen }
-    }
-
-    /// Waits until this text has come, and gives all that has.
-    pub async fn contains(&self, text: &str) -> String {
-        let all = |seen: &Seen| String::from_utf8_lossy(&seen.bytes).into_owned();
-        let mut receiver = self.seen.clone();
-        let wait = receiver.wait_for(|seen| seen.ended || all(seen).contains(text));
-        let found = all(&within(text, wait).await.expect("the output"));
-        assert!(
-            found.contains(text),
-            "the output ended without {text:?}: {found:?}"
-        );
-        found
-    }
-
-    /// Waits until the last writer is gone, and gives all that came.
-    pub async fn all(&self) -> String {
-        let mut receiver = self.seen.clone();
-        let wait = receiver.wait_for(|seen| seen.ended);
-        let seen = within("the end of the output", wait)
-            .await
-            .expect("the output");
-        String::from_utf8_lossy(&seen.bytes).into_owned()
     }
 }
 

@@ -19,10 +19,9 @@ use nomad_driver_nspawn::supervisor::pause::Point;
 use nomad_driver_nspawn::supervisor::process::first_child;
 use serde_json::{Value, json};
 
-#[path = "../../secrecy/mod.rs"]
-mod secrecy;
-
-use secrecy::{Marker, Mode, ancestry, descriptors, environment, open_to_others, shown};
+use support::secrecy::{
+    self, Marker, Mode, ancestry, descriptors, environment, open_to_others, shown,
+};
 use support::trap::Trap;
 
 /// The installed systemd-nspawn's version.

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::future::Future;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -21,36 +20,15 @@ use nomad_driver_nspawn::proto::driver::{
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::io::AsyncReadExt;
-use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, watch};
 
 mod output;
 
-pub(crate) use output::{Lines, Output, Written};
+pub(crate) use output::{Lines, Written};
+pub(crate) use support::{DEADLINE, Output, eventually, within};
 
-/// How long anything may take before a test gives up on it. Only a broken test ever waits this long.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// How long processes that are on their way out may take before they count as left.
 const OUTGOING: Duration = Duration::from_secs(20);
-
-/// Waits for something with a deadline; `what` is named when it does not come.
-pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
-    match tokio::time::timeout(DEADLINE, future).await {
-        Ok(output) => output,
-        Err(_) => panic!("{what}: not within {DEADLINE:?}"),
-    }
-}
-
-/// Looks again and again until this holds, for what tells nobody that it has changed.
-pub(crate) async fn eventually(what: &str, holds: impl Fn() -> bool) {
-    let looking = async {
-        while !holds() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    within(what, looking).await;
-}
 
 /// Whether the tests run as root. Without that there are no control groups, and the driver calls itself undetected.
 pub(crate) fn is_root() -> bool {

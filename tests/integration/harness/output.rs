@@ -1,59 +1,6 @@
-//! What the task, the plugins and a run in this process print.
+//! What the plugins and a run in this process print.
 
 use super::*;
-
-/// What comes out of a task's FIFO.
-#[derive(Debug)]
-pub(crate) struct Output {
-    seen: watch::Receiver<Seen>,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Seen {
-    bytes: Vec<u8>,
-    ended: bool,
-}
-
-impl Output {
-    pub(super) fn collect(mut from: pipe::Receiver) -> Self {
-        let (sender, seen) = watch::channel(Seen::default());
-        tokio::spawn(async move {
-            let mut buffer = vec![0; 64 * 1024];
-            loop {
-                let n = from.read(&mut buffer).await.unwrap_or(0);
-                sender.send_modify(|seen| {
-                    seen.bytes.extend_from_slice(&buffer[..n]);
-                    seen.ended = n == 0;
-                });
-                if n == 0 {
-                    return;
-                }
-            }
-        });
-        Self { seen }
-    }
-
-    /// Waits until this text has come, and gives all that has.
-    pub(crate) async fn contains(&self, text: &str) -> String {
-        let all = |seen: &Seen| String::from_utf8_lossy(&seen.bytes).into_owned();
-        let mut receiver = self.seen.clone();
-        let wait = receiver.wait_for(|seen| seen.ended || all(seen).contains(text));
-        let found = all(&within(text, wait).await.unwrap());
-        assert!(
-            found.contains(text),
-            "the output ended without {text:?}: {found:?}"
-        );
-        found
-    }
-
-    /// Waits until the last writer is gone, and gives all that came.
-    pub(crate) async fn all(&self) -> String {
-        let mut receiver = self.seen.clone();
-        let wait = receiver.wait_for(|seen| seen.ended);
-        let seen = within("the end of the output", wait).await.unwrap();
-        String::from_utf8_lossy(&seen.bytes).into_owned()
-    }
-}
 
 /// The log lines of this test's plugins.
 #[derive(Debug)]

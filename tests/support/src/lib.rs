@@ -5,7 +5,35 @@
     reason = "the test runner says in the environment which test this is"
 )]
 
+use std::future::Future;
 use std::io::Write as _;
+use std::time::Duration;
+
+mod output;
+pub mod secrecy;
+
+pub use output::Output;
+
+/// How long anything may take before a test gives up on it. Only a broken test ever waits this long.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Waits for something with a deadline; `what` is named when it does not come.
+pub async fn within<F: Future>(what: &str, future: F) -> F::Output {
+    match tokio::time::timeout(DEADLINE, future).await {
+        Ok(output) => output,
+        Err(_) => panic!("{what}: not within {DEADLINE:?}"),
+    }
+}
+
+/// Looks again and again until this holds, for what tells nobody that it has changed.
+pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let looking = async {
+        while !holds() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    within(what, looking).await;
+}
 
 pub mod trap;
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// What a task's first process is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mode {
+pub enum Mode {
     /// The command.
     Plain,
     /// systemd-nspawn's own init, or the driver's.
@@ -21,7 +21,7 @@ pub(crate) enum Mode {
 /// Why values of variables stand in systemd-nspawn's arguments with this mode and version, if they do; for names that
 /// systemd-nspawn itself would act on, `reserved`. Everything else shows nowhere, and nothing shows anywhere else. The one place
 /// that says so; `docs/security.md` says it in words.
-pub(crate) fn shown(mode: Mode, version: u32, reserved: bool) -> Option<&'static str> {
+pub fn shown(mode: Mode, version: u32, reserved: bool) -> Option<&'static str> {
     match (mode, version, reserved) {
         (Mode::Boot, ..250, _) => Some("systemd-nspawn takes values as arguments only"),
         (Mode::Boot, _, true) => {
@@ -34,7 +34,7 @@ pub(crate) fn shown(mode: Mode, version: u32, reserved: bool) -> Option<&'static
 
 /// A secret that no other test uses.
 #[derive(Debug, Clone)]
-pub(crate) struct Marker(String);
+pub struct Marker(String);
 
 /// A secret that somebody else has made.
 impl From<String> for Marker {
@@ -46,7 +46,8 @@ impl From<String> for Marker {
 
 impl Marker {
     /// A new one.
-    pub(crate) fn new() -> Self {
+    #[expect(clippy::new_without_default, reason = "each is another one")]
+    pub fn new() -> Self {
         let mut bytes = [0; 12];
         let mut random = fs::File::open("/dev/urandom").unwrap();
         random.read_exact(&mut bytes).unwrap();
@@ -54,30 +55,30 @@ impl Marker {
     }
 
     /// A secret of this kind, with the marker in it.
-    pub(crate) fn secret(&self, kind: &str) -> String {
+    pub fn secret(&self, kind: &str) -> String {
         format!("{kind}-{}", self.0)
     }
 
     /// Whether it stands in these bytes.
-    pub(crate) fn is_in(&self, bytes: &[u8]) -> bool {
+    pub fn is_in(&self, bytes: &[u8]) -> bool {
         let marker = self.0.as_bytes();
         bytes.windows(marker.len()).any(|part| part == marker)
     }
 
     /// Fails if it stands in this text.
     #[track_caller]
-    pub(crate) fn not_in(&self, what: &str, text: &str) {
+    pub fn not_in(&self, what: &str, text: &str) {
         assert!(!self.is_in(text.as_bytes()), "{what} has it: {text}");
     }
 
     /// The processes that have it in their command line, which every user of the host can read.
-    pub(crate) fn in_command_lines(&self) -> BTreeMap<i32, String> {
+    pub fn in_command_lines(&self) -> BTreeMap<i32, String> {
         self.in_processes("cmdline")
     }
 
     /// The processes that have it in their environment as it was when they were executed. That is for root alone, and for
     /// the user that the process runs as.
-    pub(crate) fn in_environments(&self) -> BTreeMap<i32, String> {
+    pub fn in_environments(&self) -> BTreeMap<i32, String> {
         self.in_processes("environ")
     }
 
@@ -100,7 +101,7 @@ impl Marker {
 
     /// The files below `places` that have it, if they were written since `since`, a moment of the clock in seconds. Looks this many
     /// directories deep, never below `spared`.
-    pub(crate) fn in_files(
+    pub fn in_files(
         &self,
         places: &[(&Path, usize)],
         spared: &[PathBuf],
@@ -120,7 +121,7 @@ impl Marker {
 }
 
 /// Where systemd-nspawn, the driver and core dumps leave files, and how deep below to look.
-pub(crate) fn places() -> Vec<(&'static Path, usize)> {
+pub fn places() -> Vec<(&'static Path, usize)> {
     [
         ("/", 1),
         ("/run", 6),
@@ -135,7 +136,7 @@ pub(crate) fn places() -> Vec<(&'static Path, usize)> {
 }
 
 /// The clock, in seconds, less what file systems may lag behind.
-pub(crate) fn now() -> i64 {
+pub fn now() -> i64 {
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap();
@@ -163,7 +164,7 @@ fn walk(dir: &Path, depth: usize, spared: &[PathBuf], see: &mut impl FnMut(&Path
 
 /// What lies below a state directory and is not for its owner alone, a line each: directories of starts are 0700, files in them
 /// 0600, sockets closed to others. The stand-in for a root is a container's, and looked through only from outside.
-pub(crate) fn open_to_others(state: &Path) -> Vec<String> {
+pub fn open_to_others(state: &Path) -> Vec<String> {
     let mut open = Vec::new();
     for start in fs::read_dir(state).unwrap().flatten() {
         let mut look = |path: &Path, wanted: u32| {
@@ -192,7 +193,7 @@ pub(crate) fn open_to_others(state: &Path) -> Vec<String> {
 }
 
 /// What a process has open, by number. `None` where it may not be asked.
-pub(crate) fn descriptors(pid: i32) -> Option<BTreeMap<i32, String>> {
+pub fn descriptors(pid: i32) -> Option<BTreeMap<i32, String>> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
     let mut found = BTreeMap::new();
     for entry in entries.flatten() {
@@ -219,7 +220,7 @@ pub(crate) fn descriptors(pid: i32) -> Option<BTreeMap<i32, String>> {
 }
 
 /// The environment with which a process was executed, by name. `None` where it may not be asked.
-pub(crate) fn environment(pid: i32) -> Option<BTreeMap<String, String>> {
+pub fn environment(pid: i32) -> Option<BTreeMap<String, String>> {
     let bytes = fs::read(format!("/proc/{pid}/environ")).ok()?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
     Some(
@@ -233,7 +234,7 @@ pub(crate) fn environment(pid: i32) -> Option<BTreeMap<String, String>> {
 }
 
 /// A process and those it was started by, nearest first.
-pub(crate) fn ancestry(pid: i32) -> Vec<i32> {
+pub fn ancestry(pid: i32) -> Vec<i32> {
     let mut all = Vec::new();
     let mut next = pid;
     while next > 0 && !all.contains(&next) {
