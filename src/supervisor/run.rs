@@ -119,9 +119,9 @@ fn detach() -> io::Result<SignalFd> {
     }
     // Its sockets and files are root's alone.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
-    // The payload shall be the victim when memory runs out. Only root may say so.
+    // The payload shall be the victim when memory runs out. Only CAP_SYS_RESOURCE allows it.
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000")
-        && nix::unistd::geteuid().is_root()
+        && error.kind() != io::ErrorKind::PermissionDenied
     {
         let _ = writeln!(
             io::stderr(),
