@@ -4,8 +4,9 @@
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
+use super::super::first::Channel;
 use super::super::pause::{self, Point};
-use super::super::process::{Held, catches, ignores, takes};
+use super::super::process::{Held, catches, first_child, ignores, takes};
 use super::super::remains;
 use super::{CLEAR_UP, State, Watch};
 use crate::cgroup::{Group, freezer};
@@ -36,7 +37,14 @@ impl Watch {
         if self.order.mode == Mode::Boot {
             return Some(Signal::POWER_OFF);
         }
-        let pid = self.payload()?.process().pid;
+        let payload = self.payload()?.process().pid;
+        // The init reports a command a moment after it has forked it. Until then the payload is the init, which passes signals on, and the
+        // command its first child; that is good enough to choose a signal by.
+        let init = self.first.as_ref().and_then(Channel::speaker);
+        let pid = match self.order.mode {
+            Mode::ProcessTwo if init == Some(payload) => first_child(payload).unwrap_or(payload),
+            _ => payload,
+        };
         let term = catches(pid, Signal::TERM) || ignores(pid, Signal::INT);
         Some(if term { Signal::TERM } else { Signal::INT })
     }

@@ -24,7 +24,7 @@ use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::supervisor::Records;
 use nomad_driver_nspawn::supervisor::orphans::supervisors;
 use nomad_driver_nspawn::supervisor::process::{Held, first_child};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 
@@ -307,7 +307,7 @@ async fn live(
             arena.at(worker, "WaitTask", &id);
             let exit = plugin.wait(&id).await;
             if let Some(exit) = arena.made(&plugin, "WaitTask", fate, exit) {
-                judge(fate, &exit);
+                judge(fate, &exit, &task.spec.config);
                 break;
             }
             arena.at(worker, "Launch", &id);
@@ -451,14 +451,14 @@ fn strike(stage: &Stage, id: &str, role: Role, two: bool) {
 }
 
 /// Whether this end is a true one for this fate.
-fn judge(fate: Fate, exit: &TaskExit) {
+fn judge(fate: Fate, exit: &TaskExit, config: &Value) {
     let fine = match fate {
         Fate::Ends(code) => exit.code == code && exit.error.is_none(),
         Fate::Stopped(20_000) => exit.code == 9 || exit.code == 137,
         Fate::Struck(Role::Supervisor | Role::Nspawn) => exit.code != 0 && exit.error.is_some(),
         _ => exit.code != 0,
     };
-    assert!(fine, "{fate:?}: {exit:?}");
+    assert!(fine, "{fate:?}: {exit:?} of {config}");
 }
 
 async fn crowd(arena: &Arc<Arena>, lives: usize, seed: u64, plugin_may_die: bool) {
