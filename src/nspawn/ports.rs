@@ -26,10 +26,11 @@ impl Addresses {
             .collect();
         all.sort();
         all.dedup();
-        // Any address behind the default route would do: connecting a datagram socket is a question to the routing table and no more.
+        // Addresses for documentation, which nothing but a default route leads to. Connecting a datagram socket asks the routing table
+        // and sends nothing.
         let outside = [
-            IpAddr::V4(Ipv4Addr::new(198, 41, 0, 4)),
-            IpAddr::V6(Ipv6Addr::new(0x2001, 0x503, 0xba3e, 0, 0, 0, 2, 0x30)),
+            IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
+            IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
         ];
         Self {
             all,
