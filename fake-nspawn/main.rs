@@ -1,4 +1,5 @@
-//! A stand-in for systemd-nspawn in the hermetic tests: it acts as it, without privileges, systemd or network, and keeps a ledger of what it was asked. Never shipped.
+//! A stand-in for systemd-nspawn in the hermetic tests: it acts as it, without privileges, systemd or network, and keeps a ledger
+//! of what it was asked. Never shipped.
 //!
 //! It is used through a link or a copy named as the tool. Beside that link lie `scenario.json` (what should go differently, see
 //! [`scenario`]) and `ledger.jsonl` (what happened, see [`ledger`]); it has no environment variables of its own. What it refuses

@@ -1,5 +1,6 @@
-//! Work that may block: files, locks, `statfs`, starting a process. On a network file system that is gone, each of them may last for
-//! ever. It runs on tokio's threads for blocking work and never on a worker, of which there are few and which serve every request.
+//! Work that may block: files, locks, `statfs`, starting a process. On a network file system that is gone, each of them may last
+//! for ever. It runs on tokio's threads for blocking work and never on a worker, of which there are few and which serve every
+//! request.
 
 use tokio::sync::Semaphore;
 

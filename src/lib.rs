@@ -4,7 +4,7 @@
 //!
 //! | room | receives | hands on |
 //! |---|---|---|
-//! | [`plugin`] | environment and a unix socket | a served gRPC connection |
+//! | [`go_plugin`] | environment and a unix socket | a served gRPC connection |
 //! | [`driver`] | a wire request | configuration bytes and what Nomad granted |
 //! | [`config`] | bytes and grants | a checked [`container::ContainerSpec`] |
 //! | [`task`] | a spec | one call on the backend; the life of this task |
@@ -23,7 +23,7 @@ pub mod procfs;
 pub mod signal;
 pub mod tree;
 
-pub mod plugin;
+pub mod go_plugin;
 
 pub mod driver;
 

@@ -12,7 +12,7 @@ use nomad_driver_nspawn::backend::NspawnBackend;
 use nomad_driver_nspawn::backend::nspawn::Settings;
 use nomad_driver_nspawn::config::{Places, PluginConfig};
 use nomad_driver_nspawn::driver::Driver;
-use nomad_driver_nspawn::plugin::{self, HandshakeError, Invitation, Owner};
+use nomad_driver_nspawn::go_plugin::{self, HandshakeEnv, HandshakeError, Owner};
 use nomad_driver_nspawn::supervisor::process::stay_out_of_core_dumps;
 use nomad_driver_nspawn::{cli, supervisor};
 
@@ -38,12 +38,12 @@ fn main() -> ExitCode {
             stay_out_of_core_dumps();
             supervisor::enter::enter(Path::new(directory))
         }
-        _ => match Invitation::from_environment() {
-            Ok(invitation) => match words.as_slice() {
+        _ => match HandshakeEnv::from_environment() {
+            Ok(handshake_env) => match words.as_slice() {
                 [life, directories @ ..] if *life == cli::BOUND_PLUGIN => {
-                    serve_owner(invitation, directories)
+                    serve_owner(handshake_env, directories)
                 }
-                _ => serve(invitation, None),
+                _ => serve(handshake_env, None),
             },
             Err(HandshakeError::NotAHost) => cli::main(arguments),
             Err(error) => fail(&error.into()),
@@ -51,21 +51,21 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(invitation: Invitation, owner: Option<&Owner>) -> ExitCode {
+fn serve(handshake_env: HandshakeEnv, owner: Option<&Owner>) -> ExitCode {
     stay_out_of_core_dumps();
     match driver() {
-        Ok(driver) => plugin::live(invitation, driver, owner),
+        Ok(driver) => go_plugin::run(handshake_env, driver, owner),
         Err(error) => fail(&error),
     }
 }
 
 /// A plugin of `run`. When `run` is gone, this process is the only one left that can remove its directories.
-fn serve_owner(invitation: Invitation, directories: &[&OsStr]) -> ExitCode {
+fn serve_owner(handshake_env: HandshakeEnv, directories: &[&OsStr]) -> ExitCode {
     let owner = match Owner::on_stdin().context("duplicate standard input") {
         Ok(owner) => owner,
         Err(error) => return fail(&error),
     };
-    let code = serve(invitation, Some(&owner));
+    let code = serve(handshake_env, Some(&owner));
     if owner.is_gone() {
         cli::remove_directories(directories.iter().map(Path::new));
     }

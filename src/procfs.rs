@@ -1,4 +1,5 @@
-//! The one reader of the kernel's mount tables. Works on bytes, because a path need not be UTF-8, and undoes the kernel's octal escapes.
+//! The one reader of the kernel's mount tables. Works on bytes, because a path need not be UTF-8, and undoes the kernel's octal
+//! escapes.
 
 use std::ffi::OsString;
 use std::io;

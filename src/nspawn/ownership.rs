@@ -1,5 +1,5 @@
-//! What is lost where systemd-nspawn changes the owners of an image's files instead of mapping them: file capabilities, ids above 65535,
-//! and on an overlay the space for a copy of every file. Tells it, changes nothing.
+//! What is lost where systemd-nspawn changes the owners of an image's files instead of mapping them: file capabilities, ids above
+//! 65535, and on an overlay the space for a copy of every file. Tells it, changes nothing.
 
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;

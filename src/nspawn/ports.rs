@@ -1,6 +1,6 @@
-//! Ports that Nomad allotted on one address of the host. systemd-nspawn's `--port=` takes no address: it forwards what arrives for any
-//! address of the host, loopback ones aside. So a port of one address is forwarded only where that address is the only one, or is the host's
-//! default address, on which Nomad allots every port without a `host_network`; everything else is refused.
+//! Ports that Nomad allotted on one address of the host. systemd-nspawn's `--port=` takes no address: it forwards what arrives for
+//! any address of the host, loopback ones aside. So a port of one address is forwarded only where that address is the only one, or
+//! is the host's default address, on which Nomad allots every port without a `host_network`; everything else is refused.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 

@@ -1,5 +1,5 @@
-//! What each version of systemd-nspawn can do: the one table of systemd versions, and the one rule that decides whether a version can be
-//! used on a host. The fingerprint and the start of a task both ask here. Pure.
+//! What each version of systemd-nspawn can do: the one table of systemd versions, and the one rule that decides whether a version
+//! can be used on a host. The fingerprint and the start of a task both ask here. Pure.
 
 use crate::container::CgroupLayout;
 

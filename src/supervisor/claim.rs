@@ -1,6 +1,6 @@
 //! Whose a start is, while several plugins may work in one state directory. A plugin that starts or finds a start takes a shared
-//! lock on its directory and keeps it; who wants to clear away what nobody claims takes the exclusive one first, and
-//! waits for a moment at most. The kernel drops the locks of a process that dies, so a claim can't be left behind. Decides nothing else.
+//! lock on its directory and keeps it; who wants to clear away what nobody claims takes the exclusive one first, and waits for a
+//! moment at most. The kernel drops the locks of a process that dies, so a claim can't be left behind. Decides nothing else.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;

@@ -12,7 +12,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("signal", &[]),
     ("tree", &[]),
     (
-        "plugin",
+        "go_plugin",
         &[
             "proto",
             "driver",

@@ -1,6 +1,6 @@
-//! The machine below the driver is in trouble: a full disk, a state directory that goes away or takes nothing, records that can't be
-//! read, pipes that nobody empties, no more processes, no more descriptors, a clock that was set back. Each is an error of
-//! the tasks it meets, told in words; what runs goes on, its end is told, and when the trouble is over everything works.
+//! The machine below the driver is in trouble: a full disk, a state directory that goes away or takes nothing, records that can't
+//! be read, pipes that nobody empties, no more processes, no more descriptors, a clock that was set back. Each is an error of the
+//! tasks it meets, told in words; what runs goes on, its end is told, and when the trouble is over everything works.
 
 use std::fs;
 use std::io::Read as _;

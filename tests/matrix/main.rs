@@ -1,5 +1,5 @@
-//! The fault matrix on the fake: every cell is a test, which `cargo test --test matrix NAME` chooses by a part of its name; then the
-//! table.
+//! The fault matrix on the fake: every cell is a test, which `cargo test --test matrix NAME` chooses by a part of its name; then
+//! the table.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -1,6 +1,6 @@
-//! The fault matrix: every process of a task is killed at every step of the task's life, and then Nomad does what it does next.
-//! One suite, two worlds: `main.rs` plays every cell on the fake, the end-to-end tests play more than a third on the real systemd-nspawn.
-//! A cell that can't be says why. What a cell owes is in [`plan`], how it is played in [`play`].
+//! The fault matrix: every process of a task is killed at every step of the task's life, and then Nomad does what it does next. One
+//! suite, two worlds: `main.rs` plays every cell on the fake, the end-to-end tests play more than a third on the real
+//! systemd-nspawn. A cell that can't be says why. What a cell owes is in [`plan`], how it is played in [`play`].
 
 use std::io::Write as _;
 use std::path::PathBuf;

@@ -1,5 +1,5 @@
-//! Lock files of systemd-nspawn whose names are not known. The kernel drops a lock with the process that held it, so a file whose lock
-//! can be taken is a dead one's.
+//! Lock files of systemd-nspawn whose names are not known. The kernel drops a lock with the process that held it, so a file whose
+//! lock can be taken is a dead one's.
 
 use std::fs;
 use std::io;

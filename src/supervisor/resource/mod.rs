@@ -1,7 +1,7 @@
 //! What a start acquires on the host and what has to be released after it. Every resource stands in the order, and so on disk,
-//! before it is acquired; whoever ends a start releases all of them by [`release_all`]: the supervisor at the container's end, DestroyTask
-//! and reconciliation where the supervisor did not get that far. Releases only what the records of that start name, and may be
-//! repeated.
+//! before it is acquired; whoever ends a start releases all of them by [`release_all`]: the supervisor at the container's end,
+//! DestroyTask and reconciliation where the supervisor did not get that far. Releases only what the records of that start name, and
+//! may be repeated.
 //!
 //! A new kind is one file with its [`Lease`], and its line in each of [`Resource`] and [`Resource::lease`].
 

@@ -1,5 +1,5 @@
-//! The stand-in for a root that lacks mount points. It lies in the records and goes with them; to systemd-nspawn it is a tree like any
-//! other, which it locks.
+//! The stand-in for a root that lacks mount points. It lies in the records and goes with them; to systemd-nspawn it is a tree like
+//! any other, which it locks.
 
 use std::io;
 

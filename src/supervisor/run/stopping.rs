@@ -1,5 +1,5 @@
-//! What is sent to a container: signals, the polite end and the end by force. Decides who gets a signal and when; what came of it is
-//! told elsewhere.
+//! What is sent to a container: signals, the polite end and the end by force. Decides who gets a signal and when; what came of it
+//! is told elsewhere.
 
 use std::io::{self, Write};
 use std::time::{Duration, Instant};

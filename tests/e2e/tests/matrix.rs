@@ -1,6 +1,6 @@
-//! The part of the fault matrix that is played on the real systemd-nspawn, more than a third. The cells, what they owe and how they are played
-//! are the hermetic matrix's own (`tests/matrix/`); this is the machine below them. Needs a debug build of the driver: no other
-//! can be held at a step.
+//! The part of the fault matrix that is played on the real systemd-nspawn, more than a third. The cells, what they owe and how they
+//! are played are the hermetic matrix's own (`tests/matrix/`); this is the machine below them. Needs a debug build of the driver:
+//! no other can be held at a step.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

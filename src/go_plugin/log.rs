@@ -17,38 +17,38 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
 
 /// Lines kept for a slow reader; further ones are counted and dropped.
-const BACKLOG: usize = 1024;
+const QUEUE_LINES: usize = 1024;
 /// The agent reads lines of up to 64 KiB; a longer one would lose its form.
-const LONGEST_LINE: usize = 60 * 1024;
+const MAX_LINE_BYTES: usize = 60 * 1024;
 /// What one value keeps when a line is too long.
-const SHORTENED: usize = 4 * 1024;
+const MAX_SHORTENED_VALUE_BYTES: usize = 4 * 1024;
 
 /// One entry of the writing thread's queue.
 enum Entry {
     Line(String),
     /// Answered when everything before it is written.
-    Mark(SyncSender<()>),
+    Flush(SyncSender<()>),
 }
 
 /// The way to the thread that writes. Cheap to clone; never blocks.
 #[derive(Clone)]
-pub struct Sink {
+pub struct LogWriter {
     queue: SyncSender<Entry>,
     dropped: Arc<AtomicU64>,
 }
 
-impl fmt::Debug for Sink {
+impl fmt::Debug for LogWriter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sink")
+        f.debug_struct("LogWriter")
             .field("dropped", &self.dropped)
             .finish_non_exhaustive()
     }
 }
 
-impl Sink {
+impl LogWriter {
     /// Starts the thread that writes to `out`. Where no thread can be had, everything is dropped.
     pub fn start(out: impl Write + Send + 'static) -> Self {
-        let (queue, entries) = sync_channel(BACKLOG);
+        let (queue, entries) = sync_channel(QUEUE_LINES);
         let dropped = Arc::new(AtomicU64::new(0));
         let counter = Arc::clone(&dropped);
         // The handle is let go on purpose: a thread stuck in a write to a full pipe could never be joined.
@@ -67,7 +67,7 @@ impl Sink {
     /// Waits until everything said so far is written, at most for `limit`. Whether it was.
     pub fn flush(&self, limit: Duration) -> bool {
         let (done, written) = sync_channel(1);
-        self.queue.try_send(Entry::Mark(done)).is_ok()
+        self.queue.try_send(Entry::Flush(done)).is_ok()
             && written.recv_timeout(limit) != Err(RecvTimeoutError::Timeout)
     }
 }
@@ -78,7 +78,7 @@ fn write_entries(mut out: impl Write, entries: &Receiver<Entry>, dropped: &Atomi
             Entry::Line(line) => {
                 let _ = out.write_all(line.as_bytes());
             }
-            Entry::Mark(done) => {
+            Entry::Flush(done) => {
                 let _ = done.try_send(());
             }
         }
@@ -93,16 +93,19 @@ fn write_entries(mut out: impl Write, entries: &Receiver<Entry>, dropped: &Atomi
 }
 
 /// Makes this process log to stderr in the agent's form, panics included. The first call of the process counts.
-pub fn install() -> Sink {
-    let sink = Sink::start(std::io::stderr());
+pub fn install() -> LogWriter {
+    let writer = LogWriter::start(std::io::stderr());
     let filter = Targets::new()
         .with_default(LevelFilter::WARN)
         .with_target("nomad_driver_nspawn", LevelFilter::DEBUG);
-    let layer = HclogLayer { sink: sink.clone() }.with_filter(filter);
+    let layer = HclogLayer {
+        writer: writer.clone(),
+    }
+    .with_filter(filter);
     let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer));
-    let panics = sink.clone();
+    let panics = writer.clone();
     std::panic::set_hook(Box::new(move |info| panics.line(panic_line(info))));
-    sink
+    writer
 }
 
 /// Speaks past tracing, which may be what panicked.
@@ -123,7 +126,7 @@ fn panic_line(info: &std::panic::PanicHookInfo<'_>) -> String {
 /// The layer that turns tracing's events into lines.
 #[derive(Debug)]
 pub(super) struct HclogLayer {
-    sink: Sink,
+    writer: LogWriter,
 }
 
 impl<S: Subscriber> Layer<S> for HclogLayer {
@@ -141,7 +144,7 @@ impl<S: Subscriber> Layer<S> for HclogLayer {
         let module = target
             .strip_prefix("nomad_driver_nspawn::")
             .unwrap_or(target);
-        self.sink
+        self.writer
             .line(line(level, module, &fields.message, fields.others));
     }
 }
@@ -158,14 +161,14 @@ fn line(level: &str, module: &str, message: &str, mut fields: Map<String, Value>
     let now = format!("{:.6}", jiff::Timestamp::now());
     fields.insert("@timestamp".to_owned(), now.into());
     let mut text = Value::Object(fields).to_string();
-    if text.len() > LONGEST_LINE {
+    if text.len() > MAX_LINE_BYTES {
         let mut short = Map::new();
         for (key, value) in [
             ("@level", level),
             ("@module", module),
             ("@message", message),
         ] {
-            let end = value.floor_char_boundary(SHORTENED);
+            let end = value.floor_char_boundary(MAX_SHORTENED_VALUE_BYTES);
             short.insert(key.to_owned(), value[..end].into());
         }
         let now = format!("{:.6}", jiff::Timestamp::now());
@@ -260,10 +263,12 @@ mod tests {
 
     fn logged(emit: impl FnOnce()) -> Vec<Value> {
         let paper = Paper::default();
-        let sink = Sink::start(paper.clone());
-        let layer = HclogLayer { sink: sink.clone() };
+        let writer = LogWriter::start(paper.clone());
+        let layer = HclogLayer {
+            writer: writer.clone(),
+        };
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), emit);
-        assert!(sink.flush(LIMIT));
+        assert!(writer.flush(LIMIT));
         paper.lines()
     }
 
@@ -276,7 +281,7 @@ mod tests {
         };
         assert_eq!(line["@level"], "info");
         assert_eq!(line["@message"], "it runs");
-        assert_eq!(line["@module"], "plugin::log::tests");
+        assert_eq!(line["@module"], "go_plugin::log::tests");
         assert_eq!(line["task"], "a/b/c");
         assert_eq!(line["count"], 3);
         assert_eq!(line["up"], true);
@@ -316,7 +321,7 @@ mod tests {
     fn a_line_never_grows_past_the_readers_buffer() {
         let long = "\u{1}ä".repeat(100_000);
         let text = line("info", "m", &long, Map::new());
-        assert!(text.len() <= LONGEST_LINE, "{}", text.len());
+        assert!(text.len() <= MAX_LINE_BYTES, "{}", text.len());
         let value: Value = serde_json::from_str(&text).unwrap();
         assert!(value["@message"].is_string());
     }
@@ -332,9 +337,9 @@ mod tests {
                 Err(std::io::ErrorKind::BrokenPipe.into())
             }
         }
-        let sink = Sink::start(Broken);
-        sink.line("x\n".to_owned());
-        assert!(sink.flush(LIMIT), "the thread goes on");
+        let writer = LogWriter::start(Broken);
+        writer.line("x\n".to_owned());
+        assert!(writer.flush(LIMIT), "the thread goes on");
     }
 
     #[test]
@@ -352,14 +357,14 @@ mod tests {
         }
         let (release, held) = mpsc::channel();
         let paper = Paper::default();
-        let sink = Sink::start(Stuck(held, paper.clone()));
-        for number in 0..BACKLOG * 2 {
-            sink.line(line("info", "m", &number.to_string(), Map::new()));
+        let writer = LogWriter::start(Stuck(held, paper.clone()));
+        for number in 0..QUEUE_LINES * 2 {
+            writer.line(line("info", "m", &number.to_string(), Map::new()));
         }
-        assert!(!sink.flush(Duration::ZERO), "nothing more fits");
+        assert!(!writer.flush(Duration::ZERO), "nothing more fits");
         drop(release);
         let deadline = std::time::Instant::now() + LIMIT;
-        while !sink.flush(LIMIT) {
+        while !writer.flush(LIMIT) {
             assert!(std::time::Instant::now() < deadline);
             std::thread::yield_now();
         }

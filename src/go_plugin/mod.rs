@@ -1,6 +1,6 @@
-//! The porch: speaks the plugin framework's protocol, knows nothing of containers. It answers the host's invitation, serves one
-//! unix socket and ends when told. It never ends a task, and never waits for a call: a call that is cut off by the end of this
-//! process is taken up again by the next one, a call that is answered in a hurry would be taken for the end of its task.
+//! The go-plugin side: handshake, gRPC server on one unix socket, log. Knows nothing of containers. Shutting down never stops
+//! tasks and does not wait for open calls. Nomad retries an interrupted call against the next plugin process; answering WaitTask
+//! early would look like the task exiting.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -25,25 +25,25 @@ mod listen;
 pub mod log;
 mod owner;
 
-pub use handshake::{HandshakeError, Invitation};
+pub use handshake::{HandshakeEnv, HandshakeError};
 pub use listen::ListenError;
 pub use owner::Owner;
 
-use controller::{Controller, QuietBroker, QuietStdio};
+use controller::{Controller, NoopBroker, NoopStdio};
 
 /// The largest request that is taken; the environment of a task can be large, the library's own limit of 4 MiB is not.
-const LARGEST_REQUEST: usize = 256 << 20;
+const MAX_REQUEST_BYTES: usize = 256 << 20;
 /// What this process still says before it ends, it says in this time.
-const LAST_LINES: Duration = Duration::from_millis(100);
+const LOG_FLUSH_TIMEOUT: Duration = Duration::from_millis(100);
 /// How often the thread for blocking work that is kept has something to do: more often than an idle one ends, and not so often that
 /// two would stay that take turns.
-const IDLE: Duration = Duration::from_secs(6);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(6);
 /// Threads for requests, where the environment does not say otherwise. Nothing that blocks runs on them, see [`blocking`].
 const WORKERS: usize = 4;
 /// How long ending all tasks may take once the owner is gone.
 const OWNER_GONE: Duration = Duration::from_secs(30);
 /// How long the tasks' desks may take to put down their pens once told to.
-const LAST_WORDS: Duration = Duration::from_millis(50);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// Why serving ended other than on request.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +53,7 @@ pub enum ServeError {
     Listen(#[from] ListenError),
     /// The handshake line could not be written.
     #[error("write the handshake line")]
-    Announce(#[source] std::io::Error),
+    PrintHandshake(#[source] std::io::Error),
     /// The signals could not be watched.
     #[error("watch for signals")]
     Signals(#[source] std::io::Error),
@@ -72,18 +72,18 @@ pub enum ServeError {
 /// they are ignored, with handlers, because an ignored signal would stay ignored in every program started from here.
 pub async fn serve(
     driver: Driver,
-    invitation: Invitation,
+    handshake_env: HandshakeEnv,
     owner: Option<&Owner>,
 ) -> Result<(), ServeError> {
-    let announce = |socket: &Path| invitation.announce(socket);
-    serve_announced(driver, &invitation, owner, announce).await
+    let print_handshake = |socket: &Path| handshake_env.print_handshake(socket);
+    serve_and_print(driver, &handshake_env, owner, print_handshake).await
 }
 
-async fn serve_announced(
+async fn serve_and_print(
     driver: Driver,
-    invitation: &Invitation,
+    handshake_env: &HandshakeEnv,
     owner: Option<&Owner>,
-    announce: impl FnOnce(&Path) -> std::io::Result<()>,
+    print_handshake: impl FnOnce(&Path) -> std::io::Result<()>,
 ) -> Result<(), ServeError> {
     let watch = |kind| signal(kind).map_err(ServeError::Signals);
     let mut terminate = watch(SignalKind::terminate())?;
@@ -97,23 +97,25 @@ async fn serve_announced(
     health
         .set_service_status("plugin", ServingStatus::Serving)
         .await;
-    let (listener, socket) =
-        listen::listen(&invitation.socket_dir, invitation.socket_group.as_deref())?;
+    let (listener, socket) = listen::listen(
+        &handshake_env.socket_dir,
+        handshake_env.socket_group.as_deref(),
+    )?;
     let server = Server::builder()
         .max_concurrent_streams(Some(u32::MAX))
         .add_service(health_service)
         .add_service(GrpcControllerServer::new(Controller { root: root.clone() }))
-        .add_service(GrpcStdioServer::new(QuietStdio))
-        .add_service(GrpcBrokerServer::new(QuietBroker))
+        .add_service(GrpcStdioServer::new(NoopStdio))
+        .add_service(GrpcBrokerServer::new(NoopBroker))
         .add_service(
-            BasePluginServer::new(driver.clone()).max_decoding_message_size(LARGEST_REQUEST),
+            BasePluginServer::new(driver.clone()).max_decoding_message_size(MAX_REQUEST_BYTES),
         )
-        .add_service(DriverServer::new(driver.clone()).max_decoding_message_size(LARGEST_REQUEST))
+        .add_service(DriverServer::new(driver.clone()).max_decoding_message_size(MAX_REQUEST_BYTES))
         .serve_with_incoming(listen::connections(listener));
-    announce(socket.path()).map_err(ServeError::Announce)?;
+    print_handshake(socket.path()).map_err(ServeError::PrintHandshake)?;
     tracing::debug!(version = env!("CARGO_PKG_VERSION"), "serving");
-    let dir = invitation.socket_dir.clone();
-    tokio::task::spawn_blocking(move || listen::sweep(&dir));
+    let dir = handshake_env.socket_dir.clone();
+    tokio::task::spawn_blocking(move || listen::remove_stale_sockets(&dir));
 
     let owner_gone = async {
         match owner {
@@ -132,33 +134,33 @@ async fn serve_announced(
         tracing::warn!("the process that started this plugin is gone: its tasks are ended");
         driver.end_tasks(OWNER_GONE).await;
     }
-    driver.close(LAST_WORDS).await;
+    driver.close(SHUTDOWN_TIMEOUT).await;
     ended
 }
 
 /// Threads for blocking work end when they have had none for ten seconds, and where no process may be started any more the runtime
 /// panics over the next work. One of them gets something to do often enough to stay.
-async fn keep_a_hand() {
+async fn keep_blocking_thread_alive() {
     loop {
         let _ = tokio::task::spawn_blocking(|| ()).await;
-        tokio::time::sleep(IDLE).await;
+        tokio::time::sleep(KEEPALIVE_INTERVAL).await;
     }
 }
 
 /// The plugin life of this binary, from the invitation to the exit status. Logs to stderr in the agent's form. With an `owner` the
 /// tasks end when that is gone.
-pub fn live(invitation: Invitation, driver: Driver, owner: Option<&Owner>) -> ExitCode {
-    let sink = log::install();
-    raise_descriptors();
+pub fn run(handshake_env: HandshakeEnv, driver: Driver, owner: Option<&Owner>) -> ExitCode {
+    let writer = log::install();
+    raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(invitation.workers.unwrap_or(WORKERS))
+        .worker_threads(handshake_env.workers.unwrap_or(WORKERS))
         .max_blocking_threads(blocking::THREADS)
         .enable_all()
         .build();
     let code = match runtime {
         Ok(runtime) => {
-            runtime.spawn(keep_a_hand());
-            let served = runtime.block_on(serve(driver, invitation, owner));
+            runtime.spawn(keep_blocking_thread_alive());
+            let served = runtime.block_on(serve(driver, handshake_env, owner));
             // Calls that are still open are cut off by the end of the process, which must not wait for them.
             runtime.shutdown_background();
             report(served)
@@ -168,13 +170,13 @@ pub fn live(invitation: Invitation, driver: Driver, owner: Option<&Owner>) -> Ex
             ExitCode::FAILURE
         }
     };
-    sink.flush(LAST_LINES);
+    writer.flush(LOG_FLUSH_TIMEOUT);
     code
 }
 
 /// As many descriptors as may be had: every task takes two, and an agent that is not started by a service manager gives 1,024.
 /// Containers keep none of it, systemd-nspawn sets their limits anew.
-fn raise_descriptors() {
+fn raise_descriptor_limit() {
     let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return;
     };

@@ -41,7 +41,7 @@ pub enum HandshakeError {
 
 /// What a host asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Invitation {
+pub struct HandshakeEnv {
     /// The absolute directory in which the socket is made: `PLUGIN_UNIX_SOCKET_DIR`, else `TMPDIR` unless that is too long, else
     /// `/tmp`.
     pub socket_dir: PathBuf,
@@ -53,7 +53,7 @@ pub struct Invitation {
     pub workers: Option<usize>,
 }
 
-impl Invitation {
+impl HandshakeEnv {
     /// Reads the invitation from this process's environment.
     #[expect(
         clippy::disallowed_methods,
@@ -117,7 +117,7 @@ impl Invitation {
     }
 
     /// Writes [`line`](Self::line) to stdout, whole and flushed. Nothing else of this program writes there while it is a plugin.
-    pub fn announce(&self, socket: &Path) -> std::io::Result<()> {
+    pub fn print_handshake(&self, socket: &Path) -> std::io::Result<()> {
         let mut stdout = std::io::stdout().lock();
         stdout.write_all(self.line(socket).as_bytes())?;
         stdout.flush()
@@ -129,8 +129,8 @@ mod tests {
     use super::*;
     use rstest::rstest;
 
-    fn read(pairs: &[(&str, &str)]) -> Result<Invitation, HandshakeError> {
-        Invitation::read(|name| {
+    fn read(pairs: &[(&str, &str)]) -> Result<HandshakeEnv, HandshakeError> {
+        HandshakeEnv::read(|name| {
             pairs
                 .iter()
                 .find(|(key, _)| *key == name)
@@ -138,7 +138,7 @@ mod tests {
         })
     }
 
-    fn invited(more: &[(&str, &str)]) -> Result<Invitation, HandshakeError> {
+    fn with_cookie(more: &[(&str, &str)]) -> Result<HandshakeEnv, HandshakeError> {
         read(&[&[(COOKIE, COOKIE_VALUE)], more].concat())
     }
 
@@ -152,15 +152,15 @@ mod tests {
 
     #[test]
     fn the_line_has_six_fields_and_the_last_is_empty() {
-        let line = invited(&[]).unwrap().line(Path::new("/tmp/plugin-x"));
+        let line = with_cookie(&[]).unwrap().line(Path::new("/tmp/plugin-x"));
         assert_eq!(line, "1|2|unix|/tmp/plugin-x|grpc|\n");
     }
 
     #[test]
     fn a_seventh_field_only_for_those_who_ask() {
-        let asked = invited(&[("PLUGIN_MULTIPLEX_GRPC", "true")]).unwrap();
+        let asked = with_cookie(&[("PLUGIN_MULTIPLEX_GRPC", "true")]).unwrap();
         assert_eq!(asked.line(Path::new("/s")), "1|2|unix|/s|grpc||false\n");
-        let not = invited(&[("PLUGIN_MULTIPLEX_GRPC", "")]).unwrap();
+        let not = with_cookie(&[("PLUGIN_MULTIPLEX_GRPC", "")]).unwrap();
         assert_eq!(not.line(Path::new("/s")), "1|2|unix|/s|grpc|\n");
     }
 
@@ -172,13 +172,13 @@ mod tests {
     #[case("3", false)]
     #[case("22,x", false)]
     fn the_version_must_be_offered(#[case] offered: &str, #[case] served: bool) {
-        let result = invited(&[("PLUGIN_PROTOCOL_VERSIONS", offered)]);
+        let result = with_cookie(&[("PLUGIN_PROTOCOL_VERSIONS", offered)]);
         assert_eq!(result.is_ok(), served, "{result:?}");
     }
 
     #[test]
     fn a_certificate_is_refused_by_name() {
-        let error = invited(&[("PLUGIN_CLIENT_CERT", "-----BEGIN")]).unwrap_err();
+        let error = with_cookie(&[("PLUGIN_CLIENT_CERT", "-----BEGIN")]).unwrap_err();
         assert!(error.to_string().starts_with("PLUGIN_CLIENT_CERT"));
     }
 
@@ -187,7 +187,7 @@ mod tests {
     #[case(&[("TMPDIR", "/var/tmp")], "/var/tmp")]
     #[case(&[("TMPDIR", "/var/tmp"), ("PLUGIN_UNIX_SOCKET_DIR", "/run/x")], "/run/x")]
     fn the_socket_goes_where_the_host_wants(#[case] pairs: &[(&str, &str)], #[case] dir: &str) {
-        assert_eq!(invited(pairs).unwrap().socket_dir, Path::new(dir));
+        assert_eq!(with_cookie(pairs).unwrap().socket_dir, Path::new(dir));
     }
 
     #[rstest]
@@ -199,8 +199,8 @@ mod tests {
         #[case] text: &str,
         #[case] workers: Option<usize>,
     ) {
-        let invitation = invited(&[("TOKIO_WORKER_THREADS", text)]).unwrap();
-        assert_eq!(invitation.workers, workers);
+        let handshake_env = with_cookie(&[("TOKIO_WORKER_THREADS", text)]).unwrap();
+        assert_eq!(handshake_env.workers, workers);
     }
 
     #[test]
@@ -209,21 +209,21 @@ mod tests {
         let long = format!("{fits}d");
         for name in ["TMPDIR", "PLUGIN_UNIX_SOCKET_DIR"] {
             assert_eq!(
-                invited(&[(name, &fits)]).unwrap().socket_dir,
+                with_cookie(&[(name, &fits)]).unwrap().socket_dir,
                 Path::new(&fits)
             );
         }
         assert_eq!(
-            invited(&[("TMPDIR", &long)]).unwrap().socket_dir,
+            with_cookie(&[("TMPDIR", &long)]).unwrap().socket_dir,
             Path::new("/tmp")
         );
-        let error = invited(&[("PLUGIN_UNIX_SOCKET_DIR", &long)]).unwrap_err();
+        let error = with_cookie(&[("PLUGIN_UNIX_SOCKET_DIR", &long)]).unwrap_err();
         assert_eq!(error, HandshakeError::LongDirectory(long.into()));
     }
 
     #[test]
     fn a_directory_that_breaks_the_line_is_refused() {
-        let error = invited(&[("PLUGIN_UNIX_SOCKET_DIR", "/run/a|b")]).unwrap_err();
+        let error = with_cookie(&[("PLUGIN_UNIX_SOCKET_DIR", "/run/a|b")]).unwrap_err();
         assert_eq!(error, HandshakeError::SocketDirectory("/run/a|b".into()));
     }
 }

@@ -32,20 +32,20 @@ struct Served {
 
 async fn served(mock: MockContainerBackend) -> Served {
     let dir = tempfile::tempdir().unwrap();
-    let invitation = Invitation {
+    let handshake_env = HandshakeEnv {
         socket_dir: dir.path().to_owned(),
         socket_group: None,
         multiplex_asked: false,
         workers: None,
     };
     let driver = driver(Arc::new(mock));
-    let (announce, announced) = oneshot::channel();
+    let (print_handshake, announced) = oneshot::channel();
     let ended = tokio::spawn(async move {
-        let announce = |socket: &Path| {
-            announce.send(socket.to_owned()).unwrap();
+        let print_handshake = |socket: &Path| {
+            print_handshake.send(socket.to_owned()).unwrap();
             Ok(())
         };
-        serve_announced(driver, &invitation, None, announce).await
+        serve_and_print(driver, &handshake_env, None, print_handshake).await
     });
     Served {
         socket: announced.await.unwrap(),

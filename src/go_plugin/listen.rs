@@ -13,14 +13,14 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 
 /// How long nobody is let in after somebody could not be.
-const BREATH: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// How the names of our sockets begin.
 const PREFIX: &str = "plugin-nspawn-";
 /// The longest directory for a socket, in bytes: the kernel takes no path of one over 107, and the name needs up to 26.
 pub(super) const LONGEST_DIR: usize = 107 - 26;
 /// In a younger directory a socket may just be being made.
-const STALE: Duration = Duration::from_secs(60);
+const STALE_AFTER: Duration = Duration::from_secs(60);
 
 /// Why the socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -113,7 +113,7 @@ pub(super) fn connections(
                     }
                     Err(error) => {
                         tracing::warn!(%error, "nobody can be let in");
-                        tokio::time::sleep(BREATH).await;
+                        tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                     }
                 },
                 () = sender.closed() => return,
@@ -126,13 +126,15 @@ pub(super) fn connections(
 /// Removes the sockets that killed plugins left in `dir`: ours by name and owner, and nobody answers. One that has its place has
 /// been listening since before it got there. A link is not followed, and a directory in which one was being made goes when it is
 /// old and only with nothing else in it.
-pub(super) fn sweep(dir: &Path) {
+pub(super) fn remove_stale_sockets(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let name = entry.file_name();
-        let swept = match name.to_str().and_then(made) {
-            Some(Made::Socket) if is_dead(&path) => std::fs::remove_file(&path),
-            Some(Made::Directory) if is_old(&path) && is_mine(&path, |kind| kind.is_dir()) => {
+        let removed = match name.to_str().and_then(classify) {
+            Some(StaleEntry::Socket) if is_dead(&path) => std::fs::remove_file(&path),
+            Some(StaleEntry::Directory)
+                if is_old(&path) && is_mine(&path, |kind| kind.is_dir()) =>
+            {
                 let inside = path.join("s");
                 if is_dead(&inside) {
                     let _ = std::fs::remove_file(&inside);
@@ -142,24 +144,24 @@ pub(super) fn sweep(dir: &Path) {
             _ => continue,
         };
         let path = path.display();
-        match swept {
+        match removed {
             Ok(()) => tracing::info!(%path, "removed the socket of a plugin that was killed"),
             Err(error) => tracing::warn!(%path, %error, "the socket of a dead plugin is left over"),
         }
     }
 }
 
-enum Made {
+enum StaleEntry {
     Directory,
     Socket,
 }
 
 /// What of ours has this name.
-fn made(name: &str) -> Option<Made> {
+fn classify(name: &str) -> Option<StaleEntry> {
     let rest = name.strip_prefix(PREFIX)?;
     let (unique, made) = match rest.strip_suffix(".sock") {
-        Some(unique) => (unique, Made::Socket),
-        None => (rest, Made::Directory),
+        Some(unique) => (unique, StaleEntry::Socket),
+        None => (rest, StaleEntry::Directory),
     };
     let ours = unique.len() == 6 && unique.bytes().all(|byte| byte.is_ascii_alphanumeric());
     ours.then_some(made)
@@ -184,7 +186,7 @@ fn is_old(path: &Path) -> bool {
         .symlink_metadata()
         .and_then(|about| about.modified())
         .map(|made| made.elapsed());
-    matches!(made, Ok(Ok(age)) if age > STALE)
+    matches!(made, Ok(Ok(age)) if age > STALE_AFTER)
 }
 
 fn find_group(name: &str) -> Result<Gid, ListenError> {
@@ -275,7 +277,7 @@ mod tests {
                 age(path);
             }
         }
-        sweep(dir.path());
+        remove_stale_sockets(dir.path());
         let mut after = names(dir.path());
         before.retain(|path| {
             !["plugin-nspawn-Dead01.sock", "plugin-nspawn-Half01"]

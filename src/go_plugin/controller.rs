@@ -29,10 +29,10 @@ impl GrpcController for Controller {
 
 /// A stream of what the process prints: nothing, ever.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct QuietStdio;
+pub(super) struct NoopStdio;
 
 #[tonic::async_trait]
-impl GrpcStdio for QuietStdio {
+impl GrpcStdio for NoopStdio {
     type StreamStdioStream = tokio_stream::Pending<Result<StdioData, Status>>;
 
     async fn stream_stdio(
@@ -45,10 +45,10 @@ impl GrpcStdio for QuietStdio {
 
 /// The broker of further connections: it reads and forgets, until the peer closes its side.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct QuietBroker;
+pub(super) struct NoopBroker;
 
 #[tonic::async_trait]
-impl GrpcBroker for QuietBroker {
+impl GrpcBroker for NoopBroker {
     type StartStreamStream = Pin<Box<dyn Stream<Item = Result<ConnInfo, Status>> + Send>>;
 
     async fn start_stream(
