@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use nomad_driver_nspawn::config::{self, Grants, Places, PluginConfig};
+use nomad_driver_nspawn::config::{self, ImageSearchPath, PluginConfig, TaskContext};
 use nomad_driver_nspawn::container::Exit;
 use nomad_driver_nspawn::supervisor::line::{self, Question, Told};
 use nomad_driver_nspawn::supervisor::record::{self, Order, Running};
@@ -140,8 +140,8 @@ pub(crate) fn task_config(bytes: &[u8]) {
 /// An allocation's directories, which have to be there. Nothing is written in them. The manifest is the fuzzer's or the driver's.
 fn allocation() -> PathBuf {
     let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let places = ["allocation", "fuzz/allocation"].map(|place| here.join(place));
-    places
+    let search_path = ["allocation", "fuzz/allocation"].map(|place| here.join(place));
+    search_path
         .into_iter()
         .find(|place| place.is_dir())
         .expect("fuzz/allocation")
@@ -150,27 +150,27 @@ fn allocation() -> PathBuf {
 /// The same, and whether they are a container.
 pub(crate) fn is_container(bytes: &[u8]) -> bool {
     let nowhere = PathBuf::from("/nowhere");
-    let policy = match PluginConfig::decode(bytes) {
+    let plugin_config = match PluginConfig::decode(bytes) {
         Ok(config) => config,
         Err(error) => {
             is_one_line(&error);
             PluginConfig::decode(&[]).expect("no block at all is the default")
         }
     };
-    let grants = Grants {
+    let context = TaskContext {
         id: "a/t/1".to_owned(),
         alloc_id: "a".to_owned(),
         task: "t".to_owned(),
         alloc_dir: allocation(),
-        ..Grants::default()
+        ..TaskContext::default()
     };
-    let places = Places {
+    let search_path = ImageSearchPath {
         plugin_dir: nowhere,
         machine_dirs: Vec::new(),
     };
-    match config::container(bytes, &grants, &policy, &places) {
-        Ok(checked) => {
-            assert_eq!(checked.spec.id, "a/t/1");
+    match config::container(bytes, &context, &plugin_config, &search_path) {
+        Ok(validated) => {
+            assert_eq!(validated.spec.id, "a/t/1");
             true
         }
         Err(error) => {

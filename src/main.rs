@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use nomad_driver_nspawn::backend::NspawnBackend;
 use nomad_driver_nspawn::backend::nspawn::Settings;
-use nomad_driver_nspawn::config::{Places, PluginConfig};
+use nomad_driver_nspawn::config::{ImageSearchPath, PluginConfig};
 use nomad_driver_nspawn::driver::Driver;
 use nomad_driver_nspawn::go_plugin::{self, HandshakeEnv, HandshakeError, Owner};
 use nomad_driver_nspawn::supervisor::process::stay_out_of_core_dumps;
@@ -97,7 +97,7 @@ fn driver() -> anyhow::Result<Driver> {
     let machine_dirs = MACHINES.iter().map(PathBuf::from).collect();
     Ok(Driver::new(
         factory,
-        Places {
+        ImageSearchPath {
             plugin_dir,
             machine_dirs,
         },

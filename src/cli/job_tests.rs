@@ -4,7 +4,7 @@ use rstest::rstest;
 use serde_json::json;
 
 use super::*;
-use crate::config::{self, Grants, Places};
+use crate::config::{self, ImageSearchPath, TaskContext};
 use crate::container::ContainerSpec;
 use crate::host::Allocation;
 use crate::host::configure::encode;
@@ -340,21 +340,21 @@ fn container(spec: &TaskSpec) -> Result<ContainerSpec, String> {
         "config",
     )
     .map_err(|error| error.to_string())?;
-    let grants = Grants {
+    let context = TaskContext {
         id: format!("{}/{}/00000000", allocation.id(), spec.task),
         task: spec.task.clone(),
         alloc_id: allocation.id().to_owned(),
         alloc_dir: allocation.dir().to_owned(),
         environment: allocation.variables().environment.clone(),
-        ..Grants::default()
+        ..TaskContext::default()
     };
-    let policy = config::PluginConfig::decode(&[]).map_err(|error| error.to_string())?;
-    let places = Places {
+    let plugin_config = config::PluginConfig::decode(&[]).map_err(|error| error.to_string())?;
+    let search_path = ImageSearchPath {
         plugin_dir: machine.path().to_owned(),
         machine_dirs: vec![machine.path().join("machines")],
     };
-    let checked = config::container(&bytes, &grants, &policy, &places);
-    checked
-        .map(|checked| checked.spec)
+    let validated = config::container(&bytes, &context, &plugin_config, &search_path);
+    validated
+        .map(|validated| validated.spec)
         .map_err(|error| error.to_string())
 }

@@ -4,7 +4,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::decode::quoted;
 use super::words::has_control;
-use super::{ConfigError, Grants};
+use super::{ConfigError, TaskContext};
 
 /// The longest machine name that systemd-nspawn takes.
 const MACHINE_MAX: usize = 64;
@@ -16,7 +16,7 @@ const ID_MAX: usize = 512;
 const NAME_MAX: usize = 255;
 
 /// Refuses names that can't be part of a path.
-pub(super) fn check(grants: &Grants) -> Result<(), ConfigError> {
+pub(super) fn check(context: &TaskContext) -> Result<(), ConfigError> {
     let fault = |option: &str, value: &str, reason: &str| {
         Err(ConfigError::new(
             option,
@@ -24,8 +24,8 @@ pub(super) fn check(grants: &Grants) -> Result<(), ConfigError> {
         ))
     };
     for (option, name) in [
-        ("task.name", &grants.task),
-        ("task.alloc_id", &grants.alloc_id),
+        ("task.name", &context.task),
+        ("task.alloc_id", &context.alloc_id),
     ] {
         if name.len() > NAME_MAX || has_control(name) || !is_file_name(name) {
             return fault(
@@ -35,7 +35,7 @@ pub(super) fn check(grants: &Grants) -> Result<(), ConfigError> {
             );
         }
     }
-    let id = &grants.id;
+    let id = &context.id;
     if id.len() > ID_MAX || has_control(id) || id.split('/').any(|part| !is_file_name(part)) {
         return fault(
             "task.id",
@@ -153,18 +153,18 @@ mod tests {
         #[case] alloc_id: &str,
         #[case] option: &str,
     ) {
-        let grants = Grants {
+        let context = TaskContext {
             id: id.into(),
             task: task.into(),
             alloc_id: alloc_id.into(),
-            ..Grants::default()
+            ..TaskContext::default()
         };
-        assert_eq!(check(&grants).unwrap_err().option, option);
-        let long = Grants {
+        assert_eq!(check(&context).unwrap_err().option, option);
+        let long = TaskContext {
             id: "a/".repeat(300) + "a",
             task: "web".into(),
             alloc_id: ALLOC.into(),
-            ..grants
+            ..context
         };
         assert_eq!(check(&long).unwrap_err().option, "task.id");
     }

@@ -50,7 +50,7 @@ pub struct PluginConfig {
 
 /// What Nomad granted to one start of a task, in our own words.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Grants {
+pub struct TaskContext {
     /// `<allocation id>/<task name>/<8 hex digits>`.
     pub id: String,
     /// The task's name in the job.
@@ -68,18 +68,18 @@ pub struct Grants {
     /// Where stderr goes; empty or the null device discards.
     pub stderr: PathBuf,
     /// Host and CSI volumes.
-    pub mounts: Vec<GrantedMount>,
+    pub mounts: Vec<VolumeMount>,
     /// The network namespace that Nomad made for the group (mode `bridge`, `cni/…`, `none`), if it did.
     pub network_namespace: Option<PathBuf>,
     /// Ports of the group or of the task, with the number on the host and, where the job gives one, inside.
-    pub ports: Vec<GrantedPort>,
+    pub ports: Vec<AllocatedPort>,
     /// The control group Nomad made, absolute; it may not exist.
     pub cgroup: Option<PathBuf>,
 }
 
 /// A volume that Nomad mounts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GrantedMount {
+pub struct VolumeMount {
     /// Absolute host path.
     pub source: PathBuf,
     /// Path inside.
@@ -90,7 +90,7 @@ pub struct GrantedMount {
 
 /// A port that Nomad allocated.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GrantedPort {
+pub struct AllocatedPort {
     /// The job's name for it.
     pub label: String,
     /// On the host.
@@ -105,7 +105,7 @@ pub struct GrantedPort {
 
 /// Where images are looked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Places {
+pub struct ImageSearchPath {
     /// The directory that holds the plugin's binary; relative images are relative to it.
     pub plugin_dir: PathBuf,
     /// Where registered machine images lie, in the order of the search.
@@ -114,7 +114,7 @@ pub struct Places {
 
 /// A checked container, and what the user should be told about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Checked {
+pub struct Validated {
     /// The container.
     pub spec: ContainerSpec,
     /// Sentences for the task's events.
@@ -163,11 +163,11 @@ impl PluginConfig {
 /// about the whole block has the option `config.*`.
 pub fn container(
     bytes: &[u8],
-    grants: &Grants,
-    policy: &PluginConfig,
-    places: &Places,
-) -> Result<Checked, ConfigError> {
+    context: &TaskContext,
+    plugin_config: &PluginConfig,
+    search_path: &ImageSearchPath,
+) -> Result<Validated, ConfigError> {
     decode::block(bytes, "config")
-        .and_then(|options: TaskOptions| task::check(options, grants, policy, places))
-        .map_err(|error| environment::concealed(error, &grants.environment))
+        .and_then(|options: TaskOptions| task::check(options, context, plugin_config, search_path))
+        .map_err(|error| environment::concealed(error, &context.environment))
 }

@@ -10,13 +10,13 @@ use super::decode::{entry, quoted};
 use super::options::TaskOptions;
 use super::paths::{Allocation, inside, sane};
 use super::words::BIND_OPTIONS;
-use super::{ConfigError, Grants, PluginConfig};
+use super::{ConfigError, PluginConfig, TaskContext};
 
 /// All mounts in their order.
 pub(super) fn mounts(
     options: &TaskOptions,
-    grants: &Grants,
-    policy: &PluginConfig,
+    context: &TaskContext,
+    plugin_config: &PluginConfig,
     allocation: &Allocation,
 ) -> Result<Vec<Mount>, ConfigError> {
     let mut mounts: Vec<_> = allocation
@@ -28,12 +28,12 @@ pub(super) fn mounts(
             read_only: false,
         })
         .collect();
-    volumes(&mut mounts, grants, policy)?;
+    volumes(&mut mounts, context, plugin_config)?;
     let mut binds = |name, map: &Option<BTreeMap<String, String>>, read_only| {
         for (source, target) in map.iter().flatten() {
             let option = entry(name, source);
             let bind = Mount {
-                source: bind_source(&option, source, policy, allocation)?,
+                source: bind_source(&option, source, plugin_config, allocation)?,
                 target: bind_target(&option, target)?,
                 read_only,
             };
@@ -48,13 +48,13 @@ pub(super) fn mounts(
 
 fn volumes(
     mounts: &mut Vec<Mount>,
-    grants: &Grants,
-    policy: &PluginConfig,
+    context: &TaskContext,
+    plugin_config: &PluginConfig,
 ) -> Result<(), ConfigError> {
-    for volume in &grants.mounts {
+    for volume in &context.mounts {
         let target = volume.target.to_string_lossy();
         let option = entry("task.volume_mount", &target);
-        if !policy.volumes {
+        if !plugin_config.volumes {
             let reason = "volumes are off on this node (plugin.volumes = false)";
             return Err(ConfigError::new(option, reason));
         }
@@ -84,11 +84,11 @@ fn volumes(
 fn bind_source(
     option: &str,
     text: &str,
-    policy: &PluginConfig,
+    plugin_config: &PluginConfig,
     allocation: &Allocation,
 ) -> Result<PathBuf, ConfigError> {
     let source = allocation.source(option, text)?;
-    if !policy.volumes && !allocation.holds(&source) {
+    if !plugin_config.volumes && !allocation.holds(&source) {
         let reason = format!(
             "{} is outside the allocation, and volumes are off on this node (plugin.volumes = false)",
             quoted(text)

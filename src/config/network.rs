@@ -7,7 +7,7 @@ use crate::container::{Network, PortForward};
 use super::decode::{Number, entry, quoted};
 use super::options::TaskOptions;
 use super::words::is_interface_name;
-use super::{ConfigError, GrantedPort, Grants};
+use super::{AllocatedPort, ConfigError, TaskContext};
 
 const BRIDGE: &str = "config.network_bridge";
 const PORT_MAP: &str = "config.port_map";
@@ -18,17 +18,17 @@ const ZONE: &str = "config.network_zone";
 /// The network of the container, and what to tell the user about it.
 pub(super) fn network(
     options: &TaskOptions,
-    grants: &Grants,
+    context: &TaskContext,
 ) -> Result<(Network, Vec<String>), ConfigError> {
     names(options)?;
-    let ports = forwards(options, grants)?;
+    let ports = forwards(options, context)?;
     let attached = [
         (ZONE, &options.network_zone),
         (BRIDGE, &options.network_bridge),
     ]
     .into_iter()
     .find_map(|(option, name)| Some((option, name.as_deref()?)));
-    if let Some(namespace) = &grants.network_namespace {
+    if let Some(namespace) = &context.network_namespace {
         if !namespace.is_absolute() {
             let path = quoted(&namespace.to_string_lossy());
             let reason = format!("{path} is not an absolute path");
@@ -41,7 +41,7 @@ pub(super) fn network(
             );
             return Err(ConfigError::new(option, reason));
         }
-        let notes = joined(options, grants)?;
+        let notes = joined(options, context)?;
         return Ok((Network::Join(namespace.clone()), notes));
     }
     let wanted = options.network_veth == Some(true);
@@ -110,9 +110,9 @@ fn names(options: &TaskOptions) -> Result<(), ConfigError> {
 }
 
 /// What the options about a private network come to in a network that Nomad made: nothing, or a contradiction.
-fn joined(options: &TaskOptions, grants: &Grants) -> Result<Vec<String>, ConfigError> {
+fn joined(options: &TaskOptions, context: &TaskContext) -> Result<Vec<String>, ConfigError> {
     for (label, number) in options.port_map.iter().flatten() {
-        let (port, inside) = mapped(label, number, grants)?;
+        let (port, inside) = mapped(label, number, context)?;
         let nomads = inside_port(port);
         if inside != nomads {
             let reason = format!(
@@ -135,7 +135,7 @@ fn joined(options: &TaskOptions, grants: &Grants) -> Result<Vec<String>, ConfigE
         .collect())
 }
 
-fn forwards(options: &TaskOptions, grants: &Grants) -> Result<Vec<PortForward>, ConfigError> {
+fn forwards(options: &TaskOptions, context: &TaskContext) -> Result<Vec<PortForward>, ConfigError> {
     let labels = options.ports.as_deref().unwrap_or_default();
     let map = options.port_map.iter().flatten().collect::<Vec<_>>();
     if !labels.is_empty() && !map.is_empty() {
@@ -147,7 +147,7 @@ fn forwards(options: &TaskOptions, grants: &Grants) -> Result<Vec<PortForward>, 
     let mut forwards: Vec<PortForward> = Vec::new();
     for (index, label) in labels.iter().enumerate() {
         let option = format!("{PORTS}[{index}]");
-        let port = find(label, false, grants, &option)?;
+        let port = find(label, false, context, &option)?;
         if forwards.iter().any(|earlier| earlier.label == *label) {
             let reason = format!("{} is listed twice", quoted(label));
             return Err(ConfigError::new(option, reason));
@@ -155,11 +155,11 @@ fn forwards(options: &TaskOptions, grants: &Grants) -> Result<Vec<PortForward>, 
         add(&mut forwards, port, inside_port(port), &option)?;
     }
     for (label, number) in &map {
-        let (port, inside) = mapped(label, number, grants)?;
+        let (port, inside) = mapped(label, number, context)?;
         add(&mut forwards, port, inside, &entry(PORT_MAP, label))?;
     }
     // The ports of the task's own network all lead inside once one of them is mapped.
-    for port in grants.ports.iter().filter(|port| port.task_level) {
+    for port in context.ports.iter().filter(|port| port.task_level) {
         if !map.is_empty() && forwards.iter().all(|earlier| earlier.label != port.label) {
             add(&mut forwards, port, port.host, PORT_MAP)?;
         }
@@ -169,7 +169,7 @@ fn forwards(options: &TaskOptions, grants: &Grants) -> Result<Vec<PortForward>, 
 
 fn add(
     forwards: &mut Vec<PortForward>,
-    port: &GrantedPort,
+    port: &AllocatedPort,
     container: u16,
     option: &str,
 ) -> Result<(), ConfigError> {
@@ -199,8 +199,8 @@ fn add(
 fn mapped<'a>(
     label: &str,
     number: &Number,
-    grants: &'a Grants,
-) -> Result<(&'a GrantedPort, u16), ConfigError> {
+    context: &'a TaskContext,
+) -> Result<(&'a AllocatedPort, u16), ConfigError> {
     let option = entry(PORT_MAP, label);
     let inside = number.0.parse().ok().filter(|inside| *inside != 0);
     let inside = inside.ok_or_else(|| {
@@ -210,10 +210,10 @@ fn mapped<'a>(
             format!("{shown} is not a port number from 1 to 65535"),
         )
     })?;
-    Ok((find(label, true, grants, &option)?, inside))
+    Ok((find(label, true, context, &option)?, inside))
 }
 
-fn inside_port(port: &GrantedPort) -> u16 {
+fn inside_port(port: &AllocatedPort) -> u16 {
     if port.to == 0 { port.host } else { port.to }
 }
 
@@ -221,16 +221,16 @@ fn inside_port(port: &GrantedPort) -> u16 {
 fn find<'a>(
     label: &str,
     task_level_first: bool,
-    grants: &'a Grants,
+    context: &'a TaskContext,
     option: &str,
-) -> Result<&'a GrantedPort, ConfigError> {
-    grants
+) -> Result<&'a AllocatedPort, ConfigError> {
+    context
         .ports
         .iter()
         .filter(|port| port.label == label)
         .max_by_key(|port| port.task_level == task_level_first)
         .ok_or_else(|| {
-            let mut known: Vec<_> = grants
+            let mut known: Vec<_> = context
                 .ports
                 .iter()
                 .map(|port| quoted(&port.label))

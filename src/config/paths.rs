@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::decode::quoted;
 use super::words::has_control;
-use super::{ConfigError, Grants, Places};
+use super::{ConfigError, ImageSearchPath, TaskContext};
 
 /// The directory of an allocation that all of its tasks share.
 pub(super) const SHARED: &str = "alloc";
@@ -61,9 +61,9 @@ impl Fault {
 
 impl Allocation {
     /// The allocation of this start. Its directories have to be there.
-    pub(super) fn of(grants: &Grants) -> Result<Self, ConfigError> {
+    pub(super) fn of(context: &TaskContext) -> Result<Self, ConfigError> {
         let option = "task.alloc_dir";
-        let written = grants.alloc_dir.clone();
+        let written = context.alloc_dir.clone();
         let text = written.to_string_lossy().into_owned();
         if !written.is_absolute() {
             let reason = format!("{} is not an absolute path", quoted(&text));
@@ -73,7 +73,7 @@ impl Allocation {
         let allocation = Self {
             written,
             root,
-            task: grants.task.clone(),
+            task: context.task.clone(),
         };
         for (directory, _) in allocation.shown() {
             let found = real(&directory).map_err(|fault| fault.on(option, &text))?;
@@ -173,7 +173,7 @@ impl Allocation {
         &self,
         option: &str,
         text: &str,
-        places: &Places,
+        search_path: &ImageSearchPath,
     ) -> Result<PathBuf, ConfigError> {
         sane(option, text)?;
         let path = Path::new(text);
@@ -181,7 +181,7 @@ impl Allocation {
             self.absolute(path)
                 .map_err(|fault| fault.on(option, text))?
         } else {
-            relative_image(option, text, places)?
+            relative_image(option, text, search_path)?
         };
         sane(option, &found.to_string_lossy())?;
         self.guard(option, text, &found)?;
@@ -190,13 +190,17 @@ impl Allocation {
 }
 
 /// An image below the plugin's directory, or a registered one.
-fn relative_image(option: &str, text: &str, places: &Places) -> Result<PathBuf, ConfigError> {
-    let mut looked = match below(&places.plugin_dir, Path::new(text)) {
+fn relative_image(
+    option: &str,
+    text: &str,
+    search_path: &ImageSearchPath,
+) -> Result<PathBuf, ConfigError> {
+    let mut looked = match below(&search_path.plugin_dir, Path::new(text)) {
         Err(Fault::Missing(path)) => vec![path],
         found => return found.map_err(|fault| fault.on(option, text)),
     };
     if !text.contains('/') && text != "." && text != ".." {
-        for directory in &places.machine_dirs {
+        for directory in &search_path.machine_dirs {
             for name in [text.to_owned(), format!("{text}.raw")] {
                 match real(&directory.join(name)) {
                     Err(Fault::Missing(path)) => looked.push(path),

@@ -6,7 +6,7 @@ use rmpv::Value;
 
 use crate::proto::hclspec::{Spec, spec};
 
-use super::{ConfigError, Grants, Places, PluginConfig};
+use super::{ConfigError, ImageSearchPath, PluginConfig, TaskContext};
 
 /// The msgpack of the body of a `config` block.
 pub(super) fn bytes(schema: &Spec, body: &str) -> Vec<u8> {
@@ -126,9 +126,9 @@ fn plain(value: &hcl::Value) -> Value {
 /// A host with an allocation, images and everything else in a directory of its own.
 pub(super) struct Host {
     directory: tempfile::TempDir,
-    pub(super) grants: Grants,
-    pub(super) policy: PluginConfig,
-    pub(super) places: Places,
+    pub(super) context: TaskContext,
+    pub(super) plugin_config: PluginConfig,
+    pub(super) search_path: ImageSearchPath,
 }
 
 pub(super) const ALLOC: &str = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0";
@@ -140,15 +140,15 @@ impl Host {
         let top = directory.path().canonicalize().expect("it exists");
         let alloc = top.join("alloc").join(ALLOC);
         let host = Self {
-            grants: Grants {
+            context: TaskContext {
                 id: format!("{ALLOC}/web/00c0ffee"),
                 task: "web".into(),
                 alloc_id: ALLOC.into(),
                 alloc_dir: alloc.clone(),
-                ..Grants::default()
+                ..TaskContext::default()
             },
-            policy: PluginConfig::decode(&[]).expect("no bytes are an empty block"),
-            places: Places {
+            plugin_config: PluginConfig::decode(&[]).expect("no bytes are an empty block"),
+            search_path: ImageSearchPath {
                 plugin_dir: top.join("plugins"),
                 machine_dirs: vec![top.join("machines")],
             },
@@ -199,12 +199,12 @@ impl Host {
         std::os::unix::fs::symlink(target, self.path(path)).expect("linked");
     }
 
-    pub(super) fn raw(&self, bytes: &[u8]) -> Result<super::Checked, ConfigError> {
-        super::container(bytes, &self.grants, &self.policy, &self.places)
+    pub(super) fn raw(&self, bytes: &[u8]) -> Result<super::Validated, ConfigError> {
+        super::container(bytes, &self.context, &self.plugin_config, &self.search_path)
     }
 
     /// The body with `TOP` for the directory of this host.
-    pub(super) fn check(&self, body: &str) -> Result<super::Checked, ConfigError> {
+    pub(super) fn check(&self, body: &str) -> Result<super::Validated, ConfigError> {
         let top = self.path("");
         let top = top.to_string_lossy();
         let body = body.replace("TOP", top.trim_end_matches('/'));
@@ -215,7 +215,7 @@ impl Host {
     pub(super) fn refusal(&self, body: &str) -> String {
         let top = self.path("");
         let message = match self.check(body) {
-            Ok(checked) => panic!("{body} was taken: {checked:?}"),
+            Ok(validated) => panic!("{body} was taken: {validated:?}"),
             Err(error) => error.to_string(),
         };
         message

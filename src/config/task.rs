@@ -14,7 +14,10 @@ use super::environment::{self, STRING_MAX};
 use super::options::{ImageDownload, TaskOptions};
 use super::paths::{Allocation, inside};
 use super::words::{self, one_of};
-use super::{Checked, ConfigError, Grants, Places, PluginConfig, identity, mounts, network, tree};
+use super::{
+    ConfigError, ImageSearchPath, PluginConfig, TaskContext, Validated, identity, mounts, network,
+    tree,
+};
 
 const EPHEMERAL: &str = "config.ephemeral";
 const IMAGE: &str = "config.image";
@@ -27,13 +30,13 @@ const VOLATILE: &str = "config.volatile";
 /// list: each line settles one field, and its order is the order in which mistakes are reported.
 pub(super) fn check(
     options: TaskOptions,
-    grants: &Grants,
-    policy: &PluginConfig,
-    places: &Places,
-) -> Result<Checked, ConfigError> {
-    identity::check(grants)?;
+    context: &TaskContext,
+    plugin_config: &PluginConfig,
+    search_path: &ImageSearchPath,
+) -> Result<Validated, ConfigError> {
+    identity::check(context)?;
     let mode = mode(&options)?;
-    let user = user(&options, grants, mode)?;
+    let user = user(&options, context, mode)?;
     let console = one_of("config.console", &options.console, words::CONSOLE)?;
     let volatile = match &options.volatile {
         None => Volatile::No,
@@ -52,30 +55,30 @@ pub(super) fn check(
     )?;
     let command = options.command.clone().unwrap_or_default();
     command_words(&command)?;
-    let (network, mut notes) = network::network(&options, grants)?;
+    let (network, mut notes) = network::network(&options, context)?;
     let users = users(&options, volatile, &network, &mut notes)?;
     let carrier = match mode {
         Mode::Boot => environment::Carrier::Nspawn,
         Mode::ProcessTwo | Mode::Plain => environment::Carrier::Own,
     };
     let (environment, note) = environment::environment(
-        &grants.environment,
+        &context.environment,
         network::variables(&network),
         options.environment.as_ref(),
         carrier,
     )?;
     notes.extend(note);
     environment::fits(&command, &environment)?;
-    let stdout = stream("task.stdout_path", &grants.stdout)?;
-    let stderr = stream("task.stderr_path", &grants.stderr)?;
-    if let Some(path) = &grants.cgroup {
+    let stdout = stream("task.stdout_path", &context.stdout)?;
+    let stderr = stream("task.stderr_path", &context.stderr)?;
+    if let Some(path) = &context.cgroup {
         absolute("task.cgroup", path)?;
     }
     if let Some(download) = &options.image_download {
         return Err(download_fault(download));
     }
-    let allocation = Allocation::of(grants)?;
-    let root = root(&options.image, &allocation, places)?;
+    let allocation = Allocation::of(context)?;
+    let root = root(&options.image, &allocation, search_path)?;
     if options.ephemeral {
         copied_from(&root)?;
     }
@@ -83,14 +86,14 @@ pub(super) fn check(
         start_from(path, &options, mode, volatile, &users, pivot.as_deref())?;
     }
     let spec = ContainerSpec {
-        id: grants.id.clone(),
-        alloc_dir: grants.alloc_dir.clone(),
-        machine: identity::machine(&grants.task, &grants.alloc_id),
+        id: context.id.clone(),
+        alloc_dir: context.alloc_dir.clone(),
+        machine: identity::machine(&context.task, &context.alloc_id),
         root,
         mode,
         command,
         environment,
-        mounts: mounts::mounts(&options, grants, policy, &allocation)?,
+        mounts: mounts::mounts(&options, context, plugin_config, &allocation)?,
         working_directory: options.working_directory,
         user,
         ephemeral: options.ephemeral,
@@ -104,9 +107,9 @@ pub(super) fn check(
         network,
         stdout,
         stderr,
-        cgroup: grants.cgroup.clone(),
+        cgroup: context.cgroup.clone(),
     };
-    Ok(Checked { spec, notes })
+    Ok(Validated { spec, notes })
 }
 
 fn mode(options: &TaskOptions) -> Result<Mode, ConfigError> {
@@ -122,12 +125,16 @@ fn mode(options: &TaskOptions) -> Result<Mode, ConfigError> {
 }
 
 /// The user that the command runs as: the driver's option before the task's.
-fn user(options: &TaskOptions, grants: &Grants, mode: Mode) -> Result<Option<String>, ConfigError> {
+fn user(
+    options: &TaskOptions,
+    context: &TaskContext,
+    mode: Mode,
+) -> Result<Option<String>, ConfigError> {
     const NAME_MAX: usize = 256;
     let (option, name) = match &options.user {
         Some(name) => ("config.user", name),
-        None if grants.user.is_empty() => return Ok(None),
-        None => ("task.user", &grants.user),
+        None if context.user.is_empty() => return Ok(None),
+        None => ("task.user", &context.user),
     };
     let fault = if words::has_control(name) {
         "has a control character"
@@ -299,8 +306,12 @@ fn download_fault(download: &ImageDownload) -> ConfigError {
 }
 
 /// The image, looked up.
-fn root(image: &str, allocation: &Allocation, places: &Places) -> Result<Root, ConfigError> {
-    let path = allocation.image(IMAGE, image, places)?;
+fn root(
+    image: &str,
+    allocation: &Allocation,
+    search_path: &ImageSearchPath,
+) -> Result<Root, ConfigError> {
+    let path = allocation.image(IMAGE, image, search_path)?;
     let kind = path
         .metadata()
         .map_err(|error| {

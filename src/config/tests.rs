@@ -33,15 +33,15 @@ fn refusal(extra: &str) -> String {
 #[test]
 fn the_smallest_job_has_the_defaults() {
     let host = Host::new();
-    let checked = host.check("image = \"system\"").unwrap();
+    let validated = host.check("image = \"system\"").unwrap();
     let own = |source: &str, target: &str| Mount {
-        source: host.grants.alloc_dir.join(source),
+        source: host.context.alloc_dir.join(source),
         target: target.into(),
         read_only: false,
     };
     let expected = ContainerSpec {
         id: format!("{ALLOC}/web/00c0ffee"),
-        alloc_dir: host.grants.alloc_dir.clone(),
+        alloc_dir: host.context.alloc_dir.clone(),
         machine: format!("web-{ALLOC}"),
         root: Root::Directory(host.path("plugins/system")),
         mode: Mode::Boot,
@@ -70,16 +70,16 @@ fn the_smallest_job_has_the_defaults() {
         stderr: None,
         cgroup: None,
     };
-    assert_eq!(checked.spec, expected);
-    assert_eq!(checked.notes, Vec::<String>::new());
+    assert_eq!(validated.spec, expected);
+    assert_eq!(validated.notes, Vec::<String>::new());
 }
 
 #[test]
 fn a_job_with_many_words() {
     let mut host = Host::new();
-    host.grants.stdout = "/logs/out".into();
-    host.grants.stderr = "/dev/null".into();
-    host.grants.user = "job".into();
+    host.context.stdout = "/logs/out".into();
+    host.context.stderr = "/dev/null".into();
+    host.context.user = "job".into();
     host.make("plugins/tree/new/usr/.");
     let spec = plain(
         &host,
@@ -385,7 +385,7 @@ fn mounts_have_nomads_first_and_binds_last() {
     let mut host = Host::new();
     host.make(format!("alloc/{ALLOC}/web/local/conf/."));
     host.make("volume/.");
-    host.grants.mounts = vec![GrantedMount {
+    host.context.mounts = vec![VolumeMount {
         source: host.path("volume"),
         target: "/v".into(),
         read_only: true,
@@ -414,14 +414,14 @@ fn mounts_have_nomads_first_and_binds_last() {
 #[test]
 fn without_volumes_only_the_allocation_is_shown() {
     let mut host = Host::new();
-    host.policy.volumes = false;
+    host.plugin_config.volumes = false;
     let body = "image = \"tree\"\nboot = false\n";
     assert_eq!(plain(&host, r#"bind = { "local" = "/x" }"#).mounts.len(), 4);
     assert_eq!(
         host.refusal(&format!("{body}bind = {{ \"TOP/data\" = \"/x\" }}")),
         r#"config.bind["TOP/data"]: "TOP/data" is outside the allocation, and volumes are off on this node (plugin.volumes = false)"#
     );
-    host.grants.mounts = vec![GrantedMount {
+    host.context.mounts = vec![VolumeMount {
         source: host.path("data"),
         target: "/v".into(),
         read_only: false,
@@ -435,7 +435,7 @@ fn without_volumes_only_the_allocation_is_shown() {
 #[test]
 fn the_tasks_user_is_used_and_named() {
     let mut host = Host::new();
-    host.grants.user = "job".into();
+    host.context.user = "job".into();
     assert_eq!(plain(&host, "").user.as_deref(), Some("job"));
     assert_eq!(plain(&host, "user = \"\"").user.as_deref(), Some("job"));
     assert_eq!(
@@ -468,20 +468,20 @@ fn user_namespaces(#[case] extra: &str, #[case] expected: Option<(&str, Option<&
 /// A host on which the group has the ports `web` (18080 → 80) and `raw` (19000), and the task the ports `old` and `same`.
 fn with_ports() -> Host {
     let mut host = Host::new();
-    let port = |label: &str, host, to, task_level| GrantedPort {
+    let port = |label: &str, host, to, task_level| AllocatedPort {
         label: label.into(),
         host,
         to,
         address: None,
         task_level,
     };
-    host.grants.ports = vec![
+    host.context.ports = vec![
         port("web", 18080, 80, false),
         port("raw", 19000, 0, false),
         port("old", 20001, 0, true),
         port("same", 20002, 0, true),
     ];
-    host.grants.environment = [("NOMAD_PORT_web", "18080"), ("NOMAD_PORT_raw", "19000")]
+    host.context.environment = [("NOMAD_PORT_web", "18080"), ("NOMAD_PORT_raw", "19000")]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .into();
     host
@@ -492,7 +492,7 @@ fn with_ports() -> Host {
 #[case::relative("", "task.alloc_dir")]
 fn an_allocation_that_is_not_there(#[case] path: &str, #[case] option: &str) {
     let mut host = Host::new();
-    host.grants.alloc_dir = match path {
+    host.context.alloc_dir = match path {
         "" => "relative".into(),
         path => host.path(path),
     };

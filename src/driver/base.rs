@@ -35,11 +35,12 @@ impl BasePlugin for Driver {
         request: Request<proto::SetConfigRequest>,
     ) -> Result<Response<proto::SetConfigResponse>, Status> {
         let request = request.into_inner();
-        let policy = PluginConfig::decode(&request.msgpack_config).map_err(CallError::from)?;
+        let plugin_config =
+            PluginConfig::decode(&request.msgpack_config).map_err(CallError::from)?;
         let topology = request
             .nomad_config
             .and_then(|nomad| nomad.driver?.topology);
-        self.configure(policy, topology.as_ref().and_then(Compute::of));
+        self.configure(plugin_config, topology.as_ref().and_then(Compute::of));
         Ok(Response::new(proto::SetConfigResponse {}))
     }
 }

@@ -1,4 +1,4 @@
-//! What the node says of itself: a reading of the host and the operator's wishes, turned into health and attributes. Pure. The
+//! The fingerprint: health and attributes of the node from a probe of the host and the plugin's configuration. Pure. The
 //! description of a state never varies, because every new one is an event that travels to Nomad's servers.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,8 +19,8 @@ pub(super) struct Fingerprint {
 }
 
 impl Fingerprint {
-    pub(super) fn of(policy: &PluginConfig, probe: &Probe) -> Self {
-        if !policy.enabled {
+    pub(super) fn of(plugin_config: &PluginConfig, probe: &Probe) -> Self {
+        if !plugin_config.enabled {
             return Self::undetected("disabled by the plugin configuration (enabled = false)");
         }
         if !probe.root {
@@ -47,7 +47,7 @@ impl Fingerprint {
         Self {
             health,
             description,
-            attributes: attributes(policy, probe, version),
+            attributes: attributes(plugin_config, probe, version),
         }
     }
 
@@ -61,8 +61,8 @@ impl Fingerprint {
     }
 
     /// The message. Attributes that were `said` before and are no more are sent empty, which removes them from the node.
-    pub(super) fn response(&self, said: &mut BTreeSet<&'static str>) -> FingerprintResponse {
-        said.extend(self.attributes.keys());
+    pub(super) fn response(&self, published: &mut BTreeSet<&'static str>) -> FingerprintResponse {
+        published.extend(self.attributes.keys());
         let empty = Value::StringVal(String::new());
         let value = |name| self.attributes.get(name).unwrap_or(&empty).clone();
         let attribute = |name| Attribute {
@@ -70,7 +70,7 @@ impl Fingerprint {
             unit: String::new(),
         };
         FingerprintResponse {
-            attributes: said
+            attributes: published
                 .iter()
                 .map(|name| ((*name).to_owned(), attribute(*name)))
                 .collect(),
@@ -81,7 +81,11 @@ impl Fingerprint {
     }
 }
 
-fn attributes(policy: &PluginConfig, probe: &Probe, version: u32) -> BTreeMap<&'static str, Value> {
+fn attributes(
+    plugin_config: &PluginConfig,
+    probe: &Probe,
+    version: u32,
+) -> BTreeMap<&'static str, Value> {
     let cgroup = match probe.cgroup {
         CgroupLayout::V2 => "v2",
         CgroupLayout::Hybrid => "hybrid",
@@ -94,7 +98,10 @@ fn attributes(policy: &PluginConfig, probe: &Probe, version: u32) -> BTreeMap<&'
             "driver.nspawn.version",
             Value::StringVal(version.to_string()),
         ),
-        ("driver.nspawn.volumes", Value::BoolVal(policy.volumes)),
+        (
+            "driver.nspawn.volumes",
+            Value::BoolVal(plugin_config.volumes),
+        ),
         ("driver.nspawn.cgroup", Value::StringVal(cgroup.to_owned())),
         (
             "driver.nspawn.user_namespaces",
@@ -115,14 +122,14 @@ fn attributes(policy: &PluginConfig, probe: &Probe, version: u32) -> BTreeMap<&'
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::tests::{hex, policy, probe};
+    use crate::driver::tests::{hex, plugin_config, probe};
     use prost::Message as _;
     use rstest::rstest;
 
     fn host(change: impl FnOnce(&mut PluginConfig, &mut Probe)) -> (PluginConfig, Probe) {
-        let (mut policy, mut probe) = (policy(), probe());
-        change(&mut policy, &mut probe);
-        (policy, probe)
+        let (mut plugin_config, mut probe) = (plugin_config(), probe());
+        change(&mut plugin_config, &mut probe);
+        (plugin_config, probe)
     }
 
     const TOO_OLD: &str = "systemd-nspawn 246 is too old: 247 or later is needed";
@@ -145,11 +152,11 @@ mod tests {
     #[case::user(host(|_, p| p.root = false), HealthState::Undetected, "Driver must run as root")]
     #[case::off(host(|c, p| { c.enabled = false; p.root = false }), HealthState::Undetected, OFF)]
     fn every_host_has_its_health(
-        #[case] (policy, probe): (PluginConfig, Probe),
+        #[case] (plugin_config, probe): (PluginConfig, Probe),
         #[case] health: HealthState,
         #[case] description: &str,
     ) {
-        let print = Fingerprint::of(&policy, &probe);
+        let print = Fingerprint::of(&plugin_config, &probe);
         assert_eq!(
             (print.health, print.description.as_str()),
             (health, description)
@@ -170,10 +177,10 @@ mod tests {
         ];
         for version in 246..=262 {
             for cgroup in layouts {
-                let (policy, probe) = host(|_, probe| {
+                let (plugin_config, probe) = host(|_, probe| {
                     (probe.nspawn, probe.cgroup) = (Ok(version), cgroup);
                 });
-                let print = Fingerprint::of(&policy, &probe);
+                let print = Fingerprint::of(&plugin_config, &probe);
                 let refused = version::unusable(version, cgroup);
                 let healthy = print.health == HealthState::Healthy;
                 assert_eq!(healthy, refused.is_none(), "{version} {cgroup:?}");
@@ -190,8 +197,8 @@ mod tests {
     #[case(250, true)]
     #[case(252, true)]
     fn jobs_can_ask_for_a_node_that_hides_what_boots(#[case] version: u32, #[case] hidden: bool) {
-        let (policy, probe) = host(|_, probe| probe.nspawn = Ok(version));
-        let print = Fingerprint::of(&policy, &probe);
+        let (plugin_config, probe) = host(|_, probe| probe.nspawn = Ok(version));
+        let print = Fingerprint::of(&plugin_config, &probe);
         assert_eq!(
             print.attributes["driver.nspawn.boot_environment_hidden"],
             Value::BoolVal(hidden)
@@ -200,8 +207,8 @@ mod tests {
 
     #[test]
     fn what_vanishes_is_said_to_be_empty() {
-        let mut said = BTreeSet::new();
-        let first = Fingerprint::of(&policy(), &probe()).response(&mut said);
+        let mut published = BTreeSet::new();
+        let first = Fingerprint::of(&plugin_config(), &probe()).response(&mut published);
         assert_eq!(
             first.attributes["driver.nspawn"].value,
             Some(Value::BoolVal(true))
@@ -210,7 +217,7 @@ mod tests {
             first.attributes["driver.nspawn.version"].value,
             Some(Value::StringVal("252".to_owned()))
         );
-        let gone = Fingerprint::undetected("gone").response(&mut said);
+        let gone = Fingerprint::undetected("gone").response(&mut published);
         assert_eq!(gone.attributes.len(), first.attributes.len());
         let empty = Some(Value::StringVal(String::new()));
         assert!(

@@ -1,4 +1,4 @@
-//! Reception: speaks Nomad's two services and decides nothing. It holds what the operator configured, hands every request on to
+//! Nomad's two gRPC services: base and driver. Holds what the operator configured, hands every request on to
 //! the room that knows, and turns the answer back into Nomad's messages.
 
 use std::collections::BTreeSet;
@@ -13,19 +13,19 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backend::ContainerBackend;
-use crate::config::{Places, PluginConfig};
+use crate::config::{ImageSearchPath, PluginConfig};
 use crate::task::Tasks;
 use crate::task::events::Events;
 
 mod base;
+mod convert;
 mod fingerprint;
 mod service;
 mod stats;
 mod status;
 mod stream;
-mod wire;
 
-pub use stream::{EventStream, Feed};
+pub use stream::{EventStream, ProducerStream};
 
 use stats::Compute;
 use status::CallError;
@@ -33,12 +33,12 @@ use status::CallError;
 /// The driver's name in job files.
 pub const NAME: &str = "nspawn";
 
-type Factory = dyn Fn(&PluginConfig) -> Arc<dyn ContainerBackend> + Send + Sync;
+type BackendFactory = dyn Fn(&PluginConfig) -> Arc<dyn ContainerBackend> + Send + Sync;
 
 /// What the operator and the agent told us last.
 #[derive(Debug, Clone)]
-struct Settings {
-    policy: PluginConfig,
+struct Config {
+    plugin_config: PluginConfig,
     backend: Arc<dyn ContainerBackend>,
     compute: Option<Compute>,
 }
@@ -46,14 +46,14 @@ struct Settings {
 /// The driver. Clones are the same driver.
 #[derive(Clone)]
 pub struct Driver {
-    factory: Arc<Factory>,
-    places: Arc<Places>,
+    factory: Arc<BackendFactory>,
+    search_path: Arc<ImageSearchPath>,
     /// `None` until somebody configures or needs it.
-    settings: watch::Sender<Option<Settings>>,
+    config: watch::Sender<Option<Config>>,
     tasks: Tasks,
     events: Events,
     /// Told of every task that the agent takes up again.
-    taken_up: watch::Sender<()>,
+    recovered: watch::Sender<()>,
     /// The directories that hold the allocations of this agent, as its own requests show them.
     alloc_roots: watch::Sender<BTreeSet<PathBuf>>,
     /// Calls that run to their end whoever goes away.
@@ -65,7 +65,7 @@ pub struct Driver {
 impl fmt::Debug for Driver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Driver")
-            .field("settings", &self.settings)
+            .field("config", &self.config)
             .field("tasks", &self.tasks)
             .finish_non_exhaustive()
     }
@@ -75,16 +75,16 @@ impl Driver {
     /// A driver without tasks, whose backends come from `factory`: one for each configuration it is given. Touches nothing.
     pub fn new(
         factory: impl Fn(&PluginConfig) -> Arc<dyn ContainerBackend> + Send + Sync + 'static,
-        places: Places,
+        search_path: ImageSearchPath,
     ) -> Self {
         let root = CancellationToken::new();
         Self {
             factory: Arc::new(factory),
-            places: Arc::new(places),
-            settings: watch::Sender::new(None),
+            search_path: Arc::new(search_path),
+            config: watch::Sender::new(None),
             tasks: Tasks::new(root.child_token()),
             events: Events::default(),
-            taken_up: watch::Sender::new(()),
+            recovered: watch::Sender::new(()),
             alloc_roots: watch::Sender::default(),
             calls: TaskTracker::new(),
             root,
@@ -116,7 +116,7 @@ impl Driver {
         let mut destroying = tokio::task::JoinSet::new();
         for id in self.tasks.ids() {
             let driver = self.clone();
-            destroying.spawn(async move { driver.abandon(&id).await });
+            destroying.spawn(async move { driver.destroy_unclaimed(&id).await });
         }
         destroying.join_all().await;
     }
@@ -129,14 +129,14 @@ impl Driver {
     }
 
     /// Takes a configuration over. An unchanged one keeps its backend; tasks keep the one they were started with.
-    fn configure(&self, policy: PluginConfig, compute: Option<Compute>) {
-        self.settings.send_modify(|settings| {
-            let before = settings.take();
+    fn configure(&self, plugin_config: PluginConfig, compute: Option<Compute>) {
+        self.config.send_modify(|config| {
+            let before = config.take();
             let compute = compute.or_else(|| before.as_ref()?.compute);
-            let kept = before.filter(|before| before.policy == policy);
-            let backend = kept.map_or_else(|| self.open(&policy), |before| before.backend);
-            *settings = Some(Settings {
-                policy,
+            let kept = before.filter(|before| before.plugin_config == plugin_config);
+            let backend = kept.map_or_else(|| self.open(&plugin_config), |before| before.backend);
+            *config = Some(Config {
+                plugin_config,
                 backend,
                 compute,
             });
@@ -144,31 +144,31 @@ impl Driver {
     }
 
     /// What holds now; the defaults where nobody configured anything.
-    fn settings(&self) -> Result<Settings, CallError> {
-        if let Some(settings) = self.settings.borrow().clone() {
-            return Ok(settings);
+    fn config(&self) -> Result<Config, CallError> {
+        if let Some(config) = self.config.borrow().clone() {
+            return Ok(config);
         }
         let defaults = PluginConfig::decode(&[])?;
         // Somebody may have been faster; theirs holds.
-        self.settings.send_if_modified(|settings| {
-            let missing = settings.is_none();
+        self.config.send_if_modified(|config| {
+            let missing = config.is_none();
             if missing {
-                *settings = Some(Settings {
+                *config = Some(Config {
                     backend: self.open(&defaults),
-                    policy: defaults,
+                    plugin_config: defaults,
                     compute: None,
                 });
             }
             missing
         });
-        self.settings()
+        self.config()
     }
 
     /// A backend for this configuration. When the agent has had time to ask for its tasks, the backend clears away what it did
     /// not ask for; a process that lives for a moment only, or another configuration, does not come to that.
-    fn open(&self, policy: &PluginConfig) -> Arc<dyn ContainerBackend> {
-        let backend = (self.factory)(policy);
-        if let Some(after) = policy.reconcile_after {
+    fn open(&self, plugin_config: &PluginConfig) -> Arc<dyn ContainerBackend> {
+        let backend = (self.factory)(plugin_config);
+        if let Some(after) = plugin_config.reconcile_after {
             let reconciling = self.clone().reconcile(Arc::clone(&backend), after);
             self.calls
                 .spawn(self.root.clone().run_until_cancelled_owned(reconciling));
@@ -179,15 +179,15 @@ impl Driver {
     /// Reconciles when the agent has had its time, and again whenever a request shows another directory with allocations of this
     /// agent: only then can its own leftovers be told from those of another agent.
     async fn reconcile(self, backend: Arc<dyn ContainerBackend>, after: Duration) {
-        let mut taken_up = self.taken_up.subscribe();
+        let mut recovered = self.recovered.subscribe();
         let mut alloc_roots = self.alloc_roots.subscribe();
         loop {
-            while let Ok(Ok(())) = tokio::time::timeout(after, taken_up.changed()).await {}
+            while let Ok(Ok(())) = tokio::time::timeout(after, recovered.changed()).await {}
             let in_use = self
-                .settings
+                .config
                 .borrow()
                 .as_ref()
-                .is_some_and(|settings| Arc::ptr_eq(&settings.backend, &backend));
+                .is_some_and(|config| Arc::ptr_eq(&config.backend, &backend));
             if !in_use {
                 return;
             }

@@ -7,10 +7,10 @@ use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::status::CallError;
-use super::stream::{EventStream, Feed};
-use super::{Driver, Settings, wire};
+use super::stream::{EventStream, ProducerStream};
+use super::{Config, Driver, convert};
 use crate::blocking;
-use crate::config::{self, Checked};
+use crate::config::{self, Validated};
 use crate::container::Started;
 use crate::proto::driver as proto;
 use crate::proto::driver::driver_capabilities::FsIsolation;
@@ -70,13 +70,13 @@ impl DriverService for Driver {
         Ok(Response::new(proto::CapabilitiesResponse { capabilities }))
     }
 
-    type FingerprintStream = Feed<proto::FingerprintResponse>;
+    type FingerprintStream = ProducerStream<proto::FingerprintResponse>;
 
     async fn fingerprint(
         &self,
         _: Request<proto::FingerprintRequest>,
     ) -> Answer<Self::FingerprintStream> {
-        Ok(Response::new(self.fingerprint_feed()))
+        Ok(Response::new(self.fingerprint_stream()))
     }
 
     async fn start_task(
@@ -96,7 +96,7 @@ impl DriverService for Driver {
             if let Err(Ok(_)) = caller.send(started) {
                 // The agent died meanwhile: nobody holds the handle, so nobody would ever ask for this task again.
                 tracing::warn!(task = id, "nobody can hold the task's handle: it is ended");
-                driver.abandon(&id).await;
+                driver.destroy_unclaimed(&id).await;
             }
         });
         answer(outcome.await.unwrap_or(Err(CallError::Panicked)))
@@ -113,9 +113,10 @@ impl DriverService for Driver {
         if let Some(task) = &handle.config {
             self.note_alloc_dir(&task.alloc_dir);
         }
-        let (identity, started) = held(handle)?;
+        let (identity, started) = decode_handle(handle)?;
         let driver = self.clone();
-        let recovered = self.apart(async move { driver.recover(identity, started).await });
+        let recovered =
+            self.run_to_completion(async move { driver.recover(identity, started).await });
         answer(recovered.await.map(|()| proto::RecoverTaskResponse {}))
     }
 
@@ -128,7 +129,7 @@ impl DriverService for Driver {
             .get(&request.into_inner().task_id)
             .map_err(CallError::from)?;
         match task.wait().await {
-            Some(Ok(exit)) => Ok(Response::new(wire::wait_response(&exit))),
+            Some(Ok(exit)) => Ok(Response::new(convert::wait_response(&exit))),
             Some(Err(error)) => Err(CallError::from(error).into()),
             // This process is ending. Any answer would be taken for the end of the task; the connection's end is not.
             None => std::future::pending().await,
@@ -145,8 +146,8 @@ impl DriverService for Driver {
             return Ok(Response::new(proto::StopTaskResponse {}));
         };
         let signal = parse_signal(&request.signal)?;
-        let grace = wire::duration(request.timeout);
-        let stopped = self.apart(async move {
+        let grace = convert::duration(request.timeout);
+        let stopped = self.run_to_completion(async move {
             match task.stop(signal, grace).await {
                 Ok(()) | Err(TaskError::Unknown) => Ok(()),
                 Err(error) => Err(error.into()),
@@ -161,8 +162,8 @@ impl DriverService for Driver {
     ) -> Answer<proto::DestroyTaskResponse> {
         let request = request.into_inner();
         let driver = self.clone();
-        let destroyed = self.apart(async move {
-            let backend = driver.settings()?.backend;
+        let destroyed = self.run_to_completion(async move {
+            let backend = driver.config()?.backend;
             Ok(driver
                 .tasks
                 .destroy(backend, &request.task_id, request.force)
@@ -179,7 +180,7 @@ impl DriverService for Driver {
             .tasks
             .get(&request.into_inner().task_id)
             .map_err(CallError::from)?;
-        Ok(Response::new(wire::inspect_response(&task)))
+        Ok(Response::new(convert::inspect_response(&task)))
     }
 
     async fn signal_task(
@@ -189,11 +190,11 @@ impl DriverService for Driver {
         let request = request.into_inner();
         let task = self.tasks.get(&request.task_id).map_err(CallError::from)?;
         let signal: Signal = request.signal.parse().map_err(CallError::from)?;
-        let sent = self.apart(async move { Ok(task.signal(signal).await?) });
+        let sent = self.run_to_completion(async move { Ok(task.signal(signal).await?) });
         answer(sent.await.map(|()| proto::SignalTaskResponse {}))
     }
 
-    type TaskStatsStream = Feed<proto::TaskStatsResponse>;
+    type TaskStatsStream = ProducerStream<proto::TaskStatsResponse>;
 
     async fn task_stats(
         &self,
@@ -201,8 +202,8 @@ impl DriverService for Driver {
     ) -> Answer<Self::TaskStatsStream> {
         let request = request.into_inner();
         let task = self.tasks.get(&request.task_id).ok();
-        let every = wire::duration(request.collection_interval);
-        Ok(Response::new(self.stats_feed(task, every)))
+        let every = convert::duration(request.collection_interval);
+        Ok(Response::new(self.stats_stream(task, every)))
     }
 
     type TaskEventsStream = EventStream;
@@ -255,16 +256,16 @@ fn parse_signal(name: &str) -> Result<Option<Signal>, CallError> {
 impl Driver {
     async fn start(&self, task: proto::TaskConfig) -> Result<proto::StartTaskResponse, CallError> {
         self.refuse_when_closing()?;
-        let settings = self.settings()?;
-        let identity = wire::identity(&task);
-        let Checked { spec, notes } = self.check(&task, &settings).await?;
-        self.tell_all(&identity, &notes);
+        let config = self.config()?;
+        let identity = convert::identity(&task);
+        let Validated { spec, notes } = self.check(&task, &config).await?;
+        self.emit_events(&identity, &notes);
         let started = self
             .tasks
-            .start(settings.backend, identity.clone(), spec)
+            .start(config.backend, identity.clone(), spec)
             .await?;
-        self.tell_all(&identity, &started.notes);
-        let driver_state = self.state_to_keep(&started).await?;
+        self.emit_events(&identity, &started.notes);
+        let driver_state = self.encode_driver_state(&started).await?;
         Ok(proto::StartTaskResponse {
             handle: Some(proto::TaskHandle {
                 version: handle::VERSION,
@@ -282,20 +283,22 @@ impl Driver {
     async fn check(
         &self,
         task: &proto::TaskConfig,
-        settings: &Settings,
-    ) -> Result<Checked, CallError> {
-        let grants = wire::grants(task)?;
+        config: &Config,
+    ) -> Result<Validated, CallError> {
+        let context = convert::task_context(task)?;
         let bytes = task.msgpack_driver_config.clone();
-        let (policy, places) = (settings.policy.clone(), Arc::clone(&self.places));
-        let checked =
-            blocking::run_start(move || config::container(&bytes, &grants, &policy, &places));
-        let mut checked = checked.await?;
-        checked.notes.extend(wire::left_out(task));
-        Ok(checked)
+        let (plugin_config, search_path) =
+            (config.plugin_config.clone(), Arc::clone(&self.search_path));
+        let validated = blocking::run_start(move || {
+            config::container(&bytes, &context, &plugin_config, &search_path)
+        });
+        let mut validated = validated.await?;
+        validated.notes.extend(convert::ignored_settings(task));
+        Ok(validated)
     }
 
     /// The state for Nomad to keep. Without it the task could never be found again, so it must not run on.
-    async fn state_to_keep(&self, started: &Started) -> Result<Vec<u8>, CallError> {
+    async fn encode_driver_state(&self, started: &Started) -> Result<Vec<u8>, CallError> {
         match handle::encode(started) {
             Ok(state) => Ok(state),
             Err(error) => {
@@ -303,18 +306,18 @@ impl Driver {
                     task = started.id,
                     "nobody can hold the task's handle: it is ended"
                 );
-                self.abandon(&started.id).await;
+                self.destroy_unclaimed(&started.id).await;
                 Err(error.into())
             }
         }
     }
 
     /// Ends and clears away a task that nobody will ask for.
-    pub(super) async fn abandon(&self, id: &str) {
-        let destroyed = match self.settings() {
-            Ok(settings) => self
+    pub(super) async fn destroy_unclaimed(&self, id: &str) {
+        let destroyed = match self.config() {
+            Ok(config) => self
                 .tasks
-                .destroy(settings.backend, id, true)
+                .destroy(config.backend, id, true)
                 .await
                 .map_err(CallError::from),
             Err(error) => Err(error),
@@ -329,24 +332,24 @@ impl Driver {
     }
 
     async fn recover(&self, identity: Identity, started: Started) -> Result<(), CallError> {
-        let backend = self.settings()?.backend;
+        let backend = self.config()?.backend;
         let id = identity.id.clone();
-        self.taken_up.send_replace(());
+        self.recovered.send_replace(());
         let recovered = self.tasks.recover(backend, identity, started).await;
-        self.taken_up.send_replace(());
+        self.recovered.send_replace(());
         recovered?;
         tracing::info!(task = id, "recovered");
         Ok(())
     }
 
-    fn tell_all(&self, identity: &Identity, notes: &[String]) {
+    fn emit_events(&self, identity: &Identity, notes: &[String]) {
         for note in notes {
             self.events.tell(identity, note);
         }
     }
 
     /// Runs a call to its end even if the caller goes away, and turns its panic into an error of this call alone.
-    async fn apart<T: Send + 'static>(
+    async fn run_to_completion<T: Send + 'static>(
         &self,
         call: impl Future<Output = Result<T, CallError>> + Send + 'static,
     ) -> Result<T, CallError> {
@@ -358,9 +361,9 @@ impl Driver {
 }
 
 /// What a handle holds of its task. The rest of it, most of which is the job's, is not needed while the task is looked for.
-fn held(handle: proto::TaskHandle) -> Result<(Identity, Started), CallError> {
+fn decode_handle(handle: proto::TaskHandle) -> Result<(Identity, Started), CallError> {
     let config = handle.config.ok_or(CallError::Missing("handle.config"))?;
-    let identity = wire::identity(&config);
+    let identity = convert::identity(&config);
     let started = handle::decode(handle.version, &handle.driver_state, &identity.id)?;
     Ok((identity, started))
 }

@@ -37,11 +37,11 @@ impl Compute {
 
 /// Remembers the reading before.
 #[derive(Debug, Default)]
-pub(super) struct Meter {
+pub(super) struct UsageSampler {
     before: Option<(Instant, Usage)>,
 }
 
-impl Meter {
+impl UsageSampler {
     /// Takes a reading in and tells what it means.
     pub(super) fn read(
         &mut self,
@@ -169,10 +169,10 @@ mod tests {
 
     #[test]
     fn percent_is_of_one_core_over_the_last_interval() {
-        let (mut meter, start) = (Meter::default(), Instant::now());
-        let first = meter.read(start, used(5000, 100), compute()).cpu.unwrap();
+        let (mut sampler, start) = (UsageSampler::default(), Instant::now());
+        let first = sampler.read(start, used(5000, 100), compute()).cpu.unwrap();
         assert_eq!((first.percent, first.total_ticks), (0.0, 0.0));
-        let second = meter
+        let second = sampler
             .read(start + Duration::from_secs(2), used(8000, 1100), compute())
             .cpu
             .unwrap();
@@ -188,10 +188,10 @@ mod tests {
 
     #[test]
     fn nothing_is_claimed_that_was_not_measured() {
-        let read = Meter::default().read(Instant::now(), Usage::default(), None);
+        let read = UsageSampler::default().read(Instant::now(), Usage::default(), None);
         assert!(read.cpu.unwrap().measured_fields.is_empty());
         assert!(read.memory.unwrap().measured_fields.is_empty());
-        let read = Meter::default().read(Instant::now(), used(1, 1), None);
+        let read = UsageSampler::default().read(Instant::now(), used(1, 1), None);
         use cpu_usage::Fields::{Percent, SystemMode, UserMode};
         assert_eq!(
             read.cpu.unwrap().measured_fields,
@@ -205,11 +205,11 @@ mod tests {
 
     #[test]
     fn clocks_that_stand_still_or_run_back_do_no_harm() {
-        let (mut meter, now) = (Meter::default(), Instant::now());
-        meter.read(now, used(100, 100), None);
-        let same = meter.read(now, used(200, 200), None).cpu.unwrap();
+        let (mut sampler, now) = (UsageSampler::default(), Instant::now());
+        sampler.read(now, used(100, 100), None);
+        let same = sampler.read(now, used(200, 200), None).cpu.unwrap();
         assert_eq!(same.percent, 0.0);
-        let back = meter
+        let back = sampler
             .read(now + Duration::from_secs(1), used(1, 1), None)
             .cpu
             .unwrap();

@@ -13,7 +13,7 @@ use crate::task::TaskError;
 use crate::task::handle::HandleError;
 
 /// A tool's output can be long; a trailer can't.
-const LONGEST_MESSAGE: usize = 4 * 1024;
+const MAX_MESSAGE_BYTES: usize = 4 * 1024;
 const RECOVERABLE_TYPE: &str =
     "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";
 
@@ -66,7 +66,7 @@ impl From<CallError> for Status {
             },
         };
         let mut message = chain(&error);
-        message.truncate(message.floor_char_boundary(LONGEST_MESSAGE));
+        message.truncate(message.floor_char_boundary(MAX_MESSAGE_BYTES));
         if retry {
             let details = recoverable(code, &message);
             return Self::with_details(code, message, details.into());
@@ -151,7 +151,7 @@ mod tests {
             Status::from(CallError::from(TaskError::from(error)))
         };
         assert_eq!(io("full".to_owned()).message(), "write /run/x: full");
-        assert!(io("ä".repeat(9000)).message().len() <= LONGEST_MESSAGE);
+        assert!(io("ä".repeat(9000)).message().len() <= MAX_MESSAGE_BYTES);
     }
 
     #[rstest]

@@ -29,7 +29,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-pub(crate) fn policy() -> PluginConfig {
+pub(crate) fn plugin_config() -> PluginConfig {
     PluginConfig {
         enabled: true,
         volumes: true,
@@ -53,12 +53,12 @@ pub(crate) fn probe() -> Probe {
 
 /// A configured driver with this backend.
 pub(crate) fn driver(backend: Arc<dyn ContainerBackend>) -> Driver {
-    let places = Places {
+    let search_path = ImageSearchPath {
         plugin_dir: "/opt/nomad/plugins".into(),
         machine_dirs: Vec::new(),
     };
-    let driver = Driver::new(move |_| Arc::clone(&backend), places);
-    driver.configure(policy(), None);
+    let driver = Driver::new(move |_| Arc::clone(&backend), search_path);
+    driver.configure(plugin_config(), None);
     driver
 }
 
@@ -262,7 +262,7 @@ async fn inspection_is_complete_at_every_moment() {
         (ID, "t", proto::TaskState::Running)
     );
     assert_eq!(up.started_at.unwrap().seconds, 1_700_000_000);
-    assert_eq!(up.completed_at, Some(wire::NOT_YET));
+    assert_eq!(up.completed_at, Some(convert::ZERO_TIME));
     assert!(up.result.is_some());
     end.send_replace(Some(exit(137, 9)));
     timeout(LIMIT, driver.wait_task(wait_request()))
@@ -482,7 +482,7 @@ async fn what_is_not_built_says_so() {
 
 #[tokio::test(start_paused = true)]
 async fn the_first_task_after_it_shows_whose_allocations_are_whose_and_it_is_done_again() {
-    let (asked, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let (asked, mut received) = tokio::sync::mpsc::unbounded_channel();
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .returning(|started| Ok(started.clone()));
@@ -490,20 +490,20 @@ async fn the_first_task_after_it_shows_whose_allocations_are_whose_and_it_is_don
     mock.expect_reconcile()
         .returning(move |roots| asked.send(roots.clone()).unwrap());
     let backend: Arc<dyn ContainerBackend> = Arc::new(mock);
-    let places = Places {
+    let search_path = ImageSearchPath {
         plugin_dir: "/".into(),
         machine_dirs: Vec::new(),
     };
-    let driver = Driver::new(move |_: &PluginConfig| Arc::clone(&backend), places);
+    let driver = Driver::new(move |_: &PluginConfig| Arc::clone(&backend), search_path);
     let after = Some(Duration::from_secs(60));
     driver.configure(
         PluginConfig {
             reconcile_after: after,
-            ..policy()
+            ..plugin_config()
         },
         None,
     );
-    assert!(told.recv().await.unwrap().is_empty());
+    assert!(received.recv().await.unwrap().is_empty());
     let handle = |alloc_dir: &str| {
         let mut request = kept(handle::VERSION, ID);
         let handle = request.get_mut().handle.as_mut().unwrap();
@@ -513,9 +513,9 @@ async fn the_first_task_after_it_shows_whose_allocations_are_whose_and_it_is_don
     driver.recover_task(handle("/data/alloc/a")).await.unwrap();
     let root = std::path::PathBuf::from("/data/alloc");
     let want = std::collections::BTreeSet::from([root]);
-    assert_eq!(told.recv().await.unwrap(), want);
+    assert_eq!(received.recv().await.unwrap(), want);
     // Another allocation in the same directory is no news.
     driver.recover_task(handle("/data/alloc/b")).await.unwrap();
     let hour = Duration::from_secs(3600);
-    assert!(timeout(hour, told.recv()).await.is_err());
+    assert!(timeout(hour, received.recv()).await.is_err());
 }

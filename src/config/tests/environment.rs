@@ -5,7 +5,7 @@ use super::*;
 #[test]
 fn the_jobs_environment_wins_and_odd_names_are_noted() {
     let mut host = Host::new();
-    host.grants.environment = [
+    host.context.environment = [
         ("A", "nomad"),
         ("B", "nomad"),
         ("my-key", "x"),
@@ -32,12 +32,12 @@ fn the_jobs_environment_wins_and_odd_names_are_noted() {
     ]);
     for (mode, expected, notes) in [own, booted] {
         let body = format!("image = \"tree\"\n{mode}\nenvironment = {{ B = \"job\\nline\" }}");
-        let checked = host.check(&body).unwrap();
+        let validated = host.check(&body).unwrap();
         let expected = expected
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value.to_owned()));
-        assert_eq!(checked.spec.environment, expected.collect());
-        assert_eq!(checked.notes, notes);
+        assert_eq!(validated.spec.environment, expected.collect());
+        assert_eq!(validated.notes, notes);
     }
     assert_eq!(
         host.refusal("image = \"tree\"\nenvironment = { \"a-b\" = \"1\" }"),
@@ -63,7 +63,7 @@ fn what_no_program_can_get_is_refused_by_name() {
         "{message}"
     );
     let mut host = Host::new();
-    host.grants.environment = [("A".to_owned(), long)].into();
+    host.context.environment = [("A".to_owned(), long)].into();
     let message = host.refusal("image = \"tree\"\nboot = false");
     assert!(
         message.starts_with(r#"task.env["A"]: has 131074 bytes"#),

@@ -44,7 +44,7 @@ fn a_root_of_several_mounts_is_not_mapped(#[case] options: &str, #[case] refused
 #[test]
 fn the_address_of_a_port_travels_along() {
     let mut host = with_ports();
-    host.grants.ports[0].address = Some("10.0.0.1".parse().unwrap());
+    host.context.ports[0].address = Some("10.0.0.1".parse().unwrap());
     let Network::Private { ports, .. } = plain(&host, r#"ports = ["web", "raw"]"#).network else {
         panic!("no private network")
     };
@@ -111,7 +111,7 @@ fn what_is_wrong_with_ports_is_said(#[case] extra: &str, #[case] message: &str) 
 #[test]
 fn two_labels_with_one_host_port_are_refused() {
     let mut host = with_ports();
-    host.grants.ports[1].host = 18080;
+    host.context.ports[1].host = 18080;
     assert_eq!(
         host.refusal("image = \"tree\"\nboot = false\nports = [\"web\", \"raw\"]"),
         r#"config.ports[1]: "raw" has the host port 18080 that "web" has already"#
@@ -121,23 +121,23 @@ fn two_labels_with_one_host_port_are_refused() {
 #[test]
 fn a_network_of_the_group_is_joined() {
     let mut host = with_ports();
-    host.grants.network_namespace = Some("/var/run/netns/x".into());
+    host.context.network_namespace = Some("/var/run/netns/x".into());
     let body = "image = \"tree\"\nboot = false\n";
     let join = Network::Join("/var/run/netns/x".into());
-    let checked = host.check(body).unwrap();
+    let validated = host.check(body).unwrap();
     assert_eq!(
-        (checked.spec.network, checked.notes),
+        (validated.spec.network, validated.notes),
         (join.clone(), vec![])
     );
-    let checked = host
+    let validated = host
         .check(&format!(
             "{body}network_veth = true\nport_map = {{ web = 80 }}"
         ))
         .unwrap();
-    assert_eq!(checked.spec.network, join);
-    assert_eq!(checked.spec.environment["NOMAD_PORT_web"], "18080");
+    assert_eq!(validated.spec.network, join);
+    assert_eq!(validated.spec.environment["NOMAD_PORT_web"], "18080");
     assert_eq!(
-        checked.notes,
+        validated.notes,
         [
             "config.network_veth has no effect: the task is in the network of its group",
             "config.port_map has no effect: the task is in the network of its group",

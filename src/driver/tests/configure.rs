@@ -6,7 +6,7 @@ use super::*;
 async fn an_unchanged_configuration_keeps_its_backend() {
     let made = Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let counter = Arc::clone(&made);
-    let places = Places {
+    let search_path = ImageSearchPath {
         plugin_dir: "/".into(),
         machine_dirs: Vec::new(),
     };
@@ -14,18 +14,22 @@ async fn an_unchanged_configuration_keeps_its_backend() {
         counter.fetch_add(1, Ordering::Relaxed);
         Arc::new(MockContainerBackend::new())
     };
-    let driver = Driver::new(factory, places);
+    let driver = Driver::new(factory, search_path);
     assert_eq!(made.load(Ordering::Relaxed), 0);
-    driver.configure(policy(), None);
-    driver.configure(policy(), None);
+    driver.configure(plugin_config(), None);
+    driver.configure(plugin_config(), None);
     assert_eq!(made.load(Ordering::Relaxed), 1);
     let off = PluginConfig {
         enabled: false,
-        ..policy()
+        ..plugin_config()
     };
     driver.configure(off.clone(), None);
     assert_eq!(made.load(Ordering::Relaxed), 2);
-    assert_eq!(driver.settings().unwrap().policy, off, "the last one wins");
+    assert_eq!(
+        driver.config().unwrap().plugin_config,
+        off,
+        "the last one wins"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -56,7 +60,7 @@ async fn a_fingerprint_comes_at_once_on_change_and_now_and_then() {
 
     let off = PluginConfig {
         enabled: false,
-        ..policy()
+        ..plugin_config()
     };
     driver.configure(off, None);
     let changed = prints.next().await.unwrap().unwrap();
@@ -131,7 +135,7 @@ async fn a_configuration_may_come_twice_without_nomads_part() {
     for _ in 0..2 {
         set(off.clone(), None).await.unwrap();
     }
-    assert!(!driver.settings().unwrap().policy.enabled);
+    assert!(!driver.config().unwrap().plugin_config.enabled);
     let refused = set(b"\x81\xa7enabled\xa5maybe".to_vec(), None)
         .await
         .unwrap_err();
@@ -142,7 +146,7 @@ async fn a_configuration_may_come_twice_without_nomads_part() {
         refused.message()
     );
     assert!(
-        !driver.settings().unwrap().policy.enabled,
+        !driver.config().unwrap().plugin_config.enabled,
         "a refused one changes nothing"
     );
 
@@ -160,24 +164,24 @@ async fn a_configuration_may_come_twice_without_nomads_part() {
     };
     set(off.clone(), Some(nomad)).await.unwrap();
     set(off, None).await.unwrap();
-    assert!(driver.settings().unwrap().compute.is_some(), "kept");
+    assert!(driver.config().unwrap().compute.is_some(), "kept");
 }
 
 #[tokio::test]
 async fn before_any_configuration_the_defaults_hold() {
-    let places = Places {
+    let search_path = ImageSearchPath {
         plugin_dir: "/".into(),
         machine_dirs: Vec::new(),
     };
     let factory =
         |_: &PluginConfig| -> Arc<dyn ContainerBackend> { Arc::new(MockContainerBackend::new()) };
-    let driver = Driver::new(factory, places);
-    assert!(driver.settings().unwrap().policy.enabled);
+    let driver = Driver::new(factory, search_path);
+    assert!(driver.config().unwrap().plugin_config.enabled);
 }
 
 /// How long after the beginning, on the paused clock, this backend was asked to reconcile; `None` if never within an hour.
 async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) -> Option<Duration> {
-    let (asked, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let (asked, mut received) = tokio::sync::mpsc::unbounded_channel();
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .returning(|started| Ok(started.clone()));
@@ -186,27 +190,28 @@ async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) ->
         .returning(move |_| asked.send(tokio::time::Instant::now()).unwrap());
     let backend: Arc<dyn ContainerBackend> = Arc::new(mock);
     let chosen = after;
-    let factory = move |policy: &PluginConfig| match policy.reconcile_after == chosen {
+    let factory = move |plugin_config: &PluginConfig| match plugin_config.reconcile_after == chosen
+    {
         true => Arc::clone(&backend),
         false => Arc::new(MockContainerBackend::new()),
     };
-    let places = Places {
+    let search_path = ImageSearchPath {
         plugin_dir: "/".into(),
         machine_dirs: Vec::new(),
     };
-    let driver = Driver::new(factory, places);
+    let driver = Driver::new(factory, search_path);
     let begin = tokio::time::Instant::now();
     driver.configure(
         PluginConfig {
             reconcile_after: after,
-            ..policy()
+            ..plugin_config()
         },
         None,
     );
     life(&driver).await;
     let hour = Duration::from_secs(3600);
-    let first = timeout(hour, told.recv()).await.ok().flatten();
-    let again = timeout(hour, told.recv()).await;
+    let first = timeout(hour, received.recv()).await.ok().flatten();
+    let again = timeout(hour, received.recv()).await;
     assert!(!matches!(again, Ok(Some(_))), "once in a life");
     first.map(|at| at - begin)
 }
@@ -229,7 +234,7 @@ async fn what_nobody_asked_for_is_cleared_once_the_agent_had_time_to_ask() {
     assert_eq!(late.await, Some(minute * 5 / 2));
     // A backend that was replaced meanwhile is not asked, and neither is one of a process that ends.
     let replaced = reconciled(Some(minute), async |driver| {
-        driver.configure(policy(), None)
+        driver.configure(plugin_config(), None)
     });
     assert_eq!(replaced.await, None);
     let ended = reconciled(Some(minute), async |driver| driver.root().cancel());

@@ -1,5 +1,5 @@
-//! Between Nomad's messages and our nouns, both ways. Pure; it decides nothing, and leaves no field out whose absence would end
-//! the agent.
+//! Conversion between protobuf messages and the types of `container`, both ways. Pure; it decides nothing, and leaves no field out
+//! whose absence would end the agent.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use prost_types::Timestamp;
 
 use super::status::CallError;
-use crate::config::{GrantedMount, GrantedPort, Grants};
+use crate::config::{AllocatedPort, TaskContext, VolumeMount};
 use crate::container::{Exit, Started};
 use crate::proto::driver as proto;
 use crate::proto::driver::network_isolation_spec::NetworkIsolationMode;
@@ -16,7 +16,7 @@ use crate::task::events::TaskEvent;
 use crate::task::{Identity, Task};
 
 /// Go's zero time, by which Nomad says "not yet".
-pub(super) const NOT_YET: Timestamp = Timestamp {
+pub(super) const ZERO_TIME: Timestamp = Timestamp {
     seconds: -62_135_596_800,
     nanos: 0,
 };
@@ -30,14 +30,14 @@ pub(super) fn identity(task: &proto::TaskConfig) -> Identity {
 }
 
 /// What Nomad granted, out of the wire's many messages.
-pub(super) fn grants(task: &proto::TaskConfig) -> Result<Grants, CallError> {
+pub(super) fn task_context(task: &proto::TaskConfig) -> Result<TaskContext, CallError> {
     let resources = task.resources.clone().unwrap_or_default();
     let path = |text: &String| Some(PathBuf::from(text)).filter(|path| path.is_absolute());
     let mut environment: std::collections::BTreeMap<_, _> = task.env.clone().into_iter().collect();
     environment.extend(task.device_env.clone());
     let network = task.network_isolation_spec.as_ref();
     let group = network.filter(|network| network.mode == NetworkIsolationMode::Group as i32);
-    Ok(Grants {
+    Ok(TaskContext {
         id: task.id.clone(),
         task: task.name.clone(),
         alloc_id: task.alloc_id.clone(),
@@ -57,7 +57,7 @@ pub(super) fn grants(task: &proto::TaskConfig) -> Result<Grants, CallError> {
 }
 
 /// What Nomad grants and this driver does not pass on, a sentence each: nothing that a job asks for may vanish silently.
-pub(super) fn left_out(task: &proto::TaskConfig) -> Vec<String> {
+pub(super) fn ignored_settings(task: &proto::TaskConfig) -> Vec<String> {
     let dns = task
         .dns
         .as_ref()
@@ -79,15 +79,15 @@ pub(super) fn left_out(task: &proto::TaskConfig) -> Vec<String> {
     dns.into_iter().chain(devices).chain(modes).collect()
 }
 
-fn mount(mount: &proto::Mount) -> GrantedMount {
-    GrantedMount {
+fn mount(mount: &proto::Mount) -> VolumeMount {
+    VolumeMount {
         source: mount.host_path.clone().into(),
         target: mount.task_path.clone().into(),
         read_only: mount.readonly,
     }
 }
 
-fn ports(resources: &proto::Resources) -> Result<Vec<GrantedPort>, CallError> {
+fn ports(resources: &proto::Resources) -> Result<Vec<AllocatedPort>, CallError> {
     let networks = resources
         .allocated_resources
         .iter()
@@ -109,9 +109,9 @@ fn port(
     to: i32,
     address: &str,
     task_level: bool,
-) -> Result<GrantedPort, CallError> {
+) -> Result<AllocatedPort, CallError> {
     let wrong = |_| CallError::Request(format!("port {label:?}: {number} is not a port number"));
-    Ok(GrantedPort {
+    Ok(AllocatedPort {
         label: label.to_owned(),
         host: number.try_into().map_err(wrong)?,
         // -1 is the job's word for "the same number".
@@ -174,8 +174,8 @@ pub(super) fn inspect_response(task: &Task) -> proto::InspectTaskResponse {
             id: task.id().to_owned(),
             name: task.identity().name.clone(),
             state: state.into(),
-            started_at: Some(started_at.unwrap_or(NOT_YET)),
-            completed_at: Some(exit.map_or(NOT_YET, |exit| timestamp(exit.ended_at))),
+            started_at: Some(started_at.unwrap_or(ZERO_TIME)),
+            completed_at: Some(exit.map_or(ZERO_TIME, |exit| timestamp(exit.ended_at))),
             result: Some(exit.map(exit_result).unwrap_or_default()),
         }),
         driver: Some(proto::TaskDriverStatus {
@@ -235,7 +235,7 @@ mod tests {
             "0a0408011009"
         );
         assert_eq!(hex(&wait_response(&exit(0, 0)).encode_to_vec()), "0a00");
-        assert_eq!(hex(&NOT_YET.encode_to_vec()), "088092b8c398feffffff01");
+        assert_eq!(hex(&ZERO_TIME.encode_to_vec()), "088092b8c398feffffff01");
     }
 
     #[test]
@@ -250,7 +250,7 @@ mod tests {
             mounts: vec![mount(""), mount("private")],
             ..Default::default()
         };
-        assert_eq!(left_out(&plain), Vec::<String>::new());
+        assert_eq!(ignored_settings(&plain), Vec::<String>::new());
         let device = proto::Device {
             host_path: "/dev/x".to_owned(),
             ..Default::default()
@@ -265,15 +265,15 @@ mod tests {
             mounts: vec![mount("bidirectional")],
             ..Default::default()
         };
-        let said = left_out(&full);
-        for (sentence, part) in said.iter().zip(["dns", "/dev/x", "bidirectional"]) {
-            assert!(sentence.contains(part), "{said:?}");
+        let published = ignored_settings(&full);
+        for (sentence, part) in published.iter().zip(["dns", "/dev/x", "bidirectional"]) {
+            assert!(sentence.contains(part), "{published:?}");
         }
-        assert_eq!(said.len(), 3);
+        assert_eq!(published.len(), 3);
     }
 
     #[test]
-    fn grants_come_from_every_corner_of_the_message() {
+    fn task_context_is_read_from_the_whole_request() {
         let port = |label: &str, value, to| proto::PortMapping {
             label: label.to_owned(),
             value,
@@ -322,14 +322,14 @@ mod tests {
             }),
             ..Default::default()
         };
-        insta::assert_debug_snapshot!(grants(&task).unwrap());
+        insta::assert_debug_snapshot!(task_context(&task).unwrap());
     }
 
     #[test]
     fn an_empty_request_grants_nothing() {
         assert_eq!(
-            grants(&proto::TaskConfig::default()).unwrap(),
-            Grants::default()
+            task_context(&proto::TaskConfig::default()).unwrap(),
+            TaskContext::default()
         );
     }
 
@@ -343,7 +343,7 @@ mod tests {
             }),
             ..Default::default()
         };
-        assert_eq!(grants(&task).unwrap().network_namespace, None);
+        assert_eq!(task_context(&task).unwrap().network_namespace, None);
         task.resources = Some(proto::Resources {
             ports: vec![proto::PortMapping {
                 label: "x".to_owned(),
@@ -352,7 +352,7 @@ mod tests {
             }],
             ..Default::default()
         });
-        let error = grants(&task).unwrap_err().to_string();
+        let error = task_context(&task).unwrap_err().to_string();
         assert_eq!(error, "port \"x\": 70000 is not a port number");
     }
 
@@ -382,7 +382,7 @@ mod tests {
             }),
             ..Default::default()
         };
-        let address = grants(&task).map(|grants| grants.ports[0].address);
+        let address = task_context(&task).map(|context| context.ports[0].address);
         let wanted = wanted.map(|address| address.map(|text| text.parse().unwrap()));
         assert_eq!(
             address.map_err(|error| error.to_string()),
