@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::mkdtemp;
 
 use super::say;
-use crate::config::LONGEST_STATE_DIR;
+use crate::config::MAX_STATE_DIR_BYTES;
 
 /// How their names begin.
 const PREFIX: &str = "nomad-driver-nspawn-";
@@ -29,10 +29,10 @@ impl Directory {
             allocations: make_in(&parent)?,
             short: None,
         };
-        if made.state().as_os_str().len() > LONGEST_STATE_DIR {
+        if made.state().as_os_str().len() > MAX_STATE_DIR_BYTES {
             let short = make_in(Path::new("/tmp")).or_else(|_| make_in(Path::new("/run")));
             made.short = Some(short.map_err(|error| {
-                let beyond = made.state().as_os_str().len() - LONGEST_STATE_DIR;
+                let beyond = made.state().as_os_str().len() - MAX_STATE_DIR_BYTES;
                 format!(
                     "TMPDIR: {} is {beyond} bytes too long for sockets below it, and neither /tmp nor /run can be used instead: {error}",
                     parent.display()

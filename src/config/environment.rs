@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::ConfigError;
 use super::decode::{entry, quoted};
-use super::words::is_variable_name;
+use super::values::is_variable_name;
 
 const OPTION: &str = "config.environment";
 
@@ -15,18 +15,18 @@ const TOTAL_MAX: usize = 2 * 1024 * 1024 - 128 * 1024;
 
 /// Who hands the variables to the payload, and so which names they may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Carrier {
+pub(super) enum EnvTransport {
     /// systemd-nspawn, to the image's init.
     Nspawn,
     /// The driver's own first program: any name that the kernel takes.
-    Own,
+    Init,
 }
 
-impl Carrier {
-    fn takes(self, name: &str) -> bool {
+impl EnvTransport {
+    fn accepts(self, name: &str) -> bool {
         match self {
             Self::Nspawn => is_variable_name(name),
-            Self::Own => !name.is_empty() && !name.contains(['=', '\0']),
+            Self::Init => !name.is_empty() && !name.contains(['=', '\0']),
         }
     }
 
@@ -35,7 +35,7 @@ impl Carrier {
             Self::Nspawn => {
                 "is not the name of a variable that a booted container can be given: give letters, digits and _, no digit first"
             }
-            Self::Own => {
+            Self::Init => {
                 "is not the name of a variable: give at least one character, and neither = nor NUL"
             }
         }
@@ -48,28 +48,28 @@ pub(super) fn environment(
     nomads: &BTreeMap<String, String>,
     ours: BTreeMap<String, String>,
     jobs: Option<&BTreeMap<String, String>>,
-    carrier: Carrier,
+    transport: EnvTransport,
 ) -> Result<(BTreeMap<String, String>, Option<String>), ConfigError> {
     let mut all = BTreeMap::new();
     let mut left_out = Vec::new();
     for (name, value) in nomads {
-        if !carrier.takes(name) {
+        if !transport.accepts(name) {
             left_out.push(quoted(name));
             continue;
         }
         check(&entry("task.env", name), name, value)?;
         all.insert(name.clone(), value.clone());
     }
-    all.extend(ours.into_iter().filter(|(name, _)| carrier.takes(name)));
+    all.extend(ours.into_iter().filter(|(name, _)| transport.accepts(name)));
     for (name, value) in jobs.into_iter().flatten() {
         let option = entry(OPTION, name);
-        if !carrier.takes(name) {
-            return Err(ConfigError::new(option, carrier.refusal()));
+        if !transport.accepts(name) {
+            return Err(ConfigError::new(option, transport.refusal()));
         }
         check(&option, name, value)?;
         all.insert(name.clone(), value.clone());
     }
-    Ok((all, note(&left_out, carrier)))
+    Ok((all, note(&left_out, transport)))
 }
 
 fn check(option: &str, name: &str, value: &str) -> Result<(), ConfigError> {
@@ -86,18 +86,15 @@ fn check(option: &str, name: &str, value: &str) -> Result<(), ConfigError> {
 }
 
 /// The shortest value that is looked for in messages. Shorter ones are parts of ordinary words.
-const SHORTEST_SECRET: usize = 8;
+const MIN_SECRET_BYTES: usize = 8;
 
 /// The error without the values of these variables: Nomad puts them into any option where a job says `${NAME}`, and messages
 /// repeat options. Nomad's own variables are no secrets, its token aside.
-pub(super) fn concealed(
-    mut error: ConfigError,
-    variables: &BTreeMap<String, String>,
-) -> ConfigError {
+pub(super) fn redact(mut error: ConfigError, variables: &BTreeMap<String, String>) -> ConfigError {
     let mut secrets: Vec<(&str, String)> = variables
         .iter()
         .filter(|(name, _)| !name.starts_with("NOMAD_") || *name == "NOMAD_TOKEN")
-        .filter(|(_, value)| value.len() >= SHORTEST_SECRET)
+        .filter(|(_, value)| value.len() >= MIN_SECRET_BYTES)
         .flat_map(|(name, value)| {
             let escaped = format!("{value:?}");
             let escaped = escaped[1..escaped.len() - 1].to_owned();
@@ -108,16 +105,16 @@ pub(super) fn concealed(
     secrets.sort_by_key(|(_, value)| std::cmp::Reverse(value.len()));
     for (name, secret) in &secrets {
         let shown = format!("${{{name}}}");
-        error.option = without(&error.option, secret, &shown);
-        error.reason = without(&error.reason, secret, &shown);
+        error.option = redact_value(&error.option, secret, &shown);
+        error.reason = redact_value(&error.reason, secret, &shown);
     }
     error
 }
 
 /// The text with `shown` for every `secret` in it, and for one that was cut off at the end of a long quotation.
-fn without(text: &str, secret: &str, shown: &str) -> String {
+fn redact_value(text: &str, secret: &str, shown: &str) -> String {
     const CUT_OFF: &str = "\"…";
-    let beginning: String = secret.chars().take(SHORTEST_SECRET).collect();
+    let beginning: String = secret.chars().take(MIN_SECRET_BYTES).collect();
     let mut clean = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(at) = rest.find(&beginning) {
@@ -141,14 +138,14 @@ fn without(text: &str, secret: &str, shown: &str) -> String {
     clean
 }
 
-fn note(left_out: &[String], carrier: Carrier) -> Option<String> {
+fn note(left_out: &[String], transport: EnvTransport) -> Option<String> {
     const SHOWN: usize = 20;
     if left_out.is_empty() {
         return None;
     }
-    let whose = match carrier {
-        Carrier::Nspawn => "systemd-nspawn",
-        Carrier::Own => "a program",
+    let whose = match transport {
+        EnvTransport::Nspawn => "systemd-nspawn",
+        EnvTransport::Init => "a program",
     };
     let shown = left_out.get(..SHOWN).unwrap_or(left_out).join(", ");
     let more = match left_out.len().saturating_sub(SHOWN) {
@@ -161,7 +158,7 @@ fn note(left_out: &[String], carrier: Carrier) -> Option<String> {
 }
 
 /// Refuses words and variables that together are more than one program can get.
-pub(super) fn fits(
+pub(super) fn check_total_size(
     command: &[String],
     environment: &BTreeMap<String, String>,
 ) -> Result<(), ConfigError> {
@@ -219,7 +216,7 @@ mod tests {
             entry("config.bind", value),
             format!("{} is bad", quoted(value)),
         );
-        let clean = concealed(error, &all);
+        let clean = redact(error, &all);
         assert_eq!(clean.option, format!("config.bind[\"{shown}\"]"));
         assert_eq!(clean.reason, format!("\"{shown}\" is bad"));
     }
@@ -233,9 +230,9 @@ mod tests {
         ) {
             let all = variables(&[("name", &secret)]);
             let text = format!("{before}{secret}");
-            let clean = concealed(ConfigError::new("o", quoted(&text)), &all);
+            let clean = redact(ConfigError::new("o", quoted(&text)), &all);
             let escaped = format!("{secret:?}");
-            let start: String = escaped.chars().skip(1).take(SHORTEST_SECRET).collect();
+            let start: String = escaped.chars().skip(1).take(MIN_SECRET_BYTES).collect();
             prop_assert!(!clean.reason.contains(&start), "{}", clean.reason);
         }
     }

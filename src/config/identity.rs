@@ -3,7 +3,7 @@
 use sha2::{Digest as _, Sha256};
 
 use super::decode::quoted;
-use super::words::has_control;
+use super::values::has_control;
 use super::{ConfigError, TaskContext};
 
 /// The longest machine name that systemd-nspawn takes.

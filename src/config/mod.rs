@@ -1,5 +1,5 @@
-//! The reading room: bytes and Nomad's grants in, checked values out. The only I/O is looking paths up. Refuses everything
-//! that is not meaningful or not allowed, so that no later room asks again; starts nothing.
+//! Decodes and validates configuration: msgpack and the task's context in, a `ContainerSpec` out. The only I/O is looking paths up.
+//! Refuses everything that is not meaningful or not allowed, so that no later room asks again; starts nothing.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -18,20 +18,20 @@ mod network;
 mod options;
 mod paths;
 mod plugin;
+mod rootfs;
 mod schema;
 mod task;
-mod tree;
-mod words;
+mod values;
 
 #[cfg(test)]
-mod docs;
+mod docs_test;
 #[cfg(test)]
-mod sample;
+mod testing;
 #[cfg(test)]
 mod tests;
 
 use options::{Options as _, PluginOptions, TaskOptions};
-pub use plugin::LONGEST_STATE_DIR;
+pub use plugin::MAX_STATE_DIR_BYTES;
 
 /// What an operator set in the agent's `plugin` block, checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -169,5 +169,5 @@ pub fn container(
 ) -> Result<Validated, ConfigError> {
     decode::block(bytes, "config")
         .and_then(|options: TaskOptions| task::check(options, context, plugin_config, search_path))
-        .map_err(|error| environment::concealed(error, &context.environment))
+        .map_err(|error| environment::redact(error, &context.environment))
 }

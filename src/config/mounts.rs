@@ -8,8 +8,8 @@ use crate::container::Mount;
 
 use super::decode::{entry, quoted};
 use super::options::TaskOptions;
-use super::paths::{Allocation, inside, sane};
-use super::words::BIND_OPTIONS;
+use super::paths::{Allocation, inside, validate_path_text};
+use super::values::BIND_OPTIONS;
 use super::{ConfigError, PluginConfig, TaskContext};
 
 /// All mounts in their order.
@@ -20,7 +20,7 @@ pub(super) fn mounts(
     allocation: &Allocation,
 ) -> Result<Vec<Mount>, ConfigError> {
     let mut mounts: Vec<_> = allocation
-        .shown()
+        .visible_dirs()
         .into_iter()
         .map(|(source, target)| Mount {
             source,
@@ -59,7 +59,7 @@ fn volumes(
             return Err(ConfigError::new(option, reason));
         }
         let text = volume.source.to_string_lossy();
-        sane(&option, &text)?;
+        validate_path_text(&option, &text)?;
         let source = match volume.source.canonicalize() {
             Ok(source) if volume.source.is_absolute() => source,
             Ok(_) => {
@@ -88,7 +88,7 @@ fn bind_source(
     allocation: &Allocation,
 ) -> Result<PathBuf, ConfigError> {
     let source = allocation.source(option, text)?;
-    if !plugin_config.volumes && !allocation.holds(&source) {
+    if !plugin_config.volumes && !allocation.contains(&source) {
         let reason = format!(
             "{} is outside the allocation, and volumes are off on this node (plugin.volumes = false)",
             quoted(text)

@@ -6,7 +6,7 @@ use crate::container::{Network, PortForward};
 
 use super::decode::{Number, entry, quoted};
 use super::options::TaskOptions;
-use super::words::is_interface_name;
+use super::values::is_interface_name;
 use super::{AllocatedPort, ConfigError, TaskContext};
 
 const BRIDGE: &str = "config.network_bridge";

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use super::decode::quoted;
-use super::words::has_control;
+use super::values::has_control;
 use super::{ConfigError, ImageSearchPath, TaskContext};
 
 /// The directory of an allocation that all of its tasks share.
@@ -29,13 +29,13 @@ pub(super) struct Allocation {
 }
 
 /// Why a path was not found, with the option left out.
-enum Fault {
+enum PathError {
     Missing(PathBuf),
     Leaves(PathBuf),
     Unreadable(PathBuf, io::Error),
 }
 
-impl Fault {
+impl PathError {
     fn on(self, option: &str, text: &str) -> ConfigError {
         let text = quoted(text);
         let reason = match self {
@@ -75,10 +75,10 @@ impl Allocation {
             root,
             task: context.task.clone(),
         };
-        for (directory, _) in allocation.shown() {
+        for (directory, _) in allocation.visible_dirs() {
             let found = real(&directory).map_err(|fault| fault.on(option, &text))?;
             if found != directory {
-                return Err(Fault::Leaves(allocation.root).on(option, &text));
+                return Err(PathError::Leaves(allocation.root).on(option, &text));
             }
         }
         Ok(allocation)
@@ -89,7 +89,7 @@ impl Allocation {
     }
 
     /// Nomad's directories on the host, and where the task sees them.
-    pub(super) fn shown(&self) -> [(PathBuf, &'static Path); 3] {
+    pub(super) fn visible_dirs(&self) -> [(PathBuf, &'static Path); 3] {
         [
             (self.root.join(SHARED), Path::new("/alloc")),
             (self.task_dir().join(LOCAL), Path::new("/local")),
@@ -98,17 +98,17 @@ impl Allocation {
     }
 
     /// Whether a path without links lies in this allocation.
-    pub(super) fn holds(&self, path: &Path) -> bool {
+    pub(super) fn contains(&self, path: &Path) -> bool {
         path.starts_with(&self.root)
     }
 
     /// The host path that an absolute path of a job means: what the task sees below Nomad's directories is looked for
     /// behind them first.
-    fn absolute(&self, path: &Path) -> Result<PathBuf, Fault> {
-        for (host, inside) in self.shown() {
+    fn absolute(&self, path: &Path) -> Result<PathBuf, PathError> {
+        for (host, inside) in self.visible_dirs() {
             if let Ok(rest) = path.strip_prefix(inside) {
                 match below(&host, rest) {
-                    Err(Fault::Missing(_)) => {}
+                    Err(PathError::Missing(_)) => {}
                     found => return found,
                 }
             }
@@ -121,13 +121,13 @@ impl Allocation {
         };
         match parts.next() {
             Some(Component::Normal(first)) => below(&self.root.join(first), parts.as_path()),
-            Some(_) => Err(Fault::Leaves(self.root.clone())),
+            Some(_) => Err(PathError::Leaves(self.root.clone())),
             None => Ok(self.root.clone()),
         }
     }
 
     /// Refuses what no task may see: Nomad's private directories, and what other tasks keep to themselves.
-    fn guard(&self, option: &str, text: &str, path: &Path) -> Result<(), ConfigError> {
+    fn deny_private_dirs(&self, option: &str, text: &str, path: &Path) -> Result<(), ConfigError> {
         let Ok(rest) = path.strip_prefix(&self.root) else {
             return Ok(());
         };
@@ -155,7 +155,7 @@ impl Allocation {
 
     /// The host path of the source of a bind, without links.
     pub(super) fn source(&self, option: &str, text: &str) -> Result<PathBuf, ConfigError> {
-        sane(option, text)?;
+        validate_path_text(option, text)?;
         let path = Path::new(text);
         let found = if path.is_absolute() {
             self.absolute(path)
@@ -163,8 +163,8 @@ impl Allocation {
             below(&self.task_dir(), path)
         };
         let found = found.map_err(|fault| fault.on(option, text))?;
-        sane(option, &found.to_string_lossy())?;
-        self.guard(option, text, &found)?;
+        validate_path_text(option, &found.to_string_lossy())?;
+        self.deny_private_dirs(option, text, &found)?;
         Ok(found)
     }
 
@@ -175,7 +175,7 @@ impl Allocation {
         text: &str,
         search_path: &ImageSearchPath,
     ) -> Result<PathBuf, ConfigError> {
-        sane(option, text)?;
+        validate_path_text(option, text)?;
         let path = Path::new(text);
         let found = if path.is_absolute() {
             self.absolute(path)
@@ -183,8 +183,8 @@ impl Allocation {
         } else {
             relative_image(option, text, search_path)?
         };
-        sane(option, &found.to_string_lossy())?;
-        self.guard(option, text, &found)?;
+        validate_path_text(option, &found.to_string_lossy())?;
+        self.deny_private_dirs(option, text, &found)?;
         Ok(found)
     }
 }
@@ -196,14 +196,14 @@ fn relative_image(
     search_path: &ImageSearchPath,
 ) -> Result<PathBuf, ConfigError> {
     let mut looked = match below(&search_path.plugin_dir, Path::new(text)) {
-        Err(Fault::Missing(path)) => vec![path],
+        Err(PathError::Missing(path)) => vec![path],
         found => return found.map_err(|fault| fault.on(option, text)),
     };
     if !text.contains('/') && text != "." && text != ".." {
         for directory in &search_path.machine_dirs {
             for name in [text.to_owned(), format!("{text}.raw")] {
                 match real(&directory.join(name)) {
-                    Err(Fault::Missing(path)) => looked.push(path),
+                    Err(PathError::Missing(path)) => looked.push(path),
                     found => return found.map_err(|fault| fault.on(option, text)),
                 }
             }
@@ -222,7 +222,7 @@ fn relative_image(
 }
 
 /// What stands at `rest` below `base`, without links, and still below it.
-fn below(base: &Path, rest: &Path) -> Result<PathBuf, Fault> {
+fn below(base: &Path, rest: &Path) -> Result<PathBuf, PathError> {
     let mut depth = 0_usize;
     for part in rest.components() {
         let deeper = match part {
@@ -230,24 +230,26 @@ fn below(base: &Path, rest: &Path) -> Result<PathBuf, Fault> {
             Component::ParentDir => depth.checked_sub(1),
             _ => Some(depth),
         };
-        depth = deeper.ok_or_else(|| Fault::Leaves(base.to_owned()))?;
+        depth = deeper.ok_or_else(|| PathError::Leaves(base.to_owned()))?;
     }
     let found = real(&base.join(rest))?;
     match found.starts_with(real(base)?) {
         true => Ok(found),
-        false => Err(Fault::Leaves(base.to_owned())),
+        false => Err(PathError::Leaves(base.to_owned())),
     }
 }
 
-fn real(path: &Path) -> Result<PathBuf, Fault> {
+fn real(path: &Path) -> Result<PathBuf, PathError> {
     path.canonicalize().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Fault::Missing(path.to_owned()),
-        _ => Fault::Unreadable(path.to_owned(), error),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            PathError::Missing(path.to_owned())
+        }
+        _ => PathError::Unreadable(path.to_owned(), error),
     })
 }
 
 /// Refuses text that can't be a path on a command line.
-pub(super) fn sane(option: &str, text: &str) -> Result<(), ConfigError> {
+pub(super) fn validate_path_text(option: &str, text: &str) -> Result<(), ConfigError> {
     let fault = if text.is_empty() {
         "is empty"
     } else if has_control(text) {
@@ -265,7 +267,7 @@ pub(super) fn sane(option: &str, text: &str) -> Result<(), ConfigError> {
 
 /// An absolute path inside the container, without `.` and doubled slashes.
 pub(super) fn inside(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
-    sane(option, text)?;
+    validate_path_text(option, text)?;
     let path = Path::new(text);
     if !path.is_absolute() {
         let reason = format!("{} is not an absolute path", quoted(text));

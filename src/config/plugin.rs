@@ -6,13 +6,13 @@ use super::{ConfigError, PluginConfig, duration};
 
 /// The longest state directory, in bytes: sockets lie below it, and the kernel takes no path of one over 107 bytes. A start's
 /// directory and the socket's name in it need up to 43.
-pub const LONGEST_STATE_DIR: usize = 64;
+pub const MAX_STATE_DIR_BYTES: usize = 64;
 
 pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError> {
     let state_dir = inside("plugin.state_dir", &options.state_dir)?;
-    if state_dir.as_os_str().len() > LONGEST_STATE_DIR {
+    if state_dir.as_os_str().len() > MAX_STATE_DIR_BYTES {
         let reason = format!(
-            "{state_dir:?} is longer than {LONGEST_STATE_DIR} bytes, which sockets below it can't be"
+            "{state_dir:?} is longer than {MAX_STATE_DIR_BYTES} bytes, which sockets below it can't be"
         );
         return Err(ConfigError::new("plugin.state_dir", reason));
     }

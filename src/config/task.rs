@@ -13,10 +13,10 @@ use super::decode::quoted;
 use super::environment::{self, STRING_MAX};
 use super::options::{ImageDownload, TaskOptions};
 use super::paths::{Allocation, inside};
-use super::words::{self, one_of};
+use super::values::{self, one_of};
 use super::{
     ConfigError, ImageSearchPath, PluginConfig, TaskContext, Validated, identity, mounts, network,
-    tree,
+    rootfs,
 };
 
 const EPHEMERAL: &str = "config.ephemeral";
@@ -37,19 +37,19 @@ pub(super) fn check(
     identity::check(context)?;
     let mode = mode(&options)?;
     let user = user(&options, context, mode)?;
-    let console = one_of("config.console", &options.console, words::CONSOLE)?;
+    let console = one_of("config.console", &options.console, values::CONSOLE)?;
     let volatile = match &options.volatile {
         None => Volatile::No,
-        Some(word) => one_of(VOLATILE, word, words::VOLATILE)?,
+        Some(word) => one_of(VOLATILE, word, values::VOLATILE)?,
     };
     if let Some(word) = &options.resolv_conf {
-        one_of("config.resolv_conf", word, words::RESOLV_CONF)?;
+        one_of("config.resolv_conf", word, values::RESOLV_CONF)?;
     }
     if let Some(path) = &options.working_directory {
         inside_as_written("config.working_directory", path)?;
     }
     let pivot = options.pivot_root.as_deref().map(pivot_root).transpose()?;
-    let capabilities = words::capabilities(
+    let capabilities = values::capabilities(
         "config.capability",
         options.capability.as_deref().unwrap_or_default(),
     )?;
@@ -57,25 +57,25 @@ pub(super) fn check(
     command_words(&command)?;
     let (network, mut notes) = network::network(&options, context)?;
     let users = users(&options, volatile, &network, &mut notes)?;
-    let carrier = match mode {
-        Mode::Boot => environment::Carrier::Nspawn,
-        Mode::ProcessTwo | Mode::Plain => environment::Carrier::Own,
+    let transport = match mode {
+        Mode::Boot => environment::EnvTransport::Nspawn,
+        Mode::ProcessTwo | Mode::Plain => environment::EnvTransport::Init,
     };
     let (environment, note) = environment::environment(
         &context.environment,
         network::variables(&network),
         options.environment.as_ref(),
-        carrier,
+        transport,
     )?;
     notes.extend(note);
-    environment::fits(&command, &environment)?;
+    environment::check_total_size(&command, &environment)?;
     let stdout = stream("task.stdout_path", &context.stdout)?;
     let stderr = stream("task.stderr_path", &context.stderr)?;
     if let Some(path) = &context.cgroup {
         absolute("task.cgroup", path)?;
     }
     if let Some(download) = &options.image_download {
-        return Err(download_fault(download));
+        return Err(download_error(download));
     }
     let allocation = Allocation::of(context)?;
     let root = root(&options.image, &allocation, search_path)?;
@@ -83,7 +83,7 @@ pub(super) fn check(
         copied_from(&root)?;
     }
     if let Root::Directory(path) = &root {
-        start_from(path, &options, mode, volatile, &users, pivot.as_deref())?;
+        validate_root(path, &options, mode, volatile, &users, pivot.as_deref())?;
     }
     let spec = ContainerSpec {
         id: context.id.clone(),
@@ -136,7 +136,7 @@ fn user(
         None if context.user.is_empty() => return Ok(None),
         None => ("task.user", &context.user),
     };
-    let fault = if words::has_control(name) {
+    let fault = if values::has_control(name) {
         "has a control character"
     } else if name.starts_with('-') {
         "begins with -"
@@ -178,7 +178,7 @@ fn pivot_root(text: &str) -> Result<PathBuf, ConfigError> {
 
 fn inside_as_written(option: &str, path: &str) -> Result<(), ConfigError> {
     absolute(option, Path::new(path))?;
-    super::paths::sane(option, path)
+    super::paths::validate_path_text(option, path)
 }
 
 fn command_words(command: &[String]) -> Result<(), ConfigError> {
@@ -205,7 +205,7 @@ fn users(
     let ownership = options.private_users_ownership.as_deref();
     let is_word = |range| ["yes", "no", "pick", "identity", "managed"].contains(&range);
     if let Some(range) = range.filter(|range| !is_word(*range))
-        && let Some(fault) = words::uid_range_fault(range)
+        && let Some(fault) = values::uid_range_error(range)
     {
         return Err(ConfigError::new(
             PRIVATE_USERS,
@@ -213,7 +213,7 @@ fn users(
         ));
     }
     if let Some(word) = ownership {
-        one_of(OWNERSHIP, word, words::OWNERSHIP)?;
+        one_of(OWNERSHIP, word, values::OWNERSHIP)?;
     }
     if !options.user_namespacing {
         for (option, set) in [(PRIVATE_USERS, range), (OWNERSHIP, ownership)] {
@@ -282,12 +282,12 @@ fn absolute(option: &str, path: &Path) -> Result<(), ConfigError> {
 }
 
 /// What is wrong with a download: at best, that nothing downloads.
-fn download_fault(download: &ImageDownload) -> ConfigError {
+fn download_error(download: &ImageDownload) -> ConfigError {
     let option = |name| format!("config.image_download.{name}");
-    if let Err(error) = one_of(&option("type"), &download.kind, words::DOWNLOAD_TYPE) {
+    if let Err(error) = one_of(&option("type"), &download.kind, values::DOWNLOAD_TYPE) {
         return error;
     }
-    if let Err(error) = one_of(&option("verify"), &download.verify, words::DOWNLOAD_VERIFY) {
+    if let Err(error) = one_of(&option("verify"), &download.verify, values::DOWNLOAD_VERIFY) {
         return error;
     }
     let web = ["http://", "https://"];
@@ -353,7 +353,7 @@ fn copied_from(root: &Root) -> Result<(), ConfigError> {
 }
 
 /// What systemd-nspawn would refuse about a directory as the root.
-fn start_from(
+fn validate_root(
     path: &Path,
     options: &TaskOptions,
     mode: Mode,
@@ -383,13 +383,13 @@ fn start_from(
                 ConfigError::new(PIVOT_ROOT, reason)
             })?,
     };
-    if let Some(lacking) = tree::lacks(&top, mode) {
+    if let Some(missing) = rootfs::missing_os_files(&top, mode) {
         let hint = match mode {
             Mode::Boot => "; to run a command instead of an init, set config.boot = false",
             Mode::ProcessTwo | Mode::Plain => "",
         };
         let reason = format!(
-            "{} holds no operating system: it lacks {lacking}{hint}",
+            "{} holds no operating system: it lacks {missing}{hint}",
             quoted(&top.to_string_lossy())
         );
         return Err(ConfigError::new(IMAGE, reason));

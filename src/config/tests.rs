@@ -7,7 +7,7 @@ use rstest::rstest;
 
 use std::time::Duration;
 
-use super::sample::{ALLOC, Host, encode};
+use super::testing::{ALLOC, TestHost, encode};
 use super::*;
 use crate::container::{
     Console, ContainerSpec, Mode, Mount, Network, PortForward, Root, Users, Volatile,
@@ -19,7 +19,7 @@ mod plugin;
 mod ports;
 
 /// A start that says nothing but what has to be said, and `extra`.
-fn plain(host: &Host, extra: &str) -> ContainerSpec {
+fn plain(host: &TestHost, extra: &str) -> ContainerSpec {
     let body = format!("image = \"tree\"\nboot = false\n{extra}");
     host.check(&body)
         .unwrap_or_else(|e| panic!("{body}: {e}"))
@@ -27,12 +27,12 @@ fn plain(host: &Host, extra: &str) -> ContainerSpec {
 }
 
 fn refusal(extra: &str) -> String {
-    Host::new().refusal(&format!("image = \"tree\"\nboot = false\n{extra}"))
+    TestHost::new().refusal(&format!("image = \"tree\"\nboot = false\n{extra}"))
 }
 
 #[test]
 fn the_smallest_job_has_the_defaults() {
-    let host = Host::new();
+    let host = TestHost::new();
     let validated = host.check("image = \"system\"").unwrap();
     let own = |source: &str, target: &str| Mount {
         source: host.context.alloc_dir.join(source),
@@ -76,7 +76,7 @@ fn the_smallest_job_has_the_defaults() {
 
 #[test]
 fn a_job_with_many_words() {
-    let mut host = Host::new();
+    let mut host = TestHost::new();
     host.context.stdout = "/logs/out".into();
     host.context.stderr = "/dev/null".into();
     host.context.user = "job".into();
@@ -280,7 +280,7 @@ fn a_job_with_many_words() {
 #[case(r#"bind = { "TOP/alloc/ALLOC/db/secrets" = "/x" }"#, r#"config.bind["TOP/alloc/ALLOC/db/secrets"]: "TOP/alloc/ALLOC/db/secrets" is or holds a directory that Nomad keeps from the task"#)]
 #[case(r#"bind = { "TOP/alloc/ALLOC" = "/x" }"#, r#"config.bind["TOP/alloc/ALLOC"]: "TOP/alloc/ALLOC" is or holds a directory that Nomad keeps from the task"#)]
 fn what_is_wrong_is_said(#[case] extra: &str, #[case] message: &str) {
-    let host = Host::new();
+    let host = TestHost::new();
     host.link(&format!("alloc/{ALLOC}/web/local/link"), "/etc");
     let extra = extra.replace("ALLOC", ALLOC);
     let body = format!("image = \"tree\"\nboot = false\n{extra}");
@@ -338,7 +338,7 @@ fn what_is_wrong_is_said(#[case] extra: &str, #[case] message: &str) {
     r#"config.volatile: "yes" needs an image whose /bin is a link into /usr; use state or overlay"#
 )]
 fn what_is_wrong_with_an_image_is_said(#[case] body: &str, #[case] message: &str) {
-    let host = Host::new();
+    let host = TestHost::new();
     host.make("plugins/noinit/etc/os-release");
     host.make("plugins/unmerged/usr/.");
     host.make("plugins/unmerged/bin/.");
@@ -351,7 +351,7 @@ fn what_is_wrong_with_an_image_is_said(#[case] body: &str, #[case] message: &str
 
 #[test]
 fn images_are_found_where_they_are() {
-    let host = Host::new();
+    let host = TestHost::new();
     host.make("machines/disk.raw");
     host.make("plugins/both/usr/.");
     host.make("machines/both/usr/.");
@@ -382,7 +382,7 @@ fn images_are_found_where_they_are() {
 
 #[test]
 fn mounts_have_nomads_first_and_binds_last() {
-    let mut host = Host::new();
+    let mut host = TestHost::new();
     host.make(format!("alloc/{ALLOC}/web/local/conf/."));
     host.make("volume/.");
     host.context.mounts = vec![VolumeMount {
@@ -413,7 +413,7 @@ fn mounts_have_nomads_first_and_binds_last() {
 
 #[test]
 fn without_volumes_only_the_allocation_is_shown() {
-    let mut host = Host::new();
+    let mut host = TestHost::new();
     host.plugin_config.volumes = false;
     let body = "image = \"tree\"\nboot = false\n";
     assert_eq!(plain(&host, r#"bind = { "local" = "/x" }"#).mounts.len(), 4);
@@ -434,7 +434,7 @@ fn without_volumes_only_the_allocation_is_shown() {
 
 #[test]
 fn the_tasks_user_is_used_and_named() {
-    let mut host = Host::new();
+    let mut host = TestHost::new();
     host.context.user = "job".into();
     assert_eq!(plain(&host, "").user.as_deref(), Some("job"));
     assert_eq!(plain(&host, "user = \"\"").user.as_deref(), Some("job"));
@@ -462,12 +462,12 @@ fn user_namespaces(#[case] extra: &str, #[case] expected: Option<(&str, Option<&
             ownership: ownership.map(Into::into),
         },
     };
-    assert_eq!(plain(&Host::new(), extra).users, expected);
+    assert_eq!(plain(&TestHost::new(), extra).users, expected);
 }
 
 /// A host on which the group has the ports `web` (18080 → 80) and `raw` (19000), and the task the ports `old` and `same`.
-fn with_ports() -> Host {
-    let mut host = Host::new();
+fn with_ports() -> TestHost {
+    let mut host = TestHost::new();
     let port = |label: &str, host, to, task_level| AllocatedPort {
         label: label.into(),
         host,
@@ -491,7 +491,7 @@ fn with_ports() -> Host {
 #[case::no_directory("nothing", "task.alloc_dir")]
 #[case::relative("", "task.alloc_dir")]
 fn an_allocation_that_is_not_there(#[case] path: &str, #[case] option: &str) {
-    let mut host = Host::new();
+    let mut host = TestHost::new();
     host.context.alloc_dir = match path {
         "" => "relative".into(),
         path => host.path(path),
@@ -502,7 +502,7 @@ fn an_allocation_that_is_not_there(#[case] path: &str, #[case] option: &str) {
 
 #[test]
 fn a_task_directory_that_is_a_link_is_refused() {
-    let host = Host::new();
+    let host = TestHost::new();
     let local = format!("alloc/{ALLOC}/web/local");
     std::fs::remove_dir(host.path(&local)).unwrap();
     host.link(&local, "/etc");
@@ -563,7 +563,7 @@ fn is_named(error: &ConfigError) -> bool {
 
 #[test]
 fn no_bytes_panic() {
-    let host = Host::new();
+    let host = TestHost::new();
     proptest!(|(bytes: Vec<u8>)| {
         if let Err(error) = host.raw(&bytes) {
             prop_assert!(is_named(&error), "{error:?}");

@@ -37,7 +37,7 @@ use super::*;
 #[case::not_a_block(&[0x05], "config.*: a number is not a block")]
 #[case::more(&[0x80, 0x80], "config.*: 1 bytes follow the end of the block")]
 fn bytes_are_refused_by_name(#[case] bytes: &[u8], #[case] message: &str) {
-    assert_eq!(Host::new().raw(bytes).unwrap_err().to_string(), message);
+    assert_eq!(TestHost::new().raw(bytes).unwrap_err().to_string(), message);
 }
 
 #[test]
@@ -47,7 +47,7 @@ fn deep_and_broken_bytes_are_errors() {
         vec![0xdd, 0xff, 0xff, 0xff, 0xff],
         b"\x81\xa5ima".to_vec(),
     ] {
-        let error = Host::new().raw(&bytes).unwrap_err();
+        let error = TestHost::new().raw(&bytes).unwrap_err();
         assert_eq!(error.option, "config.*");
     }
 }

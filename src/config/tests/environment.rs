@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn the_jobs_environment_wins_and_odd_names_are_noted() {
-    let mut host = Host::new();
+    let mut host = TestHost::new();
     host.context.environment = [
         ("A", "nomad"),
         ("B", "nomad"),
@@ -62,7 +62,7 @@ fn what_no_program_can_get_is_refused_by_name() {
         message.starts_with("config.command: command and environment have "),
         "{message}"
     );
-    let mut host = Host::new();
+    let mut host = TestHost::new();
     host.context.environment = [("A".to_owned(), long)].into();
     let message = host.refusal("image = \"tree\"\nboot = false");
     assert!(

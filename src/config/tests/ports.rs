@@ -27,7 +27,7 @@ fn forward(label: &str, host: u16, container: u16) -> PortForward {
 #[case("volatile = \"state\"\nprivate_users = \"no\"", false)]
 #[case("volatile = \"state\"\nuser_namespacing = false", false)]
 fn a_root_of_several_mounts_is_not_mapped(#[case] options: &str, #[case] refused: bool) {
-    let host = Host::new();
+    let host = TestHost::new();
     let body = format!("image = \"tree\"\nboot = false\n{options}");
     match host.check(&body) {
         Ok(_) => assert!(!refused, "{options}"),
@@ -175,5 +175,5 @@ fn private_networks(
         bridge: bridge.map(Into::into),
         ports: vec![],
     };
-    assert_eq!(plain(&Host::new(), extra).network, expected);
+    assert_eq!(plain(&TestHost::new(), extra).network, expected);
 }

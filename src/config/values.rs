@@ -1,4 +1,4 @@
-//! The words and small grammars that systemd-nspawn takes: tables and pure checks. Looks nothing up on the host.
+//! The values and small grammars that systemd-nspawn accepts: tables and pure checks. Looks nothing up on the host.
 
 use crate::container::{Console, Volatile};
 
@@ -6,9 +6,9 @@ use super::ConfigError;
 use super::decode::quoted;
 
 /// A word of an option and what it stands for.
-pub(super) type Words<T> = [(&'static str, T)];
+pub(super) type Values<T> = [(&'static str, T)];
 
-pub(super) const CONSOLE: &Words<Console> = &[
+pub(super) const CONSOLE: &Values<Console> = &[
     ("interactive", Console::Interactive),
     ("read-only", Console::ReadOnly),
     ("passive", Console::Passive),
@@ -16,14 +16,14 @@ pub(super) const CONSOLE: &Words<Console> = &[
     ("autopipe", Console::Autopipe),
 ];
 
-pub(super) const VOLATILE: &Words<Volatile> = &[
+pub(super) const VOLATILE: &Values<Volatile> = &[
     ("yes", Volatile::Yes),
     ("state", Volatile::State),
     ("overlay", Volatile::Overlay),
     ("no", Volatile::No),
 ];
 
-pub(super) const RESOLV_CONF: &Words<()> = &[
+pub(super) const RESOLV_CONF: &Values<()> = &[
     ("off", ()),
     ("copy-host", ()),
     ("copy-static", ()),
@@ -41,11 +41,11 @@ pub(super) const RESOLV_CONF: &Words<()> = &[
     ("auto", ()),
 ];
 
-pub(super) const OWNERSHIP: &Words<()> = &[("off", ()), ("chown", ()), ("map", ()), ("auto", ())];
+pub(super) const OWNERSHIP: &Values<()> = &[("off", ()), ("chown", ()), ("map", ()), ("auto", ())];
 
-pub(super) const DOWNLOAD_TYPE: &Words<()> = &[("tar", ()), ("raw", ()), ("docker", ())];
+pub(super) const DOWNLOAD_TYPE: &Values<()> = &[("tar", ()), ("raw", ()), ("docker", ())];
 
-pub(super) const DOWNLOAD_VERIFY: &Words<()> = &[("no", ()), ("checksum", ()), ("signature", ())];
+pub(super) const DOWNLOAD_VERIFY: &Values<()> = &[("no", ()), ("checksum", ()), ("signature", ())];
 
 /// Words after the last `:` of a bind that systemd-nspawn takes as mount options.
 pub(super) const BIND_OPTIONS: &[&str] = &[
@@ -106,7 +106,7 @@ const CAPABILITIES: &[&str] = &[
 pub(super) fn one_of<T: Copy>(
     option: &str,
     word: &str,
-    words: &Words<T>,
+    words: &Values<T>,
 ) -> Result<T, ConfigError> {
     words
         .iter()
@@ -166,7 +166,7 @@ pub(super) fn is_interface_name(name: &str) -> bool {
 }
 
 /// What is wrong with a range of user ids, `UID[:COUNT]`; nothing if it can be used.
-pub(super) fn uid_range_fault(range: &str) -> Option<&'static str> {
+pub(super) fn uid_range_error(range: &str) -> Option<&'static str> {
     let (uid, count) = match range.split_once(':') {
         None => (range, "65536"),
         Some(parts) => parts,

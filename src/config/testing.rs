@@ -124,7 +124,7 @@ fn plain(value: &hcl::Value) -> Value {
 }
 
 /// A host with an allocation, images and everything else in a directory of its own.
-pub(super) struct Host {
+pub(super) struct TestHost {
     directory: tempfile::TempDir,
     pub(super) context: TaskContext,
     pub(super) plugin_config: PluginConfig,
@@ -133,7 +133,7 @@ pub(super) struct Host {
 
 pub(super) const ALLOC: &str = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0";
 
-impl Host {
+impl TestHost {
     /// With the images `tree` (to run commands in) and `system` (to boot), the task `web` and a directory `data`.
     pub(super) fn new() -> Self {
         let directory = tempfile::tempdir().expect("a directory for the test");

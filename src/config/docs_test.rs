@@ -2,7 +2,7 @@
 
 use super::decode;
 use super::options::{ImageDownload, Kind, OptionSpec, Options as _, PluginOptions, TaskOptions};
-use super::sample;
+use super::testing;
 
 const TEXT: &str = include_str!("../../docs/configuration.md");
 
@@ -78,8 +78,8 @@ fn configs(tree: &hcl::Value, plugin: bool, example: &str) -> usize {
             true => super::plugin_schema(),
             false => super::task_schema(),
         };
-        let value = sample::object(&schema, value).unwrap_or_else(|e| panic!("{example}: {e}"));
-        let bytes = sample::encode(&value);
+        let value = testing::object(&schema, value).unwrap_or_else(|e| panic!("{example}: {e}"));
+        let bytes = testing::encode(&value);
         let read = match plugin {
             true => super::PluginConfig::decode(&bytes).map(drop),
             false => decode::block::<TaskOptions>(&bytes, "config").map(drop),

@@ -15,7 +15,7 @@ const INITS: [&str; 3] = [
 const OS_RELEASE: [&str; 2] = ["etc/os-release", "usr/lib/os-release"];
 
 /// What the tree at `root` lacks to be started in this mode.
-pub(super) fn lacks(root: &Path, mode: Mode) -> Option<&'static str> {
+pub(super) fn missing_os_files(root: &Path, mode: Mode) -> Option<&'static str> {
     let file = |path: &&str| resolve(root, Path::new(path)).is_some_and(|found| found.is_file());
     match mode {
         Mode::Plain | Mode::ProcessTwo => {
