@@ -13,7 +13,7 @@ use crate::container::{Exit, Started};
 use crate::proto::driver as proto;
 use crate::proto::driver::network_isolation_spec::NetworkIsolationMode;
 use crate::task::events::TaskEvent;
-use crate::task::{Identity, Task};
+use crate::task::{Task, TaskInfo};
 
 /// Go's zero time, by which Nomad says "not yet".
 pub(super) const ZERO_TIME: Timestamp = Timestamp {
@@ -21,8 +21,8 @@ pub(super) const ZERO_TIME: Timestamp = Timestamp {
     nanos: 0,
 };
 
-pub(super) fn identity(task: &proto::TaskConfig) -> Identity {
-    Identity {
+pub(super) fn task_info(task: &proto::TaskConfig) -> TaskInfo {
+    TaskInfo {
         id: task.id.clone(),
         name: task.name.clone(),
         alloc_id: task.alloc_id.clone(),
@@ -158,28 +158,28 @@ pub(super) fn wait_response(exit: &Exit) -> proto::WaitTaskResponse {
 }
 
 pub(super) fn inspect_response(task: &Task) -> proto::InspectTaskResponse {
-    let life = task.life();
-    let state = match (&life.started, &life.exit) {
+    let status = task.status();
+    let state = match (&status.started, &status.exit) {
         (_, Some(_)) => proto::TaskState::Exited,
         (Some(_), None) => proto::TaskState::Running,
         (None, None) => proto::TaskState::Unknown,
     };
-    let started_at = life
+    let started_at = status
         .started
         .as_ref()
         .map(|started| timestamp(started.started_at));
-    let exit = life.exit.as_ref();
+    let exit = status.exit.as_ref();
     proto::InspectTaskResponse {
         task: Some(proto::TaskStatus {
             id: task.id().to_owned(),
-            name: task.identity().name.clone(),
+            name: task.info().name.clone(),
             state: state.into(),
             started_at: Some(started_at.unwrap_or(ZERO_TIME)),
             completed_at: Some(exit.map_or(ZERO_TIME, |exit| timestamp(exit.ended_at))),
             result: Some(exit.map(exit_result).unwrap_or_default()),
         }),
         driver: Some(proto::TaskDriverStatus {
-            attributes: life
+            attributes: status
                 .started
                 .iter()
                 .flat_map(|started| attributes(started))

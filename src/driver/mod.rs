@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::backend::ContainerBackend;
 use crate::config::{ImageSearchPath, PluginConfig};
 use crate::task::Tasks;
-use crate::task::events::Events;
+use crate::task::events::EventBus;
 
 mod base;
 mod convert;
@@ -51,7 +51,7 @@ pub struct Driver {
     /// `None` until somebody configures or needs it.
     config: watch::Sender<Option<Config>>,
     tasks: Tasks,
-    events: Events,
+    events: EventBus,
     /// Told of every task that the agent takes up again.
     recovered: watch::Sender<()>,
     /// The directories that hold the allocations of this agent, as its own requests show them.
@@ -83,7 +83,7 @@ impl Driver {
             search_path: Arc::new(search_path),
             config: watch::Sender::new(None),
             tasks: Tasks::new(root.child_token()),
-            events: Events::default(),
+            events: EventBus::default(),
             recovered: watch::Sender::new(()),
             alloc_roots: watch::Sender::default(),
             calls: TaskTracker::new(),

@@ -17,7 +17,7 @@ use crate::proto::driver::driver_capabilities::FsIsolation;
 use crate::proto::driver::driver_server::Driver as DriverService;
 use crate::proto::driver::network_isolation_spec::NetworkIsolationMode;
 use crate::signal::Signal;
-use crate::task::{Identity, TaskError, handle};
+use crate::task::{TaskError, TaskInfo, handle};
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -113,10 +113,9 @@ impl DriverService for Driver {
         if let Some(task) = &handle.config {
             self.note_alloc_dir(&task.alloc_dir);
         }
-        let (identity, started) = decode_handle(handle)?;
+        let (info, started) = decode_handle(handle)?;
         let driver = self.clone();
-        let recovered =
-            self.run_to_completion(async move { driver.recover(identity, started).await });
+        let recovered = self.run_to_completion(async move { driver.recover(info, started).await });
         answer(recovered.await.map(|()| proto::RecoverTaskResponse {}))
     }
 
@@ -257,14 +256,11 @@ impl Driver {
     async fn start(&self, task: proto::TaskConfig) -> Result<proto::StartTaskResponse, CallError> {
         self.refuse_when_closing()?;
         let config = self.config()?;
-        let identity = convert::identity(&task);
+        let info = convert::task_info(&task);
         let Validated { spec, notes } = self.check(&task, &config).await?;
-        self.emit_events(&identity, &notes);
-        let started = self
-            .tasks
-            .start(config.backend, identity.clone(), spec)
-            .await?;
-        self.emit_events(&identity, &started.notes);
+        self.emit_events(&info, &notes);
+        let started = self.tasks.start(config.backend, info.clone(), spec).await?;
+        self.emit_events(&info, &started.notes);
         let driver_state = self.encode_driver_state(&started).await?;
         Ok(proto::StartTaskResponse {
             handle: Some(proto::TaskHandle {
@@ -331,20 +327,20 @@ impl Driver {
         }
     }
 
-    async fn recover(&self, identity: Identity, started: Started) -> Result<(), CallError> {
+    async fn recover(&self, info: TaskInfo, started: Started) -> Result<(), CallError> {
         let backend = self.config()?.backend;
-        let id = identity.id.clone();
+        let id = info.id.clone();
         self.recovered.send_replace(());
-        let recovered = self.tasks.recover(backend, identity, started).await;
+        let recovered = self.tasks.recover(backend, info, started).await;
         self.recovered.send_replace(());
         recovered?;
         tracing::info!(task = id, "recovered");
         Ok(())
     }
 
-    fn emit_events(&self, identity: &Identity, notes: &[String]) {
+    fn emit_events(&self, info: &TaskInfo, notes: &[String]) {
         for note in notes {
-            self.events.tell(identity, note);
+            self.events.publish(info, note);
         }
     }
 
@@ -361,9 +357,9 @@ impl Driver {
 }
 
 /// What a handle holds of its task. The rest of it, most of which is the job's, is not needed while the task is looked for.
-fn decode_handle(handle: proto::TaskHandle) -> Result<(Identity, Started), CallError> {
+fn decode_handle(handle: proto::TaskHandle) -> Result<(TaskInfo, Started), CallError> {
     let config = handle.config.ok_or(CallError::Missing("handle.config"))?;
-    let identity = convert::identity(&config);
-    let started = handle::decode(handle.version, &handle.driver_state, &identity.id)?;
-    Ok((identity, started))
+    let info = convert::task_info(&config);
+    let started = handle::decode(handle.version, &handle.driver_state, &info.id)?;
+    Ok((info, started))
 }

@@ -108,7 +108,7 @@ impl Driver {
     }
 
     pub(super) fn event_stream(&self) -> EventStream {
-        let events = ReceiverStream::new(self.events.listen());
+        let events = ReceiverStream::new(self.events.subscribe());
         Box::pin(events.map(|event| Ok(convert::event(event))))
     }
 

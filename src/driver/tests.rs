@@ -17,7 +17,7 @@ use crate::proto::driver::fingerprint_response::HealthState;
 use crate::proto::hclspec;
 use crate::signal::Signal;
 use crate::task::handle;
-use crate::task::tests::{Stage, exit, identity, spec, started, starts};
+use crate::task::tests::{TestBackend, exit, info, spec, started, starts};
 
 mod configure;
 mod start;
@@ -64,13 +64,9 @@ pub(crate) fn driver(backend: Arc<dyn ContainerBackend>) -> Driver {
 
 /// A driver with one running task, and the hand that ends it.
 async fn running(mock: MockContainerBackend) -> (Driver, watch::Sender<Option<Exit>>) {
-    let (stage, end) = Stage::new(mock);
+    let (stage, end) = TestBackend::new(mock);
     let driver = driver(stage.clone());
-    driver
-        .tasks
-        .start(stage, identity(ID), spec(ID))
-        .await
-        .unwrap();
+    driver.tasks.start(stage, info(ID), spec(ID)).await.unwrap();
     (driver, end)
 }
 
@@ -184,7 +180,7 @@ async fn a_kept_handle_alone_finds_the_task_again() {
     mock.expect_attach()
         .times(1)
         .returning(|started| Ok(started.clone()));
-    let (stage, end) = Stage::new(mock);
+    let (stage, end) = TestBackend::new(mock);
     let driver = driver(stage);
     driver.recover_task(kept(2, ID)).await.unwrap();
     driver.recover_task(kept(2, ID)).await.unwrap();
@@ -433,7 +429,7 @@ async fn statistics_come_at_once_and_end_with_the_task() {
 #[tokio::test]
 async fn events_carry_what_nomad_routes_them_by() {
     let driver = driver(Arc::new(MockContainerBackend::new()));
-    driver.events.tell(&identity(ID), "early");
+    driver.events.publish(&info(ID), "early");
     let mut events = driver
         .task_events(Request::new(proto::TaskEventsRequest {}))
         .await

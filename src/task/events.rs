@@ -1,5 +1,5 @@
-//! What the users of tasks should know, told to every listener. Refuses to wait for anybody: a slow listener loses events, a
-//! task is never held up.
+//! The event bus: messages for the users of tasks, sent to every subscriber. Refuses to wait for anybody: a slow listener loses
+//! events, a task is never held up.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,18 +7,18 @@ use std::time::SystemTime;
 
 use tokio::sync::mpsc;
 
-use super::Identity;
+use super::TaskInfo;
 
 /// Events kept for the first listener while there is none.
-const BACKLOG: usize = 64;
+const BACKLOG_EVENTS: usize = 64;
 /// Events kept for one slow listener.
-const PATIENCE: usize = 256;
+const SUBSCRIBER_BUFFER: usize = 256;
 
 /// A sentence about a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskEvent {
     /// Which task.
-    pub task: Identity,
+    pub task: TaskInfo,
     /// When it was said.
     pub at: SystemTime,
     /// The sentence.
@@ -27,35 +27,37 @@ pub struct TaskEvent {
 
 /// The place where events are told. Clones are the same place.
 #[derive(Debug, Clone, Default)]
-pub struct Events {
-    board: Arc<Mutex<Board>>,
+pub struct EventBus {
+    inner: Arc<Mutex<Inner>>,
 }
 
 #[derive(Debug, Default)]
-struct Board {
+struct Inner {
     backlog: VecDeque<TaskEvent>,
-    listeners: Vec<mpsc::Sender<TaskEvent>>,
+    subscribers: Vec<mpsc::Sender<TaskEvent>>,
 }
 
-impl Events {
+impl EventBus {
     /// Tells every listener, or keeps the event for the next one if there is none.
-    pub fn tell(&self, task: &Identity, message: impl Into<String>) {
+    pub fn publish(&self, task: &TaskInfo, message: impl Into<String>) {
         let event = TaskEvent {
             task: task.clone(),
             at: SystemTime::now(),
             message: message.into(),
         };
-        let mut board = self.board();
-        board.listeners.retain(|listener| !listener.is_closed());
-        if board.listeners.is_empty() {
-            if board.backlog.len() == BACKLOG {
-                board.backlog.pop_front();
+        let mut inner = self.inner();
+        inner
+            .subscribers
+            .retain(|subscriber| !subscriber.is_closed());
+        if inner.subscribers.is_empty() {
+            if inner.backlog.len() == BACKLOG_EVENTS {
+                inner.backlog.pop_front();
             }
-            board.backlog.push_back(event);
+            inner.backlog.push_back(event);
             return;
         }
-        for listener in &board.listeners {
-            if listener.try_send(event.clone()).is_err() {
+        for subscriber in &inner.subscribers {
+            if subscriber.try_send(event.clone()).is_err() {
                 tracing::warn!(
                     task = event.task.id,
                     "a listener is too slow for the task's event"
@@ -65,20 +67,20 @@ impl Events {
     }
 
     /// A new listener; it first hears what nobody heard yet.
-    pub fn listen(&self) -> mpsc::Receiver<TaskEvent> {
-        let (listener, events) = mpsc::channel(PATIENCE);
-        let mut board = self.board();
-        for event in board.backlog.drain(..) {
+    pub fn subscribe(&self) -> mpsc::Receiver<TaskEvent> {
+        let (subscriber, events) = mpsc::channel(SUBSCRIBER_BUFFER);
+        let mut inner = self.inner();
+        for event in inner.backlog.drain(..) {
             // There is room: the backlog is shorter than the channel.
-            let _ = listener.try_send(event);
+            let _ = subscriber.try_send(event);
         }
-        board.listeners.push(listener);
+        inner.subscribers.push(subscriber);
         events
     }
 
-    fn board(&self) -> std::sync::MutexGuard<'_, Board> {
+    fn inner(&self) -> std::sync::MutexGuard<'_, Inner> {
         // Every change of the board is a single step; a panic of another holder left it whole.
-        self.board.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -86,15 +88,15 @@ impl Events {
 mod tests {
     use super::*;
 
-    fn task() -> Identity {
-        Identity {
+    fn task() -> TaskInfo {
+        TaskInfo {
             id: "a/t/1".to_owned(),
             name: "t".to_owned(),
             alloc_id: "a".to_owned(),
         }
     }
 
-    fn heard(events: &mut mpsc::Receiver<TaskEvent>) -> Vec<String> {
+    fn received(events: &mut mpsc::Receiver<TaskEvent>) -> Vec<String> {
         std::iter::from_fn(|| events.try_recv().ok())
             .map(|event| event.message)
             .collect()
@@ -102,35 +104,39 @@ mod tests {
 
     #[test]
     fn everybody_hears_and_the_first_hears_what_was_said_before() {
-        let events = Events::default();
-        events.tell(&task(), "early");
-        let mut first = events.listen();
-        let mut second = events.listen();
-        events.tell(&task(), "late");
-        assert_eq!(heard(&mut first), ["early", "late"]);
-        assert_eq!(heard(&mut second), ["late"]);
+        let events = EventBus::default();
+        events.publish(&task(), "early");
+        let mut first = events.subscribe();
+        let mut second = events.subscribe();
+        events.publish(&task(), "late");
+        assert_eq!(received(&mut first), ["early", "late"]);
+        assert_eq!(received(&mut second), ["late"]);
     }
 
     #[test]
     fn with_all_listeners_gone_events_are_kept_again() {
-        let events = Events::default();
-        drop(events.listen());
-        events.tell(&task(), "kept");
-        assert_eq!(heard(&mut events.listen()), ["kept"]);
+        let events = EventBus::default();
+        drop(events.subscribe());
+        events.publish(&task(), "kept");
+        assert_eq!(received(&mut events.subscribe()), ["kept"]);
     }
 
     #[test]
     fn neither_the_backlog_nor_a_slow_listener_grows() {
-        let events = Events::default();
-        for number in 0..BACKLOG * 2 {
-            events.tell(&task(), number.to_string());
+        let events = EventBus::default();
+        for number in 0..BACKLOG_EVENTS * 2 {
+            events.publish(&task(), number.to_string());
         }
-        let mut slow = events.listen();
-        for number in 0..PATIENCE * 2 {
-            events.tell(&task(), number.to_string());
+        let mut slow = events.subscribe();
+        for number in 0..SUBSCRIBER_BUFFER * 2 {
+            events.publish(&task(), number.to_string());
         }
-        let heard = heard(&mut slow);
-        assert_eq!(heard.len(), PATIENCE);
-        assert_eq!(heard[0], BACKLOG.to_string(), "the oldest were dropped");
+        let received = received(&mut slow);
+        assert_eq!(received.len(), SUBSCRIBER_BUFFER);
+        assert_eq!(
+            received[0],
+            BACKLOG_EVENTS.to_string(),
+            "the oldest were dropped"
+        );
     }
 }

@@ -1,8 +1,8 @@
-//! One desk per task: it keeps the life of one container, from the start or the recovery to the last trace. Every request goes
-//! through its desk, which asks `state` whether it may happen now, and makes one call on the backend. Knows nothing of Nomad's
+//! One actor per task owns its state from StartTask or RecoverTask until it has been destroyed. Every request goes through the
+//! actor, which asks `state` whether it is allowed now, and makes one call on the backend. Knows nothing of Nomad's
 //! wire; judges no configuration.
 //!
-//! Nothing here is detached: the desks are tracked and end with the root token; what a desk has under way ends with the desk.
+//! Nothing here is detached: the actors are tracked and end with the root token; what an actor has in flight ends with it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,22 +15,22 @@ use crate::backend::{BackendError, ContainerBackend};
 use crate::container::{ContainerSpec, Exit, Started, Usage};
 use crate::signal::Signal;
 
-mod desk;
+mod actor;
 pub mod events;
 pub mod handle;
 mod state;
 mod store;
 
-use desk::{Birth, Desk, Message};
+use actor::{Command, Origin, TaskActor};
 use store::TaskStore;
 
 /// How many containers are found again together. Nomad asks for all of them in the same moment after this process was killed;
 /// more together takes no less time, but memory and threads that a process does not give back.
-const ATTACHING: usize = 16;
+const MAX_CONCURRENT_RECOVERIES: usize = 16;
 
 /// Who a task is.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Identity {
+pub struct TaskInfo {
     /// Nomad's id of this start.
     pub id: String,
     /// The task's name in the job.
@@ -67,62 +67,64 @@ pub enum TaskError {
 
 /// What is known of a task's life. Once it has an exit, it keeps it.
 #[derive(Debug, Clone, Default)]
-pub struct Life {
+pub struct TaskStatus {
     /// The container, once it is up.
     pub started: Option<Arc<Started>>,
     /// How it ended, once it has.
     pub exit: Option<Exit>,
     /// Whether it is being cleared away, so that nobody shall find it any more.
-    forgotten: bool,
+    removing: bool,
     /// Whether nothing more will become known.
-    over: bool,
+    closed: bool,
 }
 
 /// A task, for those who want something of it. Clones are the same task.
 #[derive(Debug, Clone)]
 pub struct Task {
-    identity: Arc<Identity>,
+    info: Arc<TaskInfo>,
     backend: Arc<dyn ContainerBackend>,
-    life: watch::Receiver<Life>,
+    status: watch::Receiver<TaskStatus>,
     /// Boxed: a channel has room for dozens from the start.
-    mailbox: mpsc::Sender<Box<Message>>,
+    mailbox: mpsc::Sender<Box<Command>>,
 }
 
 impl Task {
     /// Nomad's id of this start.
     pub fn id(&self) -> &str {
-        &self.identity.id
+        &self.info.id
     }
 
     /// Who it is.
-    pub fn identity(&self) -> &Identity {
-        &self.identity
+    pub fn info(&self) -> &TaskInfo {
+        &self.info
     }
 
     /// What is known of its life now.
-    pub fn life(&self) -> Life {
-        self.life.borrow().clone()
+    pub fn status(&self) -> TaskStatus {
+        self.status.borrow().clone()
     }
 
     /// Waits for the end. Any number of callers, early or late, get the same answer. Fails when the task was destroyed without
     /// its end having become known; `None` means that this process is ending and nobody may draw a conclusion about the task.
     pub async fn wait(&self) -> Option<Result<Exit, TaskError>> {
-        let mut life = self.life.clone();
-        let ended = life.wait_for(|life| life.exit.is_some() || life.over).await;
+        let mut status = self.status.clone();
+        let ended = status
+            .wait_for(|status| status.exit.is_some() || status.closed)
+            .await;
         match ended {
-            Ok(life) => Some(life.exit.clone().ok_or(TaskError::Unknown)),
+            Ok(status) => Some(status.exit.clone().ok_or(TaskError::Unknown)),
             Err(_) => None,
         }
     }
 
     /// Delivers a signal to the payload.
     pub async fn signal(&self, signal: Signal) -> Result<(), TaskError> {
-        self.ask(|reply| Message::Signal { signal, reply }).await
+        self.ask(|reply| Command::Signal { signal, reply }).await
     }
 
     /// Asks the payload to end, ends it by force after `grace`, and returns when it has ended. An ended task is success.
     pub async fn stop(&self, signal: Option<Signal>, grace: Duration) -> Result<(), TaskError> {
-        self.ask(|reply| Message::Stop {
+        self.ask(|reply| Command::Stop {
             signal,
             grace,
             reply,
@@ -132,18 +134,18 @@ impl Task {
 
     /// Clears the task away; a running one only by `force`. After an error of the backend it is tried again in the background.
     pub async fn destroy(&self, force: bool) -> Result<(), TaskError> {
-        self.ask(|reply| Message::Destroy { force, reply }).await
+        self.ask(|reply| Command::Destroy { force, reply }).await
     }
 
     /// What the container uses now. Needs no desk: it changes nothing.
     pub async fn usage(&self) -> Result<Usage, TaskError> {
-        let started = self.life().started.ok_or(TaskError::NotRunning)?;
+        let started = self.status().started.ok_or(TaskError::NotRunning)?;
         Ok(self.backend.usage(&started).await?)
     }
 
-    async fn ask(&self, message: impl FnOnce(desk::Reply) -> Message) -> Result<(), TaskError> {
+    async fn ask(&self, command: impl FnOnce(actor::Reply) -> Command) -> Result<(), TaskError> {
         let (reply, answer) = oneshot::channel();
-        let sent = self.mailbox.send(Box::new(message(reply))).await;
+        let sent = self.mailbox.send(Box::new(command(reply))).await;
         sent.map_err(|_| TaskError::Unknown)?;
         answer.await.unwrap_or(Err(TaskError::Unknown))
     }
@@ -153,8 +155,8 @@ impl Task {
 #[derive(Debug, Clone)]
 pub struct Tasks {
     store: TaskStore,
-    desks: TaskTracker,
-    attaching: Arc<Semaphore>,
+    actors: TaskTracker,
+    recovering: Arc<Semaphore>,
     token: CancellationToken,
 }
 
@@ -163,8 +165,8 @@ impl Tasks {
     pub fn new(token: CancellationToken) -> Self {
         Self {
             store: TaskStore::default(),
-            desks: TaskTracker::new(),
-            attaching: Arc::new(Semaphore::new(ATTACHING)),
+            actors: TaskTracker::new(),
+            recovering: Arc::new(Semaphore::new(MAX_CONCURRENT_RECOVERIES)),
             token,
         }
     }
@@ -173,8 +175,8 @@ impl Tasks {
     pub fn get(&self, id: &str) -> Result<Task, TaskError> {
         let known = self
             .store
-            .seat(id)
-            .filter(|task| !task.life.borrow().forgotten);
+            .get_any(id)
+            .filter(|task| !task.status.borrow().removing);
         known.ok_or(TaskError::Unknown)
     }
 
@@ -187,35 +189,33 @@ impl Tasks {
     pub async fn start(
         &self,
         backend: Arc<dyn ContainerBackend>,
-        identity: Identity,
+        info: TaskInfo,
         spec: ContainerSpec,
     ) -> Result<Arc<Started>, TaskError> {
-        self.bear(backend, identity, |reply| {
-            Birth::Start(Box::new(spec), reply)
-        })
-        .await
+        self.start_actor(backend, info, |reply| Origin::Start(Box::new(spec), reply))
+            .await
     }
 
     /// Finds a container again that an earlier process started. One that is known already is success and left alone.
     pub async fn recover(
         &self,
         backend: Arc<dyn ContainerBackend>,
-        identity: Identity,
+        info: TaskInfo,
         started: Started,
     ) -> Result<Arc<Started>, TaskError> {
-        let id = identity.id.clone();
+        let id = info.id.clone();
         match self
-            .bear(backend, identity, |reply| {
-                Birth::Attach(Box::new(started), Arc::clone(&self.attaching), reply)
+            .start_actor(backend, info, |reply| {
+                Origin::Recover(Box::new(started), Arc::clone(&self.recovering), reply)
             })
             .await
         {
             Err(TaskError::AlreadyKnown(_)) => {
-                let mut life = self.get(&id)?.life;
-                let known = life.wait_for(|life| life.started.is_some()).await;
+                let mut status = self.get(&id)?.status;
+                let known = status.wait_for(|status| status.started.is_some()).await;
                 known
                     .ok()
-                    .and_then(|life| life.started.clone())
+                    .and_then(|status| status.started.clone())
                     .ok_or(TaskError::Unknown)
             }
             answer => answer,
@@ -229,18 +229,18 @@ impl Tasks {
         id: &str,
         force: bool,
     ) -> Result<(), TaskError> {
-        if let Some(task) = self.store.seat(id) {
+        if let Some(task) = self.store.get_any(id) {
             return match task.destroy(force).await {
                 Err(TaskError::Unknown) => Ok(()),
                 answer => answer,
             };
         }
-        let identity = Identity {
+        let info = TaskInfo {
             id: id.to_owned(),
-            ..Identity::default()
+            ..TaskInfo::default()
         };
         let (reply, answer) = oneshot::channel();
-        match self.open_desk(backend, identity, Birth::Leftover(reply)) {
+        match self.spawn_actor(backend, info, Origin::Cleanup(reply)) {
             // Somebody else was faster with the same wish.
             Err(TaskError::AlreadyKnown(_)) => Ok(()),
             Err(error) => Err(error),
@@ -251,52 +251,52 @@ impl Tasks {
     /// Ends the desks, which end no container, and waits for them at most for `limit`.
     pub async fn close(&self, limit: Duration) {
         self.token.cancel();
-        self.desks.close();
+        self.actors.close();
         // What is not done by then ends with the process.
-        let _ = tokio::time::timeout(limit, self.desks.wait()).await;
+        let _ = tokio::time::timeout(limit, self.actors.wait()).await;
     }
 
-    async fn bear(
+    async fn start_actor(
         &self,
         backend: Arc<dyn ContainerBackend>,
-        identity: Identity,
-        birth: impl FnOnce(oneshot::Sender<Result<Arc<Started>, TaskError>>) -> Birth,
+        info: TaskInfo,
+        origin: impl FnOnce(oneshot::Sender<Result<Arc<Started>, TaskError>>) -> Origin,
     ) -> Result<Arc<Started>, TaskError> {
         let (reply, answer) = oneshot::channel();
-        self.open_desk(backend, identity, birth(reply))?;
+        self.spawn_actor(backend, info, origin(reply))?;
         answer.await.unwrap_or(Err(TaskError::Unknown))
     }
 
-    fn open_desk(
+    fn spawn_actor(
         &self,
         backend: Arc<dyn ContainerBackend>,
-        identity: Identity,
-        birth: Birth,
+        info: TaskInfo,
+        origin: Origin,
     ) -> Result<Task, TaskError> {
-        let forgotten = matches!(birth, Birth::Leftover(_));
-        let (publish, life) = watch::channel(Life {
-            forgotten,
-            ..Life::default()
+        let removing = matches!(origin, Origin::Cleanup(_));
+        let (publish, status) = watch::channel(TaskStatus {
+            removing,
+            ..TaskStatus::default()
         });
-        let (mailbox, messages) = mpsc::channel(16);
+        let (mailbox, commands) = mpsc::channel(16);
         let task = Task {
-            identity: Arc::new(identity),
+            info: Arc::new(info),
             backend: Arc::clone(&backend),
-            life,
+            status,
             mailbox,
         };
         self.store.insert(task.clone())?;
-        let desk = Desk::new(
-            Arc::clone(&task.identity),
+        let actor = TaskActor::new(
+            Arc::clone(&task.info),
             backend,
             publish,
-            messages,
+            commands,
             self.store.clone(),
         );
-        self.desks.spawn(
+        self.actors.spawn(
             self.token
                 .child_token()
-                .run_until_cancelled_owned(desk.keep(birth)),
+                .run_until_cancelled_owned(actor.run(origin)),
         );
         Ok(task)
     }

@@ -1,18 +1,18 @@
-//! Which request is allowed when. Pure: no clock, no I/O, no lock; the desk asks here and does what it is told.
+//! Which request is allowed when. Pure: no clock, no I/O, no lock; the actor asks here.
 //!
 //! ```text
 //!              up                end                destroy
-//! Starting ─────────▶ Running ─────────▶ Ended ───────────────▶ Removing ─────▶ Gone
+//! Starting ─────────▶ Running ─────────▶ Ended ───────────────▶ Removing ─────▶ Removed
 //!    │                 │   ▲              ▲                      ▲  │  ▲         ▲
 //!    │            stop │   │ last stop    │         try again or │  │  │         │
 //!    │                 ▼   │ failed       │         destroy      │  │ failed     │ given up
 //!    │                Stopping ───────────┘ end                  │  ▼  │         │
-//!    │                 │                                       Leftover ─────────┘
+//!    │                 │                                       RemoveFailed ─────┘
 //!    │                 └── destroy by force (from Running, too) ─────┘
-//!    └── failed ──▶ Gone
+//!    └── failed ──▶ Removed
 //! ```
 //!
-//! Nothing leads back from an end to a running task, and nothing leads out of `Gone`.
+//! Nothing leads back from an end to a running task, and nothing leads out of `Removed`.
 
 /// Where a task stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,9 +28,9 @@ pub(super) enum State {
     /// Being cleared away.
     Removing,
     /// Clearing away failed; it will be tried again.
-    Leftover,
+    RemoveFailed,
     /// Nothing is left.
-    Gone,
+    Removed,
 }
 
 /// What somebody wants.
@@ -43,7 +43,7 @@ pub(super) enum Request {
 
 /// What happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fact {
+pub(super) enum Event {
     Up,
     StartFailed,
     End,
@@ -56,7 +56,7 @@ pub(super) enum Fact {
 
 /// What to do with a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum Decision {
     /// Carry it out.
     Do,
     /// It is fulfilled already.
@@ -64,70 +64,70 @@ pub(super) enum Verdict {
     /// Ask again after the next fact.
     Later,
     /// No.
-    Refuse(Refusal),
+    Reject(Rejection),
 }
 
 /// Why not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Refusal {
+pub(super) enum Rejection {
     Unknown,
     NotRunning,
     StillRunning,
 }
 
 impl State {
-    /// Judges a request; a [`Verdict::Do`] has already changed the state.
-    pub(super) fn request(&mut self, request: Request) -> Verdict {
-        use Verdict::{Do, Done, Later, Refuse};
+    /// Judges a request; a [`Decision::Do`] has already changed the state.
+    pub(super) fn request(&mut self, request: Request) -> Decision {
+        use Decision::{Do, Done, Later, Reject};
         match (*self, request) {
             (Self::Starting, _) => Later,
 
             (Self::Running | Self::Stopping(_), Request::Signal) => Do,
-            (Self::Ended, Request::Signal) => Refuse(Refusal::NotRunning),
-            (Self::Removing | Self::Leftover | Self::Gone, Request::Signal) => {
-                Refuse(Refusal::Unknown)
+            (Self::Ended, Request::Signal) => Reject(Rejection::NotRunning),
+            (Self::Removing | Self::RemoveFailed | Self::Removed, Request::Signal) => {
+                Reject(Rejection::Unknown)
             }
 
-            (Self::Running, Request::Stop) => self.do_and_be(Self::Stopping(1)),
+            (Self::Running, Request::Stop) => self.transition(Self::Stopping(1)),
             (Self::Stopping(waiting), Request::Stop) => {
-                self.do_and_be(Self::Stopping(waiting.saturating_add(1)))
+                self.transition(Self::Stopping(waiting.saturating_add(1)))
             }
             (Self::Removing, Request::Stop) => Later,
-            (Self::Ended | Self::Leftover | Self::Gone, Request::Stop) => Done,
+            (Self::Ended | Self::RemoveFailed | Self::Removed, Request::Stop) => Done,
 
             (Self::Running | Self::Stopping(_), Request::Destroy { force: false }) => {
-                Refuse(Refusal::StillRunning)
+                Reject(Rejection::StillRunning)
             }
             (Self::Running | Self::Stopping(_), Request::Destroy { force: true }) => {
-                self.do_and_be(Self::Removing)
+                self.transition(Self::Removing)
             }
-            (Self::Ended | Self::Leftover, Request::Destroy { .. }) => {
-                self.do_and_be(Self::Removing)
+            (Self::Ended | Self::RemoveFailed, Request::Destroy { .. }) => {
+                self.transition(Self::Removing)
             }
             (Self::Removing, Request::Destroy { .. }) => Later,
-            (Self::Gone, Request::Destroy { .. }) => Done,
+            (Self::Removed, Request::Destroy { .. }) => Done,
         }
     }
 
     /// Takes note of a fact. One that can't be, or that comes too late to matter, changes nothing.
-    pub(super) fn learn(&mut self, fact: Fact) {
-        *self = match (*self, fact) {
-            (Self::Starting, Fact::Up) => Self::Running,
-            (Self::Starting, Fact::StartFailed) => Self::Gone,
-            (Self::Running | Self::Stopping(_), Fact::End) => Self::Ended,
-            (Self::Stopping(0 | 1), Fact::StopFailed) => Self::Running,
-            (Self::Stopping(waiting), Fact::StopFailed) => Self::Stopping(waiting - 1),
-            (Self::Removing, Fact::Removed) => Self::Gone,
-            (Self::Removing, Fact::RemoveFailed) => Self::Leftover,
-            (Self::Leftover, Fact::RetryDue) => Self::Removing,
-            (Self::Leftover, Fact::GivenUp) => Self::Gone,
+    pub(super) fn apply(&mut self, event: Event) {
+        *self = match (*self, event) {
+            (Self::Starting, Event::Up) => Self::Running,
+            (Self::Starting, Event::StartFailed) => Self::Removed,
+            (Self::Running | Self::Stopping(_), Event::End) => Self::Ended,
+            (Self::Stopping(0 | 1), Event::StopFailed) => Self::Running,
+            (Self::Stopping(waiting), Event::StopFailed) => Self::Stopping(waiting - 1),
+            (Self::Removing, Event::Removed) => Self::Removed,
+            (Self::Removing, Event::RemoveFailed) => Self::RemoveFailed,
+            (Self::RemoveFailed, Event::RetryDue) => Self::Removing,
+            (Self::RemoveFailed, Event::GivenUp) => Self::Removed,
             (same, _) => same,
         }
     }
 
-    fn do_and_be(&mut self, next: Self) -> Verdict {
+    fn transition(&mut self, next: Self) -> Decision {
         *self = next;
-        Verdict::Do
+        Decision::Do
     }
 }
 
@@ -139,7 +139,7 @@ mod tests {
     #[derive(Debug, Clone, Copy)]
     enum Step {
         Ask(Request),
-        Tell(Fact),
+        Tell(Event),
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -153,14 +153,14 @@ mod tests {
             ])
             .prop_map(Step::Ask),
             select(vec![
-                Fact::Up,
-                Fact::StartFailed,
-                Fact::End,
-                Fact::StopFailed,
-                Fact::Removed,
-                Fact::RemoveFailed,
-                Fact::RetryDue,
-                Fact::GivenUp,
+                Event::Up,
+                Event::StartFailed,
+                Event::End,
+                Event::StopFailed,
+                Event::Removed,
+                Event::RemoveFailed,
+                Event::RetryDue,
+                Event::GivenUp,
             ])
             .prop_map(Step::Tell),
         ]
@@ -171,8 +171,8 @@ mod tests {
             State::Starting => 0,
             State::Running | State::Stopping(_) => 1,
             State::Ended => 2,
-            State::Removing | State::Leftover => 3,
-            State::Gone => 4,
+            State::Removing | State::RemoveFailed => 3,
+            State::Removed => 4,
         }
     }
 
@@ -185,9 +185,9 @@ mod tests {
                 match step {
                     Step::Ask(request) => {
                         let verdict = state.request(request);
-                        prop_assert!(verdict == Verdict::Do || state == before, "only a deed changes the state");
+                        prop_assert!(verdict == Decision::Do || state == before, "only a deed changes the state");
                         let alive = matches!(before, State::Running | State::Stopping(_));
-                        if verdict == Verdict::Do {
+                        if verdict == Decision::Do {
                             match request {
                                 Request::Signal | Request::Stop => prop_assert!(alive),
                                 Request::Destroy { force } => {
@@ -198,20 +198,20 @@ mod tests {
                             }
                         }
                         if before == State::Starting {
-                            prop_assert_eq!(verdict, Verdict::Later);
+                            prop_assert_eq!(verdict, Decision::Later);
                         }
-                        if verdict == Verdict::Later {
+                        if verdict == Decision::Later {
                             prop_assert!(matches!(before, State::Starting | State::Removing), "nobody waits for nothing");
                         }
                         if matches!(request, Request::Stop) {
-                            prop_assert!(!matches!(verdict, Verdict::Refuse(_)), "a stop is never refused");
+                            prop_assert!(!matches!(verdict, Decision::Reject(_)), "a stop is never refused");
                         }
                     }
-                    Step::Tell(fact) => state.learn(fact),
+                    Step::Tell(event) => state.apply(event),
                 }
                 prop_assert!(rank(state) >= rank(before), "{:?} led back to {:?}", before, state);
-                if before == State::Gone {
-                    prop_assert_eq!(state, State::Gone);
+                if before == State::Removed {
+                    prop_assert_eq!(state, State::Removed);
                 }
                 if let State::Stopping(waiting) = state {
                     prop_assert!(waiting > 0);
@@ -223,30 +223,30 @@ mod tests {
     #[test]
     fn the_usual_life() {
         let mut state = State::Starting;
-        state.learn(Fact::Up);
+        state.apply(Event::Up);
         assert_eq!(
             state.request(Request::Destroy { force: false }),
-            Verdict::Refuse(Refusal::StillRunning)
+            Decision::Reject(Rejection::StillRunning)
         );
-        assert_eq!(state.request(Request::Stop), Verdict::Do);
-        assert_eq!(state.request(Request::Stop), Verdict::Do);
-        state.learn(Fact::StopFailed);
+        assert_eq!(state.request(Request::Stop), Decision::Do);
+        assert_eq!(state.request(Request::Stop), Decision::Do);
+        state.apply(Event::StopFailed);
         assert_eq!(state, State::Stopping(1));
-        state.learn(Fact::End);
-        assert_eq!(state.request(Request::Stop), Verdict::Done);
+        state.apply(Event::End);
+        assert_eq!(state.request(Request::Stop), Decision::Done);
         assert_eq!(
             state.request(Request::Signal),
-            Verdict::Refuse(Refusal::NotRunning)
+            Decision::Reject(Rejection::NotRunning)
         );
         assert_eq!(
             state.request(Request::Destroy { force: false }),
-            Verdict::Do
+            Decision::Do
         );
-        state.learn(Fact::Removed);
-        assert_eq!(state, State::Gone);
+        state.apply(Event::Removed);
+        assert_eq!(state, State::Removed);
         assert_eq!(
             state.request(Request::Destroy { force: true }),
-            Verdict::Done
+            Decision::Done
         );
     }
 }

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Identity, Task, TaskError};
+use super::{Task, TaskError, TaskInfo};
 
 /// The tasks of this plugin process. Clones are the same store.
 #[derive(Debug, Clone, Default)]
@@ -26,7 +26,7 @@ impl TaskStore {
     }
 
     /// The task of this id, even when it is being cleared away.
-    pub(super) fn seat(&self, id: &str) -> Option<Task> {
+    pub(super) fn get_any(&self, id: &str) -> Option<Task> {
         self.tasks().get(id).cloned()
     }
 
@@ -36,13 +36,13 @@ impl TaskStore {
     }
 
     /// Strikes this very task off. Another one of the same id, which may have come meanwhile, stays.
-    pub(super) fn remove(&self, identity: &Arc<Identity>) {
+    pub(super) fn remove(&self, info: &Arc<TaskInfo>) {
         let mut tasks = self.tasks();
         let same = tasks
-            .get(&identity.id)
-            .is_some_and(|task| Arc::ptr_eq(&task.identity, identity));
+            .get(&info.id)
+            .is_some_and(|task| Arc::ptr_eq(&task.info, info));
         if same {
-            tasks.remove(&identity.id);
+            tasks.remove(&info.id);
         }
     }
 
@@ -56,18 +56,18 @@ impl TaskStore {
 mod tests {
     use super::*;
     use crate::backend::MockContainerBackend;
-    use crate::task::Life;
+    use crate::task::TaskStatus;
     use tokio::sync::{mpsc, watch};
 
     fn task() -> Task {
         Task {
-            identity: Arc::new(Identity {
+            info: Arc::new(TaskInfo {
                 id: "a/t/1".to_owned(),
                 alloc_id: "a".to_owned(),
                 name: "t".to_owned(),
             }),
             backend: Arc::new(MockContainerBackend::new()),
-            life: watch::channel(Life::default()).1,
+            status: watch::channel(TaskStatus::default()).1,
             mailbox: mpsc::channel(1).0,
         }
     }
@@ -78,11 +78,11 @@ mod tests {
         let (first, second) = (task(), task());
         store.insert(first.clone()).unwrap();
         assert!(store.insert(second.clone()).is_err());
-        store.remove(&first.identity);
+        store.remove(&first.info);
         store.insert(second.clone()).unwrap();
-        store.remove(&first.identity);
-        assert!(store.seat("a/t/1").is_some());
-        store.remove(&second.identity);
-        assert!(store.seat("a/t/1").is_none());
+        store.remove(&first.info);
+        assert!(store.get_any("a/t/1").is_some());
+        store.remove(&second.info);
+        assert!(store.get_any("a/t/1").is_none());
     }
 }

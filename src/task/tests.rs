@@ -17,13 +17,13 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 /// The generated mock, which answers at once, and what it can't play: the time until an end, and a start that takes long.
 #[derive(Debug)]
-pub(crate) struct Stage {
+pub(crate) struct TestBackend {
     pub(crate) mock: MockContainerBackend,
     pub(crate) end: watch::Sender<Option<Exit>>,
     pub(crate) gate: Semaphore,
 }
 
-impl Stage {
+impl TestBackend {
     /// A stage on which everything but an end happens at once.
     pub(crate) fn new(mock: MockContainerBackend) -> (Arc<Self>, watch::Sender<Option<Exit>>) {
         let end = watch::Sender::new(None);
@@ -42,7 +42,7 @@ impl Stage {
 }
 
 #[async_trait::async_trait]
-impl ContainerBackend for Stage {
+impl ContainerBackend for TestBackend {
     async fn probe(&self) -> Probe {
         self.mock.probe().await
     }
@@ -124,8 +124,8 @@ pub(crate) fn exit(code: i32, signal: i32) -> Exit {
     }
 }
 
-pub(crate) fn identity(id: &str) -> Identity {
-    Identity {
+pub(crate) fn info(id: &str) -> TaskInfo {
+    TaskInfo {
         id: id.to_owned(),
         name: "t".to_owned(),
         alloc_id: "a".to_owned(),
@@ -182,9 +182,9 @@ async fn in_time<T>(work: impl Future<Output = T>) -> T {
 
 #[tokio::test]
 async fn everybody_early_or_late_hears_the_same_end() {
-    let (stage, end) = Stage::new(starts());
+    let (stage, end) = TestBackend::new(starts());
     let tasks = tasks();
-    tasks.start(stage, identity(ID), spec(ID)).await.unwrap();
+    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
     let task = tasks.get(ID).unwrap();
     let early =
         [task.clone(), task.clone()].map(|task| tokio::spawn(async move { task.wait().await }));
@@ -201,15 +201,15 @@ async fn a_second_start_of_an_id_leaves_the_first_alone() {
     mock.expect_start()
         .times(1)
         .returning(|spec| Ok(started(&spec.id)));
-    let (stage, _end) = Stage::new(mock);
+    let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
     tasks
-        .start(stage.clone(), identity(ID), spec(ID))
+        .start(stage.clone(), info(ID), spec(ID))
         .await
         .unwrap();
-    let second = tasks.start(stage, identity(ID), spec(ID)).await;
+    let second = tasks.start(stage, info(ID), spec(ID)).await;
     assert!(matches!(second, Err(TaskError::AlreadyKnown(id)) if id == ID));
-    assert!(tasks.get(ID).unwrap().life().started.is_some());
+    assert!(tasks.get(ID).unwrap().status().started.is_some());
 }
 
 #[tokio::test]
@@ -219,11 +219,11 @@ async fn after_a_failed_start_the_id_is_free() {
     mock.expect_start()
         .times(1)
         .returning(|spec| Ok(started(&spec.id)));
-    let (stage, _end) = Stage::new(mock);
+    let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
-    let first = tasks.start(stage.clone(), identity(ID), spec(ID)).await;
+    let first = tasks.start(stage.clone(), info(ID), spec(ID)).await;
     assert!(matches!(first, Err(TaskError::Backend(_))));
-    assert!(tasks.start(stage, identity(ID), spec(ID)).await.is_ok());
+    assert!(tasks.start(stage, info(ID), spec(ID)).await.is_ok());
 }
 
 #[tokio::test]
@@ -237,16 +237,16 @@ async fn a_stop_returns_after_the_end_and_may_be_repeated() {
             heard.recv().unwrap().send_replace(Some(exit(143, 15)));
             Ok(())
         });
-    let (stage, end) = Stage::new(mock);
+    let (stage, end) = TestBackend::new(mock);
     ends.send(end).unwrap();
     let tasks = tasks();
-    tasks.start(stage, identity(ID), spec(ID)).await.unwrap();
+    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
     let task = tasks.get(ID).unwrap();
     for _ in 0..2 {
         in_time(task.stop(Some(Signal::TERM), Duration::from_secs(3)))
             .await
             .unwrap();
-        assert_eq!(task.life().exit, Some(exit(143, 15)));
+        assert_eq!(task.status().exit, Some(exit(143, 15)));
     }
     assert!(matches!(
         task.signal(Signal::INT).await,
@@ -260,9 +260,9 @@ async fn a_failed_stop_is_told_and_may_be_tried_again() {
     mock.expect_stop()
         .times(2)
         .returning(|_, _, _| Err(trouble()));
-    let (stage, _end) = Stage::new(mock);
+    let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
-    tasks.start(stage, identity(ID), spec(ID)).await.unwrap();
+    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
     let task = tasks.get(ID).unwrap();
     for _ in 0..2 {
         assert!(matches!(
@@ -287,11 +287,11 @@ async fn force_ends_a_running_task_and_tells_its_true_end() {
         .with(eq(ID))
         .times(1)
         .returning(|_| Ok(()));
-    let (stage, end) = Stage::new(mock);
+    let (stage, end) = TestBackend::new(mock);
     ends.send(end).unwrap();
     let tasks = tasks();
     tasks
-        .start(stage.clone(), identity(ID), spec(ID))
+        .start(stage.clone(), info(ID), spec(ID))
         .await
         .unwrap();
     let task = tasks.get(ID).unwrap();
@@ -322,7 +322,7 @@ async fn destroying_an_unknown_id_clears_leftovers_away() {
         .with(eq("x/y/z"))
         .times(2)
         .returning(|_| Ok(()));
-    let (stage, _end) = Stage::new(mock);
+    let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
     for _ in 0..2 {
         in_time(tasks.destroy(stage.clone(), "x/y/z", true))
@@ -336,10 +336,10 @@ async fn a_removal_that_fails_is_told_once_and_tried_again() {
     let mut mock = starts();
     mock.expect_remove().times(3).returning(|_| Err(trouble()));
     mock.expect_remove().times(1).returning(|_| Ok(()));
-    let (stage, end) = Stage::new(mock);
+    let (stage, end) = TestBackend::new(mock);
     let tasks = tasks();
     tasks
-        .start(stage.clone(), identity(ID), spec(ID))
+        .start(stage.clone(), info(ID), spec(ID))
         .await
         .unwrap();
     let task = tasks.get(ID).unwrap();
@@ -352,11 +352,11 @@ async fn a_removal_that_fails_is_told_once_and_tried_again() {
         "it is out of sight"
     );
     assert!(matches!(
-        tasks.start(stage, identity(ID), spec(ID)).await,
+        tasks.start(stage, info(ID), spec(ID)).await,
         Err(TaskError::AlreadyKnown(_))
     ));
-    tasks.desks.close();
-    timeout(Duration::from_secs(60), tasks.desks.wait())
+    tasks.actors.close();
+    timeout(Duration::from_secs(60), tasks.actors.wait())
         .await
         .expect("the retries succeed");
 }
@@ -365,14 +365,14 @@ async fn a_removal_that_fails_is_told_once_and_tried_again() {
 async fn a_removal_that_never_works_is_given_up() {
     let mut mock = MockContainerBackend::new();
     mock.expect_remove().times(6).returning(|_| Err(trouble()));
-    let (stage, _end) = Stage::new(mock);
+    let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
     assert!(tasks.destroy(stage, ID, true).await.is_err());
-    tasks.desks.close();
-    timeout(Duration::from_secs(600), tasks.desks.wait())
+    tasks.actors.close();
+    timeout(Duration::from_secs(600), tasks.actors.wait())
         .await
         .expect("it is given up");
-    assert!(tasks.store.seat(ID).is_none());
+    assert!(tasks.store.get_any(ID).is_none());
 }
 
 #[tokio::test]
@@ -384,13 +384,11 @@ async fn a_panic_is_an_error_of_this_task_alone() {
     mock.expect_start()
         .withf(|spec| spec.id == ID)
         .returning(|spec| Ok(started(&spec.id)));
-    let (stage, _end) = Stage::new(mock);
+    let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
-    let bad = tasks
-        .start(stage.clone(), identity("bad"), spec("bad"))
-        .await;
+    let bad = tasks.start(stage.clone(), info("bad"), spec("bad")).await;
     assert!(matches!(bad, Err(TaskError::Panicked)));
-    assert!(tasks.start(stage, identity(ID), spec(ID)).await.is_ok());
+    assert!(tasks.start(stage, info(ID), spec(ID)).await.is_ok());
 }
 
 #[tokio::test]
@@ -399,11 +397,11 @@ async fn recovering_what_is_known_attaches_once() {
     mock.expect_attach()
         .times(1)
         .returning(|started| Ok(started.clone()));
-    let (stage, end) = Stage::new(mock);
+    let (stage, end) = TestBackend::new(mock);
     let tasks = tasks();
     for _ in 0..2 {
         let found = tasks
-            .recover(stage.clone(), identity(ID), started(ID))
+            .recover(stage.clone(), info(ID), started(ID))
             .await
             .unwrap();
         assert_eq!(*found, started(ID));
@@ -415,12 +413,12 @@ async fn recovering_what_is_known_attaches_once() {
 
 #[tokio::test(start_paused = true)]
 async fn recovering_never_takes_long() {
-    let (stage, _end) = Stage::new(MockContainerBackend::new());
+    let (stage, _end) = TestBackend::new(MockContainerBackend::new());
     stage.gate.forget_permits(usize::MAX);
     let tasks = tasks();
     let lost = timeout(
         Duration::from_secs(6),
-        tasks.recover(stage, identity(ID), started(ID)),
+        tasks.recover(stage, info(ID), started(ID)),
     )
     .await;
     assert!(matches!(lost, Ok(Err(TaskError::AttachTimeout(_)))));
@@ -434,12 +432,12 @@ async fn requests_during_the_start_wait_for_it() {
         .with(always(), eq(Signal::INT))
         .times(1)
         .returning(|_, _| Ok(()));
-    let (stage, _end) = Stage::new(mock);
+    let (stage, _end) = TestBackend::new(mock);
     stage.gate.forget_permits(usize::MAX);
     let tasks = tasks();
     let start = tokio::spawn({
         let (tasks, stage) = (tasks.clone(), stage.clone());
-        async move { tasks.start(stage, identity(ID), spec(ID)).await.map(drop) }
+        async move { tasks.start(stage, info(ID), spec(ID)).await.map(drop) }
     });
     let task = loop {
         match tasks.get(ID) {
@@ -457,9 +455,9 @@ async fn requests_during_the_start_wait_for_it() {
 
 #[tokio::test]
 async fn the_end_of_the_process_is_no_end_of_a_task() {
-    let (stage, _end) = Stage::new(starts());
+    let (stage, _end) = TestBackend::new(starts());
     let tasks = tasks();
-    tasks.start(stage, identity(ID), spec(ID)).await.unwrap();
+    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
     let task = tasks.get(ID).unwrap();
     tasks.close(LIMIT).await;
     assert!(in_time(task.wait()).await.is_none(), "no conclusion");

@@ -57,7 +57,7 @@ fn start_request(task: &proto::TaskConfig) -> Request<proto::StartTaskRequest> {
 
 #[tokio::test]
 async fn a_start_gives_a_handle_that_finds_the_task_again() {
-    let (stage, _end) = Stage::new(starts());
+    let (stage, _end) = TestBackend::new(starts());
     let first = driver(stage);
     let task = Allocation::new().task(&[]);
     // The allocation is gone from disk by the time of the start; that is an error of the configuration.
@@ -102,7 +102,7 @@ async fn a_start_gives_a_handle_that_finds_the_task_again() {
     mock.expect_attach()
         .times(1)
         .returning(|started| Ok(started.clone()));
-    let (stage, end) = Stage::new(mock);
+    let (stage, end) = TestBackend::new(mock);
     let second = driver(stage);
     // What Nomad keeps over its own restart lacks the job's config block.
     let handle = proto::TaskHandle {
@@ -128,7 +128,7 @@ async fn a_start_gives_a_handle_that_finds_the_task_again() {
 
 #[tokio::test]
 async fn the_same_id_twice_leaves_the_first_alone() {
-    let (stage, _end) = Stage::new(starts());
+    let (stage, _end) = TestBackend::new(starts());
     let driver = driver(stage);
     let allocation = Allocation::new();
     let task = allocation.task(&[]);
@@ -192,7 +192,7 @@ async fn a_start_whose_caller_died_is_finished_and_taken_back() {
             tell.send(id.to_owned()).unwrap();
             Ok(())
         });
-    let (stage, end) = Stage::new(mock);
+    let (stage, end) = TestBackend::new(mock);
     stage.gate.forget_permits(usize::MAX);
     let driver = driver(stage.clone());
     let allocation = Allocation::new();

@@ -1,5 +1,5 @@
-//! The desk of one task: the one place where its state changes. It hears messages and the results of what it has under way, one
-//! at a time, and never waits for the backend itself, so that a forced end can overtake a long grace period.
+//! The actor of one task: the one place where its state changes. It handles commands and the results of its calls, one at a time,
+//! and never waits for the backend itself, so that a forced end can overtake a long grace period.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -8,19 +8,19 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::state::{Fact, Refusal, Request, State, Verdict};
+use super::state::{Decision, Event, Rejection, Request, State};
 use super::store::TaskStore;
-use super::{Identity, Life, TaskError};
+use super::{TaskError, TaskInfo, TaskStatus};
 use crate::backend::ContainerBackend;
 use crate::container::{ContainerSpec, Exit, Started, UNKNOWN_END};
 use crate::signal::Signal;
 
 /// How long finding a container again may take: the agent recovers one task after the other before its node is up.
-const ATTACH_LIMIT: Duration = Duration::from_secs(5);
+const RECOVER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an end that was brought about may take to become known before the desk goes on without.
-const END_LIMIT: Duration = Duration::from_secs(10);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// When clearing away is tried again; after the last one it is given up, with an error in the log.
-const RETRIES: [Duration; 5] = [
+const REMOVE_RETRY_DELAYS: [Duration; 5] = [
     Duration::from_secs(1),
     Duration::from_secs(5),
     Duration::from_secs(20),
@@ -33,17 +33,17 @@ type StartReply = oneshot::Sender<Result<Arc<Started>, TaskError>>;
 
 /// How a desk comes to its task.
 #[derive(Debug)]
-pub(super) enum Birth {
+pub(super) enum Origin {
     Start(Box<ContainerSpec>, StartReply),
     /// When it is its turn.
-    Attach(Box<Started>, Arc<Semaphore>, StartReply),
+    Recover(Box<Started>, Arc<Semaphore>, StartReply),
     /// Nothing is known but the id.
-    Leftover(Reply),
+    Cleanup(Reply),
 }
 
 /// A request to the desk.
 #[derive(Debug)]
-pub(super) enum Message {
+pub(super) enum Command {
     Signal {
         signal: Signal,
         reply: Reply,
@@ -70,157 +70,160 @@ enum Outcome {
 }
 
 #[derive(Debug)]
-pub(super) struct Desk {
-    identity: Arc<Identity>,
+pub(super) struct TaskActor {
+    info: Arc<TaskInfo>,
     backend: Arc<dyn ContainerBackend>,
     state: State,
-    life: watch::Sender<Life>,
-    messages: mpsc::Receiver<Box<Message>>,
+    status: watch::Sender<TaskStatus>,
+    commands: mpsc::Receiver<Box<Command>>,
     /// What has to wait for the next fact.
-    later: Vec<Message>,
-    under_way: JoinSet<Outcome>,
+    deferred: Vec<Command>,
+    in_flight: JoinSet<Outcome>,
     failed_removals: usize,
     store: TaskStore,
 }
 
-impl Desk {
+impl TaskActor {
     pub(super) fn new(
-        identity: Arc<Identity>,
+        info: Arc<TaskInfo>,
         backend: Arc<dyn ContainerBackend>,
-        life: watch::Sender<Life>,
-        messages: mpsc::Receiver<Box<Message>>,
+        status: watch::Sender<TaskStatus>,
+        commands: mpsc::Receiver<Box<Command>>,
         store: TaskStore,
     ) -> Self {
         Self {
-            identity,
+            info,
             backend,
             state: State::Starting,
-            life,
-            messages,
-            later: Vec::new(),
-            under_way: JoinSet::new(),
+            status,
+            commands,
+            deferred: Vec::new(),
+            in_flight: JoinSet::new(),
             failed_removals: 0,
             store,
         }
     }
 
     /// Keeps the desk until nothing of the task is left.
-    pub(super) async fn keep(mut self, birth: Birth) {
-        self.begin(birth);
-        while self.state != State::Gone {
+    pub(super) async fn run(mut self, origin: Origin) {
+        self.begin(origin);
+        while self.state != State::Removed {
             tokio::select! {
-                Some(outcome) = self.under_way.join_next() => {
+                Some(outcome) = self.in_flight.join_next() => {
                     // Every piece of work catches its own panic; see `whole`.
                     if let Ok(outcome) = outcome {
-                        self.learn(outcome);
+                        self.apply(outcome);
                     }
-                    for message in std::mem::take(&mut self.later) {
-                        self.hear(message);
+                    for command in std::mem::take(&mut self.deferred) {
+                        self.handle_command(command);
                     }
                 }
-                Some(message) = self.messages.recv() => self.hear(*message),
+                Some(command) = self.commands.recv() => self.handle_command(*command),
                 else => break,
             }
         }
-        self.store.remove(&self.identity);
-        self.life.send_modify(|life| {
-            life.forgotten = true;
-            life.over = true;
+        self.store.remove(&self.info);
+        self.status.send_modify(|status| {
+            status.removing = true;
+            status.closed = true;
         });
     }
 
-    fn begin(&mut self, birth: Birth) {
+    fn begin(&mut self, origin: Origin) {
         let backend = Arc::clone(&self.backend);
-        match birth {
-            Birth::Start(spec, reply) => {
-                self.under_way.spawn(async move {
-                    let up = whole(async move { Ok(backend.start(*spec).await?) }).await;
+        match origin {
+            Origin::Start(spec, reply) => {
+                self.in_flight.spawn(async move {
+                    let up = catch_panic(async move { Ok(backend.start(*spec).await?) }).await;
                     Outcome::Up(up, reply)
                 });
             }
-            Birth::Attach(started, turns, reply) => {
-                self.under_way.spawn(async move {
+            Origin::Recover(started, turns, reply) => {
+                self.in_flight.spawn(async move {
                     // Nobody closes it.
                     let _turn = turns.acquire_owned().await;
-                    let attach = whole(async move { Ok(backend.attach(&started).await?) });
-                    let up = tokio::time::timeout(ATTACH_LIMIT, attach).await;
+                    let attach = catch_panic(async move { Ok(backend.attach(&started).await?) });
+                    let up = tokio::time::timeout(RECOVER_TIMEOUT, attach).await;
                     Outcome::Up(
-                        up.unwrap_or(Err(TaskError::AttachTimeout(ATTACH_LIMIT))),
+                        up.unwrap_or(Err(TaskError::AttachTimeout(RECOVER_TIMEOUT))),
                         reply,
                     )
                 });
             }
-            Birth::Leftover(reply) => {
+            Origin::Cleanup(reply) => {
                 self.state = State::Removing;
                 self.remove(false, Some(reply));
             }
         }
     }
 
-    fn hear(&mut self, message: Message) {
-        let request = match &message {
-            Message::Signal { .. } => Request::Signal,
-            Message::Stop { .. } => Request::Stop,
-            Message::Destroy { force, .. } => Request::Destroy { force: *force },
+    fn handle_command(&mut self, command: Command) {
+        let request = match &command {
+            Command::Signal { .. } => Request::Signal,
+            Command::Stop { .. } => Request::Stop,
+            Command::Destroy { force, .. } => Request::Destroy { force: *force },
         };
         let running = matches!(self.state, State::Running | State::Stopping(_));
         match self.state.request(request) {
-            Verdict::Do => self.carry_out(message, running),
-            Verdict::Later => self.later.push(message),
-            Verdict::Done => answer(message.into_reply(), Ok(())),
-            Verdict::Refuse(refusal) => answer(message.into_reply(), Err(refusal.into())),
+            Decision::Do => self.execute(command, running),
+            Decision::Later => self.deferred.push(command),
+            Decision::Done => answer(command.into_reply(), Ok(())),
+            Decision::Reject(rejection) => answer(command.into_reply(), Err(rejection.into())),
         }
     }
 
-    fn carry_out(&mut self, message: Message, running: bool) {
+    fn execute(&mut self, command: Command, running: bool) {
         let backend = Arc::clone(&self.backend);
-        let started = self.life.borrow().started.clone();
-        match (message, started) {
-            (Message::Destroy { reply, .. }, _) => self.remove(running, Some(reply)),
-            (Message::Signal { signal, reply }, Some(started)) => {
-                self.under_way.spawn(async move {
-                    let sent = whole(async move { Ok(backend.signal(&started, signal).await?) });
+        let started = self.status.borrow().started.clone();
+        match (command, started) {
+            (Command::Destroy { reply, .. }, _) => self.remove(running, Some(reply)),
+            (Command::Signal { signal, reply }, Some(started)) => {
+                self.in_flight.spawn(async move {
+                    let sent =
+                        catch_panic(async move { Ok(backend.signal(&started, signal).await?) });
                     Outcome::Signalled(sent.await, reply)
                 });
             }
             (
-                Message::Stop {
+                Command::Stop {
                     signal,
                     grace,
                     reply,
                 },
                 Some(started),
             ) => {
-                let life = self.life.subscribe();
-                self.under_way.spawn(async move {
+                let status = self.status.subscribe();
+                self.in_flight.spawn(async move {
                     let stopped =
-                        whole(async move { Ok(backend.stop(&started, signal, grace).await?) })
-                            .await;
+                        catch_panic(
+                            async move { Ok(backend.stop(&started, signal, grace).await?) },
+                        )
+                        .await;
                     if stopped.is_ok() {
-                        until_end(life).await;
+                        wait_for_exit(status).await;
                     }
                     Outcome::Stopped(stopped, reply)
                 });
             }
-            (message, None) => answer(message.into_reply(), Err(TaskError::NotRunning)),
+            (command, None) => answer(command.into_reply(), Err(TaskError::NotRunning)),
         }
     }
 
     /// Clears everything away; what still runs is ended first, so that its true end becomes known to those who wait for it.
     fn remove(&mut self, running: bool, reply: Option<Reply>) {
-        self.life.send_modify(|life| life.forgotten = true);
+        self.status.send_modify(|status| status.removing = true);
         let backend = Arc::clone(&self.backend);
-        let id = self.identity.id.clone();
-        let started = self.life.borrow().started.clone().filter(|_| running);
-        let life = self.life.subscribe();
-        self.under_way.spawn(async move {
-            let removed = whole(async move {
+        let id = self.info.id.clone();
+        let started = self.status.borrow().started.clone().filter(|_| running);
+        let status = self.status.subscribe();
+        self.in_flight.spawn(async move {
+            let removed = catch_panic(async move {
                 if let Some(started) = started {
                     match backend
                         .stop(&started, Some(Signal::KILL), Duration::ZERO)
                         .await
                     {
-                        Ok(()) => until_end(life).await,
+                        Ok(()) => wait_for_exit(status).await,
                         Err(error) => log(&id, "could not be ended before it is removed", &error),
                     }
                 }
@@ -230,80 +233,80 @@ impl Desk {
         });
     }
 
-    fn learn(&mut self, outcome: Outcome) {
+    fn apply(&mut self, outcome: Outcome) {
         match outcome {
-            Outcome::Up(up, reply) => self.learn_start(up, reply),
+            Outcome::Up(up, reply) => self.apply_start(up, reply),
             Outcome::Ended(exit) => {
-                self.state.learn(Fact::End);
-                self.life.send_modify(|life| life.exit = Some(exit));
+                self.state.apply(Event::End);
+                self.status.send_modify(|status| status.exit = Some(exit));
             }
             Outcome::Signalled(result, reply) => answer(reply, result),
             Outcome::Stopped(result, reply) => {
                 if result.is_err() {
-                    self.state.learn(Fact::StopFailed);
+                    self.state.apply(Event::StopFailed);
                 }
                 answer(reply, result);
             }
-            Outcome::Removed(result, reply) => self.learn_removal(result, reply),
+            Outcome::Removed(result, reply) => self.apply_removal(result, reply),
             Outcome::RetryDue => {
-                if self.state == State::Leftover {
-                    self.state.learn(Fact::RetryDue);
+                if self.state == State::RemoveFailed {
+                    self.state.apply(Event::RetryDue);
                     self.remove(false, None);
                 }
             }
         }
     }
 
-    fn learn_start(&mut self, up: Result<Started, TaskError>, reply: StartReply) {
+    fn apply_start(&mut self, up: Result<Started, TaskError>, reply: StartReply) {
         let started = match up {
             Ok(started) => Arc::new(started),
             Err(error) => {
-                self.state.learn(Fact::StartFailed);
+                self.state.apply(Event::StartFailed);
                 // Out of the store before anybody hears of it: a second attempt may have the same id.
-                self.store.remove(&self.identity);
+                self.store.remove(&self.info);
                 let _ = reply.send(Err(error));
                 return;
             }
         };
-        self.state.learn(Fact::Up);
-        self.life
-            .send_modify(|life| life.started = Some(Arc::clone(&started)));
+        self.state.apply(Event::Up);
+        self.status
+            .send_modify(|status| status.started = Some(Arc::clone(&started)));
         let backend = Arc::clone(&self.backend);
-        let id = self.identity.id.clone();
+        let id = self.info.id.clone();
         let container = Arc::clone(&started);
-        self.under_way.spawn(async move {
-            let end = whole(async move { Ok(backend.wait(&container).await?) });
-            Outcome::Ended(end.await.unwrap_or_else(|error| lost(&id, &error)))
+        self.in_flight.spawn(async move {
+            let end = catch_panic(async move { Ok(backend.wait(&container).await?) });
+            Outcome::Ended(end.await.unwrap_or_else(|error| lost_exit(&id, &error)))
         });
         let _ = reply.send(Ok(started));
     }
 
-    fn learn_removal(&mut self, result: Result<(), TaskError>, reply: Option<Reply>) {
+    fn apply_removal(&mut self, result: Result<(), TaskError>, reply: Option<Reply>) {
         let Err(error) = &result else {
-            self.state.learn(Fact::Removed);
+            self.state.apply(Event::Removed);
             // Out of the store before anybody hears of it: who asks again shall find nothing.
-            self.store.remove(&self.identity);
+            self.store.remove(&self.info);
             answer_some(reply, Ok(()));
             return;
         };
-        self.state.learn(Fact::RemoveFailed);
-        self.life.send_modify(|life| life.over = true);
-        log(&self.identity.id, "could not be removed", error);
-        if let Some(pause) = RETRIES.get(self.failed_removals) {
+        self.state.apply(Event::RemoveFailed);
+        self.status.send_modify(|status| status.closed = true);
+        log(&self.info.id, "could not be removed", error);
+        if let Some(pause) = REMOVE_RETRY_DELAYS.get(self.failed_removals) {
             let pause = *pause;
-            self.under_way.spawn(async move {
+            self.in_flight.spawn(async move {
                 tokio::time::sleep(pause).await;
                 Outcome::RetryDue
             });
         } else {
-            self.state.learn(Fact::GivenUp);
+            self.state.apply(Event::GivenUp);
         }
         self.failed_removals += 1;
         answer_some(reply, result);
     }
 }
 
-impl Message {
+impl Command {
     fn into_reply(self) -> Reply {
         match self {
             Self::Signal { reply, .. } | Self::Stop { reply, .. } | Self::Destroy { reply, .. } => {
@@ -313,31 +316,35 @@ impl Message {
     }
 }
 
-impl From<Refusal> for TaskError {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Unknown => Self::Unknown,
-            Refusal::NotRunning => Self::NotRunning,
-            Refusal::StillRunning => Self::StillRunning,
+impl From<Rejection> for TaskError {
+    fn from(rejection: Rejection) -> Self {
+        match rejection {
+            Rejection::Unknown => Self::Unknown,
+            Rejection::NotRunning => Self::NotRunning,
+            Rejection::StillRunning => Self::StillRunning,
         }
     }
 }
 
 /// Runs work whose panic becomes an error of this work alone. It ends with the caller.
-async fn whole<T: Send + 'static>(
+async fn catch_panic<T: Send + 'static>(
     work: impl Future<Output = Result<T, TaskError>> + Send + 'static,
 ) -> Result<T, TaskError> {
     let handle = AbortOnDropHandle::new(tokio::spawn(work));
     handle.await.unwrap_or(Err(TaskError::Panicked))
 }
 
-async fn until_end(mut life: watch::Receiver<Life>) {
+async fn wait_for_exit(mut status: watch::Receiver<TaskStatus>) {
     // Without an answer the caller goes on: the end was brought about, only its record is missing.
-    let _ = tokio::time::timeout(END_LIMIT, life.wait_for(|life| life.exit.is_some())).await;
+    let _ = tokio::time::timeout(
+        EXIT_TIMEOUT,
+        status.wait_for(|status| status.exit.is_some()),
+    )
+    .await;
 }
 
 /// The exit of a container that nobody can watch any more.
-fn lost(id: &str, error: &TaskError) -> Exit {
+fn lost_exit(id: &str, error: &TaskError) -> Exit {
     log(id, "can't be watched any more", error);
     Exit {
         code: 1,
