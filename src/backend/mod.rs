@@ -1,5 +1,5 @@
-//! The hatch between wishes and the host: nine verbs in our own nouns, neither Nomad's nor systemd's. Behind it stands one
-//! real implementor, [`nspawn::NspawnBackend`]; in the unit tests of `driver` and `task` a generated mock stands there.
+//! The interface between driver logic and the host: nine operations, in neither Nomad's terms nor systemd's. Implemented by
+//! [`nspawn::NspawnBackend`], and by a generated mock in the unit tests of `driver` and `task`.
 //! It decides nothing about what a job may do: `config` did.
 
 use std::collections::BTreeSet;

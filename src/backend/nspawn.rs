@@ -37,16 +37,16 @@ use crate::supervisor::{
 };
 
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
-const START: Duration = Duration::from_secs(600);
+const START_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// How long a recovery waits for the first word of a supervisor that was found. It comes within a millisecond.
-const WORD: Duration = Duration::from_secs(1);
+const FIRST_STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long systemd-nspawn may take to tell its version.
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// How often it is looked whether a supervisor that can't be asked is gone.
-const LOOK: Duration = Duration::from_millis(2);
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// What an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -169,7 +169,7 @@ impl NspawnBackend {
     }
 
     /// The supervised container of a handle, found again if need be.
-    async fn find(&self, started: &Started) -> Result<Supervised, BackendError> {
+    async fn resolve(&self, started: &Started) -> Result<Supervised, BackendError> {
         let lost = |reason: &str| lost(started, reason);
         let boot = probe::boot_id().map_err(|source| {
             io_error(
@@ -218,7 +218,7 @@ impl NspawnBackend {
         blocking::run_start(move || prepare(&spec, &place, installed, kernel)).await
     }
 
-    async fn bring_up(&self, records: &Records) -> Result<Started, Failure> {
+    async fn launch_supervisor(&self, records: &Records) -> Result<Started, Failure> {
         let failed = |error: io::Error| {
             let reason = format!("its supervisor can't be started: {error}");
             Failure::new(Step::Watch, cause_of_host_error(&error), reason)
@@ -227,12 +227,12 @@ impl NspawnBackend {
         let (first, place) = (Arc::clone(&self.first), records.clone());
         let launched = blocking::run_start(move || {
             pause::at(&place, Point::OrderWritten);
-            let program = first_program(&first, &settings.state_dir)?;
+            let program = init_binary(&first, &settings.state_dir)?;
             supervisor::launch(&settings.binary, &place, program, &tracker)
         });
         let one = launched.await.map_err(failed)?;
         self.remember(records, one.clone());
-        match tokio::time::timeout(START, one.settled()).await {
+        match tokio::time::timeout(START_TIMEOUT, one.settled()).await {
             Ok(Status::Up(started)) => Ok((*started).clone()),
             Ok(Status::Failed(failure)) => Err((*failure).clone()),
             // A command that is over before the news of its start was read.
@@ -247,7 +247,10 @@ impl NspawnBackend {
                 "its supervisor died",
             )),
             Err(_) => {
-                let reason = format!("the container did not come up within {} s", START.as_secs());
+                let reason = format!(
+                    "the container did not come up within {} s",
+                    START_TIMEOUT.as_secs()
+                );
                 Err(Failure::new(Step::Nspawn, Cause::Resources, reason))
             }
         }
@@ -255,28 +258,28 @@ impl NspawnBackend {
 
     /// Ends and frees whatever stands in these records, and forgets them. Somebody else who is about to do the same is waited
     /// for, so that a successor in the same place is not taken for what is cleared away.
-    async fn clear(&self, records: &Records) -> Result<(), BackendError> {
+    async fn remove_start(&self, records: &Records) -> Result<(), BackendError> {
         let claimed = self.claims().contains_key(records.path());
         let _claim = match claimed {
             true => None,
-            false => claim(records).await?,
+            false => lock_task_dir(records).await?,
         };
-        self.clear_claimed(records).await
+        self.remove_locked(records).await
     }
 
-    pub(super) async fn clear_claimed(&self, records: &Records) -> Result<(), BackendError> {
+    pub(super) async fn remove_locked(&self, records: &Records) -> Result<(), BackendError> {
         let place = records.clone();
         let Some(machine) = blocking::run(move || roused(&place)).await else {
             self.forget(records);
             return Ok(());
         };
-        self.dismiss(records).await;
+        self.kill_via_supervisor(records).await;
         let place = records.clone();
         blocking::run(move || put_down(&place)).await;
         if let Some(known) = self.known(records) {
             let _ = tokio::time::timeout(PROMPT, known.gone()).await;
         }
-        if !unwatched(records).await {
+        if !wait_until_supervisor_exits(records).await {
             return Err(BackendError::Stuck {
                 machine,
                 reason: "its supervisor does not end".to_owned(),
@@ -311,10 +314,10 @@ impl NspawnBackend {
 
     /// Ends the supervisor of these records with its container. One that is just being started can't be asked yet; it is asked
     /// again until it is gone.
-    async fn dismiss(&self, records: &Records) {
+    async fn kill_via_supervisor(&self, records: &Records) {
         let end = Instant::now() + PROMPT;
         loop {
-            if let Some(one) = self.reach(records).await {
+            if let Some(one) = self.connect(records).await {
                 let _ = tokio::time::timeout(PROMPT, one.ask(Verb::Kill)).await;
                 let _ = tokio::time::timeout(PROMPT, one.gone()).await;
             } else {
@@ -323,12 +326,12 @@ impl NspawnBackend {
             if !is_watched(records).await || Instant::now() >= end {
                 return;
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 
     /// The supervisor of these records, whoever launched it, if it lives.
-    async fn reach(&self, records: &Records) -> Option<Supervised> {
+    async fn connect(&self, records: &Records) -> Option<Supervised> {
         // One that has ended may stand in for a successor that another process has started.
         let known = self
             .known(records)
@@ -337,7 +340,7 @@ impl NspawnBackend {
             return known;
         }
         let place = records.clone();
-        let running = blocking::run(move || running_now(&place)).await?;
+        let running = blocking::run(move || running_in_this_boot(&place)).await?;
         supervisor::attach(records, &running.started, &self.tracker)
             .await
             .ok()
@@ -385,7 +388,7 @@ impl ContainerBackend for NspawnBackend {
             StateDirError::Io { path, source } => io_error("making the directory", &path, source),
             refused => unsupported(refused.to_string()),
         })?;
-        self.clear(&records).await?;
+        self.remove_start(&records).await?;
         let (settings, id) = (Arc::clone(&self.settings), spec.id.clone());
         let earlier = blocking::run_start(move || Records::earlier(&settings.state_dir, &id)).await;
         let earlier = earlier.map_err(|source| {
@@ -393,26 +396,27 @@ impl ContainerBackend for NspawnBackend {
             io_error("looking for earlier starts in", place, source)
         })?;
         for earlier in earlier {
-            self.clear(&earlier).await?;
+            self.remove_start(&earlier).await?;
         }
         let installed = self
             .installed()
             .await
             .map_err(|error| error.of_start(&machine))?;
         let up = match self.ordered(spec, &records, installed).await {
-            Ok(()) => self
-                .bring_up(&records)
-                .await
-                .map_err(|failure| BackendError::Start {
-                    machine: machine.clone(),
-                    step: failure.step.as_str(),
-                    cause: failure.cause(),
-                    reason: failure.reason,
-                }),
+            Ok(()) => {
+                self.launch_supervisor(&records)
+                    .await
+                    .map_err(|failure| BackendError::Start {
+                        machine: machine.clone(),
+                        step: failure.step.as_str(),
+                        cause: failure.cause(),
+                        reason: failure.reason,
+                    })
+            }
             Err(error) => Err(error),
         };
         if up.is_err()
-            && let Err(error) = self.clear(&records).await
+            && let Err(error) = self.remove_start(&records).await
         {
             tracing::error!(machine, %error, "a failed start could not be cleared");
         }
@@ -420,7 +424,7 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn attach(&self, started: &Started) -> Result<Started, BackendError> {
-        let one = self.find(started).await?;
+        let one = self.resolve(started).await?;
         let records = Records::at(&started.state);
         // The record is believed, and not the handle.
         let handle = started.clone();
@@ -428,7 +432,7 @@ impl ContainerBackend for NspawnBackend {
             let running = records.running();
             running.map_or(handle, |running| running.started)
         });
-        let Ok(status) = tokio::time::timeout(WORD, one.settled()).await else {
+        let Ok(status) = tokio::time::timeout(FIRST_STATUS_TIMEOUT, one.settled()).await else {
             // It was found, and has somebody at its lifeline, who gets no processor time now. That is no reason to give it up.
             return Ok(recorded.await);
         };
@@ -448,7 +452,7 @@ impl ContainerBackend for NspawnBackend {
 
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
         // Boxed, because this waits as long as the container runs and the search is long over then.
-        let one = Box::pin(self.find(started)).await?;
+        let one = Box::pin(self.resolve(started)).await?;
         one.end().await.ok_or_else(|| BackendError::Lost {
             machine: started.machine.clone(),
             reason: "it never came up".to_owned(),
@@ -456,7 +460,7 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
-        let one = self.find(started).await?;
+        let one = self.resolve(started).await?;
         supervisor::rouse(started.supervisor);
         let asked = tokio::time::timeout(PROMPT, one.ask(Verb::Signal(signal.number()))).await;
         let answer = asked.unwrap_or_else(|_| {
@@ -475,12 +479,12 @@ impl ContainerBackend for NspawnBackend {
         signal: Option<Signal>,
         grace: Duration,
     ) -> Result<(), BackendError> {
-        let one = self.find(started).await?;
+        let one = self.resolve(started).await?;
         supervisor::rouse(started.supervisor);
         let open = || matches!(one.status(), Status::Up(_) | Status::Starting);
         if !grace.is_zero() && open() {
             let verb = signal.map_or(Verb::Stop, |signal| Verb::Signal(signal.number()));
-            let politely = async {
+            let gracefully = async {
                 // A request that fails leaves the wait for the grace time, and then force.
                 if let Err(reason) = one.ask(verb).await {
                     tracing::warn!(
@@ -491,7 +495,7 @@ impl ContainerBackend for NspawnBackend {
                 }
                 one.end().await
             };
-            let _ = tokio::time::timeout(grace, politely).await;
+            let _ = tokio::time::timeout(grace, gracefully).await;
         }
         if !open() {
             return Ok(());
@@ -516,7 +520,8 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn remove(&self, id: &str) -> Result<(), BackendError> {
-        self.clear(&Records::of(&self.settings.state_dir, id)).await
+        self.remove_start(&Records::of(&self.settings.state_dir, id))
+            .await
     }
 
     async fn usage(&self, started: &Started) -> Result<Usage, BackendError> {
@@ -531,7 +536,7 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn reconcile(&self, alloc_roots: &BTreeSet<PathBuf>) {
-        self.clear_orphans(&self.settings.state_dir, alloc_roots)
+        self.reconcile_state_dir(&self.settings.state_dir, alloc_roots)
             .await;
     }
 }
@@ -636,7 +641,7 @@ fn root(
 }
 
 /// The first program, made when it is needed first. Two that make it at once wait for nobody; one of the two is kept.
-fn first_program(made: &OnceLock<OwnedFd>, state_dir: &Path) -> io::Result<OwnedFd> {
+fn init_binary(made: &OnceLock<OwnedFd>, state_dir: &Path) -> io::Result<OwnedFd> {
     if let Some(program) = made.get() {
         return program.try_clone();
     }
@@ -657,7 +662,7 @@ fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
 }
 
 /// The supervisors that are alive of a start that has not recorded its container, so that it does not name them.
-fn unrecorded(records: &Records) -> Vec<Supervisor> {
+fn find_supervisors_by_cmdline(records: &Records) -> Vec<Supervisor> {
     if !records.is_watched() {
         return Vec::new();
     }
@@ -669,9 +674,11 @@ fn roused(records: &Records) -> Option<String> {
     if !records.path().exists() {
         return None;
     }
-    match running_now(records) {
+    match running_in_this_boot(records) {
         Some(running) => supervisor::rouse(running.started.supervisor),
-        None => unrecorded(records).iter().for_each(Supervisor::rouse),
+        None => find_supervisors_by_cmdline(records)
+            .iter()
+            .for_each(Supervisor::rouse),
     }
     let order = records.order();
     Some(order.map_or_else(
@@ -682,9 +689,11 @@ fn roused(records: &Records) -> Option<String> {
 
 /// Ends the supervisors of a start by force, where they have not ended.
 fn put_down(records: &Records) {
-    match running_now(records) {
+    match running_in_this_boot(records) {
         Some(running) => remains::kill(running.started.supervisor),
-        None => unrecorded(records).iter().for_each(Supervisor::end),
+        None => find_supervisors_by_cmdline(records)
+            .iter()
+            .for_each(Supervisor::end),
     }
 }
 
@@ -694,13 +703,13 @@ async fn is_watched(records: &Records) -> bool {
 }
 
 /// Waits until no supervisor of this start is alive; false where one goes on.
-async fn unwatched(records: &Records) -> bool {
+async fn wait_until_supervisor_exits(records: &Records) -> bool {
     let end = Instant::now() + PROMPT;
     while is_watched(records).await {
         if Instant::now() >= end {
             return false;
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
     true
 }
@@ -772,7 +781,7 @@ fn look(settings: &Settings, known: Option<&(Program, u32)>) -> Result<Look, NoV
         return Ok(Look::Known(program, *version));
     }
     let asked =
-        ask_version(&program.path).map_err(|error| NoVersion::not_run(&program.path, &error))?;
+        query_version(&program.path).map_err(|error| NoVersion::not_run(&program.path, &error))?;
     Ok(Look::Asked(program, Box::new(asked)))
 }
 
@@ -780,7 +789,7 @@ fn look(settings: &Settings, known: Option<&(Program, u32)>) -> Result<Look, NoV
     clippy::disallowed_methods,
     reason = "the one question the backend asks a tool"
 )]
-fn ask_version(program: &Path) -> io::Result<Child> {
+fn query_version(program: &Path) -> io::Result<Child> {
     let mut command = Command::new(program);
     command
         .arg("--version")
@@ -849,13 +858,13 @@ fn lost(started: &Started, reason: &str) -> BackendError {
 }
 
 /// The fact of a start, if it is of this boot: in another one its numbers mean other processes.
-fn running_now(records: &Records) -> Option<Running> {
+fn running_in_this_boot(records: &Records) -> Option<Running> {
     let running = records.running().ok()?;
     (probe::boot_id().ok()? == running.started.boot).then_some(running)
 }
 
 /// Claims a start, if it is there.
-async fn claim(records: &Records) -> Result<Option<Claim>, BackendError> {
+async fn lock_task_dir(records: &Records) -> Result<Option<Claim>, BackendError> {
     let place = records.clone();
     let taken = blocking::run(move || Claim::take(&place)).await;
     taken.map_err(|source| io_error("claiming", records.path(), source))

@@ -20,11 +20,15 @@ use crate::supervisor::{Claim, Records};
 
 /// When a claimed start is looked at again before it is passed over, in milliseconds: a process that is just being started holds
 /// what its starter had open until its own program runs, which on a busy host takes a while.
-const LOOKS: [u64; 6] = [0, 2, 10, 50, 200, 800];
+const RETRY_DELAYS: [u64; 6] = [0, 2, 10, 50, 200, 800];
 
 impl NspawnBackend {
     /// Clears away everything below this state directory that nobody claims, and what belongs to it elsewhere.
-    pub(super) async fn clear_orphans(&self, state_dir: &Path, alloc_roots: &BTreeSet<PathBuf>) {
+    pub(super) async fn reconcile_state_dir(
+        &self,
+        state_dir: &Path,
+        alloc_roots: &BTreeSet<PathBuf>,
+    ) {
         let Survey { starts, foreign } = match blocking(state_dir, orphans::survey).await {
             Ok(survey) => survey,
             Err(error) => {
@@ -38,13 +42,13 @@ impl NspawnBackend {
             }
         }
         let mut claimed = starts;
-        for pause in LOOKS {
+        for pause in RETRY_DELAYS {
             if !claimed.is_empty() {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
             }
             let mut still = Vec::new();
             for records in claimed {
-                if !self.clear_start(&records, alloc_roots).await {
+                if !self.reconcile_start(&records, alloc_roots).await {
                     still.push(records);
                 }
             }
@@ -58,11 +62,11 @@ impl NspawnBackend {
             let _ = tokio::task::spawn_blocking(move || supervisor.end()).await;
             tracing::info!(path = %directory.display(), pid, "ended a supervisor without records");
         }
-        self.clear_groups(state_dir).await;
+        self.reconcile_cgroups(state_dir).await;
     }
 
     /// Clears one start away, unless it is claimed or may be another agent's; false if it is claimed.
-    async fn clear_start(&self, records: &Records, alloc_roots: &BTreeSet<PathBuf>) -> bool {
+    async fn reconcile_start(&self, records: &Records, alloc_roots: &BTreeSet<PathBuf>) -> bool {
         let path = records.path().display().to_string();
         let owned = records.clone();
         let seized = tokio::task::spawn_blocking(move || seize(&owned)).await;
@@ -82,7 +86,7 @@ impl NspawnBackend {
         };
         let what = describe(records);
         let task = records.order().map(|order| order.id).unwrap_or_default();
-        match self.clear_claimed(records).await {
+        match self.remove_locked(records).await {
             Ok(()) => tracing::info!(path, task, "cleared away {what}"),
             Err(error) => log_failure(&path, &error),
         }
@@ -121,7 +125,7 @@ impl NspawnBackend {
         named.insert(path.to_owned())
     }
 
-    async fn clear_groups(&self, state_dir: &Path) {
+    async fn reconcile_cgroups(&self, state_dir: &Path) {
         let groups = blocking(state_dir, |dir| Ok(orphans::groups(dir))).await;
         let groups = groups.unwrap_or_else(|error| {
             tracing::error!(error, "control groups without records can't be looked for");
