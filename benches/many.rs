@@ -15,8 +15,8 @@ use anyhow::{Context as _, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
 use nomad_driver_nspawn::proto::driver::{CapabilitiesRequest, TaskHandle, TaskStatsRequest};
-use nomad_driver_nspawn::supervisor::record::Records;
-use nomad_driver_nspawn::supervisor::remains;
+use nomad_driver_nspawn::supervisor::cleanup;
+use nomad_driver_nspawn::supervisor::task_dir::TaskDir;
 use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -212,11 +212,11 @@ impl Drop for Site {
             return;
         };
         for entry in entries.flatten() {
-            let records = Records::at(entry.path());
-            if let Ok(running) = records.running() {
-                remains::kill(running.started.supervisor);
+            let task_dir = TaskDir::new(entry.path());
+            if let Ok(running) = task_dir.running() {
+                cleanup::kill(running.started.supervisor);
             }
-            let _ = remains::end(&records);
+            let _ = cleanup::kill_and_release(&task_dir);
         }
     }
 }

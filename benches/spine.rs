@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use nomad_driver_nspawn::cgroup::{Group, Layout};
 use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
-use nomad_driver_nspawn::supervisor::process::Held;
-use nomad_driver_nspawn::supervisor::record::Records;
+use nomad_driver_nspawn::supervisor::process::ProcessHandle;
+use nomad_driver_nspawn::supervisor::task_dir::TaskDir;
 use serde_json::json;
 
 mod figures;
@@ -212,7 +212,7 @@ fn bare_container(scratch: &Path, tree: &Path) -> anyhow::Result<Run> {
     let mut child = spawn_bare(&socket, &place.group, tree, &alloc)?;
     let leader = leader_of(&notify)?;
     let up = begun.elapsed();
-    let held = Held::by_pid(leader)?;
+    let held = ProcessHandle::open(leader)?;
     fs::write(&go, "go\n")?;
     ensure!(held.wait(LONG), "the payload does not end");
     let ended = Instant::now();
@@ -294,8 +294,8 @@ async fn driven_container(
     let begun = Instant::now();
     let started = plugin.start(task).await?;
     let up = begun.elapsed();
-    let running = Records::of(&scratch.join("state"), &id).running()?;
-    let held = Held::by_pid(running.started.leader.pid)?;
+    let running = TaskDir::for_task(&scratch.join("state"), &id).running()?;
+    let held = ProcessHandle::open(running.started.leader.pid)?;
     drop(started);
     let resting = if rest {
         at_rest(running.started.supervisor.pid).await?

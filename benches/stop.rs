@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::process::{Held, first_child};
-use nomad_driver_nspawn::supervisor::record::{Records, Running};
+use nomad_driver_nspawn::supervisor::process::{ProcessHandle, first_child};
+use nomad_driver_nspawn::supervisor::task_dir::{Running, TaskDir};
 use serde_json::{Value, json};
 
 mod figures;
@@ -149,7 +149,7 @@ fn freeze_all(running: &Running) -> anyhow::Result<()> {
 
 fn strike(pid: i32) -> anyhow::Result<()> {
     let stop = Signal::from_number(19).context("SIGSTOP")?;
-    Ok(Held::by_pid(pid)?.signal(stop)?)
+    Ok(ProcessHandle::open(pid)?.signal(stop)?)
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -283,7 +283,7 @@ fn bare(tree: &Path) -> anyhow::Result<f64> {
         .context("its output")?
         .read_exact(&mut up)?;
     let leader = first_child(i32::try_from(nspawn.id())?).context("the leader")?;
-    let leader = Held::by_pid(leader)?;
+    let leader = ProcessHandle::open(leader)?;
     leader.signal(Signal::KILL)?;
     ensure!(leader.wait(LONG), "it does not end");
     let gone = Instant::now();
@@ -314,8 +314,8 @@ async fn stop(
     while !up.exists() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let running = Records::of(&scratch.join("state"), &id).running()?;
-    let held = Held::by_pid(running.started.leader.pid)?;
+    let running = TaskDir::for_task(&scratch.join("state"), &id).running()?;
+    let held = ProcessHandle::open(running.started.leader.pid)?;
     if case.config["process_two"] == true {
         let pid = running.started.leader.pid;
         held_by_init.push(kib(pid, "smaps_rollup", "Anonymous:"));

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use nomad_driver_nspawn::config::{self, ImageSearchPath, PluginConfig, TaskContext};
 use nomad_driver_nspawn::container::Exit;
-use nomad_driver_nspawn::supervisor::line::{self, Question, Told};
-use nomad_driver_nspawn::supervisor::record::{self, Order, Running};
+use nomad_driver_nspawn::supervisor::protocol::{self, IncomingEvent, IncomingRequest};
+use nomad_driver_nspawn::supervisor::task_dir::{self, LaunchSpec, Running};
 use nomad_driver_nspawn::task::handle;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -32,17 +32,20 @@ fn is_one_line(error: &dyn std::fmt::Display) {
 }
 
 fn is_kept<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
-    match record::decode::<T>(bytes) {
+    match task_dir::decode::<T>(bytes) {
         Ok(read) => {
-            let written = record::encode(&read).expect("what was read can be written");
-            assert_eq!(record::decode::<T>(&written).expect("and read again"), read);
+            let written = task_dir::encode(&read).expect("what was read can be written");
+            assert_eq!(
+                task_dir::decode::<T>(&written).expect("and read again"),
+                read
+            );
         }
         Err(error) => is_one_line(&error),
     }
 }
 
 pub(crate) fn order(bytes: &[u8]) {
-    is_kept::<Order>(bytes);
+    is_kept::<LaunchSpec>(bytes);
 }
 
 pub(crate) fn records(bytes: &[u8]) {
@@ -74,8 +77,8 @@ fn lines<T: DeserializeOwned>(bytes: &[u8], mut each: impl FnMut(T)) {
     let mut received = bytes.to_vec();
     loop {
         let before = received.len();
-        match line::next::<T>(&mut received) {
-            None => break assert!(received.len() <= line::LONGEST),
+        match protocol::decode_next::<T>(&mut received) {
+            None => break assert!(received.len() <= protocol::MAX_LINE_BYTES),
             Some(Err(garbage)) => break is_one_line(&garbage),
             Some(Ok(message)) => {
                 assert!(received.len() < before);
@@ -86,18 +89,18 @@ fn lines<T: DeserializeOwned>(bytes: &[u8], mut each: impl FnMut(T)) {
 }
 
 pub(crate) fn requests(bytes: &[u8]) {
-    lines(bytes, |question: Question| {
-        if let Question::Known(request) = question {
-            let again = line::next::<Question>(&mut line::line(&request));
+    lines(bytes, |question: IncomingRequest| {
+        if let IncomingRequest::Known(request) = question {
+            let again = protocol::decode_next::<IncomingRequest>(&mut protocol::encode(&request));
             assert_eq!(again, Some(Ok(question)));
         }
     });
 }
 
 pub(crate) fn news(bytes: &[u8]) {
-    lines(bytes, |told: Told| {
-        if let Told::Known(news) = &told {
-            let again = line::next::<Told>(&mut line::line(news));
+    lines(bytes, |told: IncomingEvent| {
+        if let IncomingEvent::Known(news) = &told {
+            let again = protocol::decode_next::<IncomingEvent>(&mut protocol::encode(news));
             assert_eq!(again, Some(Ok(told)));
         }
     });

@@ -27,13 +27,13 @@ use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 use crate::nspawn::version::{self, Feature};
 use crate::nspawn::{idmap, ownership, probe, root};
 use crate::signal::Signal;
-use crate::supervisor::orphans::{self, Supervisor};
-use crate::supervisor::pause::{self, Point};
-use crate::supervisor::record::{self, Running};
+use crate::supervisor::failpoint::{self, Failpoint};
+use crate::supervisor::orphans::{self, SupervisorProcess};
 use crate::supervisor::state_dir::StateDirError;
+use crate::supervisor::task_dir::{self, Running};
 use crate::supervisor::{
-    self, Claim, Failure, First, Order, PROMPT, Records, Status, Step, Supervised, Verb, remains,
-    state_dir,
+    self, Action, LaunchSpec, Pid1, REQUEST_TIMEOUT, StartFailure, StartStep, Status,
+    SupervisorClient, TaskDir, TaskLock, cleanup, state_dir,
 };
 
 /// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
@@ -66,9 +66,9 @@ pub struct Settings {
 pub struct NspawnBackend {
     settings: Arc<Settings>,
     kernel: (u32, u32),
-    supervised: Mutex<HashMap<PathBuf, Supervised>>,
+    clients: Mutex<HashMap<PathBuf, SupervisorClient>>,
     /// The starts that are this backend's, until they are removed.
-    claims: Mutex<HashMap<PathBuf, Claim>>,
+    locks: Mutex<HashMap<PathBuf, TaskLock>>,
     /// What was found in the state directory, left alone and named in the log.
     pub(super) named: Mutex<BTreeSet<PathBuf>>,
     version: Arc<tokio::sync::Mutex<Option<(Program, u32)>>>,
@@ -93,8 +93,8 @@ impl NspawnBackend {
         Self {
             settings: Arc::new(settings),
             kernel: probe::kernel(),
-            supervised: Mutex::default(),
-            claims: Mutex::default(),
+            clients: Mutex::default(),
+            locks: Mutex::default(),
             named: Mutex::default(),
             version: Arc::default(),
             probing: Arc::default(),
@@ -139,37 +139,28 @@ impl NspawnBackend {
         })
     }
 
-    fn known(&self, records: &Records) -> Option<Supervised> {
-        let supervised = self
-            .supervised
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        supervised.get(records.path()).cloned()
+    fn known(&self, task_dir: &TaskDir) -> Option<SupervisorClient> {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.get(task_dir.path()).cloned()
     }
 
-    fn remember(&self, records: &Records, one: Supervised) {
-        let mut supervised = self
-            .supervised
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        supervised.insert(records.path().to_owned(), one);
+    fn remember(&self, task_dir: &TaskDir, client: SupervisorClient) {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.insert(task_dir.path().to_owned(), client);
     }
 
-    fn forget(&self, records: &Records) {
-        let mut supervised = self
-            .supervised
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        supervised.remove(records.path());
-        self.claims().remove(records.path());
+    fn forget(&self, task_dir: &TaskDir) {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        clients.remove(task_dir.path());
+        self.locks().remove(task_dir.path());
     }
 
-    fn claims(&self) -> MutexGuard<'_, HashMap<PathBuf, Claim>> {
-        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    fn locks(&self) -> MutexGuard<'_, HashMap<PathBuf, TaskLock>> {
+        self.locks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The supervised container of a handle, found again if need be.
-    async fn resolve(&self, started: &Started) -> Result<Supervised, BackendError> {
+    async fn resolve(&self, started: &Started) -> Result<SupervisorClient, BackendError> {
         let lost = |reason: &str| lost(started, reason);
         let boot = probe::boot_id().map_err(|source| {
             io_error(
@@ -182,67 +173,67 @@ impl NspawnBackend {
             return Err(lost("the host has been started anew since"));
         }
         // The handle names the place: an operator may have chosen another state directory since. So the place has to prove itself.
-        let records = Records::at(&started.state);
+        let task_dir = TaskDir::new(&started.state);
         let state_dir = started.state.parent().unwrap_or_else(|| Path::new("/"));
-        if Records::of(state_dir, &started.id) != records {
+        if TaskDir::for_task(state_dir, &started.id) != task_dir {
             return Err(lost("its state lies in another one's place"));
         }
-        if let Some(known) = self.known(&records) {
+        if let Some(known) = self.known(&task_dir) {
             return Ok(known);
         }
-        let (place, handle) = (records.clone(), started.clone());
-        let (claim, recorded) = blocking::run(move || recorded(&place, &handle)).await?;
-        let attached = supervisor::attach(&records, &recorded, &self.tracker).await;
-        let attached =
-            attached.map_err(|source| io_error("connecting to", &records.lifeline(), source))?;
-        let one =
+        let (place, handle) = (task_dir.clone(), started.clone());
+        let (lock, recorded) = blocking::run(move || recorded(&place, &handle)).await?;
+        let attached = supervisor::attach(&task_dir, &recorded, &self.tracker).await;
+        let attached = attached
+            .map_err(|source| io_error("connecting to", &task_dir.control_socket(), source))?;
+        let client =
             attached.ok_or_else(|| lost("its supervisor is gone and has left no exit record"))?;
-        self.remember(&records, one.clone());
-        self.claims().insert(records.path().to_owned(), claim);
-        Ok(one)
+        self.remember(&task_dir, client.clone());
+        self.locks().insert(task_dir.path().to_owned(), lock);
+        Ok(client)
     }
 
     /// Claims a new start and writes its order.
     async fn ordered(
         &self,
         spec: ContainerSpec,
-        records: &Records,
+        task_dir: &TaskDir,
         installed: (PathBuf, u32),
     ) -> Result<(), BackendError> {
-        let place = records.clone();
-        let claim = blocking::run_start(move || Claim::create(&place)).await;
-        let claim =
-            claim.map_err(|source| io_error("making the directory", records.path(), source))?;
-        self.claims().insert(records.path().to_owned(), claim);
-        let (place, kernel) = (records.clone(), self.kernel);
+        let place = task_dir.clone();
+        let lock = blocking::run_start(move || TaskLock::create(&place)).await;
+        let lock =
+            lock.map_err(|source| io_error("making the directory", task_dir.path(), source))?;
+        self.locks().insert(task_dir.path().to_owned(), lock);
+        let (place, kernel) = (task_dir.clone(), self.kernel);
         blocking::run_start(move || prepare(&spec, &place, installed, kernel)).await
     }
 
-    async fn launch_supervisor(&self, records: &Records) -> Result<Started, Failure> {
+    async fn launch_supervisor(&self, task_dir: &TaskDir) -> Result<Started, StartFailure> {
         let failed = |error: io::Error| {
             let reason = format!("its supervisor can't be started: {error}");
-            Failure::new(Step::Watch, cause_of_host_error(&error), reason)
+            StartFailure::new(StartStep::Watch, cause_of_host_error(&error), reason)
         };
         let (settings, tracker) = (Arc::clone(&self.settings), self.tracker.clone());
-        let (first, place) = (Arc::clone(&self.first), records.clone());
+        let (first, place) = (Arc::clone(&self.first), task_dir.clone());
         let launched = blocking::run_start(move || {
-            pause::at(&place, Point::OrderWritten);
+            failpoint::hit(&place, Failpoint::OrderWritten);
             let program = init_binary(&first, &settings.state_dir)?;
             supervisor::launch(&settings.binary, &place, program, &tracker)
         });
-        let one = launched.await.map_err(failed)?;
-        self.remember(records, one.clone());
-        match tokio::time::timeout(START_TIMEOUT, one.settled()).await {
+        let client = launched.await.map_err(failed)?;
+        self.remember(task_dir, client.clone());
+        match tokio::time::timeout(START_TIMEOUT, client.start_outcome()).await {
             Ok(Status::Up(started)) => Ok((*started).clone()),
             Ok(Status::Failed(failure)) => Err((*failure).clone()),
             // A command that is over before the news of its start was read.
             Ok(Status::Ended(_)) => {
-                let place = records.clone();
+                let place = task_dir.clone();
                 let running = blocking::run(move || place.running()).await;
                 running.map(|running| running.started).map_err(failed)
             }
-            Ok(Status::Starting) => Err(Failure::new(
-                Step::Watch,
+            Ok(Status::Starting) => Err(StartFailure::new(
+                StartStep::Watch,
                 Cause::Unknown,
                 "its supervisor died",
             )),
@@ -251,56 +242,62 @@ impl NspawnBackend {
                     "the container did not come up within {} s",
                     START_TIMEOUT.as_secs()
                 );
-                Err(Failure::new(Step::Nspawn, Cause::Resources, reason))
+                Err(StartFailure::new(
+                    StartStep::Nspawn,
+                    Cause::Resources,
+                    reason,
+                ))
             }
         }
     }
 
     /// Ends and frees whatever stands in these records, and forgets them. Somebody else who is about to do the same is waited
     /// for, so that a successor in the same place is not taken for what is cleared away.
-    async fn remove_start(&self, records: &Records) -> Result<(), BackendError> {
-        let claimed = self.claims().contains_key(records.path());
+    async fn remove_start(&self, task_dir: &TaskDir) -> Result<(), BackendError> {
+        let claimed = self.locks().contains_key(task_dir.path());
         let _claim = match claimed {
             true => None,
-            false => lock_task_dir(records).await?,
+            false => lock_task_dir(task_dir).await?,
         };
-        self.remove_locked(records).await
+        self.remove_locked(task_dir).await
     }
 
-    pub(super) async fn remove_locked(&self, records: &Records) -> Result<(), BackendError> {
-        let place = records.clone();
+    pub(super) async fn remove_locked(&self, task_dir: &TaskDir) -> Result<(), BackendError> {
+        let place = task_dir.clone();
         let Some(machine) = blocking::run(move || roused(&place)).await else {
-            self.forget(records);
+            self.forget(task_dir);
             return Ok(());
         };
-        self.kill_via_supervisor(records).await;
-        let place = records.clone();
-        blocking::run(move || put_down(&place)).await;
-        if let Some(known) = self.known(records) {
-            let _ = tokio::time::timeout(PROMPT, known.gone()).await;
+        self.kill_via_supervisor(task_dir).await;
+        let place = task_dir.clone();
+        blocking::run(move || kill_supervisor(&place)).await;
+        if let Some(known) = self.known(task_dir) {
+            let _ = tokio::time::timeout(REQUEST_TIMEOUT, known.wait_until_gone()).await;
         }
-        if !wait_until_supervisor_exits(records).await {
+        if !wait_until_supervisor_exits(task_dir).await {
             return Err(BackendError::Stuck {
                 machine,
                 reason: "its supervisor does not end".to_owned(),
             });
         }
-        let place = records.clone();
+        let place = task_dir.clone();
         let ended = tokio::task::spawn_blocking(move || {
-            pause::at(&place, Point::Removing);
-            remains::end(&place).and_then(|()| place.remove())
+            failpoint::hit(&place, Failpoint::Removing);
+            cleanup::kill_and_release(&place).and_then(|()| place.remove())
         })
         .await;
-        self.forget(records);
+        self.forget(task_dir);
         match ended {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) if record::is_of_later_form(&error) => Err(BackendError::Unsupported {
-                machine,
-                reason: format!(
-                    "{}: {error}; install the driver that wrote it, or remove the directory",
-                    records.path().display()
-                ),
-            }),
+            Ok(Err(error)) if task_dir::is_of_later_form(&error) => {
+                Err(BackendError::Unsupported {
+                    machine,
+                    reason: format!(
+                        "{}: {error}; install the driver that wrote it, or remove the directory",
+                        task_dir.path().display()
+                    ),
+                })
+            }
             Ok(Err(error)) => Err(BackendError::Stuck {
                 machine,
                 reason: error.to_string(),
@@ -314,16 +311,16 @@ impl NspawnBackend {
 
     /// Ends the supervisor of these records with its container. One that is just being started can't be asked yet; it is asked
     /// again until it is gone.
-    async fn kill_via_supervisor(&self, records: &Records) {
-        let end = Instant::now() + PROMPT;
+    async fn kill_via_supervisor(&self, task_dir: &TaskDir) {
+        let end = Instant::now() + REQUEST_TIMEOUT;
         loop {
-            if let Some(one) = self.connect(records).await {
-                let _ = tokio::time::timeout(PROMPT, one.ask(Verb::Kill)).await;
-                let _ = tokio::time::timeout(PROMPT, one.gone()).await;
+            if let Some(client) = self.connect(task_dir).await {
+                let _ = tokio::time::timeout(REQUEST_TIMEOUT, client.request(Action::Kill)).await;
+                let _ = tokio::time::timeout(REQUEST_TIMEOUT, client.wait_until_gone()).await;
             } else {
-                supervisor::dismiss(records).await;
+                supervisor::request_kill(task_dir).await;
             }
-            if !is_watched(records).await || Instant::now() >= end {
+            if !has_supervisor(task_dir).await || Instant::now() >= end {
                 return;
             }
             tokio::time::sleep(POLL_INTERVAL).await;
@@ -331,17 +328,17 @@ impl NspawnBackend {
     }
 
     /// The supervisor of these records, whoever launched it, if it lives.
-    async fn connect(&self, records: &Records) -> Option<Supervised> {
+    async fn connect(&self, task_dir: &TaskDir) -> Option<SupervisorClient> {
         // One that has ended may stand in for a successor that another process has started.
         let known = self
-            .known(records)
+            .known(task_dir)
             .filter(|known| matches!(known.status(), Status::Starting | Status::Up(_)));
         if known.is_some() {
             return known;
         }
-        let place = records.clone();
+        let place = task_dir.clone();
         let running = blocking::run(move || running_in_this_boot(&place)).await?;
-        supervisor::attach(records, &running.started, &self.tracker)
+        supervisor::attach(task_dir, &running.started, &self.tracker)
             .await
             .ok()
             .flatten()
@@ -376,7 +373,7 @@ impl ContainerBackend for NspawnBackend {
 
     async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
         let machine = spec.machine.clone();
-        let records = Records::of(&self.settings.state_dir, &spec.id);
+        let task_dir = TaskDir::for_task(&self.settings.state_dir, &spec.id);
         let unsupported = |reason| BackendError::Unsupported {
             machine: machine.clone(),
             reason,
@@ -388,9 +385,10 @@ impl ContainerBackend for NspawnBackend {
             StateDirError::Io { path, source } => io_error("making the directory", &path, source),
             refused => unsupported(refused.to_string()),
         })?;
-        self.remove_start(&records).await?;
+        self.remove_start(&task_dir).await?;
         let (settings, id) = (Arc::clone(&self.settings), spec.id.clone());
-        let earlier = blocking::run_start(move || Records::earlier(&settings.state_dir, &id)).await;
+        let earlier =
+            blocking::run_start(move || TaskDir::previous_starts(&settings.state_dir, &id)).await;
         let earlier = earlier.map_err(|source| {
             let place = &self.settings.state_dir;
             io_error("looking for earlier starts in", place, source)
@@ -402,9 +400,9 @@ impl ContainerBackend for NspawnBackend {
             .installed()
             .await
             .map_err(|error| error.of_start(&machine))?;
-        let up = match self.ordered(spec, &records, installed).await {
+        let up = match self.ordered(spec, &task_dir, installed).await {
             Ok(()) => {
-                self.launch_supervisor(&records)
+                self.launch_supervisor(&task_dir)
                     .await
                     .map_err(|failure| BackendError::Start {
                         machine: machine.clone(),
@@ -416,7 +414,7 @@ impl ContainerBackend for NspawnBackend {
             Err(error) => Err(error),
         };
         if up.is_err()
-            && let Err(error) = self.remove_start(&records).await
+            && let Err(error) = self.remove_start(&task_dir).await
         {
             tracing::error!(machine, %error, "a failed start could not be cleared");
         }
@@ -424,15 +422,16 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn attach(&self, started: &Started) -> Result<Started, BackendError> {
-        let one = self.resolve(started).await?;
-        let records = Records::at(&started.state);
+        let client = self.resolve(started).await?;
+        let task_dir = TaskDir::new(&started.state);
         // The record is believed, and not the handle.
         let handle = started.clone();
         let recorded = blocking::run(move || {
-            let running = records.running();
+            let running = task_dir.running();
             running.map_or(handle, |running| running.started)
         });
-        let Ok(status) = tokio::time::timeout(FIRST_STATUS_TIMEOUT, one.settled()).await else {
+        let Ok(status) = tokio::time::timeout(FIRST_STATUS_TIMEOUT, client.start_outcome()).await
+        else {
             // It was found, and has somebody at its lifeline, who gets no processor time now. That is no reason to give it up.
             return Ok(recorded.await);
         };
@@ -452,19 +451,23 @@ impl ContainerBackend for NspawnBackend {
 
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
         // Boxed, because this waits as long as the container runs and the search is long over then.
-        let one = Box::pin(self.resolve(started)).await?;
-        one.end().await.ok_or_else(|| BackendError::Lost {
+        let client = Box::pin(self.resolve(started)).await?;
+        client.end().await.ok_or_else(|| BackendError::Lost {
             machine: started.machine.clone(),
             reason: "it never came up".to_owned(),
         })
     }
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
-        let one = self.resolve(started).await?;
-        supervisor::rouse(started.supervisor);
-        let asked = tokio::time::timeout(PROMPT, one.ask(Verb::Signal(signal.number()))).await;
+        let client = self.resolve(started).await?;
+        supervisor::sigcont(started.supervisor);
+        let asked = tokio::time::timeout(
+            REQUEST_TIMEOUT,
+            client.request(Action::Signal(signal.number())),
+        )
+        .await;
         let answer = asked.unwrap_or_else(|_| {
-            let seconds = PROMPT.as_secs();
+            let seconds = REQUEST_TIMEOUT.as_secs();
             Err(format!("its supervisor has not answered for {seconds} s"))
         });
         answer.map_err(|reason| BackendError::Stuck {
@@ -479,21 +482,21 @@ impl ContainerBackend for NspawnBackend {
         signal: Option<Signal>,
         grace: Duration,
     ) -> Result<(), BackendError> {
-        let one = self.resolve(started).await?;
-        supervisor::rouse(started.supervisor);
-        let open = || matches!(one.status(), Status::Up(_) | Status::Starting);
+        let client = self.resolve(started).await?;
+        supervisor::sigcont(started.supervisor);
+        let open = || matches!(client.status(), Status::Up(_) | Status::Starting);
         if !grace.is_zero() && open() {
-            let verb = signal.map_or(Verb::Stop, |signal| Verb::Signal(signal.number()));
+            let verb = signal.map_or(Action::Stop, |signal| Action::Signal(signal.number()));
             let gracefully = async {
                 // A request that fails leaves the wait for the grace time, and then force.
-                if let Err(reason) = one.ask(verb).await {
+                if let Err(reason) = client.request(verb).await {
                     tracing::warn!(
                         machine = started.machine,
                         reason,
                         "the stop signal can't be sent"
                     );
                 }
-                one.end().await
+                client.end().await
             };
             let _ = tokio::time::timeout(grace, gracefully).await;
         }
@@ -501,26 +504,29 @@ impl ContainerBackend for NspawnBackend {
             return Ok(());
         }
         let by_force = async {
-            let _ = one.ask(Verb::Kill).await;
-            one.end().await
+            let _ = client.request(Action::Kill).await;
+            client.end().await
         };
-        if tokio::time::timeout(PROMPT, by_force).await.is_ok() {
+        if tokio::time::timeout(REQUEST_TIMEOUT, by_force)
+            .await
+            .is_ok()
+        {
             return Ok(());
         }
         // A supervisor that does not answer is put down; its end ends the container, see `supervisor`.
-        supervisor::put_down(started.supervisor).await;
+        supervisor::kill_supervisor(started.supervisor).await;
         let stuck = || BackendError::Stuck {
             machine: started.machine.clone(),
             reason: "it does not die".to_owned(),
         };
-        tokio::time::timeout(PROMPT, one.end())
+        tokio::time::timeout(REQUEST_TIMEOUT, client.end())
             .await
             .map(|_| ())
             .map_err(|_| stuck())
     }
 
     async fn remove(&self, id: &str) -> Result<(), BackendError> {
-        self.remove_start(&Records::of(&self.settings.state_dir, id))
+        self.remove_start(&TaskDir::for_task(&self.settings.state_dir, id))
             .await
     }
 
@@ -544,7 +550,7 @@ impl ContainerBackend for NspawnBackend {
 /// Everything that has to be known before anything is started, written down.
 fn prepare(
     spec: &ContainerSpec,
-    records: &Records,
+    task_dir: &TaskDir,
     (program, version): (PathBuf, u32),
     kernel: (u32, u32),
 ) -> Result<(), BackendError> {
@@ -559,7 +565,7 @@ fn prepare(
             reason,
         });
     }
-    let (root, mut mounts) = root(spec, records)?;
+    let (root, mut mounts) = root(spec, task_dir)?;
     mounts.extend(spec.mounts.iter().cloned());
     let mut notes = port_notes(spec)?;
     let (binds, unmapped) = idmap::binds(mounts, &spec.users, version, kernel);
@@ -573,16 +579,16 @@ fn prepare(
     })?;
     line.environment.insert(
         "NOTIFY_SOCKET".to_owned(),
-        records.notify().to_string_lossy().into_owned(),
+        task_dir.notify_socket().to_string_lossy().into_owned(),
     );
-    let place = place(spec, records, &layout);
+    let place = place(spec, task_dir, &layout);
     if place.is_none() {
         notes.push(
             "this host has no control groups that the driver can use: there are no statistics of this task"
                 .to_owned(),
         );
     }
-    let order = Order {
+    let launch_spec = LaunchSpec {
         id: spec.id.clone(),
         alloc_dir: Some(spec.alloc_dir.clone()),
         machine: spec.machine.clone(),
@@ -596,7 +602,7 @@ fn prepare(
         })?,
         program,
         arguments: line.arguments,
-        first: line.init.as_ref().map_or(First::Image, |init| First::Ours {
+        first: line.init.as_ref().map_or(Pid1::Image, |init| Pid1::Driver {
             streams: init.streams,
         }),
         stdout: spec.stdout.clone(),
@@ -608,15 +614,19 @@ fn prepare(
         resources: acquire::resources(spec, place, &root),
         notes,
     };
-    pause::at(records, Point::BeforeOrder);
-    records
-        .write_order(&order, &line.environment, line.init.as_ref())
-        .map_err(|source| io_error("writing the order in", records.path(), source))
+    failpoint::hit(task_dir, Failpoint::BeforeOrder);
+    task_dir
+        .write_launch_spec(&launch_spec, &line.environment, line.init.as_ref())
+        .map_err(|source| io_error("writing the order in", task_dir.path(), source))
 }
 
 /// Groups are root's to make; without them the supervisor falls back to descent.
-fn place(spec: &ContainerSpec, records: &Records, layout: &Layout) -> Option<crate::cgroup::Place> {
-    let leaf = records.path().file_name()?.to_str()?;
+fn place(
+    spec: &ContainerSpec,
+    task_dir: &TaskDir,
+    layout: &Layout,
+) -> Option<crate::cgroup::Place> {
+    let leaf = task_dir.path().file_name()?.to_str()?;
     layout
         .place(spec.cgroup.as_deref(), leaf)
         .filter(|_| nix::unistd::geteuid().is_root())
@@ -624,7 +634,7 @@ fn place(spec: &ContainerSpec, records: &Records, layout: &Layout) -> Option<cra
 
 fn root(
     spec: &ContainerSpec,
-    records: &Records,
+    task_dir: &TaskDir,
 ) -> Result<(Root, Vec<crate::container::Mount>), BackendError> {
     let missing = root::missing_mount_points(spec);
     let Root::Directory(image) = &spec.root else {
@@ -633,7 +643,7 @@ fn root(
     if missing.is_empty() {
         return Ok((spec.root.clone(), Vec::new()));
     }
-    let skeleton = records.skeleton();
+    let skeleton = task_dir.skeleton();
     let made = fs::create_dir(&skeleton)
         .and_then(|()| root::skeleton(image, &skeleton, &missing, spec.volatile));
     let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
@@ -645,7 +655,7 @@ fn init_binary(made: &OnceLock<OwnedFd>, state_dir: &Path) -> io::Result<OwnedFd
     if let Some(program) = made.get() {
         return program.try_clone();
     }
-    let program = supervisor::first::program(state_dir)?;
+    let program = supervisor::init_channel::init_binary(state_dir)?;
     made.get_or_init(|| program).try_clone()
 }
 
@@ -662,50 +672,50 @@ fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
 }
 
 /// The supervisors that are alive of a start that has not recorded its container, so that it does not name them.
-fn find_supervisors_by_cmdline(records: &Records) -> Vec<Supervisor> {
-    if !records.is_watched() {
+fn find_supervisors_by_cmdline(task_dir: &TaskDir) -> Vec<SupervisorProcess> {
+    if !task_dir.has_supervisor() {
         return Vec::new();
     }
-    orphans::supervisors_of(records)
+    orphans::supervisors_of(task_dir)
 }
 
 /// Lets the supervisors of a start go on, if they were stopped, and gives the name of its machine; `None` if there is no start.
-fn roused(records: &Records) -> Option<String> {
-    if !records.path().exists() {
+fn roused(task_dir: &TaskDir) -> Option<String> {
+    if !task_dir.path().exists() {
         return None;
     }
-    match running_in_this_boot(records) {
-        Some(running) => supervisor::rouse(running.started.supervisor),
-        None => find_supervisors_by_cmdline(records)
+    match running_in_this_boot(task_dir) {
+        Some(running) => supervisor::sigcont(running.started.supervisor),
+        None => find_supervisors_by_cmdline(task_dir)
             .iter()
-            .for_each(Supervisor::rouse),
+            .for_each(SupervisorProcess::sigcont),
     }
-    let order = records.order();
-    Some(order.map_or_else(
-        |_| records.path().display().to_string(),
-        |order| order.machine,
+    let launch_spec = task_dir.launch_spec();
+    Some(launch_spec.map_or_else(
+        |_| task_dir.path().display().to_string(),
+        |launch_spec| launch_spec.machine,
     ))
 }
 
 /// Ends the supervisors of a start by force, where they have not ended.
-fn put_down(records: &Records) {
-    match running_in_this_boot(records) {
-        Some(running) => remains::kill(running.started.supervisor),
-        None => find_supervisors_by_cmdline(records)
+fn kill_supervisor(task_dir: &TaskDir) {
+    match running_in_this_boot(task_dir) {
+        Some(running) => cleanup::kill(running.started.supervisor),
+        None => find_supervisors_by_cmdline(task_dir)
             .iter()
-            .for_each(Supervisor::end),
+            .for_each(SupervisorProcess::end),
     }
 }
 
-async fn is_watched(records: &Records) -> bool {
-    let place = records.clone();
-    blocking::run(move || place.is_watched()).await
+async fn has_supervisor(task_dir: &TaskDir) -> bool {
+    let place = task_dir.clone();
+    blocking::run(move || place.has_supervisor()).await
 }
 
 /// Waits until no supervisor of this start is alive; false where one goes on.
-async fn wait_until_supervisor_exits(records: &Records) -> bool {
-    let end = Instant::now() + PROMPT;
-    while is_watched(records).await {
+async fn wait_until_supervisor_exits(task_dir: &TaskDir) -> bool {
+    let end = Instant::now() + REQUEST_TIMEOUT;
+    while has_supervisor(task_dir).await {
         if Instant::now() >= end {
             return false;
         }
@@ -823,31 +833,31 @@ async fn read_version(program: &Path, asked: Child) -> Result<u32, NoVersion> {
 }
 
 /// Claims the start of a handle and reads its record, if both are what the handle says.
-fn recorded(records: &Records, started: &Started) -> Result<(Claim, Started), BackendError> {
+fn recorded(task_dir: &TaskDir, started: &Started) -> Result<(TaskLock, Started), BackendError> {
     let lost = |reason: &str| lost(started, reason);
-    let claim = Claim::take(records)
-        .map_err(|source| io_error("claiming", records.path(), source))?
+    let lock = TaskLock::lock_shared(task_dir)
+        .map_err(|source| io_error("claiming", task_dir.path(), source))?
         .ok_or_else(|| lost("there is no record of it"))?;
-    let foreign = orphans::foreign(records)
-        .map_err(|source| io_error("looking at", records.path(), source))?;
+    let foreign = orphans::reason_not_ours(task_dir)
+        .map_err(|source| io_error("looking at", task_dir.path(), source))?;
     if let Some(reason) = foreign {
         return Err(lost(&format!(
             "what lies in its place is not the driver's: {reason}"
         )));
     }
-    let recorded = match records.running() {
+    let recorded = match task_dir.running() {
         Ok(running) => running.started,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(lost("there is no record of it"));
         }
-        Err(source) => return Err(io_error("reading the record in", records.path(), source)),
+        Err(source) => return Err(io_error("reading the record in", task_dir.path(), source)),
     };
     if (&recorded.id, recorded.leader) != (&started.id, started.leader) {
         return Err(lost("the record in its place is another one's"));
     }
-    pause::at(records, Point::Recovering);
-    supervisor::rouse(recorded.supervisor);
-    Ok((claim, recorded))
+    failpoint::hit(task_dir, Failpoint::Recovering);
+    supervisor::sigcont(recorded.supervisor);
+    Ok((lock, recorded))
 }
 
 fn lost(started: &Started, reason: &str) -> BackendError {
@@ -858,16 +868,16 @@ fn lost(started: &Started, reason: &str) -> BackendError {
 }
 
 /// The fact of a start, if it is of this boot: in another one its numbers mean other processes.
-fn running_in_this_boot(records: &Records) -> Option<Running> {
-    let running = records.running().ok()?;
+fn running_in_this_boot(task_dir: &TaskDir) -> Option<Running> {
+    let running = task_dir.running().ok()?;
     (probe::boot_id().ok()? == running.started.boot).then_some(running)
 }
 
 /// Claims a start, if it is there.
-async fn lock_task_dir(records: &Records) -> Result<Option<Claim>, BackendError> {
-    let place = records.clone();
-    let taken = blocking::run(move || Claim::take(&place)).await;
-    taken.map_err(|source| io_error("claiming", records.path(), source))
+async fn lock_task_dir(task_dir: &TaskDir) -> Result<Option<TaskLock>, BackendError> {
+    let place = task_dir.clone();
+    let taken = blocking::run(move || TaskLock::lock_shared(&place)).await;
+    taken.map_err(|source| io_error("claiming", task_dir.path(), source))
 }
 
 fn io_error(step: &'static str, path: &Path, source: io::Error) -> BackendError {

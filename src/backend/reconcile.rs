@@ -12,11 +12,11 @@ use std::time::Duration;
 use super::nspawn::NspawnBackend;
 use super::{BackendError, chain};
 use crate::nspawn::probe;
-use crate::supervisor::claim::Seized;
-use crate::supervisor::orphans::{self, Supervisor, Survey};
+use crate::supervisor::lock::TryLock;
+use crate::supervisor::orphans::{self, Scan, SupervisorProcess};
 use crate::supervisor::owner::{self, Owner};
 use crate::supervisor::process::is_alive;
-use crate::supervisor::{Claim, Records};
+use crate::supervisor::{TaskDir, TaskLock};
 
 /// When a claimed start is looked at again before it is passed over, in milliseconds: a process that is just being started holds
 /// what its starter had open until its own program runs, which on a busy host takes a while.
@@ -29,8 +29,11 @@ impl NspawnBackend {
         state_dir: &Path,
         alloc_roots: &BTreeSet<PathBuf>,
     ) {
-        let Survey { starts, foreign } = match blocking(state_dir, orphans::survey).await {
-            Ok(survey) => survey,
+        let Scan {
+            starts,
+            not_ours: foreign,
+        } = match blocking(state_dir, orphans::scan).await {
+            Ok(scan) => scan,
             Err(error) => {
                 tracing::error!(path = %state_dir.display(), error, "the state directory can't be reconciled");
                 return;
@@ -47,18 +50,18 @@ impl NspawnBackend {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
             }
             let mut still = Vec::new();
-            for records in claimed {
-                if !self.reconcile_start(&records, alloc_roots).await {
-                    still.push(records);
+            for task_dir in claimed {
+                if !self.reconcile_start(&task_dir, alloc_roots).await {
+                    still.push(task_dir);
                 }
             }
             claimed = still;
         }
         // Those of recorded starts are gone by now, or claimed.
-        let lost = |supervisor: &Supervisor| supervisor.is_lost();
+        let lost = |supervisor: &SupervisorProcess| supervisor.is_unrecorded();
         for supervisor in supervisors(state_dir, lost).await {
             let directory = supervisor.directory.clone();
-            let pid = supervisor.held.process().pid;
+            let pid = supervisor.handle.process().pid;
             let _ = tokio::task::spawn_blocking(move || supervisor.end()).await;
             tracing::info!(path = %directory.display(), pid, "ended a supervisor without records");
         }
@@ -66,27 +69,30 @@ impl NspawnBackend {
     }
 
     /// Clears one start away, unless it is claimed or may be another agent's; false if it is claimed.
-    async fn reconcile_start(&self, records: &Records, alloc_roots: &BTreeSet<PathBuf>) -> bool {
-        let path = records.path().display().to_string();
-        let owned = records.clone();
-        let seized = tokio::task::spawn_blocking(move || seize(&owned)).await;
+    async fn reconcile_start(&self, task_dir: &TaskDir, alloc_roots: &BTreeSet<PathBuf>) -> bool {
+        let path = task_dir.path().display().to_string();
+        let owned = task_dir.clone();
+        let locked = tokio::task::spawn_blocking(move || seize(&owned)).await;
         // Held until everything is done: who wants this start meanwhile waits, and finds it gone.
-        let _seized = match seized.unwrap_or_else(|error| Err(io::Error::other(error))) {
-            Ok((Seized::Taken(seized), owner)) if is_own(&owner, alloc_roots) => seized,
-            Ok((Seized::Taken(_), owner)) => {
-                self.leave(records, &owner, alloc_roots);
+        let _seized = match locked.unwrap_or_else(|error| Err(io::Error::other(error))) {
+            Ok((TryLock::Acquired(locked), owner)) if is_own(&owner, alloc_roots) => locked,
+            Ok((TryLock::Acquired(_), owner)) => {
+                self.leave(task_dir, &owner, alloc_roots);
                 return true;
             }
-            Ok((Seized::Gone, _)) => return true,
-            Ok((Seized::Claimed, _)) => return false,
+            Ok((TryLock::Missing, _)) => return true,
+            Ok((TryLock::Busy, _)) => return false,
             Err(error) => {
                 tracing::error!(path, %error, "can't tell whether the start is claimed");
                 return true;
             }
         };
-        let what = describe(records);
-        let task = records.order().map(|order| order.id).unwrap_or_default();
-        match self.remove_locked(records).await {
+        let what = describe(task_dir);
+        let task = task_dir
+            .launch_spec()
+            .map(|launch_spec| launch_spec.id)
+            .unwrap_or_default();
+        match self.remove_locked(task_dir).await {
             Ok(()) => tracing::info!(path, task, "cleared away {what}"),
             Err(error) => log_failure(&path, &error),
         }
@@ -94,9 +100,9 @@ impl NspawnBackend {
     }
 
     /// Says, once, why a start is left alone and what the operator can do.
-    fn leave(&self, records: &Records, owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) {
+    fn leave(&self, task_dir: &TaskDir, owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) {
         const REMEDY: &str = "if that agent is gone for good, remove this directory: the plugin that starts next ends what is left";
-        let path = records.path().display();
+        let path = task_dir.path().display();
         match owner {
             // It may still turn out to be this agent's.
             Owner::Agent(root) if alloc_roots.is_empty() => tracing::info!(
@@ -104,7 +110,7 @@ impl NspawnBackend {
                 alloc_root = %root.display(),
                 "left alone until this agent asks for a task, which shows whether it is the agent of these allocations"
             ),
-            _ if !self.is_new(records.path()) => {}
+            _ if !self.is_new(task_dir.path()) => {}
             Owner::Agent(root) => tracing::warn!(
                 %path,
                 alloc_root = %root.display(),
@@ -142,9 +148,9 @@ impl NspawnBackend {
 }
 
 /// Takes a start that nobody claims, and finds out whose it is.
-fn seize(records: &Records) -> io::Result<(Seized, Owner)> {
-    let seized = Claim::seize(records)?;
-    Ok((seized, owner::of(records, &probe::boot_id()?)))
+fn seize(task_dir: &TaskDir) -> io::Result<(TryLock, Owner)> {
+    let locked = TaskLock::try_lock_exclusive(task_dir)?;
+    Ok((locked, owner::of(task_dir, &probe::boot_id()?)))
 }
 
 /// Whether nobody but this agent can ask for a start.
@@ -161,18 +167,18 @@ fn log_failure(path: &str, error: &BackendError) {
 }
 
 /// What a start is that nobody claims, for a person.
-fn describe(records: &Records) -> &'static str {
-    let order = match records.order() {
-        Ok(order) => order,
+fn describe(task_dir: &TaskDir) -> &'static str {
+    let launch_spec = match task_dir.launch_spec() {
+        Ok(launch_spec) => launch_spec,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             return "a start that was never ordered";
         }
         Err(_) => return "a start whose order can't be read",
     };
-    if probe::boot_id().is_ok_and(|boot| boot != order.boot) {
+    if probe::boot_id().is_ok_and(|boot| boot != launch_spec.boot) {
         return "a start of another boot";
     }
-    match (records.exit(), records.running()) {
+    match (task_dir.exit(), task_dir.running()) {
         (Ok(Some(_)), _) => "a task that has ended",
         (_, Ok(running)) if is_alive(running.started.leader) => "a container nobody asked for",
         (_, Ok(_)) => "a container that died unwatched",
@@ -180,7 +186,10 @@ fn describe(records: &Records) -> &'static str {
     }
 }
 
-async fn supervisors(state_dir: &Path, wanted: impl Fn(&Supervisor) -> bool) -> Vec<Supervisor> {
+async fn supervisors(
+    state_dir: &Path,
+    wanted: impl Fn(&SupervisorProcess) -> bool,
+) -> Vec<SupervisorProcess> {
     let found = blocking(state_dir, |dir| Ok(orphans::supervisors(dir))).await;
     let mut found = found.unwrap_or_else(|error| {
         tracing::error!(error, "supervisors without records can't be looked for");

@@ -18,9 +18,9 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
-use super::pause::{self, Point};
-use super::process::{close_inherited, myself, no_core_dump_of_the_next};
-use super::record::{First, Order, Records, Refusal};
+use super::failpoint::{self, Failpoint};
+use super::process::{close_inherited, current_process, no_core_dump_of_the_next};
+use super::task_dir::{LaunchSpec, Pid1, Refusal, TaskDir};
 use crate::cgroup::Group;
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 
@@ -28,9 +28,9 @@ use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 /// order: stderr may be the task's by now.
 pub fn enter(directory: &Path) -> ExitCode {
     close_inherited();
-    let records = Records::at(directory);
-    let refusal = become_nspawn(&records);
-    let _ = records.write_failure(&refusal);
+    let task_dir = TaskDir::new(directory);
+    let refusal = become_nspawn(&task_dir);
+    let _ = task_dir.write_failure(&refusal);
     ExitCode::FAILURE
 }
 
@@ -43,15 +43,15 @@ fn because(what: &str) -> impl FnOnce(io::Error) -> Refusal {
 }
 
 /// Returns only if it failed.
-fn become_nspawn(records: &Records) -> Refusal {
-    let command = prepared(records);
-    let (order, size, mut command) = match command {
+fn become_nspawn(task_dir: &TaskDir) -> Refusal {
+    let command = prepared(task_dir);
+    let (launch_spec, size, mut command) = match command {
         Ok(prepared) => prepared,
         Err(refusal) => return refusal,
     };
-    pause::at(records, Point::Entered);
+    failpoint::hit(task_dir, Failpoint::Entered);
     let error = command.exec();
-    let program = order.program.display();
+    let program = launch_spec.program.display();
     let reason = if error.raw_os_error() == Some(nix::Error::E2BIG as i32) {
         too_big(&program.to_string(), size)
     } else {
@@ -68,39 +68,42 @@ fn become_nspawn(records: &Records) -> Refusal {
     clippy::disallowed_methods,
     reason = "this is where systemd-nspawn is called"
 )]
-fn prepared(records: &Records) -> Result<(Order, usize, Command), Refusal> {
-    let order = records
-        .order()
+fn prepared(task_dir: &TaskDir) -> Result<(LaunchSpec, usize, Command), Refusal> {
+    let launch_spec = task_dir
+        .launch_spec()
         .map_err(because("the order can't be read"))?;
-    let environment = records
+    let environment = task_dir
         .take_environment()
         .map_err(because("the environment can't be read"))?;
-    go_there(&order)?;
-    if order.cgroup().is_none() {
-        myself()
-            .and_then(|me| records.write_entered(&me))
+    enter_cgroup_and_netns(&launch_spec)?;
+    if launch_spec.cgroup().is_none() {
+        current_process()
+            .and_then(|me| task_dir.write_nspawn_pid(&me))
             .map_err(because("can't leave word of this process"))?;
     }
-    let size = size_of_strings(&order.arguments, &environment);
-    let mut command = Command::new(&order.program);
-    command.args(&order.arguments).env_clear().envs(environment);
-    if let First::Ours { .. } = order.first {
-        line_up(records).map_err(because(
+    let size = size_of_strings(&launch_spec.arguments, &environment);
+    let mut command = Command::new(&launch_spec.program);
+    command
+        .args(&launch_spec.arguments)
+        .env_clear()
+        .envs(environment);
+    if let Pid1::Driver { .. } = launch_spec.first {
+        receive_descriptors(task_dir).map_err(because(
             "the container's first program can't be handed over",
         ))?;
         command
             .env("LISTEN_FDS", DESCRIPTORS.to_string())
             .env("LISTEN_PID", nix::unistd::getpid().to_string());
     }
-    Ok((order, size, command))
+    Ok((launch_spec, size, command))
 }
 
-fn go_there(order: &Order) -> Result<(), Refusal> {
-    if let Some(group) = order.cgroup() {
+fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
+    if let Some(group) = launch_spec.cgroup() {
         let what = format!("can't enter the control group {}", group.display());
         Group::new(group).enter().map_err(because(&what))?;
     }
-    if let Some(path) = &order.network_namespace {
+    if let Some(path) = &launch_spec.network_namespace {
         let entered = File::open(path).and_then(|file| Ok(setns(file, CloneFlags::CLONE_NEWNET)?));
         let what = format!("can't enter the network namespace {}", path.display());
         entered.map_err(because(&what))?;
@@ -114,7 +117,7 @@ fn go_there(order: &Order) -> Result<(), Refusal> {
 
 /// Takes the descriptors that wait on stdin and puts the order behind them, each at its number: nothing else is open, so the
 /// kernel gives the lowest ones in their order.
-fn line_up(records: &Records) -> io::Result<()> {
+fn receive_descriptors(task_dir: &TaskDir) -> io::Result<()> {
     let mut buffer = [0];
     let mut space = nix::cmsg_space!([RawFd; 4]);
     let mut slices = [IoSliceMut::new(&mut buffer)];
@@ -125,15 +128,15 @@ fn line_up(records: &Records) -> io::Result<()> {
         Some(&mut space),
         MsgFlags::empty(),
     )?;
-    let handed: Vec<RawFd> = received
+    let received_fds: Vec<RawFd> = received
         .cmsgs()?
         .filter_map(|message| match message {
-            ControlMessageOwned::ScmRights(handed) => Some(handed),
+            ControlMessageOwned::ScmRights(received_fds) => Some(received_fds),
             _ => None,
         })
         .flatten()
         .collect();
-    let order = records.take_init()?;
+    let launch_spec = task_dir.take_init_spec()?;
     let wanted = [
         Descriptor::Channel,
         Descriptor::Stdout,
@@ -141,15 +144,15 @@ fn line_up(records: &Records) -> io::Result<()> {
         Descriptor::Program,
         Descriptor::Order,
     ];
-    let have = handed.into_iter().chain([order.as_raw_fd()]);
+    let have = received_fds.into_iter().chain([launch_spec.as_raw_fd()]);
     if !have.eq(wanted.map(|descriptor| descriptor as RawFd)) {
         return Err(io::Error::other(
             "the descriptors are not where they belong",
         ));
     }
-    fcntl(&order, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    fcntl(&launch_spec, FcntlArg::F_SETFD(FdFlag::empty()))?;
     // From here on it belongs to what this process becomes.
-    let _ = std::os::fd::IntoRawFd::into_raw_fd(order);
+    let _ = std::os::fd::IntoRawFd::into_raw_fd(launch_spec);
     nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
     Ok(())
 }

@@ -14,16 +14,16 @@ use nix::sys::stat::{Mode, fchmod};
 const NULL: &str = "/dev/null";
 
 /// How long the start waits for Nomad's log collector to open its end. It does so within milliseconds.
-const READER: Duration = Duration::from_secs(10);
+const READER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Opens the file that takes a stream. Refuses what is neither a FIFO nor a file: the directory is one that tasks can write, and
 /// one of them may have put a device there. No path, the null device and a path that does not exist discard.
 pub fn open(path: Option<&Path>) -> io::Result<File> {
     let Some(path) = path else {
-        return nowhere();
+        return open_null();
     };
     let file = match open_now(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return nowhere(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return open_null(),
         // A FIFO that nobody has open for reading yet.
         Err(error) if error.raw_os_error() == Some(nix::Error::ENXIO as i32) => {
             open_with_reader(path)?
@@ -45,7 +45,7 @@ pub fn open(path: Option<&Path>) -> io::Result<File> {
     Ok(file)
 }
 
-fn nowhere() -> io::Result<File> {
+fn open_null() -> io::Result<File> {
     OpenOptions::new().write(true).open(NULL)
 }
 
@@ -72,10 +72,10 @@ fn open_with_reader(path: &Path) -> io::Result<File> {
                     .open(owned),
             );
         })?;
-    receiver.recv_timeout(READER).unwrap_or_else(|_| {
+    receiver.recv_timeout(READER_TIMEOUT).unwrap_or_else(|_| {
         let text = format!(
             "nobody reads it: Nomad's log collector did not open its end within {} s",
-            READER.as_secs()
+            READER_TIMEOUT.as_secs()
         );
         Err(io::Error::new(io::ErrorKind::TimedOut, text))
     })

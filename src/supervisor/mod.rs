@@ -1,6 +1,6 @@
-//! The night watch: one process per container, the same binary in another life, that is systemd-nspawn's parent and outlives
-//! plugin and agent. This file is the plugin's end of it: launching one, finding one again, asking it, hearing how it ends.
-//! It knows orders and processes; what an order should say is `backend`'s to decide.
+//! The supervisor: one process per container, this binary as `supervise DIR`, which is systemd-nspawn's parent and outlives plugin
+//! and agent. This file is the plugin's client: it launches a supervisor, reconnects to one, sends requests and waits for the exit.
+//! What a launch spec should say is decided by `backend`.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -21,32 +21,32 @@ use crate::blocking;
 use crate::container::{Cause, Exit, Process, Started, UNKNOWN_END};
 use crate::signal::Signal;
 
-pub mod claim;
-mod ending;
+pub mod cleanup;
+mod clients;
 pub mod enter;
-pub mod first;
-pub mod line;
-mod listeners;
+mod exit_status;
+pub mod failpoint;
+pub mod init_channel;
+mod launch_spec_record;
+pub mod lock;
 pub mod logs;
-mod order_form;
 pub mod orphans;
 pub mod owner;
-pub mod pause;
 mod pidfd;
 pub mod process;
-pub mod record;
-pub mod remains;
+pub mod protocol;
 pub mod resource;
 pub mod run;
 pub mod state_dir;
+pub mod task_dir;
 mod tree_lock;
 mod zone;
 
-pub use claim::Claim;
-pub use line::{Failure, Step, Verb};
-pub use record::{First, Order, Records};
+pub use lock::TaskLock;
+pub use protocol::{Action, StartFailure, StartStep};
+pub use task_dir::{LaunchSpec, Pid1, TaskDir};
 
-use line::{News, Request, Told};
+use protocol::{Event, IncomingEvent, Request};
 
 /// How things stand with a supervised container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,42 +56,42 @@ pub enum Status {
     /// It is up.
     Up(Arc<Started>),
     /// It did not come up.
-    Failed(Arc<Failure>),
+    Failed(Arc<StartFailure>),
     /// It has ended.
     Ended(Arc<Exit>),
 }
 
 /// A container with a supervisor, seen from the plugin. Clones are the same one.
 #[derive(Debug, Clone)]
-pub struct Supervised {
+pub struct SupervisorClient {
     status: watch::Receiver<Status>,
     /// Turns true when the supervisor has freed everything and is gone.
-    gone: watch::Receiver<bool>,
-    requests: mpsc::Sender<Asked>,
+    exited: watch::Receiver<bool>,
+    requests: mpsc::Sender<PendingRequest>,
 }
 
-type Asked = (Verb, oneshot::Sender<Result<(), String>>);
+type PendingRequest = (Action, oneshot::Sender<Result<(), String>>);
 
 /// Starts a supervisor, which is `binary` in another life, for the order that lies in `records`, and follows it. `program`
-/// becomes the container's first where that is ours, see [`first::program`]. Blocks; needs a runtime around it all the same.
+/// becomes the container's first where that is ours, see [`init_channel::init_binary`]. Blocks; needs a runtime around it all the same.
 #[expect(clippy::disallowed_methods, reason = "a supervisor is a process")]
 pub fn launch(
     binary: &Path,
-    records: &Records,
+    task_dir: &TaskDir,
     program: OwnedFd,
     tracker: &TaskTracker,
-) -> io::Result<Supervised> {
+) -> io::Result<SupervisorClient> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let stream = UnixStream::from_std(ours)?;
-    let log = records.open_log()?;
-    // The supervisor inherits the lock with the descriptor: see `Records::is_watched`.
-    lock_soon(&log)?;
+    let log = task_dir.open_log()?;
+    // The supervisor inherits the lock with the descriptor: see `TaskDir::has_supervisor`.
+    lock_with_retry(&log)?;
     let mut command = Command::new(binary);
     command
         .arg0("nomad-driver-nspawn")
         .arg("supervise")
-        .arg(records.path())
+        .arg(task_dir.path())
         .env_clear();
     // Never the plugin's own stdout and stderr: an agent takes a plugin for alive as long as anybody holds them.
     command
@@ -102,15 +102,15 @@ pub fn launch(
     // The command holds the other end of the line, which only the supervisor may have: its closing is the supervisor's end.
     drop(command);
     let reaped = async move { drop(child.wait().await) };
-    Ok(follow(stream, records.clone(), false, reaped, tracker))
+    Ok(follow(stream, task_dir.clone(), false, reaped, tracker))
 }
 
 /// How long a start waits for those who look whether it has a supervisor already.
-const MOMENT: Duration = Duration::from_millis(500);
+const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Nobody can hold this lock but somebody who looks whether it is held, for a moment.
-fn lock_soon(log: &File) -> io::Result<()> {
-    let end = Instant::now() + MOMENT;
+fn lock_with_retry(log: &File) -> io::Result<()> {
+    let end = Instant::now() + LOCK_TIMEOUT;
     loop {
         match log.try_lock() {
             Err(TryLockError::WouldBlock) if Instant::now() < end => {
@@ -123,14 +123,20 @@ fn lock_soon(log: &File) -> io::Result<()> {
 
 /// Finds the supervisor of `started` again, or the end it has recorded. `None` if there is neither.
 pub async fn attach(
-    records: &Records,
+    task_dir: &TaskDir,
     started: &Started,
     tracker: &TaskTracker,
-) -> io::Result<Option<Supervised>> {
-    match UnixStream::connect(records.lifeline()).await {
+) -> io::Result<Option<SupervisorClient>> {
+    match UnixStream::connect(task_dir.control_socket()).await {
         Ok(stream) => {
-            let reaped = departed(started.supervisor);
-            Ok(Some(follow(stream, records.clone(), true, reaped, tracker)))
+            let reaped = wait_for_exit(started.supervisor);
+            Ok(Some(follow(
+                stream,
+                task_dir.clone(),
+                true,
+                reaped,
+                tracker,
+            )))
         }
         Err(error)
             if matches!(
@@ -140,40 +146,40 @@ pub async fn attach(
                     | io::ErrorKind::ConnectionReset
             ) =>
         {
-            let owned = records.clone();
+            let owned = task_dir.clone();
             let exit = blocking::run(move || owned.exit()).await.map_err(|error| {
                 let text = format!(
                     "nobody listens there, and the record of its end can't be read: {error}"
                 );
                 io::Error::new(error.kind(), text)
             })?;
-            Ok(exit.map(Supervised::ended))
+            Ok(exit.map(SupervisorClient::ended))
         }
         Err(error) => Err(error),
     }
 }
 
 /// Asks whoever watches these records to end the container by force. Nobody there is fine.
-pub async fn dismiss(records: &Records) {
-    if let Ok(mut stream) = UnixStream::connect(records.lifeline()).await {
+pub async fn request_kill(task_dir: &TaskDir) {
+    if let Ok(mut stream) = UnixStream::connect(task_dir.control_socket()).await {
         let request = Request {
             request: 0,
-            verb: Verb::Kill,
+            verb: Action::Kill,
         };
         // One that is going away needs no telling.
-        let _ = stream.write_all(&line::line(&request)).await;
+        let _ = stream.write_all(&protocol::encode(&request)).await;
     }
 }
 
-impl Supervised {
+impl SupervisorClient {
     /// One that has ended, with nobody to ask any more.
     fn ended(exit: Exit) -> Self {
         let (requests, _) = mpsc::channel(1);
         let (_, status) = watch::channel(Status::Ended(Arc::new(exit)));
-        let (_, gone) = watch::channel(true);
+        let (_, exited) = watch::channel(true);
         Self {
             status,
-            gone,
+            exited,
             requests,
         }
     }
@@ -184,10 +190,10 @@ impl Supervised {
     }
 
     /// Waits until the start is over, one way or the other.
-    pub async fn settled(&self) -> Status {
+    pub async fn start_outcome(&self) -> Status {
         let mut status = self.status.clone();
-        let settled = status.wait_for(|status| *status != Status::Starting).await;
-        settled.map_or_else(|_| self.status(), |status| status.clone())
+        let outcome = status.wait_for(|status| *status != Status::Starting).await;
+        outcome.map_or_else(|_| self.status(), |status| status.clone())
     }
 
     /// Waits for the end; `None` if it never came up.
@@ -203,13 +209,13 @@ impl Supervised {
     }
 
     /// Waits until the supervisor has freed everything and is gone.
-    pub async fn gone(&self) {
-        let mut gone = self.gone.clone();
-        let _ = gone.wait_for(|gone| *gone).await;
+    pub async fn wait_until_gone(&self) {
+        let mut exited = self.exited.clone();
+        let _ = exited.wait_for(|exited| *exited).await;
     }
 
     /// Asks the supervisor for something and waits for its answer. One that is gone has nothing left to do.
-    pub async fn ask(&self, verb: Verb) -> Result<(), String> {
+    pub async fn request(&self, verb: Action) -> Result<(), String> {
         let (answer, answered) = oneshot::channel();
         if self.requests.send((verb, answer)).await.is_err() {
             return Ok(());
@@ -221,40 +227,40 @@ impl Supervised {
 /// Reads a lifeline until it ends, and then waits until the process at its other end has `departed`.
 fn follow(
     stream: UnixStream,
-    records: Records,
+    task_dir: TaskDir,
     known: bool,
-    departed: impl Future<Output = ()> + Send + 'static,
+    wait_for_exit: impl Future<Output = ()> + Send + 'static,
     tracker: &TaskTracker,
-) -> Supervised {
-    let (asking, requests) = mpsc::channel(8);
+) -> SupervisorClient {
+    let (requests_sender, requests) = mpsc::channel(8);
     let (status, status_seen) = watch::channel(Status::Starting);
-    let (gone, gone_seen) = watch::channel(false);
-    let line = Line {
+    let (exited, exited_seen) = watch::channel(false);
+    let connection = Connection {
         stream,
-        records,
+        task_dir,
         known,
         status,
     };
     tracker.spawn(async move {
-        line.follow(requests).await;
-        departed.await;
-        gone.send_replace(true);
+        connection.follow(requests).await;
+        wait_for_exit.await;
+        exited.send_replace(true);
     });
-    Supervised {
+    SupervisorClient {
         status: status_seen,
-        gone: gone_seen,
-        requests: asking,
+        exited: exited_seen,
+        requests: requests_sender,
     }
 }
 
 /// How a lifeline came to its end.
 #[derive(Debug, Clone, Copy)]
-enum Loss {
+enum Disconnect {
     Ended,
     Garbled,
 }
 
-impl Loss {
+impl Disconnect {
     fn as_str(self) -> &'static str {
         match self {
             Self::Ended => "its supervisor was killed",
@@ -264,28 +270,28 @@ impl Loss {
 }
 
 #[derive(Debug)]
-struct Line {
+struct Connection {
     stream: UnixStream,
-    records: Records,
+    task_dir: TaskDir,
     /// Whether there is a handle of the container, because it was not this plugin that started it.
     known: bool,
     status: watch::Sender<Status>,
 }
 
-impl Line {
-    async fn follow(mut self, mut requests: mpsc::Receiver<Asked>) {
+impl Connection {
+    async fn follow(mut self, mut requests: mpsc::Receiver<PendingRequest>) {
         let mut received = Vec::new();
-        let mut asked: Vec<(u64, oneshot::Sender<Result<(), String>>)> = Vec::new();
+        let mut pending: Vec<(u64, oneshot::Sender<Result<(), String>>)> = Vec::new();
         let mut number = 0;
         let why = 'line: loop {
             tokio::select! {
                 read = self.stream.read_buf(&mut received) => match read {
-                    Ok(0) | Err(_) => break Loss::Ended,
-                    Ok(_) => while let Some(told) = line::next(&mut received) {
-                        match told {
-                            Ok(Told::Known(news)) => self.hear(news, &mut asked),
-                            Ok(Told::Unknown(_)) => {}
-                            Err(_) => break 'line Loss::Garbled,
+                    Ok(0) | Err(_) => break Disconnect::Ended,
+                    Ok(_) => while let Some(incoming) = protocol::decode_next(&mut received) {
+                        match incoming {
+                            Ok(IncomingEvent::Known(event)) => self.handle_event(event, &mut pending),
+                            Ok(IncomingEvent::Unknown(_)) => {}
+                            Err(_) => break 'line Disconnect::Garbled,
                         }
                         if received.is_empty() {
                             // What a start needed is not held for as long as the task runs.
@@ -295,24 +301,28 @@ impl Line {
                 },
                 Some((verb, answer)) = requests.recv() => {
                     number += 1;
-                    asked.push((number, answer));
-                    if self.stream.write_all(&line::line(&Request { request: number, verb })).await.is_err() {
-                        break Loss::Ended;
+                    pending.push((number, answer));
+                    if self.stream.write_all(&protocol::encode(&Request { request: number, verb })).await.is_err() {
+                        break Disconnect::Ended;
                     }
                 }
             }
         };
-        self.lost(why).await;
+        self.on_disconnect(why).await;
     }
 
-    fn hear(&mut self, news: News, asked: &mut Vec<(u64, oneshot::Sender<Result<(), String>>)>) {
-        match news {
-            News::Started(started) => self.set(Status::Up(Arc::new(started))),
-            News::Failed(failure) => self.set(Status::Failed(Arc::new(failure))),
-            News::Exited(exit) => self.set(Status::Ended(Arc::new(exit))),
-            News::Done { request, error } => {
-                if let Some(index) = asked.iter().position(|(number, _)| *number == request) {
-                    let _ = asked.swap_remove(index).1.send(error.map_or(Ok(()), Err));
+    fn handle_event(
+        &mut self,
+        event: Event,
+        pending: &mut Vec<(u64, oneshot::Sender<Result<(), String>>)>,
+    ) {
+        match event {
+            Event::Started(started) => self.set(Status::Up(Arc::new(started))),
+            Event::Failed(failure) => self.set(Status::Failed(Arc::new(failure))),
+            Event::Exited(exit) => self.set(Status::Ended(Arc::new(exit))),
+            Event::Done { request, error } => {
+                if let Some(index) = pending.iter().position(|(number, _)| *number == request) {
+                    let _ = pending.swap_remove(index).1.send(error.map_or(Ok(()), Err));
                 }
             }
         }
@@ -331,19 +341,19 @@ impl Line {
 
     /// The supervisor is gone, or of no use any more. If it left no word of the end, nobody can learn the end: then the
     /// container is ended, so that it can't run on unwatched beside its successor.
-    async fn lost(&self, why: Loss) {
+    async fn on_disconnect(&self, why: Disconnect) {
         let status = self.status.borrow().clone();
         let was_up = match status {
             Status::Ended(_) | Status::Failed(_) => return,
             Status::Up(_) => true,
             Status::Starting => self.known,
         };
-        let records = self.records.clone();
-        if let Ok(Some(exit)) = blocking::run(move || records.exit()).await {
+        let task_dir = self.task_dir.clone();
+        if let Ok(Some(exit)) = blocking::run(move || task_dir.exit()).await {
             return self.set(Status::Ended(Arc::new(exit)));
         }
-        let records = self.records.clone();
-        let ended = tokio::task::spawn_blocking(move || remains::end(&records)).await;
+        let task_dir = self.task_dir.clone();
+        let ended = tokio::task::spawn_blocking(move || cleanup::kill_and_release(&task_dir)).await;
         let why = why.as_str();
         let reason = match ended {
             Ok(Ok(())) if !was_up => format!("{why} before the container was up"),
@@ -358,7 +368,7 @@ impl Line {
             }
         };
         if !was_up {
-            let failure = Failure::new(Step::Watch, Cause::Unknown, reason);
+            let failure = StartFailure::new(StartStep::Watch, Cause::Unknown, reason);
             return self.set(Status::Failed(Arc::new(failure)));
         }
         let code = 128 + Signal::KILL.number();
@@ -370,38 +380,38 @@ impl Line {
             error,
             ended_at: SystemTime::now(),
         };
-        let (records, kept) = (self.records.clone(), exit.clone());
-        let _ = blocking::run(move || records.write_exit(&kept)).await;
+        let (task_dir, kept) = (self.task_dir.clone(), exit.clone());
+        let _ = blocking::run(move || task_dir.write_exit(&kept)).await;
         self.set(Status::Ended(Arc::new(exit)));
     }
 }
 
 /// Waits until a supervisor that nobody here is the parent of has ended. Takes no thread: a thousand may end at once.
-async fn departed(supervisor: Process) {
-    let Ok(held) = process::Held::again(supervisor) else {
+async fn wait_for_exit(supervisor: Process) {
+    let Ok(handle) = process::ProcessHandle::open_checked(supervisor) else {
         return;
     };
     // No pipe, and nothing is read from it: this is the runtime's one safe way to await a descriptor that it did not open.
-    let Ok(held) = pipe::Receiver::from_owned_fd_unchecked(held.into()) else {
+    let Ok(handle) = pipe::Receiver::from_owned_fd_unchecked(handle.into()) else {
         return;
     };
-    let _ = tokio::time::timeout(PROMPT, held.readable()).await;
+    let _ = tokio::time::timeout(REQUEST_TIMEOUT, handle.readable()).await;
 }
 
 /// Lets a supervisor that was stopped go on: nobody else carries out what is asked of it. One that runs takes no notice.
-pub fn rouse(supervisor: Process) {
-    if let Ok(held) = process::Held::again(supervisor) {
-        let _ = held.signal(Signal::CONT);
+pub fn sigcont(supervisor: Process) {
+    if let Ok(handle) = process::ProcessHandle::open_checked(supervisor) {
+        let _ = handle.signal(Signal::CONT);
     }
 }
 
-/// Ends a supervisor that does not answer. What it watched over ends with it, see [`Supervised`].
-pub async fn put_down(supervisor: Process) {
-    let _ = tokio::task::spawn_blocking(move || remains::kill(supervisor)).await;
+/// Ends a supervisor that does not answer. What it watched over ends with it, see [`SupervisorClient`].
+pub async fn kill_supervisor(supervisor: Process) {
+    let _ = tokio::task::spawn_blocking(move || cleanup::kill(supervisor)).await;
 }
 
 /// How long a supervisor may take to carry out a kill.
-pub const PROMPT: Duration = Duration::from_secs(15);
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
 #[cfg(test)]
 mod tests;

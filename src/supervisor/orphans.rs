@@ -11,84 +11,86 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use super::process::{Held, children};
-use super::record::{Order, Records};
-use super::remains::{self, descendants};
+use super::cleanup::{self, descendants};
+use super::process::{ProcessHandle, children};
 use super::state_dir;
+use super::task_dir::{LaunchSpec, TaskDir};
 use crate::cgroup::{Group, Layout};
 use crate::signal::Signal;
 
 /// An empty group younger than this may be one in which a container is just about to be started, be it by a plugin with another
 /// state directory.
-const STALE: Duration = Duration::from_secs(60);
+const STALE_AFTER: Duration = Duration::from_secs(60);
 
 /// How long a supervisor may take to free everything once its container was ended.
-const FREEING: Duration = Duration::from_secs(15);
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What lies in a state directory.
 #[derive(Debug, Default)]
-pub struct Survey {
+pub struct Scan {
     /// Directories of starts.
-    pub starts: Vec<Records>,
+    pub starts: Vec<TaskDir>,
     /// What the driver did not make, and how that is seen.
-    pub foreign: Vec<(PathBuf, String)>,
+    pub not_ours: Vec<(PathBuf, String)>,
 }
 
 /// Looks through a state directory. One that is not there holds nothing; one that others can write is an error, because nothing
 /// in it can be trusted then.
-pub fn survey(state_dir: &Path) -> io::Result<Survey> {
-    let mut survey = Survey::default();
+pub fn scan(state_dir: &Path) -> io::Result<Scan> {
+    let mut scan = Scan::default();
     state_dir::check(state_dir).map_err(io::Error::other)?;
     let entries = match fs::read_dir(state_dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(survey),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(scan),
         entries => entries?,
     };
     for entry in entries {
         let path = entry?.path();
-        match judge(state_dir, &path) {
-            Ok(None) => survey.starts.push(Records::at(path)),
-            Ok(Some(reason)) => survey.foreign.push((path, reason)),
+        match verify(state_dir, &path) {
+            Ok(None) => scan.starts.push(TaskDir::new(path)),
+            Ok(Some(reason)) => scan.not_ours.push((path, reason)),
             // Removed meanwhile.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => survey
-                .foreign
+            Err(error) => scan
+                .not_ours
                 .push((path, format!("it can't be read: {error}"))),
         }
     }
-    Ok(survey)
+    Ok(scan)
 }
 
 /// Why what lies in these records, in whatever state directory, is no start of the driver's, if it is none.
-pub fn foreign(records: &Records) -> io::Result<Option<String>> {
-    let state_dir = records.path().parent().unwrap_or_else(|| Path::new("/"));
+pub fn reason_not_ours(task_dir: &TaskDir) -> io::Result<Option<String>> {
+    let state_dir = task_dir.path().parent().unwrap_or_else(|| Path::new("/"));
     if let Err(refused) = state_dir::check(state_dir) {
         return Ok(Some(refused.to_string()));
     }
-    judge(state_dir, records.path())
+    verify(state_dir, task_dir.path())
 }
 
 /// Why this is no start of the driver's, if it is none.
-fn judge(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
-    let foreign = |reason: &str| Ok(Some(reason.to_owned()));
+fn verify(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
+    let reason_not_ours = |reason: &str| Ok(Some(reason.to_owned()));
     let name = path.file_name().and_then(|name| name.to_str());
-    if !name.is_some_and(Records::is_name) {
-        return foreign("it is not called like a start");
+    if !name.is_some_and(TaskDir::is_name) {
+        return reason_not_ours("it is not called like a start");
     }
     let about = path.symlink_metadata()?;
     if !about.is_dir() {
-        return foreign("it is not a directory");
+        return reason_not_ours("it is not a directory");
     }
     if about.uid() != nix::unistd::geteuid().as_raw() || about.mode() & 0o077 != 0 {
-        return foreign("it is not for the driver's own user alone");
+        return reason_not_ours("it is not for the driver's own user alone");
     }
-    let records = Records::at(path);
-    match records.order() {
-        Ok(order) if Records::of(state_dir, &order.id) != records => {
-            foreign("its order is another start's")
+    let task_dir = TaskDir::new(path);
+    match task_dir.launch_spec() {
+        Ok(launch_spec) if TaskDir::for_task(state_dir, &launch_spec.id) != task_dir => {
+            reason_not_ours("its order is another start's")
         }
         // A newer driver's, perhaps with a container that this one must not touch.
         Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(Some(error.to_string())),
-        Ok(order) if !is_sound(&order, &records) => foreign("its order names what is not its own"),
+        Ok(launch_spec) if !is_valid(&launch_spec, &task_dir) => {
+            reason_not_ours("its order names what is not its own")
+        }
         Ok(_) => Ok(None),
         Err(error)
             if matches!(
@@ -97,40 +99,40 @@ fn judge(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
             ) =>
         {
             // Nothing but the name tells that it is ours, so nothing else may lie in it.
-            let stranger = records.stranger()?;
-            Ok(stranger.map(|name| format!("{} lies in it", name.display())))
+            let unexpected_entry = task_dir.unexpected_entry()?;
+            Ok(unexpected_entry.map(|name| format!("{} lies in it", name.display())))
         }
         Err(error) => Err(error),
     }
 }
 
 /// Whether an order names a machine and a group that can be its own: both become paths of what is removed.
-fn is_sound(order: &Order, records: &Records) -> bool {
-    let machine = !order.machine.is_empty()
-        && order.machine.len() <= 64
-        && !order.machine.starts_with('.')
-        && order
+fn is_valid(launch_spec: &LaunchSpec, task_dir: &TaskDir) -> bool {
+    let machine = !launch_spec.machine.is_empty()
+        && launch_spec.machine.len() <= 64
+        && !launch_spec.machine.starts_with('.')
+        && launch_spec
             .machine
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'));
     machine
-        && order
+        && launch_spec
             .resources
             .iter()
-            .all(|resource| resource.is_own(records))
+            .all(|resource| resource.is_own(task_dir))
 }
 
 /// A supervisor of this state directory, by its command line.
 #[derive(Debug)]
-pub struct Supervisor {
+pub struct SupervisorProcess {
     /// The process.
-    pub held: Held,
+    pub handle: ProcessHandle,
     /// The directory of the start it watches over, which may not be there any more.
     pub directory: PathBuf,
 }
 
 /// The supervisors whose starts belong into this state directory.
-pub fn supervisors(state_dir: &Path) -> Vec<Supervisor> {
+pub fn supervisors(state_dir: &Path) -> Vec<SupervisorProcess> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     numbers
@@ -139,16 +141,16 @@ pub fn supervisors(state_dir: &Path) -> Vec<Supervisor> {
 }
 
 /// The supervisors of this start.
-pub fn supervisors_of(records: &Records) -> Vec<Supervisor> {
-    let state_dir = records.path().parent().unwrap_or_else(|| records.path());
+pub fn supervisors_of(task_dir: &TaskDir) -> Vec<SupervisorProcess> {
+    let state_dir = task_dir.path().parent().unwrap_or_else(|| task_dir.path());
     let mut found = supervisors(state_dir);
-    found.retain(|supervisor| supervisor.directory == records.path());
+    found.retain(|supervisor| supervisor.directory == task_dir.path());
     found
 }
 
-fn supervisor(pid: i32, state_dir: &Path) -> Option<Supervisor> {
+fn supervisor(pid: i32, state_dir: &Path) -> Option<SupervisorProcess> {
     // Held before the look: what is seen afterwards is this process or none.
-    let held = Held::by_pid(pid).ok()?;
+    let handle = ProcessHandle::open(pid).ok()?;
     let about = fs::metadata(format!("/proc/{pid}")).ok()?;
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let mut words = line.split(|byte| *byte == 0);
@@ -157,38 +159,40 @@ fn supervisor(pid: i32, state_dir: &Path) -> Option<Supervisor> {
         && words.next() == Some(b"supervise");
     let directory = PathBuf::from(OsString::from_vec(words.next()?.to_owned()));
     let name = directory.file_name()?.to_str()?;
-    (ours && directory.parent() == Some(state_dir) && Records::is_name(name))
-        .then_some(Supervisor { held, directory })
+    (ours && directory.parent() == Some(state_dir) && TaskDir::is_name(name))
+        .then_some(SupervisorProcess { handle, directory })
 }
 
-impl Supervisor {
+impl SupervisorProcess {
     /// Whether the start it watches over is not recorded any more, so that nobody can ever ask for it.
-    pub fn is_lost(&self) -> bool {
+    pub fn is_unrecorded(&self) -> bool {
         let there = self.directory.symlink_metadata();
         there.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
     }
 
     /// Lets one that was stopped go on. One that runs takes no notice.
-    pub fn rouse(&self) {
-        let _ = self.held.signal(Signal::CONT);
+    pub fn sigcont(&self) {
+        let _ = self.handle.signal(Signal::CONT);
     }
 
     /// Ends its container, so that it frees everything and ends by itself; by force if it does not.
     pub fn end(&self) {
-        self.rouse();
-        let pid = self.held.process().pid;
+        self.sigcont();
+        let pid = self.handle.process().pid;
         for child in children(pid) {
-            if let Ok(child) = Held::by_pid(child) {
+            if let Ok(child) = ProcessHandle::open(child) {
                 let _ = child.signal(Signal::KILL);
             }
         }
-        if self.held.wait(FREEING) {
+        if self.handle.wait(RELEASE_TIMEOUT) {
             return;
         }
         let below = descendants(pid).into_iter().skip(1);
-        let below: Vec<Held> = below.filter_map(|pid| Held::by_pid(pid).ok()).collect();
-        let _ = self.held.signal(Signal::KILL);
-        self.held.wait(FREEING);
+        let below: Vec<ProcessHandle> = below
+            .filter_map(|pid| ProcessHandle::open(pid).ok())
+            .collect();
+        let _ = self.handle.signal(Signal::KILL);
+        self.handle.wait(RELEASE_TIMEOUT);
         for process in below {
             let _ = process.signal(Signal::KILL);
         }
@@ -199,33 +203,33 @@ impl Supervisor {
 /// of this state directory runs, wherever they lie, and those of the driver's own subtree that have been empty for long.
 pub fn groups(state_dir: &Path) -> Vec<PathBuf> {
     let layout = Layout::of_this_host();
-    let mut leaves = layout.leaves(Records::is_name);
-    leaves.retain(|leaf| is_left(&layout, leaf, state_dir).unwrap_or(false));
+    let mut leaves = layout.leaves(TaskDir::is_name);
+    leaves.retain(|leaf| is_orphaned(&layout, leaf, state_dir).unwrap_or(false));
     leaves
 }
 
-fn is_left(layout: &Layout, leaf: &Path, state_dir: &Path) -> Option<bool> {
+fn is_orphaned(layout: &Layout, leaf: &Path, state_dir: &Path) -> Option<bool> {
     let name = leaf.file_name()?.to_str()?;
     // Asked after the group was seen: a start is recorded before its group is made and as long as it is there.
     let recorded = state_dir.join(name).symlink_metadata().is_ok();
-    if recorded || !Records::is_name(name) {
+    if recorded || !TaskDir::is_name(name) {
         return Some(false);
     }
     let processes = Group::new(leaf).processes();
     if !processes.is_empty() {
-        let socket = Records::at(state_dir.join(name)).notify();
-        return Some(processes.iter().any(|pid| tells(*pid, &socket)));
+        let socket = TaskDir::new(state_dir.join(name)).notify_socket();
+        return Some(processes.iter().any(|pid| has_notify_socket(*pid, &socket)));
     }
     // Elsewhere a name is no proof.
     if !layout.is_own(leaf) {
         return Some(false);
     }
     let changed = fs::metadata(leaf).and_then(|about| about.modified()).ok()?;
-    Some(SystemTime::now().duration_since(changed).ok()? > STALE)
+    Some(SystemTime::now().duration_since(changed).ok()? > STALE_AFTER)
 }
 
 /// Whether a process was started to tell this socket of its start.
-fn tells(pid: i32, socket: &Path) -> bool {
+fn has_notify_socket(pid: i32, socket: &Path) -> bool {
     let mut want = b"NOTIFY_SOCKET=".to_vec();
     want.extend_from_slice(socket.as_os_str().as_encoded_bytes());
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -238,10 +242,10 @@ fn tells(pid: i32, socket: &Path) -> bool {
 /// was empty and is no more is an error.
 pub fn remove_group(group: &Path, state_dir: &Path) -> io::Result<()> {
     let layout = Layout::of_this_host();
-    match is_left(&layout, group, state_dir) {
+    match is_orphaned(&layout, group, state_dir) {
         Some(true) if Group::new(group).processes().is_empty() => Group::new(group).remove(),
         Some(true) => {
-            remains::empty(group, true)?;
+            cleanup::kill_group(group, true)?;
             let name = group.file_name().and_then(|name| name.to_str());
             let alike = layout.find(name.unwrap_or_default());
             alike
@@ -254,19 +258,21 @@ pub fn remove_group(group: &Path, state_dir: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::tests::an_order;
     use super::super::resource::{Cgroup, CgroupMirror, Resource};
+    use super::super::task_dir::tests::an_order;
     use super::*;
     use std::collections::BTreeMap;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
-    fn ordered(state_dir: &Path, id: &str, change: impl FnOnce(&mut Order)) -> Records {
-        let records = Records::of(state_dir, id);
-        records.create().unwrap();
-        let mut order = an_order(id);
-        change(&mut order);
-        records.write_order(&order, &BTreeMap::new(), None).unwrap();
-        records
+    fn ordered(state_dir: &Path, id: &str, change: impl FnOnce(&mut LaunchSpec)) -> TaskDir {
+        let task_dir = TaskDir::for_task(state_dir, id);
+        task_dir.create().unwrap();
+        let mut launch_spec = an_order(id);
+        change(&mut launch_spec);
+        task_dir
+            .write_launch_spec(&launch_spec, &BTreeMap::new(), None)
+            .unwrap();
+        task_dir
     }
 
     fn in_group(group: PathBuf) -> Resource {
@@ -277,69 +283,69 @@ mod tests {
     fn only_what_the_driver_made_counts_as_a_start() {
         let temp = tempfile::tempdir().unwrap();
         let dir = temp.path();
-        let group = |records: &Records, above: &str| {
-            Path::new(above).join(records.path().file_name().unwrap())
+        let group = |task_dir: &TaskDir, above: &str| {
+            Path::new(above).join(task_dir.path().file_name().unwrap())
         };
         let whole = ordered(dir, "a/whole/1", |_| {});
-        let placed = Records::of(dir, "a/placed/1");
-        ordered(dir, "a/placed/1", |order| {
+        let placed = TaskDir::for_task(dir, "a/placed/1");
+        ordered(dir, "a/placed/1", |launch_spec| {
             let mirror = group(&placed, "/m");
-            order.resources = vec![
+            launch_spec.resources = vec![
                 in_group(group(&placed, "/g/x")),
                 Resource::CgroupMirror(CgroupMirror { group: mirror }),
             ];
         });
-        let bare = Records::of(dir, "a/bare/1");
+        let bare = TaskDir::for_task(dir, "a/bare/1");
         bare.create().unwrap();
         let torn = ordered(dir, "a/torn/1", |_| {});
         fs::write(torn.path().join("order"), "{").unwrap();
 
         fs::write(dir.join("note"), "").unwrap();
         fs::create_dir(dir.join("else")).unwrap();
-        let strange = Records::of(dir, "a/strange/1");
+        let strange = TaskDir::for_task(dir, "a/strange/1");
         strange.create().unwrap();
         fs::write(strange.path().join("thesis"), "").unwrap();
         let open = ordered(dir, "a/open/1", |_| {});
         fs::set_permissions(open.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        symlink(whole.path(), Records::of(dir, "a/link/1").path()).unwrap();
-        let moved = Records::of(dir, "a/moved/1");
+        symlink(whole.path(), TaskDir::for_task(dir, "a/link/1").path()).unwrap();
+        let moved = TaskDir::for_task(dir, "a/moved/1");
         fs::rename(ordered(dir, "a/other/1", |_| {}).path(), moved.path()).unwrap();
-        let linked = Records::of(dir, "a/linked/1");
+        let linked = TaskDir::for_task(dir, "a/linked/1");
         linked.create().unwrap();
         symlink(whole.path().join("order"), linked.path().join("order")).unwrap();
         for (name, machine) in [("up", "../../etc"), ("none", ""), ("dot", "..")] {
-            ordered(dir, &format!("a/{name}/1"), |order| {
-                order.machine = machine.to_owned()
+            ordered(dir, &format!("a/{name}/1"), |launch_spec| {
+                launch_spec.machine = machine.to_owned()
             });
         }
         let newer = ordered(dir, "a/newer/1", |_| {});
         let text = fs::read_to_string(newer.path().join("order")).unwrap();
         let text = text.replace("\"form\":1", "\"form\":2");
         fs::write(newer.path().join("order"), text).unwrap();
-        ordered(dir, "a/group/1", |order| {
+        ordered(dir, "a/group/1", |launch_spec| {
             let group = PathBuf::from("/sys/fs/cgroup/system.slice");
-            order.resources = vec![in_group(group)];
+            launch_spec.resources = vec![in_group(group)];
         });
-        let climbing = Records::of(dir, "a/climbing/1");
-        ordered(dir, "a/climbing/1", |order| {
+        let climbing = TaskDir::for_task(dir, "a/climbing/1");
+        ordered(dir, "a/climbing/1", |launch_spec| {
             let group = group(&climbing, "/g/../..");
-            order.resources = vec![in_group(group)];
+            launch_spec.resources = vec![in_group(group)];
         });
 
-        let survey = survey(dir).unwrap();
-        let mut starts: Vec<_> = survey.starts.iter().map(Records::path).collect();
-        let mut want = [&whole, &placed, &bare, &torn].map(Records::path);
+        let scan = scan(dir).unwrap();
+        let mut starts: Vec<_> = scan.starts.iter().map(TaskDir::path).collect();
+        let mut want = [&whole, &placed, &bare, &torn].map(TaskDir::path);
         starts.sort();
         want.sort();
         assert_eq!(starts, want);
-        assert_eq!(survey.foreign.len(), 13, "{:?}", survey.foreign);
+        assert_eq!(scan.not_ours.len(), 13, "{:?}", scan.not_ours);
     }
 
     #[test]
     fn a_directory_that_others_can_write_is_not_looked_through() {
         let temp = tempfile::tempdir().unwrap();
-        assert!(survey(&temp.path().join("none")).unwrap().starts.is_empty());
+        assert!(scan(&temp.path().join("none")).unwrap().starts.is_empty());
         fs::set_permissions(temp.path(), fs::Permissions::from_mode(0o777)).unwrap();
-        survey(temp.path()).unwrap_err();
+        scan(temp.path()).unwrap_err();
     }
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::record::{Order, Records};
+use super::task_dir::{LaunchSpec, TaskDir};
 
 /// Who may ask for a start again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,12 +20,12 @@ pub enum Owner {
 }
 
 /// The owner of a start, seen from the boot with this id.
-pub fn of(records: &Records, boot: &str) -> Owner {
-    let alloc_dir = match (records.order(), records.running()) {
+pub fn of(task_dir: &TaskDir, boot: &str) -> Owner {
+    let alloc_dir = match (task_dir.launch_spec(), task_dir.running()) {
         // What is not recorded as running can't be recovered.
         (_, Err(error)) if error.kind() == io::ErrorKind::NotFound => return Owner::Nobody,
-        (Ok(order), _) if order.boot != boot => return Owner::Nobody,
-        (Ok(order), _) => alloc_dir(&order),
+        (Ok(launch_spec), _) if launch_spec.boot != boot => return Owner::Nobody,
+        (Ok(launch_spec), _) => alloc_dir(&launch_spec),
         // Without an order RecoverTask takes what runs.
         (Err(_), Ok(running)) if running.started.boot != boot => return Owner::Nobody,
         (Err(_), Ok(running)) => running.alloc_dir,
@@ -43,10 +43,10 @@ pub fn of(records: &Records, boot: &str) -> Owner {
 }
 
 /// The directory of the allocation. Orders of drivers that did not keep it name the agent's log FIFOs, which lie in it.
-fn alloc_dir(order: &Order) -> Option<PathBuf> {
-    let streams = [&order.stdout, &order.stderr];
+fn alloc_dir(launch_spec: &LaunchSpec) -> Option<PathBuf> {
+    let streams = [&launch_spec.stdout, &launch_spec.stderr];
     let derived = || streams.into_iter().flatten().find_map(|path| above(path));
-    order.alloc_dir.clone().or_else(derived)
+    launch_spec.alloc_dir.clone().or_else(derived)
 }
 
 /// The allocation's directory of `<alloc_dir>/alloc/logs/.<task>.stdout.fifo`.
@@ -64,38 +64,40 @@ fn is_missing(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::tests::{a_running, an_order};
+    use super::super::task_dir::tests::{a_running, an_order};
     use super::*;
     use std::collections::BTreeMap;
 
     struct Start {
         temp: tempfile::TempDir,
-        records: Records,
+        task_dir: TaskDir,
     }
 
     /// A start of the boot `b` that is up, whose allocation is there.
-    fn start(change: impl FnOnce(&mut Order, &Path)) -> Start {
+    fn start(change: impl FnOnce(&mut LaunchSpec, &Path)) -> Start {
         let temp = tempfile::tempdir().unwrap();
         let root = temp.path().join("allocs");
         fs::create_dir_all(root.join("a")).unwrap();
-        let records = Records::at(temp.path().join("records"));
-        records.create().unwrap();
-        let mut order = an_order("a/t/1");
-        change(&mut order, &root);
-        records.write_order(&order, &BTreeMap::new(), None).unwrap();
+        let task_dir = TaskDir::new(temp.path().join("records"));
+        task_dir.create().unwrap();
+        let mut launch_spec = an_order("a/t/1");
+        change(&mut launch_spec, &root);
+        task_dir
+            .write_launch_spec(&launch_spec, &BTreeMap::new(), None)
+            .unwrap();
         let mut running = a_running("a/t/1", "b");
-        running.alloc_dir = order.alloc_dir;
-        records.write_running(&running).unwrap();
-        Start { temp, records }
+        running.alloc_dir = launch_spec.alloc_dir;
+        task_dir.write_running(&running).unwrap();
+        Start { temp, task_dir }
     }
 
     fn recorded() -> Start {
-        start(|order, root| order.alloc_dir = Some(root.join("a")))
+        start(|launch_spec, root| launch_spec.alloc_dir = Some(root.join("a")))
     }
 
     impl Start {
         fn owner(&self) -> Owner {
-            of(&self.records, "b")
+            of(&self.task_dir, "b")
         }
 
         fn agent(&self) -> Owner {
@@ -107,11 +109,11 @@ mod tests {
     fn a_start_belongs_to_the_agent_whose_allocations_lie_beside_its_own() {
         let start = recorded();
         assert_eq!(start.owner(), start.agent());
-        assert_eq!(of(&start.records, "another boot"), Owner::Nobody);
-        fs::write(start.records.path().join("order"), "{").unwrap();
+        assert_eq!(of(&start.task_dir, "another boot"), Owner::Nobody);
+        fs::write(start.task_dir.path().join("order"), "{").unwrap();
         assert_eq!(start.owner(), start.agent());
-        assert_eq!(of(&start.records, "another boot"), Owner::Nobody);
-        fs::remove_file(start.records.path().join("running")).unwrap();
+        assert_eq!(of(&start.task_dir, "another boot"), Owner::Nobody);
+        fs::remove_file(start.task_dir.path().join("running")).unwrap();
         assert_eq!(start.owner(), Owner::Nobody);
     }
 
@@ -127,9 +129,9 @@ mod tests {
     #[test]
     fn an_older_order_names_its_agent_by_the_log_fifos() {
         let older = |stdout: Option<&str>, stderr: Option<&str>| {
-            start(|order, root| {
-                order.stdout = stdout.map(|path| root.join(path));
-                order.stderr = stderr.map(|path| root.join(path));
+            start(|launch_spec, root| {
+                launch_spec.stdout = stdout.map(|path| root.join(path));
+                launch_spec.stderr = stderr.map(|path| root.join(path));
             })
         };
         for (stdout, stderr) in [

@@ -42,10 +42,10 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
-    use crate::supervisor::process::Held;
+    use crate::supervisor::process::ProcessHandle;
 
     /// Whether this kernel can; where it can't, the answer must be that nothing is known.
-    fn told() -> bool {
+    fn kernel_reports_exits() -> bool {
         crate::nspawn::probe::kernel() >= (6, 15)
     }
 
@@ -58,11 +58,11 @@ mod tests {
                 .stdin(std::process::Stdio::piped())
                 .spawn()
                 .unwrap();
-            let held = Held::by_pid(i32::try_from(child.id()).unwrap()).unwrap();
-            assert_eq!(held.raw_status(), None, "it lives");
+            let handle = ProcessHandle::open(i32::try_from(child.id()).unwrap()).unwrap();
+            assert_eq!(handle.raw_status(), None, "it lives");
             let status = child.wait().unwrap();
-            let want = told().then(|| status.into_raw());
-            assert_eq!(held.raw_status(), want, "{script}");
+            let want = kernel_reports_exits().then(|| status.into_raw());
+            assert_eq!(handle.raw_status(), want, "{script}");
         }
     }
 }

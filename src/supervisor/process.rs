@@ -14,14 +14,14 @@ use crate::signal::Signal;
 
 /// A process that is held by a descriptor: it may end, but its pid can't come to mean another one.
 #[derive(Debug)]
-pub struct Held {
+pub struct ProcessHandle {
     process: Process,
     descriptor: OwnedFd,
 }
 
-impl Held {
+impl ProcessHandle {
     /// Takes hold of the process that has this pid now.
-    pub fn by_pid(pid: i32) -> io::Result<Self> {
+    pub fn open(pid: i32) -> io::Result<Self> {
         // What a record or systemd-nspawn calls a pid may be any number, and rustix panics over negative ones.
         let raw = Some(pid).filter(|pid| *pid > 0).and_then(Pid::from_raw);
         let raw = raw.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
@@ -35,10 +35,10 @@ impl Held {
     }
 
     /// Takes hold of this very process; an error of kind `NotFound` if it is gone.
-    pub fn again(process: Process) -> io::Result<Self> {
-        let held = Self::by_pid(process.pid)?;
-        if held.process == process {
-            Ok(held)
+    pub fn open_checked(process: Process) -> io::Result<Self> {
+        let handle = Self::open(process.pid)?;
+        if handle.process == process {
+            Ok(handle)
         } else {
             Err(io::ErrorKind::NotFound.into())
         }
@@ -75,16 +75,16 @@ impl Held {
     }
 }
 
-impl AsFd for Held {
+impl AsFd for ProcessHandle {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.descriptor.as_fd()
     }
 }
 
 /// A descriptor that is readable as soon as the process has ended.
-impl From<Held> for OwnedFd {
-    fn from(held: Held) -> Self {
-        held.descriptor
+impl From<ProcessHandle> for OwnedFd {
+    fn from(handle: ProcessHandle) -> Self {
+        handle.descriptor
     }
 }
 
@@ -94,7 +94,7 @@ pub fn is_alive(process: Process) -> bool {
 }
 
 /// The name of the calling process.
-pub fn myself() -> io::Result<Process> {
+pub fn current_process() -> io::Result<Process> {
     let pid = nix::unistd::getpid().as_raw();
     Ok(Process {
         pid,
@@ -108,9 +108,9 @@ pub fn first_child(pid: i32) -> Option<i32> {
 }
 
 /// The child of a process's main thread that has the pid `inner` in its own pid namespace. `None` if it has been reaped.
-pub fn child_by_inner_pid(parent: i32, inner: i32) -> Option<Held> {
+pub fn child_by_inner_pid(parent: i32, inner: i32) -> Option<ProcessHandle> {
     children(parent).into_iter().find_map(|pid| {
-        let held = Held::by_pid(pid).ok()?;
+        let handle = ProcessHandle::open(pid).ok()?;
         // Read after it is held: if the pid means another process by now, the one that is held is gone and gets no signal.
         let is_child = field(pid, "PPid:")?.trim().parse() == Ok(parent);
         let is_it = field(pid, "NSpid:")?
@@ -118,7 +118,7 @@ pub fn child_by_inner_pid(parent: i32, inner: i32) -> Option<Held> {
             .last()?
             .parse()
             == Ok(inner);
-        (is_child && is_it).then_some(held)
+        (is_child && is_it).then_some(handle)
     })
 }
 
@@ -131,18 +131,18 @@ pub fn children(pid: i32) -> Vec<i32> {
 }
 
 /// Which of the given signals a process has a handler for.
-pub fn catches(pid: i32, signal: Signal) -> bool {
+pub fn handles_signal(pid: i32, signal: Signal) -> bool {
     mask(pid, "SigCgt:").is_some_and(|mask| has(mask, signal))
 }
 
 /// Whether a signal would be kept for a process or handled by it. For the first process of a pid namespace the kernel drops every
 /// other but SIGKILL and SIGSTOP. `None` if it is gone.
-pub fn takes(pid: i32, signal: Signal) -> Option<bool> {
+pub fn blocks_or_handles_signal(pid: i32, signal: Signal) -> Option<bool> {
     Some(has(mask(pid, "SigBlk:")?, signal) || has(mask(pid, "SigCgt:")?, signal))
 }
 
 /// Whether a process ignores a signal.
-pub fn ignores(pid: i32, signal: Signal) -> bool {
+pub fn ignores_signal(pid: i32, signal: Signal) -> bool {
     mask(pid, "SigIgn:").is_some_and(|mask| has(mask, signal))
 }
 
@@ -228,8 +228,8 @@ mod tests {
     fn a_number_that_is_no_pid_is_nobody() {
         for pid in [0, -1, i32::MIN, i32::MAX] {
             let nobody = Process { pid, start: 0 };
-            Held::by_pid(pid).unwrap_err();
-            Held::again(nobody).unwrap_err();
+            ProcessHandle::open(pid).unwrap_err();
+            ProcessHandle::open_checked(nobody).unwrap_err();
             assert!(!is_alive(nobody));
             assert!(children(pid).is_empty());
         }
@@ -252,7 +252,7 @@ mod tests {
             std::io::BufRead::lines(std::io::BufReader::new(shell.stdout.take().unwrap()));
         let mut line = || lines.next().unwrap().unwrap();
         let (first, second): (i32, i32) = (line().parse().unwrap(), line().parse().unwrap());
-        let found = |pid| child_by_inner_pid(parent, pid).map(|held| held.process().pid);
+        let found = |pid| child_by_inner_pid(parent, pid).map(|handle| handle.process().pid);
         assert_eq!((found(first), found(second)), (Some(first), Some(second)));
         assert_eq!(found(parent), None);
         let mut stdin = shell.stdin.take().unwrap();
@@ -277,24 +277,24 @@ mod tests {
     fn a_process_is_held_signalled_and_seen_to_end() {
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let held = Held::by_pid(pid).unwrap();
-        assert!(is_alive(held.process()));
-        assert!(!held.wait(Duration::ZERO));
-        held.signal(Signal::from_number(38).unwrap()).unwrap();
-        assert!(held.wait(Duration::from_secs(10)));
+        let handle = ProcessHandle::open(pid).unwrap();
+        assert!(is_alive(handle.process()));
+        assert!(!handle.wait(Duration::ZERO));
+        handle.signal(Signal::from_number(38).unwrap()).unwrap();
+        assert!(handle.wait(Duration::from_secs(10)));
         assert_eq!(
             child.wait().unwrap().signal(),
             Some(38),
             "real-time signals are counted as the C library counts"
         );
-        assert!(!is_alive(held.process()));
-        held.signal(Signal::KILL).unwrap();
+        assert!(!is_alive(handle.process()));
+        handle.signal(Signal::KILL).unwrap();
         let reused = Process {
             start: 1,
-            ..myself().unwrap()
+            ..current_process().unwrap()
         };
         assert_eq!(
-            Held::again(reused).unwrap_err().kind(),
+            ProcessHandle::open_checked(reused).unwrap_err().kind(),
             io::ErrorKind::NotFound
         );
     }

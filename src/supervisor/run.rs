@@ -13,9 +13,9 @@
 //!
 //! Where the container's first program is ours, it runs no command before the start is on record and it has been told so.
 
-mod birth;
-mod over;
-mod stopping;
+mod exit;
+mod signals;
+mod spawn;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -31,13 +31,13 @@ use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nspawn_init::{Trouble, Word};
 
-use super::ending::Farewell;
-use super::first::Channel;
-use super::line::{Failure, News, Step, Verb};
-use super::listeners::Listeners;
-use super::pause::{self, Point};
-use super::process::{Held, child_by_inner_pid, close_inherited, myself};
-use super::record::{Order, Records, Running};
+use super::clients::Clients;
+use super::exit_status::NspawnFinalStatus;
+use super::failpoint::{self, Failpoint};
+use super::init_channel::InitChannel;
+use super::process::{ProcessHandle, child_by_inner_pid, close_inherited, current_process};
+use super::protocol::{Action, Event, StartFailure, StartStep};
+use super::task_dir::{LaunchSpec, Running, TaskDir};
 use super::tree_lock::SharedLocks;
 use super::{logs, resource};
 use crate::cgroup::Group;
@@ -46,47 +46,48 @@ use crate::nspawn::refusal::cause_of_host_error;
 use crate::signal::Signal;
 
 /// How long systemd-nspawn may clear up after its container was killed before it is killed too.
-const CLEAR_UP: Duration = Duration::from_secs(5);
+const NSPAWN_CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long nobody is let in after somebody could not be, as when there are no descriptors left.
-const BREATH: Duration = Duration::from_millis(100);
+const RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// How many times in a row waiting may fail.
-const MOST_BREATHS: u32 = 100;
+const MAX_POLL_ERRORS: u32 = 100;
 
 /// How often it is looked whether it takes what is kept for it. Nothing tells it.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Watches over the container whose order lies in `directory`. Standard input is the lifeline of whoever asks for it; standard
 /// output, of which a supervisor has no other use, is the program that becomes the container's first.
 pub fn supervise(directory: &Path) -> ExitCode {
     close_inherited();
-    let records = Records::at(directory);
-    pause::at(&records, Point::Supervising);
-    let asker = io::stdin()
+    let task_dir = TaskDir::new(directory);
+    failpoint::hit(&task_dir, Failpoint::Supervising);
+    let owner = io::stdin()
         .as_fd()
         .try_clone_to_owned()
         .map(UnixStream::from);
-    let mut listeners = Listeners::default();
-    if let Ok(asker) = asker {
-        listeners.add(asker);
+    let mut clients = Clients::default();
+    if let Ok(owner) = owner {
+        clients.add(owner);
         // A client that is dropped sees the end of its connection, so no other descriptor may keep that open.
-        let closed = File::open("/dev/null").and_then(|null| Ok(nix::unistd::dup2_stdin(null)?));
-        if let Err(error) = closed {
+        let accept_paused_until =
+            File::open("/dev/null").and_then(|null| Ok(nix::unistd::dup2_stdin(null)?));
+        if let Err(error) = accept_paused_until {
             let _ = writeln!(io::stderr(), "standard input can't be closed: {error}");
         }
     }
-    match prepare(&records)
-        .and_then(|(order, sockets)| Watch::start(records.clone(), order, sockets))
-    {
-        Ok(mut watch) => {
-            watch.listeners = listeners;
-            watch.run();
+    match prepare(&task_dir).and_then(|(launch_spec, sockets)| {
+        Supervisor::start(task_dir.clone(), launch_spec, sockets)
+    }) {
+        Ok(mut supervisor) => {
+            supervisor.clients = clients;
+            supervisor.run();
             ExitCode::SUCCESS
         }
         Err(failure) => {
-            records.discard_secrets();
-            listeners.tell(&News::Failed(failure));
+            task_dir.discard_secrets();
+            clients.broadcast(&Event::Failed(failure));
             ExitCode::FAILURE
         }
     }
@@ -97,17 +98,17 @@ pub fn supervise(directory: &Path) -> ExitCode {
 struct Sockets {
     signals: SignalFd,
     notify: UnixDatagram,
-    lifeline: UnixListener,
+    control_socket: UnixListener,
 }
 
-fn prepare(records: &Records) -> Result<(Order, Sockets), Failure> {
-    let order = records
-        .order()
-        .map_err(|error| failure(Step::Order, &error))?;
+fn prepare(task_dir: &TaskDir) -> Result<(LaunchSpec, Sockets), StartFailure> {
+    let launch_spec = task_dir
+        .launch_spec()
+        .map_err(|error| failure(StartStep::Order, &error))?;
     let sockets = detach()
-        .and_then(|signals| listen(records, signals))
-        .map_err(|error| failure(Step::Notify, &error))?;
-    Ok((order, sockets))
+        .and_then(|signals| listen(task_dir, signals))
+        .map_err(|error| failure(StartStep::Notify, &error))?;
+    Ok((launch_spec, sockets))
 }
 
 /// Leaves the session of whoever started this process, and becomes the one that nothing but SIGKILL ends.
@@ -139,66 +140,66 @@ fn detach() -> io::Result<SignalFd> {
     )?)
 }
 
-fn listen(records: &Records, signals: SignalFd) -> io::Result<Sockets> {
-    let notify = UnixDatagram::bind(records.notify())?;
-    let lifeline = UnixListener::bind(records.lifeline())?;
+fn listen(task_dir: &TaskDir, signals: SignalFd) -> io::Result<Sockets> {
+    let notify = UnixDatagram::bind(task_dir.notify_socket())?;
+    let control_socket = UnixListener::bind(task_dir.control_socket())?;
     notify.set_nonblocking(true)?;
-    lifeline.set_nonblocking(true)?;
+    control_socket.set_nonblocking(true)?;
     Ok(Sockets {
         signals,
         notify,
-        lifeline,
+        control_socket,
     })
 }
 
-fn failure(step: Step, error: &io::Error) -> Failure {
-    Failure::new(step, cause_of_host_error(error), error.to_string())
+fn failure(step: StartStep, error: &io::Error) -> StartFailure {
+    StartFailure::new(step, cause_of_host_error(error), error.to_string())
 }
 
 /// One container and everything that is known of it.
 #[derive(Debug)]
-struct Watch {
-    records: Records,
-    order: Order,
+struct Supervisor {
+    task_dir: TaskDir,
+    launch_spec: LaunchSpec,
     sockets: Sockets,
-    listeners: Listeners,
+    clients: Clients,
     nspawn: Process,
     /// The locks of a tree that others use too, until systemd-nspawn has them.
     tree: Option<SharedLocks>,
     /// To the container's first program, where it is ours.
-    first: Option<Channel>,
+    init_channel: Option<InitChannel>,
     /// Why the command does not run, from the first program.
-    trouble: Option<Trouble>,
+    start_error: Option<Trouble>,
     /// The process that signals are for with `process_two`: the first program, which passes them on, until it has said which
     /// process the command is; then the command.
-    command: Option<Held>,
+    command: Option<ProcessHandle>,
     /// The raw wait status of the command, from the first program.
-    status: Option<i32>,
+    command_status: Option<i32>,
     state: State,
     /// Set when the container lived until it was ended by force: what systemd-nspawn says of the end is then no news.
-    forced: bool,
+    killed: bool,
     /// Set when systemd-nspawn itself was killed.
-    put_down: bool,
+    nspawn_killed: bool,
     /// How far the leader's end is seen.
-    leader: Leader,
+    leader: LeaderState,
     /// The leader's raw wait status, once it has become a child of this process and has been reaped.
     reaped: Option<i32>,
     /// What systemd-nspawn has said last.
-    farewell: Option<Farewell>,
+    nspawn_status: Option<NspawnFinalStatus>,
     /// When systemd-nspawn itself is killed, after its container was.
-    patience: Option<Instant>,
+    nspawn_deadline: Option<Instant>,
     /// Until when nobody is let in. Who knocks waits, and keeps nobody awake.
-    closed: Option<Instant>,
+    accept_paused_until: Option<Instant>,
     /// Signals that the image's init does not take yet.
-    kept: Vec<Signal>,
+    pending_signals: Vec<Signal>,
     /// Whether the end has been recorded and told.
-    told: bool,
+    exit_reported: bool,
 }
 
 /// How far the end of the container's first process is seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Leader {
-    Lives,
+enum LeaderState {
+    Alive,
     /// Its status is known to nobody yet.
     Ended,
     /// Its parent has waited for it. Kernels before 6.9 do not tell.
@@ -214,142 +215,150 @@ enum State {
         ready: bool,
     },
     /// It came up and must not stay.
-    Failing(Failure),
+    Failing(StartFailure),
     Running {
         running: Box<Running>,
-        leader: Option<Held>,
+        leader: Option<ProcessHandle>,
         since: Instant,
     },
 }
 
-impl Watch {
-    fn start(records: Records, order: Order, sockets: Sockets) -> Result<Self, Failure> {
-        let stdout =
-            logs::open(order.stdout.as_deref()).map_err(|error| failure(Step::Logs, &error))?;
-        let stderr =
-            logs::open(order.stderr.as_deref()).map_err(|error| failure(Step::Logs, &error))?;
-        if let Some(group) = order.cgroup() {
+impl Supervisor {
+    fn start(
+        task_dir: TaskDir,
+        launch_spec: LaunchSpec,
+        sockets: Sockets,
+    ) -> Result<Self, StartFailure> {
+        let stdout = logs::open(launch_spec.stdout.as_deref())
+            .map_err(|error| failure(StartStep::Logs, &error))?;
+        let stderr = logs::open(launch_spec.stderr.as_deref())
+            .map_err(|error| failure(StartStep::Logs, &error))?;
+        if let Some(group) = launch_spec.cgroup() {
             Group::new(group)
                 .create()
-                .map_err(|error| failure(Step::Cgroup, &error))?;
+                .map_err(|error| failure(StartStep::Cgroup, &error))?;
         }
-        pause::at(&records, Point::CgroupMade);
-        resource::clear_the_way(&order.machine);
-        let tree = order.shared_tree();
-        let tree = tree.map(|tree| SharedLocks::take(&records, tree));
-        let (child, first) = birth::spawn(&records, order.first, stdout, stderr)
-            .map_err(|error| failure(Step::Nspawn, &error))?;
+        failpoint::hit(&task_dir, Failpoint::CgroupMade);
+        resource::remove_leaked_mounts(&launch_spec.machine);
+        let tree = launch_spec.shared_tree();
+        let tree = tree.map(|tree| SharedLocks::take(&task_dir, tree));
+        let (child, init_channel) = spawn::spawn(&task_dir, launch_spec.first, stdout, stderr)
+            .map_err(|error| failure(StartStep::Nspawn, &error))?;
         let pid = i32::try_from(child.id())
-            .map_err(|_| failure(Step::Nspawn, &io::ErrorKind::InvalidData.into()))?;
+            .map_err(|_| failure(StartStep::Nspawn, &io::ErrorKind::InvalidData.into()))?;
         // Not reaped yet, so the pid is its own.
-        let nspawn = Held::by_pid(pid).map_or(Process { pid, start: 0 }, |held| held.process());
-        pause::at(&records, Point::Spawned);
-        let listeners = Listeners::default();
-        let (leader, ready) = (None, first.is_none());
+        let nspawn =
+            ProcessHandle::open(pid).map_or(Process { pid, start: 0 }, |handle| handle.process());
+        failpoint::hit(&task_dir, Failpoint::Spawned);
+        let clients = Clients::default();
+        let (leader, ready) = (None, init_channel.is_none());
         Ok(Self {
-            records,
-            order,
+            task_dir,
+            launch_spec,
             sockets,
-            listeners,
+            clients,
             nspawn,
             tree,
-            first,
-            trouble: None,
+            init_channel,
+            start_error: None,
             command: None,
-            status: None,
+            command_status: None,
             state: State::Starting { leader, ready },
-            forced: false,
-            put_down: false,
-            leader: Leader::Lives,
+            killed: false,
+            nspawn_killed: false,
+            leader: LeaderState::Alive,
             reaped: None,
-            farewell: None,
-            patience: None,
-            closed: None,
-            kept: Vec::new(),
-            told: false,
+            nspawn_status: None,
+            nspawn_deadline: None,
+            accept_paused_until: None,
+            pending_signals: Vec::new(),
+            exit_reported: false,
         })
     }
 
     /// Sleeps until something happens, and deals with it, until systemd-nspawn has ended.
     fn run(&mut self) {
-        let mut sleepless = 0;
+        let mut poll_errors = 0;
         let status = loop {
-            let awake = match self.sleep() {
-                Ok(awake) => {
-                    sleepless = 0;
-                    awake
+            let ready = match self.poll() {
+                Ok(ready) => {
+                    poll_errors = 0;
+                    ready
                 }
                 Err(error) => {
-                    sleepless += 1;
-                    self.bear(sleepless, error);
-                    Awake::by_itself()
+                    poll_errors += 1;
+                    self.on_poll_error(poll_errors, error);
+                    Ready::all()
                 }
             };
-            if awake.notify {
-                self.hear_nspawn();
+            if ready.notify {
+                self.read_notify_socket();
             }
-            self.hear_first();
+            self.read_init_channel();
             self.start_if_ready();
-            if awake.lifeline {
-                self.welcome();
+            if ready.control_socket {
+                self.accept_clients();
             }
-            self.hear_listeners();
-            self.send_what_was_kept();
-            if let Some(leader) = awake.leader {
+            self.handle_requests();
+            self.flush_pending_signals();
+            if let Some(leader) = ready.leader {
                 self.see_leader(leader);
             }
-            if let Some(status) = self.end_known_early() {
-                self.tell_end(status);
+            if let Some(status) = self.early_exit_status() {
+                self.report_exit(status);
             }
-            if awake.signals
+            if ready.signals
                 && let Some(status) = self.reap()
             {
                 break status;
             }
-            if self.patience.is_some_and(|end| Instant::now() >= end) {
-                self.patience = None;
+            if self
+                .nspawn_deadline
+                .is_some_and(|end| Instant::now() >= end)
+            {
+                self.nspawn_deadline = None;
                 self.kill_nspawn();
             }
-            self.closed = self.closed.filter(|end| Instant::now() < *end);
+            self.accept_paused_until = self.accept_paused_until.filter(|end| Instant::now() < *end);
         };
-        self.end(status);
+        self.finish(status);
     }
 
     /// The kernel lets nobody wait, as when this process may have fewer descriptors than it has. For a while everything is looked
     /// at now and then instead; a container that can't be watched must not run.
-    fn bear(&mut self, times: u32, error: nix::Error) {
+    fn on_poll_error(&mut self, times: u32, error: nix::Error) {
         match times {
             1 => drop(writeln!(io::stderr(), "waiting failed: {error}")),
-            MOST_BREATHS => {
+            MAX_POLL_ERRORS => {
                 let _ = writeln!(io::stderr(), "waiting still fails: the container is ended");
                 self.kill();
             }
             _ => {}
         }
-        std::thread::sleep(BREATH);
+        std::thread::sleep(RETRY_DELAY);
     }
 
-    fn sleep(&self) -> nix::Result<Awake> {
-        let door = match self.closed {
+    fn poll(&self) -> nix::Result<Ready> {
+        let door = match self.accept_paused_until {
             None => PollFlags::POLLIN,
             Some(_) => PollFlags::empty(),
         };
         let mut descriptors = vec![
             PollFd::new(self.sockets.signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.sockets.notify.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.sockets.lifeline.as_fd(), door),
+            PollFd::new(self.sockets.control_socket.as_fd(), door),
         ];
-        let first = self.first.as_ref().and_then(Channel::descriptor);
+        let init = self.init_channel.as_ref().and_then(InitChannel::descriptor);
         descriptors.extend(
-            self.listeners
+            self.clients
                 .descriptors()
-                .chain(first)
+                .chain(init)
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
         );
         let last = descriptors.len();
-        descriptors.extend(self.leader_to_watch());
-        let look = (!self.kept.is_empty()).then(|| Instant::now() + LOOK);
-        let ends = [self.patience, self.closed, look];
+        descriptors.extend(self.leader_poll_fd());
+        let look = (!self.pending_signals.is_empty()).then(|| Instant::now() + POLL_INTERVAL);
+        let ends = [self.nspawn_deadline, self.accept_paused_until, look];
         let limit = match ends.into_iter().flatten().min() {
             None => PollTimeout::NONE,
             Some(end) => {
@@ -358,57 +367,60 @@ impl Watch {
             }
         };
         match poll(&mut descriptors, limit) {
-            Err(nix::Error::EINTR) => return Ok(Awake::default()),
+            Err(nix::Error::EINTR) => return Ok(Ready::default()),
             other => other?,
         };
         let ready = |index: usize| descriptors[index].any().unwrap_or(true);
         let leader = descriptors.get(last).and_then(PollFd::revents);
-        Ok(Awake {
+        Ok(Ready {
             leader: leader.and_then(|seen| match seen {
-                seen if seen.contains(PollFlags::POLLHUP) => Some(Leader::Reaped),
-                seen if seen.contains(PollFlags::POLLIN) => Some(Leader::Ended),
+                seen if seen.contains(PollFlags::POLLHUP) => Some(LeaderState::Reaped),
+                seen if seen.contains(PollFlags::POLLIN) => Some(LeaderState::Ended),
                 _ => None,
             }),
             signals: ready(0),
             notify: ready(1),
-            lifeline: ready(2),
+            control_socket: ready(2),
         })
     }
 
     /// Reads what systemd-nspawn says. The pid of the leader is the start, and its farewell says that nothing but clearing up is
     /// left to it; everything else is small talk.
-    fn hear_nspawn(&mut self) {
+    fn read_notify_socket(&mut self) {
         let mut datagram = [0; 4096];
         while let Ok(length) = self.sockets.notify.recv(&mut datagram) {
             let text = String::from_utf8_lossy(&datagram[..length]);
-            let told = text
+            let pid = text
                 .lines()
                 .find_map(|line| line.strip_prefix("X_NSPAWN_LEADER_PID=")?.parse().ok());
-            if let (Some(pid), State::Starting { leader, .. }) = (told, &mut self.state) {
+            if let (Some(pid), State::Starting { leader, .. }) = (pid, &mut self.state) {
                 leader.get_or_insert(pid);
             }
-            self.farewell = text.lines().find_map(Farewell::of).or(self.farewell);
+            self.nspawn_status = text
+                .lines()
+                .find_map(NspawnFinalStatus::of)
+                .or(self.nspawn_status);
         }
     }
 
     /// Reads what the container's first program says, where it is ours.
-    fn hear_first(&mut self) {
-        let Some(channel) = &mut self.first else {
+    fn read_init_channel(&mut self) {
+        let Some(channel) = &mut self.init_channel else {
             return;
         };
-        while let Some(word) = channel.hear() {
-            match word {
+        while let Some(event) = channel.recv() {
+            match event {
                 Word::Ready => {
-                    let init = channel.speaker();
-                    self.command = init.and_then(|init| Held::by_pid(init).ok());
+                    let init = channel.peer_pid();
+                    self.command = init.and_then(|init| ProcessHandle::open(init).ok());
                     if let State::Starting { ready, .. } = &mut self.state {
                         *ready = true;
                     }
                 }
-                Word::Failed(trouble) => self.trouble = Some(trouble),
-                Word::Ended { status } => self.status = Some(status),
+                Word::Failed(start_error) => self.start_error = Some(start_error),
+                Word::Ended { status } => self.command_status = Some(status),
                 Word::Running { pid } => {
-                    let init = channel.speaker();
+                    let init = channel.peer_pid();
                     let command = init.and_then(|init| child_by_inner_pid(init, pid));
                     self.command = command.or_else(|| self.command.take());
                 }
@@ -423,121 +435,121 @@ impl Watch {
             ready: true,
         } = self.state
         {
-            self.started(leader);
+            self.record_start(leader);
         }
     }
 
-    fn started(&mut self, leader: i32) {
+    fn record_start(&mut self, leader: i32) {
         self.tree = None;
-        let held = match Held::by_pid(leader) {
-            Ok(held) => Some(held),
+        let handle = match ProcessHandle::open(leader) {
+            Ok(handle) => Some(handle),
             // A command may have ended before anybody could look at it: then its end is all there is to see.
-            Err(error) if is_gone(&error) => None,
+            Err(error) if no_such_process(&error) => None,
             Err(error) => return self.fail(&error),
         };
         let copy = self
-            .order
+            .launch_spec
             .copies()
-            .and_then(|copies| resource::copy_of(leader, copies))
+            .and_then(|copies| resource::ephemeral_root_of(leader, copies))
             // The container may have mounted something over its root whose name is that of another one's copy.
             .filter(|copy| is_root_of(leader, copy));
         let started = Started {
-            id: self.order.id.clone(),
-            machine: self.order.machine.clone(),
-            state: self.records.path().to_owned(),
-            boot: self.order.boot.clone(),
-            supervisor: myself().unwrap_or(Process { pid: 0, start: 0 }),
-            leader: held.as_ref().map_or(
+            id: self.launch_spec.id.clone(),
+            machine: self.launch_spec.machine.clone(),
+            state: self.task_dir.path().to_owned(),
+            boot: self.launch_spec.boot.clone(),
+            supervisor: current_process().unwrap_or(Process { pid: 0, start: 0 }),
+            leader: handle.as_ref().map_or(
                 Process {
                     pid: leader,
                     start: 0,
                 },
-                Held::process,
+                ProcessHandle::process,
             ),
-            mode: self.order.mode,
-            cgroup: self.order.cgroup().map(Path::to_owned),
+            mode: self.launch_spec.mode,
+            cgroup: self.launch_spec.cgroup().map(Path::to_owned),
             started_at: SystemTime::now(),
-            notes: self.order.notes.clone(),
+            notes: self.launch_spec.notes.clone(),
         };
         let running = Running {
             started: started.clone(),
             nspawn: self.nspawn,
             copy,
-            uids: resource::uids_of(leader),
-            alloc_dir: self.order.alloc_dir.clone(),
+            uids: resource::first_uid_of(leader),
+            alloc_dir: self.launch_spec.alloc_dir.clone(),
         };
         self.state = State::Running {
             running: Box::new(running.clone()),
-            leader: held,
+            leader: handle,
             since: Instant::now(),
         };
-        pause::at(&self.records, Point::Heard);
-        if let Err(error) = self.records.write_running(&running) {
+        failpoint::hit(&self.task_dir, Failpoint::Heard);
+        if let Err(error) = self.task_dir.write_running(&running) {
             // A container that could not be found again must not run.
             let _ = writeln!(io::stderr(), "the start can't be recorded: {error}");
             return self.fail(&error);
         }
-        pause::at(&self.records, Point::Recorded);
-        if let Some(first) = &self.first {
-            first.go();
+        failpoint::hit(&self.task_dir, Failpoint::Recorded);
+        if let Some(init_channel) = &self.init_channel {
+            init_channel.send_go();
         }
-        self.listeners.tell(&News::Started(started));
+        self.clients.broadcast(&Event::Started(started));
     }
 
     /// Undoes the start.
     fn fail(&mut self, error: &io::Error) {
-        self.state = State::Failing(failure(Step::Watch, error));
+        self.state = State::Failing(failure(StartStep::Watch, error));
         // Our own first program runs nothing without it, and what follows may need its descriptor.
-        self.first = None;
+        self.init_channel = None;
         self.kill();
     }
 
-    fn welcome(&mut self) {
+    fn accept_clients(&mut self) {
         loop {
-            let stream = match self.sockets.lifeline.accept() {
+            let stream = match self.sockets.control_socket.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => {
-                    self.closed = Some(Instant::now() + BREATH);
+                    self.accept_paused_until = Some(Instant::now() + RETRY_DELAY);
                     return;
                 }
             };
-            let news = match &self.state {
+            let event = match &self.state {
                 State::Starting { .. } | State::Failing(_) => None,
-                State::Running { running, .. } => Some(News::Started(running.started.clone())),
+                State::Running { running, .. } => Some(Event::Started(running.started.clone())),
             };
-            self.listeners.add(stream);
-            if let Some(news) = news {
-                self.listeners.tell_newcomer(&news);
+            self.clients.add(stream);
+            if let Some(event) = event {
+                self.clients.send_to_last(&event);
             }
         }
     }
 
-    fn hear_listeners(&mut self) {
-        for (index, request) in self.listeners.requests() {
+    fn handle_requests(&mut self) {
+        for (index, request) in self.clients.requests() {
             let error = match request.verb {
                 // As a signal like others it would end the container too, but systemd-nspawn would tell another end.
-                Verb::Signal(number) if number == Signal::KILL.number() => {
+                Action::Signal(number) if number == Signal::KILL.number() => {
                     self.kill();
                     Ok(())
                 }
-                Verb::Signal(number) => self.signal(Signal::from_number(number)),
-                Verb::Stop => {
-                    let polite = self.polite();
-                    self.signal(polite)
+                Action::Signal(number) => self.signal(Signal::from_number(number)),
+                Action::Stop => {
+                    let stop_signal = self.stop_signal();
+                    self.signal(stop_signal)
                 }
-                Verb::Kill => {
+                Action::Kill => {
                     self.kill();
                     Ok(())
                 }
             };
-            pause::at(&self.records, Point::Signalled);
+            failpoint::hit(&self.task_dir, Failpoint::Signalled);
             let error = error.err().map(|error| error.to_string());
             let request = request.request;
-            self.listeners.answer(index, &News::Done { request, error });
+            self.clients.answer(index, &Event::Done { request, error });
         }
-        let asker_is_gone = self.listeners.forget_the_gone();
-        if asker_is_gone && matches!(self.state, State::Starting { .. }) {
+        let owner_is_gone = self.clients.drop_disconnected();
+        if owner_is_gone && matches!(self.state, State::Starting { .. }) {
             // Whoever asked for the start has died and will ask again; two of the same must not run.
             self.kill();
         }
@@ -554,26 +566,26 @@ fn is_root_of(pid: i32, directory: &Path) -> bool {
 }
 
 /// Whether it means that there is no such process.
-fn is_gone(error: &io::Error) -> bool {
+fn no_such_process(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(nix::Error::ESRCH as i32)
 }
 
 #[derive(Debug, Default)]
-struct Awake {
+struct Ready {
     signals: bool,
     notify: bool,
-    lifeline: bool,
-    leader: Option<Leader>,
+    control_socket: bool,
+    leader: Option<LeaderState>,
 }
 
-impl Awake {
+impl Ready {
     /// Anything may have happened.
-    fn by_itself() -> Self {
+    fn all() -> Self {
         Self {
             signals: true,
             notify: true,
-            lifeline: true,
+            control_socket: true,
             leader: None,
         }
     }

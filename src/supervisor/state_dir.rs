@@ -10,7 +10,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
 /// The kernel follows no more links either.
-const MOST_LINKS: usize = 40;
+const MAX_LINKS: usize = 40;
 const STICKY: u32 = 0o1000;
 
 /// Why a state directory is refused.
@@ -82,7 +82,7 @@ pub fn check(state_dir: &Path) -> Result<(), StateDirError> {
         }
         if about.is_symlink() {
             links += 1;
-            if path == state_dir || links > MOST_LINKS {
+            if path == state_dir || links > MAX_LINKS {
                 return Err(StateDirError::Link { link: path });
             }
             let target = match fs::read_link(&path) {

@@ -15,7 +15,7 @@ impl Sleeper {
 
     fn process(&self) -> Process {
         let pid = i32::try_from(self.0.id()).unwrap();
-        process::Held::by_pid(pid).unwrap().process()
+        process::ProcessHandle::open(pid).unwrap().process()
     }
 }
 
@@ -40,9 +40,9 @@ fn many_departures_are_awaited_without_a_thread_each() {
     runtime.block_on(async {
         tokio::select! {
             biased;
-            () = departed(names[0]) => panic!("the first has not ended"),
-            () = departed(names[1]) => panic!("the second has not ended"),
-            () = departed(names[2]) => {}
+            () = wait_for_exit(names[0]) => panic!("the first has not ended"),
+            () = wait_for_exit(names[1]) => panic!("the second has not ended"),
+            () = wait_for_exit(names[2]) => {}
         }
     });
 }
@@ -50,7 +50,7 @@ fn many_departures_are_awaited_without_a_thread_each() {
 /// A container whose supervisor is this test.
 struct Odd {
     _temp: tempfile::TempDir,
-    records: Records,
+    task_dir: TaskDir,
     leader: Sleeper,
     started: Started,
 }
@@ -58,13 +58,13 @@ struct Odd {
 impl Odd {
     fn new() -> Self {
         let temp = tempfile::tempdir().unwrap();
-        let records = Records::at(temp.path().join("x"));
-        records.create().unwrap();
+        let task_dir = TaskDir::new(temp.path().join("x"));
+        task_dir.create().unwrap();
         let leader = Sleeper::new();
         let started = Started {
             id: "a/t/1".into(),
             machine: "t-a".into(),
-            state: records.path().to_owned(),
+            state: task_dir.path().to_owned(),
             boot: crate::nspawn::probe::boot_id().unwrap(),
             supervisor: Process { pid: 0, start: 0 },
             leader: leader.process(),
@@ -73,55 +73,60 @@ impl Odd {
             started_at: SystemTime::UNIX_EPOCH,
             notes: Vec::new(),
         };
-        let running = record::Running {
+        let running = task_dir::Running {
             started: started.clone(),
             nspawn: leader.process(),
             copy: None,
             uids: None,
             alloc_dir: None,
         };
-        records.write_running(&running).unwrap();
+        task_dir.write_running(&running).unwrap();
         Self {
             _temp: temp,
-            records,
+            task_dir,
             leader,
             started,
         }
     }
 
     /// A plugin that has found it again, and the supervisor's end of the line.
-    async fn attached(&self) -> (Supervised, UnixStream) {
-        let listener = tokio::net::UnixListener::bind(self.records.lifeline()).unwrap();
+    async fn attached(&self) -> (SupervisorClient, UnixStream) {
+        let listener = tokio::net::UnixListener::bind(self.task_dir.control_socket()).unwrap();
         let tracker = TaskTracker::new();
-        let found = attach(&self.records, &self.started, &tracker).await;
+        let found = attach(&self.task_dir, &self.started, &tracker).await;
         let one = found.unwrap().unwrap();
-        let (line, _) = listener.accept().await.unwrap();
-        (one, line)
+        let (connection, _) = listener.accept().await.unwrap();
+        (one, connection)
     }
 }
 
 #[tokio::test]
 async fn news_that_are_not_known_are_passed_over() {
     let odd = Odd::new();
-    let (one, mut line) = odd.attached().await;
-    line.write_all(b"{\"thawed\":{\"by\":1}}\n").await.unwrap();
-    line.write_all(&line::line(&News::Started(odd.started.clone())))
+    let (one, mut connection) = odd.attached().await;
+    connection
+        .write_all(b"{\"thawed\":{\"by\":1}}\n")
         .await
         .unwrap();
-    let up = one.settled().await;
+    connection
+        .write_all(&protocol::encode(&Event::Started(odd.started.clone())))
+        .await
+        .unwrap();
+    let up = one.start_outcome().await;
     assert!(
         matches!(&up, Status::Up(started) if **started == odd.started),
         "{up:?}"
     );
-    let asked = tokio::spawn({
+    let pending = tokio::spawn({
         let one = one.clone();
-        async move { one.ask(Verb::Stop).await }
+        async move { one.request(Action::Stop).await }
     });
-    line.readable().await.unwrap();
-    line.write_all(b"{\"frozen\":{}}\n{\"done\":{\"request\":1,\"error\":\"no\",\"since\":2}}\n")
+    connection.readable().await.unwrap();
+    connection
+        .write_all(b"{\"frozen\":{}}\n{\"done\":{\"request\":1,\"error\":\"no\",\"since\":2}}\n")
         .await
         .unwrap();
-    assert_eq!(asked.await.unwrap(), Err("no".to_owned()));
+    assert_eq!(pending.await.unwrap(), Err("no".to_owned()));
     assert!(process::is_alive(odd.leader.process()));
 }
 
@@ -129,13 +134,13 @@ async fn news_that_are_not_known_are_passed_over() {
 #[case::no_message(b"nonsense\n".to_vec())]
 #[case::half_known(b"{\"started\":{\"id\":1}}\nnull\n".to_vec())]
 #[case::no_text(vec![0xff, b'\n'])]
-#[case::without_end(vec![b' '; line::LONGEST + 100_000])]
+#[case::without_end(vec![b' '; protocol::MAX_LINE_BYTES + 100_000])]
 #[tokio::test]
 async fn a_supervisor_that_talks_nonsense_is_lost_and_its_container_ended(#[case] said: Vec<u8>) {
     let mut odd = Odd::new();
-    let (one, mut line) = odd.attached().await;
+    let (one, mut connection) = odd.attached().await;
     // It may have been given up before it has said everything.
-    let _ = line.write_all(&said).await;
+    let _ = connection.write_all(&said).await;
     let reaping = std::thread::spawn(move || odd.leader.0.wait().map(|status| (status, odd)));
     let end = one.end().await.unwrap();
     let (status, odd) = reaping.join().unwrap().unwrap();
@@ -145,5 +150,5 @@ async fn a_supervisor_that_talks_nonsense_is_lost_and_its_container_ended(#[case
     );
     let error = end.error.as_deref().unwrap_or_default();
     assert!(error.contains("its supervisor talked nonsense"), "{error}");
-    assert_eq!(odd.records.exit().unwrap(), Some(end));
+    assert_eq!(odd.task_dir.exit().unwrap(), Some(end));
 }

@@ -13,8 +13,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::pause::{self, Point};
-use super::record::Records;
+use super::failpoint::{self, Failpoint};
+use super::task_dir::TaskDir;
 
 /// Where systemd-nspawn keeps the locks that it names by inode.
 const BY_INODE: &str = "/run/systemd/nspawn/locks";
@@ -38,7 +38,7 @@ pub(super) struct SharedLocks(Vec<(File, PathBuf)>);
 
 impl SharedLocks {
     /// Shares the locks of a tree or image. Those that can't be had are left to systemd-nspawn, which then says why.
-    pub(super) fn take(records: &Records, tree: &Path) -> Self {
+    pub(super) fn take(task_dir: &TaskDir, tree: &Path) -> Self {
         // Fails where it is there, and where systemd-nspawn has never run: then there is nobody to share with.
         let _ = DirBuilder::new().mode(0o700).create(BY_INODE);
         let mut locks = Self::default();
@@ -51,7 +51,7 @@ impl SharedLocks {
                         break;
                     }
                     Err(Errno::EAGAIN | Errno::EACCES) => {
-                        pause::at(records, Point::TreeBusy);
+                        failpoint::hit(task_dir, Failpoint::TreeBusy);
                         let Some(pause) = pauses.next() else {
                             return locks;
                         };
@@ -122,17 +122,17 @@ fn paths_of(tree: &Path) -> Option<[PathBuf; 2]> {
 }
 
 /// Removes the lock files of a tree that a killed systemd-nspawn has left.
-pub(super) fn remove_of_tree(records: &Records, tree: &Path) {
+pub(super) fn remove_of_tree(task_dir: &TaskDir, tree: &Path) {
     for path in paths_of(tree).into_iter().flatten() {
-        remove(records, &path);
+        remove(task_dir, &path);
     }
 }
 
 /// Removes a lock file that a killed systemd-nspawn has left, if nobody holds it: the lock is taken first, so that another
 /// container of the same tree keeps its own. systemd-nspawn notices when a file it has locked was removed, and begins again.
-pub(super) fn remove(records: &Records, path: &Path) {
+pub(super) fn remove(task_dir: &TaskDir, path: &Path) {
     if let Some(_held) = take(path) {
-        pause::at(records, Point::TreeLocked);
+        failpoint::hit(task_dir, Failpoint::TreeLocked);
         let _ = fs::remove_file(path);
     }
 }
@@ -159,10 +159,10 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let tree = temp.path().join("tree");
         fs::create_dir(&tree).unwrap();
-        let records = Records::at(temp.path().join("state/start"));
+        let task_dir = TaskDir::new(temp.path().join("state/start"));
         let file = temp.path().join(".#tree.lck");
-        let first = SharedLocks::take(&records, &tree);
-        let second = SharedLocks::take(&records, &tree);
+        let first = SharedLocks::take(&task_dir, &tree);
+        let second = SharedLocks::take(&task_dir, &tree);
         assert!(take(&file).is_none());
         drop(first);
         assert!(file.exists());
@@ -175,12 +175,12 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let tree = temp.path().join("tree");
         fs::create_dir(&tree).unwrap();
-        let records = Records::at(temp.path().join("state/start"));
+        let task_dir = TaskDir::new(temp.path().join("state/start"));
         let file = temp.path().join(".#tree.lck");
         fs::write(&file, "").unwrap();
         let held = take(&file).unwrap();
-        assert!(SharedLocks::take(&records, &tree).0.is_empty());
+        assert!(SharedLocks::take(&task_dir, &tree).0.is_empty());
         drop(held);
-        assert!(!SharedLocks::take(&records, &tree).0.is_empty());
+        assert!(!SharedLocks::take(&task_dir, &tree).0.is_empty());
     }
 }

@@ -23,10 +23,10 @@ const OUTCOME: u16 = 2;
 /// `NLM_F_REQUEST | NLM_F_ACK`.
 const REQUEST: u16 = 1 | 4;
 /// The longest name of an interface, in bytes.
-const LONGEST: usize = 15;
+const MAX_INTERFACE_NAME: usize = 15;
 
 /// How long the kernel may take to remove the interface of a container whose last process has gone.
-const GOING: Duration = Duration::from_secs(2);
+const LINK_REMOVAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The file that systemd-nspawn locks while it joins the bridge of a zone or removes one.
 const LOCK_PATH: &str = "/run/systemd/nspawn-network-zone";
@@ -46,12 +46,12 @@ const WRITE_LOCK: i16 = nix::libc::F_WRLCK as i16;
 /// it can't be had, the bridge stays and the error says so.
 pub(super) fn remove_if_empty(zone: &str, leaving: Option<&str>) -> io::Result<()> {
     let link = format!("vz-{zone}");
-    if link.len() > LONGEST || link.contains(['/', '\0', ':']) {
+    if link.len() > MAX_INTERFACE_NAME || link.contains(['/', '\0', ':']) {
         return Ok(());
     }
     let bridge = Path::new("/sys/class/net").join(&link).join("brif");
     if let Some(machine) = leaving {
-        let end = Instant::now() + GOING;
+        let end = Instant::now() + LINK_REMOVAL_TIMEOUT;
         // Nobody tells when it has gone.
         while ports(&bridge).is_some_and(|ports| ports.iter().any(|port| is_of(port, machine)))
             && Instant::now() < end
@@ -154,8 +154,11 @@ fn ports(bridge: &Path) -> Option<Vec<String>> {
 fn is_of(port: &str, machine: &str) -> bool {
     const HASH: usize = 4;
     let name = format!("vb-{machine}");
-    let beginning = name.get(..LONGEST - HASH).unwrap_or(&name);
-    port == name || (name.len() > LONGEST && port.starts_with(beginning) && port.len() == LONGEST)
+    let beginning = name.get(..MAX_INTERFACE_NAME - HASH).unwrap_or(&name);
+    port == name
+        || (name.len() > MAX_INTERFACE_NAME
+            && port.starts_with(beginning)
+            && port.len() == MAX_INTERFACE_NAME)
 }
 
 fn delete_link(link: &str) -> io::Result<()> {

@@ -61,7 +61,7 @@ async fn a_payload_has_a_group_of_its_own(world: World) {
     let group = Group::new(started.cgroup.as_ref().unwrap());
     let payload = group.child("payload").processes();
     assert!(payload.contains(&started.leader.pid), "{payload:?}");
-    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
     assert!(!payload.contains(&nspawn.pid), "{payload:?}");
     ended_by_force(&world, &started, inner).await;
     world.leave(&[&started]).await;
@@ -186,7 +186,7 @@ async fn a_container_in_a_freezer_of_version_1_is_ended_too(world: World) {
         return world.leave(&[]).await;
     }
     let started = world.up(world.spec(DEAF)).await;
-    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
     let inner = offspring(started.leader.pid);
     let freezer = top.join(&started.machine);
     fs::create_dir(&freezer).unwrap();
@@ -238,7 +238,7 @@ async fn a_stopped_second_process_is_ended_too(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_nspawn_is_ended_too(world: World) {
     let started = world.up(world.spec(DEAF)).await;
-    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
     strike(nspawn.pid, signal("SIGSTOP"));
     let inner = offspring(started.leader.pid);
     ended_by_force(&world, &started, inner).await;
@@ -251,7 +251,7 @@ async fn a_stopped_nspawn_is_ended_too(world: World) {
 async fn a_stopped_nspawn_hides_no_polite_end(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     world.handles(&started, "TERM").await;
-    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
     strike(nspawn.pid, signal("SIGSTOP"));
     stopped_politely(&world.backend, &started, (3, 0)).await;
     world.leave(&[&started]).await;
@@ -280,9 +280,11 @@ async fn a_stopped_supervisor_can_be_removed(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_nspawn_without_a_supervisor_is_ended(world: World) {
     let started = world.up(world.spec(DEAF)).await;
-    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
     let mut all = offspring(started.leader.pid);
-    all.extend([nspawn, started.leader].map(|process| Held::again(process).unwrap()));
+    all.extend(
+        [nspawn, started.leader].map(|process| ProcessHandle::open_checked(process).unwrap()),
+    );
     strike(nspawn.pid, signal("SIGSTOP"));
     strike(started.supervisor.pid, Signal::KILL);
     let exit = world.end(&started).await;

@@ -171,7 +171,7 @@ async fn a_listener_that_talks_nonsense_is_dropped(world: World) {
     let started = world
         .up(world.spec("trap 'exit 18' TERM; echo up; while :; do sleep 0.05; done"))
         .await;
-    let lifeline = Records::at(&started.state).lifeline();
+    let lifeline = TaskDir::new(&started.state).control_socket();
     let dropped = tokio::task::spawn_blocking(move || {
         let mut stream = std::os::unix::net::UnixStream::connect(lifeline).unwrap();
         stream.write_all(b"\x00\xff{\"verb\":\n\n").unwrap();

@@ -14,9 +14,9 @@ use nomad_driver_nspawn::container::{
     Console, ContainerSpec, Exit, Mode, Network, Root, Started, Users, Volatile,
 };
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::Records;
-use nomad_driver_nspawn::supervisor::pause::OLD_KERNEL;
-use nomad_driver_nspawn::supervisor::process::{Held, catches, children, is_alive};
+use nomad_driver_nspawn::supervisor::TaskDir;
+use nomad_driver_nspawn::supervisor::failpoint::OLD_KERNEL;
+use nomad_driver_nspawn::supervisor::process::{ProcessHandle, children, handles_signal, is_alive};
 
 use rstest::rstest;
 use support::not_applicable;
@@ -149,8 +149,8 @@ impl World {
     }
 
     /// Where the records of the start with this name for its task lie.
-    pub(crate) fn records(&self, task: &str) -> Records {
-        Records::of(&self.settings.state_dir, &self.named(task, "").id)
+    pub(crate) fn task_dir(&self, task: &str) -> TaskDir {
+        TaskDir::for_task(&self.settings.state_dir, &self.named(task, "").id)
     }
 
     /// The records of a start once more for another one, as a dead plugin would have left them; `change` may alter every file.
@@ -159,16 +159,16 @@ impl World {
         of: &Started,
         task: &str,
         change: impl Fn(&mut serde_json::Value),
-    ) -> Records {
+    ) -> TaskDir {
         let id = self.named(task, "").id;
-        let records = self.records(task);
-        records.create().unwrap();
+        let task_dir = self.task_dir(task);
+        task_dir.create().unwrap();
         for name in ["order", "running", "exit"] {
             let Ok(text) = fs::read(of.state.join(name)) else {
                 continue;
             };
             let mut value: serde_json::Value = serde_json::from_slice(&text).unwrap();
-            let leaf = records.path().file_name().unwrap();
+            let leaf = task_dir.path().file_name().unwrap();
             match name {
                 "order" => {
                     value["id"] = id.as_str().into();
@@ -185,9 +185,9 @@ impl World {
                 _ => {}
             }
             change(&mut value);
-            fs::write(records.path().join(name), value.to_string()).unwrap();
+            fs::write(task_dir.path().join(name), value.to_string()).unwrap();
         }
-        records
+        task_dir
     }
 
     /// An empty file for a stream.
@@ -218,7 +218,7 @@ impl World {
     /// has it.
     pub(crate) async fn handles(&self, started: &Started, name: &str) {
         within(async {
-            while !catches(started.leader.pid, signal(name)) {
+            while !handles_signal(started.leader.pid, signal(name)) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         })
@@ -312,7 +312,7 @@ pub(crate) fn ended(exit: &Exit) -> (i32, i32) {
 
 /// Sends a signal to a process of this host from outside, as an operator would.
 pub(crate) fn strike(pid: i32, signal: Signal) {
-    Held::by_pid(pid).unwrap().signal(signal).unwrap();
+    ProcessHandle::open(pid).unwrap().signal(signal).unwrap();
 }
 
 /// The signal with this name.
@@ -321,12 +321,12 @@ pub(crate) fn signal(name: &str) -> Signal {
 }
 
 /// Everything below a leader, held so that its end can be seen.
-pub(crate) fn offspring(leader: i32) -> Vec<Held> {
+pub(crate) fn offspring(leader: i32) -> Vec<ProcessHandle> {
     let mut pending = children(leader);
     let mut found = Vec::new();
     while let Some(pid) = pending.pop() {
         pending.extend(children(pid));
-        found.extend(Held::by_pid(pid).ok());
+        found.extend(ProcessHandle::open(pid).ok());
     }
     found
 }
@@ -339,7 +339,7 @@ pub(crate) async fn lost(world: &World, started: &Started) {
 }
 
 /// Force after a short grace, which ends all of these processes.
-pub(crate) async fn ended_by_force(world: &World, started: &Started, inner: Vec<Held>) {
+pub(crate) async fn ended_by_force(world: &World, started: &Started, inner: Vec<ProcessHandle>) {
     let grace = Duration::from_millis(50);
     within(world.backend.stop(started, None, grace))
         .await

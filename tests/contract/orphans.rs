@@ -99,9 +99,9 @@ async fn a_copy_that_nobody_claims_is_cleared_away(world: World) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn half_made_starts_are_cleared_away(world: World) {
-    let bare = world.records("bare");
+    let bare = world.task_dir("bare");
     bare.create().unwrap();
-    let secret = world.records("secret");
+    let secret = world.task_dir("secret");
     secret.create().unwrap();
     fs::write(secret.path().join("environment.new"), "{").unwrap();
     let started = world.start(world.spec("exit 0")).await;
@@ -110,8 +110,8 @@ async fn half_made_starts_are_cleared_away(world: World) {
     fs::remove_file(ordered.path().join("running")).unwrap();
     fs::remove_file(ordered.path().join("exit")).unwrap();
     within(world.backend.reconcile(&world.alloc_roots())).await;
-    for records in [bare, secret, ordered] {
-        assert!(!records.path().exists(), "{}", records.path().display());
+    for task_dir in [bare, secret, ordered] {
+        assert!(!task_dir.path().exists(), "{}", task_dir.path().display());
     }
     assert!(started.state.exists());
     world.leave(&[&started]).await;
@@ -136,9 +136,9 @@ async fn what_the_driver_did_not_make_is_left_alone(world: World) {
     let elsewhere = world.scratch.path().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
     fs::write(elsewhere.join("order"), "{}").unwrap();
-    let strange = world.records("strange");
+    let strange = world.task_dir("strange");
     strange.create().unwrap();
-    let link = world.records("link").path().to_owned();
+    let link = world.task_dir("link").path().to_owned();
     symlink(&elsewhere, &link).unwrap();
     let foreign = [
         state.join("note"),
@@ -189,7 +189,7 @@ async fn nobody_is_mistaken_for_a_process_of_another_boot(world: World) {
     let found = Started {
         id: world.named("removed", "").id,
         state: removed.path().to_owned(),
-        boot: removed.order().unwrap().boot,
+        boot: removed.launch_spec().unwrap().boot,
         ..innocent.clone()
     };
     lost(&world, &found).await;

@@ -55,7 +55,7 @@ async fn a_stopped_nspawn_hides_no_own_end(world: World) {
         let started = world
             .up(gate.spec(&world, mode, "echo up; read line < go; exit 3"))
             .await;
-        let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+        let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
         strike(nspawn.pid, signal("SIGSTOP"));
         gate.open().await;
         let exit = world.end(&started).await;

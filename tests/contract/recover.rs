@@ -140,7 +140,7 @@ async fn an_nspawn_ended_by_a_real_time_signal_is_noticed(world: World) {
 
 async fn nspawn_struck_by(world: World, name: &str) {
     let started = world.up(world.spec(DEAF)).await;
-    let nspawn = Records::at(&started.state).running().unwrap().nspawn;
+    let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
     strike(nspawn.pid, signal(name));
     let exit = world.end(&started).await;
     let number = signal(name).number();

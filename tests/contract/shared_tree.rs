@@ -1,7 +1,7 @@
 //! One tree for several containers: who may use it at the same time, and that an end keeps no start from it.
 
 use nomad_driver_nspawn::container::Cause;
-use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 
 use support::trap::Trap;
 
@@ -39,9 +39,9 @@ async fn a_tree_that_another_container_writes_is_busy(world: World) {
 async fn clearing_a_killed_container_keeps_no_other_from_its_tree(world: World) {
     let state = world.settings.state_dir.clone();
     let killed = world.up(shares(&world, "killed", UP)).await;
-    let mut locked = Trap::at(&state, Point::TreeLocked);
-    let mut busy = Trap::at(&state, Point::TreeBusy);
-    let nspawn = Records::at(&killed.state).running().unwrap().nspawn;
+    let mut locked = Trap::at(&state, Failpoint::TreeLocked);
+    let mut busy = Trap::at(&state, Failpoint::TreeBusy);
+    let nspawn = TaskDir::new(&killed.state).running().unwrap().nspawn;
     strike(nspawn.pid, Signal::KILL);
     within(locked.reached()).await;
     let mut start = world.backend.start(shares(&world, "next", "exit 11"));

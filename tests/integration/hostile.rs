@@ -60,8 +60,8 @@ fn every_check_has_a_target_and_a_corpus() {
 fn every_corpus_has_something_that_is_accepted() {
     use nomad_driver_nspawn::config::PluginConfig;
     use nomad_driver_nspawn::container::Exit;
-    use nomad_driver_nspawn::supervisor::line::{self, Question, Told};
-    use nomad_driver_nspawn::supervisor::record::{self, Order, Running};
+    use nomad_driver_nspawn::supervisor::protocol::{self, IncomingEvent, IncomingRequest};
+    use nomad_driver_nspawn::supervisor::task_dir::{self, LaunchSpec, Running};
     use nomad_driver_nspawn::task::handle;
     let any = |name: &str, accepted: &dyn Fn(&[u8]) -> bool| {
         let mut seeds = fs::read_dir(fuzz("corpus").join(name)).unwrap();
@@ -70,16 +70,20 @@ fn every_corpus_has_something_that_is_accepted() {
             "{name}"
         );
     };
-    any("order", &|bytes| record::decode::<Order>(bytes).is_ok());
-    any("records", &|bytes| record::decode::<Running>(bytes).is_ok());
-    any("records", &|bytes| record::decode::<Exit>(bytes).is_ok());
+    any("order", &|bytes| {
+        task_dir::decode::<LaunchSpec>(bytes).is_ok()
+    });
+    any("records", &|bytes| {
+        task_dir::decode::<Running>(bytes).is_ok()
+    });
+    any("records", &|bytes| task_dir::decode::<Exit>(bytes).is_ok());
     any("requests", &|bytes| {
-        let first = line::next::<Question>(&mut bytes.to_vec());
-        matches!(first, Some(Ok(Question::Known(_))))
+        let first = protocol::decode_next::<IncomingRequest>(&mut bytes.to_vec());
+        matches!(first, Some(Ok(IncomingRequest::Known(_))))
     });
     any("news", &|bytes| {
-        let first = line::next::<Told>(&mut bytes.to_vec());
-        matches!(first, Some(Ok(Told::Known(_))))
+        let first = protocol::decode_next::<IncomingEvent>(&mut bytes.to_vec());
+        matches!(first, Some(Ok(IncomingEvent::Known(_))))
     });
     any("task_config", &checks::is_container);
     any("task_config", &|bytes| PluginConfig::decode(bytes).is_ok());

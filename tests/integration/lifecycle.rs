@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{Mount, TaskConfig, TaskState};
-use nomad_driver_nspawn::supervisor::process::{Held, children};
+use nomad_driver_nspawn::supervisor::process::{ProcessHandle, children};
 use rstest::rstest;
 use serde_json::json;
 use tonic::Code;
@@ -116,9 +116,9 @@ async fn stopped_by_force(grace: Duration) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell(DEAF)).await;
-    let payload: Vec<Held> = children(task.leader())
+    let payload: Vec<ProcessHandle> = children(task.leader())
         .into_iter()
-        .filter_map(|pid| Held::by_pid(pid).ok())
+        .filter_map(|pid| ProcessHandle::open(pid).ok())
         .collect();
     assert!(!payload.is_empty());
     let exit = task.stop(&plugin, grace, "SIGTERM").await;

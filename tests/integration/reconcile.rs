@@ -7,8 +7,8 @@ use std::sync::Arc;
 use nomad_driver_nspawn::cgroup::{Group, Layout};
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskState};
-use nomad_driver_nspawn::supervisor::Records;
-use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::TaskDir;
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 use serde_json::json;
 use support::not_applicable;
 
@@ -201,7 +201,7 @@ async fn a_supervisor_whose_records_were_deleted_is_ended() {
 async fn a_stopped_supervisor_that_is_not_on_record_can_be_destroyed() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
-    let mut trap = Trap::at(&host.state(), Point::CgroupMade);
+    let mut trap = Trap::at(&host.state(), Failpoint::CgroupMade);
     let agent = async {
         let (_, supervisor) = within("the step", trap.reached()).await;
         let supervisor = nix::unistd::Pid::from_raw(supervisor);
@@ -214,7 +214,7 @@ async fn a_stopped_supervisor_that_is_not_on_record_can_be_destroyed() {
     drop(trap);
     plugin.kill().await;
     let start = fs::read_dir(host.state()).unwrap().next().unwrap().unwrap();
-    let id = Records::at(start.path()).order().unwrap().id;
+    let id = TaskDir::new(start.path()).launch_spec().unwrap().id;
     let plugin = host.plugin().await;
     within("DestroyTask", plugin.destroy(&id, true))
         .await

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskHandle, TaskState};
-use nomad_driver_nspawn::supervisor::record::Records;
+use nomad_driver_nspawn::supervisor::task_dir::TaskDir;
 use rstest::rstest;
 use serde_json::{Value, json};
 
@@ -131,7 +131,7 @@ async fn check_80_another_boot_and_another_process() {
     });
     drop(refused(&host, elsewhere, "another one's place").await);
     // As another state directory that the operator had chosen before.
-    let own = Records::of(&host.state(), &task.id);
+    let own = TaskDir::for_task(&host.state(), &task.id);
     let name = own.path().file_name().unwrap();
     let gone = changed(&task, |started| {
         started["state"] = json!(host.join("old").join(name))
@@ -154,7 +154,7 @@ async fn check_80_another_boot_and_another_process() {
 async fn records_where_others_can_write_are_not_believed() {
     let host = Host::new();
     let task = orphan(&host, TRAPS).await;
-    let own = Records::of(&host.state(), &task.id);
+    let own = TaskDir::for_task(&host.state(), &task.id);
     let theirs = host.join("theirs");
     let forged = theirs.join(own.path().file_name().unwrap());
     std::fs::create_dir_all(&forged).unwrap();

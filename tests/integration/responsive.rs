@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nomad_driver_nspawn::host::Plugin;
-use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 use serde_json::json;
 use support::not_applicable;
 use support::trap::Trap;
@@ -116,7 +116,7 @@ async fn starts_that_hang_while_they_are_prepared_hinder_no_other_task() {
     let host = Host::new();
     let task = host.shell("sleep 60");
     four_hung_starts_hinder_nobody(&host, task, async |host: &Host| {
-        let mut trap = Trap::at(&host.state(), Point::BeforeOrder);
+        let mut trap = Trap::at(&host.state(), Failpoint::BeforeOrder);
         for _ in 0..HUNG_STARTS {
             within("a start that hangs", trap.reached()).await;
         }

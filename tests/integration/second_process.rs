@@ -5,8 +5,8 @@ use std::fs;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{MsgFlags, send};
 use nix::unistd::Pid;
-use nomad_driver_nspawn::supervisor::pause::Point;
-use nomad_driver_nspawn::supervisor::process::{Held, children};
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
+use nomad_driver_nspawn::supervisor::process::{ProcessHandle, children};
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use serde_json::json;
 
@@ -28,7 +28,7 @@ fn init_below(leader: i32) -> i32 {
 
 /// Leaves no room on the init's channel, so that it does not end until its last message has been given up.
 fn fill_channel(init: i32) {
-    let held = Held::by_pid(init).unwrap();
+    let held = ProcessHandle::open(init).unwrap();
     let channel = nspawn_init::Descriptor::Channel as i32;
     let channel = pidfd_getfd(&held, channel, PidfdGetfdFlags::empty()).unwrap();
     let number = std::os::fd::AsRawFd::as_raw_fd(&channel);
@@ -72,7 +72,7 @@ async fn a_signal_in_flight_does_not_reach_what_the_command_leaves_behind() {
     .await;
     let daemon: i32 = fs::read_to_string(&daemon).unwrap().trim().parse().unwrap();
 
-    let mut sending = Trap::at(&host.state(), Point::Signalling);
+    let mut sending = Trap::at(&host.state(), Failpoint::Signalling);
     let signal = task.signal(&plugin, "SIGUSR1");
     let end_of_the_command = async {
         within("the supervisor", sending.reached()).await;

@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin};
 use nomad_driver_nspawn::proto::driver::fingerprint_response::HealthState;
 use nomad_driver_nspawn::proto::driver::{DriverTaskEvent, FingerprintRequest};
-use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 use nomad_driver_nspawn::supervisor::process::first_child;
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -287,13 +287,13 @@ async fn events(plugin: &Plugin) -> JoinHandle<String> {
 async fn no_secret_shows_while_a_start_stands_still(
     #[values(Mode::Plain, Mode::ProcessTwo, Mode::Boot)] mode: Mode,
     #[values(
-        Point::OrderWritten,
-        Point::CgroupMade,
-        Point::Entered,
-        Point::Spawned,
-        Point::Heard
+        Failpoint::OrderWritten,
+        Failpoint::CgroupMade,
+        Failpoint::Entered,
+        Failpoint::Spawned,
+        Failpoint::Heard
     )]
-    point: Point,
+    point: Failpoint,
 ) {
     let case = Case::new(mode, 252);
     let plugin = Arc::new(case.host.plugin().await);
@@ -305,14 +305,14 @@ async fn no_secret_shows_while_a_start_stands_still(
     let start = tokio::spawn(async move { line.start(config).await });
     let (_, held) = within("the step", trap.reached()).await;
     let (nspawn, on_disk): (_, &[&str]) = match point {
-        Point::Entered => (Some(held), &[]),
+        Failpoint::Entered => (Some(held), &[]),
         // It goes on meanwhile and has taken them or not.
-        Point::Spawned => (first_child(held), &ON_DISK),
-        Point::Heard => (first_child(held), &[]),
+        Failpoint::Spawned => (first_child(held), &ON_DISK),
+        Failpoint::Heard => (first_child(held), &[]),
         _ => (None, &ON_DISK),
     };
     let found = case.search_but(&format!("at {point:?}"), nspawn, on_disk);
-    let lie_there = matches!(point, Point::OrderWritten | Point::CgroupMade);
+    let lie_there = matches!(point, Failpoint::OrderWritten | Failpoint::CgroupMade);
     assert!(!lie_there || found > 0, "nothing was there to be found");
     drop(trap);
     within("StartTask", start).await.unwrap().unwrap();

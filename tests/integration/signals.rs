@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::InspectTaskRequest;
-use nomad_driver_nspawn::supervisor::Records;
-use nomad_driver_nspawn::supervisor::pause::{OLD_KERNEL, Point};
-use nomad_driver_nspawn::supervisor::process::catches;
+use nomad_driver_nspawn::supervisor::TaskDir;
+use nomad_driver_nspawn::supervisor::failpoint::{Failpoint, OLD_KERNEL};
+use nomad_driver_nspawn::supervisor::process::handles_signal;
 use rstest::rstest;
 use serde_json::json;
 use tonic::Code;
@@ -114,7 +114,10 @@ async fn a_stop_sends_what_the_job_names(#[case] name: &str, #[case] code: i32) 
     let task = host.up(&plugin, host.shell(script)).await;
     let leader = task.leader();
     let real_time = "SIGRTMIN+2".parse().unwrap();
-    eventually("the handlers are seen", || catches(leader, real_time)).await;
+    eventually("the handlers are seen", || {
+        handles_signal(leader, real_time)
+    })
+    .await;
     let exit = task.stop(&plugin, ENDLESS, name).await;
     assert_eq!((exit.code, exit.signal, exit.error), (code, 0, None));
     task.destroy(&plugin).await;
@@ -202,7 +205,7 @@ async fn booting(host: &Host) -> (Plugin, Running, Trap) {
 async fn what_an_init_does_not_take_yet_is_kept_for_it(#[case] signal: Option<&str>) {
     let host = Host::new();
     let (plugin, task, early) = booting(&host).await;
-    let mut asked = Trap::at(&host.state(), Point::Signalled);
+    let mut asked = Trap::at(&host.state(), Failpoint::Signalled);
     let ask = async {
         match signal {
             None => within("StopTask", plugin.stop(&task.id, ENDLESS, ""))
@@ -244,7 +247,7 @@ async fn a_stop_that_an_init_never_takes_ends_with_the_grace() {
 async fn force_that_comes_too_late_changes_no_end(#[case] ephemeral: bool, #[case] old: bool) {
     let host = Host::new();
     let mut clearing = Trap::named(&host.state(), "before_exit");
-    let mut force = Trap::at(&host.state(), Point::Killing);
+    let mut force = Trap::at(&host.state(), Failpoint::Killing);
     if old {
         fs::write(force.socket().with_file_name(OLD_KERNEL), "").unwrap();
     }
@@ -301,7 +304,7 @@ async fn an_end_is_told_before_an_ephemeral_root_is_thrown_away(
     }
     let exit = task.wait(&plugin).await;
     assert_eq!((exit.code, exit.signal, exit.error), (code, 0, None));
-    let recorded = Records::of(&host.state(), &task.id).exit().unwrap();
+    let recorded = TaskDir::for_task(&host.state(), &task.id).exit().unwrap();
     assert_eq!(recorded.map(|exit| exit.code), Some(code));
     drop(clearing);
     task.destroy(&plugin).await;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 
 use super::Moment;
 
@@ -122,7 +122,7 @@ impl Step {
 /// Where somebody is held so that a step stands still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
-    Driver(Point),
+    Driver(Failpoint),
     Nspawn(Moment),
     /// Nobody: the step lasts.
     Nobody,
@@ -233,7 +233,7 @@ impl Cell {
     pub(crate) fn plan(self) -> Process {
         let (hold, owed) = match self.step {
             Step::BeforeOrder => (
-                Hold::Driver(Point::BeforeOrder),
+                Hold::Driver(Failpoint::BeforeOrder),
                 [
                     Ok(Owed::Undone("")),
                     Err(NOT_STARTED),
@@ -244,8 +244,8 @@ impl Cell {
             Step::OrderWritten => (
                 // The supervisor is launched for the order.
                 Hold::Driver(match self.victim {
-                    Victim::Supervisor => Point::Supervising,
-                    _ => Point::OrderWritten,
+                    Victim::Supervisor => Failpoint::Supervising,
+                    _ => Failpoint::OrderWritten,
                 }),
                 [
                     Ok(Owed::Undone("")),
@@ -255,7 +255,7 @@ impl Cell {
                 ],
             ),
             Step::CgroupMade => (
-                Hold::Driver(Point::CgroupMade),
+                Hold::Driver(Failpoint::CgroupMade),
                 [
                     Ok(Owed::Undone("")),
                     Ok(Owed::Undone(SUPERVISOR)),
@@ -264,7 +264,7 @@ impl Cell {
                 ],
             ),
             Step::NspawnSpawned => (
-                Hold::Driver(Point::Entered),
+                Hold::Driver(Failpoint::Entered),
                 [
                     Ok(Owed::Undone("")),
                     Ok(Owed::Undone(SUPERVISOR)),
@@ -282,7 +282,7 @@ impl Cell {
                 ],
             ),
             Step::Notified => (
-                Hold::Driver(Point::Heard),
+                Hold::Driver(Failpoint::Heard),
                 [
                     Ok(Owed::Undone("")),
                     Ok(Owed::Undone(SUPERVISOR)),
@@ -291,7 +291,7 @@ impl Cell {
                 ],
             ),
             Step::StartRecorded => (
-                Hold::Driver(Point::Recorded),
+                Hold::Driver(Failpoint::Recorded),
                 [
                     Ok(Owed::Undone("")),
                     Ok(Owed::Undone(SUPERVISOR)),
@@ -300,11 +300,11 @@ impl Cell {
                 ],
             ),
             Step::Running => (Hold::Nobody, ALIVE),
-            Step::Signalled | Step::Stopping => (Hold::Driver(Point::Signalled), ALIVE),
+            Step::Signalled | Step::Stopping => (Hold::Driver(Failpoint::Signalled), ALIVE),
             Step::Exited => (
                 match self.victim {
                     Victim::Nspawn => Hold::Nspawn(Moment::BeforeExit),
-                    _ => Hold::Driver(Point::Exited),
+                    _ => Hold::Driver(Failpoint::Exited),
                 },
                 [
                     Ok(Owed::ItsOwnEnd),
@@ -313,10 +313,10 @@ impl Cell {
                     Err(OVER),
                 ],
             ),
-            Step::EndRecorded => (Hold::Driver(Point::EndRecorded), DEAD),
-            Step::EndTold => (Hold::Driver(Point::EndTold), DEAD),
+            Step::EndRecorded => (Hold::Driver(Failpoint::EndRecorded), DEAD),
+            Step::EndTold => (Hold::Driver(Failpoint::EndTold), DEAD),
             Step::Destroying => (
-                Hold::Driver(Point::Killing),
+                Hold::Driver(Failpoint::Killing),
                 [
                     Ok(Owed::Killed("")),
                     Ok(Owed::Killed(SUPERVISOR)),
@@ -325,11 +325,11 @@ impl Cell {
                 ],
             ),
             Step::Removing => (
-                Hold::Driver(Point::Removing),
+                Hold::Driver(Failpoint::Removing),
                 [Ok(Owed::Removed), Err(OVER), Err(OVER), Err(OVER)],
             ),
             Step::Recovering => (
-                Hold::Driver(Point::Recovering),
+                Hold::Driver(Failpoint::Recovering),
                 [
                     Ok(Owed::Same),
                     Ok(Owed::Lost("its supervisor is gone")),

@@ -13,9 +13,9 @@ use nomad_driver_nspawn::proto::driver::{
     InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, TaskConfig, TaskState,
 };
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::pause::Point;
-use nomad_driver_nspawn::supervisor::process::{Held, first_child, is_alive};
-use nomad_driver_nspawn::supervisor::record::Records;
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
+use nomad_driver_nspawn::supervisor::process::{ProcessHandle, first_child, is_alive};
+use nomad_driver_nspawn::supervisor::task_dir::TaskDir;
 use support::{DEADLINE, within};
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
@@ -198,7 +198,7 @@ impl<'w, W: World> Game<'w, W> {
             _ => {}
         }
         self.reached().await;
-        if self.hold == Hold::Driver(Point::Exited) {
+        if self.hold == Hold::Driver(Failpoint::Exited) {
             let nspawn = first_child(self.supervisor()).expect("systemd-nspawn");
             assert!(
                 !is_running(nspawn),
@@ -535,8 +535,8 @@ impl<'w, W: World> Game<'w, W> {
         })
         .await;
         for id in &self.ids {
-            let records = Records::of(&state, id);
-            let leaf = Path::new("nomad-driver-nspawn").join(records.path().file_name().unwrap());
+            let task_dir = TaskDir::for_task(&state, id);
+            let leaf = Path::new("nomad-driver-nspawn").join(task_dir.path().file_name().unwrap());
             for hierarchy in ["", "unified", "systemd"] {
                 let group = Path::new("/sys/fs/cgroup").join(hierarchy).join(&leaf);
                 assert!(!group.exists(), "{} is left", group.display());

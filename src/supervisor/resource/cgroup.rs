@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::super::record::Records;
+use super::super::task_dir::TaskDir;
 use super::{Context, Lease};
 use crate::cgroup::Group;
 
@@ -29,8 +29,8 @@ impl Lease for Cgroup {
         Group::new(&self.group).remove()
     }
 
-    fn is_own(&self, records: &Records) -> bool {
-        is_named_like(&self.group, records)
+    fn is_own(&self, task_dir: &TaskDir) -> bool {
+        is_named_like(&self.group, task_dir)
     }
 }
 
@@ -39,15 +39,15 @@ impl Lease for CgroupMirror {
         Group::new(&self.group).remove()
     }
 
-    fn is_own(&self, records: &Records) -> bool {
-        is_named_like(&self.group, records)
+    fn is_own(&self, task_dir: &TaskDir) -> bool {
+        is_named_like(&self.group, task_dir)
     }
 }
 
 /// The group of a start has the name of its records.
-fn is_named_like(group: &Path, records: &Records) -> bool {
+fn is_named_like(group: &Path, task_dir: &TaskDir) -> bool {
     let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
-    group.file_name() == records.path().file_name()
+    group.file_name() == task_dir.path().file_name()
         && group.is_absolute()
         && group.components().all(plain)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::super::record::Records;
+use super::super::task_dir::TaskDir;
 use super::{Context, Lease, lock_file};
 use crate::procfs;
 
@@ -22,7 +22,7 @@ impl Lease for EphemeralCopy {
         let copy = context.running.and_then(|running| running.copy.as_deref());
         match copy.filter(|copy| self.is_copy(copy)) {
             Some(copy) => remove(copy),
-            None => self.remove_nameless(context.records),
+            None => self.remove_nameless(context.task_dir),
         }
     }
 }
@@ -39,8 +39,8 @@ impl EphemeralCopy {
 
     /// A systemd-nspawn that was killed early has told nobody what its copy is called. It locks the name before it copies anything,
     /// and the lock ends with it: so a copy in this place, begun after the order was written, whose lock nobody holds, is a dead one's.
-    fn remove_nameless(&self, records: &Records) -> io::Result<()> {
-        let dead = lock_file::dead(records, &self.directory, |name| {
+    fn remove_nameless(&self, task_dir: &TaskDir) -> io::Result<()> {
+        let dead = lock_file::dead(task_dir, &self.directory, |name| {
             let copy = name.strip_prefix(".#")?.strip_suffix(".lck")?;
             is_random(copy).then(|| copy.to_owned())
         })?;
@@ -52,7 +52,7 @@ impl EphemeralCopy {
 
 /// Where a container's throw-away root lies, seen from its leader: the kernel shows which directory of the file system is
 /// mounted at its root.
-pub(in crate::supervisor) fn copy_of(leader: i32, copies: &Path) -> Option<PathBuf> {
+pub(in crate::supervisor) fn ephemeral_root_of(leader: i32, copies: &Path) -> Option<PathBuf> {
     let mounts = procfs::mounts_of(leader).ok()?;
     let root = mounts
         .iter()

@@ -5,13 +5,13 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::super::record::Records;
+use super::super::task_dir::TaskDir;
 use super::super::tree_lock;
 
 /// The locks in a directory that were made after the order and that nobody holds, of those names that mean something. They are
 /// held as long as what is returned.
 pub(super) fn dead<T>(
-    records: &Records,
+    task_dir: &TaskDir,
     directory: &Path,
     meaning: impl Fn(&str) -> Option<T>,
 ) -> io::Result<Vec<(fs::File, PathBuf, T)>> {
@@ -20,7 +20,7 @@ pub(super) fn dead<T>(
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries?,
     };
-    let ordered = fs::symlink_metadata(records.path().join("order"))?.modified()?;
+    let ordered = fs::symlink_metadata(task_dir.path().join("order"))?.modified()?;
     let dead = entries.flatten().filter_map(|entry| {
         let meaning = meaning(entry.file_name().to_str()?)?;
         let made = entry.metadata().and_then(|about| about.modified()).ok()?;

@@ -11,7 +11,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::record::{Records, Running};
+use super::task_dir::{Running, TaskDir};
 
 mod cgroup;
 mod ephemeral_copy;
@@ -30,9 +30,9 @@ pub use tree_lock::TreeLock;
 pub use uid_range::UidRange;
 pub use zone_bridge::ZoneBridge;
 
-pub(super) use ephemeral_copy::copy_of;
-pub(super) use nspawn_mounts::clear_the_way;
-pub(super) use uid_range::uids_of;
+pub(super) use ephemeral_copy::ephemeral_root_of;
+pub(super) use nspawn_mounts::remove_leaked_mounts;
+pub(super) use uid_range::first_uid_of;
 
 /// Something a start holds on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +63,7 @@ pub enum Resource {
 #[derive(Debug)]
 pub struct Context<'a> {
     /// The records of the start.
-    pub records: &'a Records,
+    pub task_dir: &'a TaskDir,
     /// Its machine name, which was checked.
     pub machine: &'a str,
     /// What was learned when it came up, if it did.
@@ -82,7 +82,7 @@ trait Lease {
     fn release(&self, context: &Context<'_>) -> io::Result<()>;
 
     /// Whether the record may be believed: `false` where it names what can't be the start's own.
-    fn is_own(&self, _records: &Records) -> bool {
+    fn is_own(&self, _records: &TaskDir) -> bool {
         true
     }
 }
@@ -113,8 +113,8 @@ impl Resource {
     }
 
     /// Whether the record may be believed: `false` where it names what can't be the start's own.
-    pub fn is_own(&self, records: &Records) -> bool {
-        self.lease().is_none_or(|lease| lease.is_own(records))
+    pub fn is_own(&self, task_dir: &TaskDir) -> bool {
+        self.lease().is_none_or(|lease| lease.is_own(task_dir))
     }
 
     fn release(&self, context: &Context<'_>) -> io::Result<()> {
@@ -152,7 +152,7 @@ pub fn release_all(resources: &[Resource], context: &Context<'_>) -> Vec<Release
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::tests::an_order;
+    use super::super::task_dir::tests::an_order;
     use super::*;
     use std::collections::BTreeMap;
     use std::fs;
@@ -161,17 +161,19 @@ mod tests {
     /// A start with records and nothing else.
     pub(super) struct Start {
         pub(super) temp: tempfile::TempDir,
-        pub(super) records: Records,
+        pub(super) task_dir: TaskDir,
     }
 
     impl Start {
         pub(super) fn new() -> Self {
             let temp = tempfile::tempdir().unwrap();
-            let records = Records::at(temp.path().join("records"));
-            records.create().unwrap();
-            let order = an_order("a/t/1");
-            records.write_order(&order, &BTreeMap::new(), None).unwrap();
-            Self { temp, records }
+            let task_dir = TaskDir::new(temp.path().join("records"));
+            task_dir.create().unwrap();
+            let launch_spec = an_order("a/t/1");
+            task_dir
+                .write_launch_spec(&launch_spec, &BTreeMap::new(), None)
+                .unwrap();
+            Self { temp, task_dir }
         }
 
         pub(super) fn directory(&self, name: &str) -> PathBuf {
@@ -183,7 +185,7 @@ mod tests {
         /// What is known of a start that never came up.
         pub(super) fn context(&self) -> Context<'_> {
             Context {
-                records: &self.records,
+                task_dir: &self.task_dir,
                 machine: "t-a",
                 running: None,
                 same_boot: true,

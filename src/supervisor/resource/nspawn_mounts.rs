@@ -18,7 +18,7 @@ pub struct NspawnMounts {}
 
 impl Lease for NspawnMounts {
     fn release(&self, context: &Context<'_>) -> io::Result<()> {
-        clear_the_way(context.machine);
+        remove_leaked_mounts(context.machine);
         // Left where /run is no tmpfs. Only an empty directory goes.
         let _ = fs::remove_dir(Path::new(BASE).join("propagate").join(context.machine));
         Ok(())
@@ -26,7 +26,7 @@ impl Lease for NspawnMounts {
 }
 
 /// Removes the mounts of this machine that would block its start.
-pub(in crate::supervisor) fn clear_the_way(machine: &str) {
+pub(in crate::supervisor) fn remove_leaked_mounts(machine: &str) {
     for path in mounts_of(machine) {
         let _ = umount2(&path, MntFlags::MNT_DETACH);
         let _ = fs::remove_dir(&path);

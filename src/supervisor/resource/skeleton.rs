@@ -15,7 +15,7 @@ pub struct Skeleton {}
 impl Lease for Skeleton {
     fn release(&self, context: &Context<'_>) -> io::Result<()> {
         if context.killed {
-            tree_lock::remove_of_tree(context.records, &context.records.skeleton());
+            tree_lock::remove_of_tree(context.task_dir, &context.task_dir.skeleton());
         }
         Ok(())
     }

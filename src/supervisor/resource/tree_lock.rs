@@ -21,7 +21,7 @@ pub struct TreeLock {
 impl Lease for TreeLock {
     fn release(&self, context: &Context<'_>) -> io::Result<()> {
         if context.killed {
-            tree_lock::remove_of_tree(context.records, &self.tree);
+            tree_lock::remove_of_tree(context.task_dir, &self.tree);
         }
         Ok(())
     }

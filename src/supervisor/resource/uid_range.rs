@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::record::Records;
+use super::super::task_dir::TaskDir;
 use super::super::tree_lock;
 use super::{Context, Lease, lock_file};
 
@@ -24,18 +24,18 @@ impl Lease for UidRange {
         }
         match context.running.and_then(|running| running.uids) {
             Some(first) => {
-                tree_lock::remove(context.records, &Path::new(LOCKS).join(first.to_string()));
+                tree_lock::remove(context.task_dir, &Path::new(LOCKS).join(first.to_string()));
                 Ok(())
             }
-            None => remove_nameless(context.records, Path::new(LOCKS)),
+            None => remove_nameless(context.task_dir, Path::new(LOCKS)),
         }
     }
 }
 
 /// A systemd-nspawn that was killed early has told nobody which range it picked: a lock made after the order was written, and held
 /// by nobody, is a dead one's.
-fn remove_nameless(records: &Records, locks: &Path) -> io::Result<()> {
-    let dead = lock_file::dead(records, locks, |name| name.parse::<u32>().ok())?;
+fn remove_nameless(task_dir: &TaskDir, locks: &Path) -> io::Result<()> {
+    let dead = lock_file::dead(task_dir, locks, |name| name.parse::<u32>().ok())?;
     for (_held, lock, _) in dead {
         let _ = fs::remove_file(lock);
     }
@@ -43,7 +43,7 @@ fn remove_nameless(records: &Records, locks: &Path) -> io::Result<()> {
 }
 
 /// The first id outside of a process's range of user ids, if that is a range of its own.
-pub(in crate::supervisor) fn uids_of(leader: i32) -> Option<u32> {
+pub(in crate::supervisor) fn first_uid_of(leader: i32) -> Option<u32> {
     first_uid(&fs::read_to_string(format!("/proc/{leader}/uid_map")).ok()?)
 }
 
@@ -65,7 +65,7 @@ mod tests {
         );
         assert_eq!(first_uid("         0          0 4294967295\n"), None);
         assert_eq!(first_uid(""), None);
-        assert_eq!(uids_of(i32::MAX), None);
+        assert_eq!(first_uid_of(i32::MAX), None);
     }
 
     #[test]
@@ -82,12 +82,12 @@ mod tests {
         file.set_modified(before).unwrap();
         let (dead, alive, other) = (make("131072"), make("196608"), make("131072.bak"));
         let held = tree_lock::take(&alive).unwrap();
-        remove_nameless(&start.records, &locks).unwrap();
+        remove_nameless(&start.task_dir, &locks).unwrap();
         assert!(!dead.exists());
         assert!([&early, &alive, &other].iter().all(|lock| lock.exists()));
         drop(held);
-        remove_nameless(&start.records, &locks).unwrap();
+        remove_nameless(&start.task_dir, &locks).unwrap();
         assert!(!alive.exists());
-        remove_nameless(&start.records, &locks.join("gone")).unwrap();
+        remove_nameless(&start.task_dir, &locks.join("gone")).unwrap();
     }
 }

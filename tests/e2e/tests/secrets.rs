@@ -15,7 +15,7 @@ use e2e::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nomad_driver_nspawn::host::{Allocation, Plugin};
-use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 use nomad_driver_nspawn::supervisor::process::first_child;
 use serde_json::{Value, json};
 
@@ -351,7 +351,11 @@ async fn failed_starts_show_no_secret(mode: Mode) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_secret_shows_while_a_start_stands_still() {
     for mode in [Mode::Plain, Mode::ProcessTwo, Mode::Boot] {
-        for point in [Point::OrderWritten, Point::Entered, Point::Spawned] {
+        for point in [
+            Failpoint::OrderWritten,
+            Failpoint::Entered,
+            Failpoint::Spawned,
+        ] {
             let case = Case::new(mode);
             let plugin = Arc::new(case.stage.plugin().await);
             let mut trap = Trap::at(&case.stage.join("state"), point);
@@ -362,13 +366,13 @@ async fn no_secret_shows_while_a_start_stands_still() {
             let start = tokio::spawn(async move { line.start(config).await });
             let (_, held) = within("the step", trap.reached()).await;
             let (nspawn, on_disk): (_, &[&str]) = match point {
-                Point::Entered => (Some(held), &[]),
+                Failpoint::Entered => (Some(held), &[]),
                 // It goes on meanwhile and has taken them or not.
-                Point::Spawned => (first_child(held), &ON_DISK),
+                Failpoint::Spawned => (first_child(held), &ON_DISK),
                 _ => (None, &ON_DISK),
             };
             let found = case.search_but(&format!("{mode:?} at {point:?}"), nspawn, on_disk);
-            let lie_there = point == Point::OrderWritten;
+            let lie_there = point == Failpoint::OrderWritten;
             assert!(!lie_there || found > 0, "nothing was there to be found");
             drop(trap);
             within("StartTask", start).await.unwrap().unwrap();

@@ -7,8 +7,8 @@ use e2e::stage::{Namespace, Stage, end};
 use e2e::until;
 use nix::fcntl::{FcntlArg, fcntl};
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::Records;
-use nomad_driver_nspawn::supervisor::process::Held;
+use nomad_driver_nspawn::supervisor::TaskDir;
+use nomad_driver_nspawn::supervisor::process::ProcessHandle;
 use serde_json::json;
 
 const LOCK: &str = "/run/systemd/nspawn-network-zone";
@@ -56,11 +56,11 @@ async fn the_bridge_of_a_zone_stays_while_its_lock_is_held() {
         .with("image", json!(stage.tree("one")));
     let running = stage.start(&plugin, task).await;
     running.stdout.contains("up").await;
-    let records = Records::at(running.state()["state"].as_str().unwrap());
-    let started = records.running().unwrap();
+    let task_dir = TaskDir::new(running.state()["state"].as_str().unwrap());
+    let started = task_dir.running().unwrap();
 
     let lock = locked();
-    let nspawn = Held::again(started.nspawn).unwrap();
+    let nspawn = ProcessHandle::open_checked(started.nspawn).unwrap();
     nspawn.signal(Signal::KILL).unwrap();
     assert!(running.wait(&plugin).await.error.is_some());
     let supervisor = started.started.supervisor.pid;

@@ -104,7 +104,7 @@ async fn a_start_that_can_not_be_recorded_is_undone() {
     let Some(small) = Small::new().await else {
         return;
     };
-    let mut trap = Trap::at(&small.host.state(), Point::Heard);
+    let mut trap = Trap::at(&small.host.state(), Failpoint::Heard);
     let start = starting(
         &small.plugin,
         small.host.allocation(small.host.shell("exit 5")),
@@ -178,19 +178,19 @@ async fn a_state_directory_that_is_gone_is_made_again() {
 }
 
 #[rstest]
-#[case::before_the_order(Point::BeforeOrder)]
-#[case::before_the_supervisor(Point::OrderWritten)]
-#[case::before_the_supervisor_has_looked(Point::Supervising)]
-#[case::before_systemd_nspawn(Point::CgroupMade)]
-#[case::before_the_start_is_on_record(Point::Heard)]
+#[case::before_the_order(Failpoint::BeforeOrder)]
+#[case::before_the_supervisor(Failpoint::OrderWritten)]
+#[case::before_the_supervisor_has_looked(Failpoint::Supervising)]
+#[case::before_systemd_nspawn(Failpoint::CgroupMade)]
+#[case::before_the_start_is_on_record(Failpoint::Heard)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn records_that_vanish_during_a_start_fail_it(#[case] point: Point) {
+async fn records_that_vanish_during_a_start_fail_it(#[case] point: Failpoint) {
     let host = Host::new();
     let plugin = Arc::new(host.plugin().await);
     let mut trap = Trap::at(&host.state(), point);
     let start = starting(&plugin, host.allocation(host.shell("exit 5"))).await;
     reached(&mut trap).await;
-    fs::remove_dir_all(Records::of(&host.state(), &start.id).path()).unwrap();
+    fs::remove_dir_all(TaskDir::for_task(&host.state(), &start.id).path()).unwrap();
     drop(trap);
     let status = refusal(within("StartTask", start.call).await.unwrap());
     assert!(status.message().contains("No such file"), "{status:?}");

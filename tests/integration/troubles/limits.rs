@@ -100,7 +100,7 @@ impl Counted {
         self.host.start_in(&self.plugin, allocation).await
     }
 
-    fn trap(&self, point: Point) -> Trap {
+    fn trap(&self, point: Failpoint) -> Trap {
         let trap = Trap::at(&self.host.state(), point);
         if let Some(user) = self.user {
             chown(trap.socket(), Some(user), None).unwrap();
@@ -203,7 +203,7 @@ async fn a_plugin_that_may_start_no_process_says_so_and_lives_on() {
 #[tokio::test]
 async fn a_supervisor_that_may_start_no_process_says_so() {
     let counted = Counted::new().await;
-    let mut trap = counted.trap(Point::CgroupMade);
+    let mut trap = counted.trap(Failpoint::CgroupMade);
     let start = starting(&counted.plugin, counted.allocation("exit 5")).await;
     let supervisor = reached(&mut trap).await;
     limit(supervisor, Limited::Processes, "1");
@@ -262,7 +262,7 @@ async fn a_plugin_without_descriptors_says_so_and_lives_on() {
 async fn a_supervisor_without_descriptors_says_so() {
     let host = Host::new();
     let plugin = Arc::new(host.plugin().await);
-    let mut trap = Trap::at(&host.state(), Point::CgroupMade);
+    let mut trap = Trap::at(&host.state(), Failpoint::CgroupMade);
     let start = starting(&plugin, host.allocation(host.shell("exit 5"))).await;
     let supervisor = reached(&mut trap).await;
     limit(supervisor, Limited::Descriptors, "3");
@@ -284,7 +284,7 @@ async fn a_supervisor_that_can_let_nobody_in_keeps_its_task_and_takes_no_time() 
     let task = host.up(&plugin, host.shell(&gated(&gate))).await;
     plugin.kill().await;
     let supervisor = i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap();
-    let lifeline = Records::of(&host.state(), &task.id).lifeline();
+    let lifeline = TaskDir::for_task(&host.state(), &task.id).control_socket();
     // Some of the listeners take what is free, and the others have to wait.
     const FEW: usize = 16;
     let before = limit(supervisor, Limited::Descriptors, &FEW.to_string());
@@ -320,7 +320,9 @@ async fn a_supervisor_that_may_not_wait_watches_all_the_same(#[case] passes: boo
     let gate = host.join("gate");
     let task = host.up(&plugin, host.shell(&gated(&gate))).await;
     let supervisor = i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap();
-    let log = Records::of(&host.state(), &task.id).path().join("log");
+    let log = TaskDir::for_task(&host.state(), &task.id)
+        .path()
+        .join("log");
     let before = limit(supervisor, Limited::Descriptors, "1");
     // Wakes it up; there is no descriptor to send it with.
     let _ = task.signal(&plugin, "SIGURG").await;
@@ -350,7 +352,7 @@ async fn a_supervisor_that_can_not_hold_the_first_process_fails_the_start() {
     let host = Host::new();
     let plugin = Arc::new(host.plugin().await);
     let mut announced = Trap::named(&host.state(), "before_notify");
-    let mut spawned = Trap::at(&host.state(), Point::Spawned);
+    let mut spawned = Trap::at(&host.state(), Failpoint::Spawned);
     host.scenario(&json!({"calls": [{"pause_before_notify": announced.socket()}, {}]}));
     let start = starting(&plugin, host.allocation(host.shell("exec sleep 1000"))).await;
     let supervisor = reached(&mut spawned).await;

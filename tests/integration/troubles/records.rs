@@ -16,7 +16,9 @@ async fn a_record_that_can_not_be_read_is_refused_and_can_be_destroyed(
         .up(&plugin, host.shell("echo up; exec sleep 1000"))
         .await;
     plugin.kill().await;
-    let file = Records::of(&host.state(), &task.id).path().join("running");
+    let file = TaskDir::for_task(&host.state(), &task.id)
+        .path()
+        .join("running");
     let text = fs::read_to_string(&file).unwrap();
     fs::write(&file, spoil(&text)).unwrap();
     let plugin = host.plugin().await;
@@ -37,7 +39,9 @@ async fn the_record_of_an_end_that_can_not_be_read_is_called_that() {
     task.wait(&plugin).await;
     plugin.kill().await;
     host.quiet(&[]).await;
-    let file = Records::of(&host.state(), &task.id).path().join("exit");
+    let file = TaskDir::for_task(&host.state(), &task.id)
+        .path()
+        .join("exit");
     let text = fs::read_to_string(&file).unwrap();
     fs::write(&file, &text[..text.len() / 2]).unwrap();
     let plugin = host.plugin().await;
@@ -62,7 +66,9 @@ async fn a_clock_that_was_set_back_changes_no_end() {
     fs::write(gate, "").unwrap();
     host.quiet(&[]).await;
     // As if it had ended a day before it was started, and before there were clocks.
-    let file = Records::of(&host.state(), &task.id).path().join("exit");
+    let file = TaskDir::for_task(&host.state(), &task.id)
+        .path()
+        .join("exit");
     let text = fs::read_to_string(&file).unwrap();
     let mut exit: Value = serde_json::from_str(&text).unwrap();
     let seconds = exit["ended_at"]["secs_since_epoch"].as_u64().unwrap();

@@ -11,7 +11,7 @@ async fn a_destroy_during_a_recovery_ends_the_task() {
         .await;
     plugin.kill().await;
     let plugin = Arc::new(host.plugin().await);
-    let mut trap = Trap::at(&host.state(), Point::Recovering);
+    let mut trap = Trap::at(&host.state(), Failpoint::Recovering);
     let (line, stored) = (Arc::clone(&plugin), task.stored());
     let recover = tokio::spawn(async move { line.recover(stored).await });
     reached(&mut trap).await;

@@ -52,7 +52,7 @@ pub(super) fn own_end(exit: &TaskExit) {
 
 /// Kills a process, and returns when it is dead.
 pub(super) fn strike(pid: i32) {
-    let held = Held::by_pid(pid).unwrap();
+    let held = ProcessHandle::open(pid).unwrap();
     held.signal(Signal::KILL).unwrap();
     assert!(held.wait(DEADLINE), "it does not die");
 }

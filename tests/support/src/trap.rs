@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use nomad_driver_nspawn::supervisor::pause::Point;
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -16,7 +16,7 @@ pub struct Trap {
 
 impl Trap {
     /// Holds whoever reaches this point of the driver with records in this state directory.
-    pub fn at(state: &Path, point: Point) -> Self {
+    pub fn at(state: &Path, point: Failpoint) -> Self {
         Self::named(state, point.name())
     }
 

@@ -63,8 +63,11 @@ async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_root() {
 /// Kills the systemd-nspawn of a container, as somebody on the host might; the task's end is told.
 async fn kill_nspawn(running: &Running, plugin: &Plugin) {
     let state = running.state()["state"].as_str().map(PathBuf::from);
-    let nspawn = Records::at(state.unwrap()).running().unwrap().nspawn;
-    Held::again(nspawn).unwrap().signal(Signal::KILL).unwrap();
+    let nspawn = TaskDir::new(state.unwrap()).running().unwrap().nspawn;
+    ProcessHandle::open_checked(nspawn)
+        .unwrap()
+        .signal(Signal::KILL)
+        .unwrap();
     let exit = running.wait(plugin).await;
     assert!(exit.error.is_some(), "{exit:?}");
 }

@@ -21,9 +21,9 @@ use nomad_driver_nspawn::cgroup::Layout;
 use nomad_driver_nspawn::host::{HostError, Plugin, TaskExit};
 use nomad_driver_nspawn::proto::driver::TaskHandle;
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::Records;
+use nomad_driver_nspawn::supervisor::TaskDir;
 use nomad_driver_nspawn::supervisor::orphans::supervisors;
-use nomad_driver_nspawn::supervisor::process::{Held, first_child};
+use nomad_driver_nspawn::supervisor::process::{ProcessHandle, first_child};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
@@ -76,7 +76,10 @@ impl Arena {
         // Noted before anybody can notice. One that another worker has killed is as dead as it should be.
         if !killed.contains(&pid) {
             killed.push(pid);
-            Held::by_pid(pid).unwrap().signal(Signal::KILL).unwrap();
+            ProcessHandle::open(pid)
+                .unwrap()
+                .signal(Signal::KILL)
+                .unwrap();
         }
     }
 
@@ -122,8 +125,11 @@ impl Arena {
     fn report(&self, worker: usize, what: &str) -> String {
         let step = self.steps[worker].lock().unwrap().clone();
         let id = step.split(' ').nth(1).unwrap_or_default();
-        let records = Records::of(&self.stage.join("state"), id);
-        let files = fs::read_dir(records.path()).into_iter().flatten().flatten();
+        let task_dir = TaskDir::for_task(&self.stage.join("state"), id);
+        let files = fs::read_dir(task_dir.path())
+            .into_iter()
+            .flatten()
+            .flatten();
         let files: Vec<_> = files.map(|entry| entry.file_name()).collect();
         let processes: Vec<_> = self.stage.marks().processes();
         let processes: Vec<_> = processes
@@ -132,7 +138,7 @@ impl Arena {
             .collect();
         format!(
             "{what} hangs in {step}, record {} with {files:?}\nprocesses:\n{}\nlog:\n{}",
-            records.path().display(),
+            task_dir.path().display(),
             processes.join("\n"),
             self.stage.log()
         )
@@ -428,11 +434,11 @@ async fn start(
 /// Kills one of a task's processes, if it is there.
 fn strike(stage: &Stage, id: &str, role: Role, two: bool) {
     let state_dir = stage.join("state");
-    let records = Records::of(&state_dir, id);
+    let task_dir = TaskDir::for_task(&state_dir, id);
     let found = supervisors(&state_dir)
         .into_iter()
-        .find(|supervisor| supervisor.directory == records.path());
-    let Some(supervisor) = found.map(|found| found.held) else {
+        .find(|supervisor| supervisor.directory == task_dir.path());
+    let Some(supervisor) = found.map(|found| found.handle) else {
         return;
     };
     let nspawn = || first_child(supervisor.process().pid);
@@ -445,7 +451,7 @@ fn strike(stage: &Stage, id: &str, role: Role, two: bool) {
         Role::Payload if two => leader().and_then(first_child),
         Role::Payload => leader(),
     };
-    if let Some(held) = target.and_then(|pid| Held::by_pid(pid).ok()) {
+    if let Some(held) = target.and_then(|pid| ProcessHandle::open(pid).ok()) {
         held.signal(Signal::KILL).unwrap();
     }
 }

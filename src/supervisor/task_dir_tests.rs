@@ -19,8 +19,8 @@ fn an_exit() -> Exit {
 }
 
 /// An order of the boot `b` with nothing special in it.
-pub(in crate::supervisor) fn an_order(id: &str) -> Order {
-    Order {
+pub(in crate::supervisor) fn an_order(id: &str) -> LaunchSpec {
+    LaunchSpec {
         id: id.to_owned(),
         alloc_dir: None,
         machine: "t-a".to_owned(),
@@ -28,7 +28,7 @@ pub(in crate::supervisor) fn an_order(id: &str) -> Order {
         boot: "b".to_owned(),
         program: "/n".into(),
         arguments: Vec::new(),
-        first: First::Image,
+        first: Pid1::Image,
         stdout: None,
         stderr: None,
         network_namespace: None,
@@ -61,43 +61,43 @@ pub(in crate::supervisor) fn a_running(id: &str, boot: &str) -> Running {
 }
 
 /// Records in a directory of their own.
-fn some() -> (tempfile::TempDir, Records) {
+fn some() -> (tempfile::TempDir, TaskDir) {
     let temp = tempfile::tempdir().unwrap();
-    let records = Records::at(temp.path().join("x"));
-    records.create().unwrap();
-    (temp, records)
+    let task_dir = TaskDir::new(temp.path().join("x"));
+    task_dir.create().unwrap();
+    (temp, task_dir)
 }
 
 #[test]
 fn what_is_written_is_read_and_is_root_s_alone() {
     let temp = tempfile::tempdir().unwrap();
-    let records = Records::of(&temp.path().join("state"), "alloc/web/0a1b2c3d");
-    records.create().unwrap();
-    assert_eq!(records.exit().unwrap(), None);
-    records.write_exit(&an_exit()).unwrap();
-    assert_eq!(records.exit().unwrap(), Some(an_exit()));
+    let task_dir = TaskDir::for_task(&temp.path().join("state"), "alloc/web/0a1b2c3d");
+    task_dir.create().unwrap();
+    assert_eq!(task_dir.exit().unwrap(), None);
+    task_dir.write_exit(&an_exit()).unwrap();
+    assert_eq!(task_dir.exit().unwrap(), Some(an_exit()));
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-    assert_eq!(mode(records.path()), 0o700);
-    assert_eq!(mode(&records.path().join("exit")), 0o600);
-    records.create().unwrap_err();
-    records.remove().unwrap();
-    records.remove().unwrap();
+    assert_eq!(mode(task_dir.path()), 0o700);
+    assert_eq!(mode(&task_dir.path().join("exit")), 0o600);
+    task_dir.create().unwrap_err();
+    task_dir.remove().unwrap();
+    task_dir.remove().unwrap();
 }
 
 #[test]
 fn starts_of_one_task_are_found_by_each_other_alone() {
     let temp = tempfile::tempdir().unwrap();
-    let of = |id| Records::of(temp.path(), id);
+    let of = |id| TaskDir::for_task(temp.path(), id);
     for id in ["a/web/1", "a/web/2", "a/web/3", "a/other/1", "b/web/1"] {
         of(id).create().unwrap();
     }
-    let mut earlier = Records::earlier(temp.path(), "a/web/3").unwrap();
+    let mut earlier = TaskDir::previous_starts(temp.path(), "a/web/3").unwrap();
     earlier.sort_by(|one, two| one.0.cmp(&two.0));
     let mut wanted = [of("a/web/1"), of("a/web/2")];
     wanted.sort_by(|one, two| one.0.cmp(&two.0));
     assert_eq!(earlier, wanted);
     assert_eq!(
-        Records::earlier(&temp.path().join("absent"), "a/web/3").unwrap(),
+        TaskDir::previous_starts(&temp.path().join("absent"), "a/web/3").unwrap(),
         []
     );
 }
@@ -105,52 +105,52 @@ fn starts_of_one_task_are_found_by_each_other_alone() {
 #[test]
 fn a_lock_on_the_log_is_a_watch() {
     let temp = tempfile::tempdir().unwrap();
-    let records = Records::at(temp.path());
-    assert!(!records.is_watched());
-    let log = File::create(records.log()).unwrap();
-    assert!(!records.is_watched());
+    let task_dir = TaskDir::new(temp.path());
+    assert!(!task_dir.has_supervisor());
+    let log = File::create(task_dir.log()).unwrap();
+    assert!(!task_dir.has_supervisor());
     log.try_lock().unwrap();
-    assert!(records.is_watched());
+    assert!(task_dir.has_supervisor());
     drop(log);
-    assert!(!records.is_watched());
+    assert!(!task_dir.has_supervisor());
 }
 
 #[test]
 fn a_log_that_is_a_link_is_no_watch() {
-    let (temp, records) = some();
+    let (temp, task_dir) = some();
     let elsewhere = File::create(temp.path().join("elsewhere")).unwrap();
     elsewhere.try_lock().unwrap();
-    std::os::unix::fs::symlink(temp.path().join("elsewhere"), records.log()).unwrap();
-    assert!(!records.is_watched());
+    std::os::unix::fs::symlink(temp.path().join("elsewhere"), task_dir.log()).unwrap();
+    assert!(!task_dir.has_supervisor());
 }
 
 /// A plugin that has lost its supervisor writes the end, while the supervisor may be writing it.
 #[test]
 fn two_who_write_the_same_record_do_not_meet() {
-    let (_temp, records) = some();
+    let (_temp, task_dir) = some();
     // What another process, or this pid in another life, has begun.
-    let begun = records
+    let begun = task_dir
         .path()
         .join(format!("exit.{}-0.new", std::process::id()));
     for place in [
         &begun,
-        &records.path().join("exit.1-1.new"),
-        &records.path().join("exit.new"),
+        &task_dir.path().join("exit.1-1.new"),
+        &task_dir.path().join("exit.new"),
     ] {
         fs::write(place, "{").unwrap();
     }
     std::thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(|| (0..50).for_each(|_| records.write_exit(&an_exit()).unwrap()));
+            scope.spawn(|| (0..50).for_each(|_| task_dir.write_exit(&an_exit()).unwrap()));
         }
     });
-    assert_eq!(records.exit().unwrap(), Some(an_exit()));
+    assert_eq!(task_dir.exit().unwrap(), Some(an_exit()));
     assert_eq!(fs::read_to_string(begun).unwrap(), "{");
-    assert_eq!(records.stranger().unwrap(), None);
+    assert_eq!(task_dir.unexpected_entry().unwrap(), None);
     for strange in ["exit.x.new", "else.1-1.new", "exit.1-1.new.old"] {
-        let place = records.path().join(strange);
+        let place = task_dir.path().join(strange);
         fs::write(&place, "").unwrap();
-        assert_eq!(records.stranger().unwrap(), Some(strange.into()));
+        assert_eq!(task_dir.unexpected_entry().unwrap(), Some(strange.into()));
         fs::remove_file(place).unwrap();
     }
 }
@@ -159,94 +159,94 @@ fn two_who_write_the_same_record_do_not_meet() {
 #[test]
 fn who_looks_for_a_watch_is_not_taken_for_one() {
     let temp = tempfile::tempdir().unwrap();
-    let records = Records::at(temp.path());
-    let looking = File::create(records.log()).unwrap();
+    let task_dir = TaskDir::new(temp.path());
+    let looking = File::create(task_dir.log()).unwrap();
     looking.try_lock_shared().unwrap();
-    assert!(!records.is_watched());
+    assert!(!task_dir.has_supervisor());
 }
 
 #[test]
 fn a_link_is_not_followed() {
-    let (temp, records) = some();
+    let (temp, task_dir) = some();
     let elsewhere = temp.path().join("elsewhere");
     fs::write(&elsewhere, encode(&an_exit()).unwrap()).unwrap();
-    std::os::unix::fs::symlink(elsewhere, records.path().join("exit")).unwrap();
-    records.exit().unwrap_err();
+    std::os::unix::fs::symlink(elsewhere, task_dir.path().join("exit")).unwrap();
+    task_dir.exit().unwrap_err();
 }
 
 #[test]
 fn secrets_can_be_taken_once() {
     let temp = tempfile::tempdir().unwrap();
-    let records = Records::at(temp.path());
-    records.write("environment", br#"{"A":"b"}"#).unwrap();
-    fs::write(temp.path().join("init"), "told").unwrap();
-    let environment = records.take_environment().unwrap();
+    let task_dir = TaskDir::new(temp.path());
+    task_dir.write("environment", br#"{"A":"b"}"#).unwrap();
+    fs::write(temp.path().join("init"), "spec").unwrap();
+    let environment = task_dir.take_environment().unwrap();
     assert_eq!(environment.get("A").map(String::as_str), Some("b"));
-    records.take_environment().unwrap_err();
-    let told = io::read_to_string(records.take_init().unwrap()).unwrap();
-    assert_eq!(told, "told");
-    records.take_init().unwrap_err();
+    task_dir.take_environment().unwrap_err();
+    let init_spec = io::read_to_string(task_dir.take_init_spec().unwrap()).unwrap();
+    assert_eq!(init_spec, "spec");
+    task_dir.take_init_spec().unwrap_err();
     assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
 }
 
 #[test]
 fn of_many_words_the_last_are_kept() {
     let temp = tempfile::tempdir().unwrap();
-    let records = Records::at(temp.path());
-    assert_eq!(records.words(), "");
+    let task_dir = TaskDir::new(temp.path());
+    assert_eq!(task_dir.nspawn_stderr_tail(), "");
     for word in ["first", &"x".repeat(3000), "last"] {
-        records
-            .open_words()
+        task_dir
+            .open_nspawn_stderr()
             .unwrap()
             .write_all(word.as_bytes())
             .unwrap();
     }
-    let words = records.words();
+    let words = task_dir.nspawn_stderr_tail();
     assert!(words.ends_with("xlast") && words.len() == 2048, "{words}");
 }
 
 #[test]
 fn an_error_says_nothing_of_what_was_read() {
-    let (_temp, records) = some();
-    records
+    let (_temp, task_dir) = some();
+    task_dir
         .write("environment", br#"{"A":{"marker\n":"marker"}}"#)
         .unwrap();
-    let error = records.take_environment().unwrap_err().to_string();
+    let error = task_dir.take_environment().unwrap_err().to_string();
     assert!(
         !error.contains("marker") && error.contains("line 1 column"),
         "{error}"
     );
-    let error = decode::<Order>(br#"{"id":"i","machine":"m","mode":"marker\n"}"#).unwrap_err();
+    let error = decode::<LaunchSpec>(br#"{"id":"i","machine":"m","mode":"marker\n"}"#).unwrap_err();
     assert!(!error.to_string().contains("marker"), "{error}");
 }
 
 #[test]
 fn what_is_too_large_is_refused_and_not_cut() {
-    let (_temp, records) = some();
-    records.write_exit(&an_exit()).unwrap();
-    let place = records.path().join("exit");
+    let (_temp, task_dir) = some();
+    task_dir.write_exit(&an_exit()).unwrap();
+    let place = task_dir.path().join("exit");
     let file = OpenOptions::new().write(true).open(&place).unwrap();
     // A hole, which takes no room.
-    file.set_len(LARGEST + 1).unwrap();
-    let error = records.exit().unwrap_err();
+    file.set_len(MAX_RECORD_BYTES + 1).unwrap();
+    let error = task_dir.exit().unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     assert!(error.to_string().contains("larger than"), "{error}");
 }
 
 #[test]
 fn a_log_that_is_a_link_is_not_opened() {
-    let (temp, records) = some();
+    let (temp, task_dir) = some();
     let elsewhere = temp.path().join("elsewhere");
-    std::os::unix::fs::symlink(&elsewhere, records.log()).unwrap();
-    records.open_log().unwrap_err();
+    std::os::unix::fs::symlink(&elsewhere, task_dir.log()).unwrap();
+    task_dir.open_log().unwrap_err();
     assert!(!elsewhere.exists());
 }
 
 #[test]
 fn what_is_damaged_is_not_repeated() {
-    let (_temp, records) = some();
-    fs::write(records.path().join("environment"), "\"s3cret\"").unwrap();
-    let error = records.take_environment().unwrap_err().to_string();
+    let (_temp, task_dir) = some();
+    fs::write(task_dir.path().join("environment"), "\"s3cret\"").unwrap();
+    let error = task_dir.take_environment().unwrap_err().to_string();
     assert!(!error.contains("s3cret"), "{error}");
 }
 
@@ -268,7 +268,7 @@ fn is_frozen<T: Serialize + DeserializeOwned>(lines: &str) {
 
 #[test]
 fn what_was_ever_released_is_read_and_the_last_is_written() {
-    is_frozen::<Order>(ORDERS);
+    is_frozen::<LaunchSpec>(ORDERS);
     is_frozen::<Running>(RUNNING);
     is_frozen::<Exit>(EXITS);
 }
@@ -279,8 +279,8 @@ fn what_older_orders_name_is_a_resource_and_still_named_as_before() {
     const OLDER: [&str; 6] = ["place", "locks", "shares", "copies", "picks", "zone"];
     let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
     for line in ORDERS.lines() {
-        let order: Order = decode(line.as_bytes()).unwrap();
-        let written = String::from_utf8(encode(&order).unwrap()).unwrap();
+        let launch_spec: LaunchSpec = decode(line.as_bytes()).unwrap();
+        let written = String::from_utf8(encode(&launch_spec).unwrap()).unwrap();
         for name in OLDER {
             let before = json(line)[name].clone();
             let before = match name {
@@ -289,11 +289,14 @@ fn what_older_orders_name_is_a_resource_and_still_named_as_before() {
             };
             assert_eq!(json(&written)[name], before, "{name} of {line}");
         }
-        assert_eq!(decode::<Order>(written.as_bytes()).unwrap(), order);
+        assert_eq!(
+            decode::<LaunchSpec>(written.as_bytes()).unwrap(),
+            launch_spec
+        );
     }
     let of = |number: usize| {
         let line = ORDERS.lines().nth(number).unwrap();
-        decode::<Order>(line.as_bytes()).unwrap().resources
+        decode::<LaunchSpec>(line.as_bytes()).unwrap().resources
     };
     let group =
         |hierarchy: &str| format!("/sys/fs/cgroup/{hierarchy}/nomad-driver-nspawn/x").into();
@@ -336,7 +339,7 @@ fn records_of_another_age() {
     let without = changed(&|value| drop(value.as_object_mut().unwrap().remove("form")));
     assert_eq!(without.unwrap(), exit);
     assert_eq!(changed(&|value| value["later"] = 1.into()).unwrap(), exit);
-    let newer = changed(&|value| value["form"] = (FORM + 1).into()).unwrap_err();
+    let newer = changed(&|value| value["form"] = (FORMAT_VERSION + 1).into()).unwrap_err();
     assert_eq!(newer.kind(), io::ErrorKind::Unsupported);
     assert!(
         newer.to_string().contains("form 2, which is newer"),
@@ -390,10 +393,10 @@ fn resource() -> impl Strategy<Value = Resource> {
     ]
 }
 
-fn order() -> impl Strategy<Value = Order> {
+fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
     let first = prop_oneof![
-        Just(First::Image),
-        any::<bool>().prop_map(|streams| First::Ours { streams }),
+        Just(Pid1::Image),
+        any::<bool>().prop_map(|streams| Pid1::Driver { streams }),
     ];
     let maybe = || proptest::option::of(path());
     let names = (any::<String>(), any::<String>(), any::<String>(), mode());
@@ -404,7 +407,7 @@ fn order() -> impl Strategy<Value = Order> {
     (names, call, paths, rest).prop_map(
         |((id, machine, boot, mode), (program, arguments, first), paths, (resources, notes))| {
             let (stdout, stderr, network_namespace, alloc_dir) = paths;
-            Order {
+            LaunchSpec {
                 id,
                 alloc_dir,
                 machine,
@@ -452,28 +455,28 @@ pub(in crate::supervisor) fn started() -> impl Strategy<Value = Started> {
 proptest! {
     #[test]
     fn no_id_leads_out_of_the_state_directory(id in "\\PC{0,200}") {
-        let records = Records::of(Path::new("/state"), &id);
-        prop_assert_eq!(records.path().parent(), Some(Path::new("/state")));
-        prop_assert!(Records::is_name(records.path().file_name().unwrap().to_str().unwrap()));
+        let task_dir = TaskDir::for_task(Path::new("/state"), &id);
+        prop_assert_eq!(task_dir.path().parent(), Some(Path::new("/state")));
+        prop_assert!(TaskDir::is_name(task_dir.path().file_name().unwrap().to_str().unwrap()));
         // Sockets have short paths: the configuration keeps 43 bytes free below the state directory.
-        prop_assert!(records.lifeline().as_os_str().len() <= "/state".len() + 43);
+        prop_assert!(task_dir.control_socket().as_os_str().len() <= "/state".len() + 43);
     }
 
     #[test]
     fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        let (_temp, records) = some();
+        let (_temp, task_dir) = some();
         for name in ["order", "running", "exit", "environment", "failure"] {
-            fs::write(records.path().join(name), &bytes).unwrap();
+            fs::write(task_dir.path().join(name), &bytes).unwrap();
         }
-        prop_assert!(records.order().is_err());
-        prop_assert!(records.running().is_err());
-        prop_assert!(records.exit().is_err());
-        let _ = (records.take_environment(), records.failure());
+        prop_assert!(task_dir.launch_spec().is_err());
+        prop_assert!(task_dir.running().is_err());
+        prop_assert!(task_dir.exit().is_err());
+        let _ = (task_dir.take_environment(), task_dir.failure());
     }
 
     #[test]
     fn every_record_is_read_as_it_was_written(
-        order in order(),
+        launch_spec in launch_spec(),
         environment in proptest::collection::btree_map(any::<String>(), any::<String>(), 0..4),
         exit in exit(),
         started in started(),
@@ -482,15 +485,15 @@ proptest! {
         uids: Option<u32>,
         alloc_dir in proptest::option::of(path()),
     ) {
-        let (_temp, records) = some();
-        records.write_order(&order, &environment, None).unwrap();
-        prop_assert_eq!(records.order().unwrap(), order);
-        prop_assert_eq!(records.take_environment().unwrap(), environment);
-        records.write_exit(&exit).unwrap();
-        prop_assert_eq!(records.exit().unwrap(), Some(exit));
+        let (_temp, task_dir) = some();
+        task_dir.write_launch_spec(&launch_spec, &environment, None).unwrap();
+        prop_assert_eq!(task_dir.launch_spec().unwrap(), launch_spec);
+        prop_assert_eq!(task_dir.take_environment().unwrap(), environment);
+        task_dir.write_exit(&exit).unwrap();
+        prop_assert_eq!(task_dir.exit().unwrap(), Some(exit));
         let running = Running { started, nspawn, copy, uids, alloc_dir };
-        records.write_running(&running).unwrap();
-        prop_assert_eq!(records.running().unwrap(), running);
+        task_dir.write_running(&running).unwrap();
+        prop_assert_eq!(task_dir.running().unwrap(), running);
     }
 
     #[test]
@@ -508,7 +511,7 @@ proptest! {
             let mut text = lines.lines().last().unwrap().as_bytes().to_vec();
             let at = at.index(text.len());
             text[at] = byte;
-            let _ = (decode::<Order>(&text), decode::<Running>(&text), decode::<Exit>(&text));
+            let _ = (decode::<LaunchSpec>(&text), decode::<Running>(&text), decode::<Exit>(&text));
         }
     }
 }

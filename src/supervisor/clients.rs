@@ -1,77 +1,77 @@
-//! The supervisor's end of every lifeline: who listens, what they ask, what they are told. Waits for nobody: whoever does not
-//! take what is told, or talks nonsense, is dropped; what a later plugin may ask is answered with an error.
+//! The supervisor's end of the control socket: its clients, their requests, the events sent to them. Waits for nobody: whoever does
+//! not take what is told, or talks nonsense, is dropped; what a later plugin may ask is answered with an error.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use super::line::{LONGEST, News, Question, Request, line, next};
+use super::protocol::{Event, IncomingRequest, MAX_LINE_BYTES, Request, decode_next, encode};
 
 /// Everybody who listens on the lifeline.
 #[derive(Debug, Default)]
-pub(super) struct Listeners(Vec<Listener>);
+pub(super) struct Clients(Vec<Client>);
 
 #[derive(Debug)]
-struct Listener {
+struct Client {
     stream: UnixStream,
     received: Vec<u8>,
-    gone: bool,
+    disconnected: bool,
     /// Whether this one asked for the start.
-    asker: bool,
+    owner: bool,
 }
 
-impl Listeners {
+impl Clients {
     pub(super) fn add(&mut self, stream: UnixStream) {
-        let asker = self.0.is_empty();
+        let owner = self.0.is_empty();
         if stream.set_nonblocking(true).is_ok() {
-            self.0.push(Listener {
+            self.0.push(Client {
                 stream,
                 received: Vec::new(),
-                gone: false,
-                asker,
+                disconnected: false,
+                owner,
             });
         }
     }
 
-    pub(super) fn tell(&mut self, news: &News) {
-        let line = line(news);
-        for listener in &mut self.0 {
-            listener.send(&line);
+    pub(super) fn broadcast(&mut self, event: &Event) {
+        let line = encode(event);
+        for client in &mut self.0 {
+            client.send(&line);
         }
     }
 
     /// Tells the one that came last how things stand.
-    pub(super) fn tell_newcomer(&mut self, news: &News) {
-        if let Some(newcomer) = self.0.last_mut() {
-            newcomer.send(&line(news));
+    pub(super) fn send_to_last(&mut self, event: &Event) {
+        if let Some(client) = self.0.last_mut() {
+            client.send(&encode(event));
         }
     }
 
     /// Answers the listener that has this index among the [`requests`](Self::requests).
-    pub(super) fn answer(&mut self, index: usize, news: &News) {
-        if let Some(listener) = self.0.get_mut(index) {
-            listener.send(&line(news));
+    pub(super) fn answer(&mut self, index: usize, event: &Event) {
+        if let Some(client) = self.0.get_mut(index) {
+            client.send(&encode(event));
         }
     }
 
     pub(super) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.0.iter().map(|listener| listener.stream.as_fd())
+        self.0.iter().map(|client| client.stream.as_fd())
     }
 
     /// What has been asked since the last time and can be done.
     pub(super) fn requests(&mut self) -> Vec<(usize, Request)> {
         let mut requests = Vec::new();
-        for (index, listener) in self.0.iter_mut().enumerate() {
-            listener.receive();
-            while let Some(request) = next(&mut listener.received) {
+        for (index, client) in self.0.iter_mut().enumerate() {
+            client.receive();
+            while let Some(request) = decode_next(&mut client.received) {
                 match request {
-                    Ok(Question::Known(request)) => requests.push((index, request)),
-                    Ok(Question::Unknown { request }) => {
+                    Ok(IncomingRequest::Known(request)) => requests.push((index, request)),
+                    Ok(IncomingRequest::Unknown { request }) => {
                         let error = Some("this supervisor can't do what was asked".to_owned());
-                        listener.send(&line(&News::Done { request, error }));
+                        client.send(&encode(&Event::Done { request, error }));
                     }
                     Err(_) => {
-                        listener.gone = true;
+                        client.disconnected = true;
                         break;
                     }
                 }
@@ -81,37 +81,37 @@ impl Listeners {
     }
 
     /// Forgets those whose end of the line is closed; whether the asker is among them.
-    pub(super) fn forget_the_gone(&mut self) -> bool {
-        let asker = self
+    pub(super) fn drop_disconnected(&mut self) -> bool {
+        let owner = self
             .0
             .iter()
-            .any(|listener| listener.gone && listener.asker);
-        self.0.retain(|listener| !listener.gone);
-        asker
+            .any(|client| client.disconnected && client.owner);
+        self.0.retain(|client| !client.disconnected);
+        owner
     }
 }
 
-impl Listener {
+impl Client {
     /// One that does not take what it is told is dropped: nobody may make a supervisor wait.
     fn send(&mut self, line: &[u8]) {
         if self.stream.write_all(line).is_err() {
-            self.gone = true;
+            self.disconnected = true;
         }
     }
 
     /// Takes what has come, and no more than one line can be long: what is left wakes the supervisor again.
     fn receive(&mut self) {
         let mut buffer = [0; 1024];
-        while self.received.len() <= LONGEST {
+        while self.received.len() <= MAX_LINE_BYTES {
             match self.stream.read(&mut buffer) {
-                Ok(0) => self.gone = true,
+                Ok(0) => self.disconnected = true,
                 Ok(length) => {
                     self.received.extend_from_slice(&buffer[..length]);
                     continue;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => self.gone = true,
+                Err(_) => self.disconnected = true,
             }
             return;
         }
@@ -121,71 +121,71 @@ impl Listener {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::supervisor::line::Verb;
+    use crate::supervisor::protocol::Action;
     use proptest::prelude::*;
 
-    fn one() -> (Listeners, UnixStream) {
+    fn client() -> (Clients, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut listeners = Listeners::default();
-        listeners.add(ours);
+        let mut clients = Clients::default();
+        clients.add(ours);
         theirs.set_nonblocking(true).unwrap();
-        (listeners, theirs)
+        (clients, theirs)
     }
 
-    fn is_dropped(listeners: &mut Listeners) -> bool {
-        listeners.forget_the_gone()
+    fn is_dropped(clients: &mut Clients) -> bool {
+        clients.drop_disconnected()
     }
 
     #[test]
     fn one_that_never_ends_its_line_is_dropped_and_takes_no_memory() {
-        let (mut listeners, mut theirs) = one();
+        let (mut clients, mut theirs) = client();
         let mut sent = 0;
-        while !is_dropped(&mut listeners) {
+        while !is_dropped(&mut clients) {
             sent += theirs.write(&[b' '; 4096]).unwrap_or(0);
-            assert!(listeners.requests().is_empty());
-            let held = listeners.0.first().map_or(0, |one| one.received.len());
-            assert!(held <= LONGEST + 1024, "{held}");
+            assert!(clients.requests().is_empty());
+            let held = clients.0.first().map_or(0, |client| client.received.len());
+            assert!(held <= MAX_LINE_BYTES + 1024, "{held}");
         }
-        assert!(sent > LONGEST);
+        assert!(sent > MAX_LINE_BYTES);
     }
 
     #[test]
     fn what_is_not_known_is_answered_and_the_next_is_heard() {
-        let (mut listeners, mut theirs) = one();
+        let (mut clients, mut theirs) = client();
         theirs
             .write_all(b"{\"request\":1,\"verb\":\"freeze\"}\n{\"request\":2,\"verb\":\"stop\"}\n")
             .unwrap();
         let stop = Request {
             request: 2,
-            verb: Verb::Stop,
+            verb: Action::Stop,
         };
-        assert_eq!(listeners.requests(), [(0, stop)]);
+        assert_eq!(clients.requests(), [(0, stop)]);
         let mut answer = [0; 4096];
         let length = theirs.read(&mut answer).unwrap();
-        let answer = next::<News>(&mut answer[..length].to_vec());
+        let answer = decode_next::<Event>(&mut answer[..length].to_vec());
         assert!(
             matches!(
                 &answer,
-                Some(Ok(News::Done {
+                Some(Ok(Event::Done {
                     request: 1,
                     error: Some(_)
                 }))
             ),
             "{answer:?}"
         );
-        assert!(!is_dropped(&mut listeners));
+        assert!(!is_dropped(&mut clients));
     }
 
     proptest! {
         #[test]
         fn no_bytes_panic_and_none_are_kept(bytes in proptest::collection::vec(any::<u8>(), 1..2000)) {
-            let (mut listeners, mut theirs) = one();
+            let (mut clients, mut theirs) = client();
             theirs.write_all(&bytes).unwrap();
             theirs.write_all(b"\n").unwrap();
-            let asked = listeners.requests();
+            let asked = clients.requests();
             prop_assert!(asked.len() <= bytes.len());
-            let held = listeners.0.first().map_or(0, |one| one.received.len());
-            prop_assert!(held == 0 || is_dropped(&mut listeners));
+            let held = clients.0.first().map_or(0, |client| client.received.len());
+            prop_assert!(held == 0 || is_dropped(&mut clients));
         }
     }
 }

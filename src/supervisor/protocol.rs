@@ -1,10 +1,10 @@
-//! What is said on a lifeline: one JSON object a line, both ways. The supervisor tells every listener how things stand and
+//! The protocol of the control socket: one JSON object a line, both ways. The supervisor tells every listener how things stand and
 //! answers requests; the end of the stream is the end of the supervisor. Refuses lines that are too long or no message, and
 //! carries no secret.
 //!
 //! The two ends can be of different age: a supervisor lives as long as its container, and the plugin is upgraded or put back
 //! meanwhile. So the words have no version but a rule: what a word means never changes; a new field is optional; who hears a
-//! word that it does not know says so ([`Question::Unknown`]) or passes over it ([`Told::Unknown`]).
+//! word that it does not know says so ([`IncomingRequest::Unknown`]) or passes over it ([`IncomingEvent::Unknown`]).
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -13,16 +13,16 @@ use crate::container::{Cause, Exit, Started};
 use crate::signal::Signal;
 
 /// A longer line was not written by us.
-pub const LONGEST: usize = 256 * 1024;
+pub const MAX_LINE_BYTES: usize = 256 * 1024;
 
 /// What a supervisor tells.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum News {
+pub enum Event {
     /// The container is up.
     Started(Started),
     /// It did not come up. The last news.
-    Failed(Failure),
+    Failed(StartFailure),
     /// It has ended. The last news; what it held is being freed until the stream ends.
     Exited(Exit),
     /// A request has been carried out.
@@ -36,9 +36,9 @@ pub enum News {
 
 /// Why a container did not come up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
+pub struct StartFailure {
     /// What was being done.
-    pub step: Step,
+    pub step: StartStep,
     /// What happened.
     pub reason: String,
     /// Whether another attempt may succeed with nothing changed: what a plugin reads that knows of no cause.
@@ -48,9 +48,9 @@ pub struct Failure {
     cause: Option<Cause>,
 }
 
-impl Failure {
+impl StartFailure {
     /// A failure with a cause.
-    pub fn new(step: Step, cause: Cause, reason: impl Into<String>) -> Self {
+    pub fn new(step: StartStep, cause: Cause, reason: impl Into<String>) -> Self {
         Self {
             step,
             reason: reason.into(),
@@ -72,7 +72,7 @@ impl Failure {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "as_str says it")]
-pub enum Step {
+pub enum StartStep {
     Order,
     Logs,
     Cgroup,
@@ -81,7 +81,7 @@ pub enum Step {
     Watch,
 }
 
-impl Step {
+impl StartStep {
     /// In words.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -101,13 +101,13 @@ pub struct Request {
     /// Chosen by the listener, repeated in the answer.
     pub request: u64,
     /// What is asked.
-    pub verb: Verb,
+    pub verb: Action,
 }
 
 /// The verbs of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Verb {
+pub enum Action {
     /// Send the payload this signal; 0 asks only.
     Signal(#[serde(deserialize_with = "a_signal")] i32),
     /// Ask the payload to end in the way that suits it.
@@ -117,7 +117,7 @@ pub enum Verb {
 }
 
 /// A message as the line to send.
-pub fn line(message: &impl Serialize) -> Vec<u8> {
+pub fn encode(message: &impl Serialize) -> Vec<u8> {
     let mut line = serde_json::to_vec(message).unwrap_or_default();
     line.push(b'\n');
     line
@@ -126,7 +126,7 @@ pub fn line(message: &impl Serialize) -> Vec<u8> {
 /// What a supervisor hears.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
-pub enum Question {
+pub enum IncomingRequest {
     /// A request.
     Known(Request),
     /// A request of a later plugin, or one that asks for what does not exist. It can be answered.
@@ -139,9 +139,9 @@ pub enum Question {
 /// What a plugin hears.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
-pub enum Told {
+pub enum IncomingEvent {
     /// News.
-    Known(News),
+    Known(Event),
     /// A word of a later supervisor.
     Unknown(Object),
 }
@@ -157,13 +157,15 @@ fn a_signal<'de, D: Deserializer<'de>>(from: D) -> Result<i32, D::Error> {
 }
 
 /// Takes the next whole line out of what has been received. `Err` if it is too long or no message.
-pub fn next<T: for<'a> Deserialize<'a>>(received: &mut Vec<u8>) -> Option<Result<T, Garbage>> {
+pub fn decode_next<T: for<'a> Deserialize<'a>>(
+    received: &mut Vec<u8>,
+) -> Option<Result<T, ProtocolError>> {
     let Some(end) = received.iter().position(|byte| *byte == b'\n') else {
-        return (received.len() > LONGEST).then_some(Err(Garbage));
+        return (received.len() > MAX_LINE_BYTES).then_some(Err(ProtocolError));
     };
     let message = match end {
-        0..=LONGEST => serde_json::from_slice(&received[..end]).map_err(|_| Garbage),
-        _ => Err(Garbage),
+        0..=MAX_LINE_BYTES => serde_json::from_slice(&received[..end]).map_err(|_| ProtocolError),
+        _ => Err(ProtocolError),
     };
     received.drain(..=end);
     Some(message)
@@ -172,7 +174,7 @@ pub fn next<T: for<'a> Deserialize<'a>>(received: &mut Vec<u8>) -> Option<Result
 /// What came is no message of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("what came over the lifeline is no message")]
-pub struct Garbage;
+pub struct ProtocolError;
 
 #[cfg(test)]
 mod tests {
@@ -181,37 +183,37 @@ mod tests {
 
     #[test]
     fn messages_travel_in_pieces() {
-        let mut received = line(&Request {
+        let mut received = encode(&Request {
             request: 1,
-            verb: Verb::Stop,
+            verb: Action::Stop,
         });
-        received.extend(line(&Request {
+        received.extend(encode(&Request {
             request: 2,
-            verb: Verb::Signal(15),
+            verb: Action::Signal(15),
         }));
         let late = received.split_off(received.len() - 3);
         assert_eq!(
-            next(&mut received),
+            decode_next(&mut received),
             Some(Ok(Request {
                 request: 1,
-                verb: Verb::Stop
+                verb: Action::Stop
             }))
         );
-        assert_eq!(next::<Request>(&mut received), None);
+        assert_eq!(decode_next::<Request>(&mut received), None);
         received.extend(late);
         assert_eq!(
-            next(&mut received),
+            decode_next(&mut received),
             Some(Ok(Request {
                 request: 2,
-                verb: Verb::Signal(15)
+                verb: Action::Signal(15)
             }))
         );
         assert!(received.is_empty());
     }
 
-    fn heard<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Vec<Result<T, Garbage>> {
+    fn received<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Vec<Result<T, ProtocolError>> {
         let mut received = bytes.to_vec();
-        std::iter::from_fn(|| next(&mut received)).collect()
+        std::iter::from_fn(|| decode_next(&mut received)).collect()
     }
 
     #[test]
@@ -222,12 +224,18 @@ mod tests {
             line.push(b'\n');
             line
         };
-        assert!(heard::<Request>(&padded(LONGEST))[0].is_ok());
-        assert_eq!(heard::<Request>(&padded(LONGEST + 1)), [Err(Garbage)]);
-        let mut endless = vec![b'x'; LONGEST];
-        assert_eq!(next::<Request>(&mut endless), None);
+        assert!(received::<Request>(&padded(MAX_LINE_BYTES))[0].is_ok());
+        assert_eq!(
+            received::<Request>(&padded(MAX_LINE_BYTES + 1)),
+            [Err(ProtocolError)]
+        );
+        let mut endless = vec![b'x'; MAX_LINE_BYTES];
+        assert_eq!(decode_next::<Request>(&mut endless), None);
         endless.push(b'x');
-        assert_eq!(next::<Request>(&mut endless), Some(Err(Garbage)));
+        assert_eq!(
+            decode_next::<Request>(&mut endless),
+            Some(Err(ProtocolError))
+        );
     }
 
     /// What released plugins ask, and what released supervisors tell. Never change a line; add one when there is a new word.
@@ -236,31 +244,35 @@ mod tests {
 
     #[test]
     fn what_was_ever_said_is_understood_and_said_still() {
-        let questions = heard::<Question>(QUESTIONS.as_bytes());
+        let questions = received::<IncomingRequest>(QUESTIONS.as_bytes());
         assert_eq!(questions.len(), QUESTIONS.lines().count());
         for (question, text) in questions.into_iter().zip(QUESTIONS.lines()) {
-            let Ok(Question::Known(request)) = question else {
+            let Ok(IncomingRequest::Known(request)) = question else {
                 panic!("{text}: {question:?}");
             };
-            assert_eq!(line(&request), format!("{text}\n").as_bytes());
+            assert_eq!(encode(&request), format!("{text}\n").as_bytes());
         }
-        let news = heard::<Told>(NEWS.as_bytes());
-        assert_eq!(news.len(), NEWS.lines().count());
-        for (told, text) in news.into_iter().zip(NEWS.lines()) {
-            let Ok(Told::Known(news)) = told else {
-                panic!("{text}: {told:?}");
+        let event = received::<IncomingEvent>(NEWS.as_bytes());
+        assert_eq!(event.len(), NEWS.lines().count());
+        for (incoming, text) in event.into_iter().zip(NEWS.lines()) {
+            let Ok(IncomingEvent::Known(event)) = incoming else {
+                panic!("{text}: {incoming:?}");
             };
-            assert_eq!(String::from_utf8(line(&news)).unwrap(), format!("{text}\n"));
+            assert_eq!(
+                String::from_utf8(encode(&event)).unwrap(),
+                format!("{text}\n")
+            );
         }
     }
 
     #[test]
     fn words_of_another_age_are_no_garbage() {
-        let request = |text: &str| heard::<Question>(format!("{text}\n").as_bytes()).remove(0);
-        let known = |verb| Ok(Question::Known(Request { request: 7, verb }));
+        let request =
+            |text: &str| received::<IncomingRequest>(format!("{text}\n").as_bytes()).remove(0);
+        let known = |verb| Ok(IncomingRequest::Known(Request { request: 7, verb }));
         assert_eq!(
             request(r#"{"request":7,"verb":"kill","later":[1]}"#),
-            known(Verb::Kill)
+            known(Action::Kill)
         );
         for unknown in [
             r#"{"request":7,"verb":"freeze"}"#,
@@ -270,7 +282,10 @@ mod tests {
             r#"{"request":7,"verb":{"signal":33}}"#,
             r#"{"request":7}"#,
         ] {
-            assert_eq!(request(unknown), Ok(Question::Unknown { request: 7 }));
+            assert_eq!(
+                request(unknown),
+                Ok(IncomingRequest::Unknown { request: 7 })
+            );
         }
         for garbage in [
             "",
@@ -278,20 +293,24 @@ mod tests {
             r#"{"request":-7,"verb":"stop"}"#,
             r#"{"verb":"stop"}"#,
         ] {
-            assert_eq!(request(garbage), Err(Garbage), "{garbage}");
+            assert_eq!(request(garbage), Err(ProtocolError), "{garbage}");
         }
-        let told = |text: &str| heard::<Told>(format!("{text}\n").as_bytes()).remove(0);
-        let done = News::Done {
+        let incoming =
+            |text: &str| received::<IncomingEvent>(format!("{text}\n").as_bytes()).remove(0);
+        let done = Event::Done {
             request: 1,
             error: None,
         };
         assert_eq!(
-            told(r#"{"done":{"request":1,"later":{}}}"#),
-            Ok(Told::Known(done))
+            incoming(r#"{"done":{"request":1,"later":{}}}"#),
+            Ok(IncomingEvent::Known(done))
         );
-        assert_eq!(told(r#"{"frozen":true}"#), Ok(Told::Unknown(Object {})));
+        assert_eq!(
+            incoming(r#"{"frozen":true}"#),
+            Ok(IncomingEvent::Unknown(Object {}))
+        );
         for garbage in ["", "7", "[1]", r#""started""#] {
-            assert_eq!(told(garbage), Err(Garbage), "{garbage}");
+            assert_eq!(incoming(garbage), Err(ProtocolError), "{garbage}");
         }
     }
 
@@ -299,8 +318,8 @@ mod tests {
     fn a_failure_of_another_age_can_be_judged() {
         let failed = |more: &str| {
             let text = format!(r#"{{"failed":{{"step":"nspawn","reason":"why",{more}}}}}"#);
-            match heard::<Told>(format!("{text}\n").as_bytes()).remove(0) {
-                Ok(Told::Known(News::Failed(failure))) => failure.cause(),
+            match received::<IncomingEvent>(format!("{text}\n").as_bytes()).remove(0) {
+                Ok(IncomingEvent::Known(Event::Failed(failure))) => failure.cause(),
                 other => panic!("{other:?}"),
             }
         };
@@ -313,27 +332,29 @@ mod tests {
         );
     }
 
-    fn news() -> impl Strategy<Value = News> {
-        use crate::supervisor::record::tests::{exit, started};
-        let steps = proptest::sample::select(vec![Step::Order, Step::Cgroup, Step::Watch]);
+    fn event() -> impl Strategy<Value = Event> {
+        use crate::supervisor::task_dir::tests::{exit, started};
+        let steps =
+            proptest::sample::select(vec![StartStep::Order, StartStep::Cgroup, StartStep::Watch]);
         let causes = proptest::sample::select(Cause::ALL.to_vec());
         prop_oneof![
-            started().prop_map(News::Started),
-            exit().prop_map(News::Exited),
+            started().prop_map(Event::Started),
+            exit().prop_map(Event::Exited),
             (any::<u64>(), any::<Option<String>>())
-                .prop_map(|(request, error)| News::Done { request, error }),
-            (steps, any::<String>(), causes)
-                .prop_map(|(step, reason, cause)| News::Failed(Failure::new(step, cause, reason))),
+                .prop_map(|(request, error)| Event::Done { request, error }),
+            (steps, any::<String>(), causes).prop_map(|(step, reason, cause)| Event::Failed(
+                StartFailure::new(step, cause, reason)
+            )),
         ]
     }
 
-    fn verb() -> impl Strategy<Value = Verb> {
+    fn verb() -> impl Strategy<Value = Action> {
         prop_oneof![
-            Just(Verb::Stop),
-            Just(Verb::Kill),
+            Just(Action::Stop),
+            Just(Action::Kill),
             (0..=64i32)
                 .prop_filter("no signal", |number| Signal::from_number(*number).is_some())
-                .prop_map(Verb::Signal),
+                .prop_map(Action::Signal),
         ]
     }
 
@@ -341,27 +362,27 @@ mod tests {
         #[test]
         fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let lines = bytes.iter().filter(|byte| **byte == b'\n').count();
-            prop_assert_eq!(heard::<Question>(&bytes).len(), lines);
-            prop_assert_eq!(heard::<Told>(&bytes).len(), lines);
+            prop_assert_eq!(received::<IncomingRequest>(&bytes).len(), lines);
+            prop_assert_eq!(received::<IncomingEvent>(&bytes).len(), lines);
         }
 
         #[test]
         fn every_request_arrives(request: u64, verb in verb()) {
             let request = Request { request, verb };
-            prop_assert_eq!(heard(&line(&request)), [Ok(Question::Known(request))]);
+            prop_assert_eq!(received(&encode(&request)), [Ok(IncomingRequest::Known(request))]);
         }
 
         #[test]
-        fn all_news_arrive(news in news()) {
-            prop_assert_eq!(heard(&line(&news)), [Ok(Told::Known(news))]);
+        fn all_news_arrive(event in event()) {
+            prop_assert_eq!(received(&encode(&event)), [Ok(IncomingEvent::Known(event))]);
         }
 
         #[test]
-        fn a_changed_byte_is_no_panic(news in news(), at: prop::sample::Index, byte: u8) {
-            let mut line = line(&news);
+        fn a_changed_byte_is_no_panic(event in event(), at: prop::sample::Index, byte: u8) {
+            let mut line = encode(&event);
             let at = at.index(line.len());
             line[at] = byte;
-            heard::<Told>(&line);
+            received::<IncomingEvent>(&line);
         }
     }
 }

@@ -5,16 +5,16 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{First, Order};
 use super::resource::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
     ZoneBridge,
 };
+use super::task_dir::{LaunchSpec, Pid1};
 use crate::cgroup::Place;
 use crate::container::Mode;
 
 #[derive(Serialize, Deserialize)]
-pub(super) struct OrderForm {
+pub(super) struct LaunchSpecRecord {
     id: String,
     #[serde(default)]
     alloc_dir: Option<PathBuf>,
@@ -24,7 +24,7 @@ pub(super) struct OrderForm {
     program: PathBuf,
     arguments: Vec<String>,
     #[serde(default)]
-    first: First,
+    first: Pid1,
     stdout: Option<PathBuf>,
     stderr: Option<PathBuf>,
     network_namespace: Option<PathBuf>,
@@ -50,8 +50,8 @@ struct Older {
     zone: Option<String>,
 }
 
-impl From<OrderForm> for Order {
-    fn from(form: OrderForm) -> Self {
+impl From<LaunchSpecRecord> for LaunchSpec {
+    fn from(form: LaunchSpecRecord) -> Self {
         Self {
             id: form.id,
             alloc_dir: form.alloc_dir,
@@ -70,23 +70,23 @@ impl From<OrderForm> for Order {
     }
 }
 
-impl From<Order> for OrderForm {
-    fn from(order: Order) -> Self {
+impl From<LaunchSpec> for LaunchSpecRecord {
+    fn from(launch_spec: LaunchSpec) -> Self {
         Self {
-            older: Older::of(&order.resources),
-            id: order.id,
-            alloc_dir: order.alloc_dir,
-            machine: order.machine,
-            mode: order.mode,
-            boot: order.boot,
-            program: order.program,
-            arguments: order.arguments,
-            first: order.first,
-            stdout: order.stdout,
-            stderr: order.stderr,
-            network_namespace: order.network_namespace,
-            resources: Some(order.resources),
-            notes: order.notes,
+            older: Older::of(&launch_spec.resources),
+            id: launch_spec.id,
+            alloc_dir: launch_spec.alloc_dir,
+            machine: launch_spec.machine,
+            mode: launch_spec.mode,
+            boot: launch_spec.boot,
+            program: launch_spec.program,
+            arguments: launch_spec.arguments,
+            first: launch_spec.first,
+            stdout: launch_spec.stdout,
+            stderr: launch_spec.stderr,
+            network_namespace: launch_spec.network_namespace,
+            resources: Some(launch_spec.resources),
+            notes: launch_spec.notes,
         }
     }
 }

@@ -10,8 +10,8 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use super::super::first::Channel;
-use super::super::record::{First, Records};
+use super::super::init_channel::InitChannel;
+use super::super::task_dir::{Pid1, TaskDir};
 
 /// Starts the step between this process and systemd-nspawn.
 #[expect(
@@ -19,25 +19,25 @@ use super::super::record::{First, Records};
     reason = "the container's own process begins here"
 )]
 pub(super) fn spawn(
-    records: &Records,
-    first: First,
+    task_dir: &TaskDir,
+    pid1: Pid1,
     stdout: File,
     stderr: File,
-) -> io::Result<(Child, Option<Channel>)> {
+) -> io::Result<(Child, Option<InitChannel>)> {
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("nomad-driver-nspawn")
         .arg("enter")
-        .arg(records.path())
+        .arg(task_dir.path())
         .env_clear();
-    let First::Ours { streams } = first else {
+    let Pid1::Driver { streams } = pid1 else {
         command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
         return Ok((command.spawn()?, None));
     };
-    let (channel, theirs) = Channel::open()?;
+    let (channel, theirs) = InitChannel::open()?;
     let (give, take) = UnixStream::pair()?;
     let program = io::stdout().as_fd().try_clone_to_owned()?;
-    hand_over(
+    send_descriptors(
         &give,
         [
             theirs,
@@ -48,7 +48,9 @@ pub(super) fn spawn(
     )?;
     command.stdin(OwnedFd::from(take));
     if streams {
-        command.stdout(Stdio::null()).stderr(records.open_words()?);
+        command
+            .stdout(Stdio::null())
+            .stderr(task_dir.open_nspawn_stderr()?);
     } else {
         command.stdout(stdout).stderr(stderr);
     }
@@ -56,7 +58,7 @@ pub(super) fn spawn(
 }
 
 /// Sends descriptors to whoever holds the other end.
-fn hand_over(give: &UnixStream, descriptors: [OwnedFd; 4]) -> io::Result<()> {
+fn send_descriptors(give: &UnixStream, descriptors: [OwnedFd; 4]) -> io::Result<()> {
     let numbers = descriptors.each_ref().map(AsRawFd::as_raw_fd);
     let rights = [ControlMessage::ScmRights(&numbers)];
     let byte = [IoSlice::new(&[0])];

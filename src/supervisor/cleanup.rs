@@ -5,22 +5,22 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use super::process::{Held, children, first_child};
-use super::record::{Order, Records, Running};
+use super::process::{ProcessHandle, children, first_child};
 use super::resource::{Context, release_all};
+use super::task_dir::{LaunchSpec, Running, TaskDir};
 use crate::cgroup::{Group, Layout, freezer};
 use crate::container::Process;
 use crate::nspawn::probe;
 use crate::signal::Signal;
 
 /// How long killed processes may take to go.
-const GONE: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Ends every process that belongs to the start of these records and frees what it held on the host. The records themselves
 /// stay. The error names what is still there.
-pub fn end(records: &Records) -> io::Result<()> {
+pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
     let boot = probe::boot_id()?;
-    let running = records.running().ok();
+    let running = task_dir.running().ok();
     // In another boot the same numbers may mean anybody, even with the start time.
     if let Some(running) = running
         .as_ref()
@@ -32,45 +32,47 @@ pub fn end(records: &Records) -> io::Result<()> {
         if let Some(group) = &running.started.cgroup {
             Group::new(group).thaw();
         }
-        let watched = Held::again(running.nspawn);
+        let watched = ProcessHandle::open_checked(running.nspawn);
         if let Ok(nspawn) = &watched {
             let _ = nspawn.signal(Signal::CONT);
         }
         match watched.map(|nspawn| nspawn.wait(Duration::from_secs(2))) {
-            Ok(true) => records.write_released()?,
+            Ok(true) => task_dir.write_released()?,
             _ => kill(running.nspawn),
         }
-    } else if let Ok(nspawn) = records.entered()
-        && records.order().map_or(true, |order| order.boot == boot)
+    } else if let Ok(nspawn) = task_dir.nspawn_pid()
+        && task_dir
+            .launch_spec()
+            .map_or(true, |launch_spec| launch_spec.boot == boot)
     {
         kill_with_descendants(nspawn);
     }
-    let order = match records.order() {
-        Ok(order) => order,
+    let launch_spec = match task_dir.launch_spec() {
+        Ok(launch_spec) => launch_spec,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         // What it held can't be known; its processes can: no other group has this name.
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-            let leaf = records.path().file_name().and_then(|name| name.to_str());
-            let leaf = leaf.filter(|leaf| Records::is_name(leaf)).ok_or(error)?;
+            let leaf = task_dir.path().file_name().and_then(|name| name.to_str());
+            let leaf = leaf.filter(|leaf| TaskDir::is_name(leaf)).ok_or(error)?;
             let groups = Layout::of_this_host().find(leaf);
-            return groups.iter().try_for_each(|group| empty(group, true));
+            return groups.iter().try_for_each(|group| kill_group(group, true));
         }
         Err(error) => return Err(error),
     };
-    if let Some(group) = order.cgroup().filter(|_| order.boot == boot) {
-        empty(group, false)?;
+    if let Some(group) = launch_spec.cgroup().filter(|_| launch_spec.boot == boot) {
+        kill_group(group, false)?;
     }
-    if records.is_freed() {
+    if task_dir.is_freed() {
         return Ok(());
     }
-    free(records, &order, running.as_ref())
+    release(task_dir, &launch_spec, running.as_ref())
 }
 
 /// Ends every process of a group, and removes it if that is wanted.
-pub(super) fn empty(group: &Path, remove: bool) -> io::Result<()> {
+pub(super) fn kill_group(group: &Path, remove: bool) -> io::Result<()> {
     let group = Group::new(group);
     group.kill();
-    if !group.wait_empty(GONE) {
+    if !group.wait_empty(KILL_TIMEOUT) {
         let text = format!("processes {:?} do not die", group.processes());
         return Err(io::Error::new(io::ErrorKind::TimedOut, text));
     }
@@ -79,19 +81,23 @@ pub(super) fn empty(group: &Path, remove: bool) -> io::Result<()> {
 
 /// Releases what the host holds for a container whose processes are gone. One resource that can't be released keeps no other from
 /// it; the error names all of those, and is of the first one's kind.
-pub fn free(records: &Records, order: &Order, running: Option<&Running>) -> io::Result<()> {
+pub fn release(
+    task_dir: &TaskDir,
+    launch_spec: &LaunchSpec,
+    running: Option<&Running>,
+) -> io::Result<()> {
     let context = Context {
-        records,
-        machine: &order.machine,
+        task_dir,
+        machine: &launch_spec.machine,
         running,
-        same_boot: probe::boot_id().is_ok_and(|boot| boot == order.boot),
-        by_itself: matches!(records.exit(), Ok(Some(exit)) if exit.error.is_none()),
-        killed: !records.has_released(),
+        same_boot: probe::boot_id().is_ok_and(|boot| boot == launch_spec.boot),
+        by_itself: matches!(task_dir.exit(), Ok(Some(exit)) if exit.error.is_none()),
+        killed: !task_dir.has_released(),
     };
-    let errors = release_all(&order.resources, &context);
+    let errors = release_all(&launch_spec.resources, &context);
     let Some(first) = errors.first() else {
         // Without this mark it is released once more, which harms nothing.
-        let _ = records.write_freed();
+        let _ = task_dir.write_freed();
         return Ok(());
     };
     let kind = first.source.kind();
@@ -101,28 +107,28 @@ pub fn free(records: &Records, order: &Order, running: Option<&Running>) -> io::
 
 /// Kills a process and waits until it has gone.
 pub fn kill(process: Process) {
-    if let Ok(held) = Held::again(process) {
-        let _ = held.signal(Signal::KILL);
+    if let Ok(handle) = ProcessHandle::open_checked(process) {
+        let _ = handle.signal(Signal::KILL);
         freezer::release(process.pid);
-        held.wait(GONE);
+        handle.wait(KILL_TIMEOUT);
     }
 }
 
 /// Kills a process and what descends from it. What loses its parent on the way was seen before.
 fn kill_with_descendants(process: Process) {
-    let Ok(first) = Held::again(process) else {
+    let Ok(first) = ProcessHandle::open_checked(process) else {
         return;
     };
-    let held: Vec<_> = descendants(process.pid)
+    let handle: Vec<_> = descendants(process.pid)
         .into_iter()
         .skip(1)
-        .filter_map(|pid| Held::by_pid(pid).ok())
+        .filter_map(|pid| ProcessHandle::open(pid).ok())
         .collect();
-    for one in std::iter::once(&first).chain(&held) {
+    for one in std::iter::once(&first).chain(&handle) {
         let _ = one.signal(Signal::KILL);
     }
-    for one in std::iter::once(&first).chain(&held) {
-        one.wait(GONE);
+    for one in std::iter::once(&first).chain(&handle) {
+        one.wait(KILL_TIMEOUT);
     }
 }
 
@@ -132,12 +138,12 @@ pub fn kill_descendants(of: i32, mut reap: impl FnMut()) {
     for _ in 0..1000 {
         let Some(child) = first_child(of) else { return };
         for pid in descendants(child) {
-            if let Ok(held) = Held::by_pid(pid) {
-                let _ = held.signal(Signal::KILL);
+            if let Ok(handle) = ProcessHandle::open(pid) {
+                let _ = handle.signal(Signal::KILL);
             }
         }
-        if let Ok(held) = Held::by_pid(child) {
-            held.wait(GONE);
+        if let Ok(handle) = ProcessHandle::open(child) {
+            handle.wait(KILL_TIMEOUT);
         }
         reap();
     }
@@ -155,22 +161,24 @@ pub(super) fn descendants(of: i32) -> Vec<i32> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::tests::an_order;
     use super::super::resource::{Cgroup, Resource};
+    use super::super::task_dir::tests::an_order;
     use super::*;
     use std::collections::BTreeMap;
     use std::fs;
 
-    fn ordered(resources: Vec<Resource>) -> (tempfile::TempDir, Records, Order) {
+    fn ordered(resources: Vec<Resource>) -> (tempfile::TempDir, TaskDir, LaunchSpec) {
         let temp = tempfile::tempdir().unwrap();
-        let records = Records::at(temp.path().join("records"));
-        records.create().unwrap();
-        let order = Order {
+        let task_dir = TaskDir::new(temp.path().join("records"));
+        task_dir.create().unwrap();
+        let launch_spec = LaunchSpec {
             resources,
             ..an_order("a/t/1")
         };
-        records.write_order(&order, &BTreeMap::new(), None).unwrap();
-        (temp, records, order)
+        task_dir
+            .write_launch_spec(&launch_spec, &BTreeMap::new(), None)
+            .unwrap();
+        (temp, task_dir, launch_spec)
     }
 
     fn newer() -> Resource {
@@ -186,22 +194,22 @@ mod tests {
         let resource = Resource::Cgroup(Cgroup {
             group: group.clone(),
         });
-        let (_records, records, order) = ordered(vec![resource, newer()]);
-        let error = free(&records, &order, None).unwrap_err();
+        let (_records, task_dir, launch_spec) = ordered(vec![resource, newer()]);
+        let error = release(&task_dir, &launch_spec, None).unwrap_err();
         let text = error.to_string();
         assert!(
             text.contains("address: a newer driver") && text.contains("cgroup: "),
             "{text}"
         );
-        assert!(!records.is_freed());
+        assert!(!task_dir.is_freed());
     }
 
     /// After a step back every task of the newer driver would stay for ever otherwise: its supervisor knows the kind.
     #[test]
     fn what_its_supervisor_has_released_is_not_released_again() {
-        let (_temp, records, _) = ordered(vec![newer()]);
-        end(&records).unwrap_err();
-        records.write_freed().unwrap();
-        end(&records).unwrap();
+        let (_temp, task_dir, _) = ordered(vec![newer()]);
+        kill_and_release(&task_dir).unwrap_err();
+        task_dir.write_freed().unwrap();
+        kill_and_release(&task_dir).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! How a container ended, from everything that tells of it: what our own first program says, what the kernel says of the
+//! The exit status of a container, from all evidence: what our own first program says, what the kernel says of the
 //! leader, what systemd-nspawn says. Pure; what nobody can tell is not guessed.
 
 use std::os::unix::process::ExitStatusExt;
@@ -24,10 +24,10 @@ const POWER_OFF: i32 = 2;
 
 /// What is known of an end.
 #[derive(Debug)]
-pub(super) struct Signs<'a> {
+pub(super) struct ExitEvidence<'a> {
     pub(super) mode: Mode,
     /// Why the command did not run at all.
-    pub(super) trouble: Option<&'a Trouble>,
+    pub(super) start_error: Option<&'a Trouble>,
     /// The command's raw wait status, where our own program was its parent.
     pub(super) command: Option<i32>,
     /// The leader's raw wait status, where the kernel tells it to others than the parent.
@@ -35,59 +35,59 @@ pub(super) struct Signs<'a> {
     /// The same where this process was the one to reap the leader: its parent alone learns what was asked of reboot(2).
     pub(super) reaped: Option<i32>,
     /// What systemd-nspawn has said on stderr.
-    pub(super) words: &'a str,
+    pub(super) nspawn_stderr: &'a str,
     /// How systemd-nspawn itself ended.
     pub(super) nspawn: ExitStatus,
     /// Whether the container lived until it was ended by force.
-    pub(super) forced: bool,
+    pub(super) killed: bool,
     /// Whether systemd-nspawn did not end when its container had, and was killed by the supervisor.
-    pub(super) put_down: bool,
+    pub(super) nspawn_killed: bool,
     /// Whether the kernel has counted an OOM kill in the task's group, at any time.
     pub(super) oom: bool,
 }
 
 /// What the signs mean for Nomad: the one that was nearest to the command counts.
-pub(super) fn exit_of(signs: &Signs<'_>) -> Exit {
-    let (code, signal, error) = match signs {
-        Signs {
-            trouble: Some(trouble),
+pub(super) fn exit_of(evidence: &ExitEvidence<'_>) -> Exit {
+    let (code, signal, error) = match evidence {
+        ExitEvidence {
+            start_error: Some(start_error),
             ..
-        } => (trouble.status(), 0, Some(trouble.to_string())),
-        Signs {
+        } => (start_error.status(), 0, Some(start_error.to_string())),
+        ExitEvidence {
             command: Some(status),
             ..
         } => of_raw(*status),
-        _ if !signs.forced && !signs.put_down && signs.nspawn.signal().is_some() => {
-            let signal = signs.nspawn.signal().unwrap_or_default();
-            let how = told(signs.nspawn);
+        _ if !evidence.killed && !evidence.nspawn_killed && evidence.nspawn.signal().is_some() => {
+            let signal = evidence.nspawn.signal().unwrap_or_default();
+            let how = describe(evidence.nspawn);
             let text = format!("{how} from outside, and the container with it");
             (128 + signal, signal, Some(text))
         }
-        _ if matches!(signs.nspawn.code(), Some(0 | RESTART)) => {
-            (signs.nspawn.code().unwrap_or_default(), 0, None)
+        _ if matches!(evidence.nspawn.code(), Some(0 | RESTART)) => {
+            (evidence.nspawn.code().unwrap_or_default(), 0, None)
         }
-        Signs {
+        ExitEvidence {
             reaped: Some(REBOOT),
             ..
         } => (RESTART, 0, None),
-        Signs {
+        ExitEvidence {
             reaped: Some(POWER_OFF),
             ..
         } => (0, 0, None),
-        Signs {
+        ExitEvidence {
             reaped: Some(status),
             ..
         }
-        | Signs {
+        | ExitEvidence {
             leader: Some(status),
             ..
         } => of_raw(*status),
-        _ => guessed(signs),
+        _ => infer(evidence),
     };
     Exit {
         code,
         signal,
-        oom_killed: signs.oom && !signs.forced && error.is_none() && is_by_kill(code, signal),
+        oom_killed: evidence.oom && !evidence.killed && error.is_none() && is_by_kill(code, signal),
         error,
         ended_at: SystemTime::now(),
     }
@@ -115,14 +115,14 @@ fn of_raw(status: i32) -> (i32, i32, Option<String>) {
 
 /// What systemd-nspawn says when it has nothing more to do than to clear up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Farewell {
+pub(super) enum NspawnFinalStatus {
     /// It is going to end with [`RESTART`].
     Restarting,
     /// It is not.
     Terminating,
 }
 
-impl Farewell {
+impl NspawnFinalStatus {
     /// The farewell in a line that it sends to the service manager. A status of the container's own begins otherwise there.
     pub(super) fn of(line: &str) -> Option<Self> {
         match line {
@@ -135,11 +135,14 @@ impl Farewell {
 
 /// A status of systemd-nspawn with which the leader's raw wait status tells the truth, before it has ended. `None` where only its
 /// own will tell: what was asked of reboot(2) looks like success or SIGKILL to others than the parent.
-pub(super) fn foreseen(leader: i32, farewell: Option<Farewell>) -> Option<ExitStatus> {
+pub(super) fn predict_nspawn_status(
+    leader: i32,
+    nspawn_status: Option<NspawnFinalStatus>,
+) -> Option<ExitStatus> {
     let exited = |code: i32| Some(ExitStatus::from_raw(code << 8));
-    match (leader, farewell) {
-        (0 | KILLED, Some(Farewell::Restarting)) => exited(RESTART),
-        (0, Some(Farewell::Terminating)) => exited(0),
+    match (leader, nspawn_status) {
+        (0 | KILLED, Some(NspawnFinalStatus::Restarting)) => exited(RESTART),
+        (0, Some(NspawnFinalStatus::Terminating)) => exited(0),
         (0 | KILLED, _) => None,
         _ => exited(1),
     }
@@ -147,33 +150,33 @@ pub(super) fn foreseen(leader: i32, farewell: Option<Farewell>) -> Option<ExitSt
 
 /// What can be learned where neither a program of ours nor the kernel tells: systemd-nspawn passes a code on, says by which
 /// signal its container was ended in words alone, and has 1 for that and for its own failures.
-fn guessed(signs: &Signs<'_>) -> (i32, i32, Option<String>) {
+fn infer(evidence: &ExitEvidence<'_>) -> (i32, i32, Option<String>) {
     let kill = Signal::KILL.number();
-    if let Some(signal) = signal_in(signs.words) {
+    if let Some(signal) = signal_in(evidence.nspawn_stderr) {
         return (128 + signal, signal, None);
     }
-    match (signs.nspawn.code(), signs.mode) {
-        _ if signs.forced => (128 + kill, kill, None),
-        (None, _) if signs.put_down => {
+    match (evidence.nspawn.code(), evidence.mode) {
+        _ if evidence.killed => (128 + kill, kill, None),
+        (None, _) if evidence.nspawn_killed => {
             let text =
                 format!("{UNKNOWN_END}: the container ended by itself and systemd-nspawn did not");
             (128 + kill, kill, Some(text))
         }
-        (Some(1), Mode::Plain | Mode::ProcessTwo) if signs.oom => (128 + kill, kill, None),
+        (Some(1), Mode::Plain | Mode::ProcessTwo) if evidence.oom => (128 + kill, kill, None),
         (Some(code), _) => (code, 0, None),
-        (None, _) => (128 + kill, kill, Some(told(signs.nspawn))),
+        (None, _) => (128 + kill, kill, Some(describe(evidence.nspawn))),
     }
 }
 
 /// The signal in systemd-nspawn's "Container web-0f1e terminated by signal SEGV."
-fn signal_in(words: &str) -> Option<i32> {
-    let (_, rest) = words.rsplit_once("terminated by signal ")?;
+fn signal_in(nspawn_stderr: &str) -> Option<i32> {
+    let (_, rest) = nspawn_stderr.rsplit_once("terminated by signal ")?;
     let name = rest.split(['.', '\n']).next()?;
     name.parse::<Signal>().ok().map(Signal::number)
 }
 
 /// How systemd-nspawn ended, in words.
-pub(super) fn told(status: ExitStatus) -> String {
+pub(super) fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal().and_then(Signal::from_number)) {
         (Some(code), _) => format!("systemd-nspawn exited with status {code}"),
         (None, Some(signal)) => format!("systemd-nspawn was ended by {signal}"),
@@ -194,23 +197,23 @@ mod tests {
     }
 
     /// Nothing is known but that systemd-nspawn ended with this raw status.
-    fn signs(nspawn: i32) -> Signs<'static> {
-        Signs {
+    fn evidence(nspawn: i32) -> ExitEvidence<'static> {
+        ExitEvidence {
             mode: Mode::Plain,
-            trouble: None,
+            start_error: None,
             command: None,
             leader: None,
             reaped: None,
-            words: "",
+            nspawn_stderr: "",
             nspawn: ExitStatus::from_raw(nspawn),
-            forced: false,
-            put_down: false,
+            killed: false,
+            nspawn_killed: false,
             oom: false,
         }
     }
 
-    fn end(signs: &Signs<'_>) -> (i32, i32, bool) {
-        let exit = exit_of(signs);
+    fn end(evidence: &ExitEvidence<'_>) -> (i32, i32, bool) {
+        let exit = exit_of(evidence);
         (exit.code, exit.signal, exit.error.is_some())
     }
 
@@ -221,16 +224,16 @@ mod tests {
     #[case::one_of_many_out_of_memory(exited(3), false, true, (3, 0))]
     fn with_nothing_else_systemd_nspawn_counts(
         #[case] nspawn: i32,
-        #[case] forced: bool,
+        #[case] killed: bool,
         #[case] oom: bool,
         #[case] (code, signal): (i32, i32),
     ) {
-        let signs = Signs {
-            forced,
+        let evidence = ExitEvidence {
+            killed,
             oom,
-            ..signs(nspawn)
+            ..evidence(nspawn)
         };
-        assert_eq!(end(&signs), (code, signal, false));
+        assert_eq!(end(&evidence), (code, signal, false));
     }
 
     #[rstest]
@@ -248,19 +251,19 @@ mod tests {
         #[case] command: Option<i32>,
         #[case] leader: Option<i32>,
         #[case] nspawn: i32,
-        #[case] told: bool,
+        #[case] expected: bool,
     ) {
-        let with = |oom: bool, forced: bool| {
-            let exit = exit_of(&Signs {
+        let with = |oom: bool, killed: bool| {
+            let exit = exit_of(&ExitEvidence {
                 command,
                 leader,
                 oom,
-                forced,
-                ..signs(nspawn)
+                killed,
+                ..evidence(nspawn)
             });
             exit.oom_killed
         };
-        assert_eq!(with(true, false), told);
+        assert_eq!(with(true, false), expected);
         assert!(!with(false, false), "none was counted");
         assert!(!with(true, true), "the driver ended it");
     }
@@ -271,19 +274,19 @@ mod tests {
         "noise\nContainer terminated by signal x terminated by signal RTMIN+4.\n",
         38
     )]
-    fn its_words_tell_the_signal(#[case] words: &str, #[case] signal: i32) {
-        let signs = Signs {
-            words,
-            ..signs(exited(1))
+    fn its_words_tell_the_signal(#[case] nspawn_stderr: &str, #[case] signal: i32) {
+        let evidence = ExitEvidence {
+            nspawn_stderr,
+            ..evidence(exited(1))
         };
-        assert_eq!(end(&signs), (128 + signal, signal, false));
+        assert_eq!(end(&evidence), (128 + signal, signal, false));
     }
 
     #[test]
     fn the_kernel_knows_better_than_systemd_nspawn() {
-        let with = |leader: i32, nspawn: i32| Signs {
+        let with = |leader: i32, nspawn: i32| ExitEvidence {
             leader: Some(leader),
-            ..signs(nspawn)
+            ..evidence(nspawn)
         };
         assert_eq!(end(&with(exited(133), exited(1))), (133, 0, false));
         assert_eq!(end(&with(BY_KILL, exited(1))), (137, 9, false));
@@ -294,9 +297,9 @@ mod tests {
     #[case::by_a_child(BY_KILL)]
     #[case::by_the_first_process(0)]
     fn only_systemd_nspawn_is_told_of_a_reboot(#[case] leader: i32) {
-        let with = |nspawn: i32| Signs {
+        let with = |nspawn: i32| ExitEvidence {
             leader: Some(leader),
-            ..signs(nspawn)
+            ..evidence(nspawn)
         };
         assert_eq!(end(&with(exited(133))), (133, 0, false));
         assert_eq!(end(&with(exited(0))), (0, 0, false), "a power-off");
@@ -304,47 +307,50 @@ mod tests {
 
     #[rstest]
     #[case::a_code(exited(7), None, Some((7, 0)))]
-    #[case::a_code_of_a_restart(exited(133), Some(Farewell::Terminating), Some((133, 0)))]
+    #[case::a_code_of_a_restart(exited(133), Some(NspawnFinalStatus::Terminating), Some((133, 0)))]
     #[case::a_fault(11, None, Some((139, 11)))]
     #[case::success_or_a_restart(0, None, None)]
-    #[case::success(0, Some(Farewell::Terminating), Some((0, 0)))]
-    #[case::a_restart(0, Some(Farewell::Restarting), Some((133, 0)))]
-    #[case::a_restart_by_a_child(BY_KILL, Some(Farewell::Restarting), Some((133, 0)))]
-    #[case::a_kill_or_a_power_off_by_a_child(BY_KILL, Some(Farewell::Terminating), None)]
+    #[case::success(0, Some(NspawnFinalStatus::Terminating), Some((0, 0)))]
+    #[case::a_restart(0, Some(NspawnFinalStatus::Restarting), Some((133, 0)))]
+    #[case::a_restart_by_a_child(BY_KILL, Some(NspawnFinalStatus::Restarting), Some((133, 0)))]
+    #[case::a_kill_or_a_power_off_by_a_child(BY_KILL, Some(NspawnFinalStatus::Terminating), None)]
     fn what_is_foreseen_is_the_truth(
         #[case] leader: i32,
-        #[case] farewell: Option<Farewell>,
-        #[case] told: Option<(i32, i32)>,
+        #[case] nspawn_status: Option<NspawnFinalStatus>,
+        #[case] expected: Option<(i32, i32)>,
     ) {
-        let ends = foreseen(leader, farewell).map(|nspawn| {
-            let exit = exit_of(&Signs {
+        let ends = predict_nspawn_status(leader, nspawn_status).map(|nspawn| {
+            let exit = exit_of(&ExitEvidence {
                 leader: Some(leader),
                 nspawn,
-                ..signs(0)
+                ..evidence(0)
             });
             (exit.code, exit.signal)
         });
-        assert_eq!(ends, told);
+        assert_eq!(ends, expected);
     }
 
     #[rstest]
-    #[case("STATUS=Restarting...", Some(Farewell::Restarting))]
-    #[case("STATUS=Terminating...", Some(Farewell::Terminating))]
+    #[case("STATUS=Restarting...", Some(NspawnFinalStatus::Restarting))]
+    #[case("STATUS=Terminating...", Some(NspawnFinalStatus::Terminating))]
     #[case("STATUS=Container running: Restarting...", None)]
     #[case("STOPPING=1", None)]
-    fn a_farewell_is_systemd_nspawns_own(#[case] line: &str, #[case] farewell: Option<Farewell>) {
-        assert_eq!(Farewell::of(line), farewell);
+    fn a_farewell_is_systemd_nspawns_own(
+        #[case] line: &str,
+        #[case] nspawn_status: Option<NspawnFinalStatus>,
+    ) {
+        assert_eq!(NspawnFinalStatus::of(line), nspawn_status);
     }
 
     #[test]
     fn who_had_ended_before_force_came_was_not_ended_by_it() {
-        let put_down = |leader| Signs {
+        let nspawn_killed = |leader| ExitEvidence {
             leader,
-            put_down: true,
-            ..signs(BY_KILL)
+            nspawn_killed: true,
+            ..evidence(BY_KILL)
         };
-        assert_eq!(end(&put_down(Some(exited(3)))), (3, 0, false));
-        assert_eq!(end(&put_down(None)), (137, 9, true));
+        assert_eq!(end(&nspawn_killed(Some(exited(3)))), (3, 0, false));
+        assert_eq!(end(&nspawn_killed(None)), (137, 9, true));
     }
 
     /// It had not waited for its container, so that became this process's child.
@@ -355,35 +361,35 @@ mod tests {
     #[case::a_power_off(2, (0, 0))]
     fn a_stuck_systemd_nspawn_leaves_the_status_to_the_supervisor(
         #[case] status: i32,
-        #[case] told: (i32, i32),
+        #[case] expected: (i32, i32),
     ) {
-        let exit = exit_of(&Signs {
+        let exit = exit_of(&ExitEvidence {
             reaped: Some(status),
-            put_down: true,
-            ..signs(KILLED)
+            nspawn_killed: true,
+            ..evidence(KILLED)
         });
-        assert_eq!((exit.code, exit.signal), told);
+        assert_eq!((exit.code, exit.signal), expected);
     }
 
     #[test]
     fn the_first_program_knows_best() {
-        let with = |command: i32| Signs {
+        let with = |command: i32| ExitEvidence {
             command: Some(command),
             leader: Some(exited(143)),
-            forced: true,
-            ..signs(BY_KILL)
+            killed: true,
+            ..evidence(BY_KILL)
         };
         assert_eq!(end(&with(15)), (143, 15, false));
         assert_eq!(end(&with(1)), (129, 1, false), "no reboot: it is a child");
         assert_eq!(end(&with(exited(255))), (255, 0, false));
-        let trouble = Trouble {
+        let start_error = Trouble {
             step: nspawn_init::Step::Execute,
             file: "/bin/none".into(),
             errno: 2,
         };
-        let exit = exit_of(&Signs {
-            trouble: Some(&trouble),
-            ..signs(exited(127))
+        let exit = exit_of(&ExitEvidence {
+            start_error: Some(&start_error),
+            ..evidence(exited(127))
         });
         assert_eq!((exit.code, exit.signal), (127, 0));
         assert!(exit.error.unwrap().contains("/bin/none"));
@@ -393,9 +399,9 @@ mod tests {
     #[case(1, "SIGHUP")]
     #[case(52, "SIGRTMIN+18")]
     fn a_killed_systemd_nspawn_is_no_success(#[case] signal: i32, #[case] name: &str) {
-        let exit = exit_of(&Signs {
+        let exit = exit_of(&ExitEvidence {
             leader: Some(BY_KILL),
-            ..signs(signal)
+            ..evidence(signal)
         });
         assert_eq!((exit.code, exit.signal), (128 + signal, signal));
         assert!(exit.error.unwrap().contains(name));

@@ -1,13 +1,13 @@
-//! Steps at which a test can hold this program, to end one of its processes there. In debug builds alone; a release has none of it.
-//! A step that is reached looks for a socket of its name in the directory `<state_dir>.pause`. If a test listens there, the process
-//! tells who it is, and goes on when the connection is closed. No environment, no clock: supervisors have none of the first,
-//! and a test needs none of the second.
+//! Failpoints: steps at which a test can pause this program and kill one of its processes. In debug builds alone; a release has
+//! none of it. A step that is reached looks for a socket of its name in the directory `<state_dir>.pause`. If a test listens there,
+//! the process tells who it is, and goes on when the connection is closed. No environment, no clock: supervisors have none of the
+//! first, and a test needs none of the second.
 
-use super::record::Records;
+use super::task_dir::TaskDir;
 
 /// Where this program can be held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Point {
+pub enum Failpoint {
     /// Plugin: the directory of the start is made, the order is not written.
     BeforeOrder,
     /// Plugin: the order is written, the supervisor is not started.
@@ -46,7 +46,7 @@ pub enum Point {
     Recovering,
 }
 
-impl Point {
+impl Failpoint {
     /// The name of its socket.
     pub fn name(self) -> &'static str {
         match self {
@@ -78,26 +78,26 @@ pub const OLD_KERNEL: &str = "old_kernel";
 /// Whether to know no more than on a kernel that tells a process's end to its parent alone.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
-pub fn kernel_is_old(_: &Records) -> bool {
+pub fn kernel_is_old(_: &TaskDir) -> bool {
     false
 }
 
 /// Whether to know no more than on a kernel that tells a process's end to its parent alone.
 #[cfg(debug_assertions)]
-pub fn kernel_is_old(records: &Records) -> bool {
-    directory(records).is_some_and(|directory| directory.join(OLD_KERNEL).exists())
+pub fn kernel_is_old(task_dir: &TaskDir) -> bool {
+    directory(task_dir).is_some_and(|directory| directory.join(OLD_KERNEL).exists())
 }
 
 /// Holds the process here if a test waits for it.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
-pub fn at(_: &Records, _: Point) {}
+pub fn hit(_: &TaskDir, _: Failpoint) {}
 
 /// Holds the process here if a test waits for it. Blocks the thread, as what it stands for would.
 #[cfg(debug_assertions)]
-pub fn at(records: &Records, point: Point) {
-    let stream = directory(records).and_then(|directory| {
-        std::os::unix::net::UnixStream::connect(directory.join(point.name())).ok()
+pub fn hit(task_dir: &TaskDir, failpoint: Failpoint) {
+    let stream = directory(task_dir).and_then(|directory| {
+        std::os::unix::net::UnixStream::connect(directory.join(failpoint.name())).ok()
     });
     if let Some(stream) = stream {
         hold(stream);
@@ -105,8 +105,8 @@ pub fn at(records: &Records, point: Point) {
 }
 
 #[cfg(debug_assertions)]
-fn directory(records: &Records) -> Option<std::path::PathBuf> {
-    let state = records.path().parent()?;
+fn directory(task_dir: &TaskDir) -> Option<std::path::PathBuf> {
+    let state = task_dir.path().parent()?;
     let mut name = state.file_name()?.to_owned();
     name.push(".pause");
     Some(state.with_file_name(name))
@@ -117,9 +117,9 @@ fn directory(records: &Records) -> Option<std::path::PathBuf> {
 fn hold(mut stream: std::os::unix::net::UnixStream) {
     use std::io::{Read as _, Write as _};
     let life = std::env::args_os().nth(1).unwrap_or_default();
-    let told = writeln!(stream, "{} {}", life.display(), std::process::id());
+    let written = writeln!(stream, "{} {}", life.display(), std::process::id());
     // Whatever goes wrong on the line is the test's end.
-    if told.is_ok() {
+    if written.is_ok() {
         let _ = stream.read(&mut [0]);
     }
 }

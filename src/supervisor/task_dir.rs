@@ -1,9 +1,9 @@
-//! What lies on disk for one start: the order, the fact of the start, the end. Every file is written whole beside its place
+//! The directory of one start on disk: launch spec, running record, exit record. Every file is written whole beside its place
 //! and renamed into it, readable by root alone, never through a link. Refuses what it can't read, and a later form by its
 //! number; reads nothing but its own files.
 //!
 //! Records outlive the program that wrote them: the plugin is upgraded, or put back, while its tasks run. A new field is
-//! therefore optional and gets a default; only what an older driver must not act on makes a new [`FORM`].
+//! therefore optional and gets a default; only what an older driver must not act on makes a new [`FORMAT_VERSION`].
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -18,15 +18,15 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::order_form::OrderForm;
+use super::launch_spec_record::LaunchSpecRecord;
 use super::resource::Resource;
 use crate::container::{Cause, Exit, Mode, Process, Started};
 
 /// No file of ours is larger; a larger one was not written by us.
-const LARGEST: u64 = 64 * 1024 * 1024;
+const MAX_RECORD_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Everything that may lie in the directory of one start; a file that is being written has a number and `.new` behind its name.
-const NAMES: [&str; 14] = [
+const KNOWN_ENTRIES: [&str; 14] = [
     "entered",
     "environment",
     "exit",
@@ -44,19 +44,19 @@ const NAMES: [&str; 14] = [
 ];
 
 /// The form of the records that this driver writes.
-pub const FORM: u32 = 1;
+pub const FORMAT_VERSION: u32 = 1;
 
 /// The directory of one start.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Records(PathBuf);
+pub struct TaskDir(PathBuf);
 
 /// Everything a supervisor needs to start and to watch one container, except the environment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "OrderForm", into = "OrderForm")]
-pub struct Order {
+#[serde(from = "LaunchSpecRecord", into = "LaunchSpecRecord")]
+pub struct LaunchSpec {
     /// Nomad's id of this start.
     pub id: String,
-    /// The directory of the allocation, as its agent names it; see [`Order::alloc_dir`] for orders of drivers before it was kept.
+    /// The directory of the allocation, as its agent names it; see [`LaunchSpec::alloc_dir`] for orders of drivers before it was kept.
     pub alloc_dir: Option<PathBuf>,
     /// The machine name.
     pub machine: String,
@@ -69,7 +69,7 @@ pub struct Order {
     /// Its arguments.
     pub arguments: Vec<String>,
     /// The container's first program.
-    pub first: First,
+    pub first: Pid1,
     /// Where stdout goes; `None` discards.
     pub stdout: Option<PathBuf>,
     /// Where stderr goes; `None` discards.
@@ -82,7 +82,7 @@ pub struct Order {
     pub notes: Vec<String>,
 }
 
-impl Order {
+impl LaunchSpec {
     /// The control group to make, if the host has any.
     pub fn cgroup(&self) -> Option<&Path> {
         self.resources.iter().find_map(|resource| match resource {
@@ -111,12 +111,13 @@ impl Order {
 /// A container's first program.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum First {
+pub enum Pid1 {
     /// The image's own.
     #[default]
     Image,
     /// Ours.
-    Ours {
+    #[serde(rename = "ours")]
+    Driver {
         /// Whether it connects stdout and stderr itself, so that those of systemd-nspawn are free to be kept apart.
         streams: bool,
     },
@@ -148,18 +149,18 @@ pub struct Refusal {
     pub reason: String,
 }
 
-impl Records {
+impl TaskDir {
     /// The directory of this start below `state_dir`. Its name tells a person which task it is and can't be steered by one; all
     /// starts of one task of one allocation have names that begin alike.
-    pub fn of(state_dir: &Path, id: &str) -> Self {
-        Self(state_dir.join(format!("{}{}", beginning(id), digest(id))))
+    pub fn for_task(state_dir: &Path, id: &str) -> Self {
+        Self(state_dir.join(format!("{}{}", name_prefix(id), digest(id))))
     }
 
     /// What lies below `state_dir` of other starts of the same task of the same allocation. A host starts a task anew only when
     /// it has given up all that came before, so nobody will ask for these.
-    pub fn earlier(state_dir: &Path, id: &str) -> io::Result<Vec<Self>> {
-        let beginning = beginning(id);
-        let own = Self::of(state_dir, id);
+    pub fn previous_starts(state_dir: &Path, id: &str) -> io::Result<Vec<Self>> {
+        let name_prefix = name_prefix(id);
+        let own = Self::for_task(state_dir, id);
         let entries = match fs::read_dir(state_dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             other => other?,
@@ -168,25 +169,25 @@ impl Records {
         for entry in entries {
             let entry = entry?;
             let name = entry.file_name();
-            let records = Self(entry.path());
+            let task_dir = Self(entry.path());
             let alike = name
                 .to_str()
-                .is_some_and(|name| name.starts_with(&beginning));
+                .is_some_and(|name| name.starts_with(&name_prefix));
             // Half an order is one of ours that was interrupted; one that can be read says whose it is.
             if alike
-                && records != own
-                && records
-                    .order()
-                    .map_or(true, |order| task_of(&order.id) == task_of(id))
+                && task_dir != own
+                && task_dir.launch_spec().map_or(true, |launch_spec| {
+                    without_start_suffix(&launch_spec.id) == without_start_suffix(id)
+                })
             {
-                found.push(records);
+                found.push(task_dir);
             }
         }
         Ok(found)
     }
 
     /// The records in this directory.
-    pub fn at(directory: impl Into<PathBuf>) -> Self {
+    pub fn new(directory: impl Into<PathBuf>) -> Self {
         Self(directory.into())
     }
 
@@ -205,7 +206,7 @@ impl Records {
     }
 
     /// What lies in the directory and was not put there by the driver, if anything.
-    pub fn stranger(&self) -> io::Result<Option<OsString>> {
+    pub fn unexpected_entry(&self) -> io::Result<Option<OsString>> {
         for entry in fs::read_dir(&self.0)? {
             let name = entry?.file_name();
             let known = name.to_str().is_some_and(|name| {
@@ -216,7 +217,7 @@ impl Records {
                         .all(|byte| byte.is_ascii_digit() || byte == b'-');
                     if counted { place } else { name }
                 });
-                NAMES.contains(&place)
+                KNOWN_ENTRIES.contains(&place)
             });
             if !known {
                 return Ok(Some(name));
@@ -231,12 +232,12 @@ impl Records {
     }
 
     /// The socket on which the supervisor listens.
-    pub fn lifeline(&self) -> PathBuf {
+    pub fn control_socket(&self) -> PathBuf {
         self.0.join("lifeline")
     }
 
     /// The socket on which systemd-nspawn tells of the start.
-    pub fn notify(&self) -> PathBuf {
+    pub fn notify_socket(&self) -> PathBuf {
         self.0.join("notify")
     }
 
@@ -258,7 +259,7 @@ impl Records {
     /// Whether a supervisor of this start is alive, be it one that has not made its lifeline yet: it holds a lock on its log from
     /// its first moment to its last. Who looks shares the lock for that moment, so that two who look don't see each other; and a
     /// process that is just being started here keeps it a little longer, until its own program runs.
-    pub fn is_watched(&self) -> bool {
+    pub fn has_supervisor(&self) -> bool {
         self.open("log")
             .is_ok_and(|log| matches!(log.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
@@ -289,9 +290,9 @@ impl Records {
 
     /// Keeps the order, and apart from it what holds secrets: systemd-nspawn's environment and what our own first program is
     /// told. Those are removed as soon as they have been taken.
-    pub fn write_order(
+    pub fn write_launch_spec(
         &self,
-        order: &Order,
+        launch_spec: &LaunchSpec,
         environment: &BTreeMap<String, String>,
         init: Option<&nspawn_init::Order>,
     ) -> io::Result<()> {
@@ -299,11 +300,11 @@ impl Records {
         if let Some(init) = init {
             self.write("init", &serde_json::to_vec(init)?)?;
         }
-        self.write("order", &encode(order)?)
+        self.write("order", &encode(launch_spec)?)
     }
 
     /// The order.
-    pub fn order(&self) -> io::Result<Order> {
+    pub fn launch_spec(&self) -> io::Result<LaunchSpec> {
         decode(&self.read("order")?)
     }
 
@@ -315,7 +316,7 @@ impl Records {
     }
 
     /// Takes what our own first program is told, as a file that is open and has no name any more.
-    pub fn take_init(&self) -> io::Result<File> {
+    pub fn take_init_spec(&self) -> io::Result<File> {
         let file = self.open("init")?;
         fs::remove_file(self.0.join("init"))?;
         Ok(file)
@@ -329,7 +330,7 @@ impl Records {
     }
 
     /// Opens the file that takes what systemd-nspawn itself says, where its streams are not the task's.
-    pub fn open_words(&self) -> io::Result<File> {
+    pub fn open_nspawn_stderr(&self) -> io::Result<File> {
         OpenOptions::new()
             .append(true)
             .create(true)
@@ -339,7 +340,7 @@ impl Records {
     }
 
     /// The last that systemd-nspawn itself has said, as far as it was kept.
-    pub fn words(&self) -> String {
+    pub fn nspawn_stderr_tail(&self) -> String {
         /// More than a screen of an error is no help.
         const END: u64 = 2048;
         let end = |mut file: File| -> io::Result<String> {
@@ -398,12 +399,12 @@ impl Records {
     }
 
     /// Keeps who is about to become systemd-nspawn. Needed only where no control group tells who belongs to the start.
-    pub fn write_entered(&self, nspawn: &Process) -> io::Result<()> {
+    pub fn write_nspawn_pid(&self, nspawn: &Process) -> io::Result<()> {
         self.write("entered", &encode(nspawn)?)
     }
 
     /// Who became systemd-nspawn.
-    pub fn entered(&self) -> io::Result<Process> {
+    pub fn nspawn_pid(&self) -> io::Result<Process> {
         decode(&self.read("entered")?)
     }
 
@@ -447,10 +448,10 @@ impl Records {
     fn read(&self, name: &str) -> io::Result<Vec<u8>> {
         let mut text = Vec::new();
         let file = self.open(name)?;
-        file.take(LARGEST + 1).read_to_end(&mut text)?;
-        if text.len() as u64 > LARGEST {
+        file.take(MAX_RECORD_BYTES + 1).read_to_end(&mut text)?;
+        if text.len() as u64 > MAX_RECORD_BYTES {
             return Err(invalid(format!(
-                "the record {name:?} is larger than {LARGEST} bytes"
+                "the record {name:?} is larger than {MAX_RECORD_BYTES} bytes"
             )));
         }
         Ok(text)
@@ -466,18 +467,18 @@ impl Records {
 }
 
 /// Allocation and task of an id, without the part that is new for every start.
-fn task_of(id: &str) -> &str {
+fn without_start_suffix(id: &str) -> &str {
     id.rsplit_once('/').map_or(id, |(task, _)| task)
 }
 
-fn beginning(id: &str) -> String {
+fn name_prefix(id: &str) -> String {
     let task = id.split('/').nth(1).unwrap_or_default();
     let readable: String = task
         .chars()
         .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
         .take(16)
         .collect();
-    format!("{readable}.{}", digest(task_of(id)))
+    format!("{readable}.{}", digest(without_start_suffix(id)))
 }
 
 fn digest(text: &str) -> String {
@@ -509,16 +510,19 @@ fn first() -> u32 {
 
 /// A record as the text of its file.
 pub fn encode<T: Serialize>(record: &T) -> io::Result<Vec<u8>> {
-    let written = Written { form: FORM, record };
+    let written = Written {
+        form: FORMAT_VERSION,
+        record,
+    };
     Ok(serde_json::to_vec(&written)?)
 }
 
 /// The record in the text of a file. An error of kind `InvalidData` if there is none, `Unsupported` if it is of a later form.
 pub fn decode<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
     let Form { form } = read(text)?;
-    if form > FORM {
+    if form > FORMAT_VERSION {
         let text = format!(
-            "the record has form {form}, which is newer than this driver; it writes form {FORM}"
+            "the record has form {form}, which is newer than this driver; it writes form {FORMAT_VERSION}"
         );
         return Err(io::Error::new(io::ErrorKind::Unsupported, text));
     }
@@ -547,5 +551,5 @@ fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Er
 }
 
 #[cfg(test)]
-#[path = "record_tests.rs"]
+#[path = "task_dir_tests.rs"]
 pub(super) mod tests;
