@@ -200,7 +200,7 @@ fn bare_container(scratch: &Path, tree: &Path) -> anyhow::Result<Run> {
     fs::create_dir_all(&alloc)?;
     let go = fifo(&alloc)?;
     let place = Layout::of_this_host()
-        .place(None, "bench")
+        .path_for(None, "bench")
         .context("no control groups")?;
     let group = Group::new(&place.group);
     group.create()?;

@@ -24,7 +24,7 @@ const TOP: &str = "/sys/fs/cgroup";
 const SUBTREE: &str = "nomad-driver-nspawn";
 
 /// How long processes are pursued that fork while they are killed. Who is left then is told by who waits for the end.
-const FORKING: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How this host's control groups are mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub struct Layout {
 
 /// Where the group of one start goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Place {
+pub struct CgroupPath {
     /// The group to make and to start systemd-nspawn in.
     pub group: PathBuf,
     /// The same group in the other hierarchy, made by systemd-nspawn itself and left by it.
@@ -90,7 +90,7 @@ impl Layout {
     /// Where the group of one start goes: below the group that Nomad made for the task if it is one of the tracking
     /// hierarchy, else in the driver's own subtree. A new leaf for every start, because systemd-nspawn leaves its own groups
     /// with controllers switched on, and such a group takes no process again.
-    pub fn place(&self, granted: Option<&Path>, leaf: &str) -> Option<Place> {
+    pub fn path_for(&self, granted: Option<&Path>, leaf: &str) -> Option<CgroupPath> {
         let tracking = self.tracking.as_ref()?;
         let parent = match granted {
             Some(granted) if granted.starts_with(tracking) && granted.is_dir() => {
@@ -104,7 +104,7 @@ impl Layout {
             .as_ref()
             .zip(group.strip_prefix(tracking).ok())
             .map(|(mirror, below)| mirror.join(below));
-        Some(Place { group, mirror })
+        Some(CgroupPath { group, mirror })
     }
 }
 
@@ -209,13 +209,13 @@ impl Group {
             self.processes().into_iter().for_each(freezer::release);
             return;
         }
-        self.kill_each();
+        self.kill_one_by_one();
     }
 
     /// The same without that file, which version 1 does not have, nor version 2 before Linux 5.14. A process that forks faster
     /// than the list is read is caught by the next round: there is another one as long as somebody new is seen.
-    fn kill_each(&self) {
-        let end = Instant::now() + FORKING;
+    fn kill_one_by_one(&self) {
+        let end = Instant::now() + KILL_TIMEOUT;
         let mut seen = BTreeSet::new();
         while Instant::now() < end {
             let processes = self.processes();
@@ -224,9 +224,9 @@ impl Group {
             }
             // Not all at once: a descriptor is needed for each.
             for some in processes.chunks(64) {
-                let held = hold(some);
+                let pidfds = open_pidfds(some);
                 // Listed after it was held, so it is a member that is held: the number may have come to mean somebody else before.
-                strike(&held, &self.processes());
+                kill_members(&pidfds, &self.processes());
             }
             seen.extend(processes);
         }
@@ -341,24 +341,24 @@ impl Group {
 }
 
 /// Those that are there, each held by a descriptor: its pid can't come to mean another one.
-fn hold(pids: &[i32]) -> Vec<(i32, OwnedFd)> {
-    let hold = |pid: &i32| {
+fn open_pidfds(pids: &[i32]) -> Vec<(i32, OwnedFd)> {
+    let open = |pid: &i32| {
         let descriptor = pidfd_open(Pid::from_raw(*pid)?, PidfdFlags::empty()).ok()?;
         Some((*pid, descriptor))
     };
-    pids.iter().filter_map(hold).collect()
+    pids.iter().filter_map(open).collect()
 }
 
 /// Kills those of the held that are among these members, frozen ones too, and says which.
-fn strike(held: &[(i32, OwnedFd)], members: &[i32]) -> Vec<i32> {
-    let members = held.iter().filter(|(pid, _)| members.contains(pid));
-    let strike = |(pid, descriptor): &(i32, OwnedFd)| {
+fn kill_members(pidfds: &[(i32, OwnedFd)], members: &[i32]) -> Vec<i32> {
+    let members = pidfds.iter().filter(|(pid, _)| members.contains(pid));
+    let kill = |(pid, descriptor): &(i32, OwnedFd)| {
         // One that has gone needs no signal.
         let _ = pidfd_send_signal(descriptor, Signal::KILL);
         freezer::release(*pid);
         *pid
     };
-    members.map(strike).collect()
+    members.map(kill).collect()
 }
 
 #[cfg(test)]
@@ -425,16 +425,19 @@ mod tests {
             tracking: Some(root.path().to_owned()),
             mirror: Some("/named".into()),
         };
-        let own = Place {
+        let own = CgroupPath {
             group: root.path().join("nomad-driver-nspawn/x"),
             mirror: Some("/named/nomad-driver-nspawn/x".into()),
         };
-        assert_eq!(layout.place(Some(&granted), "x").as_ref(), Some(&own));
+        assert_eq!(layout.path_for(Some(&granted), "x").as_ref(), Some(&own));
         fs::create_dir_all(&granted).unwrap();
-        let place = layout.place(Some(&granted), "x").unwrap();
+        let place = layout.path_for(Some(&granted), "x").unwrap();
         assert_eq!(place.group, granted.join("x"));
         assert_eq!(place.mirror, Some("/named/nomad.slice/a.t.scope/x".into()));
-        assert_eq!(layout.place(Some(Path::new("/elsewhere")), "x"), Some(own));
+        assert_eq!(
+            layout.path_for(Some(Path::new("/elsewhere")), "x"),
+            Some(own)
+        );
     }
 
     #[test]
@@ -486,16 +489,16 @@ mod tests {
         // One is gone by the time that it is looked for.
         procs(&group, &[pid(&member), i32::MAX]);
         procs(&group.child("payload"), &[pid(&below)]);
-        group.kill_each();
+        group.kill_one_by_one();
         for child in [&mut member, &mut below] {
             assert_eq!(child.wait().unwrap().signal(), Some(9));
         }
         // One that has left, or whose number a member had before.
-        let held = hold(&[pid(&foreign)]);
-        assert_eq!(held.len(), 1);
-        assert!(strike(&held, &[1]).is_empty());
+        let pidfds = open_pidfds(&[pid(&foreign)]);
+        assert_eq!(pidfds.len(), 1);
+        assert!(kill_members(&pidfds, &[1]).is_empty());
         assert!(foreign.try_wait().unwrap().is_none());
-        assert_eq!(strike(&held, &[pid(&foreign)]), [pid(&foreign)]);
+        assert_eq!(kill_members(&pidfds, &[pid(&foreign)]), [pid(&foreign)]);
         foreign.wait().unwrap();
     }
 

@@ -20,8 +20,8 @@ pub mod proto;
 pub mod blocking;
 pub mod container;
 pub mod procfs;
+pub mod rootfs_path;
 pub mod signal;
-pub mod tree;
 
 pub mod go_plugin;
 

@@ -1,18 +1,22 @@
 //! What a start will acquire on the host, told from its spec before anything is acquired.
 
-use crate::cgroup::Place;
+use crate::cgroup::CgroupPath;
 use crate::container::{ContainerSpec, Network, Root, Users, Volatile};
+use crate::rootfs_path::copy_place;
 use crate::supervisor::resource::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
     ZoneBridge,
 };
-use crate::tree::copy_place;
 
 /// The resources of a start in this place, in the order of their acquisition; they are released in the reverse order. `used` is the
 /// root that systemd-nspawn is given, which may be a stand-in for the spec's.
-pub(super) fn resources(spec: &ContainerSpec, place: Option<Place>, used: &Root) -> Vec<Resource> {
+pub(super) fn resources(
+    spec: &ContainerSpec,
+    place: Option<CgroupPath>,
+    used: &Root,
+) -> Vec<Resource> {
     let mut resources = Vec::new();
-    if let Some(Place { group, mirror }) = place {
+    if let Some(CgroupPath { group, mirror }) = place {
         resources.push(Resource::Cgroup(Cgroup { group }));
         resources.extend(mirror.map(|group| Resource::CgroupMirror(CgroupMirror { group })));
     }

@@ -21,11 +21,11 @@ use super::{BackendError, ContainerBackend, acquire, chain};
 use crate::blocking;
 use crate::cgroup::{Group, Layout};
 use crate::container::{Cause, ContainerSpec, Exit, Network, Probe, Root, Started, Usage};
-use crate::nspawn::argv::{self, Host};
+use crate::nspawn::argv::{self, Target};
 use crate::nspawn::ports::{self, Addresses};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 use crate::nspawn::version::{self, Feature};
-use crate::nspawn::{idmap, ownership, probe, root};
+use crate::nspawn::{idmap, ownership, probe, skeleton};
 use crate::signal::Signal;
 use crate::supervisor::failpoint::{self, Failpoint};
 use crate::supervisor::orphans::{self, SupervisorProcess};
@@ -555,7 +555,7 @@ fn prepare(
     kernel: (u32, u32),
 ) -> Result<(), BackendError> {
     let layout = Layout::of_this_host();
-    let host = Host {
+    let host = Target {
         version,
         cgroup: layout.kind,
     };
@@ -625,10 +625,10 @@ fn place(
     spec: &ContainerSpec,
     task_dir: &TaskDir,
     layout: &Layout,
-) -> Option<crate::cgroup::Place> {
+) -> Option<crate::cgroup::CgroupPath> {
     let leaf = task_dir.path().file_name()?.to_str()?;
     layout
-        .place(spec.cgroup.as_deref(), leaf)
+        .path_for(spec.cgroup.as_deref(), leaf)
         .filter(|_| nix::unistd::geteuid().is_root())
 }
 
@@ -636,7 +636,7 @@ fn root(
     spec: &ContainerSpec,
     task_dir: &TaskDir,
 ) -> Result<(Root, Vec<crate::container::Mount>), BackendError> {
-    let missing = root::missing_mount_points(spec);
+    let missing = skeleton::missing_mount_points(spec);
     let Root::Directory(image) = &spec.root else {
         return Ok((spec.root.clone(), Vec::new()));
     };
@@ -645,7 +645,7 @@ fn root(
     }
     let skeleton = task_dir.skeleton();
     let made = fs::create_dir(&skeleton)
-        .and_then(|()| root::skeleton(image, &skeleton, &missing, spec.volatile));
+        .and_then(|()| skeleton::build(image, &skeleton, &missing, spec.volatile));
     let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
     Ok((Root::Directory(skeleton), binds))
 }

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use crate::container::Mode;
-use crate::tree::resolve;
+use crate::rootfs_path::existing_path;
 
 /// Where systemd-nspawn looks for the init to boot.
 const INITS: [&str; 3] = [
@@ -16,10 +16,11 @@ const OS_RELEASE: [&str; 2] = ["etc/os-release", "usr/lib/os-release"];
 
 /// What the tree at `root` lacks to be started in this mode.
 pub(super) fn missing_os_files(root: &Path, mode: Mode) -> Option<&'static str> {
-    let file = |path: &&str| resolve(root, Path::new(path)).is_some_and(|found| found.is_file());
+    let file =
+        |path: &&str| existing_path(root, Path::new(path)).is_some_and(|found| found.is_file());
     match mode {
         Mode::Plain | Mode::ProcessTwo => {
-            let usr = resolve(root, Path::new("usr")).is_some_and(|found| found.is_dir());
+            let usr = existing_path(root, Path::new("usr")).is_some_and(|found| found.is_dir());
             (!usr).then_some("the directory usr")
         }
         Mode::Boot if !OS_RELEASE.iter().any(file) => Some("etc/os-release and usr/lib/os-release"),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
 use crate::container::{ContainerSpec, Mode, Network, Root, Users, Volatile};
-use crate::tree::{copy_place, resolve};
+use crate::rootfs_path::{copy_place, existing_path};
 
 use super::decode::quoted;
 use super::environment::{self, STRING_MAX};
@@ -375,7 +375,7 @@ fn validate_root(
     }
     let top = match pivot {
         None => path.to_owned(),
-        Some(new) => resolve(path, new)
+        Some(new) => existing_path(path, new)
             .filter(|found| found.is_dir())
             .ok_or_else(|| {
                 let new = quoted(&new.to_string_lossy());

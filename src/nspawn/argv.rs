@@ -1,10 +1,10 @@
-//! A container as the words of systemd-nspawn's command line. Pure: reads no file, asks no host; what the host can do comes in
-//! as [`Host`]. Refuses what the installed version has no word for, rather than starting something else.
+//! The command line of systemd-nspawn for a container. Pure: reads no file, asks no host; what the host can do comes in
+//! as [`Target`]. Refuses what the installed version has no word for, rather than starting something else.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::hidden::may_pass_hidden;
+use super::env_filter::safe_for_nspawn_env;
 use super::version::Feature;
 use crate::container::{
     CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, Root, Users, Volatile,
@@ -12,7 +12,7 @@ use crate::container::{
 
 /// What the command line depends on.
 #[derive(Debug, Clone, Copy)]
-pub struct Host {
+pub struct Target {
     /// The systemd version of systemd-nspawn.
     pub version: u32,
     /// The layout of the control groups.
@@ -44,7 +44,7 @@ pub struct CommandLine {
 pub enum Unsupported {
     /// It has no word for what the job asks.
     #[error("{option} needs systemd-nspawn {needs} or later, and this host has {has}")]
-    Word {
+    Option {
         /// The option of the job.
         option: &'static str,
         /// The first version that can.
@@ -72,42 +72,42 @@ pub fn command_line(
     spec: &ContainerSpec,
     root: &Root,
     binds: &[Bind],
-    host: Host,
+    host: Target,
 ) -> Result<CommandLine, Unsupported> {
-    let mut line = Line::new(host);
-    line.flag("--settings", "no");
-    line.switch("--keep-unit", true);
-    line.flag("--register", "no");
-    line.flag("--link-journal", "no");
+    let mut builder = CommandBuilder::new(host);
+    builder.flag("--settings", "no");
+    builder.switch("--keep-unit", true);
+    builder.flag("--register", "no");
+    builder.flag("--link-journal", "no");
     // The process itself is shielded from the out-of-memory killer; what it starts must not be.
-    line.flag("--oom-score-adjust", "0");
-    line.flag("--machine", &spec.machine);
+    builder.flag("--oom-score-adjust", "0");
+    builder.flag("--machine", &spec.machine);
     match root {
-        Root::Directory(path) => line.flag("--directory", &text(path)),
-        Root::Image(path) => line.flag("--image", &text(path)),
+        Root::Directory(path) => builder.flag("--directory", &text(path)),
+        Root::Image(path) => builder.flag("--image", &text(path)),
     }
-    line.disk(spec);
-    line.users(&spec.users)?;
-    line.network(&spec.network);
+    builder.disk(spec);
+    builder.users(&spec.users)?;
+    builder.network(&spec.network);
     for bind in binds {
-        line.bind(bind);
+        builder.bind(bind);
     }
     if !spec.capabilities.is_empty() {
-        line.flag("--capability", &spec.capabilities.join(","));
+        builder.flag("--capability", &spec.capabilities.join(","));
     }
-    line.payload(spec);
+    builder.payload(spec);
     let init = init(spec);
     if init.is_none() {
-        line.variables(&spec.environment)?;
+        builder.variables(&spec.environment)?;
     }
-    line.arguments.push("--".to_owned());
+    builder.arguments.push("--".to_owned());
     match &init {
-        None => line.arguments.extend(spec.command.iter().cloned()),
-        Some(_) => line.arguments.push(nspawn_init::PROGRAM.to_owned()),
+        None => builder.arguments.extend(spec.command.iter().cloned()),
+        Some(_) => builder.arguments.push(nspawn_init::PROGRAM.to_owned()),
     }
     Ok(CommandLine {
-        arguments: line.arguments,
-        environment: line.environment,
+        arguments: builder.arguments,
+        environment: builder.environment,
         init,
     })
 }
@@ -133,14 +133,14 @@ fn init(spec: &ContainerSpec) -> Option<nspawn_init::Order> {
     })
 }
 
-struct Line {
-    host: Host,
+struct CommandBuilder {
+    host: Target,
     arguments: Vec<String>,
     environment: BTreeMap<String, String>,
 }
 
-impl Line {
-    fn new(host: Host) -> Self {
+impl CommandBuilder {
+    fn new(host: Target) -> Self {
         let mut environment = BTreeMap::from([
             (
                 "PATH".to_owned(),
@@ -220,7 +220,7 @@ impl Line {
         let has = self.host.version;
         match feature.is_in(has) {
             true => Ok(()),
-            false => Err(Unsupported::Word {
+            false => Err(Unsupported::Option {
                 option,
                 needs: feature.since(),
                 has,
@@ -300,13 +300,13 @@ impl Line {
 
     fn variables(&mut self, variables: &BTreeMap<String, String>) -> Result<(), Unsupported> {
         for (name, value) in variables {
-            if Feature::HiddenValues.is_in(self.host.version) && may_pass_hidden(name) {
+            if Feature::HiddenValues.is_in(self.host.version) && safe_for_nspawn_env(name) {
                 self.flag("--setenv", name);
                 self.environment.insert(name.clone(), value.clone());
                 continue;
             }
             let assignment = format!("{name}={value}");
-            if let Some(why) = unfit(&assignment, value, self.host.version) {
+            if let Some(why) = unfit_argument(&assignment, value, self.host.version) {
                 return Err(Unsupported::Value {
                     name: name.clone(),
                     version: self.host.version,
@@ -323,7 +323,7 @@ impl Line {
 const ARGUMENT_MAX: usize = 128 * 1024 - 1;
 
 /// Why a variable can't be an argument of this version, which checks what it is given.
-fn unfit(assignment: &str, value: &str, version: u32) -> Option<String> {
+fn unfit_argument(assignment: &str, value: &str, version: u32) -> Option<String> {
     let length = "--setenv=".len() + assignment.len();
     if length > ARGUMENT_MAX {
         let most = ARGUMENT_MAX - "--setenv=".len();

@@ -1,7 +1,7 @@
 use super::*;
 use rstest::rstest;
 
-const HOST: Host = Host {
+const HOST: Target = Target {
     version: 252,
     cgroup: CgroupLayout::Hybrid,
 };
@@ -33,7 +33,7 @@ fn spec() -> ContainerSpec {
     }
 }
 
-fn line(spec: &ContainerSpec, host: Host) -> CommandLine {
+fn line(spec: &ContainerSpec, host: Target) -> CommandLine {
     command_line(spec, &spec.root, &[], host).unwrap()
 }
 
@@ -220,13 +220,13 @@ fn secretive(mode: Mode) -> ContainerSpec {
 #[case(262, Mode::ProcessTwo)]
 fn systemd_nspawn_never_sees_a_value(#[case] version: u32, #[case] mode: Mode) {
     let spec = secretive(mode);
-    let line = line(&spec, Host { version, ..HOST });
+    let line = line(&spec, Target { version, ..HOST });
     let seen = format!("{:?} {:?}", line.arguments, line.environment);
     for word in ["s3cret", "TOKEN", "evil", "LD_PRELOAD"] {
         assert!(!seen.contains(word), "{seen}");
     }
-    let told = line.init.unwrap().environment;
-    assert_eq!(told, Vec::from_iter(spec.environment));
+    let result = line.init.unwrap().environment;
+    assert_eq!(result, Vec::from_iter(spec.environment));
 }
 
 #[test]
@@ -247,7 +247,7 @@ fn in_a_booted_container_values_stay_out_of_the_arguments_where_the_version_can(
             .contains(&"--setenv=LD_PRELOAD=/evil.so".to_owned())
     );
     let version = 249;
-    let old = line(&spec, Host { version, ..HOST });
+    let old = line(&spec, Target { version, ..HOST });
     assert!(
         old.arguments
             .contains(&"--setenv=TOKEN=s3cret\nline".to_owned()),
@@ -278,12 +278,12 @@ fn what_an_argument_can_not_carry_is_refused_by_name(
         environment: BTreeMap::from([(name.to_owned(), value.to_owned())]),
         ..spec()
     };
-    let told = command_line(&spec, &spec.root, &[], Host { version, ..HOST });
+    let result = command_line(&spec, &spec.root, &[], Target { version, ..HOST });
     let Some(why) = why else {
-        told.unwrap();
+        result.unwrap();
         return;
     };
-    let error = told.unwrap_err().to_string();
+    let error = result.unwrap_err().to_string();
     for word in [name, why, &version.to_string(), "allowed"] {
         assert!(error.contains(word), "{word}: {error}");
     }
@@ -307,11 +307,11 @@ fn how_long_a_variable_may_be_depends_on_its_way(#[case] version: u32, #[case] l
             environment: BTreeMap::from([(name.to_owned(), "x".repeat(length - name.len() - 1))]),
             ..spec()
         };
-        let told = command_line(&spec, &spec.root, &[], Host { version, ..HOST });
+        let result = command_line(&spec, &spec.root, &[], Target { version, ..HOST });
         match fits {
-            true => assert!(told.is_ok(), "{:?}", told.map(drop)),
+            true => assert!(result.is_ok(), "{:?}", result.map(drop)),
             false => {
-                let error = told.unwrap_err().to_string();
+                let error = result.unwrap_err().to_string();
                 let words = [name, &length.to_string(), &most.to_string()];
                 assert!(words.iter().all(|word| error.contains(word)), "{error}");
             }
@@ -349,7 +349,7 @@ fn what_a_version_lacks_is_refused(
         ownership: ownership.map(Into::into),
     };
     let spec = ContainerSpec { users, ..spec() };
-    let error = command_line(&spec, &spec.root, &[], Host { version, ..HOST }).unwrap_err();
+    let error = command_line(&spec, &spec.root, &[], Target { version, ..HOST }).unwrap_err();
     assert_eq!(error.to_string(), text);
 }
 
@@ -361,7 +361,7 @@ fn before_249_a_picked_range_changes_owners_by_itself() {
     };
     let arguments = line(
         &ContainerSpec { users, ..spec() },
-        Host {
+        Target {
             version: 247,
             ..HOST
         },

@@ -50,7 +50,7 @@ pub fn notes(spec: &ContainerSpec, version: u32, kernel: Kernel) -> Vec<String> 
         )
     });
     let what = copied.map(str::to_owned).or(by_itself);
-    survey.told(what.as_deref())
+    survey.result(what.as_deref())
 }
 
 /// Whether the tree belongs to the range already, which systemd-nspawn tells by its top, and then changes nothing. A range that is
@@ -129,7 +129,7 @@ impl Survey {
         }
     }
 
-    fn told(&self, what: Option<&str>) -> Vec<String> {
+    fn result(&self, what: Option<&str>) -> Vec<String> {
         const REMEDY: &str = "To keep the image as it is, put it on ext4, xfs or btrfs and leave config.private_users_ownership unset, \
              or set config.user_namespacing = false";
         let least = if self.more { "at least " } else { "" };
@@ -172,30 +172,30 @@ mod tests {
         survey.count(Path::new("/etc/b"), [1_516_583_083, 0], false);
         survey.count(Path::new("/etc/c"), [0, 70_000], false);
         survey.count(Path::new("/usr/bin/ping"), [0, 0], true);
-        let told = survey.told(None);
-        assert_eq!(told.len(), 2, "{told:?}");
+        let result = survey.result(None);
+        assert_eq!(result.len(), 2, "{result:?}");
         assert!(
-            told[0].contains("of 1 files, the first is /usr/bin/ping."),
-            "{told:?}"
+            result[0].contains("of 1 files, the first is /usr/bin/ping."),
+            "{result:?}"
         );
         assert!(
-            told[1].contains("in 2 files: /etc/b belongs to 1516583083, which becomes 14507."),
-            "{told:?}"
+            result[1].contains("in 2 files: /etc/b belongs to 1516583083, which becomes 14507."),
+            "{result:?}"
         );
         survey.more = true;
-        let told = survey.told(Some("copied"));
+        let result = survey.result(Some("copied"));
         assert!(
-            told[0].starts_with("copied: at least 4 files, 0 MiB."),
-            "{told:?}"
+            result[0].starts_with("copied: at least 4 files, 0 MiB."),
+            "{result:?}"
         );
-        assert!(told[1].contains("of at least 1 files"), "{told:?}");
+        assert!(result[1].contains("of at least 1 files"), "{result:?}");
     }
 
     #[test]
     fn an_image_without_losses_says_nothing() {
         let mut survey = Survey::default();
         survey.count(Path::new("/etc"), [65_535, 65_535], false);
-        assert_eq!(survey.told(None), Vec::<String>::new());
+        assert_eq!(survey.result(None), Vec::<String>::new());
     }
 
     #[test]

@@ -65,8 +65,8 @@ fn source_for(destination: IpAddr) -> Option<IpAddr> {
 
 /// What the user should know about these ports, a sentence each, or why one of them can't be forwarded.
 pub fn check(ports: &[PortForward], host: &Addresses) -> Result<Vec<String>, String> {
-    let told = ports.iter().map(|port| check_one(port, host));
-    Ok(told
+    let result = ports.iter().map(|port| check_one(port, host));
+    Ok(result
         .collect::<Result<Vec<_>, _>>()?
         .into_iter()
         .flatten()
@@ -167,16 +167,16 @@ mod tests {
     #[test]
     fn a_port_on_the_default_address_is_forwarded_and_the_event_names_who_else_reaches_it() {
         let all = ["10.0.0.5", "172.17.0.1", "192.0.2.2", "fd00::2", "fd00::3"];
-        let told = checked(Some("192.0.2.2"), &all, &["192.0.2.2"]).unwrap();
-        let [told] = told.as_slice() else {
-            panic!("{told:?}")
+        let result = checked(Some("192.0.2.2"), &all, &["192.0.2.2"]).unwrap();
+        let [result] = result.as_slice() else {
+            panic!("{result:?}")
         };
         for part in [
             "\"http\" (25000)",
             "allotted on 192.0.2.2",
             "also on 10.0.0.5, 172.17.0.1, fd00::2 and 1 more",
         ] {
-            assert!(told.contains(part), "{told}");
+            assert!(result.contains(part), "{result}");
         }
     }
 

@@ -10,7 +10,7 @@ use super::resource::{
     ZoneBridge,
 };
 use super::task_dir::{LaunchSpec, Pid1};
-use crate::cgroup::Place;
+use crate::cgroup::CgroupPath;
 use crate::container::Mode;
 
 #[derive(Serialize, Deserialize)]
@@ -39,7 +39,7 @@ pub(super) struct LaunchSpecRecord {
 /// What drivers before the list of resources know.
 #[derive(Default, Serialize, Deserialize)]
 struct Older {
-    place: Option<Place>,
+    place: Option<CgroupPath>,
     locks: Option<PathBuf>,
     #[serde(default)]
     shares: bool,
@@ -95,7 +95,7 @@ impl Older {
     /// As resources, in the order of their acquisition. Such an order does not tell whether its root has a stand-in.
     fn resources(self) -> Vec<Resource> {
         let (group, mirror) = match self.place {
-            Some(Place { group, mirror }) => (Some(group), mirror),
+            Some(CgroupPath { group, mirror }) => (Some(group), mirror),
             None => (None, None),
         };
         let shared = self.shares;
@@ -121,7 +121,7 @@ impl Older {
         for resource in resources.iter().cloned() {
             match resource {
                 Resource::Cgroup(Cgroup { group }) => {
-                    older.place = Some(Place {
+                    older.place = Some(CgroupPath {
                         group,
                         mirror: None,
                     });

@@ -10,7 +10,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("container", &[]),
     ("procfs", &[]),
     ("signal", &[]),
-    ("tree", &[]),
+    ("rootfs_path", &[]),
     (
         "go_plugin",
         &[
@@ -37,7 +37,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "signal",
         ],
     ),
-    ("config", &["proto", "container", "signal", "tree"]),
+    ("config", &["proto", "container", "signal", "rootfs_path"]),
     ("task", &["backend", "container", "signal"]),
     (
         "backend",
@@ -48,7 +48,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "blocking",
             "container",
             "signal",
-            "tree",
+            "rootfs_path",
         ],
     ),
     (
@@ -62,7 +62,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "signal",
         ],
     ),
-    ("nspawn", &["container", "procfs", "signal", "tree"]),
+    ("nspawn", &["container", "procfs", "signal", "rootfs_path"]),
     ("cgroup", &["container", "procfs", "signal"]),
     ("host", &["proto", "config", "container", "signal"]),
     (

@@ -1,6 +1,6 @@
-//! A root directory that has mount points the image lacks. systemd-nspawn makes missing mount points in the image; a root that
-//! can't be written it refuses. Then a skeleton stands in for the image: empty directories and links as the image has them,
-//! with the image's own directories mounted over, read-only, and the missing mount points between them. Nothing is ever
+//! A skeleton root directory with the mount points that an image lacks. systemd-nspawn makes missing mount points in the image; a
+//! root that can't be written it refuses. Then a skeleton stands in for the image: empty directories and links as the image has
+//! them, with the image's own directories mounted over, read-only, and the missing mount points between them. Nothing is ever
 //! written into the image, and nothing through a link: an image is anybody's work, and a link of its may lead to the host.
 
 use std::ffi::{OsStr, OsString};
@@ -16,7 +16,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2};
 use nix::sys::stat::{Mode, mkdirat};
 
 use crate::container::{ContainerSpec, Mount, Root, Volatile};
-use crate::tree::{self, Place};
+use crate::rootfs_path::{self, Resolved};
 
 /// An os-release file is a few hundred bytes long.
 const OS_RELEASE_MAX: u64 = 64 * 1024;
@@ -39,39 +39,40 @@ pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<MountPoint> {
     if !spec.read_only && spec.volatile != Volatile::State {
         return Vec::new();
     }
-    let lacks = |target: &Path| match tree::place(image, target) {
-        Some(Place { exists: true, .. }) => None,
-        Some(Place { below, .. }) => Some(below),
+    let missing = |target: &Path| match rootfs_path::resolve_in_root(image, target) {
+        Some(Resolved { exists: true, .. }) => None,
+        Some(Resolved { below, .. }) => Some(below),
         // Links in a circle. systemd-nspawn will say so.
         None => None,
     };
-    let is_new = |below: &Path| new_anyway(spec.volatile, below).is_some();
+    let is_mounted_over = |below: &Path| mounted_over(spec.volatile, below).is_some();
     let targets = spec.mounts.iter().filter_map(|mount| {
-        let below = lacks(&mount.target).filter(|_| !is_new(below_root(&mount.target)))?;
+        let below =
+            missing(&mount.target).filter(|_| !is_mounted_over(below_root(&mount.target)))?;
         let file = mount.source.is_file();
-        (!is_new(&below)).then_some(MountPoint { below, file })
+        (!is_mounted_over(&below)).then_some(MountPoint { below, file })
     });
-    let bases = always_new(spec.volatile).filter_map(|name| {
-        let below = lacks(Path::new(name))?;
+    let bases = always_mounted(spec.volatile).filter_map(|name| {
+        let below = missing(Path::new(name))?;
         Some(MountPoint { below, file: false })
     });
     targets.chain(bases).collect()
 }
 
 /// What systemd-nspawn mounts anew in every container, so that the image's own is not seen.
-fn always_new(volatile: Volatile) -> impl Iterator<Item = &'static str> {
+fn always_mounted(volatile: Volatile) -> impl Iterator<Item = &'static str> {
     let var = (volatile == Volatile::State).then_some("var");
     ["dev", "proc", "run", "sys", "tmp"].into_iter().chain(var)
 }
 
 /// The one of them that a path lies in.
-fn new_anyway(volatile: Volatile, below: &Path) -> Option<&'static str> {
-    always_new(volatile).find(|name| below.starts_with(name))
+fn mounted_over(volatile: Volatile, below: &Path) -> Option<&'static str> {
+    always_mounted(volatile).find(|name| below.starts_with(name))
 }
 
 /// Builds the skeleton of `image` in the empty directory `skeleton`, with the mount points that the image lacks. Returns what
 /// has to be mounted over it first.
-pub fn skeleton(
+pub fn build(
     image: &Path,
     skeleton: &Path,
     missing: &[MountPoint],
@@ -122,7 +123,8 @@ impl Skeleton<'_> {
             let made = self.skeleton.join(&inner);
             if about.is_symlink() {
                 symlink(fs::read_link(original)?, &made)?;
-            } else if below.as_os_str().is_empty() && new_anyway(self.volatile, &inner).is_some() {
+            } else if below.as_os_str().is_empty() && mounted_over(self.volatile, &inner).is_some()
+            {
                 make_like(&made, &about)?;
             } else if about.is_dir() {
                 make_like(&made, &about)?;
@@ -174,7 +176,9 @@ impl Skeleton<'_> {
         let Some(text) = known.iter().find_map(|name| self.text(name)) else {
             return Ok(());
         };
-        let Some(place) = tree::place(self.skeleton, Path::new("usr/lib/os-release")) else {
+        let Some(place) =
+            rootfs_path::resolve_in_root(self.skeleton, Path::new("usr/lib/os-release"))
+        else {
             return Ok(());
         };
         let (Some(parent), Some(name)) = (place.below.parent(), place.below.file_name()) else {
@@ -307,7 +311,7 @@ mod tests {
         }
     }
 
-    struct Place {
+    struct Resolved {
         _temp: tempfile::TempDir,
         image: PathBuf,
         skeleton: PathBuf,
@@ -315,11 +319,11 @@ mod tests {
         host: PathBuf,
     }
 
-    impl Place {
+    impl Resolved {
         /// Builds the skeleton with this one mount point.
         fn with(&self, below: &str) -> io::Result<Vec<Mount>> {
             let missing = [point(below, false)];
-            skeleton(&self.image, &self.skeleton, &missing, Volatile::No)
+            build(&self.image, &self.skeleton, &missing, Volatile::No)
         }
 
         fn os_release(&self) -> String {
@@ -327,7 +331,7 @@ mod tests {
         }
     }
 
-    fn place(directories: &[&str]) -> Place {
+    fn place(directories: &[&str]) -> Resolved {
         let temp = tempfile::tempdir().unwrap();
         let [image, skeleton, host] =
             ["image", "skeleton", "host"].map(|name| temp.path().join(name));
@@ -336,7 +340,7 @@ mod tests {
         }
         fs::create_dir(&skeleton).unwrap();
         fs::create_dir(&host).unwrap();
-        Place {
+        Resolved {
             _temp: temp,
             image,
             skeleton,
@@ -371,7 +375,7 @@ mod tests {
             ("sys", false),
         ];
         assert_eq!(missing, wanted.map(|(below, file)| point(below, file)));
-        let binds = skeleton(image, target, &missing, Volatile::No).unwrap();
+        let binds = build(image, target, &missing, Volatile::No).unwrap();
         let mut targets: Vec<_> = binds
             .iter()
             .map(|bind| bind.target.to_str().unwrap())
@@ -420,7 +424,7 @@ mod tests {
         let missing = missing_mount_points(&spec);
         let wanted = ["usr/lib/new", "other/x"];
         assert_eq!(missing, wanted.map(|below| point(below, false)));
-        skeleton(&place.image, &place.skeleton, &missing, Volatile::No).unwrap();
+        build(&place.image, &place.skeleton, &missing, Volatile::No).unwrap();
         for directory in wanted {
             assert!(place.skeleton.join(directory).is_dir(), "{directory}");
         }
@@ -438,7 +442,7 @@ mod tests {
         symlink(place.host.join("victim"), place.host.join("lib/os-release")).unwrap();
         place.with("alloc").unwrap();
         assert!(!place.host.join("victim").exists());
-        let found = tree::resolve(&place.skeleton, Path::new("usr/lib/os-release"));
+        let found = rootfs_path::existing_path(&place.skeleton, Path::new("usr/lib/os-release"));
         assert_eq!(found, None, "nothing of the host is an os-release");
     }
 

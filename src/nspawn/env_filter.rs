@@ -1,6 +1,6 @@
-//! Which variables of a payload may pass through systemd-nspawn's own environment. A value there is seen by nobody but root,
-//! where an argument is seen by everybody; but systemd-nspawn, its libraries and the loader read variables too, and a job must
-//! not steer a root process through them. Decides names only; values pass through unseen.
+//! Filter for variables of a payload that may be put into systemd-nspawn's own environment. A value there is seen by nobody but
+//! root, where an argument is seen by everybody; but systemd-nspawn, its libraries and the loader read variables too, and a job
+//! must not steer a root process through them. Decides names only; values pass through unseen.
 
 /// Beginnings of names that the loader, the C library, systemd and the libraries of systemd-nspawn read.
 const READ_BY_PREFIX: &[&str] = &[
@@ -69,7 +69,7 @@ const READ_BY_NAME: &[&str] = &[
 ];
 
 /// Whether systemd-nspawn may carry this variable in its own environment.
-pub fn may_pass_hidden(name: &str) -> bool {
+pub fn safe_for_nspawn_env(name: &str) -> bool {
     !READ_BY_NAME.contains(&name) && !READ_BY_PREFIX.iter().any(|prefix| name.starts_with(prefix))
 }
 
@@ -84,7 +84,7 @@ mod tests {
     #[case("VAULT_TOKEN")]
     #[case("PASSWORD")]
     fn secrets_pass_hidden(#[case] name: &str) {
-        assert!(may_pass_hidden(name));
+        assert!(safe_for_nspawn_env(name));
     }
 
     #[rstest]
@@ -96,6 +96,6 @@ mod tests {
     #[case("PATH")]
     #[case("LISTEN_FDS")]
     fn a_job_cannot_steer_the_root_process(#[case] name: &str) {
-        assert!(!may_pass_hidden(name));
+        assert!(!safe_for_nspawn_env(name));
     }
 }

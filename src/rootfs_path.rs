@@ -23,7 +23,7 @@ const MAX_LINKS: usize = 40;
 
 /// Where a path inside a tree leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct Resolved {
     /// The place below the root, without links.
     pub below: PathBuf,
     /// Whether something is there.
@@ -31,13 +31,13 @@ pub struct Place {
 }
 
 /// Where `path` leads inside the tree at `root`, be something there or not. `None` where links lead in circles.
-pub fn place(root: &Path, path: &Path) -> Option<Place> {
+pub fn resolve_in_root(root: &Path, path: &Path) -> Option<Resolved> {
     let mut below = PathBuf::new();
     // How many parts at the end of `below` are not there.
     let mut missing = 0_usize;
     let mut links = 0;
-    let mut ahead: VecDeque<OsString> = parts(path);
-    while let Some(part) = ahead.pop_front() {
+    let mut pending: VecDeque<OsString> = parts(path);
+    while let Some(part) = pending.pop_front() {
         if part == ".." {
             below.pop();
             missing = missing.saturating_sub(1);
@@ -63,20 +63,20 @@ pub fn place(root: &Path, path: &Path) -> Option<Place> {
             below = PathBuf::new();
         }
         let mut before = parts(&target);
-        before.append(&mut ahead);
-        ahead = before;
+        before.append(&mut pending);
+        pending = before;
     }
-    Some(Place {
+    Some(Resolved {
         below,
         exists: missing == 0,
     })
 }
 
 /// The host path of `path` inside the tree at `root`, if it exists.
-pub fn resolve(root: &Path, path: &Path) -> Option<PathBuf> {
-    place(root, path)
-        .filter(|place| place.exists)
-        .map(|place| root.join(place.below))
+pub fn existing_path(root: &Path, path: &Path) -> Option<PathBuf> {
+    resolve_in_root(root, path)
+        .filter(|resolved| resolved.exists)
+        .map(|resolved| root.join(resolved.below))
 }
 
 fn parts(path: &Path) -> VecDeque<OsString> {
@@ -118,13 +118,13 @@ mod tests {
         symlink("usr/lib", root.join("lib")).unwrap();
         symlink("/elsewhere/y", root.join("gone")).unwrap();
         symlink("../../../..", root.join("up")).unwrap();
-        let found = place(root, Path::new(path)).unwrap();
+        let found = resolve_in_root(root, Path::new(path)).unwrap();
         assert_eq!(
             (found.below.as_path(), found.exists),
             (Path::new(below), exists)
         );
         assert_eq!(
-            resolve(root, Path::new(path)),
+            existing_path(root, Path::new(path)),
             exists.then(|| root.join(below))
         );
     }
@@ -134,6 +134,6 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         symlink("b", temp.path().join("a")).unwrap();
         symlink("a", temp.path().join("b")).unwrap();
-        assert_eq!(place(temp.path(), Path::new("/a/x")), None);
+        assert_eq!(resolve_in_root(temp.path(), Path::new("/a/x")), None);
     }
 }
