@@ -107,9 +107,9 @@ pub(crate) fn news(bytes: &[u8]) {
 }
 
 pub(crate) fn init_order(bytes: &[u8]) {
-    match nspawn_init::order(bytes) {
+    match nspawn_init::parse_spec(bytes) {
         Ok(order) => {
-            let again = nspawn_init::order(&nspawn_init::packet(&order));
+            let again = nspawn_init::parse_spec(&nspawn_init::packet(&order));
             assert_eq!(again.expect("what was written is read"), order);
         }
         Err(error) => is_one_line(&error),
@@ -120,10 +120,10 @@ pub(crate) fn init_packets(bytes: &[u8]) {
     fn is_kept<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
         match nspawn_init::message::<T>(bytes) {
             Ok(message) => {
-                assert!(bytes.len() <= nspawn_init::LONGEST);
+                assert!(bytes.len() <= nspawn_init::MAX_PACKET_BYTES);
                 let packet = nspawn_init::packet(&message);
                 // What is escaped grows on its way back, and then it is too long and says so.
-                if packet.len() <= nspawn_init::LONGEST {
+                if packet.len() <= nspawn_init::MAX_PACKET_BYTES {
                     let again = nspawn_init::message::<T>(&packet);
                     assert_eq!(again.expect("what was written is read"), message);
                 }
@@ -131,7 +131,7 @@ pub(crate) fn init_packets(bytes: &[u8]) {
             Err(error) => is_one_line(&error),
         }
     }
-    is_kept::<nspawn_init::Word>(bytes);
+    is_kept::<nspawn_init::InitEvent>(bytes);
     is_kept::<nspawn_init::Request>(bytes);
 }
 

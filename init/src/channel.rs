@@ -6,7 +6,7 @@ use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nspawn_init::{LONGEST, Word, packet};
+use nspawn_init::{InitEvent, MAX_PACKET_BYTES, packet};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
@@ -15,7 +15,7 @@ use rustix::net::{
 };
 
 /// How long the last words wait for room, in seconds. Only a supervisor that stands still lets them wait at all.
-const PATIENCE: i64 = 5;
+const FLUSH_TIMEOUT_SECS: i64 = 5;
 
 /// One end of a socket of the `SOCK_SEQPACKET` kind.
 pub(crate) struct Channel {
@@ -41,8 +41,8 @@ impl Channel {
     }
 
     /// Sends a word, or keeps it until there is room for it.
-    pub(crate) fn say(&mut self, word: &Word) {
-        self.unsent.push_back(packet(word));
+    pub(crate) fn send(&mut self, event: &InitEvent) {
+        self.unsent.push_back(packet(event));
         self.flush();
     }
 
@@ -61,20 +61,20 @@ impl Channel {
         }
     }
 
-    /// Sends everything, and gives up only on a supervisor that does not read for [`PATIENCE`]. Nothing is heard after it.
+    /// Sends everything, and gives up only on a supervisor that does not read for [`FLUSH_TIMEOUT_SECS`]. Nothing is heard after it.
     pub(crate) fn finish(&mut self) {
-        self.hear_no_more();
+        self.shutdown_read();
         loop {
             self.flush();
             let Some(socket) = self.socket.as_ref().filter(|_| !self.unsent.is_empty()) else {
                 return;
             };
             let mut descriptors = [PollFd::new(socket, PollFlags::OUT)];
-            let patience = Timespec {
-                tv_sec: PATIENCE,
+            let timeout = Timespec {
+                tv_sec: FLUSH_TIMEOUT_SECS,
                 tv_nsec: 0,
             };
-            match poll(&mut descriptors, Some(&patience)) {
+            match poll(&mut descriptors, Some(&timeout)) {
                 Ok(0) => return,
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(_) => return,
@@ -83,7 +83,7 @@ impl Channel {
     }
 
     /// A socket that is closed with something unread is an error at the other end, in place of the words that are still there.
-    fn hear_no_more(&self) {
+    fn shutdown_read(&self) {
         if let Some(socket) = &self.socket {
             let _ = shutdown(socket, Shutdown::Read);
             let mut nothing = [0; 0];
@@ -151,7 +151,7 @@ fn receive(socket: BorrowedFd<'_>) -> rustix::io::Result<Packet> {
     let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
     let (_, length) = recv(socket, &mut nothing[..], flags)?;
     // A longer one is cut there, and refused for its length.
-    let mut bytes = vec![0; length.min(LONGEST + 1)];
+    let mut bytes = vec![0; length.min(MAX_PACKET_BYTES + 1)];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = recvmsg(

@@ -11,9 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use nix::libc;
-use nspawn_init::{Step, Trouble};
+use nspawn_init::{StartError, Step};
 
-use crate::raw::with_signals_and_limits_as_at_birth;
+use crate::raw::with_default_signals_and_limits;
 
 /// Variables by name.
 pub(crate) type Environment = BTreeMap<OsString, OsString>;
@@ -25,7 +25,7 @@ const SHELL: &str = "/bin/sh";
 const LOGIN_SHELLS: [(&str, &str); 2] = [("/bin/bash", "-bash"), (SHELL, "-sh")];
 
 /// A longer name of a file is cut: it must not be what makes a message too long.
-const LONGEST_NAME: usize = 4096;
+const MAX_NAME_BYTES: usize = 4096;
 
 /// This process's variables without those that were meant for it, and these set over them.
 pub(crate) fn environment(over: Vec<(String, String)>) -> Environment {
@@ -51,10 +51,10 @@ pub(crate) fn set_over(environment: &mut Environment, over: Vec<(String, String)
 }
 
 /// A trouble with this error's number.
-pub(crate) fn trouble(step: Step, file: impl AsRef<OsStr>, error: &io::Error) -> Trouble {
+pub(crate) fn start_error(step: Step, file: impl AsRef<OsStr>, error: &io::Error) -> StartError {
     let mut file = file.as_ref().to_string_lossy().into_owned();
-    file.truncate(file.floor_char_boundary(LONGEST_NAME));
-    Trouble {
+    file.truncate(file.floor_char_boundary(MAX_NAME_BYTES));
+    StartError {
         step,
         file,
         // Without a number there was no call: a word with a NUL byte.
@@ -68,7 +68,7 @@ pub(crate) fn execute<T>(
     words: &[String],
     environment: &Environment,
     mut by: impl FnMut(&mut Command) -> io::Result<T>,
-) -> Result<T, Trouble> {
+) -> Result<T, StartError> {
     let Some((name, rest)) = words.split_first() else {
         return login_shell(environment, by);
     };
@@ -82,13 +82,13 @@ pub(crate) fn execute<T>(
         };
         match invocation.attempt(&mut by) {
             Ok(done) => return Ok(done),
-            Err(trouble) if name.contains('/') || !is_passed_over(trouble.errno) => {
-                return Err(trouble);
+            Err(start_error) if name.contains('/') || !is_passed_over(start_error.errno) => {
+                return Err(start_error);
             }
             // A file that may not be executed says more than one that is not there.
-            Err(trouble) => {
-                if rank(&trouble) > rank(&seen) {
-                    seen = trouble;
+            Err(start_error) => {
+                if rank(&start_error) > rank(&seen) {
+                    seen = start_error;
                 }
             }
         }
@@ -99,7 +99,7 @@ pub(crate) fn execute<T>(
 fn login_shell<T>(
     environment: &Environment,
     mut by: impl FnMut(&mut Command) -> io::Result<T>,
-) -> Result<T, Trouble> {
+) -> Result<T, StartError> {
     let mut seen = not_found(SHELL);
     for (file, name) in LOGIN_SHELLS {
         let invocation = Invocation {
@@ -110,7 +110,7 @@ fn login_shell<T>(
         };
         match invocation.attempt(&mut by) {
             Ok(done) => return Ok(done),
-            Err(trouble) if rank(&trouble) > rank(&seen) => seen = trouble,
+            Err(start_error) if rank(&start_error) > rank(&seen) => seen = start_error,
             Err(_) => {}
         }
     }
@@ -127,12 +127,15 @@ struct Invocation<'a> {
 }
 
 impl Invocation<'_> {
-    fn attempt<T>(&self, by: &mut impl FnMut(&mut Command) -> io::Result<T>) -> Result<T, Trouble> {
+    fn attempt<T>(
+        &self,
+        by: &mut impl FnMut(&mut Command) -> io::Result<T>,
+    ) -> Result<T, StartError> {
         // Saves a process for each directory of `PATH`, and tells this case from a file whose interpreter is not there.
         if let Err(error) = fs::metadata(self.file)
             && is_missing(error.raw_os_error())
         {
-            return Err(trouble(Step::Execute, self.file, &error));
+            return Err(start_error(Step::Execute, self.file, &error));
         }
         let mut command = command(self.file, self.environment);
         command.arg0(self.name).args(self.rest);
@@ -145,10 +148,10 @@ impl Invocation<'_> {
             Some(libc::ENOEXEC) => {
                 let mut script = command_of_shell(self.file, self.environment);
                 script.args(self.rest);
-                by(&mut script).map_err(|_| trouble(Step::Execute, self.file, &error))
+                by(&mut script).map_err(|_| start_error(Step::Execute, self.file, &error))
             }
-            Some(libc::ENOENT) => Err(trouble(Step::Interpreter, self.file, &error)),
-            _ => Err(trouble(Step::Execute, self.file, &error)),
+            Some(libc::ENOENT) => Err(start_error(Step::Interpreter, self.file, &error)),
+            _ => Err(start_error(Step::Execute, self.file, &error)),
         }
     }
 }
@@ -160,7 +163,7 @@ impl Invocation<'_> {
 fn command(file: &Path, environment: &Environment) -> Command {
     let mut command = Command::new(file);
     command.env_clear().envs(environment);
-    with_signals_and_limits_as_at_birth(&mut command);
+    with_default_signals_and_limits(&mut command);
     command
 }
 
@@ -189,8 +192,8 @@ fn candidates(name: &str, path: Option<&OsString>) -> Vec<PathBuf> {
         .collect()
 }
 
-fn not_found(name: &str) -> Trouble {
-    trouble(
+fn not_found(name: &str) -> StartError {
+    start_error(
         Step::Execute,
         name,
         &io::Error::from_raw_os_error(libc::ENOENT),
@@ -210,8 +213,8 @@ fn is_passed_over(errno: i32) -> bool {
 }
 
 /// How much a trouble says about why a command does not run.
-fn rank(trouble: &Trouble) -> u8 {
-    match (trouble.step, trouble.errno) {
+fn rank(start_error: &StartError) -> u8 {
+    match (start_error.step, start_error.errno) {
         (Step::Execute, libc::ENOENT | libc::ENOTDIR) => 0,
         (Step::Interpreter, _) => 1,
         _ => 2,

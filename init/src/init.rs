@@ -1,4 +1,4 @@
-//! The life as the container's first process: the command is its child. Passes on every signal, reaps whatever ends, runs further
+//! Running as the container's PID 1, with the command as a child. Passes on every signal, reaps whatever ends, runs further
 //! commands on request, and ends with the command. Judges nothing: what ended how is told as the kernel told it.
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use nix::libc;
 use nix::sys::prctl;
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nspawn_init::{Request, Step, Trouble, Word, message};
+use nspawn_init::{InitEvent, Request, StartError, Step, message};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -21,8 +21,8 @@ use rustix_libc_wrappers::process::SignalExt;
 use serde::Deserialize;
 
 use crate::channel::{Channel, Packet};
-use crate::command::{Environment, execute, set_over, trouble};
-use crate::{Command as Task, await_go, enter};
+use crate::command::{Environment, execute, set_over, start_error};
+use crate::{Command as Task, enter, wait_for_start};
 
 /// A container's first process while its command runs.
 pub(crate) struct Init {
@@ -35,11 +35,11 @@ pub(crate) struct Init {
     home: Option<OwnedFd>,
     command: Pid,
     /// Further commands that run, by the numbers of their requests.
-    further: BTreeMap<u64, Pid>,
+    exec_sessions: BTreeMap<u64, Pid>,
 }
 
 /// Starts the command and tells that it runs. An error has been told to nobody; the channel comes back with it.
-pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, Trouble)> {
+pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, StartError)> {
     let home = open(
         ".",
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
@@ -49,7 +49,7 @@ pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, 
     match start_command(&task, &mut channel, home.as_ref()) {
         Ok((signals, command)) => {
             let pid = command.as_raw_pid();
-            channel.say(&Word::Running { pid });
+            channel.send(&InitEvent::Running { pid });
             Ok(Init {
                 channel,
                 signals,
@@ -57,10 +57,10 @@ pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, 
                 directory: task.directory,
                 home,
                 command,
-                further: BTreeMap::new(),
+                exec_sessions: BTreeMap::new(),
             })
         }
-        Err(trouble) => Err((channel, trouble)),
+        Err(start_error) => Err((channel, start_error)),
     }
 }
 
@@ -68,8 +68,8 @@ fn start_command(
     task: &Task,
     channel: &mut Channel,
     home: Option<&OwnedFd>,
-) -> Result<(SignalFd, Pid), Trouble> {
-    let fork = |error: nix::Error| trouble(Step::Fork, "", &error.into());
+) -> Result<(SignalFd, Pid), StartError> {
+    let fork = |error: nix::Error| start_error(Step::Fork, "", &error.into());
     prctl::set_name(c"nspawn-init").map_err(fork)?;
     // The kernel gives a first process every orphan; one that is none, in a test, has to ask for them.
     prctl::set_child_subreaper(true).map_err(fork)?;
@@ -79,9 +79,9 @@ fn start_command(
     )
     .map_err(fork)?;
     task.prepare()?;
-    await_go(channel)?;
+    wait_for_start(channel)?;
     let command = spawn(&task.words, &task.environment, |_| Ok(()))?;
-    go_home(home);
+    restore_directory(home);
     Ok((signals, command))
 }
 
@@ -90,7 +90,7 @@ fn spawn(
     words: &[String],
     environment: &Environment,
     connect: impl Fn(&mut Command) -> io::Result<()>,
-) -> Result<Pid, Trouble> {
+) -> Result<Pid, StartError> {
     execute(words, environment, |command| {
         connect(command)?;
         let child = command.process_group(0).spawn()?;
@@ -98,7 +98,7 @@ fn spawn(
     })
 }
 
-fn go_home(home: Option<&OwnedFd>) {
+fn restore_directory(home: Option<&OwnedFd>) {
     // In the wrong place it is still a good init, and every further command enters its own.
     let _ = home.map(fchdir);
 }
@@ -107,10 +107,10 @@ impl Init {
     /// Waits for the command's end. Returns how it ended, after telling so.
     pub(crate) fn run(mut self) -> WaitStatus {
         loop {
-            let channel = self.await_something();
+            let channel = self.poll();
             self.pass_signals_on();
             if let Some(status) = self.reap() {
-                self.channel.say(&Word::Ended {
+                self.channel.send(&InitEvent::Ended {
                     status: status.as_raw(),
                 });
                 self.channel.finish();
@@ -127,7 +127,7 @@ impl Init {
     }
 
     /// Waits for signals and the channel. What there is on the channel.
-    fn await_something(&self) -> PollFlags {
+    fn poll(&self) -> PollFlags {
         let mut descriptors = vec![PollFd::new(&self.signals, PollFlags::IN)];
         if let Some((socket, flags)) = self.channel.interest() {
             descriptors.push(PollFd::from_borrowed_fd(socket, flags));
@@ -157,18 +157,21 @@ impl Init {
         loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) if pid == self.command => ended = Some(status),
-                Ok(Some((pid, status))) => self.tell_end(pid, status),
+                Ok(Some((pid, status))) => self.report_exec_end(pid, status),
                 Err(Errno::INTR) => {}
                 Ok(None) | Err(_) => return ended,
             }
         }
     }
 
-    fn tell_end(&mut self, pid: Pid, status: WaitStatus) {
-        let found = self.further.iter().find(|(_, running)| **running == pid);
+    fn report_exec_end(&mut self, pid: Pid, status: WaitStatus) {
+        let found = self
+            .exec_sessions
+            .iter()
+            .find(|(_, running)| **running == pid);
         if let Some(id) = found.map(|(id, _)| *id) {
-            self.further.remove(&id);
-            self.channel.say(&Word::ExecEnded {
+            self.exec_sessions.remove(&id);
+            self.channel.send(&InitEvent::ExecEnded {
                 id,
                 status: status.as_raw(),
             });
@@ -184,7 +187,7 @@ impl Init {
                 directory,
             }) => {
                 let directory = directory.map(PathBuf::from);
-                let word = match self.run_further(
+                let event = match self.start_exec_session(
                     id,
                     &command,
                     environment,
@@ -192,16 +195,16 @@ impl Init {
                     packet.descriptors,
                 ) {
                     Ok(pid) => {
-                        self.further.insert(id, pid);
+                        self.exec_sessions.insert(id, pid);
                         let pid = pid.as_raw_pid();
-                        Word::ExecRunning { id, pid }
+                        InitEvent::ExecRunning { id, pid }
                     }
-                    Err(trouble) => Word::ExecFailed { id, trouble },
+                    Err(start_error) => InitEvent::ExecFailed { id, start_error },
                 };
-                self.channel.say(&word);
+                self.channel.send(&event);
             }
             Ok(Request::Signal { id, signal }) => {
-                if let Some(pid) = self.further.get(&id) {
+                if let Some(pid) = self.exec_sessions.get(&id) {
                     send(*pid, signal);
                 }
             }
@@ -209,28 +212,29 @@ impl Init {
             Ok(Request::Go) => {}
             Err(_) => {
                 if let Some(id) = number_of(&packet.bytes) {
-                    let trouble = refused(libc::EBADMSG);
-                    self.channel.say(&Word::ExecFailed { id, trouble });
+                    let start_error = refused(libc::EBADMSG);
+                    self.channel
+                        .send(&InitEvent::ExecFailed { id, start_error });
                 }
             }
         }
     }
 
-    fn run_further(
+    fn start_exec_session(
         &self,
         id: u64,
         command: &[String],
         over: Vec<(String, String)>,
         directory: Option<PathBuf>,
         descriptors: Vec<OwnedFd>,
-    ) -> Result<Pid, Trouble> {
+    ) -> Result<Pid, StartError> {
         let Ok([stdin, stdout, stderr]) = <[OwnedFd; 3]>::try_from(descriptors) else {
             return Err(refused(libc::EBADF));
         };
         if command.is_empty() {
             return Err(refused(libc::EINVAL));
         }
-        if self.further.contains_key(&id) {
+        if self.exec_sessions.contains_key(&id) {
             return Err(refused(libc::EEXIST));
         }
         let mut environment = self.environment.clone();
@@ -245,7 +249,7 @@ impl Init {
                 Ok(())
             })
         });
-        go_home(self.home.as_ref());
+        restore_directory(self.home.as_ref());
         started
     }
 }
@@ -258,8 +262,8 @@ fn send(pid: Pid, number: i32) {
     }
 }
 
-fn refused(errno: i32) -> Trouble {
-    trouble(Step::Order, "", &io::Error::from_raw_os_error(errno))
+fn refused(errno: i32) -> StartError {
+    start_error(Step::Order, "", &io::Error::from_raw_os_error(errno))
 }
 
 /// The number of a request to run something that can't be read otherwise.

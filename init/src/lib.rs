@@ -1,6 +1,5 @@
-//! What the driver's own first program in a container is told and what it tells: the descriptors it finds, its order, the
-//! words on its channel. Shared by the program and by the supervisor that starts it. Types and their text form only: reads no
-//! descriptor, starts nothing.
+//! The interface of the driver's own init: the descriptors it finds, its spec, the requests and events on its channel. Shared by
+//! the program and by the supervisor that starts it. Types and their text form only: reads no descriptor, starts nothing.
 //!
 //! systemd-nspawn passes descriptors from 3 on to the first process (`sd_listen_fds(3)`); [`Descriptor`] says which is which.
 //! The channel is a socket of the `SOCK_SEQPACKET` kind: every message is one packet, and carries one JSON value.
@@ -9,10 +8,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// A longer packet was not written by us.
-pub const LONGEST: usize = 128 * 1024;
+pub const MAX_PACKET_BYTES: usize = 128 * 1024;
 
 /// A larger order was not written by us. The kernel takes 2 MiB of arguments and environment by default, 6 MiB at most.
-pub const LARGEST_ORDER: u64 = 16 * 1024 * 1024;
+pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Exit status when the command was found and can't be executed, as shells and docker have it.
 pub const NOT_EXECUTABLE: i32 = 126;
@@ -31,7 +30,7 @@ pub enum Descriptor {
     /// The program itself: it is executed by this descriptor, so that nothing of it appears in the container's tree.
     Program = 6,
     /// The order, a file to be read from its beginning.
-    Order = 7,
+    Spec = 7,
 }
 
 /// How many there are: the value of `LISTEN_FDS`.
@@ -42,9 +41,10 @@ pub const PROGRAM: &str = "/proc/self/fd/6";
 
 /// What the program is to do. Holds secrets, so it travels by descriptor only.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Order {
+pub struct InitSpec {
     /// Which life it is to lead.
-    pub life: Life,
+    #[serde(rename = "life")]
+    pub mode: InitMode,
     /// The words of the command. None: the shell of the container, as a login shell.
     pub command: Vec<String>,
     /// Variables set over those that systemd-nspawn gives. Values are secrets.
@@ -59,15 +59,15 @@ pub struct Order {
 }
 
 /// Not the values of variables.
-impl std::fmt::Debug for Order {
+impl std::fmt::Debug for InitSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let names: Vec<&str> = self
             .environment
             .iter()
             .map(|(name, _)| name.as_str())
             .collect();
-        f.debug_struct("Order")
-            .field("life", &self.life)
+        f.debug_struct("InitSpec")
+            .field("mode", &self.mode)
             .field("command", &self.command)
             .field("environment", &names)
             .field("directory", &self.directory)
@@ -80,7 +80,7 @@ impl std::fmt::Debug for Order {
 /// What becomes of the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Life {
+pub enum InitMode {
     /// It becomes the command.
     Launcher,
     /// It stays the first process, and the command is its child.
@@ -95,7 +95,7 @@ pub struct Filter(pub Vec<(u16, u8, u8, u32)>);
 /// What the program tells.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Word {
+pub enum InitEvent {
     /// Everything is prepared and the command waits for [`Request::Go`]. The first word, unless it is `Failed`.
     Ready,
     /// The command runs. A launcher that has become the command can't say it.
@@ -103,8 +103,8 @@ pub enum Word {
         /// Its process id inside the container.
         pid: i32,
     },
-    /// The command does not run, and the program exits with [`Trouble::status`].
-    Failed(Trouble),
+    /// The command does not run, and the program exits with [`StartError::status`].
+    Failed(StartError),
     /// The command has ended with this raw wait status.
     Ended {
         /// As `wait(2)` gives it: exit code, signal, core flag.
@@ -122,7 +122,8 @@ pub enum Word {
         /// The request's number.
         id: u64,
         /// Why.
-        trouble: Trouble,
+        #[serde(rename = "trouble")]
+        start_error: StartError,
     },
     /// A further command has ended.
     ExecEnded {
@@ -180,7 +181,7 @@ impl std::fmt::Debug for Request {
 
 /// Why a command does not run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Trouble {
+pub struct StartError {
     /// What was being done.
     pub step: Step,
     /// With which file or directory inside the container; empty where there is none.
@@ -209,7 +210,7 @@ pub enum Step {
     Interpreter,
 }
 
-impl Trouble {
+impl StartError {
     /// The exit status that says this to those who only see a number.
     pub fn status(&self) -> i32 {
         const ENOENT: i32 = 2;
@@ -221,7 +222,7 @@ impl Trouble {
 }
 
 /// In words for a person, with the file's name.
-impl std::fmt::Display for Trouble {
+impl std::fmt::Display for StartError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let what = match self.step {
             Step::Order => "the container's first program can't read its order",
@@ -254,14 +255,16 @@ pub fn packet<T: Serialize>(message: &T) -> Vec<u8> {
 
 /// The message in one packet. The error says what is wrong with it and not what it holds.
 pub fn message<T: DeserializeOwned>(packet: &[u8]) -> Result<T, Malformed> {
-    if packet.len() > LONGEST {
-        return Err(Malformed { column: LONGEST });
+    if packet.len() > MAX_PACKET_BYTES {
+        return Err(Malformed {
+            column: MAX_PACKET_BYTES,
+        });
     }
     read(packet)
 }
 
 /// The order in these bytes.
-pub fn order(bytes: &[u8]) -> Result<Order, Malformed> {
+pub fn parse_spec(bytes: &[u8]) -> Result<InitSpec, Malformed> {
     read(bytes)
 }
 
@@ -299,10 +302,10 @@ mod tests {
         prop::collection::vec((text(), text()), 0..4)
     }
 
-    fn orders() -> impl Strategy<Value = Order> {
+    fn specs() -> impl Strategy<Value = InitSpec> {
         let filter = prop::collection::vec(any::<(u16, u8, u8, u32)>(), 0..4).prop_map(Filter);
         (
-            prop_oneof![Just(Life::Launcher), Just(Life::Init)],
+            prop_oneof![Just(InitMode::Launcher), Just(InitMode::Init)],
             prop::collection::vec(text(), 0..4),
             variables(),
             prop::option::of(text()),
@@ -310,8 +313,8 @@ mod tests {
             prop::collection::vec(filter, 0..3),
         )
             .prop_map(
-                |(life, command, environment, directory, streams, filters)| Order {
-                    life,
+                |(mode, command, environment, directory, streams, filters)| InitSpec {
+                    mode,
                     command,
                     environment,
                     directory,
@@ -348,27 +351,27 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(order_ in orders(), request in requests()) {
-            prop_assert_eq!(order(&packet(&order_)).unwrap(), order_);
+        fn what_is_written_is_read(spec in specs(), request in requests()) {
+            prop_assert_eq!(parse_spec(&packet(&spec)).unwrap(), spec);
             prop_assert_eq!(message::<Request>(&packet(&request)).unwrap(), request);
         }
 
         #[test]
         fn no_bytes_do_harm(bytes in any::<Vec<u8>>()) {
-            let _ = order(&bytes);
+            let _ = parse_spec(&bytes);
             let _ = message::<Request>(&bytes);
-            let _ = message::<Word>(&bytes);
+            let _ = message::<InitEvent>(&bytes);
         }
 
         #[test]
         fn no_damage_does_harm(
-            order_ in orders(),
+            spec in specs(),
             request in requests(),
             at in any::<prop::sample::Index>(),
             length in 0..9usize,
             by in prop::collection::vec(any::<u8>(), 0..4),
         ) {
-            let _ = order(&damaged(&packet(&order_), at, length, &by));
+            let _ = parse_spec(&damaged(&packet(&spec), at, length, &by));
             let _ = message::<Request>(&damaged(&packet(&request), at, length, &by));
         }
     }
@@ -377,23 +380,23 @@ mod tests {
     fn an_order_without_filters_can_be_read() {
         let text =
             br#"{"life":"init","command":[],"environment":[],"directory":null,"streams":false}"#;
-        assert!(order(text).unwrap().filters.is_empty());
+        assert!(parse_spec(text).unwrap().filters.is_empty());
     }
 
     #[test]
     fn what_is_too_long_is_no_message() {
-        let running = Word::Running { pid: 2 };
-        let word = packet(&running);
-        let padded = [&word[..], &vec![b' '; LONGEST - word.len()]].concat();
-        assert_eq!(message::<Word>(&padded), Ok(running));
-        assert!(message::<Word>(&[&padded[..], b" "].concat()).is_err());
+        let running = InitEvent::Running { pid: 2 };
+        let event = packet(&running);
+        let padded = [&event[..], &vec![b' '; MAX_PACKET_BYTES - event.len()]].concat();
+        assert_eq!(message::<InitEvent>(&padded), Ok(running));
+        assert!(message::<InitEvent>(&[&padded[..], b" "].concat()).is_err());
     }
 
     #[test]
     fn no_error_and_no_debug_form_tells_a_value() {
         let secret = vec![("NAME".to_owned(), "s3cret".to_owned())];
-        let order_ = Order {
-            life: Life::Init,
+        let spec = InitSpec {
+            mode: InitMode::Init,
             command: Vec::new(),
             environment: secret.clone(),
             directory: None,
@@ -406,9 +409,9 @@ mod tests {
             environment: secret,
             directory: None,
         };
-        let error = order(br#"{"life":"s3cret"}"#).unwrap_err();
+        let error = parse_spec(br#"{"life":"s3cret"}"#).unwrap_err();
         for text in [
-            format!("{order_:?}"),
+            format!("{spec:?}"),
             format!("{request:?}"),
             format!("{error:?} {error}"),
         ] {
@@ -450,13 +453,13 @@ mod tests {
             ),
         ];
         for (step, file, errno, status, text) in rows {
-            let trouble = Trouble {
+            let start_error = StartError {
                 step,
                 file: file.to_owned(),
                 errno,
             };
             assert_eq!(
-                (trouble.status(), trouble.to_string()),
+                (start_error.status(), start_error.to_string()),
                 (status, text.to_owned())
             );
         }

@@ -19,14 +19,14 @@ use std::process::ExitCode;
 use nix::libc;
 use nix::sys::signal::SigSet;
 use nspawn_init::{
-    Filter, LARGEST_ORDER, Life, NOT_EXECUTABLE, Order, Request, Step, Trouble, Word, message,
-    order,
+    Filter, InitEvent, InitMode, InitSpec, MAX_SPEC_BYTES, NOT_EXECUTABLE, Request, StartError,
+    Step, message, parse_spec,
 };
 use rustix::process::{WaitStatus, chdir};
 use rustix::stdio::{dup2_stderr, dup2_stdout};
 
 use crate::channel::Channel;
-use crate::command::{Environment, environment, execute, trouble};
+use crate::command::{Environment, environment, execute, start_error};
 use crate::init::Init;
 use crate::raw::Inherited;
 
@@ -39,39 +39,39 @@ fn main() -> ExitCode {
         stdout,
         stderr,
         program,
-        order,
+        spec,
     } = match raw::inherited() {
         Ok(inherited) => inherited,
         Err(_) => {
-            complain("this is the first program of a container, and starts there only");
+            print_error("this is the first program of a container, and starts there only");
             return status(NOT_EXECUTABLE);
         }
     };
     drop(program);
     let mut channel = Channel::new(channel);
-    let trouble = match ready(order, &stdout, &stderr) {
-        Ok((Life::Launcher, command)) => {
+    let start_error = match ready(spec, &stdout, &stderr) {
+        Ok((InitMode::Launcher, command)) => {
             drop((stdout, stderr));
             match launch(&mut channel, &command) {
                 Ok(never) => match never {},
-                Err(trouble) => trouble,
+                Err(start_error) => start_error,
             }
         }
-        Ok((Life::Init, command)) => {
+        Ok((InitMode::Init, command)) => {
             drop((stdout, stderr));
             match init::start(channel, command) {
                 Ok(init) => return ended(init),
-                Err((back, trouble)) => {
+                Err((back, start_error)) => {
                     channel = back;
-                    trouble
+                    start_error
                 }
             }
         }
-        Err(trouble) => trouble,
+        Err(start_error) => start_error,
     };
-    complain(&trouble.to_string());
-    let status = status(trouble.status());
-    channel.say(&Word::Failed(trouble));
+    print_error(&start_error.to_string());
+    let status = status(start_error.status());
+    channel.send(&InitEvent::Failed(start_error));
     channel.finish();
     status
 }
@@ -86,7 +86,7 @@ pub(crate) struct Command {
 
 impl Command {
     /// Enters the directory and installs the filters, which is all that is left before the command can be executed.
-    fn prepare(&self) -> Result<(), Trouble> {
+    fn prepare(&self) -> Result<(), StartError> {
         enter(self.directory.as_deref())?;
         if self.words.is_empty() && self.directory.is_none() {
             // As systemd-nspawn does for a shell: a home that is not there is no trouble.
@@ -94,18 +94,18 @@ impl Command {
             let _ = chdir(home.map_or_else(|| OsStr::new("/root"), OsString::as_os_str));
         }
         for filter in &self.filters {
-            raw::install(filter).map_err(|error| trouble(Step::Filters, "", &error))?;
+            raw::install(filter).map_err(|error| start_error(Step::Filters, "", &error))?;
         }
         Ok(())
     }
 }
 
 /// Enters a directory, if there is one to enter.
-fn enter(directory: Option<&Path>) -> Result<(), Trouble> {
+fn enter(directory: Option<&Path>) -> Result<(), StartError> {
     let Some(directory) = directory else {
         return Ok(());
     };
-    chdir(directory).map_err(|error| trouble(Step::Directory, directory, &error.into()))
+    chdir(directory).map_err(|error| start_error(Step::Directory, directory, &error.into()))
 }
 
 /// Reads the order and connects the streams.
@@ -113,24 +113,25 @@ fn ready(
     descriptor: OwnedFd,
     stdout: &OwnedFd,
     stderr: &OwnedFd,
-) -> Result<(Life, Command), Trouble> {
-    let order = read(&File::from(descriptor)).map_err(|error| trouble(Step::Order, "", &error))?;
-    if order.streams {
+) -> Result<(InitMode, Command), StartError> {
+    let spec =
+        read(&File::from(descriptor)).map_err(|error| start_error(Step::Order, "", &error))?;
+    if spec.streams {
         dup2_stdout(stdout)
             .and_then(|()| dup2_stderr(stderr))
-            .map_err(|error| trouble(Step::Streams, "", &error.into()))?;
+            .map_err(|error| start_error(Step::Streams, "", &error.into()))?;
     }
     let command = Command {
-        words: order.command,
-        environment: environment(order.environment),
-        directory: order.directory.map(PathBuf::from),
-        filters: order.filters,
+        words: spec.command,
+        environment: environment(spec.environment),
+        directory: spec.directory.map(PathBuf::from),
+        filters: spec.filters,
     };
-    Ok((order.life, command))
+    Ok((spec.mode, command))
 }
 
 /// Reads from the file's beginning, wherever it stands: others have read from the same description.
-fn read(file: &File) -> io::Result<Order> {
+fn read(file: &File) -> io::Result<InitSpec> {
     struct FromStart<'a>(&'a File, u64);
     impl Read for FromStart<'_> {
         fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
@@ -141,18 +142,18 @@ fn read(file: &File) -> io::Result<Order> {
     }
     let mut bytes = Vec::new();
     FromStart(file, 0)
-        .take(LARGEST_ORDER + 1)
+        .take(MAX_SPEC_BYTES + 1)
         .read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > LARGEST_ORDER {
+    if bytes.len() as u64 > MAX_SPEC_BYTES {
         return Err(io::Error::from_raw_os_error(libc::EFBIG));
     }
-    order(&bytes).map_err(|_| io::Error::from_raw_os_error(libc::EBADMSG))
+    parse_spec(&bytes).map_err(|_| io::Error::from_raw_os_error(libc::EBADMSG))
 }
 
 /// Becomes the command, once it may.
-fn launch(channel: &mut Channel, command: &Command) -> Result<Infallible, Trouble> {
+fn launch(channel: &mut Channel, command: &Command) -> Result<Infallible, StartError> {
     command.prepare()?;
-    await_go(channel)?;
+    wait_for_start(channel)?;
     execute(&command.words, &command.environment, |command| {
         Err(command.exec())
     })
@@ -160,14 +161,14 @@ fn launch(channel: &mut Channel, command: &Command) -> Result<Infallible, Troubl
 
 /// Says that everything is ready, and waits for the word to go. A supervisor that dies instead wants no command to run: nobody
 /// would watch over it.
-fn await_go(channel: &mut Channel) -> Result<(), Trouble> {
-    channel.say(&Word::Ready);
+fn wait_for_start(channel: &mut Channel) -> Result<(), StartError> {
+    channel.send(&InitEvent::Ready);
     while let Some(packet) = channel.await_packet() {
         if matches!(message(&packet.bytes), Ok(Request::Go)) {
             return Ok(());
         }
     }
-    Err(Trouble {
+    Err(StartError {
         step: Step::Order,
         file: String::new(),
         errno: libc::ECANCELED,
@@ -187,7 +188,7 @@ fn status(number: i32) -> ExitCode {
 }
 
 /// To the task's stderr, as a shell would.
-fn complain(what: &str) {
+fn print_error(what: &str) {
     // There is nobody to tell that it can't be told.
     let _ = writeln!(io::stderr(), "{what}");
 }

@@ -26,7 +26,7 @@ pub(crate) struct Inherited {
     pub(crate) stdout: OwnedFd,
     pub(crate) stderr: OwnedFd,
     pub(crate) program: OwnedFd,
-    pub(crate) order: OwnedFd,
+    pub(crate) spec: OwnedFd,
 }
 
 /// Takes them over and marks them so that no command inherits them. All or none: an error if one of them is not open, or if
@@ -50,7 +50,7 @@ pub(crate) fn inherited() -> io::Result<Inherited> {
         stdout: take(Descriptor::Stdout),
         stderr: take(Descriptor::Stderr),
         program: take(Descriptor::Program),
-        order: take(Descriptor::Order),
+        spec: take(Descriptor::Spec),
     })
 }
 
@@ -73,7 +73,7 @@ pub(crate) fn dump_no_core() {
 
 /// Has a command start with no signal blocked, as this process has them all, and none ignored: whoever is started by
 /// posix_spawn(3) ignores two that the C library keeps for itself, and so does all it starts.
-pub(crate) fn with_signals_and_limits_as_at_birth(command: &mut Command) {
+pub(crate) fn with_default_signals_and_limits(command: &mut Command) {
     /// The kernel's `struct sigaction`, with nothing in it: the default.
     const DEFAULT: [u64; 4] = [0; 4];
     const LAST: i32 = 64;

@@ -36,7 +36,7 @@ pub struct CommandLine {
     /// The environment. Values are secrets.
     pub environment: BTreeMap<String, String>,
     /// The order of our own first program. `None` in a booted container: its first program is the image's init.
-    pub init: Option<nspawn_init::Order>,
+    pub init: Option<nspawn_init::InitSpec>,
 }
 
 /// What the installed systemd-nspawn can't be told.
@@ -113,15 +113,15 @@ pub fn command_line(
 }
 
 /// What our own first program is told: the command with everything that systemd-nspawn would show to the whole host.
-fn init(spec: &ContainerSpec) -> Option<nspawn_init::Order> {
-    let life = match spec.mode {
+fn init(spec: &ContainerSpec) -> Option<nspawn_init::InitSpec> {
+    let mode = match spec.mode {
         Mode::Boot => return None,
-        Mode::ProcessTwo => nspawn_init::Life::Init,
-        Mode::Plain => nspawn_init::Life::Launcher,
+        Mode::ProcessTwo => nspawn_init::InitMode::Init,
+        Mode::Plain => nspawn_init::InitMode::Launcher,
     };
     let variables = spec.environment.iter();
-    Some(nspawn_init::Order {
-        life,
+    Some(nspawn_init::InitSpec {
+        mode,
         command: spec.command.clone(),
         environment: variables
             .map(|(name, value)| (name.clone(), value.clone()))

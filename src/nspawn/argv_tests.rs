@@ -112,7 +112,7 @@ fn every_option_has_its_word() {
     /proc/self/fd/6
     ");
     let init = line(&full, HOST).init.unwrap();
-    assert_eq!(init.life, nspawn_init::Life::Init);
+    assert_eq!(init.mode, nspawn_init::InitMode::Init);
     assert_eq!(init.command, full.command);
     assert_eq!(init.directory.as_deref(), Some("/srv"));
     assert!(init.streams);

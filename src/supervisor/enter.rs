@@ -142,7 +142,7 @@ fn receive_descriptors(task_dir: &TaskDir) -> io::Result<()> {
         Descriptor::Stdout,
         Descriptor::Stderr,
         Descriptor::Program,
-        Descriptor::Order,
+        Descriptor::Spec,
     ];
     let have = received_fds.into_iter().chain([launch_spec.as_raw_fd()]);
     if !have.eq(wanted.map(|descriptor| descriptor as RawFd)) {

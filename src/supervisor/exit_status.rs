@@ -5,7 +5,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::SystemTime;
 
-use nspawn_init::Trouble;
+use nspawn_init::StartError;
 
 use crate::container::{Exit, Mode, UNKNOWN_END};
 use crate::signal::Signal;
@@ -27,7 +27,7 @@ const POWER_OFF: i32 = 2;
 pub(super) struct ExitEvidence<'a> {
     pub(super) mode: Mode,
     /// Why the command did not run at all.
-    pub(super) start_error: Option<&'a Trouble>,
+    pub(super) start_error: Option<&'a StartError>,
     /// The command's raw wait status, where our own program was its parent.
     pub(super) command: Option<i32>,
     /// The leader's raw wait status, where the kernel tells it to others than the parent.
@@ -382,7 +382,7 @@ mod tests {
         assert_eq!(end(&with(15)), (143, 15, false));
         assert_eq!(end(&with(1)), (129, 1, false), "no reboot: it is a child");
         assert_eq!(end(&with(exited(255))), (255, 0, false));
-        let start_error = Trouble {
+        let start_error = StartError {
             step: nspawn_init::Step::Execute,
             file: "/bin/none".into(),
             errno: 2,

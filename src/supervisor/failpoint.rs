@@ -116,8 +116,8 @@ fn directory(task_dir: &TaskDir) -> Option<std::path::PathBuf> {
 #[cfg(debug_assertions)]
 fn hold(mut stream: std::os::unix::net::UnixStream) {
     use std::io::{Read as _, Write as _};
-    let life = std::env::args_os().nth(1).unwrap_or_default();
-    let written = writeln!(stream, "{} {}", life.display(), std::process::id());
+    let expected = std::env::args_os().nth(1).unwrap_or_default();
+    let written = writeln!(stream, "{} {}", expected.display(), std::process::id());
     // Whatever goes wrong on the line is the test's end.
     if written.is_ok() {
         let _ = stream.read(&mut [0]);

@@ -13,7 +13,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, RecvMsg, SockFlag, SockType, UnixCredentials,
     recvmsg, send, setsockopt, socketpair, sockopt,
 };
-use nspawn_init::{LONGEST, Request, Word, message, packet};
+use nspawn_init::{InitEvent, MAX_PACKET_BYTES, Request, message, packet};
 
 /// The program, as the build has made it: static, for the machine's architecture.
 const INIT_BINARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/nspawn-init"));
@@ -81,12 +81,12 @@ enum ProtocolState {
 
 impl ProtocolState {
     /// Where this word leads, if it may come now. Of further commands there is nothing to tell: none is asked for.
-    fn then(self, event: &Word) -> Option<Self> {
+    fn then(self, event: &InitEvent) -> Option<Self> {
         match (self, event) {
-            (Self::Initial, Word::Ready) => Some(Self::Ready),
-            (Self::Ready, Word::Running { .. }) => Some(Self::Running),
-            (Self::Initial | Self::Ready, Word::Failed(_))
-            | (Self::Running, Word::Ended { .. }) => Some(Self::Done),
+            (Self::Initial, InitEvent::Ready) => Some(Self::Ready),
+            (Self::Ready, InitEvent::Running { .. }) => Some(Self::Running),
+            (Self::Initial | Self::Ready, InitEvent::Failed(_))
+            | (Self::Running, InitEvent::Ended { .. }) => Some(Self::Done),
             _ => None,
         }
     }
@@ -106,7 +106,7 @@ impl InitChannel {
             socket: Some(ours),
             peer_pid: None,
             state: ProtocolState::Initial,
-            buffer: vec![0; LONGEST],
+            buffer: vec![0; MAX_PACKET_BYTES],
         };
         Ok((channel, theirs))
     }
@@ -121,7 +121,7 @@ impl InitChannel {
     }
 
     /// The next word, if one is there and may come now; four in all at the most. Whoever says anything else is heard no more.
-    pub(super) fn recv(&mut self) -> Option<Word> {
+    pub(super) fn recv(&mut self) -> Option<InitEvent> {
         let socket = self.socket.as_ref()?;
         let buffer = &mut self.buffer;
         let mut credentials = nix::cmsg_space!(UnixCredentials);
@@ -150,7 +150,7 @@ impl InitChannel {
                 return None;
             }
         };
-        let event: Option<Word> = message(&self.buffer[..length]).ok();
+        let event: Option<InitEvent> = message(&self.buffer[..length]).ok();
         let Some(state) = event.as_ref().and_then(|event| self.state.then(event)) else {
             self.close();
             return None;
@@ -188,11 +188,11 @@ fn peer_pid_of(received: &RecvMsg<'_, '_, ()>) -> Option<i32> {
 mod tests {
     use super::*;
 
-    const RUNNING: Word = Word::Running { pid: 2 };
-    const LIFE: [Word; 3] = [Word::Ready, RUNNING, Word::Ended { status: 0 }];
+    const RUNNING: InitEvent = InitEvent::Running { pid: 2 };
+    const ALL_EVENTS: [InitEvent; 3] = [InitEvent::Ready, RUNNING, InitEvent::Ended { status: 0 }];
 
     /// What is heard when this is said, and whether the channel is open after it.
-    fn received(state: &[Word]) -> (Vec<Word>, bool) {
+    fn received(state: &[InitEvent]) -> (Vec<InitEvent>, bool) {
         let (mut channel, theirs) = InitChannel::open().unwrap();
         for event in state {
             let flags = MsgFlags::MSG_DONTWAIT;
@@ -205,34 +205,37 @@ mod tests {
 
     #[test]
     fn a_whole_life_is_heard() {
-        assert_eq!(received(&LIFE), (LIFE.to_vec(), true));
+        assert_eq!(received(&ALL_EVENTS), (ALL_EVENTS.to_vec(), true));
     }
 
     #[test]
     fn of_a_flood_nothing_is_heard_but_what_can_be_true() {
-        for flood in LIFE {
-            let mut state = LIFE.to_vec();
-            state.truncate(1 + LIFE.iter().position(|event| *event == flood).unwrap());
-            let life = state.clone();
+        for flood in ALL_EVENTS {
+            let mut state = ALL_EVENTS.to_vec();
+            state.truncate(1 + ALL_EVENTS.iter().position(|event| *event == flood).unwrap());
+            let expected = state.clone();
             state.resize(1000, flood);
-            assert_eq!(received(&state), (life, false));
+            assert_eq!(received(&state), (expected, false));
         }
     }
 
     #[test]
     fn what_can_not_be_said_yet_ends_it() {
-        let failed = Word::Failed(nspawn_init::Trouble {
+        let failed = InitEvent::Failed(nspawn_init::StartError {
             step: nspawn_init::Step::Execute,
             file: "/bin/none".into(),
             errno: 2,
         });
         for (state, events) in [
             (vec![RUNNING], 0),
-            (vec![Word::Ended { status: 0 }], 0),
-            (vec![Word::Ready, Word::Ended { status: 0 }], 1),
-            (vec![Word::Ready, RUNNING, failed.clone()], 2),
-            (vec![failed.clone(), Word::Ready], 1),
-            (vec![Word::Ready, Word::ExecEnded { id: 1, status: 0 }], 1),
+            (vec![InitEvent::Ended { status: 0 }], 0),
+            (vec![InitEvent::Ready, InitEvent::Ended { status: 0 }], 1),
+            (vec![InitEvent::Ready, RUNNING, failed.clone()], 2),
+            (vec![failed.clone(), InitEvent::Ready], 1),
+            (
+                vec![InitEvent::Ready, InitEvent::ExecEnded { id: 1, status: 0 }],
+                1,
+            ),
         ] {
             assert_eq!(
                 received(&state),

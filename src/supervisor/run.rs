@@ -29,7 +29,7 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nspawn_init::{Trouble, Word};
+use nspawn_init::{InitEvent, StartError};
 
 use super::clients::Clients;
 use super::exit_status::NspawnFinalStatus;
@@ -169,7 +169,7 @@ struct Supervisor {
     /// To the container's first program, where it is ours.
     init_channel: Option<InitChannel>,
     /// Why the command does not run, from the first program.
-    start_error: Option<Trouble>,
+    start_error: Option<StartError>,
     /// The process that signals are for with `process_two`: the first program, which passes them on, until it has said which
     /// process the command is; then the command.
     command: Option<ProcessHandle>,
@@ -410,21 +410,23 @@ impl Supervisor {
         };
         while let Some(event) = channel.recv() {
             match event {
-                Word::Ready => {
+                InitEvent::Ready => {
                     let init = channel.peer_pid();
                     self.command = init.and_then(|init| ProcessHandle::open(init).ok());
                     if let State::Starting { ready, .. } = &mut self.state {
                         *ready = true;
                     }
                 }
-                Word::Failed(start_error) => self.start_error = Some(start_error),
-                Word::Ended { status } => self.command_status = Some(status),
-                Word::Running { pid } => {
+                InitEvent::Failed(start_error) => self.start_error = Some(start_error),
+                InitEvent::Ended { status } => self.command_status = Some(status),
+                InitEvent::Running { pid } => {
                     let init = channel.peer_pid();
                     let command = init.and_then(|init| child_by_inner_pid(init, pid));
                     self.command = command.or_else(|| self.command.take());
                 }
-                Word::ExecRunning { .. } | Word::ExecFailed { .. } | Word::ExecEnded { .. } => {}
+                InitEvent::ExecRunning { .. }
+                | InitEvent::ExecFailed { .. }
+                | InitEvent::ExecEnded { .. } => {}
             }
         }
     }

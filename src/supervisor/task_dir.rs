@@ -294,7 +294,7 @@ impl TaskDir {
         &self,
         launch_spec: &LaunchSpec,
         environment: &BTreeMap<String, String>,
-        init: Option<&nspawn_init::Order>,
+        init: Option<&nspawn_init::InitSpec>,
     ) -> io::Result<()> {
         self.write("environment", &serde_json::to_vec(environment)?)?;
         if let Some(init) = init {

@@ -3,15 +3,15 @@
 use std::process::{Command, Stdio};
 
 use nix::libc;
-use nspawn_init::{Filter, Life, Order, PROGRAM, Request, Step, Word, packet};
+use nspawn_init::{Filter, InitEvent, InitMode, InitSpec, PROGRAM, Request, Step, packet};
 
-use crate::harness::{Launch, Left, directory, order, run, shell};
+use crate::harness::{Launch, Left, directory, run, shell, spec};
 
 const LOAD: u16 = 0x20;
 const EQUAL: u16 = 0x15;
 const RETURN: u16 = 0x06;
 
-const LIVES: [Life; 2] = [Life::Launcher, Life::Init];
+const MODES: [InitMode; 2] = [InitMode::Launcher, InitMode::Init];
 
 /// Answers these system calls with this error, and allows the others.
 fn refusing(calls: &[libc::c_long], errno: i32) -> Filter {
@@ -62,18 +62,18 @@ fn may_unshare() -> bool {
 }
 
 /// Runs it with the right to install filters, if there is any way to get it.
-fn run_with_right(order: &Order) -> Option<Left> {
+fn run_with_right(spec: &InitSpec) -> Option<Left> {
     if may_install() {
-        return Some(run(order));
+        return Some(run(spec));
     }
     if may_unshare() {
         let mut command = Command::new("unshare");
         command.args(["-r", PROGRAM]);
-        return Some(Launch::by(command, packet(order)).run());
+        return Some(Launch::by(command, packet(spec)).run());
     }
-    let left = run(order);
-    assert_eq!(left.trouble().step, Step::Filters);
-    assert_eq!(left.trouble().errno, libc::EACCES);
+    let left = run(spec);
+    assert_eq!(left.start_error().step, Step::Filters);
+    assert_eq!(left.start_error().errno, libc::EACCES);
     assert_eq!((left.words.len(), left.code()), (1, 126));
     None
 }
@@ -82,10 +82,10 @@ fn run_with_right(order: &Order) -> Option<Left> {
 fn filters_hold_for_the_command() {
     let place = directory();
     let made = place.path().join("made");
-    for life in LIVES {
-        let mut order = order(life, &["/bin/mkdir", made.to_str().unwrap()]);
-        order.filters = vec![no_directories(), refusing(&[libc::SYS_reboot], libc::EPERM)];
-        if let Some(left) = run_with_right(&order) {
+    for mode in MODES {
+        let mut spec = spec(mode, &["/bin/mkdir", made.to_str().unwrap()]);
+        spec.filters = vec![no_directories(), refusing(&[libc::SYS_reboot], libc::EPERM)];
+        if let Some(left) = run_with_right(&spec) {
             assert_eq!(left.code(), 1, "{left:?}");
             assert!(left.stderr.contains("No space left"), "{left:?}");
         }
@@ -95,10 +95,10 @@ fn filters_hold_for_the_command() {
 
 #[test]
 fn filters_are_all_there_is_to_it() {
-    for life in LIVES {
-        let mut order = order(life, &["/bin/cat", "/proc/self/status"]);
-        order.filters = vec![no_directories(), no_directories()];
-        if let Some(left) = run_with_right(&order) {
+    for mode in MODES {
+        let mut spec = spec(mode, &["/bin/cat", "/proc/self/status"]);
+        spec.filters = vec![no_directories(), no_directories()];
+        if let Some(left) = run_with_right(&spec) {
             let has = |line: &str| left.stdout.lines().any(|had| had == line);
             assert!(has("Seccomp:\t2"), "{left:?}");
             let before = format!("NoNewPrivs:\t{}", own("NoNewPrivs:"));
@@ -116,11 +116,14 @@ fn filters_that_are_none_are_refused() {
     let astray = Filter(vec![(EQUAL, 9, 9, 0), (RETURN, 0, 0, 0)]);
     let nonsense = Filter(vec![(0xffff, 0, 0, 0)]);
     for filter in [Filter(Vec::new()), endless, astray, nonsense] {
-        let mut order = order(Life::Init, &["/bin/true"]);
-        order.filters = vec![filter];
-        if let Some(left) = run_with_right(&order) {
-            let trouble = left.trouble();
-            assert_eq!((trouble.step, trouble.errno), (Step::Filters, libc::EINVAL));
+        let mut spec = spec(InitMode::Init, &["/bin/true"]);
+        spec.filters = vec![filter];
+        if let Some(left) = run_with_right(&spec) {
+            let start_error = left.start_error();
+            assert_eq!(
+                (start_error.step, start_error.errno),
+                (Step::Filters, libc::EINVAL)
+            );
             assert_eq!((left.words.len(), left.code()), (1, 126));
         }
     }
@@ -141,15 +144,18 @@ fn core_limits(pid: i32) -> (String, String) {
 fn it_leaves_no_core_dump_and_the_command_may() {
     let (soft, hard) = core_limits(std::process::id().cast_signed());
     let none = if hard == "0" { "0" } else { "1" };
-    for life in LIVES {
-        let order = shell(life, "read line; ulimit -S -c; ulimit -H -c");
-        let mut program = Launch::new(&order).without_go().start();
-        assert_eq!(program.word(), Some(Word::Ready));
+    for mode in MODES {
+        let spec = shell(mode, "read line; ulimit -S -c; ulimit -H -c");
+        let mut program = Launch::new(&spec).without_go().start();
+        assert_eq!(program.event(), Some(InitEvent::Ready));
         assert_eq!(core_limits(program.pid()), (none.to_owned(), hard.clone()));
         program.ask(&Request::Go, &[]);
-        if life == Life::Init {
-            let word = program.word();
-            assert!(matches!(word, Some(Word::Running { .. })), "{word:?}");
+        if mode == InitMode::Init {
+            let event = program.event();
+            assert!(
+                matches!(event, Some(InitEvent::Running { .. })),
+                "{event:?}"
+            );
             assert_eq!(core_limits(program.pid()).0, none);
         }
         program.tell("");
@@ -159,6 +165,6 @@ fn it_leaves_no_core_dump_and_the_command_may() {
         };
         let left = program.end();
         let want = format!("{}\n{}\n", blocks(&soft), blocks(&hard));
-        assert_eq!(left.stdout, want, "{life:?}");
+        assert_eq!(left.stdout, want, "{mode:?}");
     }
 }

@@ -1,9 +1,9 @@
 //! How commands end and what is told of it; how they fail to start.
 
 use nix::libc;
-use nspawn_init::{Life, Step, Trouble, Word};
+use nspawn_init::{InitEvent, InitMode, StartError, Step};
 
-use crate::harness::{Launch, directly, directory, executable, order, run, shell};
+use crate::harness::{Launch, directly, directory, executable, run, shell, spec};
 
 /// Those whose default is not an end.
 const HARMLESS: [i32; 8] = [
@@ -17,9 +17,13 @@ const HARMLESS: [i32; 8] = [
     libc::SIGWINCH,
 ];
 
-fn ran_and_ended(words: &[Word], raw: i32) {
+fn ran_and_ended(words: &[InitEvent], raw: i32) {
     match words {
-        [Word::Ready, Word::Running { .. }, Word::Ended { status }] if *status == raw => {}
+        [
+            InitEvent::Ready,
+            InitEvent::Running { .. },
+            InitEvent::Ended { status },
+        ] if *status == raw => {}
         other => panic!("{other:?}"),
     }
 }
@@ -27,7 +31,7 @@ fn ran_and_ended(words: &[Word], raw: i32) {
 #[test]
 fn every_exit_code_is_told_as_it_is() {
     for code in 0..=255 {
-        let left = run(&shell(Life::Init, &format!("exit {code}")));
+        let left = run(&shell(InitMode::Init, &format!("exit {code}")));
         let status = code << 8;
         ran_and_ended(&left.words, status);
         assert_eq!(left.status, status, "its own end says the same");
@@ -37,8 +41,8 @@ fn every_exit_code_is_told_as_it_is() {
 #[test]
 fn every_exit_code_of_a_launched_command_is_its_own() {
     for code in [0, 1, 2, 7, 126, 127, 128, 133, 137, 143, 255] {
-        let left = run(&shell(Life::Launcher, &format!("exit {code}")));
-        assert_eq!(left.words, [Word::Ready]);
+        let left = run(&shell(InitMode::Launcher, &format!("exit {code}")));
+        assert_eq!(left.words, [InitEvent::Ready]);
         assert_eq!(left.status, code << 8);
     }
 }
@@ -48,14 +52,14 @@ fn death_by_every_signal_is_told_as_it_is() {
     let place = directory();
     for number in (1..=64).filter(|number| !HARMLESS.contains(number)) {
         let script = format!("ulimit -c 0; kill -{number} $$");
-        let left = Launch::new(&shell(Life::Init, &script))
+        let left = Launch::new(&shell(InitMode::Init, &script))
             .directory(place.path())
             .run();
         let status = number;
         ran_and_ended(&left.words, status);
         assert_eq!(left.code(), 128 + number);
-        let left = run(&shell(Life::Launcher, &script));
-        assert_eq!((left.words, left.status), (vec![Word::Ready], number));
+        let left = run(&shell(InitMode::Launcher, &script));
+        assert_eq!((left.words, left.status), (vec![InitEvent::Ready], number));
     }
 }
 
@@ -65,7 +69,7 @@ fn a_core_dump_is_told_as_the_kernel_told_it() {
     let script = "ulimit -S -c $(ulimit -H -c); kill -QUIT $$";
     let (_, status) = directly(&["/bin/sh", "-c", script], place.path());
     assert_eq!(status & 0x7f, libc::SIGQUIT);
-    let left = Launch::new(&shell(Life::Init, script))
+    let left = Launch::new(&shell(InitMode::Init, script))
         .directory(place.path())
         .run();
     ran_and_ended(&left.words, status);
@@ -73,21 +77,21 @@ fn a_core_dump_is_told_as_the_kernel_told_it() {
 }
 
 /// The words of a command that does not run, its status, and what its stderr says.
-fn fails(life: Life, command: &[&str], path: &str) -> (Trouble, i32) {
-    let mut order = order(life, command);
-    order.environment = vec![("PATH".into(), path.into())];
-    let left = run(&order);
+fn fails(mode: InitMode, command: &[&str], path: &str) -> (StartError, i32) {
+    let mut spec = spec(mode, command);
+    spec.environment = vec![("PATH".into(), path.into())];
+    let left = run(&spec);
     assert_eq!(left.words.len(), 2, "{left:?}");
-    assert_eq!(left.words[0], Word::Ready);
-    let trouble = left.trouble();
-    assert_eq!(left.stderr, format!("{trouble}\n"));
+    assert_eq!(left.words[0], InitEvent::Ready);
+    let start_error = left.start_error();
+    assert_eq!(left.stderr, format!("{start_error}\n"));
     assert_eq!(left.stdout, "");
-    assert_eq!(left.code(), trouble.status());
-    (trouble.clone(), left.code())
+    assert_eq!(left.code(), start_error.status());
+    (start_error.clone(), left.code())
 }
 
-fn trouble(step: Step, file: &str, errno: i32) -> Trouble {
-    Trouble {
+fn start_error(step: Step, file: &str, errno: i32) -> StartError {
+    StartError {
         step,
         file: file.to_owned(),
         errno,
@@ -103,51 +107,58 @@ fn a_command_that_does_not_run_says_why_and_with_which_file() {
     executable(&place.path().join("lost"), b"#!/nowhere/sh\n", 0o755);
     std::fs::create_dir(place.path().join("folder")).unwrap();
     let search = format!("/nowhere:{here}");
-    for life in [Life::Launcher, Life::Init] {
+    for mode in [InitMode::Launcher, InitMode::Init] {
         let rows = [
             (
                 "nothing-like-it",
-                trouble(Step::Execute, "nothing-like-it", libc::ENOENT),
+                start_error(Step::Execute, "nothing-like-it", libc::ENOENT),
                 127,
             ),
-            ("", trouble(Step::Execute, "", libc::ENOENT), 127),
+            ("", start_error(Step::Execute, "", libc::ENOENT), 127),
             (
                 "/nowhere/it",
-                trouble(Step::Execute, "/nowhere/it", libc::ENOENT),
+                start_error(Step::Execute, "/nowhere/it", libc::ENOENT),
                 127,
             ),
             (
                 "plain",
-                trouble(Step::Execute, &in_here("plain"), libc::EACCES),
+                start_error(Step::Execute, &in_here("plain"), libc::EACCES),
                 126,
             ),
             (
                 "folder",
-                trouble(Step::Execute, &in_here("folder"), libc::EACCES),
+                start_error(Step::Execute, &in_here("folder"), libc::EACCES),
                 126,
             ),
             (
                 "lost",
-                trouble(Step::Interpreter, &in_here("lost"), libc::ENOENT),
+                start_error(Step::Interpreter, &in_here("lost"), libc::ENOENT),
                 127,
             ),
             (
                 "/dev/null/it",
-                trouble(Step::Execute, "/dev/null/it", libc::ENOTDIR),
+                start_error(Step::Execute, "/dev/null/it", libc::ENOTDIR),
                 126,
             ),
-            ("/a\0b", trouble(Step::Execute, "/a\0b", libc::EINVAL), 126),
+            (
+                "/a\0b",
+                start_error(Step::Execute, "/a\0b", libc::EINVAL),
+                126,
+            ),
         ];
         for (name, expected, status) in rows {
             assert_eq!(
-                fails(life, &[name], &search),
+                fails(mode, &[name], &search),
                 (expected, status),
-                "{life:?}"
+                "{mode:?}"
             );
         }
         let long = "x".repeat(100_000);
-        let (told, _) = fails(life, &[&long], &search);
-        assert_eq!((told.errno, told.file.len()), (libc::ENAMETOOLONG, 4096));
+        let (reported, _) = fails(mode, &[&long], &search);
+        assert_eq!(
+            (reported.errno, reported.file.len()),
+            (libc::ENAMETOOLONG, 4096)
+        );
     }
 }
 
@@ -158,10 +169,10 @@ fn a_file_that_may_not_be_executed_does_not_hide_one_further_along_the_path() {
     executable(&first.path().join("it"), b"#!/bin/sh\n", 0o644);
     executable(&second.path().join("it"), b"#!/bin/sh\nexit 9\n", 0o755);
     let path = format!("{}:{}", first.path().display(), second.path().display());
-    for life in [Life::Launcher, Life::Init] {
-        let mut order = order(life, &["it"]);
-        order.environment = vec![("PATH".into(), path.clone())];
-        assert_eq!(run(&order).code(), 9);
+    for mode in [InitMode::Launcher, InitMode::Init] {
+        let mut spec = spec(mode, &["it"]);
+        spec.environment = vec![("PATH".into(), path.clone())];
+        assert_eq!(run(&spec).code(), 9);
     }
 }
 
@@ -171,8 +182,8 @@ fn a_script_without_a_first_line_is_the_shells() {
     let script = place.path().join("script");
     executable(&script, b"echo \"$0 $*\"; exit 3\n", 0o755);
     let script = script.to_str().unwrap();
-    for life in [Life::Launcher, Life::Init] {
-        let left = run(&order(life, &[script, "a b", ""]));
+    for mode in [InitMode::Launcher, InitMode::Init] {
+        let left = run(&spec(mode, &[script, "a b", ""]));
         assert_eq!(left.stdout, format!("{script} a b \n"));
         assert_eq!(left.code(), 3);
     }
@@ -181,10 +192,10 @@ fn a_script_without_a_first_line_is_the_shells() {
 #[test]
 fn no_command_is_a_login_shell() {
     let home = directory();
-    for life in [Life::Launcher, Life::Init] {
-        let mut order = order(life, &[]);
-        order.environment = vec![("HOME".into(), home.path().to_str().unwrap().into())];
-        let mut program = Launch::new(&order).start();
+    for mode in [InitMode::Launcher, InitMode::Init] {
+        let mut spec = spec(mode, &[]);
+        spec.environment = vec![("HOME".into(), home.path().to_str().unwrap().into())];
+        let mut program = Launch::new(&spec).start();
         std::io::Write::write_all(
             program.stdin.as_mut().unwrap(),
             b"echo $0; pwd -P; exit 5\n",

@@ -11,7 +11,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt, FdMapping};
-use nspawn_init::{Descriptor, Life, Order, PROGRAM, Request, Trouble, Word, message, packet};
+use nspawn_init::{
+    Descriptor, InitEvent, InitMode, InitSpec, PROGRAM, Request, StartError, message, packet,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_send_buffer_size;
@@ -38,7 +40,7 @@ pub(crate) struct Program {
 /// What it left.
 #[derive(Debug)]
 pub(crate) struct Left {
-    pub(crate) words: Vec<Word>,
+    pub(crate) words: Vec<InitEvent>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
     /// Its own raw wait status.
@@ -46,10 +48,10 @@ pub(crate) struct Left {
 }
 
 /// An order of the plainest kind.
-pub(crate) fn order(life: Life, command: &[&str]) -> Order {
-    Order {
-        life,
-        command: command.iter().map(|word| (*word).to_owned()).collect(),
+pub(crate) fn spec(mode: InitMode, command: &[&str]) -> InitSpec {
+    InitSpec {
+        mode,
+        command: command.iter().map(|event| (*event).to_owned()).collect(),
         environment: Vec::new(),
         directory: None,
         streams: true,
@@ -60,8 +62,8 @@ pub(crate) fn order(life: Life, command: &[&str]) -> Order {
 /// For a shell: waits until it is told `end`. A signal may make it stop waiting for a moment.
 pub(crate) const UNTIL_END: &str = "until [ \"$line\" = end ]; do read line; done";
 
-pub(crate) fn shell(life: Life, script: &str) -> Order {
-    order(life, &["/bin/sh", "-c", script])
+pub(crate) fn shell(mode: InitMode, script: &str) -> InitSpec {
+    spec(mode, &["/bin/sh", "-c", script])
 }
 
 /// A file that holds this.
@@ -82,26 +84,26 @@ pub(crate) fn pipe() -> (File, OwnedFd) {
 /// A program that is about to be started.
 pub(crate) struct Launch {
     command: Command,
-    order: Vec<u8>,
+    spec: Vec<u8>,
     little_room: bool,
     go: bool,
 }
 
 impl Launch {
-    pub(crate) fn new(order: &Order) -> Self {
-        Self::of_bytes(packet(order))
+    pub(crate) fn new(spec: &InitSpec) -> Self {
+        Self::of_bytes(packet(spec))
     }
 
-    pub(crate) fn of_bytes(order: Vec<u8>) -> Self {
-        Self::by(Command::new(PROGRAM), order)
+    pub(crate) fn of_bytes(spec: Vec<u8>) -> Self {
+        Self::by(Command::new(PROGRAM), spec)
     }
 
     /// By another program, which executes this one.
-    pub(crate) fn by(mut command: Command, order: Vec<u8>) -> Self {
+    pub(crate) fn by(mut command: Command, spec: Vec<u8>) -> Self {
         command.env_clear().env("PATH", PATH);
         Self {
             command,
-            order,
+            spec,
             little_room: false,
             go: true,
         }
@@ -153,7 +155,7 @@ impl Launch {
                     .into(),
                 Descriptor::Program,
             ),
-            (file(&self.order).into(), Descriptor::Order),
+            (file(&self.spec).into(), Descriptor::Spec),
         ];
         let mappings = descriptors
             .into_iter()
@@ -191,8 +193,8 @@ impl Launch {
 }
 
 /// Runs an order to its end.
-pub(crate) fn run(order: &Order) -> Left {
-    Launch::new(order).run()
+pub(crate) fn run(spec: &InitSpec) -> Left {
+    Launch::new(spec).run()
 }
 
 impl Program {
@@ -216,10 +218,10 @@ impl Program {
     }
 
     /// The next word; none: the channel is closed.
-    pub(crate) fn word(&self) -> Option<Word> {
+    pub(crate) fn event(&self) -> Option<InitEvent> {
         let channel = self.channel.as_ref().unwrap();
         wait_for("a word", channel.as_fd());
-        let mut buffer = vec![0; nspawn_init::LONGEST];
+        let mut buffer = vec![0; nspawn_init::MAX_PACKET_BYTES];
         match recv(channel, &mut buffer[..], RecvFlags::empty()) {
             Ok((_, 0)) => None,
             Ok((_, length)) => Some(message(&buffer[..length]).unwrap()),
@@ -228,9 +230,12 @@ impl Program {
     }
 
     pub(crate) fn expect_running(&self) {
-        assert_eq!(self.word(), Some(Word::Ready));
-        let word = self.word();
-        assert!(matches!(word, Some(Word::Running { .. })), "{word:?}");
+        assert_eq!(self.event(), Some(InitEvent::Ready));
+        let event = self.event();
+        assert!(
+            matches!(event, Some(InitEvent::Running { .. })),
+            "{event:?}"
+        );
     }
 
     /// Sends a request with these descriptors.
@@ -307,8 +312,8 @@ impl Program {
                 .map(|stream| scope.spawn(|| rest(stream)));
             let mut words = Vec::new();
             if self.channel.is_some() {
-                while let Some(word) = self.word() {
-                    words.push(word);
+                while let Some(event) = self.event() {
+                    words.push(event);
                 }
             }
             (words, streams.map(|stream| stream.join().unwrap()))
@@ -338,9 +343,9 @@ impl Drop for Program {
 
 impl Left {
     /// The trouble it told as its last word.
-    pub(crate) fn trouble(&self) -> &Trouble {
+    pub(crate) fn start_error(&self) -> &StartError {
         match self.words.last() {
-            Some(Word::Failed(trouble)) => trouble,
+            Some(InitEvent::Failed(start_error)) => start_error,
             _ => panic!("no trouble: {self:?}"),
         }
     }

@@ -3,16 +3,16 @@
 use std::os::fd::AsFd;
 
 use nix::libc;
-use nspawn_init::{LARGEST_ORDER, Life, Request, Step, Word, packet};
+use nspawn_init::{InitEvent, InitMode, MAX_SPEC_BYTES, Request, Step, packet};
 use proptest::prelude::*;
 
-use crate::harness::{Launch, Program, order, shell};
+use crate::harness::{Launch, Program, shell, spec};
 
 fn is_refused(bytes: Vec<u8>, errno: i32) {
     let left = Launch::of_bytes(bytes).run();
-    let trouble = left.trouble();
+    let start_error = left.start_error();
     assert_eq!(left.words.len(), 1);
-    assert_eq!((trouble.step, trouble.errno), (Step::Order, errno));
+    assert_eq!((start_error.step, start_error.errno), (Step::Order, errno));
     assert_eq!(left.code(), 126);
 }
 
@@ -22,10 +22,10 @@ fn what_is_no_order_is_refused() {
     is_refused(b"{}".into(), libc::EBADMSG);
     is_refused(b"[".repeat(100_000), libc::EBADMSG);
     is_refused(
-        vec![b' '; usize::try_from(LARGEST_ORDER).unwrap() + 1],
+        vec![b' '; usize::try_from(MAX_SPEC_BYTES).unwrap() + 1],
         libc::EFBIG,
     );
-    let whole = packet(&order(Life::Launcher, &["/bin/true"]));
+    let whole = packet(&spec(InitMode::Launcher, &["/bin/true"]));
     is_refused(whole[..whole.len() - 1].to_vec(), libc::EBADMSG);
 }
 
@@ -49,9 +49,9 @@ fn lives(program: &Program, id: u64) {
     };
     program.ask(&request, &[null.as_fd(); 3]);
     loop {
-        match program.word() {
-            Some(Word::ExecEnded { id: ended, .. }) if ended == id => return,
-            Some(Word::ExecRunning { .. } | Word::ExecFailed { .. }) => {}
+        match program.event() {
+            Some(InitEvent::ExecEnded { id: ended, .. }) if ended == id => return,
+            Some(InitEvent::ExecRunning { .. } | InitEvent::ExecFailed { .. }) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -59,7 +59,7 @@ fn lives(program: &Program, id: u64) {
 
 #[test]
 fn what_is_no_request_is_survived_and_answered_where_it_has_a_number() {
-    let program = Launch::new(&shell(Life::Init, "read line")).start();
+    let program = Launch::new(&shell(InitMode::Init, "read line")).start();
     program.expect_running();
     for nonsense in [
         b"".as_slice(),
@@ -69,14 +69,20 @@ fn what_is_no_request_is_survived_and_answered_where_it_has_a_number() {
         b"{\"exec\":{\"id\":-1}}",
         b"{\"signal\":{\"id\":1}}",
         &[b'['; 100_000],
-        &[b' '; nspawn_init::LONGEST + 1],
+        &[b' '; nspawn_init::MAX_PACKET_BYTES + 1],
     ] {
         program.send(nonsense, &[]);
     }
     program.send(b"{\"exec\":{\"id\":77,\"command\":\"no list\"}}", &[]);
-    match program.word() {
-        Some(Word::ExecFailed { id: 77, trouble }) => {
-            assert_eq!((trouble.step, trouble.errno), (Step::Order, libc::EBADMSG));
+    match program.event() {
+        Some(InitEvent::ExecFailed {
+            id: 77,
+            start_error,
+        }) => {
+            assert_eq!(
+                (start_error.step, start_error.errno),
+                (Step::Order, libc::EBADMSG)
+            );
         }
         other => panic!("{other:?}"),
     }
@@ -85,7 +91,7 @@ fn what_is_no_request_is_survived_and_answered_where_it_has_a_number() {
 
 #[test]
 fn no_packets_end_it() {
-    let program = Launch::new(&shell(Life::Init, "read line")).start();
+    let program = Launch::new(&shell(InitMode::Init, "read line")).start();
     program.expect_running();
     let null = std::fs::File::open("/dev/null").unwrap();
     let last = std::cell::Cell::new(1 << 32);
@@ -105,7 +111,7 @@ fn no_packets_end_it() {
 
 #[test]
 fn no_order_makes_it_fail_otherwise() {
-    let whole = packet(&order(Life::Init, &["/bin/true"]));
+    let whole = packet(&spec(InitMode::Init, &["/bin/true"]));
     proptest!(ProptestConfig::with_cases(100), |(
         at in any::<prop::sample::Index>(),
         byte in any::<u8>(),

@@ -5,16 +5,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use nix::libc;
-use nspawn_init::{Life, Request, Step, Trouble, Word};
+use nspawn_init::{InitEvent, InitMode, Request, StartError, Step};
 
 use crate::harness::{
     Launch, Program, UNTIL_END, directly, directory, eventually, pipe, rest, shell,
 };
 
 fn program() -> Program {
-    let mut order = shell(Life::Init, "read line");
-    order.environment = vec![("TASK".into(), "its own".into())];
-    let program = Launch::new(&order).directory(Path::new("/")).start();
+    let mut spec = shell(InitMode::Init, "read line");
+    spec.environment = vec![("TASK".into(), "its own".into())];
+    let program = Launch::new(&spec).directory(Path::new("/")).start();
     program.expect_running();
     program
 }
@@ -22,7 +22,7 @@ fn program() -> Program {
 fn exec(id: u64, command: &[&str]) -> Request {
     Request::Exec {
         id,
-        command: command.iter().map(|word| (*word).to_owned()).collect(),
+        command: command.iter().map(|event| (*event).to_owned()).collect(),
         environment: vec![("FURTHER".into(), "a=b\n".into())],
         directory: None,
     }
@@ -39,15 +39,15 @@ fn ask(program: &Program, request: &Request) -> (OwnedFd, File, File) {
 }
 
 fn running(program: &Program, number: u64) -> i32 {
-    match program.word() {
-        Some(Word::ExecRunning { id, pid }) if id == number => pid,
+    match program.event() {
+        Some(InitEvent::ExecRunning { id, pid }) if id == number => pid,
         other => panic!("{other:?}"),
     }
 }
 
-fn refused(program: &Program, number: u64) -> Trouble {
-    match program.word() {
-        Some(Word::ExecFailed { id, trouble }) if id == number => trouble,
+fn refused(program: &Program, number: u64) -> StartError {
+    match program.event() {
+        Some(InitEvent::ExecFailed { id, start_error }) if id == number => start_error,
         other => panic!("{other:?}"),
     }
 }
@@ -63,7 +63,10 @@ fn a_further_command_has_its_own_streams_and_end() {
     assert_eq!(rest(&mut stdout), "hello");
     assert_eq!(rest(&mut stderr), "its own a=b\n\n");
     let status = 7 << 8;
-    assert_eq!(program.word(), Some(Word::ExecEnded { id: 1, status }));
+    assert_eq!(
+        program.event(),
+        Some(InitEvent::ExecEnded { id: 1, status })
+    );
 }
 
 #[test]
@@ -79,7 +82,7 @@ fn many_run_at_once_and_are_told_apart() {
         rustix::io::write(stdin, format!("{number}\n").as_bytes()).unwrap();
         let status = number << 8;
         let id = u64::try_from(number).unwrap();
-        assert_eq!(program.word(), Some(Word::ExecEnded { id, status }));
+        assert_eq!(program.event(), Some(InitEvent::ExecEnded { id, status }));
     }
     streams.clear();
     assert_eq!(program.children().len(), 1);
@@ -97,7 +100,7 @@ fn a_further_command_is_signalled() {
         program.ask(&Request::Signal { id, signal: 4711 }, &[]);
         program.ask(&Request::Signal { id, signal }, &[]);
         let status = signal;
-        assert_eq!(program.word(), Some(Word::ExecEnded { id, status }));
+        assert_eq!(program.event(), Some(InitEvent::ExecEnded { id, status }));
     }
 }
 
@@ -105,9 +108,9 @@ fn a_further_command_is_signalled() {
 fn a_further_command_starts_where_it_was_told_or_where_the_command_did() {
     let home = directory();
     let other = directory();
-    let mut order = shell(Life::Init, "read line");
-    order.directory = Some(home.path().to_str().unwrap().into());
-    let program = Launch::new(&order).directory(Path::new("/")).start();
+    let mut spec = shell(InitMode::Init, "read line");
+    spec.directory = Some(home.path().to_str().unwrap().into());
+    let program = Launch::new(&spec).directory(Path::new("/")).start();
     program.expect_running();
     for (directory, place) in [
         (None, home.path()),
@@ -126,7 +129,10 @@ fn a_further_command_starts_where_it_was_told_or_where_the_command_did() {
         running(&program, 1);
         let place = place.canonicalize().unwrap();
         assert_eq!(rest(&mut stdout).trim_end(), place.to_str().unwrap());
-        assert_eq!(program.word(), Some(Word::ExecEnded { id: 1, status: 0 }));
+        assert_eq!(
+            program.event(),
+            Some(InitEvent::ExecEnded { id: 1, status: 0 })
+        );
     }
     let request = Request::Exec {
         id: 2,
@@ -135,9 +141,9 @@ fn a_further_command_starts_where_it_was_told_or_where_the_command_did() {
         directory: Some("/nowhere".into()),
     };
     let _streams = ask(&program, &request);
-    let trouble = refused(&program, 2);
+    let start_error = refused(&program, 2);
     assert_eq!(
-        (trouble.step, trouble.file.as_str()),
+        (start_error.step, start_error.file.as_str()),
         (Step::Directory, "/nowhere")
     );
 }
@@ -146,9 +152,9 @@ fn a_further_command_starts_where_it_was_told_or_where_the_command_did() {
 fn what_does_not_run_says_why() {
     let program = program();
     let _streams = ask(&program, &exec(1, &["nothing-like-it"]));
-    let trouble = refused(&program, 1);
-    assert_eq!(trouble.status(), 127);
-    assert_eq!(trouble.file, "nothing-like-it");
+    let start_error = refused(&program, 1);
+    assert_eq!(start_error.status(), 127);
+    assert_eq!(start_error.file, "nothing-like-it");
     let _streams = ask(&program, &exec(2, &["/etc"]));
     assert_eq!(refused(&program, 2).status(), 126);
     let _streams = ask(&program, &exec(3, &[]));
@@ -163,7 +169,10 @@ fn a_number_that_is_taken_is_refused_and_the_first_runs_on() {
     let _streams = ask(&program, &exec(1, &["true"]));
     assert_eq!(refused(&program, 1).errno, libc::EEXIST);
     drop(stdin);
-    assert_eq!(program.word(), Some(Word::ExecEnded { id: 1, status: 0 }));
+    assert_eq!(
+        program.event(),
+        Some(InitEvent::ExecEnded { id: 1, status: 0 })
+    );
 }
 
 #[test]
@@ -188,7 +197,10 @@ fn it_takes_three_descriptors_and_keeps_none() {
     let (_stdin, mut stdout, _stderr) = ask(&program, &exec(9, &list));
     running(&program, 9);
     assert_eq!(rest(&mut stdout), expected);
-    assert_eq!(program.word(), Some(Word::ExecEnded { id: 9, status: 0 }));
+    assert_eq!(
+        program.event(),
+        Some(InitEvent::ExecEnded { id: 9, status: 0 })
+    );
     assert_eq!(held(), before);
 }
 
@@ -196,19 +208,19 @@ fn it_takes_three_descriptors_and_keeps_none() {
 fn the_commands_end_is_the_last_word() {
     let mut program = program();
     let _streams = ask(&program, &exec(1, &["sleep", "1000"]));
-    let further = running(&program, 1);
+    let exec_sessions = running(&program, 1);
     program.tell("");
-    assert_eq!(program.word(), Some(Word::Ended { status: 0 }));
+    assert_eq!(program.event(), Some(InitEvent::Ended { status: 0 }));
     assert_eq!(program.end().words, []);
     // In a container the kernel does this: the first process's end is everybody's.
-    let further = rustix::process::Pid::from_raw(further).unwrap();
-    rustix::process::kill_process(further, rustix::process::Signal::KILL).unwrap();
+    let exec_sessions = rustix::process::Pid::from_raw(exec_sessions).unwrap();
+    rustix::process::kill_process(exec_sessions, rustix::process::Signal::KILL).unwrap();
 }
 
 #[test]
 fn a_supervisor_that_reads_nothing_stops_nobody() {
     let script = format!("trap 'echo hup' HUP; echo ready; {UNTIL_END}");
-    let mut program = Launch::new(&shell(Life::Init, &script))
+    let mut program = Launch::new(&shell(InitMode::Init, &script))
         .with_little_room()
         .start();
     program.expect_running();
@@ -226,7 +238,7 @@ fn a_supervisor_that_reads_nothing_stops_nobody() {
     assert_eq!(program.line(), "hup");
     let mut ended = 0;
     while ended < 50 {
-        if let Some(Word::ExecEnded { status: 0, .. }) = program.word() {
+        if let Some(InitEvent::ExecEnded { status: 0, .. }) = program.event() {
             ended += 1;
         }
     }
@@ -237,7 +249,7 @@ fn a_supervisor_that_reads_nothing_stops_nobody() {
 #[test]
 fn requests_that_come_too_late_do_not_hide_the_end() {
     for _ in 0..20 {
-        let program = Launch::new(&shell(Life::Init, "exit 5")).start();
+        let program = Launch::new(&shell(InitMode::Init, "exit 5")).start();
         program.expect_running();
         let null = File::open("/dev/null").unwrap();
         let request = Request::Exec {
@@ -249,11 +261,11 @@ fn requests_that_come_too_late_do_not_hide_the_end() {
         while program.try_ask(&request, &[null.as_fd(); 3]) {}
         let left = program.end();
         let (last, before) = left.words.split_last().unwrap();
-        assert_eq!(*last, Word::Ended { status: 5 << 8 });
+        assert_eq!(*last, InitEvent::Ended { status: 5 << 8 });
         assert!(
             before
                 .iter()
-                .all(|word| matches!(word, Word::ExecFailed { id: 1, .. }))
+                .all(|event| matches!(event, InitEvent::ExecFailed { id: 1, .. }))
         );
     }
 }

@@ -1,7 +1,7 @@
 //! An init passes signals on and reaps.
 
 use nix::libc;
-use nspawn_init::{Life, Word};
+use nspawn_init::{InitEvent, InitMode};
 
 use crate::harness::{Launch, UNTIL_END, eventually, shell};
 
@@ -18,7 +18,7 @@ fn every_signal_is_passed_on() {
     // A shell runs a trap before it reads the next line, or while it waits for one.
     script += "echo ready\n";
     script += UNTIL_END;
-    let mut program = Launch::new(&shell(Life::Init, &script)).start();
+    let mut program = Launch::new(&shell(InitMode::Init, &script)).start();
     program.expect_running();
     assert_eq!(program.line(), "ready");
     for number in numbers {
@@ -31,26 +31,26 @@ fn every_signal_is_passed_on() {
     }
     program.tell("end");
     let left = program.end();
-    assert_eq!(left.words, [Word::Ended { status: 0 }]);
+    assert_eq!(left.words, [InitEvent::Ended { status: 0 }]);
     assert_eq!(left.stdout, "", "each came once");
 }
 
 #[test]
 fn the_supervisor_learns_which_process_the_command_is() {
-    let program = Launch::new(&shell(Life::Init, "read line")).start();
-    assert_eq!(program.word(), Some(Word::Ready));
-    let running = program.word();
+    let program = Launch::new(&shell(InitMode::Init, "read line")).start();
+    assert_eq!(program.event(), Some(InitEvent::Ready));
+    let running = program.event();
     let pid = program.command();
-    assert_eq!(running, Some(Word::Running { pid }));
+    assert_eq!(running, Some(InitEvent::Running { pid }));
 }
 
 #[test]
 fn a_signal_to_which_the_command_has_no_answer_ends_it() {
     for number in [libc::SIGTERM, libc::SIGINT, libc::SIGPIPE, 34, 64] {
-        let program = Launch::new(&shell(Life::Init, "read line")).start();
+        let program = Launch::new(&shell(InitMode::Init, "read line")).start();
         program.expect_running();
         program.signal(number);
-        assert_eq!(program.word(), Some(Word::Ended { status: number }));
+        assert_eq!(program.event(), Some(InitEvent::Ended { status: number }));
         assert_eq!(program.end().code(), 128 + number);
     }
 }
@@ -58,7 +58,7 @@ fn a_signal_to_which_the_command_has_no_answer_ends_it() {
 #[test]
 fn a_signal_that_comes_early_is_not_lost() {
     for _ in 0..20 {
-        let program = Launch::new(&shell(Life::Init, "read line")).start();
+        let program = Launch::new(&shell(InitMode::Init, "read line")).start();
         let pid = program.pid();
         // From then on it is the program's to see that nothing is lost.
         eventually("the mask", || {
@@ -70,13 +70,14 @@ fn a_signal_that_comes_early_is_not_lost() {
         program.signal(libc::SIGTERM);
         program.expect_running();
         let status = libc::SIGTERM;
-        assert_eq!(program.word(), Some(Word::Ended { status }));
+        assert_eq!(program.event(), Some(InitEvent::Ended { status }));
     }
 }
 
 #[test]
 fn a_stopped_command_is_not_taken_for_one_that_ended() {
-    let mut program = Launch::new(&shell(Life::Init, "kill -STOP $$; echo on; read line")).start();
+    let mut program =
+        Launch::new(&shell(InitMode::Init, "kill -STOP $$; echo on; read line")).start();
     program.expect_running();
     let command = program.command();
     eventually("the stop", || {
@@ -91,7 +92,7 @@ fn a_stopped_command_is_not_taken_for_one_that_ended() {
 #[test]
 fn orphans_are_reaped() {
     let script = "for n in 1 2 3 4 5; do (sh -c 'exit 3' & echo $!) | cat; done; read line; exit 6";
-    let mut program = Launch::new(&shell(Life::Init, script)).start();
+    let mut program = Launch::new(&shell(InitMode::Init, script)).start();
     program.expect_running();
     let orphans: Vec<String> = (0..5).map(|_| program.line()).collect();
     eventually("the orphans' end", || {
@@ -101,13 +102,13 @@ fn orphans_are_reaped() {
     });
     assert_eq!(program.children().len(), 1, "the command is still there");
     program.tell("");
-    assert_eq!(program.end().words, [Word::Ended { status: 6 << 8 }]);
+    assert_eq!(program.end().words, [InitEvent::Ended { status: 6 << 8 }]);
 }
 
 #[test]
 fn the_supervisors_death_is_nobody_elses() {
     let script = format!("trap 'echo term; exit 8' TERM; echo ready; {UNTIL_END}");
-    let mut program = Launch::new(&shell(Life::Init, &script)).start();
+    let mut program = Launch::new(&shell(InitMode::Init, &script)).start();
     program.expect_running();
     assert_eq!(program.line(), "ready");
     program.close_channel();

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use nix::libc;
-use nspawn_init::{Life, Request, Step, Word};
+use nspawn_init::{InitEvent, InitMode, Request, Step};
 
-use crate::harness::{Launch, PATH, directly, directory, order, run, shell};
+use crate::harness::{Launch, PATH, directly, directory, run, shell, spec};
 
-const LIVES: [Life; 2] = [Life::Launcher, Life::Init];
+const MODES: [InitMode; 2] = [InitMode::Launcher, InitMode::Init];
 
 /// The most that the kernel takes as one variable, with its name and the end.
 const LONGEST_VARIABLE: usize = 128 * 1024;
@@ -33,10 +33,10 @@ fn variables_arrive_unchanged_and_those_that_were_ours_do_not() {
         ("GIVEN", "over"),
         ("LARGE", large.as_str()),
     ];
-    for life in LIVES {
-        let mut order = order(life, &["/bin/cat", "/proc/self/environ"]);
-        order.environment = over.map(|(name, value)| (name.into(), value.into())).into();
-        let left = Launch::new(&order)
+    for mode in MODES {
+        let mut spec = spec(mode, &["/bin/cat", "/proc/self/environ"]);
+        spec.environment = over.map(|(name, value)| (name.into(), value.into())).into();
+        let left = Launch::new(&spec)
             .environment("GIVEN", "under")
             .environment("container", "systemd-nspawn")
             .environment("LISTEN_FDS", "5")
@@ -46,27 +46,27 @@ fn variables_arrive_unchanged_and_those_that_were_ours_do_not() {
         let mut expected = BTreeMap::from(over);
         expected.insert("PATH", PATH);
         expected.insert("container", "systemd-nspawn");
-        assert!(variables(&left.stdout) == expected, "{life:?}");
+        assert!(variables(&left.stdout) == expected, "{mode:?}");
         assert_eq!(left.code(), 0);
     }
 }
 
 #[test]
 fn variables_of_ours_that_the_order_sets_are_set() {
-    let mut order = order(Life::Init, &["/bin/cat", "/proc/self/environ"]);
-    order.environment = vec![("LISTEN_FDS".into(), "0".into())];
-    let left = Launch::new(&order).environment("LISTEN_FDS", "5").run();
+    let mut spec = spec(InitMode::Init, &["/bin/cat", "/proc/self/environ"]);
+    spec.environment = vec![("LISTEN_FDS".into(), "0".into())];
+    let left = Launch::new(&spec).environment("LISTEN_FDS", "5").run();
     assert_eq!(variables(&left.stdout)["LISTEN_FDS"], "0");
 }
 
 #[test]
 fn a_variable_that_is_too_large_is_refused_by_the_kernel_and_told() {
-    for life in LIVES {
-        let mut order = order(life, &["/bin/true"]);
+    for mode in MODES {
+        let mut spec = spec(mode, &["/bin/true"]);
         let value = "x".repeat(LONGEST_VARIABLE - "LARGE=\0".len() + 1);
-        order.environment = vec![("LARGE".into(), value)];
-        let left = run(&order);
-        assert_eq!(left.trouble().errno, libc::E2BIG);
+        spec.environment = vec![("LARGE".into(), value)];
+        let left = run(&spec);
+        assert_eq!(left.start_error().errno, libc::E2BIG);
         assert_eq!(left.code(), 126);
         assert!(!left.stderr.contains("xxx"));
     }
@@ -76,27 +76,31 @@ fn a_variable_that_is_too_large_is_refused_by_the_kernel_and_told() {
 fn the_directory_is_entered() {
     let place = directory();
     let there = place.path().canonicalize().unwrap();
-    for life in LIVES {
-        let mut order = order(life, &["/bin/pwd", "-P"]);
-        order.directory = Some(there.to_str().unwrap().into());
-        assert_eq!(run(&order).stdout.trim_end(), there.to_str().unwrap());
-        order.directory = None;
-        let left = Launch::new(&order).directory(Path::new("/")).run();
+    for mode in MODES {
+        let mut spec = spec(mode, &["/bin/pwd", "-P"]);
+        spec.directory = Some(there.to_str().unwrap().into());
+        assert_eq!(run(&spec).stdout.trim_end(), there.to_str().unwrap());
+        spec.directory = None;
+        let left = Launch::new(&spec).directory(Path::new("/")).run();
         assert_eq!(left.stdout, "/\n");
     }
 }
 
 #[test]
 fn a_directory_that_can_not_be_entered_is_named() {
-    for life in LIVES {
+    for mode in MODES {
         for (directory, errno) in [("/nowhere", libc::ENOENT), ("/dev/null", libc::ENOTDIR)] {
-            let mut order = order(life, &["/bin/true"]);
-            order.directory = Some(directory.into());
-            let left = run(&order);
-            let trouble = left.trouble();
+            let mut spec = spec(mode, &["/bin/true"]);
+            spec.directory = Some(directory.into());
+            let left = run(&spec);
+            let start_error = left.start_error();
             assert_eq!(left.words.len(), 1, "nothing runs before it");
             assert_eq!(
-                (trouble.step, trouble.file.as_str(), trouble.errno),
+                (
+                    start_error.step,
+                    start_error.file.as_str(),
+                    start_error.errno
+                ),
                 (Step::Directory, directory, errno)
             );
             assert_eq!(left.code(), 126);
@@ -107,9 +111,9 @@ fn a_directory_that_can_not_be_entered_is_named() {
 #[test]
 fn an_init_does_not_keep_the_directory_busy() {
     let place = directory();
-    let mut order = shell(Life::Init, "read line");
-    order.directory = Some(place.path().to_str().unwrap().into());
-    let program = Launch::new(&order).directory(Path::new("/")).start();
+    let mut spec = shell(InitMode::Init, "read line");
+    spec.directory = Some(place.path().to_str().unwrap().into());
+    let program = Launch::new(&spec).directory(Path::new("/")).start();
     program.expect_running();
     let stands = |pid: i32| std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap();
     assert_eq!(stands(program.pid()), Path::new("/"));
@@ -123,23 +127,23 @@ fn an_init_does_not_keep_the_directory_busy() {
 fn only_the_standard_descriptors_are_passed_on() {
     let list = ["/bin/ls", "/proc/self/fd"];
     let (expected, _) = directly(&list, Path::new("/"));
-    for life in LIVES {
-        assert_eq!(run(&order(life, &list)).stdout, expected, "{life:?}");
+    for mode in MODES {
+        assert_eq!(run(&spec(mode, &list)).stdout, expected, "{mode:?}");
     }
 }
 
 #[test]
 fn streams_are_those_of_the_order() {
     let script = "echo out; echo err >&2";
-    for life in LIVES {
-        let mut order = shell(life, script);
-        let left = run(&order);
+    for mode in MODES {
+        let mut spec = shell(mode, script);
+        let left = run(&spec);
         assert_eq!(
             (left.stdout.as_str(), left.stderr.as_str()),
             ("out\n", "err\n")
         );
-        order.streams = false;
-        let left = run(&order);
+        spec.streams = false;
+        let left = run(&spec);
         assert_eq!((left.stdout.as_str(), left.stderr.as_str()), ("", ""));
         assert_eq!(left.code(), 0);
     }
@@ -147,9 +151,9 @@ fn streams_are_those_of_the_order() {
 
 #[test]
 fn a_launcher_is_gone_and_its_channel_closed_once_the_command_runs() {
-    let program = Launch::new(&shell(Life::Launcher, "read line")).start();
-    assert_eq!(program.word(), Some(Word::Ready));
-    assert_eq!(program.word(), None, "closed by the command's start");
+    let program = Launch::new(&shell(InitMode::Launcher, "read line")).start();
+    assert_eq!(program.event(), Some(InitEvent::Ready));
+    assert_eq!(program.event(), None, "closed by the command's start");
     let name = std::fs::read_to_string(format!("/proc/{}/comm", program.pid())).unwrap();
     assert_eq!(name, "sh\n");
 }
@@ -161,9 +165,9 @@ fn no_signal_is_blocked_or_ignored() {
         u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
     };
     let command = ["/bin/cat", "/proc/self/status"];
-    for life in LIVES {
-        let text = run(&order(life, &command)).stdout;
-        assert_eq!(read(&text, "SigBlk:"), 0, "{life:?}");
+    for mode in MODES {
+        let text = run(&spec(mode, &command)).stdout;
+        assert_eq!(read(&text, "SigBlk:"), 0, "{mode:?}");
         assert_eq!(read(&text, "SigPnd:"), 0);
         assert_eq!(
             read(&text, "SigIgn:"),
@@ -175,36 +179,36 @@ fn no_signal_is_blocked_or_ignored() {
 
 #[test]
 fn the_command_of_an_init_leads_a_group_of_its_own() {
-    let left = run(&order(Life::Init, &["/bin/cat", "/proc/self/stat"]));
+    let left = run(&spec(InitMode::Init, &["/bin/cat", "/proc/self/stat"]));
     let fields: Vec<_> = left.stdout.split(' ').collect();
     assert_eq!(fields[4], fields[0]);
 }
 
 #[test]
 fn an_init_is_called_so() {
-    let mut program = Launch::new(&shell(Life::Init, "read line; exit 4")).start();
+    let mut program = Launch::new(&shell(InitMode::Init, "read line; exit 4")).start();
     program.expect_running();
     let name = std::fs::read_to_string(format!("/proc/{}/comm", program.pid())).unwrap();
     assert_eq!(name, "nspawn-init\n");
     program.tell("");
-    assert_eq!(program.end().words, [Word::Ended { status: 4 << 8 }]);
+    assert_eq!(program.end().words, [InitEvent::Ended { status: 4 << 8 }]);
 }
 
 #[test]
 fn nothing_runs_before_it_may() {
     let place = directory();
     let made = place.path().join("made");
-    for life in LIVES {
-        let order = order(life, &["/bin/mkdir", made.to_str().unwrap()]);
-        let mut program = Launch::new(&order).without_go().start();
-        assert_eq!(program.word(), Some(Word::Ready));
+    for mode in MODES {
+        let spec = spec(mode, &["/bin/mkdir", made.to_str().unwrap()]);
+        let mut program = Launch::new(&spec).without_go().start();
+        assert_eq!(program.event(), Some(InitEvent::Ready));
         program.send(b"go on", &[]);
         program.close_channel();
         let left = program.end();
         assert_eq!(left.code(), 126, "nobody would have watched over it");
         assert!(!made.exists());
-        let program = Launch::new(&order).without_go().start();
-        assert_eq!(program.word(), Some(Word::Ready));
+        let program = Launch::new(&spec).without_go().start();
+        assert_eq!(program.event(), Some(InitEvent::Ready));
         assert!(program.children().is_empty());
         program.ask(&Request::Go, &[]);
         assert_eq!(program.end().code(), 0);
