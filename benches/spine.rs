@@ -96,7 +96,7 @@ async fn compare() -> anyhow::Result<bool> {
         out,
         "StartTask to its answer                      {}   {}",
         driven.up(),
-        told(driven.against(&bare, |run| run.up))
+        reported(driven.against(&bare, |run| run.up))
     )?;
     let (more, _) = driven.against(&bare, |run| run.up);
     let budget = SPINE.1 + SLOWER;
@@ -117,7 +117,7 @@ async fn compare() -> anyhow::Result<bool> {
         out,
         "payload's end to WaitTask's answer           {}   {}",
         driven.down(),
-        told(driven.against(&bare, |run| run.down))
+        reported(driven.against(&bare, |run| run.down))
     )?;
     writeln!(
         out,
@@ -158,18 +158,18 @@ impl Series {
         all
     }
 
-    fn told(&self, span: impl Fn(&Run) -> Duration) -> String {
+    fn reported(&self, span: impl Fn(&Run) -> Duration) -> String {
         let all = self.sorted(span);
         let last = all.len() * 99 / 100;
         format!("{:6.1} ({:.1})", ms(all[all.len() / 2]), ms(all[last]))
     }
 
     fn up(&self) -> String {
-        self.told(|run| run.up)
+        self.reported(|run| run.up)
     }
 
     fn down(&self) -> String {
-        self.told(|run| run.down)
+        self.reported(|run| run.down)
     }
 
     /// The median of the differences and of the ratios, pair by pair: both sides saw the machine in the same mood.
@@ -190,7 +190,7 @@ impl Series {
     }
 }
 
-fn told((more, ratio): (f64, f64)) -> String {
+fn reported((more, ratio): (f64, f64)) -> String {
     format!("{more:+.1} ms, ratio {ratio:.2}")
 }
 

@@ -205,9 +205,9 @@ async fn measure(names: &[String]) -> anyhow::Result<bool> {
         for _ in 0..ROUNDS {
             spans.push(stop(&plugin, scratch.path(), &tree, &case, &mut held).await?);
         }
-        let told = |which: usize| median(spans.iter().map(|span| span[which]).collect());
+        let reported = |which: usize| median(spans.iter().map(|span| span[which]).collect());
         let shown = |which: usize| {
-            let (middle, most) = told(which);
+            let (middle, most) = reported(which);
             format!("{middle:.1} ({most:.1})")
         };
         writeln!(
@@ -227,10 +227,10 @@ async fn measure(names: &[String]) -> anyhow::Result<bool> {
                 ));
             }
         };
-        judge("until StopTask", told(1).0, due);
-        judge("until WaitTask", told(2).0, due);
+        judge("until StopTask", reported(1).0, due);
+        judge("until WaitTask", reported(2).0, due);
         if !case.obeys {
-            judge("until it is gone", told(0).0, GONE);
+            judge("until it is gone", reported(0).0, GONE);
         }
     }
     if !held.is_empty() {

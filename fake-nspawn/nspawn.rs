@@ -1,5 +1,5 @@
 //! The life of one systemd-nspawn call: read, refuse or start, announce, pass on or kill, end with the right status. Starts the
-//! leader and nothing else; what the arguments mean is for `options` and `tree`.
+//! leader and nothing else; what the arguments mean is for `options` and `rootfs`.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -15,22 +15,22 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::leader::{self, End, Plan};
-use crate::ledger::{Event, Ledger, Role};
+use crate::call_log::{CallLog, Event, Role};
 use crate::notify;
 use crate::options::{self, Options, Parsed, Refusal};
+use crate::pid1::{self, End, Plan};
 use crate::process;
+use crate::rootfs::{self, Prepared};
 use crate::scenario::{Call, Scenario};
-use crate::tree::{self, Prepared};
 use crate::tree_lock::TreeLock;
 
 /// The exit status that asks for a new start.
 const RESTART: i32 = 133;
 
 /// Acts the tool; gives the exit status.
-pub(crate) fn act(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
+pub(crate) fn run(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
     let scenario = Scenario::beside(directory)?;
-    let mut ledger = Ledger::beside(directory)?;
+    let mut call_log = CallLog::beside(directory)?;
     let texts: Vec<String> = words[1..]
         .iter()
         .map(|word| word.to_string_lossy().into_owned())
@@ -40,7 +40,7 @@ pub(crate) fn act(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
         parsed,
         Ok(Parsed::Help | Parsed::Version | Parsed::Words(_))
     );
-    let number = ledger.call(words, "systemd-nspawn", starts)?;
+    let number = call_log.call(words, "systemd-nspawn", starts)?;
     let call = scenario.call(number);
     let status = match parsed {
         Ok(Parsed::Help) => say(&options::help(scenario.version)),
@@ -49,10 +49,10 @@ pub(crate) fn act(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
         },
         Ok(Parsed::Version) => say(&version(scenario.version)),
         Ok(Parsed::Words(known)) => say(&format!("{}\n", known.join("\n"))),
-        Ok(Parsed::Run(options)) => container(&scenario, &call, &options, &mut ledger)?,
+        Ok(Parsed::Run(options)) => container(&scenario, &call, &options, &mut call_log)?,
         Err(refusal) => refuse(scenario.version, &refusal),
     };
-    ledger.write(&Event::Exit { status })?;
+    call_log.write(&Event::Exit { status })?;
     Ok(status)
 }
 
@@ -78,12 +78,12 @@ fn version(number: u32) -> String {
 #[expect(clippy::print_stderr, reason = "the tool's own words")]
 fn refuse(version: u32, refusal: &Refusal) -> i32 {
     eprintln!("{refusal}");
-    farewell(version, 1, Some(refusal.errno));
+    notify_end(version, 1, Some(refusal.errno));
     1
 }
 
 /// What the service manager hears at the end.
-fn farewell(version: u32, status: i32, errno: Option<i32>) {
+fn notify_end(version: u32, status: i32, errno: Option<i32>) {
     let doing = if status == RESTART {
         "Restarting"
     } else {
@@ -103,7 +103,7 @@ fn container(
     scenario: &Scenario,
     call: &Call,
     options: &Options,
-    ledger: &mut Ledger,
+    call_log: &mut CallLog,
 ) -> anyhow::Result<i32> {
     for warning in &options.warnings {
         eprintln!("{warning}");
@@ -129,7 +129,7 @@ fn container(
             },
         ));
     }
-    let prepared = match tree::prepare(options, scenario) {
+    let prepared = match rootfs::prepare(options, scenario) {
         Ok(prepared) => prepared,
         Err(refusal) => return Ok(refuse(scenario.version, &refusal)),
     };
@@ -144,7 +144,7 @@ fn container(
     }
     if let Some(refusal) = &call.refuse {
         eprintln!("{}", refusal.stderr);
-        farewell(scenario.version, refusal.status, Some(5));
+        notify_end(scenario.version, refusal.status, Some(5));
         return Ok(refusal.status);
     }
     if !options.quiet && !options.pipe {
@@ -163,14 +163,14 @@ fn container(
         scenario,
         call,
         options,
-        ledger,
+        call_log,
         leader: None,
         asked: false,
     };
-    let (status, errno) = nspawn.live(&prepared)?;
+    let (status, errno) = nspawn.run(&prepared)?;
     let status = call.exit_status.unwrap_or(status);
     // What is left then may take long, such as throwing a copy away.
-    farewell(scenario.version, status, errno);
+    notify_end(scenario.version, status, errno);
     notify::hold(call.pause_before_exit.as_deref());
     std::thread::sleep(Duration::from_millis(call.delay_before_exit_ms));
     Ok(status)
@@ -199,7 +199,7 @@ struct Nspawn<'a> {
     scenario: &'a Scenario,
     call: &'a Call,
     options: &'a Options,
-    ledger: &'a mut Ledger,
+    call_log: &'a mut CallLog,
     leader: Option<i32>,
     /// The kill signal has been sent.
     asked: bool,
@@ -207,7 +207,7 @@ struct Nspawn<'a> {
 
 impl Nspawn<'_> {
     /// From the start to the end of the container: exit status, and an error number if it was a failure.
-    fn live(&mut self, prepared: &Prepared) -> anyhow::Result<(i32, Option<i32>)> {
+    fn run(&mut self, prepared: &Prepared) -> anyhow::Result<(i32, Option<i32>)> {
         let mut mask = SigSet::empty();
         for signal in [
             Signal::SIGCHLD,
@@ -219,7 +219,7 @@ impl Nspawn<'_> {
         }
         mask.thread_block()?;
         let events = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        if self.told_to_end_within(
+        if self.asked_to_end_within(
             &events,
             Duration::from_millis(self.call.delay_before_notify_ms),
         )? {
@@ -229,19 +229,19 @@ impl Nspawn<'_> {
             match process::die_by(number, None)? {}
         }
         prctl::set_child_subreaper(true)?;
-        let told = self.start(prepared)?;
+        let report = self.start(prepared)?;
         let seen = self.wait(&events)?;
         process::kill_descendants();
-        let end = told_end(told)?.unwrap_or(seen);
+        let end = reported_end(report)?.unwrap_or(seen);
         Ok(self.status(&prepared.machine, end))
     }
 
     /// Starts the leader and announces it. Gives the end of the pipe on which the leader tells its end.
     fn start(&mut self, prepared: &Prepared) -> anyhow::Result<File> {
-        let (hear, tell) = nix::unistd::pipe()?;
-        fcntl(&hear, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+        let (receiver, sender) = nix::unistd::pipe()?;
+        fcntl(&receiver, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         let plan = Plan {
-            ledger: self.ledger.path().to_owned(),
+            call_log: self.call_log.path().to_owned(),
             mode: self.options.mode,
             root: prepared.root.clone(),
             command: self.options.command.clone(),
@@ -250,14 +250,14 @@ impl Nspawn<'_> {
             ignore_signals: self.call.ignore_signals.clone(),
             late: self.call.pause_before_signals.clone(),
             uuid: prepared.own_uuid.clone(),
-            tell: tell.as_raw_fd(),
-            passed: tree::passed_descriptors().unwrap_or_default(),
+            sender: sender.as_raw_fd(),
+            passed: rootfs::passed_descriptors().unwrap_or_default(),
             leader: 0,
             payload: 0,
         };
         let mut command = match plan.late {
-            None => leader::role(leader::LEADER, &plan)?,
-            Some(_) => leader::deaf(&plan)?,
+            None => pid1::role(pid1::PID1_NAME, &plan)?,
+            Some(_) => pid1::ignoring_all_signals(&plan)?,
         };
         command.env_clear().envs(
             prepared
@@ -280,11 +280,11 @@ impl Nspawn<'_> {
         }
         let pid = i32::try_from(child.id())?;
         self.leader = Some(pid);
-        drop(tell);
-        let mut hear = File::from(hear);
+        drop(sender);
+        let mut receiver = File::from(receiver);
         // A leader that dies before it is ready ends this too; its death is seen soon enough.
-        hear.read_exact(&mut [0; leader::READY.len()]).ok();
-        self.ledger.write(&Event::Started { leader: pid })?;
+        receiver.read_exact(&mut [0; pid1::READY.len()]).ok();
+        self.call_log.write(&Event::Started { leader: pid })?;
         notify::hold(self.call.pause_before_notify.as_deref());
         if !self.call.never_notify {
             let doing = if self.scenario.version >= 258 {
@@ -297,10 +297,10 @@ impl Nspawn<'_> {
             ));
             notify::send("READY=1\n");
         }
-        Ok(hear)
+        Ok(receiver)
     }
 
-    fn told_to_end_within(&mut self, events: &SignalFd, time: Duration) -> anyhow::Result<bool> {
+    fn asked_to_end_within(&mut self, events: &SignalFd, time: Duration) -> anyhow::Result<bool> {
         let until = Instant::now() + time;
         while let Some(left) = until
             .checked_duration_since(Instant::now())
@@ -357,7 +357,7 @@ impl Nspawn<'_> {
             if number == Signal::SIGCHLD as i32 {
                 continue;
             }
-            self.ledger.write(&Event::Signal {
+            self.call_log.write(&Event::Signal {
                 role: Role::Nspawn,
                 signal: number,
             })?;
@@ -427,8 +427,8 @@ fn ready(events: &SignalFd, timeout: PollTimeout) -> anyhow::Result<()> {
     }
 }
 
-fn told_end(mut told: File) -> anyhow::Result<Option<End>> {
+fn reported_end(mut report: File) -> anyhow::Result<Option<End>> {
     let mut text = Vec::new();
-    told.read_to_end(&mut text)?;
+    report.read_to_end(&mut text)?;
     Ok(serde_json::from_slice(&text).ok())
 }

@@ -215,7 +215,7 @@ pub(crate) fn catches(pid: i32, number: i32) -> bool {
 /// The signals that a process has handlers for: signal 1 is the lowest bit.
 pub(crate) fn caught(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let caught = crate::ledger::status_field(&status, "SigCgt");
+    let caught = crate::call_log::status_field(&status, "SigCgt");
     u64::from_str_radix(&caught, 16).unwrap_or_default()
 }
 

@@ -98,10 +98,10 @@ pub(crate) fn requests(bytes: &[u8]) {
 }
 
 pub(crate) fn news(bytes: &[u8]) {
-    lines(bytes, |told: IncomingEvent| {
-        if let IncomingEvent::Known(news) = &told {
+    lines(bytes, |reported: IncomingEvent| {
+        if let IncomingEvent::Known(news) = &reported {
             let again = protocol::decode_next::<IncomingEvent>(&mut protocol::encode(news));
-            assert_eq!(again, Some(Ok(told)));
+            assert_eq!(again, Some(Ok(reported)));
         }
     });
 }

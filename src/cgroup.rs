@@ -395,7 +395,7 @@ mod tests {
     #[case::version_1(&[TMPFS, MEMORY, NAMED], CgroupLayout::V1, Some(NAMED), None)]
     #[case::without_a_name(&[TMPFS, MEMORY], CgroupLayout::V1, None, None)]
     #[case::none(&[TMPFS], CgroupLayout::None, None, None)]
-    fn layouts_are_told_apart(
+    fn layouts_are_reported_apart(
         #[case] mounts: &[(&str, &str)],
         #[case] kind: CgroupLayout,
         #[case] tracking: Option<(&str, &str)>,
@@ -469,7 +469,7 @@ mod tests {
 
     #[expect(clippy::disallowed_methods, reason = "processes to kill")]
     #[test]
-    fn without_the_kernel_s_help_members_are_killed_and_nobody_else() {
+    fn without_the_kernel_s_help_members_are_killed_and_no_one_else() {
         use std::os::unix::process::ExitStatusExt;
         let sleep = || {
             std::process::Command::new("sleep")

@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn no_error_and_no_debug_form_tells_a_value() {
+    fn no_error_and_no_debug_form_reports_a_value() {
         let secret = vec![("NAME".to_owned(), "s3cret".to_owned())];
         let spec = InitSpec {
             mode: InitMode::Init,

@@ -219,7 +219,7 @@ fn which_task_must_be_clear(#[case] wanted: Option<&str>, #[case] part: &str) {
 #[rstest]
 #[case("b")]
 #[case("g/b")]
-fn a_task_is_picked_by_name_and_the_others_are_told(#[case] wanted: &str) {
+fn a_task_is_picked_by_name_and_the_others_are_reported(#[case] wanted: &str) {
     let picked = Job::read(TWO)
         .unwrap()
         .pick(Some(wanted), &BTreeMap::new())

@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_claimed_that_was_not_measured() {
+    fn nothing_is_locked_that_was_not_measured() {
         let read = UsageSampler::default().read(Instant::now(), Usage::default(), None);
         assert!(read.cpu.unwrap().measured_fields.is_empty());
         assert!(read.memory.unwrap().measured_fields.is_empty());

@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_configuration_error_is_final_and_told_in_one_line() {
+    fn a_configuration_error_is_final_and_reported_in_one_line() {
         let status = Status::from(CallError::from(ConfigError {
             option: "config.volatile".to_owned(),
             reason: "\"maybe\" is not one of yes, state, overlay, no".to_owned(),
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_tells_its_causes_once_and_stays_short() {
+    fn a_message_reports_its_causes_once_and_stays_short() {
         let io = |cause: String| {
             let error = BackendError::Io {
                 step: "write",

@@ -146,7 +146,7 @@ mod tests {
     #[case::none(&[])]
     #[case::empty(&[(COOKIE, "")])]
     #[case::wrong(&[(COOKIE, "e4327c2e")])]
-    fn without_the_cookie_nobody_is_served(#[case] pairs: &[(&str, &str)]) {
+    fn without_the_cookie_no_one_is_served(#[case] pairs: &[(&str, &str)]) {
         assert_eq!(read(pairs), Err(HandshakeError::NotAHost));
     }
 

@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_told_with_its_causes() {
+    fn an_error_is_reported_with_its_causes() {
         let cause = std::io::Error::other("disk on fire");
         let error = crate::backend::BackendError::Io {
             step: "read",
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_pipe_is_nobodys_concern() {
+    fn a_broken_pipe_is_no_ones_concern() {
         struct Broken;
         impl Write for Broken {
             fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stuck_reader_stalls_nobody_and_is_told_what_it_missed() {
+    fn a_stuck_reader_stalls_no_one_and_is_reported_what_it_missed() {
         struct Stuck(mpsc::Receiver<()>, Paper);
         impl Write for Stuck {
             fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {

@@ -69,7 +69,7 @@ impl Served {
 }
 
 #[tokio::test]
-async fn health_is_told_of_the_plugin_and_of_nobody_in_particular() {
+async fn health_is_reported_of_the_plugin_and_of_no_one_in_particular() {
     let served = served(MockContainerBackend::new()).await;
     let mut health = HealthClient::new(served.connect().await);
     for service in ["plugin", ""] {
@@ -122,7 +122,7 @@ async fn shutdown_waits_for_no_stream_and_removes_the_socket() {
 }
 
 #[tokio::test]
-async fn a_connection_without_a_word_harms_nobody() {
+async fn a_connection_without_a_word_harms_no_one() {
     let served = served(MockContainerBackend::new()).await;
     drop(UnixStream::connect(&served.socket).await.unwrap());
     let mut driver = DriverClient::new(served.connect().await);

@@ -350,8 +350,8 @@ impl Own {
         let stray = Arc::new(Mutex::new(Vec::new()));
         let bound = child.stdin.take();
         let stdout_open = read_stray(stdout, Arc::clone(&stray));
-        let (told, exit) = watch::channel(None);
-        tokio::spawn(async move { told.send_replace(child.wait().await.ok()) });
+        let (exit_sender, exit) = watch::channel(None);
+        tokio::spawn(async move { exit_sender.send_replace(child.wait().await.ok()) });
         Self {
             pid,
             pidfd,

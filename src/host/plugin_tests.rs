@@ -34,7 +34,7 @@ fn greeting(dir: &TempDir) -> String {
 }
 
 #[tokio::test]
-async fn a_launched_plugin_has_nomads_environment_and_its_lines_are_heard() {
+async fn a_launched_plugin_has_nomads_environment_and_its_lines_are_received() {
     let dir = server().await;
     let (sender, mut lines) = mpsc::unbounded_channel();
     let text = format!(

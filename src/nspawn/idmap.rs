@@ -183,7 +183,7 @@ mod tests {
 
     /// `/proc` carries no mapping on any kernel.
     #[test]
-    fn an_unmapped_mount_is_told_with_target_and_file_system() {
+    fn an_unmapped_mount_is_reported_with_target_and_file_system() {
         let mounts = vec![mount("/proc/self", "/data"), mount("/proc/sys", "/more")];
         let (binds, notes) = super::binds(mounts, &private("pick"), 252, (6, 18));
         assert!(binds.iter().all(|bind| !bind.idmap));
@@ -208,7 +208,7 @@ mod tests {
     #[case(Users::Host)]
     #[case(private("identity"))]
     #[case(private("0:65536"))]
-    fn where_ids_are_the_same_nothing_is_mapped_and_nothing_told(#[case] users: Users) {
+    fn where_ids_are_the_same_nothing_is_mapped_and_nothing_reported(#[case] users: Users) {
         let (binds, notes) = super::binds(vec![mount("/proc", "/data")], &users, 252, (6, 18));
         assert!(!binds[0].idmap && notes.is_empty(), "{notes:?}");
     }

@@ -166,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn losses_are_told_with_the_first_path_and_the_count() {
+    fn losses_are_reported_with_the_first_path_and_the_count() {
         let mut survey = Survey::default();
         survey.count(Path::new("/etc/a"), [0, 0], false);
         survey.count(Path::new("/etc/b"), [1_516_583_083, 0], false);

@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_for_an_os_release_holds_up_nobody() {
+    fn a_fifo_for_an_os_release_holds_up_no_one() {
         let place = place(&["etc", "usr/lib"]);
         let fifo = place.image.join("etc/os-release");
         nix::unistd::mkfifo(&fifo, Mode::from_bits_truncate(0o644)).unwrap();

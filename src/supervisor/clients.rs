@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_answered_and_the_next_is_heard() {
+    fn what_is_not_known_is_answered_and_the_next_is_received() {
         let (mut clients, mut theirs) = client();
         theirs
             .write_all(b"{\"request\":1,\"verb\":\"freeze\"}\n{\"request\":2,\"verb\":\"stop\"}\n")

@@ -247,7 +247,7 @@ mod tests {
     #[case::a_worker_before_a_failure(Some(exited(3)), None, exited(3), false)]
     #[case::a_worker_before_a_fault(Some(11), None, exited(139), false)]
     #[case::systemd_nspawn_was_killed(None, None, KILLED, false)]
-    fn an_oom_kill_is_told_where_it_caused_the_end(
+    fn an_oom_kill_is_reported_where_it_caused_the_end(
         #[case] command: Option<i32>,
         #[case] leader: Option<i32>,
         #[case] nspawn: i32,
@@ -274,7 +274,7 @@ mod tests {
         "noise\nContainer terminated by signal x terminated by signal RTMIN+4.\n",
         38
     )]
-    fn its_words_tell_the_signal(#[case] nspawn_stderr: &str, #[case] signal: i32) {
+    fn its_words_report_the_signal(#[case] nspawn_stderr: &str, #[case] signal: i32) {
         let evidence = ExitEvidence {
             nspawn_stderr,
             ..evidence(exited(1))
@@ -296,7 +296,7 @@ mod tests {
     #[rstest]
     #[case::by_a_child(BY_KILL)]
     #[case::by_the_first_process(0)]
-    fn only_systemd_nspawn_is_told_of_a_reboot(#[case] leader: i32) {
+    fn only_systemd_nspawn_is_reported_of_a_reboot(#[case] leader: i32) {
         let with = |nspawn: i32| ExitEvidence {
             leader: Some(leader),
             ..evidence(nspawn)
@@ -335,7 +335,7 @@ mod tests {
     #[case("STATUS=Terminating...", Some(NspawnFinalStatus::Terminating))]
     #[case("STATUS=Container running: Restarting...", None)]
     #[case("STOPPING=1", None)]
-    fn a_farewell_is_systemd_nspawns_own(
+    fn a_final_status_is_systemd_nspawns_own(
         #[case] line: &str,
         #[case] nspawn_status: Option<NspawnFinalStatus>,
     ) {

@@ -204,12 +204,12 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_life_is_heard() {
+    fn a_whole_life_is_received() {
         assert_eq!(received(&ALL_EVENTS), (ALL_EVENTS.to_vec(), true));
     }
 
     #[test]
-    fn of_a_flood_nothing_is_heard_but_what_can_be_true() {
+    fn of_a_flood_nothing_is_received_but_what_can_be_true() {
         for flood in ALL_EVENTS {
             let mut state = ALL_EVENTS.to_vec();
             state.truncate(1 + ALL_EVENTS.iter().position(|event| *event == flood).unwrap());

@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_claimed_can_not_be_seized_until_it_is_given_up() {
+    fn what_is_locked_can_not_be_seized_until_it_is_given_up() {
         let (_temp, task_dir) = task_dir();
         let first = TaskLock::create(&task_dir).unwrap();
         let second = TaskLock::lock_shared(&task_dir).unwrap().unwrap();
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_waits_for_whoever_clears_away_and_then_finds_nothing() {
+    fn a_lock_waits_for_whoever_clears_away_and_then_finds_nothing() {
         let (_temp, task_dir) = task_dir();
         task_dir.create().unwrap();
         let locked = locked(&task_dir);
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_or_is_a_link_is_not_claimed() {
+    fn what_is_not_there_or_is_a_link_is_not_locked() {
         let (temp, task_dir) = task_dir();
         assert!(TaskLock::lock_shared(&task_dir).unwrap().is_none());
         assert!(matches!(

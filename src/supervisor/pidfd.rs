@@ -51,7 +51,7 @@ mod tests {
 
     #[expect(clippy::disallowed_methods, reason = "a process to ask about")]
     #[test]
-    fn a_reaped_process_has_a_status_for_everybody() {
+    fn a_reaped_process_has_a_status_for_everyone() {
         for script in ["exit 133", "kill -KILL $$", "kill -34 $$"] {
             let mut child = Command::new("sh")
                 .args(["-c", &format!("read line; {script}")])

@@ -225,7 +225,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn a_number_that_is_no_pid_is_nobody() {
+    fn a_number_that_is_no_pid_is_no_one() {
         for pid in [0, -1, i32::MIN, i32::MAX] {
             let nobody = Process { pid, start: 0 };
             ProcessHandle::open(pid).unwrap_err();

@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn somebody_elses_is_refused() {
+    fn someone_elses_is_refused() {
         let place = place();
         let state = place.path().join("state");
         fs::create_dir(&state).unwrap();

@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn everybody_hears_and_the_first_hears_what_was_said_before() {
+    fn everyone_receives_and_the_first_receives_what_was_said_before() {
         let events = EventBus::default();
         events.publish(&task(), "early");
         let mut first = events.subscribe();

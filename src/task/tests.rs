@@ -181,7 +181,7 @@ async fn in_time<T>(work: impl Future<Output = T>) -> T {
 }
 
 #[tokio::test]
-async fn everybody_early_or_late_hears_the_same_end() {
+async fn everyone_early_or_late_receives_the_same_end() {
     let (stage, end) = TestBackend::new(starts());
     let tasks = tasks();
     tasks.start(stage, info(ID), spec(ID)).await.unwrap();
@@ -255,7 +255,7 @@ async fn a_stop_returns_after_the_end_and_may_be_repeated() {
 }
 
 #[tokio::test]
-async fn a_failed_stop_is_told_and_may_be_tried_again() {
+async fn a_failed_stop_is_reported_and_may_be_tried_again() {
     let mut mock = starts();
     mock.expect_stop()
         .times(2)
@@ -273,7 +273,7 @@ async fn a_failed_stop_is_told_and_may_be_tried_again() {
 }
 
 #[tokio::test]
-async fn force_ends_a_running_task_and_tells_its_true_end() {
+async fn force_ends_a_running_task_and_reports_its_true_end() {
     let mut mock = starts();
     let (ends, heard) = std::sync::mpsc::channel::<watch::Sender<Option<Exit>>>();
     mock.expect_stop()
@@ -332,7 +332,7 @@ async fn destroying_an_unknown_id_clears_leftovers_away() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_removal_that_fails_is_told_once_and_tried_again() {
+async fn a_removal_that_fails_is_reported_once_and_tried_again() {
     let mut mock = starts();
     mock.expect_remove().times(3).returning(|_| Err(trouble()));
     mock.expect_remove().times(1).returning(|_| Ok(()));

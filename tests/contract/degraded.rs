@@ -60,7 +60,7 @@ async fn a_port_of_an_address_that_is_not_the_default_is_refused(
 /// Nomad's ordinary port. What this host's addresses come to is known to the test in the same way as to the driver.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_port_of_a_default_address_is_forwarded_and_told(world: World) {
+async fn a_port_of_a_default_address_is_forwarded_and_reported(world: World) {
     let host = Addresses::of_this_host();
     let address = host.default.first().map(ToString::to_string);
     let spec = with_port(&world, address.as_deref());
@@ -69,15 +69,15 @@ async fn a_port_of_a_default_address_is_forwarded_and_told(world: World) {
     };
     let wanted = ports::check(ports, &host).unwrap();
     let started = world.up(spec).await;
-    let told = about(&started.notes, "port ");
-    assert_eq!(told, wanted.iter().collect::<Vec<_>>());
+    let reported = about(&started.notes, "port ");
+    assert_eq!(reported, wanted.iter().collect::<Vec<_>>());
     world.leave(&[&started]).await;
 }
 
 /// Nothing that lies in `/proc` can carry a mapping.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_mount_without_an_id_mapping_is_told(world: World) {
+async fn a_mount_without_an_id_mapping_is_reported(world: World) {
     let mounts = vec![Mount {
         source: "/proc/sys/kernel".into(),
         target: "/mnt".into(),
@@ -89,12 +89,12 @@ async fn a_mount_without_an_id_mapping_is_told(world: World) {
         ..world.spec(DEAF)
     };
     let started = world.up(spec(by_default())).await;
-    let told = about(&started.notes, "id mapping");
-    let [told] = told.as_slice() else {
+    let reported = about(&started.notes, "id mapping");
+    let [reported] = reported.as_slice() else {
         panic!("{:?}", started.notes)
     };
     for part in ["/mnt", "0x9fa0", "user_namespacing"] {
-        assert!(told.contains(part), "{told}");
+        assert!(reported.contains(part), "{reported}");
     }
     within(world.backend.remove(&started.id)).await.unwrap();
     let plain = world.up(spec(Users::Host)).await;
@@ -121,7 +121,7 @@ async fn a_root_of_several_mounts_cannot_be_mapped(world: World) {
 /// Only root can make files of others and file capabilities; anybody else has nothing to lose, and is told nothing.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_change_of_owner_loses_is_told(world: World) {
+async fn what_a_change_of_owner_loses_is_reported(world: World) {
     let root = nix::unistd::geteuid().is_root();
     let file = world.tree.join("etc/high");
     fs::write(&file, "").unwrap();
@@ -147,14 +147,14 @@ async fn what_a_change_of_owner_loses_is_told(world: World) {
         ..world.spec(DEAF)
     };
     let started = world.up(spec()).await;
-    let told = about(&started.notes, "change of owner");
-    let said = |part: &str| told.iter().any(|note| note.contains(part));
-    assert_eq!(told.len(), if root { 2 } else { 0 }, "{told:?}");
+    let reported = about(&started.notes, "change of owner");
+    let said = |part: &str| reported.iter().any(|note| note.contains(part));
+    assert_eq!(reported.len(), if root { 2 } else { 0 }, "{reported:?}");
     for part in [
         "capabilities of 1 files, the first is /usr/bin/capable.",
         "in 1 files: /etc/high belongs to 1516583083, which becomes 14507.",
     ] {
-        assert_eq!(said(part), root, "{told:?}");
+        assert_eq!(said(part), root, "{reported:?}");
     }
     world.leave(&[&started]).await;
 }

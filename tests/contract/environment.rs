@@ -70,8 +70,8 @@ async fn a_booted_container_has_its_variables_and_is_stopped_in_order(world: Wor
         })
         .await;
     let leader = started.leader.pid;
-    let ledger = world.scratch.path().join("bin/ledger.jsonl");
-    if !ledger.exists() {
+    let call_log = world.scratch.path().join("bin/ledger.jsonl");
+    if !call_log.exists() {
         // Until then it may be systemd-nspawn's own child, which is about to become the init.
         world.handles(&started, "SIGRTMIN+4").await;
     }
@@ -87,9 +87,9 @@ async fn a_booted_container_has_its_variables_and_is_stopped_in_order(world: Wor
     })
     .await;
     stopped_politely(&world.backend, &started, (0, 0)).await;
-    if ledger.exists() {
-        let ledger = fs::read_to_string(ledger).unwrap();
-        assert!(ledger.contains("\"signal\":38"), "{ledger}");
+    if call_log.exists() {
+        let call_log = fs::read_to_string(call_log).unwrap();
+        assert!(call_log.contains("\"signal\":38"), "{call_log}");
     } else {
         assert!(world.said("stdout").contains("heard"));
     }
@@ -245,8 +245,8 @@ async fn a_value_that_would_be_printed_is_refused_by_name(world: World) {
     assert!(!error.is_transient(), "{error}");
     let text = error.to_string();
     assert!(text.contains("LANG") && text.contains("U+FFFE"), "{text}");
-    let told = [text, world.said("stdout"), world.said("stderr")].concat();
-    assert!(!told.contains("s3cret"), "{told}");
+    let reported = [text, world.said("stdout"), world.said("stderr")].concat();
+    assert!(!reported.contains("s3cret"), "{reported}");
     world.leave(&[]).await;
 }
 
@@ -297,7 +297,7 @@ async fn a_value_stands_in_no_command_line(world: World) {
                 ..world.named(&task, DEAF)
             })
             .await;
-        world.heard("up").await;
+        world.received("up").await;
         let shown = processes_that_name(&secret);
         assert!(shown.is_empty(), "{shown:?}");
         within(world.backend.remove(&started.id)).await.unwrap();

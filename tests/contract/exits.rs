@@ -56,12 +56,12 @@ async fn a_code_of_a_second_process_is_its_own(world: World) {
 /// systemd-nspawn has this code for itself and makes 1 of it; the kernel tells the truth from 6.15 on.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_code_of_133_is_told(world: World) {
-    let told = if world.kernel_tells() { 133 } else { 1 };
-    code(world, Mode::Plain, 133, told).await;
+async fn a_code_of_133_is_reported(world: World) {
+    let reported = if world.kernel_tells() { 133 } else { 1 };
+    code(world, Mode::Plain, 133, reported).await;
 }
 
-async fn code(world: World, mode: Mode, code: i32, told: i32) {
+async fn code(world: World, mode: Mode, code: i32, reported: i32) {
     let started = world
         .start(ContainerSpec {
             mode,
@@ -71,7 +71,7 @@ async fn code(world: World, mode: Mode, code: i32, told: i32) {
     let exit = world.end(&started).await;
     assert_eq!(
         (ended(&exit), exit.oom_killed, exit.error.clone()),
-        ((told, 0), false, None)
+        ((reported, 0), false, None)
     );
     world.leave(&[&started]).await;
 }
@@ -92,7 +92,7 @@ struct Row {
     /// What is sent from outside once it is up.
     sent: Option<Signal>,
     /// The code and the signal.
-    told: (i32, i32),
+    reported: (i32, i32),
 }
 
 /// Runs all of it, some together, in one tree that none of them writes.
@@ -102,7 +102,11 @@ async fn all(world: World, rows: Vec<Row>) {
     let mut rows = rows.into_iter();
     loop {
         while under_way.len() < TOGETHER
-            && let Some(Row { spec, sent, told }) = rows.next()
+            && let Some(Row {
+                spec,
+                sent,
+                reported,
+            }) = rows.next()
         {
             let world = Arc::clone(&world);
             let spec = ContainerSpec {
@@ -120,10 +124,10 @@ async fn all(world: World, rows: Vec<Row>) {
                         .unwrap();
                 }
                 let exit = world.end(&started).await;
-                assert_eq!(ended(&exit), told, "{mode:?} {command:?}: {exit:?}");
+                assert_eq!(ended(&exit), reported, "{mode:?} {command:?}: {exit:?}");
                 assert!(!exit.oom_killed);
                 let dumps = mode == Mode::ProcessTwo || world.kernel_tells();
-                let dumped = by_pipe().filter(|_| dumps && DUMPING.contains(&told.1));
+                let dumped = by_pipe().filter(|_| dumps && DUMPING.contains(&reported.1));
                 assert_eq!(exit.error, dumped, "{mode:?} {command:?}");
                 within(world.backend.remove(&started.id)).await.unwrap();
             });
@@ -146,14 +150,14 @@ fn spec(world: &World, mode: Mode, name: &str, script: &str) -> ContainerSpec {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_code_is_told(world: World) {
+async fn every_code_is_reported(world: World) {
     codes(world, &WITH_A_COMMAND).await;
 }
 
 /// A second process has its end told by our own first program, whatever the kernel is.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_code_is_told_on_an_older_kernel(world: World) {
+async fn every_code_is_reported_on_an_older_kernel(world: World) {
     codes(world.on_an_old_kernel(), &[Mode::Plain]).await;
 }
 
@@ -162,14 +166,14 @@ async fn codes(world: World, modes: &[Mode]) {
     for mode in modes.iter().copied() {
         for code in 0..=255 {
             // systemd-nspawn has this code for itself and makes 1 of it; the kernel tells the truth from 6.15 on.
-            let told = match (mode, code) {
+            let reported = match (mode, code) {
                 (Mode::Plain, 133) if !world.kernel_tells() => 1,
                 _ => code,
             };
             rows.push(Row {
                 spec: spec(&world, mode, &code.to_string(), &format!("exit {code}")),
                 sent: None,
-                told: (told, 0),
+                reported: (reported, 0),
             });
         }
     }
@@ -180,7 +184,7 @@ async fn codes(world: World, modes: &[Mode]) {
 /// A second process dies of whatever it sends to itself.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_signal_is_told(world: World) {
+async fn every_signal_is_reported(world: World) {
     let mut rows = Vec::new();
     for number in SIGNALS {
         let goes_on = if STOPPING.contains(&number) {
@@ -189,7 +193,7 @@ async fn every_signal_is_told(world: World) {
         } else {
             ""
         };
-        let told = if IGNORED.contains(&number) || STOPPING.contains(&number) {
+        let reported = if IGNORED.contains(&number) || STOPPING.contains(&number) {
             (LIVED_ON, 0)
         } else {
             (128 + number, number)
@@ -201,7 +205,11 @@ async fn every_signal_is_told(world: World) {
             spec.command = vec!["/bin/sleep".into(), "1000".into()];
             sent = Signal::from_number(QUIT);
         }
-        rows.push(Row { spec, sent, told });
+        rows.push(Row {
+            spec,
+            sent,
+            reported,
+        });
     }
     all(world, rows).await;
 }
@@ -209,14 +217,14 @@ async fn every_signal_is_told(world: World) {
 /// The first process dies of no signal that it sends to itself, but of what it does; a second one does as well.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_fault_is_told(world: World) {
+async fn every_fault_is_reported(world: World) {
     faults(world, &WITH_A_COMMAND).await;
 }
 
 /// systemd-nspawn's words tell the signal then, and nothing tells of a core dump.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_fault_is_told_on_an_older_kernel(world: World) {
+async fn every_fault_is_reported_on_an_older_kernel(world: World) {
     faults(world.on_an_old_kernel(), &[Mode::Plain]).await;
 }
 
@@ -229,7 +237,7 @@ async fn faults(world: World, modes: &[Mode]) {
             rows.push(Row {
                 spec: with_programs(&world, spec(&world, mode, &number.to_string(), &script)),
                 sent: None,
-                told: (128 + number, *number),
+                reported: (128 + number, *number),
             });
         }
     }
@@ -238,7 +246,7 @@ async fn faults(world: World, modes: &[Mode]) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_core_dump_is_told(world: World) {
+async fn a_core_dump_is_reported(world: World) {
     let (segv, code) = FAULTS[0];
     put_program(&world, "fault", code);
     let wanted = dumps_at_all(&world).then(|| DUMPED.to_owned());
@@ -247,14 +255,14 @@ async fn a_core_dump_is_told(world: World) {
             not_applicable("as the first process: the kernel tells of a core dump from 6.15 on");
             continue;
         }
-        for (limit, told) in [("$(ulimit -H -c)", &wanted), ("0", &by_pipe())] {
+        for (limit, reported) in [("$(ulimit -H -c)", &wanted), ("0", &by_pipe())] {
             let script = format!("ulimit -S -c {limit}; exec ./fault");
             let started = world
                 .start(with_programs(&world, spec(&world, mode, "dumps", &script)))
                 .await;
             let exit = world.end(&started).await;
             assert_eq!(ended(&exit), (128 + segv, segv), "{mode:?}");
-            assert_eq!(&exit.error, told, "{mode:?} {limit}");
+            assert_eq!(&exit.error, reported, "{mode:?} {limit}");
             within(world.backend.remove(&started.id)).await.unwrap();
         }
     }

@@ -248,7 +248,7 @@ async fn a_stopped_nspawn_is_ended_too(world: World) {
 /// It has to go on to notice the end.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_nspawn_hides_no_polite_end(world: World) {
+async fn a_stopped_nspawn_hides_no_graceful_end(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     world.handles(&started, "TERM").await;
     let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;

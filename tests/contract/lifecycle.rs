@@ -33,8 +33,8 @@ async fn no_command(world: &World, mode: Mode, command: &str, code: i32) {
         .await;
     let exit = world.end(&started).await;
     assert_eq!(ended(&exit), (code, 0), "{mode:?} {command}");
-    let told = exit.error.clone().unwrap_or_default();
-    assert!(told.contains(command), "{mode:?}: {told:?}");
+    let reported = exit.error.clone().unwrap_or_default();
+    assert!(reported.contains(command), "{mode:?}: {reported:?}");
     let said = world.said("stderr");
     assert!(said.contains(command), "{mode:?}: {said:?}");
     within(world.backend.remove(&started.id)).await.unwrap();
@@ -145,7 +145,7 @@ async fn several_run_side_by_side(world: World) {
         all.push(world.start(spec).await);
     }
     for (number, started) in (0..).zip(&all) {
-        world.heard(&format!("up{number}")).await;
+        world.received(&format!("up{number}")).await;
         within(world.backend.stop(started, Some(signal("TERM")), AMPLE))
             .await
             .unwrap();
@@ -159,8 +159,8 @@ async fn several_run_side_by_side(world: World) {
 async fn usage_can_be_read(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     let usage = within(world.backend.usage(&started)).await.unwrap();
-    let told = usage.cpu_user_ns.is_some() && usage.memory_rss.is_some_and(|bytes| bytes > 0);
-    assert_eq!(told, started.cgroup.is_some(), "{usage:?}");
+    let reported = usage.cpu_user_ns.is_some() && usage.memory_rss.is_some_and(|bytes| bytes > 0);
+    assert_eq!(reported, started.cgroup.is_some(), "{usage:?}");
     world.leave(&[&started]).await;
 }
 

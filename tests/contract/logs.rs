@@ -75,7 +75,7 @@ async fn a_fifo_gets_everything_and_its_end(world: World) {
 /// As web servers do it for their logs.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn dev_stdout_can_be_opened_anew(world: World) {
+async fn dev_stdout_can_be_opened_again(world: World) {
     let fifo = fifo(&world);
     let reader = read_all(fifo.clone());
     let script = "echo first; echo second > /proc/self/fd/1; echo third";

@@ -205,7 +205,7 @@ impl World {
     }
 
     /// Waits until the payload has written this word on stdout: it is as far as the scenario needs it.
-    pub(crate) async fn heard(&self, word: &str) {
+    pub(crate) async fn received(&self, word: &str) {
         within(async {
             while !self.said("stdout").contains(word) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -233,7 +233,7 @@ impl World {
     /// Starts a container that must come up, and waits until its payload says so.
     pub(crate) async fn up(&self, spec: ContainerSpec) -> Started {
         let started = self.start(spec).await;
-        self.heard("up").await;
+        self.received("up").await;
         started
     }
 

@@ -25,13 +25,13 @@ async fn cleared(world: &World, all: &[&Started]) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_nobody_claims_is_cleared_away(world: World) {
+async fn what_no_one_locks_is_cleared_away(world: World) {
     let beside = |task: &str, script: &str| ContainerSpec {
         volatile: Volatile::Overlay,
         ..world.named(task, script)
     };
     let deaf = abandoned(&world, beside("deaf", DEAF)).await;
-    world.heard("up").await;
+    world.received("up").await;
     let over = abandoned(&world, beside("over", "exit 1")).await;
     cleared(&world, &[&deaf, &over]).await;
     within(world.backend.reconcile(&world.alloc_roots())).await;
@@ -44,7 +44,7 @@ async fn what_nobody_claims_is_cleared_away(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_another_backend_started_is_spared(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    world.received("up").await;
     let other = NspawnBackend::new(world.settings.clone());
     within(other.reconcile(&world.alloc_roots())).await;
     within(world.backend.reconcile(&world.alloc_roots())).await;
@@ -59,7 +59,7 @@ async fn what_another_backend_started_is_spared(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_found_again_is_spared(world: World) {
     let started = abandoned(&world, world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    world.received("up").await;
     within(world.backend.attach(&started)).await.unwrap();
     let other = NspawnBackend::new(world.settings.clone());
     within(other.reconcile(&world.alloc_roots())).await;
@@ -72,7 +72,7 @@ async fn what_was_found_again_is_spared(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_end_that_somebody_may_ask_for_is_kept(world: World) {
+async fn an_end_that_someone_may_ask_for_is_kept(world: World) {
     let started = world.start(world.spec("exit 22")).await;
     world.end(&started).await;
     let other = NspawnBackend::new(world.settings.clone());
@@ -84,13 +84,13 @@ async fn an_end_that_somebody_may_ask_for_is_kept(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_copy_that_nobody_claims_is_cleared_away(world: World) {
+async fn a_copy_that_no_one_locks_is_cleared_away(world: World) {
     let spec = ContainerSpec {
         ephemeral: true,
         ..world.spec(DEAF)
     };
     let started = abandoned(&world, spec).await;
-    world.heard("up").await;
+    world.received("up").await;
     cleared(&world, &[&started]).await;
     world.leave(&[&started]).await;
 }
@@ -121,7 +121,7 @@ async fn half_made_starts_are_cleared_away(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_order_that_can_not_be_read_hides_no_container(world: World) {
     let started = abandoned(&world, world.spec(DEAF)).await;
-    world.heard("up").await;
+    world.received("up").await;
     fs::write(started.state.join("order"), "{\"id\":").unwrap();
     cleared(&world, &[&started]).await;
     world.leave(&[&started]).await;
@@ -170,9 +170,9 @@ async fn what_the_driver_did_not_make_is_left_alone(world: World) {
 /// The same pid with the same start time may be somebody else after a reboot.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_is_mistaken_for_a_process_of_another_boot(world: World) {
+async fn no_one_is_mistaken_for_a_process_of_another_boot(world: World) {
     let innocent = world.start(world.spec(HEARS_TERM)).await;
-    world.heard("up").await;
+    world.received("up").await;
     let old = |task: &str| {
         world.copied(&innocent, task, |value| {
             let boot = "00000000-0000-0000-0000-000000000000";

@@ -9,7 +9,7 @@ async fn a_signal_reaches_its_handler(world: World) {
     within(world.backend.signal(&started, signal("SIGHUP")))
         .await
         .unwrap();
-    world.heard("hup").await;
+    world.received("hup").await;
     assert!(is_alive(started.leader));
     within(world.backend.signal(&started, signal("SIGUSR2")))
         .await
@@ -31,7 +31,7 @@ async fn a_signal_without_a_handler_spares_the_first_process(world: World) {
     within(world.backend.signal(&started, signal("SIGHUP")))
         .await
         .unwrap();
-    world.heard("hup").await;
+    world.received("hup").await;
     assert!(is_alive(started.leader));
     world.leave(&[&started]).await;
 }
@@ -64,20 +64,20 @@ async fn a_stopped_supervisor_still_passes_signals_on(world: World) {
     within(world.backend.signal(&started, signal("SIGUSR1")))
         .await
         .unwrap();
-    world.heard("usr").await;
+    world.received("usr").await;
     world.leave(&[&started]).await;
 }
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_signal_right_after_the_start_harms_nobody(world: World) {
+async fn a_signal_right_after_the_start_harms_no_one(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
     for name in ["SIGHUP", "SIGUSR1", "SIGRTMIN+5", "SIGWINCH"] {
         within(world.backend.signal(&started, signal(name)))
             .await
             .unwrap();
     }
-    world.heard("up").await;
+    world.received("up").await;
     world.handles(&started, "TERM").await;
     stopped_politely(&world.backend, &started, (3, 0)).await;
     world.leave(&[&started]).await;
@@ -93,7 +93,7 @@ async fn a_signal_arrives_as_often_as_it_is_sent(world: World) {
         within(world.backend.signal(&started, signal("SIGUSR1")))
             .await
             .unwrap();
-        world.heard(&format!("usr-{number}")).await;
+        world.received(&format!("usr-{number}")).await;
     }
     world.leave(&[&started]).await;
 }
@@ -124,7 +124,7 @@ async fn a_payload_is_stopped_and_goes_on(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_signal_to_kill_is_told_as_137(world: World) {
+async fn a_signal_to_kill_is_reported_as_137(world: World) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let started = world
             .up(ContainerSpec {

@@ -212,7 +212,7 @@ async fn a_named_signal_is_sent_though_another_is_handled(world: World) {
 /// One that has not heard yet how things stand, as a plugin that has only just been started again.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_backend_stops_it_politely(world: World) {
+async fn another_backend_stops_it_gracefully(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     world.handles(&started, "TERM").await;
     let other = NspawnBackend::new(world.settings.clone());
@@ -248,7 +248,7 @@ async fn removing_overtakes_a_patient_stop(world: World) {
 /// Its end is known before systemd-nspawn has thrown the root away.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_ephemeral_root_that_is_ended_by_force_is_told_once(world: World) {
+async fn an_ephemeral_root_that_is_ended_by_force_is_reported_once(world: World) {
     let started = world
         .up(ContainerSpec {
             ephemeral: true,

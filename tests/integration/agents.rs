@@ -105,7 +105,7 @@ async fn before_the_first_task_no_leftover_is_taken_for_the_agents_own() {
 }
 
 #[tokio::test]
-async fn a_task_whose_allocation_was_removed_is_nobodys() {
+async fn a_task_whose_allocation_was_removed_is_no_ones() {
     let (first, second) = (Host::new(), Host::new());
     let task = left(&first).await;
     fs::remove_dir_all(task.allocation.dir()).unwrap();

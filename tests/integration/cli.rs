@@ -34,7 +34,7 @@ fn without_words_it_says_what_it_is() {
 }
 
 #[test]
-fn it_tells_its_version() {
+fn it_reports_its_version() {
     let output = person(&Host::new(), &["--version"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(
@@ -75,14 +75,14 @@ struct Ran {
 async fn run(host: &Host, task: Task, stop_at: Option<&'static str>) -> Ran {
     let (stop, stops) = mpsc::channel(4);
     let (stdout, stderr) = (Written::default(), Written::default());
-    let (told, mut happenings) = mpsc::unbounded_channel();
+    let (reported, mut happenings) = mpsc::unbounded_channel();
     let run = Run {
         launch: host.launch(),
         plugin_config: host.config(),
         task: task.spec,
         allocations: host.join("alloc"),
     };
-    let tell = move |happening| told.send(happening).unwrap();
+    let tell = move |happening| reported.send(happening).unwrap();
     let task = run_task(run, stdout.clone(), stderr.clone(), stops, &tell);
     let stopper = async {
         if let Some(text) = stop_at {
@@ -144,7 +144,7 @@ async fn a_run_passes_on_output_and_exit_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_run_that_is_told_to_stop_stops_the_task() {
+async fn a_run_that_is_reported_to_stop_stops_the_task() {
     let host = Host::new();
     let mut task =
         host.shell("trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.05; done");

@@ -18,8 +18,8 @@ fn pack(value: &Value) -> Vec<u8> {
     rmp_serde::to_vec(value).unwrap()
 }
 
-#[tokio::test]
-async fn check_17_plugin_info_comes_first() {
+#[tokio::test] // Conformance check 17.
+async fn plugin_info_comes_first() {
     let host = Host::new();
     let plugin = Plugin::launch(host.launch()).await.unwrap();
     let info = plugin
@@ -101,8 +101,8 @@ fn options(spec: &Spec, found: &mut BTreeSet<String>) {
     }
 }
 
-#[tokio::test]
-async fn check_18_the_schemas_convert() {
+#[tokio::test] // Conformance check 18.
+async fn the_schemas_convert() {
     let host = Host::new();
     let plugin = Plugin::launch(host.launch()).await.unwrap();
     let answer = plugin
@@ -137,8 +137,8 @@ async fn check_18_the_schemas_convert() {
     }
 }
 
-#[tokio::test]
-async fn check_19_the_same_configuration_twice() {
+#[tokio::test] // Conformance check 19.
+async fn the_same_configuration_twice() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell("exec sleep 1000")).await;
@@ -149,7 +149,7 @@ async fn check_19_the_same_configuration_twice() {
     task.destroy(&plugin).await;
 }
 
-#[rstest]
+#[rstest] // Conformance check 20.
 #[case(json!({"volumes": "perhaps"}), "plugin.volumes: ")]
 #[case(json!({"enabled": [1]}), "plugin.enabled: ")]
 #[case(json!({"state_dir": "relative"}), "plugin.state_dir: \"relative\" ")]
@@ -157,7 +157,7 @@ async fn check_19_the_same_configuration_twice() {
 #[case(json!({"reconcile_after": "soon"}), "plugin.reconcile_after: \"soon\" is not a duration")]
 #[case(json!([1]), "plugin.*: a list is not a block")]
 #[tokio::test]
-async fn check_20_a_bad_configuration_names_the_field(#[case] config: Value, #[case] start: &str) {
+async fn a_bad_configuration_names_the_field(#[case] config: Value, #[case] start: &str) {
     let host = Host::new();
     let plugin = Plugin::launch(host.launch()).await.unwrap();
     let status = refusal(plugin.set_config(pack(&config)).await);
@@ -165,8 +165,8 @@ async fn check_20_a_bad_configuration_names_the_field(#[case] config: Value, #[c
     assert!(status.message().starts_with(start), "{}", status.message());
 }
 
-#[tokio::test]
-async fn check_22_null_is_the_default() {
+#[tokio::test] // Conformance check 22.
+async fn null_is_the_default() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let mut names = BTreeSet::new();
@@ -240,7 +240,7 @@ async fn start_with_number(
     host.start_edited(plugin, allocation, edit).await
 }
 
-#[rstest]
+#[rstest] // Conformance check 23.
 #[case::fixint(&[80], 80)]
 #[case::uint8(&[0xcc, 200], 200)]
 #[case::uint16(&[0xcd, 0x1f, 0x90], 8080)]
@@ -250,7 +250,7 @@ async fn start_with_number(
 #[case::float64(&[0xcb, 0x40, 0xbf, 0x90, 0, 0, 0, 0, 0], 8080)]
 #[case::string(b"\xa48080", 8080)]
 #[tokio::test]
-async fn check_23_numbers_come_in_many_forms(#[case] number: &[u8], #[case] port: u16) {
+async fn numbers_come_in_many_forms(#[case] number: &[u8], #[case] port: u16) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let started = start_with_number(&host, &plugin, number).await.unwrap();
@@ -262,14 +262,14 @@ async fn check_23_numbers_come_in_many_forms(#[case] number: &[u8], #[case] port
     started.destroy(&plugin).await;
 }
 
-#[rstest]
+#[rstest] // Conformance check 23.
 #[case::negative(&[0xff], "-1")]
 #[case::zero(&[0], "0")]
 #[case::large(&[0xce, 0, 1, 0, 0], "65536")]
 #[case::fraction(&[0xcb, 0x40, 0x09, 0, 0, 0, 0, 0, 0], "3.125")]
 #[case::words(b"\xa3abc", "abc")]
 #[tokio::test]
-async fn check_23_numbers_that_do_not_fit_are_refused(#[case] number: &[u8], #[case] shown: &str) {
+async fn numbers_that_do_not_fit_are_refused(#[case] number: &[u8], #[case] shown: &str) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let status = refusal(start_with_number(&host, &plugin, number).await);
@@ -282,8 +282,8 @@ async fn check_23_numbers_that_do_not_fit_are_refused(#[case] number: &[u8], #[c
     assert!(host.starts().is_empty());
 }
 
-#[tokio::test]
-async fn check_24_later_maps_win() {
+#[tokio::test] // Conformance check 24.
+async fn later_maps_win() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let config = json!({
@@ -299,8 +299,8 @@ async fn check_24_later_maps_win() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_25_absent_lists_are_empty() {
+#[tokio::test] // Conformance check 25.
+async fn absent_lists_are_empty() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let config = json!({"image": host.root(), "boot": false, "user_namespacing": false});
@@ -321,8 +321,8 @@ async fn check_25_absent_lists_are_empty() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_26_a_required_key_that_is_null() {
+#[tokio::test] // Conformance check 26.
+async fn a_required_key_that_is_null() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let config = pack(&json!({"image": null, "boot": false}));
@@ -331,8 +331,8 @@ async fn check_26_a_required_key_that_is_null() {
     assert!(host.starts().is_empty());
 }
 
-#[tokio::test]
-async fn check_27_what_is_not_known_is_passed_over() {
+#[tokio::test] // Conformance check 27.
+async fn what_is_not_known_is_passed_over() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let config = json!({
@@ -347,8 +347,8 @@ async fn check_27_what_is_not_known_is_passed_over() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_28_the_first_fingerprint_comes_at_once() {
+#[tokio::test] // Conformance check 28.
+async fn the_first_fingerprint_comes_at_once() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let (first, mut stream) = plugin.fingerprint().await.unwrap();
@@ -364,8 +364,8 @@ async fn check_28_the_first_fingerprint_comes_at_once() {
     }
 }
 
-#[tokio::test]
-async fn check_29_the_same_host_has_the_same_fingerprint() {
+#[tokio::test] // Conformance check 29.
+async fn the_same_host_has_the_same_fingerprint() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let (one, _first) = plugin.fingerprint().await.unwrap();
@@ -374,8 +374,8 @@ async fn check_29_the_same_host_has_the_same_fingerprint() {
     assert_eq!(one.attributes.is_empty(), !is_root());
 }
 
-#[tokio::test]
-async fn check_30_a_host_without_systemd_nspawn() {
+#[tokio::test] // Conformance check 30.
+async fn a_host_without_systemd_nspawn() {
     let host = Host::new();
     std::fs::rename(host.join("bin/systemd-nspawn"), host.join("bin/away")).unwrap();
     let plugin = host.plugin().await;
@@ -405,8 +405,8 @@ async fn check_30_a_host_without_systemd_nspawn() {
     assert!(there.attributes.contains_key("driver.nspawn.version"));
 }
 
-#[tokio::test]
-async fn check_31_capabilities_never_change() {
+#[tokio::test] // Conformance check 31.
+async fn capabilities_never_change() {
     let host = Host::new();
     let plugin = Plugin::launch(host.launch()).await.unwrap();
     let ask = || async {
@@ -487,7 +487,7 @@ async fn what_is_wrong_is_refused_before_anything_is_started(
         status.details().is_empty(),
         "a mistake is not worth another attempt"
     );
-    assert!(host.ledger().is_empty(), "something was called");
+    assert!(host.call_log().is_empty(), "something was called");
     assert_eq!(std::fs::read_dir(host.state()).unwrap().count(), 0);
 }
 
@@ -512,7 +512,7 @@ async fn bytes_that_are_no_configuration_are_refused() {
             status.message()
         );
     }
-    assert!(host.ledger().is_empty());
+    assert!(host.call_log().is_empty());
 }
 
 #[tokio::test]
@@ -531,7 +531,7 @@ async fn names_that_lead_elsewhere_are_refused() {
         let status = refusal(host.start_edited(&plugin, allocation, edit).await);
         assert!(status.message().starts_with(option), "{}", status.message());
     }
-    assert!(host.ledger().is_empty());
+    assert!(host.call_log().is_empty());
 }
 
 #[tokio::test]
@@ -569,7 +569,7 @@ async fn volumes_can_be_switched_off() {
         "{}",
         status.message()
     );
-    assert!(host.ledger().is_empty());
+    assert!(host.call_log().is_empty());
     let inside = host.shell("exit 0").with("bind", json!([{"local": "/x"}]));
     let task = host.start(&plugin, inside).await;
     task.wait(&plugin).await;

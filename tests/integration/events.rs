@@ -4,8 +4,8 @@ use std::time::SystemTime;
 
 use crate::harness::{Host, within};
 
-#[tokio::test]
-async fn check_60_the_stream_stays_open() {
+#[tokio::test] // Conformance check 60.
+async fn the_stream_stays_open() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let (mut one, mut two) = (
@@ -28,8 +28,8 @@ async fn check_60_the_stream_stays_open() {
     }
 }
 
-#[tokio::test]
-async fn check_60_an_event_says_whose_it_is() {
+#[tokio::test] // Conformance check 60.
+async fn an_event_says_whose_it_is() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let (mut one, mut two) = (

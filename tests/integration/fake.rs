@@ -78,14 +78,14 @@ impl Bench {
         );
         let words = [mode, &["/bin/sh", "-c", &script]].concat();
         let nspawn = self.command(&words).spawn().unwrap();
-        let leader = self.heard("X_NSPAWN_LEADER_PID=").parse().unwrap();
-        self.heard("READY=1");
+        let leader = self.received("X_NSPAWN_LEADER_PID=").parse().unwrap();
+        self.received("READY=1");
         eventually("the payload runs", || up.exists());
         Running { nspawn, leader }
     }
 
     /// Reads notifications until one has a line that starts so; gives the rest of that line.
-    fn heard(&self, start: &str) -> String {
+    fn received(&self, start: &str) -> String {
         let mut buffer = [0; 4096];
         loop {
             let length = match self.socket.recv(&mut buffer) {
@@ -100,7 +100,7 @@ impl Bench {
         }
     }
 
-    fn ledger(&self, event: &str) -> Vec<Value> {
+    fn call_log(&self, event: &str) -> Vec<Value> {
         let text = fs::read_to_string(self.path("ledger.jsonl")).unwrap();
         let events = text
             .lines()
@@ -174,8 +174,8 @@ fn a_payloads_end_becomes_the_status(
     let bench = Bench::new();
     let output = bench.run(&[mode, &["/bin/sh", "-c", script]].concat());
     assert_eq!(output.status.code(), Some(status), "{output:?}");
-    bench.heard("STOPPING=1");
-    assert_eq!(bench.ledger("exit")[0]["status"], status);
+    bench.received("STOPPING=1");
+    assert_eq!(bench.call_log("exit")[0]["status"], status);
 }
 
 #[rstest]
@@ -197,7 +197,7 @@ fn a_leader_takes_signals_as_a_first_process_does(
         // Nobody can write down a KILL, and only what was taken in may be followed by the next one.
         if *number != 9 {
             eventually("the signal is in the ledger", || {
-                bench.ledger("signal").len() > sent
+                bench.call_log("signal").len() > sent
             });
         }
     }
@@ -208,7 +208,7 @@ fn a_leader_takes_signals_as_a_first_process_does(
 #[case(&[], TRAP, &[15], 1)]
 #[case(&["--kill-signal=TERM"], TRAP, &[15], 42)]
 #[case(&["--kill-signal=TERM"], ":", &[15, 15], 1)]
-fn nspawn_ends_its_container_when_told(
+fn nspawn_ends_its_container_when_reported(
     #[case] mode: &[&str],
     #[case] script: &str,
     #[case] signals: &[i32],
@@ -218,13 +218,13 @@ fn nspawn_ends_its_container_when_told(
     let mut running = bench.start(mode, script);
     for number in signals {
         send(running.pid(), *number);
-        let told = || {
+        let reported = || {
             bench
-                .ledger("signal")
+                .call_log("signal")
                 .iter()
                 .any(|event| event["role"] == "nspawn")
         };
-        eventually("the signal is in the ledger", told);
+        eventually("the signal is in the ledger", reported);
     }
     assert_eq!(running.end().code(), Some(status));
 }
@@ -280,7 +280,7 @@ fn a_simulated_init_powers_off() {
     fs::create_dir_all(bench.path("tree/etc")).unwrap();
     fs::write(bench.path("tree/etc/os-release"), "ID=test\n").unwrap();
     let nspawn = bench.command(&["--boot"]).spawn().unwrap();
-    let leader = bench.heard("X_NSPAWN_LEADER_PID=").parse().unwrap();
+    let leader = bench.received("X_NSPAWN_LEADER_PID=").parse().unwrap();
     let mut running = Running { nspawn, leader };
     send(leader, 15);
     send(leader, 38);
@@ -318,7 +318,7 @@ fn a_scenario_goes_call_by_call() {
         "{second:?}"
     );
     assert_eq!(bench.run(&["/bin/true"]).status.code(), Some(9));
-    let calls = bench.ledger("call");
+    let calls = bench.call_log("call");
     assert_eq!(
         calls
             .iter()
@@ -337,6 +337,6 @@ fn what_cannot_be_started_is_refused_before_it_is_announced() {
     let bench = Bench::new();
     let output = bench.run(&["--read-only", "--bind=/tmp:/data", "/bin/true"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(bench.ledger("started").is_empty());
-    bench.heard("ERRNO=");
+    assert!(bench.call_log("started").is_empty());
+    bench.received("ERRNO=");
 }

@@ -15,12 +15,12 @@ use crate::harness::{Host, refusal, within};
 use crate::lifecycle::nothing_left;
 use support::trap::Trap;
 
-#[rstest]
+#[rstest] // Conformance check 34.
 #[case::refused(json!({"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}}), "status 1")]
 #[case::killed(json!({"die_before_notify": 9}), "SIGKILL")]
 #[case::silent_and_over(json!({"never_notify": true, "instead": {"exit": 3}}), "status 3")]
 #[tokio::test]
-async fn check_34_a_start_that_fails(#[case] call: Value, #[case] words: &str) {
+async fn a_start_that_fails(#[case] call: Value, #[case] words: &str) {
     let host = Host::new();
     host.scenario(&json!({"calls": [call, {}]}));
     let plugin = host.plugin().await;
@@ -63,8 +63,8 @@ async fn what_the_tool_said_is_in_the_error() {
     );
 }
 
-#[tokio::test]
-async fn check_35_only_what_may_pass_by_itself_may_be_retried() {
+#[tokio::test] // Conformance check 35.
+async fn only_what_may_pass_by_itself_may_be_retried() {
     let host = Host::new();
     // A state directory that can't be made, as when a disk is not mounted yet.
     std::fs::write(host.join("occupied"), "").unwrap();
@@ -99,7 +99,7 @@ async fn check_35_only_what_may_pass_by_itself_may_be_retried() {
 }
 
 #[tokio::test]
-async fn a_start_that_nobody_waits_for_any_more_is_undone() {
+async fn a_start_that_no_one_waits_for_any_more_is_undone() {
     let host = Host::new();
     let mut trap = Trap::named(&host.state(), "pause_before_notify");
     host.scenario(&json!({"calls": [{"pause_before_notify": trap.socket()}]}));

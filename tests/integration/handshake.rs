@@ -75,13 +75,13 @@ fn assert_a_notice(output: &Output) {
     assert!(text.contains("plugin"), "{text}");
 }
 
-#[test]
-fn check_01_without_a_cookie_there_is_a_notice() {
+#[test] // Conformance check 1.
+fn without_a_cookie_there_is_a_notice() {
     assert_a_notice(&bare(&Host::new()).output().unwrap());
 }
 
-#[test]
-fn check_02_a_wrong_cookie_is_no_cookie() {
+#[test] // Conformance check 2.
+fn a_wrong_cookie_is_no_cookie() {
     let output = bare(&Host::new())
         .env(
             COOKIE_KEY,
@@ -92,8 +92,8 @@ fn check_02_a_wrong_cookie_is_no_cookie() {
     assert_a_notice(&output);
 }
 
-#[test]
-fn check_03_handshake_line() {
+#[test] // Conformance check 3.
+fn handshake_line() {
     let host = Host::new();
     let raw = Raw::launch(&host, &[("PLUGIN_PROTOCOL_VERSIONS", "2")]);
     let fields = raw.fields();
@@ -106,8 +106,8 @@ fn check_03_handshake_line() {
     );
 }
 
-#[tokio::test]
-async fn check_04_it_serves_at_once() {
+#[tokio::test] // Conformance check 4.
+async fn it_serves_at_once() {
     let host = Host::new();
     let raw = Raw::launch(&host, &[]);
     // The connection speaks HTTP/2 without asking first and calls itself "unused", as Nomad's does.
@@ -117,8 +117,8 @@ async fn check_04_it_serves_at_once() {
     within("PluginInfo", plugin.identify()).await.unwrap();
 }
 
-#[test]
-fn check_05_the_socket_lies_where_the_host_says() {
+#[test] // Conformance check 5.
+fn the_socket_lies_where_the_host_says() {
     let host = Host::new();
     let dir = host.join("alloc").display().to_string();
     let raw = Raw::launch(&host, &[("PLUGIN_UNIX_SOCKET_DIR", &dir)]);
@@ -126,18 +126,18 @@ fn check_05_the_socket_lies_where_the_host_says() {
     assert!(Path::new(raw.fields()[3]).exists());
 }
 
-#[rstest]
+#[rstest] // Conformance check 6.
 #[case(&[])]
 #[case(&[("PLUGIN_PROTOCOL_VERSIONS", "1,2,3")])]
-fn check_06_version_2_is_announced(#[case] environment: &[(&str, &str)]) {
+fn version_2_is_announced(#[case] environment: &[(&str, &str)]) {
     let host = Host::new();
     assert_eq!(Raw::launch(&host, environment).fields()[1], "2");
 }
 
-#[rstest]
+#[rstest] // Conformance check 7.
 #[case(&[], None)]
 #[case(&[("PLUGIN_MULTIPLEX_GRPC", "true")], Some("false"))]
-fn check_07_a_seventh_field_only_for_those_who_ask(
+fn a_seventh_field_only_for_those_who_ask(
     #[case] environment: &[(&str, &str)],
     #[case] field: Option<&str>,
 ) {
@@ -146,8 +146,8 @@ fn check_07_a_seventh_field_only_for_those_who_ask(
     assert_eq!(raw.fields().get(6).copied(), field);
 }
 
-#[tokio::test]
-async fn check_08_an_empty_connection_harms_nobody() {
+#[tokio::test] // Conformance check 8.
+async fn an_empty_connection_harms_no_one() {
     let host = Host::new();
     let plugin = host.plugin().await;
     for _ in 0..20 {
@@ -160,8 +160,8 @@ async fn check_08_an_empty_connection_harms_nobody() {
     within("PluginInfo", again.identify()).await.unwrap();
 }
 
-#[tokio::test]
-async fn check_09_health() {
+#[tokio::test] // Conformance check 9.
+async fn health() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let service = "plugin".to_owned();
@@ -175,8 +175,8 @@ async fn check_09_health() {
     );
 }
 
-#[tokio::test]
-async fn check_10_stdio_and_broker_stay_open() {
+#[tokio::test] // Conformance check 10.
+async fn stdio_and_broker_stay_open() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let mut stdio = GrpcStdioClient::new(plugin.channel())
@@ -204,8 +204,8 @@ async fn check_10_stdio_and_broker_stay_open() {
     within("PluginInfo", plugin.identify()).await.unwrap();
 }
 
-#[tokio::test]
-async fn check_12_the_terminals_interrupt_is_not_for_the_plugin() {
+#[tokio::test] // Conformance check 12.
+async fn the_terminals_interrupt_is_not_for_the_plugin() {
     let host = Host::new();
     let plugin = host.plugin().await;
     for _ in 0..3 {
@@ -215,8 +215,8 @@ async fn check_12_the_terminals_interrupt_is_not_for_the_plugin() {
     assert!(!plugin.has_exited());
 }
 
-#[tokio::test]
-async fn check_13_nobody_reads_what_it_says() {
+#[tokio::test] // Conformance check 13.
+async fn no_one_reads_what_it_says() {
     let host = Host::new();
     let mut raw = Raw::launch(&host, &[]);
     drop((raw.child.stdout.take(), raw.child.stderr.take()));
@@ -234,8 +234,8 @@ async fn check_13_nobody_reads_what_it_says() {
     assert!(!plugin.has_exited());
 }
 
-#[tokio::test]
-async fn check_14_no_task_holds_the_plugins_pipes() {
+#[tokio::test] // Conformance check 14.
+async fn no_task_holds_the_plugins_pipes() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = host
@@ -251,8 +251,8 @@ async fn check_14_no_task_holds_the_plugins_pipes() {
         .unwrap();
 }
 
-#[tokio::test]
-async fn check_15_the_log_is_the_agents_json() {
+#[tokio::test] // Conformance check 15.
+async fn the_log_is_the_agents_json() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell("exec sleep 1000")).await;
@@ -274,8 +274,8 @@ async fn check_15_the_log_is_the_agents_json() {
     }
 }
 
-#[tokio::test]
-async fn check_16_a_large_request() {
+#[tokio::test] // Conformance check 16.
+async fn a_large_request() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = host.allocation(host.shell("exit 5")).into();

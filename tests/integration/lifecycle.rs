@@ -16,8 +16,8 @@ mod arguments;
 
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
 
-#[tokio::test]
-async fn check_32_what_a_start_answers() {
+#[tokio::test] // Conformance check 32.
+async fn what_a_start_answers() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = Arc::new(host.allocation(host.shell("exec sleep 1000")));
@@ -33,8 +33,8 @@ async fn check_32_what_a_start_answers() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_33_an_id_is_started_once() {
+#[tokio::test] // Conformance check 33.
+async fn an_id_is_started_once() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
@@ -51,8 +51,8 @@ async fn check_33_an_id_is_started_once() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_36_an_exit_status() {
+#[tokio::test] // Conformance check 36.
+async fn an_exit_status() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell("exit 7")).await;
@@ -64,11 +64,11 @@ async fn check_36_an_exit_status() {
     task.destroy(&plugin).await;
 }
 
-#[rstest]
+#[rstest] // Conformance check 37.
 #[case(false)]
 #[case(true)]
 #[tokio::test]
-async fn check_37_death_by_kill(#[case] process_two: bool) {
+async fn death_by_kill(#[case] process_two: bool) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let job = host
@@ -81,8 +81,8 @@ async fn check_37_death_by_kill(#[case] process_two: bool) {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_38_everybody_who_waits_hears_it() {
+#[tokio::test] // Conformance check 38.
+async fn everyone_who_waits_receives_it() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell("exit 9")).await;
@@ -92,8 +92,8 @@ async fn check_38_everybody_who_waits_hears_it() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_39_a_wait_that_is_given_up() {
+#[tokio::test] // Conformance check 39.
+async fn a_wait_that_is_given_up() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
@@ -127,18 +127,18 @@ async fn stopped_by_force(grace: Duration) {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_40_what_ignores_the_signal_is_killed_after_the_grace() {
+#[tokio::test] // Conformance check 40.
+async fn what_ignores_the_signal_is_killed_after_the_grace() {
     stopped_by_force(Duration::from_millis(300)).await;
 }
 
-#[tokio::test]
-async fn check_41_no_grace_is_force_at_once() {
+#[tokio::test] // Conformance check 41.
+async fn no_grace_is_force_at_once() {
     stopped_by_force(Duration::ZERO).await;
 }
 
 #[tokio::test]
-async fn a_polite_stop_has_the_tasks_own_end() {
+async fn a_graceful_stop_has_the_tasks_own_end() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let job = host.shell("trap 'echo bye; exit 3' USR1; echo up; while :; do sleep 0.05; done");
@@ -149,8 +149,8 @@ async fn a_polite_stop_has_the_tasks_own_end() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_42_stopping_and_destroying_what_is_not_there() {
+#[tokio::test] // Conformance check 42.
+async fn stopping_and_destroying_what_is_not_there() {
     let host = Host::new();
     let plugin = host.plugin().await;
     for id in ["", "never/was/there", "../../etc"] {
@@ -180,8 +180,8 @@ async fn check_42_stopping_and_destroying_what_is_not_there() {
         .unwrap();
 }
 
-#[tokio::test]
-async fn check_62_what_inspect_says() {
+#[tokio::test] // Conformance check 62.
+async fn what_inspect_says() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
@@ -210,8 +210,8 @@ async fn check_62_what_inspect_says() {
     );
 }
 
-#[tokio::test]
-async fn check_63_destroying_what_runs_takes_force() {
+#[tokio::test] // Conformance check 63.
+async fn destroying_what_runs_takes_force() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell(DEAF)).await;
@@ -236,8 +236,8 @@ pub(crate) async fn nothing_left(host: &Host, plugin: &Plugin) {
     }
 }
 
-#[tokio::test]
-async fn check_67_mounts() {
+#[tokio::test] // Conformance check 67.
+async fn mounts() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = Arc::new(host.allocation(host.shell("exit 0")));
@@ -286,8 +286,8 @@ async fn check_67_mounts() {
     assert!(volume.exists());
 }
 
-#[tokio::test]
-async fn check_71_environment_values_arrive_unchanged() {
+#[tokio::test] // Conformance check 71.
+async fn environment_values_arrive_unchanged() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let values = [
@@ -319,8 +319,8 @@ async fn check_71_environment_values_arrive_unchanged() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_72_nomads_directories() {
+#[tokio::test] // Conformance check 72.
+async fn nomads_directories() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell("exit 0")).await;
@@ -355,8 +355,8 @@ async fn ends_as_number(plugin: &Plugin, number: usize, task: &Running) {
     task.destroy(plugin).await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn check_84_many_at_once() {
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)] // Conformance check 84.
+async fn many_at_once() {
     let host = Host::new();
     let plugin = Arc::new(host.plugin().await);
     let starts = (0..50).map(|number| {

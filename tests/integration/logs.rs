@@ -7,8 +7,8 @@ use rstest::rstest;
 
 use crate::harness::{Host, refusal};
 
-#[tokio::test]
-async fn check_73_both_streams_apart_and_whole() {
+#[tokio::test] // Conformance check 73.
+async fn both_streams_apart_and_whole() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let script = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo out-$i; echo err-$i >&2; done; printf last; printf LAST >&2";
@@ -25,11 +25,11 @@ async fn check_73_both_streams_apart_and_whole() {
     task.destroy(&plugin).await;
 }
 
-#[rstest]
+#[rstest] // Conformance check 74.
 #[case("/dev/null")]
 #[case("")]
 #[tokio::test]
-async fn check_74_no_output_is_wanted(#[case] path: &str) {
+async fn no_output_is_wanted(#[case] path: &str) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = Arc::new(host.allocation(host.shell("echo x; echo y >&2; exit 4")));
@@ -48,8 +48,8 @@ async fn check_74_no_output_is_wanted(#[case] path: &str) {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_75_output_flows_on_without_a_plugin() {
+#[tokio::test] // Conformance check 75.
+async fn output_flows_on_without_a_plugin() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let script =
@@ -65,11 +65,11 @@ async fn check_75_output_flows_on_without_a_plugin() {
     task.destroy(&plugin).await;
 }
 
-#[rstest]
+#[rstest] // Conformance check 76.
 #[case("stdout")]
 #[case("stderr")]
 #[tokio::test]
-async fn check_76_a_link_in_place_of_a_fifo(#[case] stream: &str) {
+async fn a_link_in_place_of_a_fifo(#[case] stream: &str) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = host.allocation(host.shell("echo x; echo y >&2"));

@@ -94,7 +94,7 @@ fn state_is_empty(host: &Host) -> bool {
 }
 
 #[tokio::test]
-async fn a_task_that_nobody_asks_for_is_ended_and_one_that_is_recovered_stays() {
+async fn a_task_that_no_one_asks_for_is_ended_and_one_that_is_recovered_stays() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let wanted = started(&host, &plugin, "wanted", TRAPS).await;
@@ -125,7 +125,7 @@ async fn a_task_that_nobody_asks_for_is_ended_and_one_that_is_recovered_stays() 
 }
 
 #[tokio::test]
-async fn the_record_of_an_end_that_nobody_asks_for_is_removed() {
+async fn the_record_of_an_end_that_no_one_asks_for_is_removed() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = started(&host, &plugin, "over", "echo up; exit 4").await;

@@ -24,8 +24,8 @@ async fn orphan(host: &Host, script: &str) -> Running {
     task
 }
 
-#[tokio::test]
-async fn check_77_a_new_plugin_takes_over() {
+#[tokio::test] // Conformance check 77.
+async fn a_new_plugin_takes_over() {
     let host = Host::new();
     let task = orphan(&host, TRAPS).await;
     assert!(
@@ -60,8 +60,8 @@ async fn check_77_a_new_plugin_takes_over() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_78_recovering_twice() {
+#[tokio::test] // Conformance check 78.
+async fn recovering_twice() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell(TRAPS)).await;
@@ -79,8 +79,8 @@ async fn check_78_recovering_twice() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_79_an_end_while_no_plugin_ran() {
+#[tokio::test] // Conformance check 79.
+async fn an_end_while_no_plugin_ran() {
     let host = Host::new();
     let gate = host.join("gate");
     let script = format!(
@@ -113,8 +113,8 @@ async fn refused(host: &Host, handle: TaskHandle, words: &str) -> Plugin {
     plugin
 }
 
-#[tokio::test]
-async fn check_80_another_boot_and_another_process() {
+#[tokio::test] // Conformance check 80.
+async fn another_boot_and_another_process() {
     let host = Host::new();
     let task = orphan(&host, TRAPS).await;
     let boot = changed(&task, |started| {
@@ -180,8 +180,8 @@ async fn records_where_others_can_write_are_not_believed() {
     assert!(forged.join("running").exists(), "it was touched");
 }
 
-#[tokio::test]
-async fn check_80_what_was_refused_can_be_destroyed() {
+#[tokio::test] // Conformance check 80.
+async fn what_was_refused_can_be_destroyed() {
     let host = Host::new();
     let task = orphan(&host, TRAPS).await;
     let boot = changed(&task, |started| {
@@ -195,7 +195,7 @@ async fn check_80_what_was_refused_can_be_destroyed() {
     assert_eq!(std::fs::read_dir(host.state()).unwrap().count(), 0);
 }
 
-#[rstest]
+#[rstest] // Conformance check 81.
 #[case::version_0(0, None, "handle version 0 is not known")]
 #[case::later(3, None, "handle version 3 is not known")]
 #[case::empty(2, Some(&b""[..]), "can't be read")]
@@ -203,7 +203,7 @@ async fn check_80_what_was_refused_can_be_destroyed() {
 #[case::later_form(2, Some(&br#"{"schema":99}"#[..]), "schema 99 is newer")]
 #[case::half(2, Some(&br#"{"schema":1,"started":{"id":"x"}}"#[..]), "can't be read")]
 #[tokio::test]
-async fn check_81_handles_that_can_not_be_read(
+async fn handles_that_can_not_be_read(
     #[case] version: i32,
     #[case] state: Option<&[u8]>,
     #[case] words: &str,
@@ -230,7 +230,7 @@ async fn check_81_handles_that_can_not_be_read(
         "{}",
         status.message()
     );
-    assert!(!plugin.has_exited() && host.ledger().is_empty());
+    assert!(!plugin.has_exited() && host.call_log().is_empty());
 }
 
 #[tokio::test]
@@ -258,8 +258,8 @@ async fn a_handle_of_the_go_driver_is_refused_by_name() {
     assert!(!plugin.has_exited());
 }
 
-#[tokio::test]
-async fn check_82_a_second_connection_is_served_fully() {
+#[tokio::test] // Conformance check 82.
+async fn a_second_connection_is_served_fully() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell(TRAPS)).await;
@@ -271,7 +271,7 @@ async fn check_82_a_second_connection_is_served_fully() {
         .unwrap();
     again.configure(&host.config()).await.unwrap();
     again.recover(task.stored()).await.unwrap();
-    let mut heard = again.events().await.unwrap();
+    let mut received = again.events().await.unwrap();
     let second = host
         .start(
             &again,
@@ -281,7 +281,7 @@ async fn check_82_a_second_connection_is_served_fully() {
                 .env("a=b", ""),
         )
         .await;
-    for stream in [&mut events, &mut heard] {
+    for stream in [&mut events, &mut received] {
         let hear = async {
             loop {
                 let event = stream.message().await.unwrap().unwrap();
@@ -299,8 +299,8 @@ async fn check_82_a_second_connection_is_served_fully() {
     task.destroy(&again).await;
 }
 
-#[tokio::test]
-async fn check_83_ten_deaths_and_the_same_task() {
+#[tokio::test] // Conformance check 83.
+async fn ten_deaths_and_the_same_task() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell(TRAPS)).await;

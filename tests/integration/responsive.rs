@@ -81,7 +81,7 @@ async fn others_are_served(plugin: &Plugin, tasks: &[Running]) {
 }
 
 /// Four starts of this task hang by the time `hung` is over, and come up when `release` has been called.
-async fn four_hung_starts_hinder_nobody<R: FnOnce()>(
+async fn four_hung_starts_hinder_no_one<R: FnOnce()>(
     host: &Host,
     task: Task,
     hung: impl AsyncFnOnce(&Host) -> R,
@@ -115,7 +115,7 @@ async fn four_hung_starts_hinder_nobody<R: FnOnce()>(
 async fn starts_that_hang_while_they_are_prepared_hinder_no_other_task() {
     let host = Host::new();
     let task = host.shell("sleep 60");
-    four_hung_starts_hinder_nobody(&host, task, async |host: &Host| {
+    four_hung_starts_hinder_no_one(&host, task, async |host: &Host| {
         let mut trap = Trap::at(&host.state(), Failpoint::BeforeOrder);
         for _ in 0..HUNG_STARTS {
             within("a start that hangs", trap.reached()).await;
@@ -147,7 +147,7 @@ fn starts_on_a_mount_whose_statfs_never_returns_hinder_no_other_task() {
                 .with("user_namespacing", json!(true))
                 .with("bind", json!([{ mount.path.to_str().unwrap(): "/mnt" }]));
             let silent = Arc::clone(&mount);
-            four_hung_starts_hinder_nobody(&host, task, async move |_: &Host| {
+            four_hung_starts_hinder_no_one(&host, task, async move |_: &Host| {
                 let hung = || silent.held() == HUNG_STARTS;
                 eventually("four starts that hang", hung).await;
                 move || silent.answer()

@@ -191,9 +191,9 @@ impl Case {
         let plugin = self.strike(plugin, &running, death).await;
         let exit = running.wait(&plugin).await;
         self.marker.not_in("the exit", &format!("{exit:?}"));
-        let told = running.inspect(&plugin).await.unwrap();
+        let reported = running.inspect(&plugin).await.unwrap();
         self.marker
-            .not_in("what InspectTask says", &format!("{told:?}"));
+            .not_in("what InspectTask says", &format!("{reported:?}"));
         // The end is reported once its processes have been killed; the kernel takes a moment to end them.
         eventually("the end of all processes of the task", || {
             self.marker.in_environments().is_empty()
@@ -257,27 +257,27 @@ async fn no_secret_shows_whatever_a_task_dies_of(
 ) {
     let case = Case::new(mode, version);
     let mut plugin = case.host.plugin().await;
-    let told = events(&plugin).await;
+    let reported = events(&plugin).await;
     // An init that is simulated has nothing inside.
     let can_be = |death: &Death| mode != Mode::Boot || *death != Death::Inside;
     for death in DEATHS.into_iter().filter(can_be) {
         plugin = case.dies(plugin, death).await;
     }
     // The last death was this plugin's, and so the stream has ended.
-    let told = within("the end of the events", told).await.unwrap();
-    assert!(told.contains(NO_NAME), "{told}");
-    case.marker.not_in("an event", &told);
+    let reported = within("the end of the events", reported).await.unwrap();
+    assert!(reported.contains(NO_NAME), "{reported}");
+    case.marker.not_in("an event", &reported);
 }
 
 /// All events of a plugin, in words, when it has ended.
 async fn events(plugin: &Plugin) -> JoinHandle<String> {
     let mut events = plugin.events().await.unwrap();
     tokio::spawn(async move {
-        let mut told = String::new();
+        let mut reported = String::new();
         while let Ok(Some(event)) = events.message().await {
-            told += &format!("{event:?}\n");
+            reported += &format!("{event:?}\n");
         }
-        told
+        reported
     })
 }
 

@@ -11,8 +11,8 @@ use crate::harness::{Host, refusal, within};
 
 const TRAPS: &str = "trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done";
 
-#[tokio::test]
-async fn check_11_an_end_with_everything_open() {
+#[tokio::test] // Conformance check 11.
+async fn an_end_with_everything_open() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell(TRAPS)).await;

@@ -17,12 +17,12 @@ use crate::harness::{DEADLINE, Host, Running, eventually, refusal, within};
 use crate::lifecycle::nothing_left;
 use support::trap::Trap;
 
-#[rstest]
+#[rstest] // Conformance check 61.
 #[case(false, "SIGUSR1")]
 #[case(true, "SIGUSR1")]
 #[case(false, "usr1")]
 #[tokio::test]
-async fn check_61_a_signal_reaches_the_main_process(#[case] process_two: bool, #[case] name: &str) {
+async fn a_signal_reaches_the_main_process(#[case] process_two: bool, #[case] name: &str) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let job = host.shell("trap 'echo got; exit 8' USR1; echo up; while :; do sleep 0.05; done");
@@ -34,8 +34,8 @@ async fn check_61_a_signal_reaches_the_main_process(#[case] process_two: bool, #
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_61_unknown_names_and_ids_are_errors() {
+#[tokio::test] // Conformance check 61.
+async fn unknown_names_and_ids_are_errors() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
@@ -45,7 +45,11 @@ async fn check_61_unknown_names_and_ids_are_errors() {
         let status = task.signal(&plugin, name).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{name}: {status:?}");
     }
-    assert!(host.ledger().iter().all(|event| event["event"] != "signal"));
+    assert!(
+        host.call_log()
+            .iter()
+            .all(|event| event["event"] != "signal")
+    );
     task.destroy(&plugin).await;
     let status = task.signal(&plugin, "SIGHUP").await.unwrap_err();
     assert_eq!(
@@ -217,7 +221,11 @@ async fn what_an_init_does_not_take_yet_is_kept_for_it(#[case] signal: Option<&s
     let wake = async {
         within("the supervisor", asked.reached()).await;
         drop(asked);
-        assert!(host.ledger().iter().all(|event| event["event"] != "signal"));
+        assert!(
+            host.call_log()
+                .iter()
+                .all(|event| event["event"] != "signal")
+        );
         drop(early);
     };
     tokio::join!(ask, wake);
@@ -284,7 +292,7 @@ async fn force_that_comes_too_late_changes_no_end(#[case] ephemeral: bool, #[cas
 #[case::a_code_of_a_second_process(true, 7)]
 #[case::success_of_a_second_process(true, 0)]
 #[tokio::test]
-async fn an_end_is_told_before_an_ephemeral_root_is_thrown_away(
+async fn an_end_is_reported_before_an_ephemeral_root_is_thrown_away(
     #[case] two: bool,
     #[case] code: i32,
 ) {

@@ -60,7 +60,7 @@ async fn a_refusal_may_be_retried_if_it_can_pass(#[case] call: Value, #[case] re
 }
 
 #[tokio::test]
-async fn a_version_that_is_not_told_in_time_may_be_retried() {
+async fn a_version_that_is_not_reported_in_time_may_be_retried() {
     let host = Host::new();
     host.scenario(&json!({"version_hangs": true}));
     let plugin = host.plugin().await;

@@ -50,8 +50,8 @@ async fn is_measured(plugin: &Plugin, task: &Running) -> bool {
     measured
 }
 
-#[tokio::test]
-async fn check_21_ticks_come_from_the_topology() {
+#[tokio::test] // Conformance check 21.
+async fn ticks_come_from_the_topology() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let core = || ClientTopologyCore {
@@ -113,8 +113,8 @@ async fn check_21_ticks_come_from_the_topology() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_58_the_first_sample() {
+#[tokio::test] // Conformance check 58.
+async fn the_first_sample() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
@@ -144,8 +144,8 @@ async fn check_58_the_first_sample() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test]
-async fn check_59_the_samples_end_with_the_task() {
+#[tokio::test] // Conformance check 59.
+async fn the_samples_end_with_the_task() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host

@@ -29,7 +29,7 @@ fn ran_and_ended(words: &[InitEvent], raw: i32) {
 }
 
 #[test]
-fn every_exit_code_is_told_as_it_is() {
+fn every_exit_code_is_reported_as_it_is() {
     for code in 0..=255 {
         let left = run(&shell(InitMode::Init, &format!("exit {code}")));
         let status = code << 8;
@@ -48,7 +48,7 @@ fn every_exit_code_of_a_launched_command_is_its_own() {
 }
 
 #[test]
-fn death_by_every_signal_is_told_as_it_is() {
+fn death_by_every_signal_is_reported_as_it_is() {
     let place = directory();
     for number in (1..=64).filter(|number| !HARMLESS.contains(number)) {
         let script = format!("ulimit -c 0; kill -{number} $$");
@@ -64,7 +64,7 @@ fn death_by_every_signal_is_told_as_it_is() {
 }
 
 #[test]
-fn a_core_dump_is_told_as_the_kernel_told_it() {
+fn a_core_dump_is_reported_as_the_kernel_reported_it() {
     let place = directory();
     let script = "ulimit -S -c $(ulimit -H -c); kill -QUIT $$";
     let (_, status) = directly(&["/bin/sh", "-c", script], place.path());

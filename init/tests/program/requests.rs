@@ -70,7 +70,7 @@ fn a_further_command_has_its_own_streams_and_end() {
 }
 
 #[test]
-fn many_run_at_once_and_are_told_apart() {
+fn many_run_at_once_and_are_reported_apart() {
     let program = program();
     let mut streams: Vec<_> = (1..=20)
         .map(|id| ask(&program, &exec(id, &["sh", "-c", "read x; exit $x"])))
@@ -105,7 +105,7 @@ fn a_further_command_is_signalled() {
 }
 
 #[test]
-fn a_further_command_starts_where_it_was_told_or_where_the_command_did() {
+fn a_further_command_starts_where_it_was_reported_or_where_the_command_did() {
     let home = directory();
     let other = directory();
     let mut spec = shell(InitMode::Init, "read line");
@@ -218,7 +218,7 @@ fn the_commands_end_is_the_last_word() {
 }
 
 #[test]
-fn a_supervisor_that_reads_nothing_stops_nobody() {
+fn a_supervisor_that_reads_nothing_stops_no_one() {
     let script = format!("trap 'echo hup' HUP; echo ready; {UNTIL_END}");
     let mut program = Launch::new(&shell(InitMode::Init, &script))
         .with_little_room()

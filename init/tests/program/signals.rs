@@ -106,7 +106,7 @@ fn orphans_are_reaped() {
 }
 
 #[test]
-fn the_supervisors_death_is_nobody_elses() {
+fn the_supervisors_death_is_no_one_elses() {
     let script = format!("trap 'echo term; exit 8' TERM; echo ready; {UNTIL_END}");
     let mut program = Launch::new(&shell(InitMode::Init, &script)).start();
     program.expect_running();

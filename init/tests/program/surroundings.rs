@@ -60,7 +60,7 @@ fn variables_of_ours_that_the_order_sets_are_set() {
 }
 
 #[test]
-fn a_variable_that_is_too_large_is_refused_by_the_kernel_and_told() {
+fn a_variable_that_is_too_large_is_refused_by_the_kernel_and_reported() {
     for mode in MODES {
         let mut spec = spec(mode, &["/bin/true"]);
         let value = "x".repeat(LONGEST_VARIABLE - "LARGE=\0".len() + 1);

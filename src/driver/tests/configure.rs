@@ -78,7 +78,7 @@ async fn a_fingerprint_comes_at_once_on_change_and_now_and_then() {
 }
 
 #[tokio::test]
-async fn a_host_that_can_not_be_examined_is_told_not_dropped() {
+async fn a_host_that_can_not_be_examined_is_reported_not_dropped() {
     let mut mock = MockContainerBackend::new();
     mock.expect_probe().returning(|| panic!("on purpose"));
     let driver = driver(Arc::new(mock));
@@ -217,7 +217,7 @@ async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) ->
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_nobody_asked_for_is_cleared_once_the_agent_had_time_to_ask() {
+async fn what_no_one_asked_for_is_cleared_once_the_agent_had_time_to_ask() {
     let minute = Duration::from_secs(60);
     assert_eq!(reconciled(Some(minute), async |_| {}).await, Some(minute));
     assert_eq!(reconciled(None, async |_| {}).await, None);

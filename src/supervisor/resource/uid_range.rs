@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_of_user_ids_is_told_by_its_first_outside() {
+    fn a_range_of_user_ids_is_reported_by_its_first_outside() {
         assert_eq!(
             first_uid("         0  403111936      65536\n"),
             Some(403_111_936)

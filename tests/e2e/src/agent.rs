@@ -387,8 +387,8 @@ impl Allocation<'_> {
         let path = format!("/v1/allocation/{}", self.id);
         self.agent
             .call("GET", &path, None)
-            .map_or(Value::Null, |mut told| {
-                told["TaskStates"][&self.task].take()
+            .map_or(Value::Null, |mut reported| {
+                reported["TaskStates"][&self.task].take()
             })
     }
 

@@ -191,8 +191,8 @@ fn nomad_shows_what_ended_a_task() {
     } else {
         ""
     };
-    let told = said(&run("dumps", dumps), "Terminated");
-    assert_eq!(told, format!("Exit Code: 139, Signal: 11{dumped}"));
+    let reported = said(&run("dumps", dumps), "Terminated");
+    assert_eq!(reported, format!("Exit Code: 139, Signal: 11{dumped}"));
 
     let broken = agent.join("broken.raw");
     fs::write(&broken, "no image").unwrap();
@@ -203,11 +203,14 @@ fn nomad_shows_what_ended_a_task() {
         ("script", deaf),
     ];
     let refused = agent.run(&file("ends"), &variables);
-    let told = said(&refused, "Driver Failure");
+    let reported = said(&refused, "Driver Failure");
     // Which words they are depends on the host.
     let words =
-        told.split_once("systemd-nspawn exited with status 1 before the container was up: ");
-    assert!(words.is_some_and(|(_, words)| !words.is_empty()), "{told}");
+        reported.split_once("systemd-nspawn exited with status 1 before the container was up: ");
+    assert!(
+        words.is_some_and(|(_, words)| !words.is_empty()),
+        "{reported}"
+    );
     agent.leave();
 }
 

@@ -134,7 +134,7 @@ fn a_lock_of_a_tree_is_found() {
 }
 
 #[test]
-fn a_lock_of_user_ids_is_found_once_nobody_holds_it() {
+fn a_lock_of_user_ids_is_found_once_no_one_holds_it() {
     let ground = ground();
     let locks = Path::new("/run/systemd/nspawn-uid");
     fs::create_dir_all(locks).unwrap();

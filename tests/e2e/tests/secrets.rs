@@ -239,21 +239,21 @@ async fn every_death(mode: Mode, deaths: &[Death]) {
     let case = Case::new(mode);
     let mut plugin = case.stage.plugin().await;
     let mut events = plugin.events().await.unwrap();
-    let told = tokio::spawn(async move {
-        let mut told = String::new();
+    let reported = tokio::spawn(async move {
+        let mut reported = String::new();
         while let Ok(Some(event)) = events.message().await {
-            told += &format!("{event:?}\n");
+            reported += &format!("{event:?}\n");
         }
-        told
+        reported
     });
     for death in deaths {
         plugin = case.dies(plugin, *death).await;
     }
     end(plugin).await;
     // The stream has ended with its plugin.
-    let told = within("the end of the events", told).await.unwrap();
-    assert!(told.contains(NO_NAME), "{told}");
-    case.marker.not_in("an event", &told);
+    let reported = within("the end of the events", reported).await.unwrap();
+    assert!(reported.contains(NO_NAME), "{reported}");
+    case.marker.not_in("an event", &reported);
     case.stage.leave();
 }
 
@@ -421,7 +421,7 @@ fn inodes(pid: i32) -> BTreeSet<String> {
 
 /// An agent that marks nothing as closed on exec, and has tokens of its own in its environment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nobody_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
+async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
     let case = Case::new(Mode::Plain);
     let precious = case.stage.file("precious", "");
     let script = format!(
@@ -557,8 +557,8 @@ fn no_secret_shows_with_a_real_agent() {
     look("recovered", Some(nspawn));
     assert_eq!(task.stop(), [0]);
     look("after the end", None);
-    let told = task.task().to_string();
-    marker.not_in("what Nomad tells of the task", &told);
-    token.not_in("what Nomad tells of the task", &told);
+    let reported = task.task().to_string();
+    marker.not_in("what Nomad tells of the task", &reported);
+    token.not_in("what Nomad tells of the task", &reported);
     agent.leave();
 }

@@ -113,7 +113,7 @@ impl Host {
     }
 
     /// Everything that the fake tools wrote down so far, in order.
-    pub(crate) fn ledger(&self) -> Vec<Value> {
+    pub(crate) fn call_log(&self) -> Vec<Value> {
         let text = match fs::read_to_string(self.join("bin/ledger.jsonl")) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
@@ -126,7 +126,7 @@ impl Host {
 
     /// The calls of systemd-nspawn that were starts, in order.
     pub(crate) fn starts(&self) -> Vec<Value> {
-        let mut events = self.ledger();
+        let mut events = self.call_log();
         events.retain(|event| event["event"] == "call" && event["number"].is_u64());
         events
     }

@@ -59,7 +59,7 @@ async fn systemd_nspawn_gets_nothing_of_the_plugins_own() {
 }
 
 #[tokio::test]
-async fn a_secret_is_in_nobodys_hands() {
+async fn a_secret_is_in_no_ones_hands() {
     const SECRET: &str = "marker-of-a-secret";
     let host = Host::new();
     let plugin = Plugin::launch(host.launch().set("NOMAD_LOG_LEVEL", "TRACE"))
@@ -76,7 +76,7 @@ async fn a_secret_is_in_nobodys_hands() {
     let task = host.start(&plugin, job()).await;
     assert_eq!(task.wait(&plugin).await.code, 0, "the task has it");
     for call in host
-        .ledger()
+        .call_log()
         .iter()
         .filter(|event| event["event"] == "call")
     {

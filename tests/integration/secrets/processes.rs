@@ -23,7 +23,7 @@ const NSPAWN_KNOWS: &[&str] = &[
 
 /// An agent that marks nothing as closed on exec, and has tokens of its own in its environment.
 #[tokio::test]
-async fn nobody_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
+async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
     let host = Host::new();
     let marker = Marker::new();
     fs::write(host.join("precious"), "").unwrap();

@@ -127,7 +127,7 @@ async fn a_start_that_can_not_be_recorded_is_undone() {
 }
 
 #[tokio::test]
-async fn an_end_on_a_full_disk_is_told() {
+async fn an_end_on_a_full_disk_is_reported() {
     let Some(small) = Small::new().await else {
         return;
     };

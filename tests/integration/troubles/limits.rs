@@ -277,7 +277,7 @@ async fn a_supervisor_without_descriptors_says_so() {
 }
 
 #[tokio::test]
-async fn a_supervisor_that_can_let_nobody_in_keeps_its_task_and_takes_no_time() {
+async fn a_supervisor_that_can_let_no_one_in_keeps_its_task_and_takes_no_time() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let gate = host.join("gate");
@@ -290,12 +290,12 @@ async fn a_supervisor_that_can_let_nobody_in_keeps_its_task_and_takes_no_time() 
     let before = limit(supervisor, Limited::Descriptors, &FEW.to_string());
     let connect = |_| std::os::unix::net::UnixStream::connect(&lifeline).unwrap();
     let mut listeners: Vec<_> = (0..FEW).map(connect).collect();
-    let told = |mut listener: &std::os::unix::net::UnixStream| {
+    let reported = |mut listener: &std::os::unix::net::UnixStream| {
         listener.set_read_timeout(Some(DEADLINE)).unwrap();
         listener.read_exact(&mut [0]).unwrap();
     };
     // Whoever is let in is told how things stand.
-    told(&listeners[0]);
+    reported(&listeners[0]);
     eventually("a supervisor that sleeps", || is_asleep(supervisor)).await;
     let last = listeners.pop().unwrap();
     last.set_nonblocking(true).unwrap();
@@ -303,7 +303,7 @@ async fn a_supervisor_that_can_let_nobody_in_keeps_its_task_and_takes_no_time() 
     assert_eq!(waits.kind(), std::io::ErrorKind::WouldBlock);
     last.set_nonblocking(false).unwrap();
     limit(supervisor, Limited::Descriptors, &before);
-    told(&last);
+    reported(&last);
     let plugin = host.recovered(&task).await;
     ends_well(&plugin, &task, &gate).await;
     nothing_left(&host, &plugin).await;

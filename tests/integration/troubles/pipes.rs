@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test]
-async fn a_pipe_that_nobody_reads_fails_the_start_in_words() {
+async fn a_pipe_that_no_one_reads_fails_the_start_in_words() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = host.allocation(host.shell("exit 5"));

@@ -5,7 +5,7 @@ use super::*;
 /// The kernel ends the first process of a pid namespace in which reboot(2) is called, by a signal that tells what was asked for.
 /// Real only: the kernel ends a pid namespace.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_asked_of_reboot_from_inside_is_told() {
+async fn what_is_asked_of_reboot_from_inside_is_reported() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let init = stage.join("tree/sbin/init");
@@ -153,7 +153,7 @@ async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed()
 /// could; with version 1 the command is put into one.
 /// Real only: the kernel's limits, which take root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_kill_for_want_of_memory_is_told() {
+async fn a_kill_for_want_of_memory_is_reported() {
     const LIMIT: &str = "16777216";
     let stage = Stage::new();
     let plugin = stage.plugin().await;
@@ -181,8 +181,8 @@ async fn a_kill_for_want_of_memory_is_told() {
             until("the limited group is empty", || fs::remove_dir(&other).ok());
         }
         // Version 1 counts it in a group that is not the task's.
-        let told = (exit.code, exit.signal, exit.oom_killed);
-        assert_eq!(told, (137, 9, own.is_some()), "process_two: {two}");
+        let reported = (exit.code, exit.signal, exit.oom_killed);
+        assert_eq!(reported, (137, 9, own.is_some()), "process_two: {two}");
     }
     end(plugin).await;
     stage.leave();

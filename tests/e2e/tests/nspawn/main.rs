@@ -231,7 +231,7 @@ async fn no_value_of_the_environment_stands_in_a_command_line() {
 
 /// Real only: users, and a `/dev` of the container's own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn dev_stdout_can_be_opened_anew_by_any_user_and_in_a_user_namespace() {
+async fn dev_stdout_can_be_opened_again_by_any_user_and_in_a_user_namespace() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let text = "echo one; echo two > /dev/stdout; echo three > /dev/stderr; \

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 /// The open ledger.
 #[derive(Debug)]
-pub(crate) struct Ledger {
+pub(crate) struct CallLog {
     path: PathBuf,
     file: File,
 }
@@ -61,7 +61,7 @@ pub(crate) struct Call {
     ignored: String,
 }
 
-impl Ledger {
+impl CallLog {
     /// Opens the ledger in this directory, or makes it.
     pub(crate) fn beside(directory: &Path) -> anyhow::Result<Self> {
         Self::open(&directory.join("ledger.jsonl"))

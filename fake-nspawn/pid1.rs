@@ -29,21 +29,21 @@ use nix::unistd::{Pid, getppid, setsid};
 use rustix::process::WaitStatus;
 use serde::{Deserialize, Serialize};
 
-use crate::ledger::{Event, Ledger, Role};
+use crate::call_log::{CallLog, Event, Role};
 use crate::notify;
 use crate::options::Mode;
 use crate::process::{self, RTMIN};
 use crate::scenario::Instead;
 
 /// What this program is called as, in each role.
-pub(crate) const LEADER: &str = "(sd-stubinit)";
-pub(crate) const PAYLOAD: &str = "(sd-payload)";
-pub(crate) const GUARD: &str = "(sd-guard)";
+pub(crate) const PID1_NAME: &str = "(sd-stubinit)";
+pub(crate) const PAYLOAD_NAME: &str = "(sd-payload)";
+pub(crate) const GUARD_NAME: &str = "(sd-guard)";
 
 /// What the leader is to do: its only argument.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Plan {
-    pub(crate) ledger: PathBuf,
+    pub(crate) call_log: PathBuf,
     pub(crate) mode: Mode,
     pub(crate) root: Option<PathBuf>,
     pub(crate) command: Vec<String>,
@@ -56,7 +56,7 @@ pub(crate) struct Plan {
     /// An identity that only this container has, or nothing.
     pub(crate) uuid: String,
     /// The descriptor on which [`End`] is told.
-    pub(crate) tell: i32,
+    pub(crate) sender: i32,
     /// How many descriptors from 3 on the payload gets.
     pub(crate) passed: i32,
     /// The leader's pid; filled in for the roles that it starts.
@@ -77,7 +77,7 @@ pub(crate) enum End {
 /// What the leader tells first: from now on no signal is lost or kills it.
 pub(crate) const READY: &[u8] = b"ready\n";
 /// How often the leader looks which handlers the payload has. Nothing tells it.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 impl End {
     /// The end that a status tells, if it tells one.
@@ -101,9 +101,9 @@ pub(crate) fn role(name: &str, plan: &Plan) -> anyhow::Result<Command> {
 
 /// The leader as a program that ignores what can be ignored. A first process without handlers is as deaf, and only the kernel
 /// can make one; whoever looks sees the same, but for the mask of what is ignored.
-pub(crate) fn deaf(plan: &Plan) -> anyhow::Result<Command> {
+pub(crate) fn ignoring_all_signals(plan: &Plan) -> anyhow::Result<Command> {
     // A shell finds what it executes by a name, and gives it that.
-    let link = plan.ledger.with_file_name(LEADER);
+    let link = plan.call_log.with_file_name(PID1_NAME);
     if let Err(error) = std::os::unix::fs::symlink(std::env::current_exe()?, &link)
         && error.kind() != std::io::ErrorKind::AlreadyExists
     {
@@ -123,11 +123,11 @@ pub(crate) fn deaf(plan: &Plan) -> anyhow::Result<Command> {
 }
 
 /// The leader's life. It ends as the payload did: the kernel tells a first process's end to others than its parent.
-pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<i32> {
-    let mut tell = OpenOptions::new()
+pub(crate) fn run_pid1(mut plan: Plan) -> anyhow::Result<i32> {
+    let mut sender = OpenOptions::new()
         .write(true)
-        .open(format!("/proc/self/fd/{}", plan.tell))?;
-    close_all_but(&tell, plan.passed)?;
+        .open(format!("/proc/self/fd/{}", plan.sender))?;
+    close_all_but(&sender, plan.passed)?;
     let mask = SigSet::all();
     if plan.late.is_some() {
         SigSet::empty().thread_set_mask()?;
@@ -139,21 +139,21 @@ pub(crate) fn lead(mut plan: Plan) -> anyhow::Result<i32> {
     prctl::set_child_subreaper(true)?;
     plan.leader = Pid::this().as_raw();
     let events = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let ledger = Ledger::open(&plan.ledger)?;
-    tell.write_all(READY)?;
+    let call_log = CallLog::open(&plan.call_log)?;
+    sender.write_all(READY)?;
     if plan.late.is_some() {
         notify::hold(plan.late.as_deref());
         // From here on they wait to be read, ignored or not.
         mask.thread_block()?;
     }
-    let place = plan.ledger.parent().map(Path::to_owned);
+    let place = plan.call_log.parent().map(Path::to_owned);
     let mut dumped = false;
     let end = match early_end(&plan) {
         Some(end) => end,
-        None => Leader::start(plan, events, ledger)?.live(&mut dumped)?,
+        None => Pid1::start(plan, events, call_log)?.run(&mut dumped)?,
     };
     process::kill_descendants();
-    tell.write_all(&serde_json::to_vec(&end)?)?;
+    sender.write_all(&serde_json::to_vec(&end)?)?;
     match end {
         // Only the parent learns what was asked of reboot(2).
         POWER_OFF | RESTART => Ok(0),
@@ -201,10 +201,10 @@ fn early_end(plan: &Plan) -> Option<End> {
     Some(End::Exit(1))
 }
 
-struct Leader {
+struct Pid1 {
     plan: Plan,
     events: SignalFd,
-    ledger: Ledger,
+    call_log: CallLog,
     /// The payload's pid; a booted container has none, the init is simulated.
     payload: Option<i32>,
     /// What the stub does when the payload is gone or the time is up.
@@ -240,19 +240,19 @@ impl Handlers {
     }
 }
 
-impl Leader {
-    fn start(mut plan: Plan, events: SignalFd, ledger: Ledger) -> anyhow::Result<Self> {
+impl Pid1 {
+    fn start(mut plan: Plan, events: SignalFd, call_log: CallLog) -> anyhow::Result<Self> {
         let simulated = plan.mode == Mode::Boot
             && !matches!(plan.instead, Some(Instead::Exit(_) | Instead::Signal(_)));
         let mut payload = None;
         if !simulated {
-            let mut command = role(PAYLOAD, &plan)?;
+            let mut command = role(PAYLOAD_NAME, &plan)?;
             command.current_dir(plan.cwd.as_deref().unwrap_or_else(|_| Path::new("/")));
             let child = command.spawn()?;
             plan.payload = i32::try_from(child.id())?;
             payload = Some(plan.payload);
         }
-        role(GUARD, &plan)?
+        role(GUARD_NAME, &plan)?
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -261,7 +261,7 @@ impl Leader {
         Ok(Self {
             plan,
             events,
-            ledger,
+            call_log,
             payload,
             ending: None,
             handlers: Handlers::new()?,
@@ -269,7 +269,7 @@ impl Leader {
     }
 
     /// How it ended, and whether the payload left a core dump.
-    fn live(mut self, dumped: &mut bool) -> anyhow::Result<End> {
+    fn run(mut self, dumped: &mut bool) -> anyhow::Result<End> {
         loop {
             if let Some(end) = self.reap(dumped) {
                 return Ok(end);
@@ -279,7 +279,7 @@ impl Leader {
                 Some((_, at)) => {
                     PollTimeout::try_from(at - Instant::now()).unwrap_or(PollTimeout::MAX)
                 }
-                None => self.look(),
+                None => self.mirror_handlers(),
             };
             let mut wanted = [PollFd::new(self.events.as_fd(), PollFlags::POLLIN)];
             match poll(&mut wanted, timeout) {
@@ -291,7 +291,7 @@ impl Leader {
                 if number == Signal::SIGCHLD as i32 {
                     continue;
                 }
-                self.ledger.write(&Event::Signal {
+                self.call_log.write(&Event::Signal {
                     role: Role::Leader,
                     signal: number,
                 })?;
@@ -303,11 +303,11 @@ impl Leader {
     }
 
     /// In plain mode the payload is the first process, and what it handles is to be seen here.
-    fn look(&mut self) -> PollTimeout {
+    fn mirror_handlers(&mut self) -> PollTimeout {
         match self.payload.filter(|_| self.plan.mode == Mode::Plain) {
             Some(payload) => {
                 self.handlers.follow(payload);
-                PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::MAX)
+                PollTimeout::try_from(POLL_INTERVAL).unwrap_or(PollTimeout::MAX)
             }
             None => PollTimeout::NONE,
         }
@@ -403,7 +403,7 @@ pub(crate) fn become_payload(plan: &Plan) -> anyhow::Result<i32> {
 }
 
 /// The guard's life.
-pub(crate) fn guard(plan: &Plan) -> anyhow::Result<()> {
+pub(crate) fn run_guard(plan: &Plan) -> anyhow::Result<()> {
     setsid()?;
     let Some(leader) = rustix::process::Pid::from_raw(plan.leader) else {
         return Ok(());
