@@ -108,6 +108,8 @@ async fn a_stop_is_repeated_when_the_plugin_dies(
         return;
     }
     run.prints("up").await;
+    // The task may print before the plugin has answered that it runs.
+    run.stderr.contains("runs").await;
     let plugin = run.plugin();
     kill(plugin, Signal::SIGSTOP).unwrap();
     run.signal(Signal::SIGTERM);

@@ -3,7 +3,7 @@
 //! DestroyTask and reconciliation where the supervisor did not get that far. Releases only what the records of that start name, and
 //! may be repeated.
 //!
-//! A new kind is one file with its [`Lease`], and its line in each of [`Resource`] and [`Resource::lease`].
+//! A new kind is one file with its `Lease`, and its line in each of [`Resource`] and `Resource::lease`.
 
 use std::fmt;
 use std::io;
