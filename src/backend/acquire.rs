@@ -1,4 +1,4 @@
-//! What a start will acquire on the host, told from its spec before anything is acquired.
+//! Lists what a start will acquire on the host, derived from its container spec before anything is acquired.
 
 use crate::cgroup::CgroupPath;
 use crate::container::{ContainerSpec, Network, Root, Users, Volatile};
@@ -8,8 +8,8 @@ use crate::supervisor::resource::{
     ZoneBridge,
 };
 
-/// The resources of a start in this place, in the order of their acquisition; they are released in the reverse order. `used` is the
-/// root that systemd-nspawn is given, which may be a stand-in for the spec's.
+/// The resources of a start with this cgroup, in the order of acquisition; they are released in the reverse order. `used` is the
+/// root that systemd-nspawn gets, which may be a skeleton in place of the spec's root.
 pub(super) fn resources(
     spec: &ContainerSpec,
     place: Option<CgroupPath>,
@@ -40,7 +40,7 @@ pub(super) fn resources(
         }),
         false => Resource::TreeLock(TreeLock {
             tree: image.clone(),
-            // A stand-in for the root is locked by this container alone.
+            // A skeleton is used, and locked, by this container only.
             shared: (spec.read_only || spec.volatile != Volatile::No) && *used == spec.root,
         }),
     });

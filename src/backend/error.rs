@@ -1,14 +1,14 @@
-//! What can go wrong between a wish and the host: on which machine, in which step, in the tool's own words. Decides nothing
-//! about gRPC; `driver` does.
+//! Errors of the backend: which machine, which step, and the tool's own output. How they become gRPC errors is decided in
+//! `driver`.
 
 use std::path::PathBuf;
 
 use crate::container::Cause;
 
-/// Why the backend could not do what it was asked.
+/// Why the backend could not do what was requested.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
-    /// This host can't do what the job asks for; trying again changes nothing.
+    /// This host can't do what the job asks for; another attempt changes nothing.
     #[error("machine {machine}: {reason}")]
     Unsupported {
         /// The machine name.
@@ -23,25 +23,25 @@ pub enum BackendError {
         machine: String,
         /// What was being done.
         step: &'static str,
-        /// What happened, with the tool's status and words.
+        /// What happened, with the tool's exit status and output.
         reason: String,
-        /// Why, as far as that decides whether Nomad may try again.
+        /// The kind of cause, which decides whether Nomad may try again.
         cause: Cause,
     },
-    /// The container is not there any more and how it ended can't be known.
+    /// The container does not exist any more, and its exit status can't be known.
     #[error("machine {machine} is lost: {reason}")]
     Lost {
         /// The machine name.
         machine: String,
-        /// How that was seen.
+        /// How that was detected.
         reason: String,
     },
-    /// The container is still there although it should be gone.
+    /// The container still exists although it should be gone.
     #[error("machine {machine}: {reason}")]
     Stuck {
         /// The machine name.
         machine: String,
-        /// What is still there.
+        /// What is left.
         reason: String,
     },
     /// A file of the driver's own could not be read or written.
@@ -49,16 +49,16 @@ pub enum BackendError {
     Io {
         /// What was being done, as a verb.
         step: &'static str,
-        /// With which file.
+        /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         source: std::io::Error,
     },
 }
 
 impl BackendError {
-    /// Why a start failed, as far as that decides whether Nomad may try again.
+    /// The kind of cause of a failed start, which decides whether Nomad may try again.
     pub fn cause(&self) -> Cause {
         match self {
             Self::Start { cause, .. } => *cause,
@@ -68,13 +68,14 @@ impl BackendError {
         }
     }
 
-    /// Whether another attempt may succeed with nothing changed, so that Nomad may retry under the job's restart policy.
+    /// Whether another attempt may succeed without a change, so that Nomad may retry under the job's restart policy.
     pub fn is_transient(&self) -> bool {
         self.cause().is_recoverable()
     }
 }
 
-/// An error with all its causes in one line, outermost first. For those who print: a message never repeats its source.
+/// An error with all its causes in one line, outermost first, for logs and messages. No error's own text repeats that of its
+/// source.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

@@ -1,5 +1,6 @@
-//! The one real backend: a supervisor and systemd-nspawn for every container. Puts the whole order together before anything is
-//! started, so that a failed start has one undo step. Holds nothing that can't be rebuilt from the state directory.
+//! The one real backend: runs a supervisor and systemd-nspawn for every container. Completes the launch spec before anything is
+//! started, so that a failed start has one undo step. Keeps nothing that can't be rebuilt from the state directory. Runs in the
+//! plugin.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsString;
@@ -36,50 +37,50 @@ use crate::supervisor::{
     SupervisorClient, TaskDir, TaskLock, cleanup, state_dir,
 };
 
-/// A start that takes longer than this is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
+/// A start that takes longer than this is aborted. Copying a large ephemeral root takes minutes; nothing takes longer.
 const START_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// How long a recovery waits for the first word of a supervisor that was found. It comes within a millisecond.
+/// How long a recovery waits for the first status of a supervisor that was found. It comes within a millisecond.
 const FIRST_STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long systemd-nspawn may take to tell its version.
+/// How long systemd-nspawn may take to report its version.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// How often it is looked whether a supervisor that can't be asked is gone.
+/// How often to check whether a supervisor that can't be asked is gone.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// What an operator may set.
+/// What an operator may configure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Where the state of running containers lies.
+    /// The state directory, for the task directories.
     pub state_dir: PathBuf,
-    /// The systemd-nspawn to use; `None` looks along `search`.
+    /// The systemd-nspawn to use; `None` searches `search`.
     pub nspawn: Option<PathBuf>,
     /// The value of `PATH`.
     pub search: OsString,
-    /// The driver's own binary, which is also every supervisor's.
+    /// The driver's own binary, which every supervisor runs too.
     pub binary: PathBuf,
 }
 
-/// Containers by systemd-nspawn.
+/// Runs containers with systemd-nspawn.
 #[derive(Debug)]
 pub struct NspawnBackend {
     settings: Arc<Settings>,
     kernel: (u32, u32),
     clients: Mutex<HashMap<PathBuf, SupervisorClient>>,
-    /// The starts that are this backend's, until they are removed.
+    /// The locks of this backend's starts, until they are removed.
     locks: Mutex<HashMap<PathBuf, TaskLock>>,
-    /// What was found in the state directory, left alone and named in the log.
+    /// Paths in the state directory that were left alone and have been logged.
     pub(super) named: Mutex<BTreeSet<PathBuf>>,
     version: Arc<tokio::sync::Mutex<Option<(Program, u32)>>>,
-    /// One look at the host at a time: one that hangs holds one thread, and not a thread for each look.
+    /// Allows one probe of the host at a time, so that probes that hang hold one thread, and not one thread each.
     probing: Arc<tokio::sync::Mutex<()>>,
-    /// The first program of containers: one for all, made when the first of them starts.
+    /// The binary of the container init: one for all containers, made when the first of them starts.
     first: Arc<OnceLock<OwnedFd>>,
     tracker: TaskTracker,
 }
 
-/// A program as it was when it was asked for its version.
+/// The program file for which the version was determined.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Program {
     path: PathBuf,
@@ -103,13 +104,14 @@ impl NspawnBackend {
         }
     }
 
-    /// The program and its version, asked once as long as the file stays the same.
+    /// The program and its version, which is queried again only when the file changes.
     async fn installed(&self) -> Result<(PathBuf, u32), NoVersion> {
         let version = Arc::clone(&self.version);
         let settings = Arc::clone(&self.settings);
         let question = async {
             let known = version.lock_owned().await;
-            // The lock goes with the work: a file system that hangs holds one thread, and not a thread for each question.
+            // The lock moves into the work, so that on a file system that hangs all queries hold one thread, and not one thread
+            // each.
             let (mut known, look) = blocking::run(move || {
                 let look = look(&settings, known.as_ref());
                 (known, look)
@@ -159,7 +161,7 @@ impl NspawnBackend {
         self.locks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The supervised container of a handle, found again if need be.
+    /// The client for the container of a handle; connects again if necessary.
     async fn resolve(&self, started: &Started) -> Result<SupervisorClient, BackendError> {
         let lost = |reason: &str| lost(started, reason);
         let boot = probe::boot_id().map_err(|source| {
@@ -172,7 +174,8 @@ impl NspawnBackend {
         if boot != started.boot {
             return Err(lost("the host has been started anew since"));
         }
-        // The handle names the place: an operator may have chosen another state directory since. So the place has to prove itself.
+        // The handle names the task directory, because an operator may have configured another state directory since. So the
+        // directory is verified.
         let task_dir = TaskDir::new(&started.state);
         let state_dir = started.state.parent().unwrap_or_else(|| Path::new("/"));
         if TaskDir::for_task(state_dir, &started.id) != task_dir {
@@ -193,7 +196,7 @@ impl NspawnBackend {
         Ok(client)
     }
 
-    /// Claims a new start and writes its order.
+    /// Creates and locks the task directory of a new start and writes its launch spec.
     async fn ordered(
         &self,
         spec: ContainerSpec,
@@ -226,7 +229,7 @@ impl NspawnBackend {
         match tokio::time::timeout(START_TIMEOUT, client.start_outcome()).await {
             Ok(Status::Up(started)) => Ok((*started).clone()),
             Ok(Status::Failed(failure)) => Err((*failure).clone()),
-            // A command that is over before the news of its start was read.
+            // The command exited before the event of its start was read.
             Ok(Status::Ended(_)) => {
                 let place = task_dir.clone();
                 let running = blocking::run(move || place.running()).await;
@@ -251,8 +254,8 @@ impl NspawnBackend {
         }
     }
 
-    /// Ends and frees whatever stands in these records, and forgets them. Somebody else who is about to do the same is waited
-    /// for, so that a successor in the same place is not taken for what is cleared away.
+    /// Kills and releases everything of the start in this task directory, and removes the directory. If another process is about
+    /// to do the same, waits for it, so that a new start at the same path is not taken for the one that is being removed.
     async fn remove_start(&self, task_dir: &TaskDir) -> Result<(), BackendError> {
         let claimed = self.locks().contains_key(task_dir.path());
         let _claim = match claimed {
@@ -309,8 +312,8 @@ impl NspawnBackend {
         }
     }
 
-    /// Ends the supervisor of these records with its container. One that is just being started can't be asked yet; it is asked
-    /// again until it is gone.
+    /// Kills the supervisor of this task directory with its container. A supervisor that is just starting can't be asked yet, so
+    /// the request is repeated until it is gone.
     async fn kill_via_supervisor(&self, task_dir: &TaskDir) {
         let end = Instant::now() + REQUEST_TIMEOUT;
         loop {
@@ -327,9 +330,9 @@ impl NspawnBackend {
         }
     }
 
-    /// The supervisor of these records, whoever launched it, if it lives.
+    /// The supervisor of this task directory, whichever process launched it, if it is alive.
     async fn connect(&self, task_dir: &TaskDir) -> Option<SupervisorClient> {
-        // One that has ended may stand in for a successor that another process has started.
+        // A client whose supervisor has exited may hide a new supervisor that another process has started.
         let known = self
             .known(task_dir)
             .filter(|known| matches!(known.status(), Status::Starting | Status::Up(_)));
@@ -378,7 +381,7 @@ impl ContainerBackend for NspawnBackend {
             machine: machine.clone(),
             reason,
         };
-        // What lies there is believed, so this comes first.
+        // The content of the state directory is trusted, so this comes first.
         let settings = Arc::clone(&self.settings);
         let secured = blocking::run_start(move || state_dir::secure(&settings.state_dir)).await;
         secured.map_err(|error| match error {
@@ -424,7 +427,7 @@ impl ContainerBackend for NspawnBackend {
     async fn attach(&self, started: &Started) -> Result<Started, BackendError> {
         let client = self.resolve(started).await?;
         let task_dir = TaskDir::new(&started.state);
-        // The record is believed, and not the handle.
+        // The running record is trusted, not the handle.
         let handle = started.clone();
         let recorded = blocking::run(move || {
             let running = task_dir.running();
@@ -432,7 +435,8 @@ impl ContainerBackend for NspawnBackend {
         });
         let Ok(status) = tokio::time::timeout(FIRST_STATUS_TIMEOUT, client.start_outcome()).await
         else {
-            // It was found, and has somebody at its lifeline, who gets no processor time now. That is no reason to give it up.
+            // The supervisor was found, but the process at its control socket gets no CPU time now. That is no reason to give it
+            // up.
             return Ok(recorded.await);
         };
         match status {
@@ -450,7 +454,8 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
-        // Boxed, because this waits as long as the container runs and the search is long over then.
+        // Boxed, because this future waits as long as the container runs, and the state of `resolve` is needed only at its
+        // beginning.
         let client = Box::pin(self.resolve(started)).await?;
         client.end().await.ok_or_else(|| BackendError::Lost {
             machine: started.machine.clone(),
@@ -488,7 +493,7 @@ impl ContainerBackend for NspawnBackend {
         if !grace.is_zero() && open() {
             let verb = signal.map_or(Action::Stop, |signal| Action::Signal(signal.number()));
             let gracefully = async {
-                // A request that fails leaves the wait for the grace time, and then force.
+                // If the request fails, the container is killed after the grace time.
                 if let Err(reason) = client.request(verb).await {
                     tracing::warn!(
                         machine = started.machine,
@@ -513,7 +518,7 @@ impl ContainerBackend for NspawnBackend {
         {
             return Ok(());
         }
-        // A supervisor that does not answer is put down; its end ends the container, see `supervisor`.
+        // Kill a supervisor that does not answer. Its exit kills the container, see `supervisor`.
         supervisor::kill_supervisor(started.supervisor).await;
         let stuck = || BackendError::Stuck {
             machine: started.machine.clone(),
@@ -547,7 +552,7 @@ impl ContainerBackend for NspawnBackend {
     }
 }
 
-/// Everything that has to be known before anything is started, written down.
+/// Works out everything that must be known before anything is started, and writes the launch spec.
 fn prepare(
     spec: &ContainerSpec,
     task_dir: &TaskDir,
@@ -620,7 +625,7 @@ fn prepare(
         .map_err(|source| io_error("writing the order in", task_dir.path(), source))
 }
 
-/// Groups are root's to make; without them the supervisor falls back to descent.
+/// Only root can create cgroups; without them the supervisor identifies the container's processes by their parents.
 fn place(
     spec: &ContainerSpec,
     task_dir: &TaskDir,
@@ -650,7 +655,7 @@ fn root(
     Ok((Root::Directory(skeleton), binds))
 }
 
-/// The first program, made when it is needed first. Two that make it at once wait for nobody; one of the two is kept.
+/// The binary of the container init, made on first use. Two concurrent callers may both make it; one of the two is kept.
 fn init_binary(made: &OnceLock<OwnedFd>, state_dir: &Path) -> io::Result<OwnedFd> {
     if let Some(program) = made.get() {
         return program.try_clone();
@@ -659,8 +664,8 @@ fn init_binary(made: &OnceLock<OwnedFd>, state_dir: &Path) -> io::Result<OwnedFd
     made.get_or_init(|| program).try_clone()
 }
 
-/// What the user should know about the ports of a container. A port that would be reached on more addresses than it is allotted on is
-/// refused.
+/// What the user should know about the ports of a container. A port that would be reachable on more addresses than it was
+/// allocated on is refused.
 fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
     let Network::Private { ports, .. } = &spec.network else {
         return Ok(Vec::new());
@@ -671,7 +676,7 @@ fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
     })
 }
 
-/// The supervisors that are alive of a start that has not recorded its container, so that it does not name them.
+/// The living supervisors of a start without a running record, which would name its supervisor.
 fn find_supervisors_by_cmdline(task_dir: &TaskDir) -> Vec<SupervisorProcess> {
     if !task_dir.has_supervisor() {
         return Vec::new();
@@ -679,7 +684,8 @@ fn find_supervisors_by_cmdline(task_dir: &TaskDir) -> Vec<SupervisorProcess> {
     orphans::supervisors_of(task_dir)
 }
 
-/// Lets the supervisors of a start go on, if they were stopped, and gives the name of its machine; `None` if there is no start.
+/// Sends SIGCONT to the supervisors of a start, in case they were SIGSTOPped, and returns its machine name; `None` if there is no
+/// start.
 fn roused(task_dir: &TaskDir) -> Option<String> {
     if !task_dir.path().exists() {
         return None;
@@ -697,7 +703,7 @@ fn roused(task_dir: &TaskDir) -> Option<String> {
     ))
 }
 
-/// Ends the supervisors of a start by force, where they have not ended.
+/// Kills the supervisors of a start that have not exited.
 fn kill_supervisor(task_dir: &TaskDir) {
     match running_in_this_boot(task_dir) {
         Some(running) => cleanup::kill(running.started.supervisor),
@@ -712,7 +718,7 @@ async fn has_supervisor(task_dir: &TaskDir) -> bool {
     blocking::run(move || place.has_supervisor()).await
 }
 
-/// Waits until no supervisor of this start is alive; false where one goes on.
+/// Waits until no supervisor of this start is alive; `false` if one still is after [`REQUEST_TIMEOUT`].
 async fn wait_until_supervisor_exits(task_dir: &TaskDir) -> bool {
     let end = Instant::now() + REQUEST_TIMEOUT;
     while has_supervisor(task_dir).await {
@@ -764,11 +770,11 @@ impl NoVersion {
 enum Look {
     /// The version.
     Known(Program, u32),
-    /// Nothing: it has been asked.
+    /// Not known yet: `--version` is running.
     Asked(Program, Box<Child>),
 }
 
-/// Finds the program, and asks it for its version where that is not `known`.
+/// Finds the program, and starts it with `--version` if its version is not `known`.
 fn look(settings: &Settings, known: Option<&(Program, u32)>) -> Result<Look, NoVersion> {
     let path = match &settings.nspawn {
         None => probe::find("systemd-nspawn", &settings.search).map_err(NoVersion::config)?,
@@ -818,7 +824,7 @@ async fn read_version(program: &Path, asked: Child) -> Result<u32, NoVersion> {
     let said = said.map_err(|error| NoVersion::not_run(program, &error))?;
     let text = String::from_utf8_lossy(&said.stdout);
     probe::parse_version(&text).ok_or_else(|| NoVersion {
-        // A program that succeeds with other words is another program. One that fails may be in the middle of an upgrade.
+        // If it succeeds with other output it is not systemd-nspawn. If it fails, an upgrade may be in progress.
         cause: match said.status.success() {
             true => Cause::Config,
             false => Cause::Unknown,
@@ -832,7 +838,7 @@ async fn read_version(program: &Path, asked: Child) -> Result<u32, NoVersion> {
     })
 }
 
-/// Claims the start of a handle and reads its record, if both are what the handle says.
+/// Locks the start of a handle and returns the started container from its running record, if both match the handle.
 fn recorded(task_dir: &TaskDir, started: &Started) -> Result<(TaskLock, Started), BackendError> {
     let lost = |reason: &str| lost(started, reason);
     let lock = TaskLock::lock_shared(task_dir)
@@ -867,13 +873,13 @@ fn lost(started: &Started, reason: &str) -> BackendError {
     }
 }
 
-/// The fact of a start, if it is of this boot: in another one its numbers mean other processes.
+/// The running record of a start, if it is of this boot: after a reboot its pids mean other processes.
 fn running_in_this_boot(task_dir: &TaskDir) -> Option<Running> {
     let running = task_dir.running().ok()?;
     (probe::boot_id().ok()? == running.started.boot).then_some(running)
 }
 
-/// Claims a start, if it is there.
+/// Takes a shared lock on a start, if it exists.
 async fn lock_task_dir(task_dir: &TaskDir) -> Result<Option<TaskLock>, BackendError> {
     let place = task_dir.clone();
     let taken = blocking::run(move || TaskLock::lock_shared(&place)).await;

@@ -1,7 +1,7 @@
-//! What dead plugins left in the state directory and in the control groups is ended and cleared away, if no living plugin claims
-//! it and no other agent can ask for it. Says what it does in the log, a line for each thing; what fails is said and left for the
-//! next plugin. Touches nothing of which `supervisor::orphans` is not certain that the driver made it, and nothing that
-//! `supervisor::owner` finds to be another agent's.
+//! Kills and cleans up what dead plugins left in the state directory and in the cgroups, if no living plugin has locked it and no
+//! other agent can ask for it. Logs each thing it does in a line of its own; a failure is logged and left for the next plugin.
+//! Touches nothing unless `supervisor::orphans` is certain that the driver made it, and nothing that according to
+//! `supervisor::owner` belongs to another agent.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -18,12 +18,12 @@ use crate::supervisor::owner::{self, Owner};
 use crate::supervisor::process::is_alive;
 use crate::supervisor::{TaskDir, TaskLock};
 
-/// When a claimed start is looked at again before it is passed over, in milliseconds: a process that is just being started holds
-/// what its starter had open until its own program runs, which on a busy host takes a while.
+/// When a locked start is tried again before it is skipped, in milliseconds. A process that is just being forked keeps its
+/// parent's descriptors, and so the lock, until it executes its own program, which takes a while on a busy host.
 const RETRY_DELAYS: [u64; 6] = [0, 2, 10, 50, 200, 800];
 
 impl NspawnBackend {
-    /// Clears away everything below this state directory that nobody claims, and what belongs to it elsewhere.
+    /// Cleans up everything below this state directory that no plugin has locked, and what belongs to it elsewhere.
     pub(super) async fn reconcile_state_dir(
         &self,
         state_dir: &Path,
@@ -57,7 +57,7 @@ impl NspawnBackend {
             }
             claimed = still;
         }
-        // Those of recorded starts are gone by now, or claimed.
+        // The supervisors of recorded starts are gone by now, or their starts are locked.
         let lost = |supervisor: &SupervisorProcess| supervisor.is_unrecorded();
         for supervisor in supervisors(state_dir, lost).await {
             let directory = supervisor.directory.clone();
@@ -68,12 +68,12 @@ impl NspawnBackend {
         self.reconcile_cgroups(state_dir).await;
     }
 
-    /// Clears one start away, unless it is claimed or may be another agent's; false if it is claimed.
+    /// Cleans up one start, unless it is locked or may belong to another agent; `false` if it is locked.
     async fn reconcile_start(&self, task_dir: &TaskDir, alloc_roots: &BTreeSet<PathBuf>) -> bool {
         let path = task_dir.path().display().to_string();
         let owned = task_dir.clone();
         let locked = tokio::task::spawn_blocking(move || seize(&owned)).await;
-        // Held until everything is done: who wants this start meanwhile waits, and finds it gone.
+        // Held until everything is done. A plugin that wants this start meanwhile waits, and finds it gone.
         let _seized = match locked.unwrap_or_else(|error| Err(io::Error::other(error))) {
             Ok((TryLock::Acquired(locked), owner)) if is_own(&owner, alloc_roots) => locked,
             Ok((TryLock::Acquired(_), owner)) => {
@@ -99,7 +99,7 @@ impl NspawnBackend {
         true
     }
 
-    /// Says, once, why a start is left alone and what the operator can do.
+    /// Logs, once, why a start is left alone and what the operator can do.
     fn leave(&self, task_dir: &TaskDir, owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) {
         const REMEDY: &str = "if that agent is gone for good, remove this directory: the plugin that starts next ends what is left";
         let path = task_dir.path().display();
@@ -125,7 +125,7 @@ impl NspawnBackend {
         }
     }
 
-    /// Whether this was not named in the log before.
+    /// Whether this path has not been logged before.
     fn is_new(&self, path: &Path) -> bool {
         let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
         named.insert(path.to_owned())
@@ -147,13 +147,13 @@ impl NspawnBackend {
     }
 }
 
-/// Takes a start that nobody claims, and finds out whose it is.
+/// Locks a start that no plugin has locked, and determines its owner.
 fn seize(task_dir: &TaskDir) -> io::Result<(TryLock, Owner)> {
     let locked = TaskLock::try_lock_exclusive(task_dir)?;
     Ok((locked, owner::of(task_dir, &probe::boot_id()?)))
 }
 
-/// Whether nobody but this agent can ask for a start.
+/// Whether no agent but this one can ask for a start.
 fn is_own(owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) -> bool {
     match owner {
         Owner::Nobody => true,
@@ -166,7 +166,7 @@ fn log_failure(path: &str, error: &BackendError) {
     tracing::error!(path, error = chain(error), "a start is left over");
 }
 
-/// What a start is that nobody claims, for a person.
+/// Describes a start that no plugin has locked, for the log.
 fn describe(task_dir: &TaskDir) -> &'static str {
     let launch_spec = match task_dir.launch_spec() {
         Ok(launch_spec) => launch_spec,
@@ -199,7 +199,7 @@ async fn supervisors(
     found
 }
 
-/// Does something that may take long with a state directory where that harms nobody.
+/// Runs `work`, which may take long, on a thread for blocking work.
 async fn blocking<T: Send + 'static>(
     state_dir: &Path,
     work: impl FnOnce(&Path) -> std::io::Result<T> + Send + 'static,

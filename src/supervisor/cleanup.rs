@@ -1,5 +1,6 @@
-//! What is left of a start when nobody watches over it any more: its processes, and the resources in its order. Ends and releases
-//! only what the records of that start name, and may be repeated at will.
+//! Cleanup of a start without a supervisor: kills its processes and releases the resources in its launch spec. It kills and
+//! releases only what the records of that start name, and may be repeated at any time. Runs in the plugin; the supervisor process
+//! uses parts of it at the container's exit.
 
 use std::io;
 use std::path::Path;
@@ -13,21 +14,21 @@ use crate::container::Process;
 use crate::nspawn::probe;
 use crate::signal::Signal;
 
-/// How long killed processes may take to go.
+/// How long killed processes may take to exit.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Ends every process that belongs to the start of these records and frees what it held on the host. The records themselves
-/// stay. The error names what is still there.
+/// Kills every process that belongs to the start in this task directory and releases what it held on the host. The directory
+/// itself stays. The error names what is left.
 pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
     let boot = probe::boot_id()?;
     let running = task_dir.running().ok();
-    // In another boot the same numbers may mean anybody, even with the start time.
+    // After a reboot the same pids may belong to any process, even with the same start time.
     if let Some(running) = running
         .as_ref()
         .filter(|running| running.started.boot == boot)
     {
-        // The leader first: everything in its pid namespace dies with it, and a systemd-nspawn that sees it end clears up
-        // after itself, unless somebody has stopped it.
+        // The leader first: everything in its pid namespace dies with it, and systemd-nspawn cleans up after itself when it sees
+        // the leader exit, unless it has been SIGSTOPped.
         kill(running.started.leader);
         if let Some(group) = &running.started.cgroup {
             Group::new(group).thaw();
@@ -50,7 +51,7 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
     let launch_spec = match task_dir.launch_spec() {
         Ok(launch_spec) => launch_spec,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        // What it held can't be known; its processes can: no other group has this name.
+        // Its resources can't be known, but its processes can: no other cgroup has this name.
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
             let leaf = task_dir.path().file_name().and_then(|name| name.to_str());
             let leaf = leaf.filter(|leaf| TaskDir::is_name(leaf)).ok_or(error)?;
@@ -68,7 +69,7 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
     release(task_dir, &launch_spec, running.as_ref())
 }
 
-/// Ends every process of a group, and removes it if that is wanted.
+/// Kills every process of a cgroup, and removes the cgroup if `remove` is set.
 pub(super) fn kill_group(group: &Path, remove: bool) -> io::Result<()> {
     let group = Group::new(group);
     group.kill();
@@ -79,8 +80,8 @@ pub(super) fn kill_group(group: &Path, remove: bool) -> io::Result<()> {
     if remove { group.remove() } else { Ok(()) }
 }
 
-/// Releases what the host holds for a container whose processes are gone. One resource that can't be released keeps no other from
-/// it; the error names all of those, and is of the first one's kind.
+/// Releases what the host holds for a container whose processes are gone. A resource that can't be released does not keep the
+/// others from being released; the error names all of those and has the kind of the first one.
 pub fn release(
     task_dir: &TaskDir,
     launch_spec: &LaunchSpec,
@@ -96,7 +97,7 @@ pub fn release(
     };
     let errors = release_all(&launch_spec.resources, &context);
     let Some(first) = errors.first() else {
-        // Without this mark it is released once more, which harms nothing.
+        // Without this mark they are released once more, which is harmless.
         let _ = task_dir.write_freed();
         return Ok(());
     };
@@ -105,7 +106,7 @@ pub fn release(
     Err(io::Error::new(kind, texts.join("; ")))
 }
 
-/// Kills a process and waits until it has gone.
+/// Kills a process and waits until it is gone.
 pub fn kill(process: Process) {
     if let Ok(handle) = ProcessHandle::open_checked(process) {
         let _ = handle.signal(Signal::KILL);
@@ -114,7 +115,8 @@ pub fn kill(process: Process) {
     }
 }
 
-/// Kills a process and what descends from it. What loses its parent on the way was seen before.
+/// Kills a process and its descendants. They are listed before anything is killed, so one that loses its parent meanwhile is not
+/// missed.
 fn kill_with_descendants(process: Process) {
     let Ok(first) = ProcessHandle::open_checked(process) else {
         return;
@@ -132,8 +134,8 @@ fn kill_with_descendants(process: Process) {
     }
 }
 
-/// Kills what descends from a process, for hosts without control groups. Whoever is orphaned on the way comes back as a child,
-/// because the process is a subreaper; so this goes on until there is none.
+/// Kills the descendants of a process, for hosts without cgroups. Orphaned descendants become its children, because the process
+/// is a subreaper; so this repeats until there are none.
 pub fn kill_descendants(of: i32, mut reap: impl FnMut()) {
     for _ in 0..1000 {
         let Some(child) = first_child(of) else { return };
@@ -204,7 +206,8 @@ mod tests {
         assert!(!task_dir.is_freed());
     }
 
-    /// After a step back every task of the newer driver would stay for ever otherwise: its supervisor knows the kind.
+    /// Otherwise every task of the newer driver would stay for ever after a downgrade. Its supervisor knows the kind and has
+    /// released it.
     #[test]
     fn what_its_supervisor_has_released_is_not_released_again() {
         let (_temp, task_dir, _) = ordered(vec![newer()]);

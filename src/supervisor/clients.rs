@@ -1,5 +1,6 @@
-//! The supervisor's end of the control socket: its clients, their requests, the events sent to them. Waits for nobody: whoever does
-//! not take what is told, or talks nonsense, is dropped; what a later plugin may ask is answered with an error.
+//! The supervisor's end of the control socket: its clients, their requests, the events sent to them. Never waits for a client: one
+//! that does not read its events or sends an invalid message is dropped. A request that only a later plugin knows is answered with
+//! an error.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -7,7 +8,7 @@ use std::os::unix::net::UnixStream;
 
 use super::protocol::{Event, IncomingRequest, MAX_LINE_BYTES, Request, decode_next, encode};
 
-/// Everybody who listens on the lifeline.
+/// All clients of the control socket.
 #[derive(Debug, Default)]
 pub(super) struct Clients(Vec<Client>);
 
@@ -16,7 +17,7 @@ struct Client {
     stream: UnixStream,
     received: Vec<u8>,
     disconnected: bool,
-    /// Whether this one asked for the start.
+    /// Whether this client requested the start.
     owner: bool,
 }
 
@@ -40,14 +41,14 @@ impl Clients {
         }
     }
 
-    /// Tells the one that came last how things stand.
+    /// Sends an event to the client that connected last.
     pub(super) fn send_to_last(&mut self, event: &Event) {
         if let Some(client) = self.0.last_mut() {
             client.send(&encode(event));
         }
     }
 
-    /// Answers the listener that has this index among the [`requests`](Self::requests).
+    /// Answers the client with this index among the [`requests`](Self::requests).
     pub(super) fn answer(&mut self, index: usize, event: &Event) {
         if let Some(client) = self.0.get_mut(index) {
             client.send(&encode(event));
@@ -58,7 +59,7 @@ impl Clients {
         self.0.iter().map(|client| client.stream.as_fd())
     }
 
-    /// What has been asked since the last time and can be done.
+    /// The requests that have arrived since the last call and are known.
     pub(super) fn requests(&mut self) -> Vec<(usize, Request)> {
         let mut requests = Vec::new();
         for (index, client) in self.0.iter_mut().enumerate() {
@@ -80,7 +81,7 @@ impl Clients {
         requests
     }
 
-    /// Forgets those whose end of the line is closed; whether the asker is among them.
+    /// Drops the clients whose connection is closed; returns whether the owner is among them.
     pub(super) fn drop_disconnected(&mut self) -> bool {
         let owner = self
             .0
@@ -92,14 +93,14 @@ impl Clients {
 }
 
 impl Client {
-    /// One that does not take what it is told is dropped: nobody may make a supervisor wait.
+    /// A client that does not read its events is dropped: no client may block a supervisor.
     fn send(&mut self, line: &[u8]) {
         if self.stream.write_all(line).is_err() {
             self.disconnected = true;
         }
     }
 
-    /// Takes what has come, and no more than one line can be long: what is left wakes the supervisor again.
+    /// Reads at most one maximum-length message; `poll` reports the rest.
     fn receive(&mut self) {
         let mut buffer = [0; 1024];
         while self.received.len() <= MAX_LINE_BYTES {

@@ -1,7 +1,7 @@
-//! The `enter` life of the binary: one step between supervisor and systemd-nspawn. It goes where the container shall be (control
-//! group, network namespace), puts off what it inherited, lines up the descriptors that the container's first program finds, and
-//! becomes systemd-nspawn. A process of its own, because a supervisor that went there itself would count against the task's
-//! limits and die with it. Makes nothing, waits for nothing.
+//! The exec shim (`enter DIR`): the process between the supervisor and systemd-nspawn. It enters the container's cgroup and network
+//! namespace, drops inherited process state, puts the descriptors for the driver's init at their numbers, and becomes
+//! systemd-nspawn. It is a process of its own, because a supervisor that entered the cgroup itself would count against the task's
+//! limits and be killed with it. Creates nothing, waits for nothing.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -24,8 +24,8 @@ use super::task_dir::{LaunchSpec, Pid1, Refusal, TaskDir};
 use crate::cgroup::Group;
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 
-/// Becomes systemd-nspawn as the order in this directory says. Returns only if that failed, with the reason left beside the
-/// order: stderr may be the task's by now.
+/// Becomes systemd-nspawn as the launch spec in this directory says. Returns only if that failed, and leaves the reason beside the
+/// launch spec: stderr may be the task's by now.
 pub fn enter(directory: &Path) -> ExitCode {
     close_inherited();
     let task_dir = TaskDir::new(directory);
@@ -34,7 +34,7 @@ pub fn enter(directory: &Path) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// A step of the driver's own that failed.
+/// A step of the driver itself that failed.
 fn because(what: &str) -> impl FnOnce(io::Error) -> Refusal {
     move |error| Refusal {
         cause: cause_of_host_error(&error),
@@ -63,7 +63,8 @@ fn become_nspawn(task_dir: &TaskDir) -> Refusal {
     }
 }
 
-/// Goes where the container shall be: the order, the size of the strings that the kernel has to take, and the command.
+/// Enters the cgroup and the network namespace, and returns the launch spec, the size of the strings that the kernel has to copy,
+/// and the command.
 #[expect(
     clippy::disallowed_methods,
     reason = "this is where systemd-nspawn is called"
@@ -115,8 +116,8 @@ fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
     no_core_dump_of_the_next().map_err(|error| because("can't switch core dumps off")(error.into()))
 }
 
-/// Takes the descriptors that wait on stdin and puts the order behind them, each at its number: nothing else is open, so the
-/// kernel gives the lowest ones in their order.
+/// Receives the descriptors that are queued on stdin and opens the init spec behind them, each at its number: no other descriptor
+/// is open, so the kernel assigns the lowest numbers in this order.
 fn receive_descriptors(task_dir: &TaskDir) -> io::Result<()> {
     let mut buffer = [0];
     let mut space = nix::cmsg_space!([RawFd; 4]);
@@ -151,13 +152,13 @@ fn receive_descriptors(task_dir: &TaskDir) -> io::Result<()> {
         ));
     }
     fcntl(&launch_spec, FcntlArg::F_SETFD(FdFlag::empty()))?;
-    // From here on it belongs to what this process becomes.
+    // From here on the descriptor belongs to the program that this process becomes.
     let _ = std::os::fd::IntoRawFd::into_raw_fd(launch_spec);
     nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
     Ok(())
 }
 
-/// What the kernel counts of words and variables: each has an end mark and a pointer.
+/// The size of arguments and variables as the kernel counts them: each has a terminating NUL and a pointer.
 fn size_of_strings(words: &[String], variables: &BTreeMap<String, String>) -> usize {
     const EACH: usize = 1 + size_of::<usize>();
     let words: usize = words.iter().map(|word| word.len() + EACH).sum();
@@ -168,7 +169,7 @@ fn size_of_strings(words: &[String], variables: &BTreeMap<String, String>) -> us
     words + variables
 }
 
-/// Names the limit, which the kernel derives from that of the stack.
+/// The message for E2BIG. Names the limit, which the kernel derives from the stack limit.
 fn too_big(program: &str, size: usize) -> String {
     use nix::sys::resource::{Resource, getrlimit};
     const MOST: u64 = 6 * 1024 * 1024;

@@ -1,5 +1,5 @@
-//! The exit status of a container, from all evidence: what our own first program says, what the kernel says of the
-//! leader, what systemd-nspawn says. Pure; what nobody can tell is not guessed.
+//! The exit status of a container, from all evidence: what the driver's init reports, what the kernel reports about the leader,
+//! what systemd-nspawn reports. Used in the supervisor process. Pure; an exit status that no source knows is not guessed.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -10,43 +10,43 @@ use nspawn_init::StartError;
 use crate::container::{Exit, Mode, UNKNOWN_END};
 use crate::signal::Signal;
 
-/// The status by which systemd-nspawn says that the container asked to be started again, and nothing else. After reboot(2) the
-/// parent alone is told what was asked for; to others the kernel says that the first process was killed, or ended with 0.
+/// The status with which systemd-nspawn reports that the container requested a restart, and nothing else. After reboot(2) only the
+/// parent learns what was requested; to other processes the kernel reports that PID 1 was killed or exited with 0.
 const RESTART: i32 = 133;
 
-/// The raw wait status of a process that SIGKILL has ended.
+/// The raw wait status of a process that was killed by SIGKILL.
 const KILLED: i32 = 9;
 
-/// The raw wait statuses by which reboot(2) in a pid namespace is reported to the parent of its first process: SIGHUP for a
-/// restart, SIGINT for the rest. Of these signals themselves a first process does not die.
+/// The raw wait statuses that the parent of PID 1 sees after reboot(2) in a pid namespace: SIGHUP for a restart, SIGINT for
+/// everything else. These signals themselves never terminate a PID 1.
 const REBOOT: i32 = 1;
 const POWER_OFF: i32 = 2;
 
-/// What is known of an end.
+/// The evidence about one exit.
 #[derive(Debug)]
 pub(super) struct ExitEvidence<'a> {
     pub(super) mode: Mode,
     /// Why the command did not run at all.
     pub(super) start_error: Option<&'a StartError>,
-    /// The command's raw wait status, where our own program was its parent.
+    /// The command's raw wait status, if the driver's init was its parent.
     pub(super) command: Option<i32>,
-    /// The leader's raw wait status, where the kernel tells it to others than the parent.
+    /// The leader's raw wait status, if the kernel reports it to processes other than the parent.
     pub(super) leader: Option<i32>,
-    /// The same where this process was the one to reap the leader: its parent alone learns what was asked of reboot(2).
+    /// The same if this process reaped the leader: only the parent learns what was requested with reboot(2).
     pub(super) reaped: Option<i32>,
-    /// What systemd-nspawn has said on stderr.
+    /// What systemd-nspawn has written to stderr.
     pub(super) nspawn_stderr: &'a str,
-    /// How systemd-nspawn itself ended.
+    /// How systemd-nspawn itself exited.
     pub(super) nspawn: ExitStatus,
-    /// Whether the container lived until it was ended by force.
+    /// Whether the container was still alive when it was killed.
     pub(super) killed: bool,
-    /// Whether systemd-nspawn did not end when its container had, and was killed by the supervisor.
+    /// Whether systemd-nspawn did not exit after its container had, and was killed by the supervisor.
     pub(super) nspawn_killed: bool,
-    /// Whether the kernel has counted an OOM kill in the task's group, at any time.
+    /// Whether the kernel has counted an OOM kill in the task's cgroup, at any time.
     pub(super) oom: bool,
 }
 
-/// What the signs mean for Nomad: the one that was nearest to the command counts.
+/// What the evidence means for Nomad: the source nearest to the command counts.
 pub(super) fn exit_of(evidence: &ExitEvidence<'_>) -> Exit {
     let (code, signal, error) = match evidence {
         ExitEvidence {
@@ -93,8 +93,8 @@ pub(super) fn exit_of(evidence: &ExitEvidence<'_>) -> Exit {
     }
 }
 
-/// Whether an OOM kill can have caused this end: it was by SIGKILL, or the command passes on the code that shells give to the death
-/// of a child by SIGKILL. An OOM kill of some worker long before any other end has not caused it.
+/// Whether an OOM kill can have caused this exit: it was by SIGKILL, or the command passed on the code that shells return when a
+/// child was killed by SIGKILL. An OOM kill of a worker long before any other exit did not cause it.
 fn is_by_kill(code: i32, signal: i32) -> bool {
     let kill = Signal::KILL.number();
     signal == kill || (code, signal) == (128 + kill, 0)
@@ -113,17 +113,18 @@ fn of_raw(status: i32) -> (i32, i32, Option<String>) {
     }
 }
 
-/// What systemd-nspawn says when it has nothing more to do than to clear up.
+/// The status that systemd-nspawn sends when only cleanup is left to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NspawnFinalStatus {
-    /// It is going to end with [`RESTART`].
+    /// It is going to exit with [`RESTART`].
     Restarting,
     /// It is not.
     Terminating,
 }
 
 impl NspawnFinalStatus {
-    /// The farewell in a line that it sends to the service manager. A status of the container's own begins otherwise there.
+    /// The final status in a line that systemd-nspawn sends to the service manager. A status of the container itself has a
+    /// different beginning there.
     pub(super) fn of(line: &str) -> Option<Self> {
         match line {
             "STATUS=Restarting..." => Some(Self::Restarting),
@@ -133,8 +134,9 @@ impl NspawnFinalStatus {
     }
 }
 
-/// A status of systemd-nspawn with which the leader's raw wait status tells the truth, before it has ended. `None` where only its
-/// own will tell: what was asked of reboot(2) looks like success or SIGKILL to others than the parent.
+/// An exit status of systemd-nspawn with which the leader's raw wait status gives the correct result before systemd-nspawn has
+/// exited. `None` if only its real exit status decides: to processes other than the parent, a reboot(2) looks like success or
+/// SIGKILL.
 pub(super) fn predict_nspawn_status(
     leader: i32,
     nspawn_status: Option<NspawnFinalStatus>,
@@ -148,8 +150,8 @@ pub(super) fn predict_nspawn_status(
     }
 }
 
-/// What can be learned where neither a program of ours nor the kernel tells: systemd-nspawn passes a code on, says by which
-/// signal its container was ended in words alone, and has 1 for that and for its own failures.
+/// What can be inferred if neither the driver's init nor the kernel reports a status: systemd-nspawn passes an exit code on, names
+/// the signal that terminated its container only on stderr, and exits with 1 both in that case and for its own failures.
 fn infer(evidence: &ExitEvidence<'_>) -> (i32, i32, Option<String>) {
     let kill = Signal::KILL.number();
     if let Some(signal) = signal_in(evidence.nspawn_stderr) {
@@ -175,7 +177,7 @@ fn signal_in(nspawn_stderr: &str) -> Option<i32> {
     name.parse::<Signal>().ok().map(Signal::number)
 }
 
-/// How systemd-nspawn ended, in words.
+/// Describes how systemd-nspawn exited.
 pub(super) fn describe(status: ExitStatus) -> String {
     match (status.code(), status.signal().and_then(Signal::from_number)) {
         (Some(code), _) => format!("systemd-nspawn exited with status {code}"),
@@ -196,7 +198,7 @@ mod tests {
         code << 8
     }
 
-    /// Nothing is known but that systemd-nspawn ended with this raw status.
+    /// Evidence with nothing but the raw wait status of systemd-nspawn.
     fn evidence(nspawn: i32) -> ExitEvidence<'static> {
         ExitEvidence {
             mode: Mode::Plain,
@@ -353,7 +355,7 @@ mod tests {
         assert_eq!(end(&nspawn_killed(None)), (137, 9, true));
     }
 
-    /// It had not waited for its container, so that became this process's child.
+    /// systemd-nspawn had not waited for its container, so the leader became a child of the supervisor.
     #[rstest]
     #[case::a_code(exited(7), (7, 0))]
     #[case::a_fault(DUMPED_BY_SEGV, (139, 11))]

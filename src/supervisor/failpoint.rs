@@ -1,48 +1,48 @@
-//! Failpoints: steps at which a test can pause this program and kill one of its processes. In debug builds alone; a release has
-//! none of it. A step that is reached looks for a socket of its name in the directory `<state_dir>.pause`. If a test listens there,
-//! the process tells who it is, and goes on when the connection is closed. No environment, no clock: supervisors have none of the
-//! first, and a test needs none of the second.
+//! Failpoints: steps at which a test can pause a process of this program and kill it. They exist in debug builds only; a release
+//! build contains none. A process that reaches a step looks for a socket of that name in the directory `<state_dir>.pause`. If a
+//! test listens there, the process sends its subcommand and pid, and continues when the connection is closed. Uses no environment
+//! variable and no clock: supervisors have no environment, and a test needs no clock.
 
 use super::task_dir::TaskDir;
 
-/// Where this program can be held.
+/// Where this program can be paused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failpoint {
-    /// Plugin: the directory of the start is made, the order is not written.
+    /// Plugin: the directory of the start has been created, the launch spec has not been written.
     BeforeOrder,
-    /// Plugin: the order is written, the supervisor is not started.
+    /// Plugin: the launch spec has been written, the supervisor has not been started.
     OrderWritten,
     /// Supervisor: it has done nothing yet.
     Supervising,
-    /// Supervisor: the control group is made, where there are any.
+    /// Supervisor: the cgroup has been created, if there is one.
     CgroupMade,
-    /// `enter`: about to become systemd-nspawn.
+    /// Exec shim (`enter`): about to become systemd-nspawn.
     Entered,
-    /// Supervisor: systemd-nspawn is started, nothing of it was heard.
+    /// Supervisor: systemd-nspawn has been started, nothing has been received from it.
     Spawned,
-    /// Supervisor: systemd-nspawn has told the leader, nothing of it is recorded.
+    /// Supervisor: systemd-nspawn has reported the leader, nothing about it has been recorded.
     Heard,
-    /// Supervisor: the start is recorded, nobody knows of it.
+    /// Supervisor: the start has been recorded, but not reported.
     Recorded,
     /// Supervisor: a signal is about to be sent.
     Signalling,
-    /// Supervisor: a signal has been sent, whoever asked for it does not know.
+    /// Supervisor: a signal has been sent, the request has not been answered.
     Signalled,
-    /// Supervisor: about to end the container by force.
+    /// Supervisor: about to kill the container.
     Killing,
-    /// Supervisor: a child has ended and has not been waited for.
+    /// Supervisor: a child has exited and has not been waited for.
     Exited,
-    /// Supervisor: the end is recorded, nobody knows of it.
+    /// Supervisor: the exit has been recorded, but not reported.
     EndRecorded,
-    /// Supervisor: the end is told, nothing is freed.
+    /// Supervisor: the exit has been reported, nothing has been released.
     EndTold,
-    /// Supervisor: about to wait, because the tree that it may share is locked by another for itself.
+    /// Supervisor: about to wait, because another process holds an exclusive lock on the tree that it may share.
     TreeBusy,
-    /// Supervisor or plugin: the lock that a killed systemd-nspawn has left is taken, its file is not removed.
+    /// Supervisor or plugin: the lock that a killed systemd-nspawn has left behind is held, its file has not been removed.
     TreeLocked,
-    /// Plugin: what is left of a start is about to be removed.
+    /// Plugin: the leftovers of a start are about to be removed.
     Removing,
-    /// Plugin: a container's record was read, its supervisor was not asked.
+    /// Plugin: a container's record has been read, its supervisor has not been contacted.
     Recovering,
 }
 
@@ -72,28 +72,28 @@ impl Failpoint {
     }
 }
 
-/// The file beside those sockets by which a test asks for an older kernel.
+/// The file in the same directory with which a test simulates an older kernel.
 pub const OLD_KERNEL: &str = "old_kernel";
 
-/// Whether to know no more than on a kernel that tells a process's end to its parent alone.
+/// Whether to behave as on a kernel that reports an exit status only to the parent.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
 pub fn kernel_is_old(_: &TaskDir) -> bool {
     false
 }
 
-/// Whether to know no more than on a kernel that tells a process's end to its parent alone.
+/// Whether to behave as on a kernel that reports an exit status only to the parent.
 #[cfg(debug_assertions)]
 pub fn kernel_is_old(task_dir: &TaskDir) -> bool {
     directory(task_dir).is_some_and(|directory| directory.join(OLD_KERNEL).exists())
 }
 
-/// Holds the process here if a test waits for it.
+/// Pauses the process here if a test listens.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
 pub fn hit(_: &TaskDir, _: Failpoint) {}
 
-/// Holds the process here if a test waits for it. Blocks the thread, as what it stands for would.
+/// Pauses the process here if a test listens. Blocks the thread, as the step that it stands for would.
 #[cfg(debug_assertions)]
 pub fn hit(task_dir: &TaskDir, failpoint: Failpoint) {
     let stream = directory(task_dir).and_then(|directory| {
@@ -112,13 +112,13 @@ fn directory(task_dir: &TaskDir) -> Option<std::path::PathBuf> {
     Some(state.with_file_name(name))
 }
 
-/// Tells the process's life and pid, and waits for the end of the connection.
+/// Sends the subcommand and the pid of the process, and waits until the connection is closed.
 #[cfg(debug_assertions)]
 fn hold(mut stream: std::os::unix::net::UnixStream) {
     use std::io::{Read as _, Write as _};
     let expected = std::env::args_os().nth(1).unwrap_or_default();
     let written = writeln!(stream, "{} {}", expected.display(), std::process::id());
-    // Whatever goes wrong on the line is the test's end.
+    // Any error on the connection means that the test has ended.
     if written.is_ok() {
         let _ = stream.read(&mut [0]);
     }

@@ -1,5 +1,5 @@
-//! The driver's own init in the container: its binary, and the supervisor's end of the channel to it.
-//! What comes from there comes out of the container and is read as hostile: it can make this container's end be told wrongly
+//! The driver's init in the container: its binary, which the plugin opens, and the supervisor's end of the channel to it. Whatever
+//! arrives on the channel comes out of the container and is treated as hostile: it can falsify the reported exit of this container
 //! and nothing else.
 
 use std::fs::File;
@@ -15,15 +15,15 @@ use nix::sys::socket::{
 };
 use nspawn_init::{InitEvent, MAX_PACKET_BYTES, Request, message, packet};
 
-/// The program, as the build has made it: static, for the machine's architecture.
+/// The init binary, as built by the build script: static, for the architecture of the host.
 const INIT_BINARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/nspawn-init"));
 
-/// The kernel's name for "may be executed", which older ones have no need of and no word for (6.3).
+/// The kernel's flag for an executable memfd. Kernels before 6.3 neither need nor know it.
 const MFD_EXEC: MFdFlags = MFdFlags::from_bits_retain(0x10);
 
-/// The program as a descriptor that can be executed and not be written, by anybody. It has no name in any file system: a state
-/// directory may lie on one that executes nothing, as `/run` does on many hosts. Where the kernel gives no memory for that
-/// (`vm.memfd_noexec`), it is a file without a name in `directory`.
+/// The init binary as a descriptor that can be executed and that no process can write. It has no name in any file system: the state
+/// directory may be mounted `noexec`, as `/run` is on many hosts. If the kernel refuses an executable memfd (`vm.memfd_noexec`), it
+/// is an unnamed file in `directory`.
 pub fn init_binary(directory: &Path) -> io::Result<OwnedFd> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     let memory = memfd_create(c"nspawn-init", flags | MFD_EXEC).or_else(|error| match error {
@@ -45,7 +45,7 @@ pub fn init_binary(directory: &Path) -> io::Result<OwnedFd> {
         }
         Err(error) => return Err(error.into()),
     };
-    // What is open for writing can't be executed.
+    // A file that is open for writing can't be executed.
     Ok(File::open(format!("/proc/self/fd/{}", writable.as_raw_fd()))?.into())
 }
 
@@ -58,19 +58,19 @@ fn tempfile(directory: &Path) -> io::Result<File> {
         .open(directory)
 }
 
-/// The channel to the program.
+/// The channel to the init.
 #[derive(Debug)]
 pub(super) struct InitChannel {
-    /// `None` once the other end is closed, or has said what it can't have to say.
+    /// `None` once the peer has closed the channel or has sent an invalid message.
     socket: Option<OwnedFd>,
-    /// The program's process id on the host, once it has said anything.
+    /// The pid of the init on the host, once it has sent a message.
     peer_pid: Option<i32>,
     state: ProtocolState,
-    /// Takes one word. As long as the longest, of which the kernel gives what is written.
+    /// Holds one packet. It has the maximum length; the kernel allocates only the pages that are written.
     buffer: Vec<u8>,
 }
 
-/// How far the program has come, by its words. Each is said once, so that few words can ever come.
+/// How far the init has come, according to its messages. Each one is accepted only once, which limits their number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ProtocolState {
     Initial,
@@ -80,7 +80,7 @@ enum ProtocolState {
 }
 
 impl ProtocolState {
-    /// Where this word leads, if it may come now. Of further commands there is nothing to tell: none is asked for.
+    /// The state after this event, if the event is valid now. Events of exec sessions are never valid: none is requested.
     fn then(self, event: &InitEvent) -> Option<Self> {
         match (self, event) {
             (Self::Initial, InitEvent::Ready) => Some(Self::Ready),
@@ -115,12 +115,12 @@ impl InitChannel {
         self.socket.as_ref().map(AsFd::as_fd)
     }
 
-    /// The program's process id on the host, as the kernel tells it.
+    /// The pid of the init on the host, as reported by the kernel.
     pub(super) fn peer_pid(&self) -> Option<i32> {
         self.peer_pid
     }
 
-    /// The next word, if one is there and may come now; four in all at the most. Whoever says anything else is heard no more.
+    /// The next event, if one has arrived and is valid now; at most three in all. Anything else closes the channel.
     pub(super) fn recv(&mut self) -> Option<InitEvent> {
         let socket = self.socket.as_ref()?;
         let buffer = &mut self.buffer;
@@ -137,8 +137,8 @@ impl InitChannel {
             .map(|received| (received.bytes, peer_pid_of(&received)))
         };
         let received = match receive() {
-            // The program ended without having read all that it was asked. What it had said before is still there: the kernel
-            // tells the reset once and hands the words out afterwards.
+            // The init exited without reading everything that was sent to it. Its earlier messages are still queued: the kernel
+            // reports the reset once and delivers them afterwards.
             Err(nix::Error::ECONNRESET) => receive(),
             other => other,
         };
@@ -169,13 +169,13 @@ impl InitChannel {
     pub(super) fn send_go(&self) {
         if let Some(socket) = &self.socket {
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            // A program that is gone has an end that will be seen.
+            // If the init is gone, the supervisor sees its exit anyway.
             let _ = send(socket.as_raw_fd(), &packet(&Request::Go), flags);
         }
     }
 }
 
-/// Who said it, as the kernel tells it.
+/// The pid of the sender, as reported by the kernel.
 fn peer_pid_of(received: &RecvMsg<'_, '_, ()>) -> Option<i32> {
     let mut messages = received.cmsgs().into_iter().flatten();
     messages.find_map(|message| match message {
@@ -191,12 +191,12 @@ mod tests {
     const RUNNING: InitEvent = InitEvent::Running { pid: 2 };
     const ALL_EVENTS: [InitEvent; 3] = [InitEvent::Ready, RUNNING, InitEvent::Ended { status: 0 }];
 
-    /// What is heard when this is said, and whether the channel is open after it.
+    /// What is received when these events are sent, and whether the channel is open afterwards.
     fn received(state: &[InitEvent]) -> (Vec<InitEvent>, bool) {
         let (mut channel, theirs) = InitChannel::open().unwrap();
         for event in state {
             let flags = MsgFlags::MSG_DONTWAIT;
-            // There is an end to what fits.
+            // The socket buffer may be full.
             let _ = send(theirs.as_raw_fd(), &packet(event), flags);
         }
         let events = std::iter::from_fn(|| channel.recv()).collect();

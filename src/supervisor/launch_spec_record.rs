@@ -1,5 +1,6 @@
-//! How an order stands on the disk. Besides the resources it names, in fields of their own, those that drivers before the list of
-//! resources knew, so that an older driver after a step back still frees them; and of orders of such drivers those fields are read.
+//! The form of the launch spec on disk. Besides the list of resources it contains, in separate fields, those that drivers from
+//! before that list knew, so that an older driver still releases them after a downgrade. In launch specs of such drivers those
+//! fields are read.
 
 use std::path::PathBuf;
 
@@ -30,13 +31,13 @@ pub(super) struct LaunchSpecRecord {
     network_namespace: Option<PathBuf>,
     #[serde(flatten)]
     older: Older,
-    /// Missing in orders of drivers before it.
+    /// Missing in launch specs of drivers from before this field.
     #[serde(default)]
     resources: Option<Vec<Resource>>,
     notes: Vec<String>,
 }
 
-/// What drivers before the list of resources know.
+/// The fields that drivers from before the list of resources know.
 #[derive(Default, Serialize, Deserialize)]
 struct Older {
     place: Option<CgroupPath>,
@@ -92,7 +93,8 @@ impl From<LaunchSpec> for LaunchSpecRecord {
 }
 
 impl Older {
-    /// As resources, in the order of their acquisition. Such an order does not tell whether its root has a stand-in.
+    /// As resources, in the order of acquisition. Such a launch spec does not say whether the root is replaced by a skeleton, so
+    /// one is assumed.
     fn resources(self) -> Vec<Resource> {
         let (group, mirror) = match self.place {
             Some(CgroupPath { group, mirror }) => (Some(group), mirror),
@@ -136,7 +138,7 @@ impl Older {
                 Resource::EphemeralCopy(EphemeralCopy { directory }) => {
                     older.copies = Some(directory)
                 }
-                // Older drivers free these without being told.
+                // Older drivers release these without a field.
                 Resource::Skeleton(Skeleton {}) | Resource::NspawnMounts(NspawnMounts {}) => {}
                 Resource::Unknown(_) => {}
             }

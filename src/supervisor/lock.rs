@@ -1,6 +1,7 @@
-//! The lock on the directory of one start, for several plugins in one state directory. A plugin that starts or finds a start takes
-//! a shared lock on its directory and keeps it; who wants to clear away what nobody claims takes the exclusive one first, and waits
-//! for a moment at most. The kernel drops the locks of a process that dies, so a claim can't be left behind. Decides nothing else.
+//! The lock on a task directory, for several plugin processes in one state directory. A plugin that starts or recovers a task
+//! takes a shared lock on its directory and keeps it. To clean up a start that no plugin uses, a plugin takes the exclusive lock
+//! first, and gives up after a short time if others hold the lock. The kernel drops the locks of a process that dies, so a lock
+//! can't be left behind. What is done with the start is decided elsewhere.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
@@ -10,32 +11,32 @@ use nix::fcntl::OFlag;
 
 use super::task_dir::TaskDir;
 
-/// How often a new directory may be taken away by another process before it has been claimed.
+/// How often another process may remove a new directory before it has been locked here.
 const MAX_ATTEMPTS: usize = 100;
 
-/// A lock on the directory of one start. Dropping it, or the death of the process, gives it up.
+/// A lock on a task directory. It is released when it is dropped or the process dies.
 #[derive(Debug)]
 pub struct TaskLock {
     _locked: File,
 }
 
-/// What came of taking a start that nobody claims.
+/// The result of [`TaskLock::try_lock_exclusive`].
 #[derive(Debug)]
 pub enum TryLock {
-    /// It is taken.
+    /// The lock was taken.
     Acquired(TaskLock),
-    /// Somebody claims it.
+    /// Another process holds a lock.
     Busy,
-    /// It is not there, or not any more.
+    /// The directory does not exist, or not any more.
     Missing,
 }
 
 impl TaskLock {
-    /// Makes the directory, which must not exist yet, and claims it.
+    /// Creates the directory, which must not exist yet, and takes a shared lock on it.
     pub fn create(task_dir: &TaskDir) -> io::Result<Self> {
         for _ in 0..MAX_ATTEMPTS {
             task_dir.create()?;
-            // Until it is claimed, it looks like a start that was never finished.
+            // Until it is locked, another plugin takes it for a start that was never finished.
             if let Some(lock) = Self::lock_shared(task_dir)? {
                 return Ok(lock);
             }
@@ -43,8 +44,8 @@ impl TaskLock {
         Err(io::ErrorKind::ResourceBusy.into())
     }
 
-    /// Claims a start beside others that may claim it too. Waits while somebody clears it away; `None` if it is not there or not
-    /// any more.
+    /// Takes a shared lock, which several plugins can hold. Waits while another process cleans up the start; `None` if the
+    /// directory does not exist, or not any more.
     pub fn lock_shared(task_dir: &TaskDir) -> io::Result<Option<Self>> {
         let Some(directory) = open(task_dir)? else {
             return Ok(None);
@@ -58,8 +59,8 @@ impl TaskLock {
         Self::of(directory, task_dir)
     }
 
-    /// Takes a start that nobody claims, so that nobody can as long as this is held. Never waits. A claim may be that of a
-    /// process that is just being started: it holds what its starter had open until its own program runs.
+    /// Takes the exclusive lock, which keeps all others from locking the start. Never waits. `Busy` may be caused by a process
+    /// that is just being forked: it keeps its parent's descriptors until it executes its own program.
     pub fn try_lock_exclusive(task_dir: &TaskDir) -> io::Result<TryLock> {
         let Some(directory) = open(task_dir)? else {
             return Ok(TryLock::Missing);
@@ -73,7 +74,7 @@ impl TaskLock {
         }
     }
 
-    /// What was locked is worth something only if it still lies in its place.
+    /// A lock counts only if the locked directory is still the one at that path.
     fn of(directory: File, task_dir: &TaskDir) -> io::Result<Option<Self>> {
         let locked = directory.metadata()?;
         match task_dir.path().symlink_metadata() {
@@ -110,7 +111,7 @@ mod tests {
         (temp, task_dir)
     }
 
-    /// Other tests start processes, which for a moment hold a claim that was dropped.
+    /// Other tests fork processes, which for a moment keep a lock that was dropped here.
     fn locked(task_dir: &TaskDir) -> TaskLock {
         loop {
             match TaskLock::try_lock_exclusive(task_dir).unwrap() {

@@ -1,5 +1,5 @@
-//! Where a container's output goes: Nomad's FIFOs, opened once and handed to systemd-nspawn as they are. Copies no byte,
-//! follows no link, and waits for a reader no longer than it must.
+//! Output of a container: Nomad's FIFOs, opened once and passed to systemd-nspawn as they are. Copies no data, follows no symlink,
+//! and waits for a reader no longer than necessary.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -13,18 +13,18 @@ use nix::sys::stat::{Mode, fchmod};
 
 const NULL: &str = "/dev/null";
 
-/// How long the start waits for Nomad's log collector to open its end. It does so within milliseconds.
+/// How long a start waits for Nomad's log collector to open its end. It does so within milliseconds.
 const READER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Opens the file that takes a stream. Refuses what is neither a FIFO nor a file: the directory is one that tasks can write, and
-/// one of them may have put a device there. No path, the null device and a path that does not exist discard.
+/// Opens the file for stdout or stderr. Rejects anything but a FIFO or a regular file: tasks can write to the directory, and one of
+/// them may have put a device there. With no path, the null device or a path that does not exist, the output is discarded.
 pub fn open(path: Option<&Path>) -> io::Result<File> {
     let Some(path) = path else {
         return open_null();
     };
     let file = match open_now(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return open_null(),
-        // A FIFO that nobody has open for reading yet.
+        // A FIFO that no process has open for reading yet.
         Err(error) if error.raw_os_error() == Some(nix::Error::ENXIO as i32) => {
             open_with_reader(path)?
         }
@@ -37,7 +37,7 @@ pub fn open(path: Option<&Path>) -> io::Result<File> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     if about.file_type().is_fifo() {
-        // Programs open /dev/stdout anew, under any user of the container and in a user namespace that doesn't know root. The
+        // Programs reopen /dev/stdout, as any user of the container and in a user namespace to which root is not mapped. The
         // directory above stays closed to the rest of the host.
         fchmod(&file, Mode::from_bits_truncate(0o622))?;
         blocking(&file)?;
@@ -57,7 +57,8 @@ fn open_now(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-/// Waits in the kernel for the reader. The thread that waits in vain ends with this process, which then has nothing to do.
+/// Waits for the reader in a blocking open(2). If no reader comes, the waiting thread ends with this process, which then has
+/// nothing to do.
 fn open_with_reader(path: &Path) -> io::Result<File> {
     let (sender, receiver) = mpsc::channel();
     let owned = path.to_owned();
@@ -81,7 +82,7 @@ fn open_with_reader(path: &Path) -> io::Result<File> {
     })
 }
 
-/// A payload expects to wait when the pipe is full.
+/// A payload expects writes to block when the pipe is full.
 fn blocking(file: &File) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, fcntl};
     let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);

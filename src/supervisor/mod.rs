@@ -1,6 +1,6 @@
-//! The supervisor: one process per container, this binary as `supervise DIR`, which is systemd-nspawn's parent and outlives plugin
-//! and agent. This file is the plugin's client: it launches a supervisor, reconnects to one, sends requests and waits for the exit.
-//! What a launch spec should say is decided by `backend`.
+//! Supervisor of one container: a process per container (this binary as `supervise DIR`) that is the parent of systemd-nspawn and
+//! outlives the plugin and the agent. This file runs in the plugin: it is the client that launches a supervisor, reconnects to one,
+//! sends requests and waits for the exit. It does not decide what a launch spec contains; `backend` does.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -48,7 +48,7 @@ pub use task_dir::{LaunchSpec, Pid1, TaskDir};
 
 use protocol::{Event, IncomingEvent, Request};
 
-/// How things stand with a supervised container.
+/// State of a supervised container, as far as the plugin knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Status {
     /// It is not up yet.
@@ -57,23 +57,24 @@ pub enum Status {
     Up(Arc<Started>),
     /// It did not come up.
     Failed(Arc<StartFailure>),
-    /// It has ended.
+    /// It has exited.
     Ended(Arc<Exit>),
 }
 
-/// A container with a supervisor, seen from the plugin. Clones are the same one.
+/// The plugin's client of one supervisor. Clones share the same connection.
 #[derive(Debug, Clone)]
 pub struct SupervisorClient {
     status: watch::Receiver<Status>,
-    /// Turns true when the supervisor has freed everything and is gone.
+    /// Turns true when the supervisor has released everything and has exited.
     exited: watch::Receiver<bool>,
     requests: mpsc::Sender<PendingRequest>,
 }
 
 type PendingRequest = (Action, oneshot::Sender<Result<(), String>>);
 
-/// Starts a supervisor, which is `binary` in another life, for the order that lies in `records`, and follows it. `program`
-/// becomes the container's first where that is ours, see [`init_channel::init_binary`]. Blocks; needs a runtime around it all the same.
+/// Launches a supervisor (this same program, `binary`) for the launch spec in `task_dir`, and follows it. `program` becomes PID 1
+/// of the container if the driver's init is used, see [`init_channel::init_binary`]. Blocks, but must be called within a tokio
+/// runtime.
 #[expect(clippy::disallowed_methods, reason = "a supervisor is a process")]
 pub fn launch(
     binary: &Path,
@@ -93,22 +94,23 @@ pub fn launch(
         .arg("supervise")
         .arg(task_dir.path())
         .env_clear();
-    // Never the plugin's own stdout and stderr: an agent takes a plugin for alive as long as anybody holds them.
+    // Never the plugin's own stdout and stderr: the agent considers a plugin alive as long as any process holds them open.
     command
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(program)
         .stderr(log);
     let mut child = command.spawn()?;
-    // The command holds the other end of the line, which only the supervisor may have: its closing is the supervisor's end.
+    // `command` still holds the supervisor's end of the connection. Only the supervisor may hold it: the connection closes when the
+    // supervisor exits.
     drop(command);
     let reaped = async move { drop(child.wait().await) };
     Ok(follow(stream, task_dir.clone(), false, reaped, tracker))
 }
 
-/// How long a start waits for those who look whether it has a supervisor already.
+/// How long a start waits for processes that are checking whether the task already has a supervisor.
 const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Nobody can hold this lock but somebody who looks whether it is held, for a moment.
+/// Only a check whether the lock is held can hold this lock itself, and only for a moment.
 fn lock_with_retry(log: &File) -> io::Result<()> {
     let end = Instant::now() + LOCK_TIMEOUT;
     loop {
@@ -121,7 +123,7 @@ fn lock_with_retry(log: &File) -> io::Result<()> {
     }
 }
 
-/// Finds the supervisor of `started` again, or the end it has recorded. `None` if there is neither.
+/// Reconnects to the supervisor of `started`, or returns the exit it has recorded. `None` if there is neither.
 pub async fn attach(
     task_dir: &TaskDir,
     started: &Started,
@@ -159,20 +161,20 @@ pub async fn attach(
     }
 }
 
-/// Asks whoever watches these records to end the container by force. Nobody there is fine.
+/// Asks the supervisor of this task directory to kill the container. No supervisor is not an error.
 pub async fn request_kill(task_dir: &TaskDir) {
     if let Ok(mut stream) = UnixStream::connect(task_dir.control_socket()).await {
         let request = Request {
             request: 0,
             verb: Action::Kill,
         };
-        // One that is going away needs no telling.
+        // A supervisor that is exiting does not need the request any more.
         let _ = stream.write_all(&protocol::encode(&request)).await;
     }
 }
 
 impl SupervisorClient {
-    /// One that has ended, with nobody to ask any more.
+    /// A client of a container that has exited, without a supervisor to send requests to.
     fn ended(exit: Exit) -> Self {
         let (requests, _) = mpsc::channel(1);
         let (_, status) = watch::channel(Status::Ended(Arc::new(exit)));
@@ -184,19 +186,19 @@ impl SupervisorClient {
         }
     }
 
-    /// How things stand now.
+    /// The current state.
     pub fn status(&self) -> Status {
         self.status.borrow().clone()
     }
 
-    /// Waits until the start is over, one way or the other.
+    /// Waits until the start has succeeded or failed.
     pub async fn start_outcome(&self) -> Status {
         let mut status = self.status.clone();
         let outcome = status.wait_for(|status| *status != Status::Starting).await;
         outcome.map_or_else(|_| self.status(), |status| status.clone())
     }
 
-    /// Waits for the end; `None` if it never came up.
+    /// Waits for the exit; `None` if the container never came up.
     pub async fn end(&self) -> Option<Exit> {
         let mut status = self.status.clone();
         let _ = status
@@ -208,13 +210,13 @@ impl SupervisorClient {
         }
     }
 
-    /// Waits until the supervisor has freed everything and is gone.
+    /// Waits until the supervisor has released everything and has exited.
     pub async fn wait_until_gone(&self) {
         let mut exited = self.exited.clone();
         let _ = exited.wait_for(|exited| *exited).await;
     }
 
-    /// Asks the supervisor for something and waits for its answer. One that is gone has nothing left to do.
+    /// Sends a request to the supervisor and waits for the answer. If the supervisor is gone, nothing is left to do.
     pub async fn request(&self, verb: Action) -> Result<(), String> {
         let (answer, answered) = oneshot::channel();
         if self.requests.send((verb, answer)).await.is_err() {
@@ -224,7 +226,8 @@ impl SupervisorClient {
     }
 }
 
-/// Reads a lifeline until it ends, and then waits until the process at its other end has `departed`.
+/// Reads events from the control socket until the connection closes, and then waits until the supervisor process has exited
+/// (`wait_for_exit`).
 fn follow(
     stream: UnixStream,
     task_dir: TaskDir,
@@ -253,7 +256,7 @@ fn follow(
     }
 }
 
-/// How a lifeline came to its end.
+/// How the connection to the supervisor was lost.
 #[derive(Debug, Clone, Copy)]
 enum Disconnect {
     Ended,
@@ -273,7 +276,7 @@ impl Disconnect {
 struct Connection {
     stream: UnixStream,
     task_dir: TaskDir,
-    /// Whether there is a handle of the container, because it was not this plugin that started it.
+    /// Whether Nomad already holds a handle of the container, because this plugin did not start it but recovered it.
     known: bool,
     status: watch::Sender<Status>,
 }
@@ -294,7 +297,7 @@ impl Connection {
                             Err(_) => break 'line Disconnect::Garbled,
                         }
                         if received.is_empty() {
-                            // What a start needed is not held for as long as the task runs.
+                            // Free the buffer: what a start needed is not kept for as long as the task runs.
                             received = Vec::new();
                         }
                     },
@@ -328,7 +331,7 @@ impl Connection {
         }
     }
 
-    /// The first end is the end.
+    /// The first final state is kept.
     fn set(&self, new: Status) {
         self.status.send_if_modified(|status| {
             let open = matches!(status, Status::Starting | Status::Up(_));
@@ -339,8 +342,8 @@ impl Connection {
         });
     }
 
-    /// The supervisor is gone, or of no use any more. If it left no word of the end, nobody can learn the end: then the
-    /// container is ended, so that it can't run on unwatched beside its successor.
+    /// The supervisor is gone or its connection is unusable. If it recorded no exit, the exit can't be learned any more: the
+    /// container is killed, so that it does not run unsupervised beside its replacement.
     async fn on_disconnect(&self, why: Disconnect) {
         let status = self.status.borrow().clone();
         let was_up = match status {
@@ -386,26 +389,27 @@ impl Connection {
     }
 }
 
-/// Waits until a supervisor that nobody here is the parent of has ended. Takes no thread: a thousand may end at once.
+/// Waits until a supervisor that is not a child of this process has exited. Uses no thread: a thousand may exit at once.
 async fn wait_for_exit(supervisor: Process) {
     let Ok(handle) = process::ProcessHandle::open_checked(supervisor) else {
         return;
     };
-    // No pipe, and nothing is read from it: this is the runtime's one safe way to await a descriptor that it did not open.
+    // The pidfd is not a pipe, and nothing is read from it: this is tokio's only safe way to await a descriptor that tokio did not
+    // open.
     let Ok(handle) = pipe::Receiver::from_owned_fd_unchecked(handle.into()) else {
         return;
     };
     let _ = tokio::time::timeout(REQUEST_TIMEOUT, handle.readable()).await;
 }
 
-/// Lets a supervisor that was stopped go on: nobody else carries out what is asked of it. One that runs takes no notice.
+/// Sends SIGCONT in case the supervisor was stopped, because no other process carries out its requests. Harmless if it is running.
 pub fn sigcont(supervisor: Process) {
     if let Ok(handle) = process::ProcessHandle::open_checked(supervisor) {
         let _ = handle.signal(Signal::CONT);
     }
 }
 
-/// Ends a supervisor that does not answer. What it watched over ends with it, see [`SupervisorClient`].
+/// Kills a supervisor that does not answer. Its container is killed as a consequence, see [`SupervisorClient`].
 pub async fn kill_supervisor(supervisor: Process) {
     let _ = tokio::task::spawn_blocking(move || cleanup::kill(supervisor)).await;
 }

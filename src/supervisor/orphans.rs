@@ -1,7 +1,7 @@
-//! What dead plugins left: the starts in a state directory, supervisors and control groups whose start is not recorded any more.
-//! Finds and tells apart; of what it ends itself it is certain that this state directory's driver made it. Names and files are
-//! taken for hostile until they have been checked, and links are never followed. Whether somebody still wants a start is asked
-//! elsewhere, see `claim`.
+//! Finds what dead plugins left: task directories in a state directory, and supervisors and cgroups whose start is not recorded
+//! any more. Kills and removes only what the driver of this state directory certainly made. Names and files are taken for hostile
+//! until they have been checked, and symlinks are never followed. Whether a plugin still uses a start is decided by `lock`. Runs
+//! in the plugin.
 
 use std::ffi::OsString;
 use std::fs;
@@ -18,24 +18,23 @@ use super::task_dir::{LaunchSpec, TaskDir};
 use crate::cgroup::{Group, Layout};
 use crate::signal::Signal;
 
-/// An empty group younger than this may be one in which a container is just about to be started, be it by a plugin with another
+/// An empty cgroup younger than this may belong to a container that is just being started, possibly by a plugin with another
 /// state directory.
 const STALE_AFTER: Duration = Duration::from_secs(60);
 
-/// How long a supervisor may take to free everything once its container was ended.
+/// How long a supervisor may take to release everything after its container was killed.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// What lies in a state directory.
+/// The content of a state directory.
 #[derive(Debug, Default)]
 pub struct Scan {
-    /// Directories of starts.
+    /// Task directories.
     pub starts: Vec<TaskDir>,
-    /// What the driver did not make, and how that is seen.
+    /// What the driver did not make, each with the reason.
     pub not_ours: Vec<(PathBuf, String)>,
 }
 
-/// Looks through a state directory. One that is not there holds nothing; one that others can write is an error, because nothing
-/// in it can be trusted then.
+/// Scans a state directory. A missing one is empty; one that others can write is an error, because nothing in it can be trusted.
 pub fn scan(state_dir: &Path) -> io::Result<Scan> {
     let mut scan = Scan::default();
     state_dir::check(state_dir).map_err(io::Error::other)?;
@@ -58,7 +57,7 @@ pub fn scan(state_dir: &Path) -> io::Result<Scan> {
     Ok(scan)
 }
 
-/// Why what lies in these records, in whatever state directory, is no start of the driver's, if it is none.
+/// Why a path, in whatever state directory, is not a task directory of the driver; `None` if it is one.
 pub fn reason_not_ours(task_dir: &TaskDir) -> io::Result<Option<String>> {
     let state_dir = task_dir.path().parent().unwrap_or_else(|| Path::new("/"));
     if let Err(refused) = state_dir::check(state_dir) {
@@ -67,7 +66,7 @@ pub fn reason_not_ours(task_dir: &TaskDir) -> io::Result<Option<String>> {
     verify(state_dir, task_dir.path())
 }
 
-/// Why this is no start of the driver's, if it is none.
+/// Why a path is not a task directory of the driver; `None` if it is one.
 fn verify(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
     let reason_not_ours = |reason: &str| Ok(Some(reason.to_owned()));
     let name = path.file_name().and_then(|name| name.to_str());
@@ -86,7 +85,7 @@ fn verify(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
         Ok(launch_spec) if TaskDir::for_task(state_dir, &launch_spec.id) != task_dir => {
             reason_not_ours("its order is another start's")
         }
-        // A newer driver's, perhaps with a container that this one must not touch.
+        // Made by a newer driver, perhaps with a container that this one must not touch.
         Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(Some(error.to_string())),
         Ok(launch_spec) if !is_valid(&launch_spec, &task_dir) => {
             reason_not_ours("its order names what is not its own")
@@ -98,7 +97,7 @@ fn verify(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
                 io::ErrorKind::NotFound | io::ErrorKind::InvalidData
             ) =>
         {
-            // Nothing but the name tells that it is ours, so nothing else may lie in it.
+            // Only the name suggests that it is the driver's, so it must not contain anything else.
             let unexpected_entry = task_dir.unexpected_entry()?;
             Ok(unexpected_entry.map(|name| format!("{} lies in it", name.display())))
         }
@@ -106,7 +105,7 @@ fn verify(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
     }
 }
 
-/// Whether an order names a machine and a group that can be its own: both become paths of what is removed.
+/// Whether a launch spec names a machine and cgroups that can be its own: both become part of paths that are removed.
 fn is_valid(launch_spec: &LaunchSpec, task_dir: &TaskDir) -> bool {
     let machine = !launch_spec.machine.is_empty()
         && launch_spec.machine.len() <= 64
@@ -122,16 +121,16 @@ fn is_valid(launch_spec: &LaunchSpec, task_dir: &TaskDir) -> bool {
             .all(|resource| resource.is_own(task_dir))
 }
 
-/// A supervisor of this state directory, by its command line.
+/// A supervisor of this state directory, found by its command line.
 #[derive(Debug)]
 pub struct SupervisorProcess {
     /// The process.
     pub handle: ProcessHandle,
-    /// The directory of the start it watches over, which may not be there any more.
+    /// The task directory of its start, which may not exist any more.
     pub directory: PathBuf,
 }
 
-/// The supervisors whose starts belong into this state directory.
+/// The supervisors whose task directories belong in this state directory.
 pub fn supervisors(state_dir: &Path) -> Vec<SupervisorProcess> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -149,7 +148,7 @@ pub fn supervisors_of(task_dir: &TaskDir) -> Vec<SupervisorProcess> {
 }
 
 fn supervisor(pid: i32, state_dir: &Path) -> Option<SupervisorProcess> {
-    // Held before the look: what is seen afterwards is this process or none.
+    // Opened before `/proc` is read: what is read afterwards belongs to this process or to none.
     let handle = ProcessHandle::open(pid).ok()?;
     let about = fs::metadata(format!("/proc/{pid}")).ok()?;
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
@@ -164,18 +163,19 @@ fn supervisor(pid: i32, state_dir: &Path) -> Option<SupervisorProcess> {
 }
 
 impl SupervisorProcess {
-    /// Whether the start it watches over is not recorded any more, so that nobody can ever ask for it.
+    /// Whether its task directory does not exist any more, so that no plugin can ever ask for the start.
     pub fn is_unrecorded(&self) -> bool {
         let there = self.directory.symlink_metadata();
         there.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
     }
 
-    /// Lets one that was stopped go on. One that runs takes no notice.
+    /// Sends SIGCONT in case the supervisor was SIGSTOPped; harmless otherwise.
     pub fn sigcont(&self) {
         let _ = self.handle.signal(Signal::CONT);
     }
 
-    /// Ends its container, so that it frees everything and ends by itself; by force if it does not.
+    /// Kills its container, so that the supervisor releases everything and exits by itself. If it does not, kills the supervisor
+    /// too.
     pub fn end(&self) {
         self.sigcont();
         let pid = self.handle.process().pid;
@@ -199,8 +199,8 @@ impl SupervisorProcess {
     }
 }
 
-/// The driver's control groups that belong to no start that is recorded in this state directory: those in which a systemd-nspawn
-/// of this state directory runs, wherever they lie, and those of the driver's own subtree that have been empty for long.
+/// The driver's cgroups that belong to no start recorded in this state directory: those in which a systemd-nspawn of this state
+/// directory runs, wherever they are, and those in the driver's own subtree that have been empty for more than `STALE_AFTER`.
 pub fn groups(state_dir: &Path) -> Vec<PathBuf> {
     let layout = Layout::of_this_host();
     let mut leaves = layout.leaves(TaskDir::is_name);
@@ -210,7 +210,7 @@ pub fn groups(state_dir: &Path) -> Vec<PathBuf> {
 
 fn is_orphaned(layout: &Layout, leaf: &Path, state_dir: &Path) -> Option<bool> {
     let name = leaf.file_name()?.to_str()?;
-    // Asked after the group was seen: a start is recorded before its group is made and as long as it is there.
+    // Checked after the cgroup was seen: a start is recorded before its cgroup is created and as long as it exists.
     let recorded = state_dir.join(name).symlink_metadata().is_ok();
     if recorded || !TaskDir::is_name(name) {
         return Some(false);
@@ -220,7 +220,7 @@ fn is_orphaned(layout: &Layout, leaf: &Path, state_dir: &Path) -> Option<bool> {
         let socket = TaskDir::new(state_dir.join(name)).notify_socket();
         return Some(processes.iter().any(|pid| has_notify_socket(*pid, &socket)));
     }
-    // Elsewhere a name is no proof.
+    // Outside of the driver's own subtree a name is no proof.
     if !layout.is_own(leaf) {
         return Some(false);
     }
@@ -228,7 +228,7 @@ fn is_orphaned(layout: &Layout, leaf: &Path, state_dir: &Path) -> Option<bool> {
     Some(SystemTime::now().duration_since(changed).ok()? > STALE_AFTER)
 }
 
-/// Whether a process was started to tell this socket of its start.
+/// Whether a process was started with this socket as its `NOTIFY_SOCKET`.
 fn has_notify_socket(pid: i32, socket: &Path) -> bool {
     let mut want = b"NOTIFY_SOCKET=".to_vec();
     want.extend_from_slice(socket.as_os_str().as_encoded_bytes());
@@ -238,8 +238,8 @@ fn has_notify_socket(pid: i32, socket: &Path) -> bool {
         .any(|variable| variable == want)
 }
 
-/// Ends what runs in such a group and removes it, with what systemd-nspawn has made in its likeness in another hierarchy. One that
-/// was empty and is no more is an error.
+/// Kills the processes of such a cgroup and removes it, with the cgroups of the same name that systemd-nspawn has made in other
+/// hierarchies. A cgroup that was empty and is not any more is an error.
 pub fn remove_group(group: &Path, state_dir: &Path) -> io::Result<()> {
     let layout = Layout::of_this_host();
     match is_orphaned(&layout, group, state_dir) {

@@ -1,6 +1,6 @@
-//! Which Nomad agent a recorded start belongs to. Several agents may share a state directory, so a plugin must not end what its
-//! own agent does not ask for before it knows that no other agent will. An agent is known by the directory that holds its
-//! allocations, which no two agents share. Reads records and looks at directories; changes nothing.
+//! Which Nomad agent a recorded start belongs to. Several agents may share a state directory, so a plugin must not kill a task
+//! that its own agent does not ask for before it knows that no other agent will. An agent is identified by the directory that
+//! holds its allocations, which no two agents share. Reads records and looks at directories; changes nothing. Runs in the plugin.
 
 use std::fs;
 use std::io;
@@ -8,25 +8,25 @@ use std::path::{Path, PathBuf};
 
 use super::task_dir::{LaunchSpec, TaskDir};
 
-/// Who may ask for a start again.
+/// Which agent may ask for a start again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Owner {
-    /// No agent: it never came up, its boot is over, or its allocation has been removed.
+    /// No agent: the start never came up, the host has rebooted since, or its allocation has been removed.
     Nobody,
-    /// The agent whose allocations lie in this directory.
+    /// The agent whose allocations are in this directory.
     Agent(PathBuf),
     /// An agent that the records do not name.
     Unknown,
 }
 
-/// The owner of a start, seen from the boot with this id.
+/// The owner of a start, where `boot` is the id of the present boot.
 pub fn of(task_dir: &TaskDir, boot: &str) -> Owner {
     let alloc_dir = match (task_dir.launch_spec(), task_dir.running()) {
-        // What is not recorded as running can't be recovered.
+        // A start without a running record can't be recovered.
         (_, Err(error)) if error.kind() == io::ErrorKind::NotFound => return Owner::Nobody,
         (Ok(launch_spec), _) if launch_spec.boot != boot => return Owner::Nobody,
         (Ok(launch_spec), _) => alloc_dir(&launch_spec),
-        // Without an order RecoverTask takes what runs.
+        // RecoverTask accepts a running container without a launch spec.
         (Err(_), Ok(running)) if running.started.boot != boot => return Owner::Nobody,
         (Err(_), Ok(running)) => running.alloc_dir,
         (Err(_), Err(_)) => None,
@@ -35,21 +35,21 @@ pub fn of(task_dir: &TaskDir, boot: &str) -> Owner {
         return Owner::Unknown;
     };
     match alloc_dir.parent() {
-        // Where the parent is missing too, a file system may just not be mounted.
+        // If the parent is missing too, its file system may just not be mounted.
         Some(root) if root.is_dir() && is_missing(&alloc_dir) => Owner::Nobody,
         Some(root) => Owner::Agent(root.to_owned()),
         None => Owner::Unknown,
     }
 }
 
-/// The directory of the allocation. Orders of drivers that did not keep it name the agent's log FIFOs, which lie in it.
+/// The allocation directory. Launch specs of drivers that did not record it name the agent's log FIFOs, which are inside it.
 fn alloc_dir(launch_spec: &LaunchSpec) -> Option<PathBuf> {
     let streams = [&launch_spec.stdout, &launch_spec.stderr];
     let derived = || streams.into_iter().flatten().find_map(|path| above(path));
     launch_spec.alloc_dir.clone().or_else(derived)
 }
 
-/// The allocation's directory of `<alloc_dir>/alloc/logs/.<task>.stdout.fifo`.
+/// The allocation directory in `<alloc_dir>/alloc/logs/.<task>.stdout.fifo`.
 fn above(fifo: &Path) -> Option<PathBuf> {
     let logs = fifo
         .parent()
@@ -73,7 +73,7 @@ mod tests {
         task_dir: TaskDir,
     }
 
-    /// A start of the boot `b` that is up, whose allocation is there.
+    /// A running start of the boot `b` whose allocation exists.
     fn start(change: impl FnOnce(&mut LaunchSpec, &Path)) -> Start {
         let temp = tempfile::tempdir().unwrap();
         let root = temp.path().join("allocs");

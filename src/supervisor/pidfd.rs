@@ -1,5 +1,5 @@
-//! One question to the kernel that no safe crate asks: how the process of a pidfd ended, for others than its parent. Needs
-//! Linux 6.15; older kernels are answered for with "not known".
+//! The one ioctl that no safe crate offers: the exit status of the process of a pidfd, for processes other than its parent. Needs
+//! Linux 6.15; on older kernels the status is not known.
 
 #![expect(
     unsafe_code,
@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 #[derive(Debug, Default)]
 #[repr(C)]
 struct PidfdInfo {
-    /// In: what is asked for. Out: what is answered.
+    /// In: the fields that are requested. Out: the fields that are filled.
     mask: u64,
     cgroup: u64,
     pids: [u32; 3],
@@ -20,7 +20,7 @@ struct PidfdInfo {
     exit_code: i32,
 }
 
-/// `PIDFD_INFO_EXIT`: the answer is there once the process has been reaped.
+/// `PIDFD_INFO_EXIT`: filled once the process has been reaped.
 const EXIT: u64 = 1 << 3;
 
 nix::ioctl_readwrite!(pidfd_get_info, 0xFF, 11, PidfdInfo);
@@ -31,8 +31,8 @@ pub(super) fn exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
         mask: EXIT,
         ..PidfdInfo::default()
     };
-    // SAFETY: the descriptor is open as long as it is borrowed, and the kernel writes at most the size that the request's
-    // number carries, which is that of the structure.
+    // SAFETY: the descriptor is open as long as it is borrowed, and the kernel writes at most the size encoded in the request
+    // number, which is that of the structure.
     unsafe { pidfd_get_info(pidfd.as_fd().as_raw_fd(), &raw mut info) }.ok()?;
     (info.mask & EXIT != 0).then_some(info.exit_code)
 }
@@ -44,7 +44,7 @@ mod tests {
 
     use crate::supervisor::process::ProcessHandle;
 
-    /// Whether this kernel can; where it can't, the answer must be that nothing is known.
+    /// Whether this kernel reports exit statuses; where it does not, the answer must be `None`.
     fn kernel_reports_exits() -> bool {
         crate::nspawn::probe::kernel() >= (6, 15)
     }

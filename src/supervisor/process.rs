@@ -1,5 +1,5 @@
-//! Processes of this machine, named so that a reused pid is never mistaken: looked up, signalled, waited for. Signals only
-//! what is still the very process it was told.
+//! Processes of this host, identified so that a reused pid is never mistaken for the old process: finding them, sending signals,
+//! waiting for their exit. A signal is sent only to the very process that was identified.
 
 use std::fs;
 use std::io;
@@ -12,7 +12,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use crate::container::Process;
 use crate::signal::Signal;
 
-/// A process that is held by a descriptor: it may end, but its pid can't come to mean another one.
+/// A process referenced by a pidfd: it may exit, but its pid can't come to mean another process.
 #[derive(Debug)]
 pub struct ProcessHandle {
     process: Process,
@@ -20,13 +20,13 @@ pub struct ProcessHandle {
 }
 
 impl ProcessHandle {
-    /// Takes hold of the process that has this pid now.
+    /// Opens the process that has this pid now.
     pub fn open(pid: i32) -> io::Result<Self> {
-        // What a record or systemd-nspawn calls a pid may be any number, and rustix panics over negative ones.
+        // A record or systemd-nspawn may give any number as a pid, and rustix panics over negative ones.
         let raw = Some(pid).filter(|pid| *pid > 0).and_then(Pid::from_raw);
         let raw = raw.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         let descriptor = pidfd_open(raw, PidfdFlags::empty())?;
-        // Read after the descriptor is there: what is read then belongs to the process that is held, or the process is gone.
+        // Read after the pidfd is open: what is read then belongs to this process, or the process is gone.
         let start = start_time(pid)?;
         Ok(Self {
             process: Process { pid, start },
@@ -34,7 +34,7 @@ impl ProcessHandle {
         })
     }
 
-    /// Takes hold of this very process; an error of kind `NotFound` if it is gone.
+    /// Opens exactly this process; an error of kind `NotFound` if it is gone.
     pub fn open_checked(process: Process) -> io::Result<Self> {
         let handle = Self::open(process.pid)?;
         if handle.process == process {
@@ -44,12 +44,12 @@ impl ProcessHandle {
         }
     }
 
-    /// Its name.
+    /// Its pid and start time.
     pub fn process(&self) -> Process {
         self.process
     }
 
-    /// Sends it a signal; [`Signal::NULL`] sends nothing. One that is gone is success: there is nothing left to tell it.
+    /// Sends a signal to it; [`Signal::NULL`] sends nothing. A process that is gone is success.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         if signal == Signal::NULL {
             return Ok(());
@@ -61,13 +61,13 @@ impl ProcessHandle {
         }
     }
 
-    /// How it ended, as `wait(2)` would tell its parent; `None` while it lives or is not reaped yet, and where the kernel does
-    /// not tell anybody else (before 6.15).
+    /// Its wait status, as its parent would get it from `wait(2)`. `None` while it is alive or not reaped yet, and on kernels
+    /// that do not report it to other processes (before 6.15).
     pub fn raw_status(&self) -> Option<i32> {
         super::pidfd::exit_status(self.descriptor.as_fd())
     }
 
-    /// Waits until it has ended, at most `limit`; whether it has.
+    /// Waits until it has exited, at most `limit`; returns whether it has.
     pub fn wait(&self, limit: Duration) -> bool {
         let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
         let mut descriptors = [PollFd::new(self.descriptor.as_fd(), PollFlags::POLLIN)];
@@ -81,19 +81,19 @@ impl AsFd for ProcessHandle {
     }
 }
 
-/// A descriptor that is readable as soon as the process has ended.
+/// A descriptor that is readable as soon as the process has exited.
 impl From<ProcessHandle> for OwnedFd {
     fn from(handle: ProcessHandle) -> Self {
         handle.descriptor
     }
 }
 
-/// Whether this very process is still there, be it as a zombie.
+/// Whether exactly this process still exists, possibly as a zombie.
 pub fn is_alive(process: Process) -> bool {
     start_time(process.pid).is_ok_and(|start| start == process.start)
 }
 
-/// The name of the calling process.
+/// Pid and start time of the calling process.
 pub fn current_process() -> io::Result<Process> {
     let pid = nix::unistd::getpid().as_raw();
     Ok(Process {
@@ -102,7 +102,7 @@ pub fn current_process() -> io::Result<Process> {
     })
 }
 
-/// The first child of a process, in the order of their making.
+/// The first child of a process, in the order of creation.
 pub fn first_child(pid: i32) -> Option<i32> {
     children(pid).first().copied()
 }
@@ -111,7 +111,7 @@ pub fn first_child(pid: i32) -> Option<i32> {
 pub fn child_by_inner_pid(parent: i32, inner: i32) -> Option<ProcessHandle> {
     children(parent).into_iter().find_map(|pid| {
         let handle = ProcessHandle::open(pid).ok()?;
-        // Read after it is held: if the pid means another process by now, the one that is held is gone and gets no signal.
+        // Read after the pidfd is open: if the pid belongs to another process by now, the opened one is gone and gets no signal.
         let is_child = field(pid, "PPid:")?.trim().parse() == Ok(parent);
         let is_it = field(pid, "NSpid:")?
             .split_ascii_whitespace()
@@ -130,13 +130,13 @@ pub fn children(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// Which of the given signals a process has a handler for.
+/// Whether a process has a handler for this signal.
 pub fn handles_signal(pid: i32, signal: Signal) -> bool {
     mask(pid, "SigCgt:").is_some_and(|mask| has(mask, signal))
 }
 
-/// Whether a signal would be kept for a process or handled by it. For the first process of a pid namespace the kernel drops every
-/// other but SIGKILL and SIGSTOP. `None` if it is gone.
+/// Whether a process blocks a signal, so that it stays pending, or has a handler for it. For PID 1 of a pid namespace the kernel
+/// drops every other signal except SIGKILL and SIGSTOP. `None` if the process is gone.
 pub fn blocks_or_handles_signal(pid: i32, signal: Signal) -> Option<bool> {
     Some(has(mask(pid, "SigBlk:")?, signal) || has(mask(pid, "SigCgt:")?, signal))
 }
@@ -162,25 +162,25 @@ fn field(pid: i32, name: &str) -> Option<String> {
     Some(line.to_owned())
 }
 
-/// Keeps this process out of core dumps, and out of the reach of debuggers and `/proc` readers that are not privileged: secrets
-/// pass through its memory. Ends with the next program that it executes.
+/// Keeps this process out of core dumps and out of reach of unprivileged debuggers and `/proc` readers, because secrets pass
+/// through its memory. Lasts until the process executes another program.
 pub fn stay_out_of_core_dumps() {
-    // The kernel knows this question since long before pidfds, so it does not fail where the driver runs at all.
+    // The kernel has had this call since long before pidfds, so it does not fail where the driver runs at all.
     let _ = nix::sys::prctl::set_dumpable(false);
 }
 
-/// Lets the program that is executed next write no core dump. systemd-nspawn sets its payload's limits itself, so that is not
-/// bound by this one.
+/// Lets the program that is executed next write no core dump. systemd-nspawn sets the limits of its payload itself, so this does
+/// not restrict the payload.
 pub fn no_core_dump_of_the_next() -> nix::Result<()> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    // With 0 the kernel would still call a core dump's handler program; 1 is what it takes for "not even that".
+    // With 0 the kernel would still start a core dump handler; 1 disables that too.
     const NOT_EVEN_A_HANDLER: u64 = 1;
     let (_, hard) = getrlimit(Resource::RLIMIT_CORE)?;
     setrlimit(Resource::RLIMIT_CORE, NOT_EVEN_A_HANDLER.min(hard), hard)
 }
 
-/// Closes everything but standard input, output and error. For the start of a process, before it has opened anything: an agent
-/// that does not mark its descriptors must not have them held open by containers for days.
+/// Closes everything but stdin, stdout and stderr. To be called at the start of a process, before it has opened anything: if an
+/// agent does not mark its descriptors close-on-exec, containers must not keep them open for days.
 pub fn close_inherited() {
     let Ok(entries) = fs::read_dir("/proc/self/fd") else {
         return;
@@ -191,16 +191,17 @@ pub fn close_inherited() {
         .filter(|number| *number > 2)
         .collect();
     for number in numbers {
-        // One of them was the directory's own, which is closed by now.
+        // One of them is that of the directory itself, which is closed by now.
         let _ = nix::unistd::close(number);
     }
 }
 
-/// Field 22 of `/proc/<pid>/stat`. The second field is a name in brackets that may hold anything, so it is cut at the last one.
+/// Field 22 of `/proc/<pid>/stat`. The second field is the process name in parentheses, which may contain anything, so the line
+/// is cut at the last closing one.
 fn start_time(pid: i32) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|error| {
         match error.raw_os_error() {
-            // A process that ends while its file is open.
+            // The process exited while its file was open.
             Some(code) if code == nix::Error::ESRCH as i32 => io::ErrorKind::NotFound.into(),
             _ => error,
         }
@@ -212,7 +213,7 @@ fn start_time(pid: i32) -> io::Result<u64> {
     field.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Signal 0 has no value there.
+/// `None` for signal 0, which has no value there.
 fn to_rustix(signal: Signal) -> Option<rustix::process::Signal> {
     use rustix_libc_wrappers::process::SignalExt;
     rustix::process::Signal::from_raw(signal.number())
@@ -235,7 +236,7 @@ mod tests {
         }
     }
 
-    /// The first child of an init whose command has ended is an orphan that it has adopted.
+    /// After its command has exited, the first child of an init is an orphan that it has adopted.
     #[expect(clippy::disallowed_methods, reason = "processes to look for")]
     #[test]
     fn a_child_is_found_by_its_own_pid_and_never_another_one() {

@@ -1,10 +1,11 @@
-//! The protocol of the control socket: one JSON object a line, both ways. The supervisor tells every listener how things stand and
-//! answers requests; the end of the stream is the end of the supervisor. Refuses lines that are too long or no message, and
-//! carries no secret.
+//! The protocol of the control socket between plugin and supervisor: one JSON object per line, in both directions. The supervisor
+//! sends its state to every client and answers requests; the stream closes when the supervisor exits. Lines that are too long or are
+//! not a message are rejected. Carries no secrets.
 //!
-//! The two ends can be of different age: a supervisor lives as long as its container, and the plugin is upgraded or put back
-//! meanwhile. So the words have no version but a rule: what a word means never changes; a new field is optional; who hears a
-//! word that it does not know says so ([`IncomingRequest::Unknown`]) or passes over it ([`IncomingEvent::Unknown`]).
+//! The two ends can be of different versions: a supervisor lives as long as its container, and the plugin may be upgraded or
+//! downgraded meanwhile. Messages have no version number but rules: the meaning of a message never changes; a new field is optional;
+//! a supervisor answers an unknown request with an error ([`IncomingRequest::Unknown`]), and a plugin ignores an unknown event
+//! ([`IncomingEvent::Unknown`]).
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -12,24 +13,24 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::container::{Cause, Exit, Started};
 use crate::signal::Signal;
 
-/// A longer line was not written by us.
+/// A longer line was not written by this driver.
 pub const MAX_LINE_BYTES: usize = 256 * 1024;
 
-/// What a supervisor tells.
+/// What a supervisor reports.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Event {
     /// The container is up.
     Started(Started),
-    /// It did not come up. The last news.
+    /// It did not come up. The last event.
     Failed(StartFailure),
-    /// It has ended. The last news; what it held is being freed until the stream ends.
+    /// It has exited. The last event; its resources are being released until the stream closes.
     Exited(Exit),
-    /// A request has been carried out.
+    /// A request has been handled.
     Done {
         /// The request's number.
         request: u64,
-        /// Why it was not, if it was not.
+        /// Why it failed, if it did.
         error: Option<String>,
     },
 }
@@ -37,13 +38,13 @@ pub enum Event {
 /// Why a container did not come up.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartFailure {
-    /// What was being done.
+    /// The step that failed.
     pub step: StartStep,
     /// What happened.
     pub reason: String,
-    /// Whether another attempt may succeed with nothing changed: what a plugin reads that knows of no cause.
+    /// Whether another attempt may succeed with nothing changed. For plugins that do not know `cause`.
     transient: bool,
-    /// Why, where it was said: a supervisor that knows of no cause does not.
+    /// The cause, if the supervisor sent one: a supervisor that does not know this field does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cause: Option<Cause>,
 }
@@ -59,7 +60,7 @@ impl StartFailure {
         }
     }
 
-    /// Why it happened, as far as that decides whether Nomad may try again.
+    /// The cause, as far as it decides whether Nomad may try again.
     pub fn cause(&self) -> Cause {
         self.cause.unwrap_or(match self.transient {
             true => Cause::Unknown,
@@ -82,7 +83,7 @@ pub enum StartStep {
 }
 
 impl StartStep {
-    /// In words.
+    /// For error messages.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Order => "reading the order",
@@ -95,58 +96,58 @@ impl StartStep {
     }
 }
 
-/// What a listener asks.
+/// What a client requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
-    /// Chosen by the listener, repeated in the answer.
+    /// Chosen by the client, repeated in the answer.
     pub request: u64,
-    /// What is asked.
+    /// The action requested.
     pub verb: Action,
 }
 
-/// The verbs of a request.
+/// The actions that can be requested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Action {
-    /// Send the payload this signal; 0 asks only.
+    /// Send the payload this signal; 0 sends nothing.
     Signal(#[serde(deserialize_with = "a_signal")] i32),
-    /// Ask the payload to end in the way that suits it.
+    /// Ask the payload to exit, with the signal that suits it.
     Stop,
-    /// End the container by force.
+    /// Kill the container.
     Kill,
 }
 
-/// A message as the line to send.
+/// Encodes a message as one line.
 pub fn encode(message: &impl Serialize) -> Vec<u8> {
     let mut line = serde_json::to_vec(message).unwrap_or_default();
     line.push(b'\n');
     line
 }
 
-/// What a supervisor hears.
+/// A request as the supervisor receives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
 pub enum IncomingRequest {
     /// A request.
     Known(Request),
-    /// A request of a later plugin, or one that asks for what does not exist. It can be answered.
+    /// A request of a later plugin, or one with an argument that does not exist. It can be answered.
     Unknown {
         /// The request's number.
         request: u64,
     },
 }
 
-/// What a plugin hears.
+/// An event as the plugin receives it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
 pub enum IncomingEvent {
-    /// News.
+    /// An event.
     Known(Event),
-    /// A word of a later supervisor.
+    /// An event of a later supervisor.
     Unknown(Object),
 }
 
-/// Any JSON object, of which nothing is kept.
+/// Any JSON object; its content is discarded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub struct Object {}
 
@@ -156,7 +157,7 @@ fn a_signal<'de, D: Deserializer<'de>>(from: D) -> Result<i32, D::Error> {
     Ok(signal.number())
 }
 
-/// Takes the next whole line out of what has been received. `Err` if it is too long or no message.
+/// Removes the next complete line from the received bytes. `Err` if it is too long or not a message.
 pub fn decode_next<T: for<'a> Deserialize<'a>>(
     received: &mut Vec<u8>,
 ) -> Option<Result<T, ProtocolError>> {
@@ -171,7 +172,7 @@ pub fn decode_next<T: for<'a> Deserialize<'a>>(
     Some(message)
 }
 
-/// What came is no message of ours.
+/// What was received is not a message of this protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("what came over the lifeline is no message")]
 pub struct ProtocolError;
@@ -238,7 +239,7 @@ mod tests {
         );
     }
 
-    /// What released plugins ask, and what released supervisors tell. Never change a line; add one when there is a new word.
+    /// What released plugins request, and what released supervisors report. Never change a line; add one for every new message.
     const QUESTIONS: &str = include_str!("frozen/requests.jsonl");
     const NEWS: &str = include_str!("frozen/news.jsonl");
 

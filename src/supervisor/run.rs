@@ -1,17 +1,17 @@
-//! The `supervise` life of the binary: the parent of one systemd-nspawn from before its start until after its end. Outlives
-//! plugin and agent, sleeps in the kernel until something happens, and is small on purpose: no async runtime, no threads, no
-//! gRPC. It decides nothing about jobs and reads nothing but its order.
+//! The supervisor process (`supervise DIR`): parent of one systemd-nspawn from before its start until after its exit. Outlives
+//! plugin and agent, sleeps in `poll` until something happens, and is small on purpose: no async runtime, no threads, no gRPC. It
+//! makes no decisions about jobs and reads only its launch spec.
 //!
 //! ```text
-//!            order        leader's datagram           systemd-nspawn ended
-//!   preparing ──▶ starting ───────────────▶ running ───────────────────────▶ ended: record, tell, free
-//!       │             │   first's "ready"      │ the start can't be recorded
-//!       │             │ nspawn ended,          ▼
-//!       │             │ or the asker is gone  failing: kill
-//!       └──▶ failed ◀─┴────────────────────────┘   tell, free
+//!         launch spec     leader's datagram           systemd-nspawn exited
+//!   preparing ──▶ starting ───────────────▶ running ───────────────────────▶ exited: record, report, release
+//!       │             │   init's "ready"       │ the start can't be recorded
+//!       │             │ nspawn exited,         ▼
+//!       │             │ or the owner is gone  failing: kill
+//!       └──▶ failed ◀─┴────────────────────────┘   report, release
 //! ```
 //!
-//! Where the container's first program is ours, it runs no command before the start is on record and it has been told so.
+//! If PID 1 of the container is the driver's init, it runs no command before the start is recorded and the supervisor has sent it "go".
 
 mod exit;
 mod signals;
@@ -45,20 +45,20 @@ use crate::container::{Process, Started};
 use crate::nspawn::refusal::cause_of_host_error;
 use crate::signal::Signal;
 
-/// How long systemd-nspawn may clear up after its container was killed before it is killed too.
+/// How long systemd-nspawn may clean up after its container was killed before it is killed too.
 const NSPAWN_CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long nobody is let in after somebody could not be, as when there are no descriptors left.
+/// How long the supervisor accepts no clients after accept(2) has failed, for example because no descriptors are left.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// How many times in a row waiting may fail.
+/// How many times in a row `poll` may fail.
 const MAX_POLL_ERRORS: u32 = 100;
 
-/// How often it is looked whether it takes what is kept for it. Nothing tells it.
+/// How often to check whether the payload handles its pending signals yet. No event reports that.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Watches over the container whose order lies in `directory`. Standard input is the lifeline of whoever asks for it; standard
-/// output, of which a supervisor has no other use, is the program that becomes the container's first.
+/// Supervises the container whose launch spec is in `directory`. Standard input is the connection to the client that requested the
+/// start. Standard output, for which a supervisor has no other use, is the program that becomes PID 1 of the container.
 pub fn supervise(directory: &Path) -> ExitCode {
     close_inherited();
     let task_dir = TaskDir::new(directory);
@@ -70,7 +70,7 @@ pub fn supervise(directory: &Path) -> ExitCode {
     let mut clients = Clients::default();
     if let Ok(owner) = owner {
         clients.add(owner);
-        // A client that is dropped sees the end of its connection, so no other descriptor may keep that open.
+        // A client that is dropped must see its connection close, so no other descriptor may keep the connection open.
         let accept_paused_until =
             File::open("/dev/null").and_then(|null| Ok(nix::unistd::dup2_stdin(null)?));
         if let Err(error) = accept_paused_until {
@@ -93,7 +93,7 @@ pub fn supervise(directory: &Path) -> ExitCode {
     }
 }
 
-/// What can be woken up by.
+/// The descriptors that wake up the supervisor.
 #[derive(Debug)]
 struct Sockets {
     signals: SignalFd,
@@ -111,16 +111,16 @@ fn prepare(task_dir: &TaskDir) -> Result<(LaunchSpec, Sockets), StartFailure> {
     Ok((launch_spec, sockets))
 }
 
-/// Leaves the session of whoever started this process, and becomes the one that nothing but SIGKILL ends.
+/// Leaves the session of the process that started this one, and blocks all signals, so that only SIGKILL ends this process.
 fn detach() -> io::Result<SignalFd> {
-    // Fails for the leader of a process group, which is what a person's shell makes of it; then there is nothing to leave.
+    // Fails for the leader of a process group, which an interactive shell makes of it; then there is no session to leave.
     let _ = nix::unistd::setsid();
     if let Err(error) = std::env::set_current_dir("/") {
         let _ = writeln!(io::stderr(), "/ can't be the working directory: {error}");
     }
-    // Its sockets and files are root's alone.
+    // Only root may access its sockets and files.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
-    // The payload shall be the victim when memory runs out. Only CAP_SYS_RESOURCE allows it.
+    // The payload should be the OOM victim, not the supervisor. Only CAP_SYS_RESOURCE allows this value.
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000")
         && error.kind() != io::ErrorKind::PermissionDenied
     {
@@ -156,7 +156,7 @@ fn failure(step: StartStep, error: &io::Error) -> StartFailure {
     StartFailure::new(step, cause_of_host_error(error), error.to_string())
 }
 
-/// One container and everything that is known of it.
+/// One container and all the supervisor knows about it.
 #[derive(Debug)]
 struct Supervisor {
     task_dir: TaskDir,
@@ -164,57 +164,57 @@ struct Supervisor {
     sockets: Sockets,
     clients: Clients,
     nspawn: Process,
-    /// The locks of a tree that others use too, until systemd-nspawn has them.
+    /// The locks of a tree that other containers share, until systemd-nspawn holds them.
     tree: Option<SharedLocks>,
-    /// To the container's first program, where it is ours.
+    /// Channel to PID 1 of the container, if that is the driver's init.
     init_channel: Option<InitChannel>,
-    /// Why the command does not run, from the first program.
+    /// Why the command does not run, as reported by the driver's init.
     start_error: Option<StartError>,
-    /// The process that signals are for with `process_two`: the first program, which passes them on, until it has said which
-    /// process the command is; then the command.
+    /// The process that receives signals with `process_two`: the init, which forwards them, until it has reported the command's
+    /// pid; then the command.
     command: Option<ProcessHandle>,
-    /// The raw wait status of the command, from the first program.
+    /// The raw wait status of the command, as reported by the driver's init.
     command_status: Option<i32>,
     state: State,
-    /// Set when the container lived until it was ended by force: what systemd-nspawn says of the end is then no news.
+    /// Set if the container was still alive when it was killed: the status that systemd-nspawn then reports adds nothing.
     killed: bool,
     /// Set when systemd-nspawn itself was killed.
     nspawn_killed: bool,
-    /// How far the leader's end is seen.
+    /// How much of the leader's exit has been seen.
     leader: LeaderState,
-    /// The leader's raw wait status, once it has become a child of this process and has been reaped.
+    /// The leader's raw wait status, once the leader has become a child of this process and has been reaped.
     reaped: Option<i32>,
-    /// What systemd-nspawn has said last.
+    /// The last final status that systemd-nspawn has sent.
     nspawn_status: Option<NspawnFinalStatus>,
     /// When systemd-nspawn itself is killed, after its container was.
     nspawn_deadline: Option<Instant>,
-    /// Until when nobody is let in. Who knocks waits, and keeps nobody awake.
+    /// Until when no clients are accepted. Their connections stay in the backlog and do not wake up the supervisor.
     accept_paused_until: Option<Instant>,
-    /// Signals that the image's init does not take yet.
+    /// Signals that the image's init does not handle yet.
     pending_signals: Vec<Signal>,
-    /// Whether the end has been recorded and told.
+    /// Whether the exit has been recorded and reported.
     exit_reported: bool,
 }
 
-/// How far the end of the container's first process is seen.
+/// How much of the exit of the container's PID 1 has been seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LeaderState {
     Alive,
-    /// Its status is known to nobody yet.
+    /// It has exited; its status is not available yet.
     Ended,
-    /// Its parent has waited for it. Kernels before 6.9 do not tell.
+    /// Its parent has waited for it. Kernels before 6.9 do not report this.
     Reaped,
 }
 
 #[derive(Debug)]
 enum State {
     Starting {
-        /// As systemd-nspawn tells it.
+        /// As reported by systemd-nspawn.
         leader: Option<i32>,
-        /// Whether the first program waits for the word to go. The image's own waits for nothing.
+        /// Whether the driver's init waits for "go". An image's own init waits for nothing, so this is always true for it.
         ready: bool,
     },
-    /// It came up and must not stay.
+    /// It came up but must not keep running.
     Failing(StartFailure),
     Running {
         running: Box<Running>,
@@ -246,7 +246,7 @@ impl Supervisor {
             .map_err(|error| failure(StartStep::Nspawn, &error))?;
         let pid = i32::try_from(child.id())
             .map_err(|_| failure(StartStep::Nspawn, &io::ErrorKind::InvalidData.into()))?;
-        // Not reaped yet, so the pid is its own.
+        // Not reaped yet, so the pid can't have been reused.
         let nspawn =
             ProcessHandle::open(pid).map_or(Process { pid, start: 0 }, |handle| handle.process());
         failpoint::hit(&task_dir, Failpoint::Spawned);
@@ -276,7 +276,7 @@ impl Supervisor {
         })
     }
 
-    /// Sleeps until something happens, and deals with it, until systemd-nspawn has ended.
+    /// Waits for events and handles them until systemd-nspawn has exited.
     fn run(&mut self) {
         let mut poll_errors = 0;
         let status = loop {
@@ -324,8 +324,9 @@ impl Supervisor {
         self.finish(status);
     }
 
-    /// The kernel lets nobody wait, as when this process may have fewer descriptors than it has. For a while everything is looked
-    /// at now and then instead; a container that can't be watched must not run.
+    /// `poll` failed, for example because RLIMIT_NOFILE was lowered below the number of open descriptors. For a while everything is
+    /// checked every 100 ms instead; if `poll` keeps failing, the container is killed, because a container that can't be supervised
+    /// must not run.
     fn on_poll_error(&mut self, times: u32, error: nix::Error) {
         match times {
             1 => drop(writeln!(io::stderr(), "waiting failed: {error}")),
@@ -384,8 +385,8 @@ impl Supervisor {
         })
     }
 
-    /// Reads what systemd-nspawn says. The pid of the leader is the start, and its farewell says that nothing but clearing up is
-    /// left to it; everything else is small talk.
+    /// Reads the notifications of systemd-nspawn. The leader's pid means that the container has started; the final status means
+    /// that only cleanup is left to do. Everything else is ignored.
     fn read_notify_socket(&mut self) {
         let mut datagram = [0; 4096];
         while let Ok(length) = self.sockets.notify.recv(&mut datagram) {
@@ -403,7 +404,7 @@ impl Supervisor {
         }
     }
 
-    /// Reads what the container's first program says, where it is ours.
+    /// Reads the events of the driver's init, if the container has one.
     fn read_init_channel(&mut self) {
         let Some(channel) = &mut self.init_channel else {
             return;
@@ -445,7 +446,7 @@ impl Supervisor {
         self.tree = None;
         let handle = match ProcessHandle::open(leader) {
             Ok(handle) => Some(handle),
-            // A command may have ended before anybody could look at it: then its end is all there is to see.
+            // A command may have exited before it could be looked up: then its exit is all there is to see.
             Err(error) if no_such_process(&error) => None,
             Err(error) => return self.fail(&error),
         };
@@ -453,7 +454,7 @@ impl Supervisor {
             .launch_spec
             .copies()
             .and_then(|copies| resource::ephemeral_root_of(leader, copies))
-            // The container may have mounted something over its root whose name is that of another one's copy.
+            // The container may have mounted something over its root whose name is that of another container's copy.
             .filter(|copy| is_root_of(leader, copy));
         let started = Started {
             id: self.launch_spec.id.clone(),
@@ -501,7 +502,7 @@ impl Supervisor {
     /// Undoes the start.
     fn fail(&mut self, error: &io::Error) {
         self.state = State::Failing(failure(StartStep::Watch, error));
-        // Our own first program runs nothing without it, and what follows may need its descriptor.
+        // The driver's init runs no command without the channel, and what follows may need its descriptor.
         self.init_channel = None;
         self.kill();
     }
@@ -530,7 +531,8 @@ impl Supervisor {
     fn handle_requests(&mut self) {
         for (index, request) in self.clients.requests() {
             let error = match request.verb {
-                // As a signal like others it would end the container too, but systemd-nspawn would tell another end.
+                // Sent like any other signal, SIGKILL would end the container too, but systemd-nspawn would report a different
+                // exit.
                 Action::Signal(number) if number == Signal::KILL.number() => {
                     self.kill();
                     Ok(())
@@ -552,7 +554,7 @@ impl Supervisor {
         }
         let owner_is_gone = self.clients.drop_disconnected();
         if owner_is_gone && matches!(self.state, State::Starting { .. }) {
-            // Whoever asked for the start has died and will ask again; two of the same must not run.
+            // The client that requested the start is gone and will request it again; the same container must not run twice.
             self.kill();
         }
     }
@@ -567,7 +569,7 @@ fn is_root_of(pid: i32, directory: &Path) -> bool {
     })
 }
 
-/// Whether it means that there is no such process.
+/// Whether the error means that there is no such process.
 fn no_such_process(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(nix::Error::ESRCH as i32)
@@ -582,7 +584,7 @@ struct Ready {
 }
 
 impl Ready {
-    /// Anything may have happened.
+    /// Treats every descriptor as ready.
     fn all() -> Self {
         Self {
             signals: true,

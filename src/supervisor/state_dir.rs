@@ -1,6 +1,6 @@
-//! The directory below which the starts' directories are made. What lies there decides what root kills and unmounts, so it is
-//! refused when somebody else could put things there or exchange them. Changes the modes of no directory that was there before: it
-//! may be one that others need, and secrets lie in the starts' own directories, which are always new.
+//! Checks and creates the state directory, which contains the task directories. Its content decides what root kills and unmounts,
+//! so it is refused if another user could add or replace files there. Does not change the mode of a directory that existed
+//! before: others may need it as it is, and secrets are in the task directories, which are always new.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -9,57 +9,57 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
-/// The kernel follows no more links either.
+/// The kernel's own limit.
 const MAX_LINKS: usize = 40;
 const STICKY: u32 = 0o1000;
 
 /// Why a state directory is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum StateDirError {
-    /// It is a link.
+    /// It is a symlink.
     #[error("plugin.state_dir: {link} is a link, give the directory it leads to")]
     Link {
-        /// The link.
+        /// The symlink.
         link: PathBuf,
     },
-    /// Something else lies at its place.
+    /// Something else is at its path.
     #[error("plugin.state_dir: {path} is not a directory")]
     NotADirectory {
-        /// What lies there.
+        /// The path.
         path: PathBuf,
     },
-    /// Somebody else's directory.
+    /// It belongs to another user.
     #[error(
         "plugin.state_dir: {path} belongs to user {owner}, only root may own it and what it lies in"
     )]
     Foreign {
-        /// The directory, or one that it lies in.
+        /// The directory, or one above it.
         path: PathBuf,
-        /// Whose it is.
+        /// The uid of its owner.
         owner: u32,
     },
-    /// Others may put things there.
+    /// Others can write it.
     #[error(
         "plugin.state_dir: {path} can be written by others (mode {mode:04o}), only root may write it and what it lies in"
     )]
     Writable {
-        /// The directory, or one that it lies in.
+        /// The directory, or one above it.
         path: PathBuf,
         /// Its mode.
         mode: u32,
     },
-    /// It can't be looked at or made.
+    /// It can't be read or created.
     #[error("{path}")]
     Io {
         /// Which directory.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
 }
 
-/// Looks whether this state directory, if it exists, and everything above it are safe from others. Changes nothing.
+/// Checks that other users can't modify this state directory, if it exists, or anything above it. Changes nothing.
 pub fn check(state_dir: &Path) -> Result<(), StateDirError> {
     let mut left = parts(state_dir);
     let mut at = PathBuf::from("/");
@@ -72,7 +72,7 @@ pub fn check(state_dir: &Path) -> Result<(), StateDirError> {
         let path = at.join(part);
         let about = match fs::symlink_metadata(&path) {
             Ok(about) => about,
-            // What is missing is made by us.
+            // The driver creates what is missing.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(source) => return Err(StateDirError::Io { path, source }),
         };
@@ -101,13 +101,13 @@ pub fn check(state_dir: &Path) -> Result<(), StateDirError> {
             return Err(StateDirError::NotADirectory { path });
         }
         if !about.is_dir() {
-            // Nothing can lie below it. Perhaps something is mounted there later.
+            // Nothing can be below it now. Perhaps a directory is mounted there later.
             return Ok(());
         }
         let mode = about.mode() & 0o7777;
         let group_counts = about.gid() != 0;
         let writable = mode & 0o002 != 0 || (group_counts && mode & 0o020 != 0);
-        // In a sticky directory others can exchange nothing that isn't theirs; who owns the next part is looked at anyway.
+        // In a sticky directory others can replace only their own files, and the owner of the next component is checked anyway.
         if writable && (left.is_empty() || mode & STICKY == 0) {
             return Err(StateDirError::Writable { path, mode });
         }
@@ -116,7 +116,7 @@ pub fn check(state_dir: &Path) -> Result<(), StateDirError> {
     Ok(())
 }
 
-/// Checks this state directory, and makes it and what it lies in for root alone where that is missing.
+/// Checks this state directory, and creates it and missing directories above it with access for root only.
 pub fn secure(state_dir: &Path) -> Result<(), StateDirError> {
     check(state_dir)?;
     let made = DirBuilder::new()
@@ -142,7 +142,7 @@ mod tests {
     use rstest::rstest;
     use std::os::unix::fs::{PermissionsExt, symlink};
 
-    /// A directory of the test's own, below one that everybody may write.
+    /// A directory of the test's own, below a world-writable one.
     fn place() -> tempfile::TempDir {
         tempfile::tempdir().unwrap()
     }
@@ -240,7 +240,7 @@ mod tests {
                 "{refused}"
             );
         } else {
-            // Nobody but root can give things away, so this one's own is looked at.
+            // Only root can change the owner, so as another user only the positive case is checked.
             check(&state).unwrap();
         }
     }

@@ -1,9 +1,10 @@
-//! The directory of one start on disk: launch spec, running record, exit record. Every file is written whole beside its place
-//! and renamed into it, readable by root alone, never through a link. Refuses what it can't read, and a later form by its
-//! number; reads nothing but its own files.
+//! The task directory: the files of one start on disk, above all launch spec, running record and exit record. Every file is
+//! written under a temporary name beside its final one and renamed into place, is readable by root only, and is never opened
+//! through a symlink. A file that can't be parsed is refused, and so is a record of a later format version. The module reads no
+//! files but its own. Used by the plugin, the supervisor process and the exec shim.
 //!
-//! Records outlive the program that wrote them: the plugin is upgraded, or put back, while its tasks run. A new field is
-//! therefore optional and gets a default; only what an older driver must not act on makes a new [`FORMAT_VERSION`].
+//! Records outlive the program that wrote them: the plugin may be upgraded or downgraded while its tasks run. A new field is
+//! therefore optional and has a default; only a change that an older driver must not act on makes a new [`FORMAT_VERSION`].
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -22,10 +23,10 @@ use super::launch_spec_record::LaunchSpecRecord;
 use super::resource::Resource;
 use crate::container::{Cause, Exit, Mode, Process, Started};
 
-/// No file of ours is larger; a larger one was not written by us.
+/// The driver never writes a larger file, so a larger one is not the driver's.
 const MAX_RECORD_BYTES: u64 = 64 * 1024 * 1024;
 
-/// Everything that may lie in the directory of one start; a file that is being written has a number and `.new` behind its name.
+/// Every name that may occur in a task directory. A file that is being written has `.<pid>-<number>.new` appended to its name.
 const KNOWN_ENTRIES: [&str; 14] = [
     "entered",
     "environment",
@@ -43,32 +44,33 @@ const KNOWN_ENTRIES: [&str; 14] = [
     "words",
 ];
 
-/// The form of the records that this driver writes.
+/// The format version of the records that this driver writes.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// The directory of one start.
+/// The task directory of one start.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TaskDir(PathBuf);
 
-/// Everything a supervisor needs to start and to watch one container, except the environment.
+/// Everything a supervisor needs to start and supervise one container, except the environment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "LaunchSpecRecord", into = "LaunchSpecRecord")]
 pub struct LaunchSpec {
     /// Nomad's id of this start.
     pub id: String,
-    /// The directory of the allocation, as its agent names it; see [`LaunchSpec::alloc_dir`] for orders of drivers before it was kept.
+    /// The allocation directory, as the agent names it. `None` in launch specs of older drivers; the `owner` module then derives
+    /// it from the log FIFOs.
     pub alloc_dir: Option<PathBuf>,
     /// The machine name.
     pub machine: String,
-    /// What the container's first process is: decides who gets signals.
+    /// What the container's first process is. Decides which process gets signals.
     pub mode: Mode,
-    /// The boot this order belongs to.
+    /// The boot id of the boot this launch spec belongs to.
     pub boot: String,
-    /// systemd-nspawn, absolute.
+    /// Path of systemd-nspawn, absolute.
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<String>,
-    /// The container's first program.
+    /// The container's PID 1.
     pub first: Pid1,
     /// Where stdout goes; `None` discards.
     pub stdout: Option<PathBuf>,
@@ -76,14 +78,14 @@ pub struct LaunchSpec {
     pub stderr: Option<PathBuf>,
     /// The network namespace to start systemd-nspawn in.
     pub network_namespace: Option<PathBuf>,
-    /// What the start acquires on the host, in the order of acquisition. All of it is released in the reverse order.
+    /// The host resources that the start acquires, in the order of acquisition. All of them are released in the reverse order.
     pub resources: Vec<Resource>,
     /// What the user should know about this start.
     pub notes: Vec<String>,
 }
 
 impl LaunchSpec {
-    /// The control group to make, if the host has any.
+    /// The cgroup to create, if the host has cgroups that the driver can use.
     pub fn cgroup(&self) -> Option<&Path> {
         self.resources.iter().find_map(|resource| match resource {
             Resource::Cgroup(cgroup) => Some(&*cgroup.group),
@@ -91,7 +93,7 @@ impl LaunchSpec {
         })
     }
 
-    /// The tree whose lock is shared with others that do not write it.
+    /// The tree whose lock is shared with other containers that do not write it.
     pub fn shared_tree(&self) -> Option<&Path> {
         self.resources.iter().find_map(|resource| match resource {
             Resource::TreeLock(lock) if lock.shared => Some(&*lock.tree),
@@ -99,7 +101,7 @@ impl LaunchSpec {
         })
     }
 
-    /// The directory that takes the throw-away copy of an ephemeral root.
+    /// The directory in which systemd-nspawn creates the copy of an ephemeral root.
     pub fn copies(&self) -> Option<&Path> {
         self.resources.iter().find_map(|resource| match resource {
             Resource::EphemeralCopy(copy) => Some(&*copy.directory),
@@ -108,56 +110,56 @@ impl LaunchSpec {
     }
 }
 
-/// A container's first program.
+/// What runs as a container's PID 1.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pid1 {
-    /// The image's own.
+    /// The image's own program.
     #[default]
     Image,
-    /// Ours.
+    /// The driver's container init.
     #[serde(rename = "ours")]
     Driver {
-        /// Whether it connects stdout and stderr itself, so that those of systemd-nspawn are free to be kept apart.
+        /// Whether the init connects stdout and stderr itself, so that the streams of systemd-nspawn can be kept apart from them.
         streams: bool,
     },
 }
 
-/// A container that came up, with what only the watch needs.
+/// A container that has started, with additional facts that only the supervisor and cleanup need.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Running {
     /// The container.
     pub started: Started,
     /// The systemd-nspawn process.
     pub nspawn: Process,
-    /// The throw-away copy of the root, if there is one: systemd-nspawn leaves it when it is killed.
+    /// The copy of an ephemeral root, if there is one. systemd-nspawn leaves it behind when it is killed.
     pub copy: Option<PathBuf>,
-    /// The first user id outside of the container's range, if it has one of its own.
+    /// The first host uid of the container's uid range, if it has a range of its own.
     #[serde(default)]
     pub uids: Option<u32>,
-    /// The directory of the allocation, where it is known: an order that can't be read does not tell.
+    /// The allocation directory, if known. Recorded here too, for the case that the launch spec can't be read.
     #[serde(default)]
     pub alloc_dir: Option<PathBuf>,
 }
 
-/// Why systemd-nspawn could not even be called. Read only by the supervisor of the same binary.
+/// Why systemd-nspawn could not be executed. Read only by the supervisor process of the same binary.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
-    /// Whether another attempt is of use.
+    /// The kind of cause, which decides whether another attempt may succeed.
     pub cause: Cause,
-    /// In words.
+    /// The reason as text.
     pub reason: String,
 }
 
 impl TaskDir {
-    /// The directory of this start below `state_dir`. Its name tells a person which task it is and can't be steered by one; all
-    /// starts of one task of one allocation have names that begin alike.
+    /// The task directory of this start below `state_dir`. Its name lets a person recognize the task, but a task name can't steer
+    /// the path. All starts of one task of one allocation have names with the same prefix.
     pub fn for_task(state_dir: &Path, id: &str) -> Self {
         Self(state_dir.join(format!("{}{}", name_prefix(id), digest(id))))
     }
 
-    /// What lies below `state_dir` of other starts of the same task of the same allocation. A host starts a task anew only when
-    /// it has given up all that came before, so nobody will ask for these.
+    /// The task directories below `state_dir` of other starts of the same task of the same allocation. Nomad starts a task again
+    /// only after it has given up all earlier starts, so it will not ask for these any more.
     pub fn previous_starts(state_dir: &Path, id: &str) -> io::Result<Vec<Self>> {
         let name_prefix = name_prefix(id);
         let own = Self::for_task(state_dir, id);
@@ -173,7 +175,7 @@ impl TaskDir {
             let alike = name
                 .to_str()
                 .is_some_and(|name| name.starts_with(&name_prefix));
-            // Half an order is one of ours that was interrupted; one that can be read says whose it is.
+            // An incomplete launch spec is an interrupted start of this task; a readable one names its task.
             if alike
                 && task_dir != own
                 && task_dir.launch_spec().map_or(true, |launch_spec| {
@@ -186,12 +188,12 @@ impl TaskDir {
         Ok(found)
     }
 
-    /// The records in this directory.
+    /// The task directory at this path. Opens nothing.
     pub fn new(directory: impl Into<PathBuf>) -> Self {
         Self(directory.into())
     }
 
-    /// Whether a start's directory can have this name.
+    /// Whether a task directory can have this name.
     pub fn is_name(name: &str) -> bool {
         name.split_once('.').is_some_and(|(readable, hash)| {
             readable.len() <= 16
@@ -205,7 +207,7 @@ impl TaskDir {
         })
     }
 
-    /// What lies in the directory and was not put there by the driver, if anything.
+    /// The name of an entry in the directory that the driver did not create, if there is one.
     pub fn unexpected_entry(&self) -> io::Result<Option<OsString>> {
         for entry in fs::read_dir(&self.0)? {
             let name = entry?.file_name();
@@ -226,27 +228,27 @@ impl TaskDir {
         Ok(None)
     }
 
-    /// The directory.
+    /// The path of the directory.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// The socket on which the supervisor listens.
+    /// The supervisor's control socket.
     pub fn control_socket(&self) -> PathBuf {
         self.0.join("lifeline")
     }
 
-    /// The socket on which systemd-nspawn tells of the start.
+    /// The socket to which systemd-nspawn reports the start (`NOTIFY_SOCKET`).
     pub fn notify_socket(&self) -> PathBuf {
         self.0.join("notify")
     }
 
-    /// What the supervisor itself has to complain about.
+    /// The log file of the supervisor itself.
     pub fn log(&self) -> PathBuf {
         self.0.join("log")
     }
 
-    /// Opens the log for a supervisor to write at its end.
+    /// Opens the log for a supervisor, in append mode.
     pub fn open_log(&self) -> io::Result<File> {
         OpenOptions::new()
             .append(true)
@@ -256,20 +258,21 @@ impl TaskDir {
             .open(self.log())
     }
 
-    /// Whether a supervisor of this start is alive, be it one that has not made its lifeline yet: it holds a lock on its log from
-    /// its first moment to its last. Who looks shares the lock for that moment, so that two who look don't see each other; and a
-    /// process that is just being started here keeps it a little longer, until its own program runs.
+    /// Whether a supervisor of this start is alive, including one that has not created its control socket yet: a supervisor holds
+    /// an exclusive lock on its log from the beginning of its process to its end. Probing takes a shared lock, so that concurrent
+    /// probes do not mistake each other for a supervisor. A process that is forked here during a probe inherits the shared lock
+    /// and keeps it a little longer, until it executes its own program.
     pub fn has_supervisor(&self) -> bool {
         self.open("log")
             .is_ok_and(|log| matches!(log.try_lock_shared(), Err(TryLockError::WouldBlock)))
     }
 
-    /// The stand-in for a root that lacks mount points.
+    /// The skeleton that replaces a root that lacks mount points.
     pub fn skeleton(&self) -> PathBuf {
         self.0.join("root")
     }
 
-    /// Makes the directory, which must not exist yet, for root alone.
+    /// Creates the directory, which must not exist yet, with access for root only.
     pub fn create(&self) -> io::Result<()> {
         if let Some(parent) = self.0.parent() {
             DirBuilder::new()
@@ -280,7 +283,7 @@ impl TaskDir {
         DirBuilder::new().mode(0o700).create(&self.0)
     }
 
-    /// Removes the directory and everything in it. Not there is fine.
+    /// Removes the directory and everything in it. A missing directory is success.
     pub fn remove(&self) -> io::Result<()> {
         match fs::remove_dir_all(&self.0) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -288,8 +291,8 @@ impl TaskDir {
         }
     }
 
-    /// Keeps the order, and apart from it what holds secrets: systemd-nspawn's environment and what our own first program is
-    /// told. Those are removed as soon as they have been taken.
+    /// Writes the launch spec and, in separate files, what holds secrets: the environment of systemd-nspawn and the init spec.
+    /// The secret files are removed as soon as they have been read.
     pub fn write_launch_spec(
         &self,
         launch_spec: &LaunchSpec,
@@ -303,33 +306,33 @@ impl TaskDir {
         self.write("order", &encode(launch_spec)?)
     }
 
-    /// The order.
+    /// The launch spec.
     pub fn launch_spec(&self) -> io::Result<LaunchSpec> {
         decode(&self.read("order")?)
     }
 
-    /// Takes systemd-nspawn's environment: it is not on disk any more afterwards.
+    /// Reads systemd-nspawn's environment and removes its file from the disk.
     pub fn take_environment(&self) -> io::Result<BTreeMap<String, String>> {
         let environment = read(&self.read("environment")?)?;
         fs::remove_file(self.0.join("environment"))?;
         Ok(environment)
     }
 
-    /// Takes what our own first program is told, as a file that is open and has no name any more.
+    /// Opens the init spec and removes its file from the disk; the returned file has no name any more.
     pub fn take_init_spec(&self) -> io::Result<File> {
         let file = self.open("init")?;
         fs::remove_file(self.0.join("init"))?;
         Ok(file)
     }
 
-    /// Removes the secrets that nobody took.
+    /// Removes secrets that no process has taken.
     pub fn discard_secrets(&self) {
         for name in ["environment", "init"] {
             let _ = fs::remove_file(self.0.join(name));
         }
     }
 
-    /// Opens the file that takes what systemd-nspawn itself says, where its streams are not the task's.
+    /// Opens the file that takes stderr of systemd-nspawn itself, when its streams are not the task's.
     pub fn open_nspawn_stderr(&self) -> io::Result<File> {
         OpenOptions::new()
             .append(true)
@@ -339,9 +342,9 @@ impl TaskDir {
             .open(self.0.join("words"))
     }
 
-    /// The last that systemd-nspawn itself has said, as far as it was kept.
+    /// The end of what systemd-nspawn itself wrote to stderr, as far as it was recorded.
     pub fn nspawn_stderr_tail(&self) -> String {
-        /// More than a screen of an error is no help.
+        /// In bytes. More than a screenful of an error is no help.
         const END: u64 = 2048;
         let end = |mut file: File| -> io::Result<String> {
             let length = file.metadata()?.len();
@@ -353,23 +356,23 @@ impl TaskDir {
         self.open("words").and_then(end).unwrap_or_default()
     }
 
-    /// Keeps the fact of the start.
+    /// Writes the running record.
     pub fn write_running(&self, running: &Running) -> io::Result<()> {
         self.write("running", &encode(running)?)
     }
 
-    /// The fact of the start.
+    /// The running record.
     pub fn running(&self) -> io::Result<Running> {
         decode(&self.read("running")?)
     }
 
-    /// Keeps the end. It outlives every process, but need not outlive a crash of the host, so it is not synced: after that the
-    /// boot id differs, and RecoverTask refuses every handle.
+    /// Writes the exit record. It must outlive every process, but not a crash of the host, so it is not synced: after a crash the
+    /// boot id differs and RecoverTask refuses every handle.
     pub fn write_exit(&self, exit: &Exit) -> io::Result<()> {
         self.write("exit", &encode(exit)?)
     }
 
-    /// The end, if there is one.
+    /// The exit record, if there is one.
     pub fn exit(&self) -> io::Result<Option<Exit>> {
         match self.read("exit") {
             Ok(text) => Ok(Some(decode(&text)?)),
@@ -378,17 +381,18 @@ impl TaskDir {
         }
     }
 
-    /// Keeps that systemd-nspawn has ended by itself: what it had locked is not locked any more, and may be another's.
+    /// Records that systemd-nspawn has exited by itself: it no longer holds its locks, and another container may have taken them
+    /// since.
     pub fn write_released(&self) -> io::Result<()> {
         self.write("released", b"")
     }
 
-    /// Whether systemd-nspawn has ended by itself. If it did while nobody was there to see it, this is not known.
+    /// Whether systemd-nspawn has exited by itself. `false` too if no process was there to observe it.
     pub fn has_released(&self) -> bool {
         self.0.join("released").symlink_metadata().is_ok()
     }
 
-    /// Keeps that every resource of the start has been released.
+    /// Records that every resource of the start has been released.
     pub fn write_freed(&self) -> io::Result<()> {
         self.write("freed", b"")
     }
@@ -398,22 +402,23 @@ impl TaskDir {
         self.0.join("freed").symlink_metadata().is_ok()
     }
 
-    /// Keeps who is about to become systemd-nspawn. Needed only where no control group tells who belongs to the start.
+    /// Records the process that is about to become systemd-nspawn. Needed only on hosts where no cgroup shows which processes
+    /// belong to the start.
     pub fn write_nspawn_pid(&self, nspawn: &Process) -> io::Result<()> {
         self.write("entered", &encode(nspawn)?)
     }
 
-    /// Who became systemd-nspawn.
+    /// The process that became systemd-nspawn.
     pub fn nspawn_pid(&self) -> io::Result<Process> {
         decode(&self.read("entered")?)
     }
 
-    /// Why systemd-nspawn could not even be called, left by the process that tried.
+    /// Records why systemd-nspawn could not be executed. Written by the exec shim, which tried.
     pub fn write_failure(&self, refusal: &Refusal) -> io::Result<()> {
         self.write("failure", &serde_json::to_vec(refusal)?)
     }
 
-    /// Why systemd-nspawn could not even be called, if that was so.
+    /// Why systemd-nspawn could not be executed, if that happened.
     pub fn failure(&self) -> Option<Refusal> {
         serde_json::from_slice(&self.read("failure").ok()?).ok()
     }
@@ -430,7 +435,7 @@ impl TaskDir {
                 .mode(0o600)
                 .open(&beside);
             match made {
-                // Of a process that had the same pid.
+                // Left by an earlier process with the same pid.
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 made => break (beside, made?),
             }
@@ -439,7 +444,7 @@ impl TaskDir {
             .write_all(text)
             .and_then(|()| fs::rename(&beside, self.0.join(name)));
         if written.is_err() {
-            // Half of it may be half a secret.
+            // An incomplete file may contain part of a secret.
             let _ = fs::remove_file(beside);
         }
         written
@@ -466,7 +471,7 @@ impl TaskDir {
     }
 }
 
-/// Allocation and task of an id, without the part that is new for every start.
+/// Allocation and task of an id, without the suffix that is new for every start.
 fn without_start_suffix(id: &str) -> &str {
     id.rsplit_once('/').map_or(id, |(task, _)| task)
 }
@@ -499,7 +504,7 @@ struct Written<'a, T> {
 
 #[derive(Deserialize)]
 struct Form {
-    /// There were none before they were counted.
+    /// Records from before the version was written are of version 1.
     #[serde(default = "first")]
     form: u32,
 }
@@ -508,7 +513,7 @@ fn first() -> u32 {
     1
 }
 
-/// A record as the text of its file.
+/// A record as the content of its file.
 pub fn encode<T: Serialize>(record: &T) -> io::Result<Vec<u8>> {
     let written = Written {
         form: FORMAT_VERSION,
@@ -517,7 +522,8 @@ pub fn encode<T: Serialize>(record: &T) -> io::Result<Vec<u8>> {
     Ok(serde_json::to_vec(&written)?)
 }
 
-/// The record in the text of a file. An error of kind `InvalidData` if there is none, `Unsupported` if it is of a later form.
+/// The record in the content of a file. The error has the kind `InvalidData` if it is no record, `Unsupported` if it is of a
+/// later format version.
 pub fn decode<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
     let Form { form } = read(text)?;
     if form > FORMAT_VERSION {
@@ -529,13 +535,13 @@ pub fn decode<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
     read(text)
 }
 
-/// Whether [`decode`] gave this error because of a later form.
+/// Whether [`decode`] returned this error because of a later format version.
 pub fn is_of_later_form(error: &io::Error) -> bool {
-    // The kernel's own refusals of this kind have a number.
+    // Errors of this kind that come from the kernel have an errno.
     error.kind() == io::ErrorKind::Unsupported && error.raw_os_error().is_none()
 }
 
-/// The error names the place and not what is there: it may be a secret, and it may be anything.
+/// The error names the position and not the content: it may be a secret, or anything else.
 fn read<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
     serde_json::from_slice(text).map_err(|error| {
         invalid(format!(

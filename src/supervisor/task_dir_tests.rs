@@ -1,4 +1,4 @@
-//! Records: who may read them, what they look like for ever, and what hostile ones can't do.
+//! Records: which users may read them, their frozen format, and what hostile ones can't do.
 
 use super::super::resource::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Skeleton, TreeLock, UidRange, ZoneBridge,
@@ -18,7 +18,7 @@ fn an_exit() -> Exit {
     }
 }
 
-/// An order of the boot `b` with nothing special in it.
+/// A launch spec of the boot `b` with nothing special in it.
 pub(in crate::supervisor) fn an_order(id: &str) -> LaunchSpec {
     LaunchSpec {
         id: id.to_owned(),
@@ -37,7 +37,7 @@ pub(in crate::supervisor) fn an_order(id: &str) -> LaunchSpec {
     }
 }
 
-/// The fact of a start whose processes are nobody.
+/// A running record whose processes do not exist.
 pub(in crate::supervisor) fn a_running(id: &str, boot: &str) -> Running {
     let nobody = Process { pid: 0, start: 0 };
     Running {
@@ -60,7 +60,7 @@ pub(in crate::supervisor) fn a_running(id: &str, boot: &str) -> Running {
     }
 }
 
-/// Records in a directory of their own.
+/// A task directory in a temporary directory of its own.
 fn some() -> (tempfile::TempDir, TaskDir) {
     let temp = tempfile::tempdir().unwrap();
     let task_dir = TaskDir::new(temp.path().join("x"));
@@ -124,11 +124,11 @@ fn a_log_that_is_a_link_is_no_watch() {
     assert!(!task_dir.has_supervisor());
 }
 
-/// A plugin that has lost its supervisor writes the end, while the supervisor may be writing it.
+/// A plugin that has lost its supervisor writes the exit record while the supervisor may be writing it too.
 #[test]
 fn two_who_write_the_same_record_do_not_meet() {
     let (_temp, task_dir) = some();
-    // What another process, or this pid in another life, has begun.
+    // Temporary files that another process, or an earlier one with this pid, has begun.
     let begun = task_dir
         .path()
         .join(format!("exit.{}-0.new", std::process::id()));
@@ -155,7 +155,7 @@ fn two_who_write_the_same_record_do_not_meet() {
     }
 }
 
-/// A process that is just being started holds what its starter has open, and so the lock of somebody who looks.
+/// A process that is being forked inherits its parent's descriptors, and so the shared lock of a probe.
 #[test]
 fn who_looks_for_a_watch_is_not_taken_for_one() {
     let temp = tempfile::tempdir().unwrap();
@@ -226,7 +226,7 @@ fn what_is_too_large_is_refused_and_not_cut() {
     task_dir.write_exit(&an_exit()).unwrap();
     let place = task_dir.path().join("exit");
     let file = OpenOptions::new().write(true).open(&place).unwrap();
-    // A hole, which takes no room.
+    // A sparse file, which takes no space on disk.
     file.set_len(MAX_RECORD_BYTES + 1).unwrap();
     let error = task_dir.exit().unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidData);
@@ -250,7 +250,7 @@ fn what_is_damaged_is_not_repeated() {
     assert!(!error.contains("s3cret"), "{error}");
 }
 
-/// What released drivers wrote, a line each. Never change a line; add one when a field is new.
+/// What released drivers wrote, one record per line. Never change a line; add one when there is a new field.
 const ORDERS: &str = include_str!("frozen/order.jsonl");
 const RUNNING: &str = include_str!("frozen/running.jsonl");
 const EXITS: &str = include_str!("frozen/exit.jsonl");
@@ -273,7 +273,7 @@ fn what_was_ever_released_is_read_and_the_last_is_written() {
     is_frozen::<Exit>(EXITS);
 }
 
-/// A driver before the list of resources frees what it finds in fields of its own.
+/// Drivers from before the list of resources release what they find in separate fields.
 #[test]
 fn what_older_orders_name_is_a_resource_and_still_named_as_before() {
     const OLDER: [&str; 6] = ["place", "locks", "shares", "copies", "picks", "zone"];
@@ -350,7 +350,7 @@ fn records_of_another_age() {
     }
 }
 
-/// A moment that a record can hold.
+/// A time that a record can hold.
 fn moment() -> impl Strategy<Value = SystemTime> {
     let span = (0..1u64 << 40, 0..1_000_000_000u32);
     span.prop_map(|(seconds, nanos)| SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos))
@@ -458,7 +458,7 @@ proptest! {
         let task_dir = TaskDir::for_task(Path::new("/state"), &id);
         prop_assert_eq!(task_dir.path().parent(), Some(Path::new("/state")));
         prop_assert!(TaskDir::is_name(task_dir.path().file_name().unwrap().to_str().unwrap()));
-        // Sockets have short paths: the configuration keeps 43 bytes free below the state directory.
+        // Socket paths are short: the configuration keeps 43 bytes free below the state directory.
         prop_assert!(task_dir.control_socket().as_os_str().len() <= "/state".len() + 43);
     }
 

@@ -1,8 +1,8 @@
-//! The plugin's end of a lifeline.
+//! Tests of the plugin's end of the control socket.
 
 use super::*;
 
-/// A process to wait for; it ends with this.
+/// A process to wait for; dropping this kills it.
 #[derive(Debug)]
 struct Sleeper(std::process::Child);
 
@@ -26,7 +26,7 @@ impl Drop for Sleeper {
     }
 }
 
-/// The blocking pool has one thread here: whoever waited in it would keep the others from hearing anything.
+/// The blocking pool has one thread here: a wait that occupied it would keep the other waits from finishing.
 #[test]
 fn many_departures_are_awaited_without_a_thread_each() {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -47,7 +47,7 @@ fn many_departures_are_awaited_without_a_thread_each() {
     });
 }
 
-/// A container whose supervisor is this test.
+/// A container whose supervisor is played by this test.
 struct Odd {
     _temp: tempfile::TempDir,
     task_dir: TaskDir,
@@ -89,7 +89,7 @@ impl Odd {
         }
     }
 
-    /// A plugin that has found it again, and the supervisor's end of the line.
+    /// The client of a plugin that has reconnected, and the supervisor's end of the connection.
     async fn attached(&self) -> (SupervisorClient, UnixStream) {
         let listener = tokio::net::UnixListener::bind(self.task_dir.control_socket()).unwrap();
         let tracker = TaskTracker::new();
@@ -139,7 +139,7 @@ async fn news_that_are_not_known_are_passed_over() {
 async fn a_supervisor_that_talks_nonsense_is_lost_and_its_container_ended(#[case] said: Vec<u8>) {
     let mut odd = Odd::new();
     let (one, mut connection) = odd.attached().await;
-    // It may have been given up before it has said everything.
+    // The client may have closed the connection before everything is sent.
     let _ = connection.write_all(&said).await;
     let reaping = std::thread::spawn(move || odd.leader.0.wait().map(|status| (status, odd)));
     let end = one.end().await.unwrap();

@@ -1,8 +1,8 @@
-//! systemd-nspawn's own locks, by which it keeps two containers from writing one tree or image, and one range of user ids. A
-//! shared lock is kept by containers that do not write the tree; whoever ends tries to make its lock exclusive, to remove the
-//! file if nobody else holds it. For that moment another start finds the tree busy, and fails. So a start that shares its
-//! tree holds the locks itself until systemd-nspawn has them, and only waits for the moment to pass here, where nothing has been
-//! started yet.
+//! systemd-nspawn's own locks, which keep two containers from writing the same tree or image, or using the same uid range.
+//! Containers that do not write the tree hold a shared lock. When one of them exits, systemd-nspawn tries to make its lock
+//! exclusive, and removes the file if no other process holds it. During that moment another start finds the tree busy and fails.
+//! So the supervisor of a start that shares its tree takes the locks itself before it starts systemd-nspawn, where waiting for
+//! that moment to pass is harmless, and holds them until systemd-nspawn has its own.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -19,27 +19,27 @@ use super::task_dir::TaskDir;
 /// Where systemd-nspawn keeps the locks that it names by inode.
 const BY_INODE: &str = "/run/systemd/nspawn/locks";
 
-/// How long a start waits before it tries again to share a lock, in milliseconds. The moment lasts microseconds, longer on a
-/// loaded host; a container that writes the tree holds its lock for as long as it runs, and is not waited for.
+/// How long a start waits before each new attempt to share a lock, in milliseconds. The lock is exclusive for microseconds,
+/// longer on a loaded host. A container that writes the tree holds its lock as long as it runs; the start does not wait for that.
 const PAUSES: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
-/// The kind of a lock that others may have too. The field is narrower than the constant on all platforms.
+/// A shared lock. The field is narrower than the constant on all platforms.
 #[expect(clippy::cast_possible_truncation, reason = "the constant is 0")]
 const SHARED: i16 = nix::libc::F_RDLCK as i16;
 
-/// The kind of a lock that nobody else has.
+/// An exclusive lock.
 #[expect(clippy::cast_possible_truncation, reason = "the constant is 1")]
 const EXCLUSIVE: i16 = nix::libc::F_WRLCK as i16;
 
-/// Locks that are shared with other containers of the same tree. Dropping it gives them up as systemd-nspawn does: whoever is the
-/// last removes the files.
+/// Locks that are shared with other containers of the same tree. Dropping them releases them as systemd-nspawn does: the last
+/// holder removes the files.
 #[derive(Debug, Default)]
 pub(super) struct SharedLocks(Vec<(File, PathBuf)>);
 
 impl SharedLocks {
-    /// Shares the locks of a tree or image. Those that can't be had are left to systemd-nspawn, which then says why.
+    /// Shares the locks of a tree or image. Those that can't be taken are left to systemd-nspawn, which then reports why.
     pub(super) fn take(task_dir: &TaskDir, tree: &Path) -> Self {
-        // Fails where it is there, and where systemd-nspawn has never run: then there is nobody to share with.
+        // Fails if the directory exists, and where systemd-nspawn has never run: then there is no container to share with.
         let _ = DirBuilder::new().mode(0o700).create(BY_INODE);
         let mut locks = Self::default();
         let mut pauses = PAUSES.iter();
@@ -75,7 +75,7 @@ impl Drop for SharedLocks {
     }
 }
 
-/// Shares one lock, and makes its file if need be.
+/// Shares one lock, and creates its file if necessary.
 fn share(path: &Path) -> Result<File, Errno> {
     loop {
         let file = OpenOptions::new()
@@ -88,7 +88,7 @@ fn share(path: &Path) -> Result<File, Errno> {
             .open(path)
             .map_err(errno)?;
         lock(&file, SHARED)?;
-        // Whoever removed the file before it was locked here has left a lock that nobody else will find.
+        // If the file was removed before it was locked here, no other process will find this lock.
         if file.metadata().map_err(errno)?.nlink() > 0 {
             return Ok(file);
         }
@@ -110,7 +110,7 @@ fn lock(file: &File, kind: i16) -> Result<(), Errno> {
     fcntl(file, FcntlArg::F_OFD_SETLK(&whole)).map(drop)
 }
 
-/// The two files by which systemd-nspawn keeps others off a tree or an image.
+/// The two lock files of a tree or an image.
 fn paths_of(tree: &Path) -> Option<[PathBuf; 2]> {
     let about = fs::metadata(tree).ok()?;
     let name = tree.file_name()?.to_str()?;
@@ -128,8 +128,8 @@ pub(super) fn remove_of_tree(task_dir: &TaskDir, tree: &Path) {
     }
 }
 
-/// Removes a lock file that a killed systemd-nspawn has left, if nobody holds it: the lock is taken first, so that another
-/// container of the same tree keeps its own. systemd-nspawn notices when a file it has locked was removed, and begins again.
+/// Removes a lock file that a killed systemd-nspawn has left, if no process holds it: the lock is taken first, so that another
+/// container of the same tree keeps its own. systemd-nspawn notices when a file it has locked was removed, and tries again.
 pub(super) fn remove(task_dir: &TaskDir, path: &Path) {
     if let Some(_held) = take(path) {
         failpoint::hit(task_dir, Failpoint::TreeLocked);
@@ -137,7 +137,7 @@ pub(super) fn remove(task_dir: &TaskDir, path: &Path) {
     }
 }
 
-/// Takes one of systemd-nspawn's locks, if it is there and nobody holds it.
+/// Takes one of systemd-nspawn's locks, if it exists and no process holds it.
 pub(super) fn take(path: &Path) -> Option<File> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
     let file = OpenOptions::new()

@@ -1,6 +1,6 @@
-//! The bridge of a zone, which systemd-nspawn makes for the first container of the zone and removes with the last: removed here as
-//! systemd-nspawn does it, after one that was killed, and under the same lock. Touches no bridge that has an interface, and no
-//! other link.
+//! Removes the bridge of a zone after a systemd-nspawn that was killed, in the way systemd-nspawn does it and under the same
+//! lock. systemd-nspawn creates the bridge for the first container of the zone and removes it with the last. Never removes a
+//! bridge that has an interface, or any other link.
 
 use std::fs::{self, File};
 use std::io;
@@ -18,32 +18,33 @@ use nix::sys::socket::{
 const DELETE_LINK: u16 = 17;
 /// `IFLA_IFNAME` of `linux/if_link.h`.
 const NAME: u16 = 3;
-/// `NLMSG_ERROR`, which is also how success is told.
+/// `NLMSG_ERROR`, which also reports success.
 const OUTCOME: u16 = 2;
 /// `NLM_F_REQUEST | NLM_F_ACK`.
 const REQUEST: u16 = 1 | 4;
-/// The longest name of an interface, in bytes.
+/// The longest interface name, in bytes.
 const MAX_INTERFACE_NAME: usize = 15;
 
-/// How long the kernel may take to remove the interface of a container whose last process has gone.
+/// How long the kernel may take to remove the interface of a container after its last process is gone.
 const LINK_REMOVAL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The file that systemd-nspawn locks while it joins the bridge of a zone or removes one.
+/// The file that systemd-nspawn locks while it joins or removes the bridge of a zone.
 const LOCK_PATH: &str = "/run/systemd/nspawn-network-zone";
 
 /// How long systemd-nspawn may hold that lock. It needs a few milliseconds.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often the lock is tried. The kernel has no wait for it that ends by itself.
+/// How often the lock is tried. The kernel has no blocking call for it with a timeout.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
-/// The kind of a lock that nobody shares. The field is narrower than the constant on all platforms.
+/// An exclusive lock. The field is narrower than the constant on all platforms.
 #[expect(clippy::cast_possible_truncation, reason = "the constant is 1")]
 const WRITE_LOCK: i16 = nix::libc::F_WRLCK as i16;
 
-/// Removes the bridge of this zone in the network of the calling process, if it has no interface. A bridge that does not exist is
-/// fine. The interface of a container `leaving` it is waited for. Waits at most [`LOCK_TIMEOUT`] for systemd-nspawn's lock; if
-/// it can't be had, the bridge stays and the error says so.
+/// Removes the bridge of this zone in the network namespace of the calling process, if it has no interface. A bridge that does
+/// not exist is success. If a machine is `leaving`, waits for its interface to be removed first, at most
+/// [`LINK_REMOVAL_TIMEOUT`]. Waits at most [`LOCK_TIMEOUT`] for systemd-nspawn's lock; if it can't be taken, the bridge stays and
+/// the error says so.
 pub(super) fn remove_if_empty(zone: &str, leaving: Option<&str>) -> io::Result<()> {
     let link = format!("vz-{zone}");
     if link.len() > MAX_INTERFACE_NAME || link.contains(['/', '\0', ':']) {
@@ -52,7 +53,7 @@ pub(super) fn remove_if_empty(zone: &str, leaving: Option<&str>) -> io::Result<(
     let bridge = Path::new("/sys/class/net").join(&link).join("brif");
     if let Some(machine) = leaving {
         let end = Instant::now() + LINK_REMOVAL_TIMEOUT;
-        // Nobody tells when it has gone.
+        // The removal is polled, because it is not reported here.
         while ports(&bridge).is_some_and(|ports| ports.iter().any(|port| is_of(port, machine)))
             && Instant::now() < end
         {
@@ -63,7 +64,8 @@ pub(super) fn remove_if_empty(zone: &str, leaving: Option<&str>) -> io::Result<(
     if !is_empty() {
         return Ok(());
     }
-    // A container that starts in this zone holds the lock from before it looks for the bridge until its interface is in it.
+    // A container that starts in this zone takes the lock before it looks for the bridge and holds it until its interface is in
+    // the bridge.
     let _lock = ZoneLock::acquire(Path::new(LOCK_PATH), LOCK_TIMEOUT).map_err(|error| {
         let text = format!(
             "the bridge {link} of the task's zone stays, because {LOCK_PATH} can't be locked: {error}"
@@ -74,14 +76,14 @@ pub(super) fn remove_if_empty(zone: &str, leaving: Option<&str>) -> io::Result<(
         return Ok(());
     }
     match delete_link(&link) {
-        // It has gone in the meantime.
+        // It was removed meanwhile.
         Err(error) if error.raw_os_error() == Some(nix::Error::ENODEV as i32) => Ok(()),
         deleted => deleted,
     }
 }
 
-/// systemd-nspawn's lock for zones: a write lock of the open file description (`F_OFD_SETLK`) on the whole file. Its holder removes
-/// the file before it lets go, so a lock on a file without a name counts for nothing.
+/// systemd-nspawn's lock for zones: a write lock of the open file description (`F_OFD_SETLK`) on the whole file. Its holder
+/// removes the file before releasing the lock, so a lock on an unlinked file does not count.
 #[derive(Debug)]
 struct ZoneLock {
     path: PathBuf,
@@ -119,12 +121,12 @@ impl ZoneLock {
 
 impl Drop for ZoneLock {
     fn drop(&mut self) {
-        // While it is held, the name is this file's.
+        // While the lock is held, the path refers to this file.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// Whether this file could be locked now.
+/// Takes the lock; `false` if it is busy.
 fn try_lock(file: &File) -> io::Result<bool> {
     let whole = nix::libc::flock {
         l_type: WRITE_LOCK,
@@ -150,7 +152,8 @@ fn ports(bridge: &Path) -> Option<Vec<String>> {
     )
 }
 
-/// Whether this may be the interface of a container. Of a long name systemd-nspawn takes the beginning, and characters of a hash.
+/// Whether this may be the interface of a container. systemd-nspawn shortens a long name to its beginning and characters of a
+/// hash.
 fn is_of(port: &str, machine: &str) -> bool {
     const HASH: usize = 4;
     let name = format!("vb-{machine}");
@@ -181,11 +184,11 @@ fn request(link: &str) -> Vec<u8> {
     let attribute = 4 + link.len() + 1;
     let length = HEAD + HEAD + attribute.next_multiple_of(4);
     let mut message = Vec::with_capacity(length);
-    // No name of an interface makes a length that does not fit.
+    // No interface name makes a length that does not fit.
     message.extend(u32::try_from(length).unwrap_or_default().to_ne_bytes());
     message.extend(DELETE_LINK.to_ne_bytes());
     message.extend(REQUEST.to_ne_bytes());
-    // A number for the request and one for the asker, which needs neither; and a link that is told by its name alone.
+    // Sequence number and port id, which are not needed; and a link that is identified by its name only.
     message.extend([0; 8 + HEAD]);
     message.extend(u16::try_from(attribute).unwrap_or_default().to_ne_bytes());
     message.extend(NAME.to_ne_bytes());
@@ -194,7 +197,7 @@ fn request(link: &str) -> Vec<u8> {
     message
 }
 
-/// What the kernel answers: `struct nlmsghdr`, then the negative number of an error, or 0.
+/// Parses the kernel's answer: `struct nlmsghdr`, then a negative errno, or 0.
 fn outcome(answer: &[u8]) -> io::Result<()> {
     let kind = answer.get(4..6).and_then(|kind| kind.try_into().ok());
     let number = answer.get(16..20).and_then(|number| number.try_into().ok());
@@ -246,7 +249,7 @@ mod tests {
         ZoneLock::acquire(&path, Duration::ZERO).unwrap();
     }
 
-    /// The next holder makes a new file; a lock on the old one would exclude nobody.
+    /// The next holder creates a new file; a lock on the old one would exclude no one.
     #[test]
     fn a_lock_on_a_file_that_has_lost_its_name_counts_for_nothing() {
         let scratch = tempfile::tempdir().unwrap();
@@ -256,7 +259,7 @@ mod tests {
             let path = path.clone();
             move || ZoneLock::acquire(&path, Duration::from_secs(60)).unwrap()
         });
-        // It waits for the old file as soon as this process has that open twice.
+        // Once this process has the old file open twice, the thread is waiting for its lock.
         let opened = || {
             let all = fs::read_dir("/proc/self/fd").unwrap().flatten();
             all.filter(|entry| fs::read_link(entry.path()).is_ok_and(|file| file == path))
@@ -274,7 +277,7 @@ mod tests {
         drop(taken);
     }
 
-    /// The kernel understands the question: it knows no such link, or asks for rights first.
+    /// The kernel understands the request: it answers that there is no such link, or that privileges are missing.
     #[test]
     fn the_kernel_says_what_is_wrong() {
         let error = delete_link("vz-nobodyhere").unwrap_err();

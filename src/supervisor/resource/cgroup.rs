@@ -1,5 +1,5 @@
-//! The control group of a start, and its mirror: the group that systemd-nspawn makes in the named hierarchy of version 1, in the
-//! likeness of one in version 2, and leaves there.
+//! The cgroup of a start, and its mirror: the cgroup that systemd-nspawn creates in the named cgroup v1 hierarchy, with the path
+//! of the one in cgroup v2, and leaves behind.
 
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -10,14 +10,14 @@ use super::super::task_dir::TaskDir;
 use super::{Context, Lease};
 use crate::cgroup::Group;
 
-/// The control group that the supervisor makes and systemd-nspawn is started in.
+/// The cgroup that the supervisor creates and starts systemd-nspawn in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
     /// Its directory.
     pub group: PathBuf,
 }
 
-/// The group of the same name in the other hierarchy.
+/// The cgroup of the same name in the other hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CgroupMirror {
     /// Its directory.
@@ -44,7 +44,7 @@ impl Lease for CgroupMirror {
     }
 }
 
-/// The group of a start has the name of its records.
+/// The cgroup of a start has the name of its task directory.
 fn is_named_like(group: &Path, task_dir: &TaskDir) -> bool {
     let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
     group.file_name() == task_dir.path().file_name()

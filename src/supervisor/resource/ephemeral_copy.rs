@@ -1,4 +1,4 @@
-//! The throw-away copy of an ephemeral root, which systemd-nspawn makes, and leaves when it is killed.
+//! The copy of an ephemeral root. systemd-nspawn creates it, and leaves it behind when it is killed.
 
 use std::fs;
 use std::io;
@@ -10,10 +10,10 @@ use super::super::task_dir::TaskDir;
 use super::{Context, Lease, lock_file};
 use crate::procfs;
 
-/// A copy with a name that systemd-nspawn makes up, known when the container has come up.
+/// A copy whose name systemd-nspawn makes up. The name is known once the container has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EphemeralCopy {
-    /// The directory in which it is made.
+    /// The directory in which it is created.
     pub directory: PathBuf,
 }
 
@@ -28,7 +28,7 @@ impl Lease for EphemeralCopy {
 }
 
 impl EphemeralCopy {
-    /// Only a directory that systemd-nspawn named as a throw-away copy, in the place where this start's copies lie.
+    /// Whether a path has a name that systemd-nspawn gives to copies and is in the directory of this start's copies.
     fn is_copy(&self, path: &Path) -> bool {
         let named = path
             .file_name()
@@ -37,8 +37,9 @@ impl EphemeralCopy {
         named && path.parent() == Some(&self.directory)
     }
 
-    /// A systemd-nspawn that was killed early has told nobody what its copy is called. It locks the name before it copies anything,
-    /// and the lock ends with it: so a copy in this place, begun after the order was written, whose lock nobody holds, is a dead one's.
+    /// Removes the copy of a systemd-nspawn that was killed before it reported the copy's name. systemd-nspawn locks the name
+    /// before it copies anything, and the lock ends with it. So a copy in this directory that was begun after the launch spec was
+    /// written, and whose lock no process holds, is a leftover.
     fn remove_nameless(&self, task_dir: &TaskDir) -> io::Result<()> {
         let dead = lock_file::dead(task_dir, &self.directory, |name| {
             let copy = name.strip_prefix(".#")?.strip_suffix(".lck")?;
@@ -50,7 +51,7 @@ impl EphemeralCopy {
     }
 }
 
-/// Where a container's throw-away root lies, seen from its leader: the kernel shows which directory of the file system is
+/// The path of a container's ephemeral root, found through its leader: the kernel shows which directory of the file system is
 /// mounted at its root.
 pub(in crate::supervisor) fn ephemeral_root_of(leader: i32, copies: &Path) -> Option<PathBuf> {
     let mounts = procfs::mounts_of(leader).ok()?;
@@ -71,7 +72,7 @@ fn is_random(copy: &str) -> bool {
     random.is_some_and(|random| random.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
-/// Removes a copy, of a tree or of an image.
+/// Removes the copy of a tree or an image.
 fn remove(path: &Path) -> io::Result<()> {
     let is_tree = path.symlink_metadata().is_ok_and(|about| about.is_dir());
     let removed = if is_tree {
@@ -83,7 +84,7 @@ fn remove(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    // After the copy: without its lock nobody would find it again.
+    // After the copy: without its lock file the copy would not be found again.
     if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
         let _ = fs::remove_file(path.with_file_name(format!(".#{name}.lck")));
     }

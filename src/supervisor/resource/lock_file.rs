@@ -1,5 +1,5 @@
-//! Lock files of systemd-nspawn whose names are not known. The kernel drops a lock with the process that held it, so a file whose
-//! lock can be taken is a dead one's.
+//! Lock files of systemd-nspawn whose names are not recorded. The kernel drops a lock with the process that held it, so a file
+//! whose lock can be taken belongs to a process that is gone.
 
 use std::fs;
 use std::io;
@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 use super::super::task_dir::TaskDir;
 use super::super::tree_lock;
 
-/// The locks in a directory that were made after the order and that nobody holds, of those names that mean something. They are
-/// held as long as what is returned.
+/// The lock files in a directory that were created after the launch spec, that no process holds, and for whose name `meaning`
+/// returns a value. Their locks are held as long as the returned files are open.
 pub(super) fn dead<T>(
     task_dir: &TaskDir,
     directory: &Path,
     meaning: impl Fn(&str) -> Option<T>,
 ) -> io::Result<Vec<(fs::File, PathBuf, T)>> {
     let entries = match fs::read_dir(directory) {
-        // Whoever removed the place has removed what lay in it.
+        // With the directory its lock files are gone too.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries?,
     };

@@ -1,9 +1,9 @@
-//! What a start acquires on the host and what has to be released after it. Every resource stands in the order, and so on disk,
-//! before it is acquired; whoever ends a start releases all of them by [`release_all`]: the supervisor at the container's end,
-//! DestroyTask and reconciliation where the supervisor did not get that far. Releases only what the records of that start name, and
-//! may be repeated.
+//! Host resources: what a start acquires on the host and what has to be released after it. Every resource is in the launch spec,
+//! and so on disk, before it is acquired. [`release_all`] releases all of them: called by the supervisor process at the
+//! container's exit, and by the plugin in DestroyTask and reconciliation if the supervisor did not get that far. It releases only
+//! what the records of that start name, and may be repeated.
 //!
-//! A new kind is one file with its `Lease`, and its line in each of [`Resource`] and `Resource::lease`.
+//! A new kind of resource is one file with its `Lease`, and a line in each of [`Resource`] and `Resource::lease`.
 
 use std::fmt;
 use std::io;
@@ -34,54 +34,55 @@ pub(super) use ephemeral_copy::ephemeral_root_of;
 pub(super) use nspawn_mounts::remove_leaked_mounts;
 pub(super) use uid_range::first_uid_of;
 
-/// Something a start holds on the host.
+/// A resource that a start holds on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Resource {
-    /// The control group of the start.
+    /// The cgroup of the start.
     Cgroup(Cgroup),
-    /// The same group in the other hierarchy.
+    /// The cgroup of the same name in the other hierarchy.
     CgroupMirror(CgroupMirror),
     /// The bridge of a zone.
     ZoneBridge(ZoneBridge),
-    /// The lock of a range of user ids that systemd-nspawn picks.
+    /// The lock of a uid range that systemd-nspawn picks.
     UidRange(UidRange),
     /// systemd-nspawn's lock of a tree or an image.
     TreeLock(TreeLock),
-    /// The stand-in for a root that lacks mount points.
+    /// The skeleton that replaces a root that lacks mount points.
     Skeleton(Skeleton),
-    /// The throw-away copy of an ephemeral root.
+    /// The copy of an ephemeral root.
     EphemeralCopy(EphemeralCopy),
     /// What systemd-nspawn mounts for a machine below `/run`.
     NspawnMounts(NspawnMounts),
-    /// A kind that a newer driver has recorded. It is kept as it is, and reported instead of released.
+    /// A kind recorded by a newer driver. It is kept unchanged, and reported instead of released.
     #[serde(untagged)]
     Unknown(Value),
 }
 
-/// What is known of a start when its resources are released; its processes are gone by then.
+/// What is known of a start when its resources are released. Its processes are gone by then.
 #[derive(Debug)]
 pub struct Context<'a> {
-    /// The records of the start.
+    /// The task directory of the start.
     pub task_dir: &'a TaskDir,
-    /// Its machine name, which was checked.
+    /// Its machine name, which has been validated.
     pub machine: &'a str,
-    /// What was learned when it came up, if it did.
+    /// Its running record, if it came up.
     pub running: Option<&'a Running>,
-    /// Whether the host still runs the boot of the start.
+    /// Whether the host has not rebooted since the start.
     pub same_boot: bool,
-    /// Whether the end is on record and systemd-nspawn took its interfaces along.
+    /// Whether an exit record without an error exists, so that systemd-nspawn removed its interfaces itself.
     pub by_itself: bool,
-    /// Whether systemd-nspawn was killed. One that has ended by itself has given up its locks, and the tree may be another's since.
+    /// Whether systemd-nspawn was killed. If it exited by itself it has released its locks, and another container may have locked
+    /// the tree since.
     pub killed: bool,
 }
 
 /// How one kind of resource is released.
 trait Lease {
-    /// Releases it. One that is not there (any more) is success.
+    /// Releases it. A resource that does not exist (any more) is success.
     fn release(&self, context: &Context<'_>) -> io::Result<()>;
 
-    /// Whether the record may be believed: `false` where it names what can't be the start's own.
+    /// Whether the record can be trusted: `false` if it names something that can't belong to the start.
     fn is_own(&self, _records: &TaskDir) -> bool {
         true
     }
@@ -112,7 +113,7 @@ impl Resource {
         })
     }
 
-    /// Whether the record may be believed: `false` where it names what can't be the start's own.
+    /// Whether the record can be trusted: `false` if it names something that can't belong to the start.
     pub fn is_own(&self, task_dir: &TaskDir) -> bool {
         self.lease().is_none_or(|lease| lease.is_own(task_dir))
     }
@@ -140,7 +141,8 @@ impl fmt::Display for Resource {
     }
 }
 
-/// Releases all of these, in the reverse order of their acquisition. One that can't be released keeps no other from it.
+/// Releases all of these, in the reverse order of acquisition. One that can't be released does not keep the others from being
+/// released.
 pub fn release_all(resources: &[Resource], context: &Context<'_>) -> Vec<ReleaseError> {
     let failed = |resource: &Resource| {
         let source = resource.release(context).err()?;
@@ -158,7 +160,7 @@ mod tests {
     use std::fs;
     use std::path::PathBuf;
 
-    /// A start with records and nothing else.
+    /// A start with a launch spec and nothing else.
     pub(super) struct Start {
         pub(super) temp: tempfile::TempDir,
         pub(super) task_dir: TaskDir,
@@ -182,7 +184,7 @@ mod tests {
             directory
         }
 
-        /// What is known of a start that never came up.
+        /// The context of a start that never came up.
         pub(super) fn context(&self) -> Context<'_> {
             Context {
                 task_dir: &self.task_dir,
@@ -199,7 +201,7 @@ mod tests {
     fn what_can_not_be_released_keeps_no_other_from_it() {
         let start = Start::new();
         let group = start.directory("group");
-        // No hierarchy of groups has files, so this is one that does not go.
+        // A real cgroup directory contains no regular files. With one in it, this directory can't be removed.
         let mirror = start.directory("mirror");
         fs::write(mirror.join("file"), "").unwrap();
         let resources = [

@@ -1,5 +1,5 @@
-//! What systemd-nspawn mounts for a machine below `/run/systemd/nspawn`: it leaves them when it is killed, and from 256 on the next
-//! one of the same name trips over them.
+//! What systemd-nspawn mounts for a machine below `/run/systemd/nspawn`. It leaves the mounts behind when it is killed, and from
+//! version 256 on they make the next start of the same machine name fail.
 
 use std::fs;
 use std::io;
@@ -12,14 +12,14 @@ use super::{Context, Lease};
 
 const BASE: &str = "/run/systemd/nspawn";
 
-/// The mounts and directories that carry the machine's name.
+/// The mounts and directories named after the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NspawnMounts {}
 
 impl Lease for NspawnMounts {
     fn release(&self, context: &Context<'_>) -> io::Result<()> {
         remove_leaked_mounts(context.machine);
-        // Left where /run is no tmpfs. Only an empty directory goes.
+        // Left behind where `/run` is not a tmpfs. Only an empty directory is removed.
         let _ = fs::remove_dir(Path::new(BASE).join("propagate").join(context.machine));
         Ok(())
     }

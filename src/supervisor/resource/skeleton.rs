@@ -1,5 +1,5 @@
-//! The stand-in for a root that lacks mount points. It lies in the records and goes with them; to systemd-nspawn it is a tree like
-//! any other, which it locks.
+//! The skeleton that replaces a root that lacks mount points. It is in the task directory and is removed with it. To
+//! systemd-nspawn it is a tree like any other, which it locks.
 
 use std::io;
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::super::tree_lock;
 use super::{Context, Lease};
 
-/// The stand-in root of the start.
+/// The skeleton of the start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skeleton {}
 

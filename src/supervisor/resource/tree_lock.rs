@@ -1,4 +1,4 @@
-//! The two files by which systemd-nspawn keeps others off a tree or an image that it works on.
+//! The two lock files by which systemd-nspawn keeps others from using a tree or an image at the same time.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use super::{Context, Lease};
 pub struct TreeLock {
     /// The tree or image.
     pub tree: PathBuf,
-    /// Whether the lock is shared with others that do not write the tree.
+    /// Whether the lock is shared with other containers that do not write the tree.
     #[serde(default)]
     pub shared: bool,
 }

@@ -1,4 +1,4 @@
-//! The lock of the range of user ids that systemd-nspawn picks for a container; its name is the first id of the range.
+//! The lock of the uid range that systemd-nspawn picks for a container. The file is named after the first uid of the range.
 
 use std::fs;
 use std::io;
@@ -13,7 +13,7 @@ use super::{Context, Lease, lock_file};
 /// Where systemd-nspawn keeps these locks.
 const LOCKS: &str = "/run/systemd/nspawn-uid";
 
-/// A picked range of user ids. Which one is known when the container has come up.
+/// A uid range picked by systemd-nspawn. It is known once the container has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UidRange {}
 
@@ -32,8 +32,8 @@ impl Lease for UidRange {
     }
 }
 
-/// A systemd-nspawn that was killed early has told nobody which range it picked: a lock made after the order was written, and held
-/// by nobody, is a dead one's.
+/// Removes the lock of a systemd-nspawn that was killed before its range was known: a lock file created after the launch spec was
+/// written, and held by no process, is a leftover.
 fn remove_nameless(task_dir: &TaskDir, locks: &Path) -> io::Result<()> {
     let dead = lock_file::dead(task_dir, locks, |name| name.parse::<u32>().ok())?;
     for (_held, lock, _) in dead {
@@ -42,7 +42,7 @@ fn remove_nameless(task_dir: &TaskDir, locks: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The first id outside of a process's range of user ids, if that is a range of its own.
+/// The first host uid of a process's uid range, if it has a range of its own.
 pub(in crate::supervisor) fn first_uid_of(leader: i32) -> Option<u32> {
     first_uid(&fs::read_to_string(format!("/proc/{leader}/uid_map")).ok()?)
 }

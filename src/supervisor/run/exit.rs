@@ -1,5 +1,5 @@
-//! The exit of a container: detected, recorded, reported, and its resources released, in this order. How the signs of an end are read is
-//! `supervisor::ending`'s to know.
+//! The exit of a container: detected, recorded, reported, and its resources released, in this order. Runs in the supervisor
+//! process. Does not interpret the evidence; `supervisor::exit_status` does.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -21,26 +21,27 @@ use crate::nspawn::refusal::{cause_of_exec_error, cause_of_messages};
 use crate::signal::Signal;
 
 impl Supervisor {
-    /// The leader, as long as its end is news. systemd-nspawn may have been stopped, and then it would not report it.
+    /// The leader to poll, as long as there is something left to learn about its exit. Polled because a systemd-nspawn that was
+    /// stopped would not report the exit.
     pub(super) fn leader_poll_fd(&self) -> Option<PollFd<'_>> {
         let leader = self.leader_handle()?;
         let flags = match self.leader {
             LeaderState::Alive => PollFlags::POLLIN,
-            // The kernel says so unasked when it is waited for, and until then has no other news.
+            // The kernel reports POLLHUP unrequested once the leader has been waited for, and nothing else until then.
             LeaderState::Ended if self.may_end_early() => PollFlags::empty(),
             LeaderState::Ended | LeaderState::Reaped => return None,
         };
         Some(PollFd::new(leader.as_fd(), flags))
     }
 
-    /// Whether the leader's end is told before that of systemd-nspawn: throwing away an ephemeral root may take that minutes. Any
-    /// other root stays locked until systemd-nspawn has ended.
+    /// Whether the leader's exit is reported before systemd-nspawn exits: systemd-nspawn may take minutes to delete an ephemeral
+    /// root. Any other root stays locked until systemd-nspawn has exited.
     fn may_end_early(&self) -> bool {
         !self.exit_reported && self.launch_spec.copies().is_some()
     }
 
-    /// The leader has ended. systemd-nspawn normally ends a few milliseconds later; one that was stopped continues, and one that
-    /// still does not end is killed after [`NSPAWN_CLEANUP_TIMEOUT`], unless it may be throwing away an ephemeral root.
+    /// The leader has exited. systemd-nspawn normally exits a few milliseconds later. One that was stopped gets SIGCONT, and one
+    /// that still does not exit is killed after [`NSPAWN_CLEANUP_TIMEOUT`], unless it may be deleting an ephemeral root.
     pub(super) fn see_leader(&mut self, seen: LeaderState) {
         let ends_now = std::mem::replace(&mut self.leader, seen) == LeaderState::Alive;
         if !ends_now {
@@ -53,7 +54,8 @@ impl Supervisor {
         }
     }
 
-    /// How systemd-nspawn may be taken to have ended, once the leader has and nothing that it could add would change what is told.
+    /// The exit status to assume for systemd-nspawn, once the leader has exited and nothing that systemd-nspawn could add would
+    /// change the reported exit.
     pub(super) fn early_exit_status(&self) -> Option<ExitStatus> {
         if !self.may_end_early() || self.leader == LeaderState::Alive {
             return None;
@@ -72,7 +74,7 @@ impl Supervisor {
         }
     }
 
-    /// The leader's raw wait status, where the kernel tells it to others than the parent.
+    /// The leader's raw wait status, if the kernel reports it to processes other than the parent.
     fn raw_status(&self) -> Option<i32> {
         let leader = self.leader_handle()?;
         leader
@@ -80,7 +82,7 @@ impl Supervisor {
             .filter(|_| !failpoint::kernel_is_old(&self.task_dir))
     }
 
-    /// Records how it ended and tells everybody, once.
+    /// Records the exit and reports it to all clients, once.
     pub(super) fn report_exit(&mut self, status: ExitStatus) {
         if std::mem::replace(&mut self.exit_reported, true) {
             return;
@@ -106,8 +108,8 @@ impl Supervisor {
         failpoint::hit(&self.task_dir, Failpoint::EndTold);
     }
 
-    /// Reaps every child that has ended; the status of systemd-nspawn if it is among them. The leader is one only after a
-    /// systemd-nspawn that ended without having waited for it.
+    /// Reaps every child that has exited; returns the status of systemd-nspawn if it is among them. The leader becomes a child only
+    /// after a systemd-nspawn that exited without having waited for it.
     pub(super) fn reap(&mut self) -> Option<ExitStatus> {
         failpoint::hit(&self.task_dir, Failpoint::Exited);
         while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
@@ -124,9 +126,9 @@ impl Supervisor {
         found
     }
 
-    /// systemd-nspawn has ended: so has the container, or it does now.
+    /// systemd-nspawn has exited: so has the container, or it is killed now.
     pub(super) fn finish(&mut self, status: ExitStatus) {
-        // What was said last may still lie in the sockets: a short command is over before anybody has looked.
+        // The last messages may still be queued in the sockets: a short command exits before they have been read.
         self.read_notify_socket();
         self.read_init_channel();
         self.start_if_ready();
@@ -152,7 +154,7 @@ impl Supervisor {
         if let Some(group) = group {
             group.wait_empty(NSPAWN_CLEANUP_TIMEOUT);
         }
-        // After systemd-nspawn's own end, so that of the two the last removes the files.
+        // Only after systemd-nspawn has exited, so that the last of the two to hold the locks removes the files.
         self.tree = None;
         if !self.nspawn_killed
             && status.signal().is_none()
@@ -169,7 +171,8 @@ impl Supervisor {
         }
     }
 
-    /// Why it did not come up, from the one who was furthest: systemd-nspawn may not have been reached, or its own messages tell.
+    /// Why the container did not come up, according to the process that got furthest: systemd-nspawn may never have been executed,
+    /// or its own messages give the reason.
     fn failed(&self, status: ExitStatus) -> StartFailure {
         if let Some(refusal) = self.task_dir.failure() {
             return StartFailure::new(StartStep::Nspawn, refusal.cause, refusal.reason);

@@ -1,5 +1,5 @@
-//! Signals to a container, graceful stop and kill. Decides who gets a signal and when; what came of it
-//! is told elsewhere.
+//! Signals to a container, graceful stop and kill. Runs in the supervisor process. Decides which process gets a signal and when;
+//! the resulting exit is handled in `exit`.
 
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
@@ -15,12 +15,12 @@ use crate::cgroup::{Group, freezer};
 use crate::container::Mode;
 use crate::signal::Signal;
 
-/// How long an image's init may need before it takes signals. What it does not take then, it never will.
+/// How long an image's init may need before it handles signals. A signal that it does not handle by then it never will.
 const INIT_STARTUP_WINDOW: Duration = Duration::from_secs(60);
 
 impl Supervisor {
-    /// The process that signals are for; none once it has ended. A second process is known from what its init says, and never
-    /// looked for: when it has ended, the children of the init are orphans that the init has adopted.
+    /// The process that receives signals; none once it has exited. With `process_two` the command is known from the init's report
+    /// and is never searched for: once it has exited, the init's children are orphans that the init has adopted.
     fn payload_pid(&self) -> Option<&ProcessHandle> {
         let State::Running { leader, .. } = &self.state else {
             return None;
@@ -32,16 +32,16 @@ impl Supervisor {
         }
     }
 
-    /// The signal that asks this payload to end. systemd has one of its own. A command gets SIGTERM if it has a handler for
-    /// it, and else Nomad's default, SIGINT: the first process of a container is deaf to what it has no handler for, and shells
-    /// have one for SIGINT that means nothing.
+    /// The signal that asks this payload to exit. systemd has one of its own. A command gets SIGTERM if it has a handler for it, or
+    /// if it ignores SIGINT; otherwise it gets Nomad's default, SIGINT. The kernel discards signals for which PID 1 of a container
+    /// has no handler. A handler for SIGINT proves nothing, because shells have one too.
     pub(super) fn stop_signal(&self) -> Option<Signal> {
         if self.launch_spec.mode == Mode::Boot {
             return Some(Signal::POWER_OFF);
         }
         let payload = self.payload_pid()?.process().pid;
-        // The init reports a command a moment after it has forked it. Until then the payload is the init, which passes signals on, and the
-        // command its first child; that is good enough to choose a signal by.
+        // The init reports a command a moment after it has forked it. Until then the payload is the init, which forwards signals,
+        // and the command is its first child; that is good enough to choose a signal.
         let init = self.init_channel.as_ref().and_then(InitChannel::peer_pid);
         let pid = match self.launch_spec.mode {
             Mode::ProcessTwo if init == Some(payload) => first_child(payload).unwrap_or(payload),
@@ -60,20 +60,20 @@ impl Supervisor {
         if !self.init_not_ready_for(payload, signal) {
             return payload.signal(signal);
         }
-        // One is as good as many: the kernel too keeps a signal once.
+        // Once is enough: the kernel too keeps a pending signal only once.
         if !self.pending_signals.contains(&signal) {
             self.pending_signals.push(signal);
         }
         Ok(())
     }
 
-    /// Whether an image's init would lose a signal that it may take later. systemd-nspawn tells of the start while the first
-    /// process is still its own program, and an init needs a moment as well.
+    /// Whether an image's init would lose a signal that it may handle later. systemd-nspawn reports the start while PID 1 is still
+    /// systemd-nspawn's own program, and an init needs a moment to install its handlers as well.
     fn init_not_ready_for(&self, payload: &ProcessHandle, signal: Signal) -> bool {
         let State::Running { since, .. } = self.state else {
             return false;
         };
-        // These work without being taken.
+        // These work without a handler.
         let works = [Signal::NULL, Signal::CONT, Signal::STOP].contains(&signal);
         let young = self.launch_spec.mode == Mode::Boot && since.elapsed() < INIT_STARTUP_WINDOW;
         young && !works && blocks_or_handles_signal(payload.process().pid, signal) == Some(false)
@@ -98,7 +98,7 @@ impl Supervisor {
         self.pending_signals = early;
     }
 
-    /// Ends the container by force, and lets systemd-nspawn see it and clear up.
+    /// Kills the container, and lets systemd-nspawn notice it and clean up.
     pub(super) fn kill(&mut self) {
         failpoint::hit(&self.task_dir, Failpoint::Killing);
         self.pending_signals.clear();
@@ -107,7 +107,7 @@ impl Supervisor {
             self.kill_nspawn();
             return;
         };
-        // One that has ended by itself has its own truth.
+        // A leader that had already exited was not killed: its own exit status counts.
         let lives = |leader: &ProcessHandle| !leader.wait(Duration::ZERO);
         self.killed |= leader.as_ref().is_some_and(lives);
         if let Some(group) = self.launch_spec.cgroup() {
@@ -117,7 +117,7 @@ impl Supervisor {
             let _ = leader.signal(Signal::KILL);
             freezer::release(leader.process().pid);
         }
-        // What is frozen can't clear up.
+        // Frozen processes can't clean up.
         if let Some(group) = self.launch_spec.cgroup() {
             Group::new(group).thaw();
         }
@@ -126,17 +126,17 @@ impl Supervisor {
             .get_or_insert_with(|| Instant::now() + NSPAWN_CLEANUP_TIMEOUT);
     }
 
-    /// A systemd-nspawn that somebody has stopped would not notice the end of its container.
+    /// A systemd-nspawn that was stopped would not notice the exit of its container.
     pub(super) fn sigcont_nspawn(&self) {
         if let Ok(nspawn) = ProcessHandle::open_checked(self.nspawn) {
             let _ = nspawn.signal(Signal::CONT);
         }
     }
 
-    /// Ends everything at once, systemd-nspawn too.
+    /// Kills everything at once, including systemd-nspawn.
     pub(super) fn kill_nspawn(&mut self) {
         self.nspawn_killed = true;
-        // Its own parent has not waited for it yet, so the pid is its own. No descriptor is needed for that.
+        // This process is its parent and has not waited for it yet, so the pid can't have been reused. kill(2) needs no descriptor.
         let pid = nix::unistd::Pid::from_raw(self.nspawn.pid);
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         if let Some(group) = self.launch_spec.cgroup() {
@@ -144,7 +144,7 @@ impl Supervisor {
         }
     }
 
-    /// After a systemd-nspawn that was killed the container lives on, without anybody to tell its end.
+    /// A container outlives a systemd-nspawn that was killed, and no process is left to report its exit.
     pub(super) fn kill_remaining(&mut self) {
         if let State::Running {
             leader: Some(leader),

@@ -1,5 +1,5 @@
-//! The step between a supervisor and systemd-nspawn is started here, and gets what systemd-nspawn and the container's first program
-//! shall have: their descriptors and nothing else.
+//! Starts the exec shim (`enter`) that becomes systemd-nspawn, and passes it the descriptors for systemd-nspawn and for the
+//! driver's init, and no others. Runs in the supervisor process.
 
 use std::fs::File;
 use std::io::{self, IoSlice};
@@ -13,7 +13,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use super::super::init_channel::InitChannel;
 use super::super::task_dir::{Pid1, TaskDir};
 
-/// Starts the step between this process and systemd-nspawn.
+/// Starts the exec shim.
 #[expect(
     clippy::disallowed_methods,
     reason = "the container's own process begins here"
@@ -57,7 +57,7 @@ pub(super) fn spawn(
     Ok((command.spawn()?, Some(channel)))
 }
 
-/// Sends descriptors to whoever holds the other end.
+/// Sends descriptors to the peer of the socket.
 fn send_descriptors(give: &UnixStream, descriptors: [OwnedFd; 4]) -> io::Result<()> {
     let numbers = descriptors.each_ref().map(AsRawFd::as_raw_fd);
     let rights = [ControlMessage::ScmRights(&numbers)];
