@@ -1,5 +1,5 @@
-//! Compiles `proto/` to Rust with protox, so that the machine needs no `protoc`; and builds `init/`, the program that runs inside
-//! containers, so that it can be embedded and one file ships.
+//! Compiles `proto/` to Rust with protox, so that the build machine needs no `protoc`, and builds `init/`, the program that runs
+//! inside containers, so that it can be embedded and the driver ships as one file.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -23,11 +23,11 @@ fn main() -> anyhow::Result<()> {
     init().context("building init/, the program that runs inside containers")
 }
 
-/// Larger, and something has crept in that has no place there.
+/// The size limit in bytes. A larger binary means that something has been linked in that does not belong there.
 const LARGEST_INIT: usize = 1536 * 1024;
 
-/// Leaves the program as `nspawn-init` in `OUT_DIR`. It has a target directory of its own: the main one is locked by the cargo that
-/// waits for this script.
+/// Builds the program as `nspawn-init` in `OUT_DIR`. It needs a target directory of its own: the main one is locked by the cargo
+/// that waits for this script.
 #[expect(
     clippy::disallowed_methods,
     reason = "a build script, and no room of the house"
@@ -52,12 +52,13 @@ fn init() -> anyhow::Result<()> {
         .args(["--profile", "init", "--locked", "--target", &target])
         .arg("--target-dir")
         .arg(&directory)
-        // Runs in any image, which may have no C library or another one, and costs no relocation when it starts.
+        // Linked statically, to run in any image, which may have no C library or another one; not relocatable, to need no
+        // relocation at start.
         .env(
             "CARGO_ENCODED_RUSTFLAGS",
             "-Ctarget-feature=+crt-static\x1f-Crelocation-model=static",
         );
-    // What the outer call is (clippy, coverage, a check) is not what this one is.
+    // The settings of the outer cargo (clippy, coverage, a check) must not apply to this build.
     for outer in ["RUSTC_WORKSPACE_WRAPPER", "RUSTC_WRAPPER", "RUSTFLAGS"] {
         cargo.env_remove(outer);
     }
@@ -67,7 +68,7 @@ fn init() -> anyhow::Result<()> {
     take(&built, &out.join("nspawn-init")).with_context(|| built.display().to_string())
 }
 
-/// Checks the program and puts it where the sources find it.
+/// Checks the program and copies it to where the sources embed it.
 fn take(built: &Path, to: &Path) -> anyhow::Result<()> {
     let bytes = fs::read(built)?;
     ensure!(
@@ -82,7 +83,7 @@ fn take(built: &Path, to: &Path) -> anyhow::Result<()> {
     Ok(fs::write(to, bytes)?)
 }
 
-/// Whether no program header of an ELF file asks for a loader. None: it is no such file.
+/// Whether no program header of an ELF file requests a loader. `None` if the file is not a 64-bit little-endian ELF file.
 fn is_static(bytes: &[u8]) -> Option<bool> {
     const PT_INTERP: u64 = 3;
     let number = |at: usize, length: usize| -> Option<u64> {

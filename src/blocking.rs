@@ -1,18 +1,20 @@
-//! Work that may block: files, locks, `statfs`, starting a process. On a network file system that is gone, each of them may last
-//! for ever. It runs on tokio's threads for blocking work and never on a worker, of which there are few and which serve every
-//! request.
+//! Runs work that may block in the plugin process: files, locks, `statfs`, starting a process. On a network file system whose
+//! server is gone, each of them may block forever. Such work runs on tokio's blocking threads and never on a worker thread: the
+//! few workers serve every request.
 
 use tokio::sync::Semaphore;
 
-/// The most threads for blocking work, for the runtime that serves requests. Work beyond that waits for one of them.
+/// The maximum number of blocking threads of the runtime that serves requests. Further work waits for a free one.
 pub const THREADS: usize = 512;
 
-/// The most of them that starts may hold together. Starts that hang leave the other half to everything else.
+/// The maximum number of blocking threads that starts may occupy together. Starts that hang leave the other half for everything
+/// else.
 const STARTS: usize = THREADS / 2;
 
 static STARTING: Semaphore = Semaphore::const_new(STARTS);
 
-/// Runs `work` on a thread for blocking work and waits for it. Its panic is the caller's. The work goes on if the caller is dropped.
+/// Runs `work` on a blocking thread and waits for it. A panic in `work` is resumed in the caller. `work` continues if the caller
+/// is dropped.
 pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
@@ -24,9 +26,10 @@ pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
     }
 }
 
-/// [`run`] for a step of a start. Waits as long as too many steps of other starts are under way.
+/// Like [`run`], for a step of a start. Waits while too many steps of other starts are running.
 pub async fn run_start<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    // Nobody closes it. The permit goes with the work, which holds its thread although the caller may be gone.
+    // The semaphore is never closed, so this can't fail. The permit moves into the work, which occupies its thread even if the
+    // caller is gone.
     let permit = STARTING.acquire().await;
     run(move || {
         let _permit = permit;

@@ -1,19 +1,20 @@
 //! A HashiCorp Nomad task driver that runs tasks in systemd-nspawn containers.
 //!
-//! A request enters at the front and walks through the rooms in this order; no room uses one to its left:
+//! A request passes through the modules in this order; no module uses one that comes before it:
 //!
-//! | room | receives | hands on |
+//! | module | receives | hands on |
 //! |---|---|---|
 //! | [`go_plugin`] | environment and a unix socket | a served gRPC connection |
-//! | [`driver`] | a wire request | configuration bytes and what Nomad granted |
-//! | [`config`] | bytes and grants | a checked [`container::ContainerSpec`] |
-//! | [`task`] | a spec | one call on the backend; the life of this task |
-//! | [`backend`] | a spec | an order: argv, environment, files |
-//! | [`supervisor`] | an order | a running process, a lifeline to it, an exit record |
-//! | [`nspawn`], [`cgroup`] | words | argv, parsed tool output, readings |
+//! | [`driver`] | a protobuf request | configuration bytes and what Nomad allocated |
+//! | [`config`] | those bytes and what Nomad allocated | a checked [`container::ContainerSpec`] |
+//! | [`task`] | a spec | one call on the backend; owns the state of the task |
+//! | [`backend`] | a spec | a launch spec: argv, environment, files |
+//! | [`supervisor`] | a launch spec | a running process, its control socket, an exit record |
+//! | [`nspawn`], [`cgroup`] | plain values | argv, parsed tool output, readings |
 //!
-//! Beside them stand [`host`], a small Nomad-like host that starts a plugin the way Nomad does, and [`cli`], the lives a
-//! person starts. Nothing uses those two. `docs/architecture.md` tells the walk of one task with the files it leaves on disk.
+//! Outside this order are [`host`], a small Nomad-like host that starts a plugin the way Nomad does, and [`cli`], the commands
+//! for people. No other module uses these two. `docs/architecture.md` follows one task through the modules and lists the files it
+//! leaves on disk.
 
 pub mod proto;
 

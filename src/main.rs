@@ -1,5 +1,6 @@
-//! The door: which of the binary's lives is this? A host invites a plugin by a cookie; a supervisor and the step to
-//! systemd-nspawn are asked for by name; everything else is a person.
+//! Entry point of the binary. Selects what this process is: the plugin if a go-plugin host set the magic cookie, the supervisor
+//! (`supervise`) or the exec shim that starts systemd-nspawn (`enter`) by their command, and the command line interface
+//! otherwise.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -59,7 +60,8 @@ fn serve(handshake_env: HandshakeEnv, owner: Option<&Owner>) -> ExitCode {
     }
 }
 
-/// A plugin of `run`. When `run` is gone, this process is the only one left that can remove its directories.
+/// Serves a plugin that the `run` command started. When `run` is gone, this process is the only one left that can remove its
+/// directories.
 fn serve_owner(handshake_env: HandshakeEnv, directories: &[&OsStr]) -> ExitCode {
     let owner = match Owner::on_stdin().context("duplicate standard input") {
         Ok(owner) => owner,
@@ -72,7 +74,7 @@ fn serve_owner(handshake_env: HandshakeEnv, directories: &[&OsStr]) -> ExitCode 
     code
 }
 
-/// The real driver: containers by systemd-nspawn, supervisors by this very binary.
+/// The production driver: containers by systemd-nspawn, supervisors started from this same binary.
 #[expect(
     clippy::disallowed_methods,
     reason = "the door hands `PATH` to the room that searches it"
@@ -90,7 +92,7 @@ fn driver() -> anyhow::Result<Driver> {
                 state_dir: config.state_dir.clone(),
                 nspawn: config.nspawn_path.clone(),
                 search: search.clone(),
-                // Not its path: an upgrade may have put another version there while this one runs.
+                // Not the binary's path: an upgrade may have replaced the file while this version runs.
                 binary: "/proc/self/exe".into(),
             }))
         };

@@ -1,5 +1,5 @@
-//! The one reader of the kernel's mount tables. Works on bytes, because a path need not be UTF-8, and undoes the kernel's octal
-//! escapes.
+//! The only parser of the kernel's mount tables (`/proc/<pid>/mountinfo`). Works on bytes, because a path need not be UTF-8, and
+//! decodes the kernel's octal escapes.
 
 use std::ffi::OsString;
 use std::io;
@@ -15,7 +15,7 @@ pub struct Mount {
     pub target: PathBuf,
     /// The type of the file system, such as `ext4`.
     pub kind: String,
-    /// The options of the file system itself, such as `name=systemd` of a version 1 control group hierarchy.
+    /// The options of the file system itself, such as `name=systemd` of a cgroup v1 hierarchy.
     pub options: Vec<String>,
 }
 
@@ -40,7 +40,7 @@ fn read_mounts(table: &Path) -> io::Result<Vec<Mount>> {
     Ok(parse_mountinfo(&std::fs::read(table)?))
 }
 
-/// The mounts in the text of a `mountinfo` file. A line that is not understood is left out.
+/// Parses the text of a `mountinfo` file. Lines that can't be parsed are skipped.
 pub fn parse_mountinfo(table: &[u8]) -> Vec<Mount> {
     table
         .split(|byte| *byte == b'\n')
@@ -48,7 +48,8 @@ pub fn parse_mountinfo(table: &[u8]) -> Vec<Mount> {
         .collect()
 }
 
-/// `36 35 98:0 ROOT TARGET OPTIONS [TAG…] - TYPE SOURCE SUPER-OPTIONS`: between the options and the dash there is any number of tags.
+/// `36 35 98:0 ROOT TARGET OPTIONS [TAG…] - TYPE SOURCE SUPER-OPTIONS`: any number of tags stands between the options and the
+/// dash.
 fn mount(line: &[u8]) -> Option<Mount> {
     let words: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
     let dash = words.iter().position(|word| *word == b"-")?;

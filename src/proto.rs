@@ -1,6 +1,6 @@
-//! The generated wire types under short names. The only file that names generated code; it adds no behaviour.
+//! The generated protobuf types under short names. The only file that names generated code; it adds no behaviour.
 //!
-//! The module tree below follows the proto packages because the generated code refers to its neighbours by relative paths.
+//! The module tree below follows the proto packages, because the generated code refers to other packages by relative paths.
 #![expect(
     missing_docs,
     unreachable_pub,
@@ -45,15 +45,15 @@ mod generated {
     }
 }
 
-/// The rich error of a gRPC trailer.
+/// The rich error (`google.rpc.Status`) of a gRPC trailer.
 pub use generated::google::rpc;
-/// The base service, answered by every Nomad plugin.
+/// The base service, implemented by every Nomad plugin.
 pub use generated::hashicorp::nomad::plugins::base::proto as base;
 /// The task driver service.
 pub use generated::hashicorp::nomad::plugins::drivers::proto as driver;
-/// The schema language.
+/// The language of configuration schemas.
 pub use generated::hashicorp::nomad::plugins::shared::hclspec;
-/// Attribute values and the retry mark.
+/// Attribute values and the `RecoverableError` detail.
 pub use generated::hashicorp::nomad::plugins::shared::structs;
-/// The plugin framework's own services.
+/// go-plugin's own services.
 pub use generated::plugin;

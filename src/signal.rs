@@ -1,48 +1,48 @@
-//! Signal numbers and the names people write for them. Refuses what can't be sent, by name, and sends nothing itself.
+//! Signal numbers and the names people write for them. Rejects what can't be sent, naming it in the error; sends nothing itself.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// The first real-time signal as the C library and systemd count: the kernel's first two are taken by the C library.
+/// The first real-time signal as the C library and systemd count: the C library reserves the kernel's first two.
 const RTMIN: i32 = 34;
 const RTMAX: i32 = 64;
 
-/// The two that the C library keeps to itself, and lets nobody send.
+/// The two signals that the C library reserves and does not allow anyone to send.
 const KEPT: std::ops::RangeInclusive<i32> = 32..=33;
 
-/// A signal by its number: 0 (nothing is sent, only checked) to 64, without 32 and 33.
+/// A signal by its number: 0 (only checks, sends nothing) to 64, without 32 and 33.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Signal(i32);
 
 impl Signal {
-    /// Nothing is sent.
+    /// Signal 0: sends nothing.
     pub const NULL: Self = Self(0);
     /// Interrupt, Nomad's default for a stop.
     pub const INT: Self = Self(2);
-    /// The end that nothing can refuse.
+    /// SIGKILL; can't be caught or ignored.
     pub const KILL: Self = Self(9);
-    /// The polite end.
+    /// SIGTERM, the request to terminate.
     pub const TERM: Self = Self(15);
-    /// Lets a stopped process go on.
+    /// SIGCONT; continues a stopped process.
     pub const CONT: Self = Self(18);
-    /// Stops a process, which can't refuse.
+    /// SIGSTOP; stops a process, can't be caught or ignored.
     pub const STOP: Self = Self(19);
-    /// What systemd as the first process takes as the order to power off.
+    /// SIGRTMIN+4; makes systemd as PID 1 power off.
     pub const POWER_OFF: Self = Self(RTMIN + 4);
 
-    /// The signal of this number, if there is one that can be sent.
+    /// The signal with this number, if it exists and can be sent.
     pub fn from_number(number: i32) -> Option<Self> {
         let known = (0..=RTMAX).contains(&number) && !KEPT.contains(&number);
         known.then_some(Self(number))
     }
 
-    /// Its number.
+    /// The signal number.
     pub fn number(self) -> i32 {
         self.0
     }
 }
 
-/// A text that names no signal that can be sent.
+/// A text that does not name a signal that can be sent.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "the message says it")]
 pub enum UnknownSignal {
@@ -56,7 +56,8 @@ pub enum UnknownSignal {
     Kept(String),
 }
 
-/// Names and numbers on Linux for x86_64 and aarch64, which agree; the first name of a number is the one that is shown.
+/// Signal names and numbers on Linux for x86_64 and aarch64, which agree. The first name of a number is the one that is
+/// displayed.
 const NAMES: &[(&str, i32)] = &[
     ("NULL", 0),
     ("HUP", 1),
@@ -97,7 +98,7 @@ const NAMES: &[(&str, i32)] = &[
 impl FromStr for Signal {
     type Err = UnknownSignal;
 
-    /// Upper or lower case, with or without `SIG`, a number, or `SIGRTMIN+n` and `SIGRTMAX-n`.
+    /// Accepts upper or lower case, with or without `SIG`, a number, or `SIGRTMIN+n` and `SIGRTMAX-n`.
     fn from_str(text: &str) -> Result<Self, UnknownSignal> {
         let unknown = || UnknownSignal::None(text.to_owned());
         let upper = text.trim().to_ascii_uppercase();

@@ -1,5 +1,5 @@
-//! The base service: who the driver is, what it can be told, and the telling. Called on processes that live for a moment only,
-//! beside others that hold tasks; so nothing here touches the host.
+//! The base service: plugin info, configuration schema, SetConfig. Nomad also calls it in short-lived processes that run beside
+//! others with tasks, so nothing here touches the host.
 
 use tonic::{Request, Response, Status};
 
@@ -10,7 +10,7 @@ use crate::config::{self, PluginConfig};
 use crate::proto::base as proto;
 use crate::proto::base::base_plugin_server::BasePlugin;
 
-/// The version of Nomad's plugin interface; there is only this one.
+/// The version of Nomad's plugin interface; this is the only one.
 const API_VERSION: &str = "v0.1.0";
 
 #[tonic::async_trait]

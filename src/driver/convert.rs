@@ -1,5 +1,5 @@
-//! Conversion between protobuf messages and the types of `container`, both ways. Pure; it decides nothing, and leaves no field out
-//! whose absence would end the agent.
+//! Conversion between protobuf messages and the types of `container`, both ways. Pure; makes no decisions. Always sets the fields
+//! whose absence would crash the agent.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use crate::proto::driver::network_isolation_spec::NetworkIsolationMode;
 use crate::task::events::TaskEvent;
 use crate::task::{Task, TaskInfo};
 
-/// Go's zero time, by which Nomad says "not yet".
+/// Go's zero time, which Nomad uses for "not yet".
 pub(super) const ZERO_TIME: Timestamp = Timestamp {
     seconds: -62_135_596_800,
     nanos: 0,
@@ -29,7 +29,7 @@ pub(super) fn task_info(task: &proto::TaskConfig) -> TaskInfo {
     }
 }
 
-/// What Nomad granted, out of the wire's many messages.
+/// What Nomad allocated to the task, collected from the request's messages.
 pub(super) fn task_context(task: &proto::TaskConfig) -> Result<TaskContext, CallError> {
     let resources = task.resources.clone().unwrap_or_default();
     let path = |text: &String| Some(PathBuf::from(text)).filter(|path| path.is_absolute());
@@ -56,7 +56,8 @@ pub(super) fn task_context(task: &proto::TaskConfig) -> Result<TaskContext, Call
     })
 }
 
-/// What Nomad grants and this driver does not pass on, a sentence each: nothing that a job asks for may vanish silently.
+/// The settings of the request that this driver does not apply, one sentence each: nothing that a job asks for may be dropped
+/// silently.
 pub(super) fn ignored_settings(task: &proto::TaskConfig) -> Vec<String> {
     let dns = task
         .dns
@@ -114,14 +115,14 @@ fn port(
     Ok(AllocatedPort {
         label: label.to_owned(),
         host: number.try_into().map_err(wrong)?,
-        // -1 is the job's word for "the same number".
+        // -1 in the job means "the same number".
         to: to.max(0).try_into().map_err(wrong)?,
         address: host_address(label, address)?,
         task_level,
     })
 }
 
-/// The one address on which a port is allotted. Nothing and the unspecified addresses mean all.
+/// The address on which a port is allocated. An empty text and the unspecified addresses mean all addresses.
 fn host_address(label: &str, text: &str) -> Result<Option<IpAddr>, CallError> {
     if text.is_empty() {
         return Ok(None);
@@ -131,7 +132,7 @@ fn host_address(label: &str, text: &str) -> Result<Option<IpAddr>, CallError> {
     Ok(Some(address).filter(|address| !address.is_unspecified()))
 }
 
-/// A duration of the wire; negative and absent ones are zero.
+/// Converts a protobuf duration; negative and missing ones are zero.
 pub(super) fn duration(given: Option<prost_types::Duration>) -> Duration {
     given
         .and_then(|given| given.try_into().ok())

@@ -1,5 +1,5 @@
-//! The fingerprint: health and attributes of the node from a probe of the host and the plugin's configuration. Pure. The
-//! description of a state never varies, because every new one is an event that travels to Nomad's servers.
+//! The fingerprint: health and attributes of the node, from a probe of the host and the plugin's configuration. Pure. The
+//! description of a given state never varies, because every new description is an event that is sent to Nomad's servers.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +10,7 @@ use crate::proto::driver::FingerprintResponse;
 use crate::proto::driver::fingerprint_response::HealthState;
 use crate::proto::structs::{Attribute, attribute::Value};
 
-/// One reading, comparable with the one before.
+/// One fingerprint, comparable with the previous one.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Fingerprint {
     health: HealthState,
@@ -51,7 +51,7 @@ impl Fingerprint {
         }
     }
 
-    /// Nothing is known of this host, for a reason that a person can act on.
+    /// An undetected host, for a reason that an operator can act on.
     pub(super) fn undetected(reason: &str) -> Self {
         Self {
             health: HealthState::Undetected,
@@ -60,7 +60,7 @@ impl Fingerprint {
         }
     }
 
-    /// The message. Attributes that were `said` before and are no more are sent empty, which removes them from the node.
+    /// The protobuf message. Attributes in `published` that no longer exist are sent empty, which removes them from the node.
     pub(super) fn response(&self, published: &mut BTreeSet<&'static str>) -> FingerprintResponse {
         published.extend(self.attributes.keys());
         let empty = Value::StringVal(String::new());

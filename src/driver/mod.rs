@@ -1,5 +1,5 @@
-//! Nomad's two gRPC services: base and driver. Holds what the operator configured, hands every request on to
-//! the room that knows, and turns the answer back into Nomad's messages.
+//! Nomad's two gRPC services, base and driver, in the plugin process. Holds the operator's configuration, passes every request to
+//! the module responsible, and converts the result to Nomad's messages.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -35,7 +35,7 @@ pub const NAME: &str = "nspawn";
 
 type BackendFactory = dyn Fn(&PluginConfig) -> Arc<dyn ContainerBackend> + Send + Sync;
 
-/// What the operator and the agent told us last.
+/// The latest configuration from the operator and the agent.
 #[derive(Debug, Clone)]
 struct Config {
     plugin_config: PluginConfig,
@@ -43,20 +43,20 @@ struct Config {
     compute: Option<Compute>,
 }
 
-/// The driver. Clones are the same driver.
+/// The driver. Clones share the same state.
 #[derive(Clone)]
 pub struct Driver {
     factory: Arc<BackendFactory>,
     search_path: Arc<ImageSearchPath>,
-    /// `None` until somebody configures or needs it.
+    /// `None` until it is set or first needed.
     config: watch::Sender<Option<Config>>,
     tasks: Tasks,
     events: EventBus,
-    /// Told of every task that the agent takes up again.
+    /// Notified of every task that the agent recovers.
     recovered: watch::Sender<()>,
-    /// The directories that hold the allocations of this agent, as its own requests show them.
+    /// The directories that contain this agent's allocations, learned from its requests.
     alloc_roots: watch::Sender<BTreeSet<PathBuf>>,
-    /// Calls that run to their end whoever goes away.
+    /// Calls that run to completion even if the caller disconnects.
     calls: TaskTracker,
     root: CancellationToken,
     closing: Arc<AtomicBool>,
@@ -72,7 +72,7 @@ impl fmt::Debug for Driver {
 }
 
 impl Driver {
-    /// A driver without tasks, whose backends come from `factory`: one for each configuration it is given. Touches nothing.
+    /// A driver without tasks. `factory` creates one backend for each new configuration. Does not touch the host.
     pub fn new(
         factory: impl Fn(&PluginConfig) -> Arc<dyn ContainerBackend> + Send + Sync + 'static,
         search_path: ImageSearchPath,
@@ -92,17 +92,17 @@ impl Driver {
         }
     }
 
-    /// The root of the token tree: cancelling it ends everything of this process, and no task.
+    /// The root of the token tree: cancelling it ends everything in this process, but no task.
     pub fn root(&self) -> CancellationToken {
         self.root.clone()
     }
 
-    /// Takes no more starts, kills every task and removes what is left of it; waits at most for `limit`.
+    /// Refuses further starts, kills every task and removes its leftovers; waits for at most `limit`.
     pub async fn end_tasks(&self, limit: Duration) {
         self.set_closing(true);
         let ended = tokio::time::timeout(limit, async {
             self.destroy_all().await;
-            // A start that was let in before may only now have become a task.
+            // A start that was accepted before may have become a task only now.
             self.calls.close();
             self.calls.wait().await;
             self.destroy_all().await;
@@ -121,14 +121,14 @@ impl Driver {
         destroying.join_all().await;
     }
 
-    /// Ends everything that runs here, and no task; waits at most for `limit`. Calls under way are not waited for.
+    /// Ends everything that runs in this process, but no task; waits for at most `limit`. Does not wait for open calls.
     pub async fn close(&self, limit: Duration) {
         self.root.cancel();
         self.calls.close();
         self.tasks.close(limit).await;
     }
 
-    /// Takes a configuration over. An unchanged one keeps its backend; tasks keep the one they were started with.
+    /// Applies a configuration. An unchanged one keeps its backend; tasks keep the backend they were started with.
     fn configure(&self, plugin_config: PluginConfig, compute: Option<Compute>) {
         self.config.send_modify(|config| {
             let before = config.take();
@@ -143,13 +143,13 @@ impl Driver {
         });
     }
 
-    /// What holds now; the defaults where nobody configured anything.
+    /// The current configuration, or the defaults if none has been set.
     fn config(&self) -> Result<Config, CallError> {
         if let Some(config) = self.config.borrow().clone() {
             return Ok(config);
         }
         let defaults = PluginConfig::decode(&[])?;
-        // Somebody may have been faster; theirs holds.
+        // A concurrent call may have set one first; that one is kept.
         self.config.send_if_modified(|config| {
             let missing = config.is_none();
             if missing {
@@ -164,8 +164,8 @@ impl Driver {
         self.config()
     }
 
-    /// A backend for this configuration. When the agent has had time to ask for its tasks, the backend clears away what it did
-    /// not ask for; a process that lives for a moment only, or another configuration, does not come to that.
+    /// Creates a backend for this configuration. Once the agent has had time to recover its tasks, the backend removes what was
+    /// not recovered. A short-lived process, or a configuration that has been replaced, does not get that far.
     fn open(&self, plugin_config: &PluginConfig) -> Arc<dyn ContainerBackend> {
         let backend = (self.factory)(plugin_config);
         if let Some(after) = plugin_config.reconcile_after {
@@ -176,8 +176,8 @@ impl Driver {
         backend
     }
 
-    /// Reconciles when the agent has had its time, and again whenever a request shows another directory with allocations of this
-    /// agent: only then can its own leftovers be told from those of another agent.
+    /// Reconciles once the agent has had time to recover its tasks, and again whenever a request shows another directory with
+    /// allocations of this agent: only then can its own leftovers be distinguished from those of another agent.
     async fn reconcile(self, backend: Arc<dyn ContainerBackend>, after: Duration) {
         let mut recovered = self.recovered.subscribe();
         let mut alloc_roots = self.alloc_roots.subscribe();
@@ -199,7 +199,7 @@ impl Driver {
         }
     }
 
-    /// Notes where this agent keeps its allocations: `alloc_dir` is the directory of one of them.
+    /// Records where this agent keeps its allocations: `alloc_dir` is the directory of one of them.
     fn note_alloc_dir(&self, alloc_dir: &str) {
         let root = Path::new(alloc_dir).parent();
         if let Some(root) = root.filter(|root| root.is_absolute()) {

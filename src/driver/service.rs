@@ -1,5 +1,5 @@
-//! The driver service: decode, one call, encode; a short method per verb. What changes a task runs apart from the handler, so
-//! that an agent that dies in the middle leaves nothing half done.
+//! The driver service: decode, one call, encode; one short method per RPC. Calls that change a task run in a task separate from
+//! the handler, so that an agent that dies in the middle leaves nothing half done.
 
 use std::sync::Arc;
 
@@ -41,7 +41,7 @@ fn capabilities() -> proto::DriverCapabilities {
 #[tonic::async_trait]
 impl DriverService for Driver {
     async fn init(&self, _: Request<proto::InitRequest>) -> Answer<proto::InitResponse> {
-        // A host that attaches again after it said goodbye is served again.
+        // A host that reattaches after Shutdown is served again.
         self.set_closing(false);
         Ok(Response::new(proto::InitResponse {}))
     }
@@ -94,7 +94,7 @@ impl DriverService for Driver {
             let id = task.id.clone();
             let started = driver.start(task).await;
             if let Err(Ok(_)) = caller.send(started) {
-                // The agent died meanwhile: nobody holds the handle, so nobody would ever ask for this task again.
+                // The agent died before it received the handle, so it could never ask for this task again.
                 tracing::warn!(task = id, "nobody can hold the task's handle: it is ended");
                 driver.destroy_unclaimed(&id).await;
             }
@@ -130,7 +130,7 @@ impl DriverService for Driver {
         match task.wait().await {
             Some(Ok(exit)) => Ok(Response::new(convert::wait_response(&exit))),
             Some(Err(error)) => Err(CallError::from(error).into()),
-            // This process is ending. Any answer would be taken for the end of the task; the connection's end is not.
+            // This process is shutting down. Nomad would take any response for the exit of the task, but not a closed connection.
             None => std::future::pending().await,
         }
     }
@@ -141,7 +141,7 @@ impl DriverService for Driver {
     ) -> Answer<proto::StopTaskResponse> {
         let request = request.into_inner();
         let Ok(task) = self.tasks.get(&request.task_id) else {
-            // An error would be retried for minutes, for a task that is not there.
+            // Nomad would retry an error for minutes, for a task that does not exist.
             return Ok(Response::new(proto::StopTaskResponse {}));
         };
         let signal = parse_signal(&request.signal)?;
@@ -274,8 +274,7 @@ impl Driver {
         })
     }
 
-    /// Has the configuration checked. Looking paths up may take long on a network file system, so it is done where that harms
-    /// nobody.
+    /// Validates the configuration. Resolving paths may take long on a network file system, so this runs on a blocking thread.
     async fn check(
         &self,
         task: &proto::TaskConfig,
@@ -293,7 +292,7 @@ impl Driver {
         Ok(validated)
     }
 
-    /// The state for Nomad to keep. Without it the task could never be found again, so it must not run on.
+    /// The driver state for Nomad to store. Without it the task could never be recovered, so on failure the task is killed.
     async fn encode_driver_state(&self, started: &Started) -> Result<Vec<u8>, CallError> {
         match handle::encode(started) {
             Ok(state) => Ok(state),
@@ -308,7 +307,7 @@ impl Driver {
         }
     }
 
-    /// Ends and clears away a task that nobody will ask for.
+    /// Kills and removes a task that the agent will never ask for.
     pub(super) async fn destroy_unclaimed(&self, id: &str) {
         let destroyed = match self.config() {
             Ok(config) => self
@@ -344,7 +343,7 @@ impl Driver {
         }
     }
 
-    /// Runs a call to its end even if the caller goes away, and turns its panic into an error of this call alone.
+    /// Runs a call to completion even if the caller goes away, and turns its panic into an error of this call alone.
     async fn run_to_completion<T: Send + 'static>(
         &self,
         call: impl Future<Output = Result<T, CallError>> + Send + 'static,
@@ -356,7 +355,8 @@ impl Driver {
     }
 }
 
-/// What a handle holds of its task. The rest of it, most of which is the job's, is not needed while the task is looked for.
+/// Decodes the task info and the driver state from a handle. The rest, mostly the job's configuration, is dropped here, because
+/// recovery does not need it.
 fn decode_handle(handle: proto::TaskHandle) -> Result<(TaskInfo, Started), CallError> {
     let config = handle.config.ok_or(CallError::Missing("handle.config"))?;
     let info = convert::task_info(&config);

@@ -1,4 +1,5 @@
-//! From two readings of a container to the figures Nomad shows. Pure; what the host could not measure is not claimed.
+//! Computes the figures that Nomad shows from two readings of a container's usage. Pure. Does not report what the host could not
+//! measure.
 
 use std::time::Instant;
 
@@ -6,15 +7,15 @@ use crate::container::Usage;
 use crate::proto::base::ClientTopology;
 use crate::proto::driver::{CpuUsage, MemoryUsage, TaskResourceUsage, cpu_usage, memory_usage};
 
-/// What the node's processors can do, as Nomad counts.
+/// The CPU capacity of the node, as Nomad counts it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Compute {
-    /// MHz of one core, averaged over all.
+    /// MHz per core, averaged over all cores.
     mhz_per_core: f64,
 }
 
 impl Compute {
-    /// `None` when Nomad said nothing of use.
+    /// `None` when the topology has no usable values.
     pub(super) fn of(topology: &ClientTopology) -> Option<Self> {
         let speed = |core: &crate::proto::base::ClientTopologyCore| {
             let known = [core.base_speed, core.max_speed, core.guess_speed];
@@ -35,14 +36,14 @@ impl Compute {
     }
 }
 
-/// Remembers the reading before.
+/// Keeps the previous reading.
 #[derive(Debug, Default)]
 pub(super) struct UsageSampler {
     before: Option<(Instant, Usage)>,
 }
 
 impl UsageSampler {
-    /// Takes a reading in and tells what it means.
+    /// Records a reading and returns the usage. CPU percentages refer to the time since the previous reading.
     pub(super) fn read(
         &mut self,
         now: Instant,

@@ -1,6 +1,6 @@
-//! The one place where our errors become gRPC statuses. Nomad reads three things from one: whether it may retry (a detail that
-//! only a transient error of the host carries), the text, which a person reads, and the two codes UNAVAILABLE and CANCELLED,
-//! which it takes for the end of this process; those are never given.
+//! The only place where our errors become gRPC statuses. Nomad reads three things from a status: whether it may retry (a detail
+//! that only transient host errors carry), the text, which people read, and the two codes UNAVAILABLE and CANCELLED, which it
+//! takes for the exit of this process; those two are never returned.
 
 use prost::Message as _;
 use tonic::{Code, Status};
@@ -12,7 +12,7 @@ use crate::signal::UnknownSignal;
 use crate::task::TaskError;
 use crate::task::handle::HandleError;
 
-/// A tool's output can be long; a trailer can't.
+/// The output of a tool can be long; a gRPC trailer can't.
 const MAX_MESSAGE_BYTES: usize = 4 * 1024;
 const RECOVERABLE_TYPE: &str =
     "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";

@@ -1,5 +1,5 @@
-//! The streaming calls: Fingerprint, TaskEvents, TaskStats. Each has one producer that lives exactly as long as somebody
-//! listens. Nomad opens a stream that ends again at once, without a pause, so only statistics end by themselves.
+//! The streaming calls: Fingerprint, TaskEvents, TaskStats. Each has one producer that lives exactly as long as its stream. If a
+//! stream ends at once, Nomad reopens it without a delay, so only statistics streams end by themselves.
 
 use std::collections::BTreeSet;
 use std::pin::Pin;
@@ -19,21 +19,21 @@ use super::{Driver, convert};
 use crate::proto::driver as proto;
 use crate::task::Task;
 
-/// How often the host is looked at again.
+/// How often the host is probed.
 const PROBE_INTERVAL: Duration = Duration::from_secs(5);
-/// How long looking may take before the host counts as unknown.
+/// How long a probe may take before the node is reported as undetected.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(20);
-/// How often Nomad hears a fingerprint that has not changed.
+/// How often an unchanged fingerprint is sent again.
 const REPEAT_INTERVAL: Duration = Duration::from_secs(30);
-/// The statistics interval where none is given.
+/// The statistics interval if Nomad gives none.
 const STATS_INTERVAL: Duration = Duration::from_secs(1);
-/// The shortest one.
+/// The shortest statistics interval.
 const MIN_STATS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A stream and its producer, which ends with it.
+/// A stream and its producer task, which is aborted when the stream is dropped.
 #[derive(Debug)]
 pub struct ProducerStream<T> {
-    /// Boxed: a channel has room for dozens from the start, and every task has one open for its statistics.
+    /// Boxed: a channel allocates space for dozens of entries up front, and every task has one open for its statistics.
     answers: ReceiverStream<Box<Result<T, Status>>>,
     _producer: AbortOnDropHandle<()>,
 }
@@ -90,7 +90,7 @@ impl Driver {
         })
     }
 
-    /// One look at the host. A look that panics or hangs is a statement about the host as well, not the end of the stream.
+    /// Probes the host once. A probe that panics or hangs is reported as the state of the host and does not end the stream.
     async fn probe(&self) -> Fingerprint {
         let config = match self.config() {
             Ok(config) => config,
@@ -124,7 +124,7 @@ impl Driver {
             every.max(MIN_STATS_INTERVAL)
         };
         ProducerStream::new(move |listener| async move {
-            // Statistics of a task that is not there end without a word: an error would be logged at every attempt.
+            // For an unknown task the stream ends without an error: Nomad would log an error at every attempt.
             let Some(task) = task else { return };
             tokio::select! {
                 _ = task.wait() => {}
@@ -171,5 +171,5 @@ impl Driver {
     }
 }
 
-/// Everybody's task events.
+/// The stream of task events, of all tasks.
 pub type EventStream = Pin<Box<dyn Stream<Item = Result<proto::DriverTaskEvent, Status>> + Send>>;

@@ -1,4 +1,4 @@
-//! The verbs against a mock of the backend, as Nomad would call them.
+//! The RPCs against a mock backend, called as Nomad calls them.
 
 use std::time::Duration;
 
@@ -62,7 +62,7 @@ pub(crate) fn driver(backend: Arc<dyn ContainerBackend>) -> Driver {
     driver
 }
 
-/// A driver with one running task, and the hand that ends it.
+/// A driver with one running task, and the sender that ends the task.
 async fn running(mock: MockContainerBackend) -> (Driver, watch::Sender<Option<Exit>>) {
     let (stage, end) = TestBackend::new(mock);
     let driver = driver(stage.clone());
@@ -510,7 +510,7 @@ async fn the_first_task_after_it_shows_whose_allocations_are_whose_and_it_is_don
     let root = std::path::PathBuf::from("/data/alloc");
     let want = std::collections::BTreeSet::from([root]);
     assert_eq!(received.recv().await.unwrap(), want);
-    // Another allocation in the same directory is no news.
+    // Another allocation in the same directory triggers nothing.
     driver.recover_task(handle("/data/alloc/b")).await.unwrap();
     let hour = Duration::from_secs(3600);
     assert!(timeout(hour, received.recv()).await.is_err());

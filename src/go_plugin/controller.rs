@@ -1,4 +1,4 @@
-//! What the plugin framework asks of every plugin: to end when told, and to hold two streams open that Nomad never uses.
+//! The services that go-plugin expects of every plugin: shutdown on request, and two streams that Nomad opens and never uses.
 //! Ends no task.
 
 use std::pin::Pin;
@@ -12,7 +12,7 @@ use crate::proto::plugin::grpc_controller_server::GrpcController;
 use crate::proto::plugin::grpc_stdio_server::GrpcStdio;
 use crate::proto::plugin::{ConnInfo, Empty, StdioData};
 
-/// Ends the process on request by cancelling the root of the token tree.
+/// Shuts the process down on request by cancelling the root of the token tree.
 #[derive(Debug, Clone)]
 pub(super) struct Controller {
     pub(super) root: CancellationToken,
@@ -27,7 +27,7 @@ impl GrpcController for Controller {
     }
 }
 
-/// A stream of what the process prints: nothing, ever.
+/// The stream of the process's output; it never sends anything.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NoopStdio;
 
@@ -43,7 +43,7 @@ impl GrpcStdio for NoopStdio {
     }
 }
 
-/// The broker of further connections: it reads and forgets, until the peer closes its side.
+/// The connection broker: reads and discards messages until the peer closes its side.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NoopBroker;
 

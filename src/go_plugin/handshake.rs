@@ -1,5 +1,5 @@
-//! What the host says through the environment, and the one line it is answered with. Reads nothing but the environment, writes
-//! nothing but that line, and refuses to go on where a misunderstanding would only show later.
+//! The go-plugin handshake: reads what the host passes in the environment and prints the one line that answers it. Reads nothing
+//! but the environment and writes nothing but that line. Rejects anything that would otherwise cause a failure later.
 
 use std::ffi::OsString;
 use std::io::Write as _;
@@ -7,54 +7,54 @@ use std::path::{Path, PathBuf};
 
 use super::listen::LONGEST_DIR;
 
-/// The variable by which a host shows that it is one. It protects nothing; it tells a person from a host.
+/// The variable by which a go-plugin host identifies itself. It protects nothing; it only distinguishes a start by the host from
+/// a start by hand.
 const COOKIE: &str = "NOMAD_PLUGIN_MAGIC_COOKIE";
 const COOKIE_VALUE: &str = "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255";
-/// The version of the plugin framework's own protocol.
+/// The version of go-plugin's own protocol.
 const CORE_VERSION: u32 = 1;
-/// The version of Nomad's protocol above it; there is only this one.
+/// The version of Nomad's protocol on top of it; this is the only one.
 const APP_VERSION: u32 = 2;
 
-/// Why a process that was started by a host can't serve it. Read by a person in the agent's log.
+/// Why a process started by a host can't serve it. The message appears in the agent's log.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HandshakeError {
-    /// No cookie, or another one: a person started this program.
+    /// No cookie or a different one: the program was started by hand.
     #[error("the plugin cookie is missing: this program is started by a Nomad client, not by hand")]
     NotAHost,
-    /// The host wants TLS.
+    /// The host asks for TLS.
     #[error("PLUGIN_CLIENT_CERT is set: automatic TLS is not supported (Nomad never asks for it)")]
     ClientCertificate,
-    /// The host knows other versions only.
+    /// The host supports other versions only.
     #[error(
         "PLUGIN_PROTOCOL_VERSIONS: {0:?} does not contain {APP_VERSION}, the only version spoken here"
     )]
     Versions(String),
-    /// The directory for the socket can't stand in the handshake line.
+    /// The handshake line can't contain the socket directory.
     #[error("PLUGIN_UNIX_SOCKET_DIR: {0:?} must be text without line breaks and without '|'")]
     SocketDirectory(PathBuf),
-    /// The host names a directory in which the kernel takes no socket.
+    /// The socket directory is too long for a unix socket path.
     #[error(
         "PLUGIN_UNIX_SOCKET_DIR: {0:?} is longer than {LONGEST_DIR} bytes, which sockets below it can't be"
     )]
     LongDirectory(PathBuf),
 }
 
-/// What a host asked for.
+/// What a host asks for in the environment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HandshakeEnv {
-    /// The absolute directory in which the socket is made: `PLUGIN_UNIX_SOCKET_DIR`, else `TMPDIR` unless that is too long, else
-    /// `/tmp`.
+    /// The absolute directory for the socket: `PLUGIN_UNIX_SOCKET_DIR`, else `TMPDIR` unless that is too long, else `/tmp`.
     pub socket_dir: PathBuf,
-    /// The group (name or number) that may connect; `None` is this user alone.
+    /// The group (name or number) that may connect; `None` allows this user only.
     pub socket_group: Option<String>,
-    /// Whether the host asked about broker multiplexing and so reads a seventh field.
+    /// Whether the host asked about broker multiplexing and therefore reads a seventh field.
     pub multiplex_asked: bool,
-    /// How many worker threads the plugin shall have, by tokio's own variable; `None` where it is not set or no number above zero.
+    /// The number of worker threads, from tokio's own variable; `None` if it is not set or not a number above zero.
     pub workers: Option<usize>,
 }
 
 impl HandshakeEnv {
-    /// Reads the invitation from this process's environment.
+    /// Reads the handshake from this process's environment.
     #[expect(
         clippy::disallowed_methods,
         reason = "a host's invitation is in the environment"
@@ -63,7 +63,7 @@ impl HandshakeEnv {
         Self::read(|name| std::env::var_os(name))
     }
 
-    /// Reads the invitation through `variable`. An empty variable is one that is not set.
+    /// Reads the handshake through `variable`. An empty variable counts as not set.
     pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, HandshakeError> {
         let get = |name: &str| variable(name).filter(|value| !value.is_empty());
         if get(COOKIE).is_none_or(|value| value != COOKIE_VALUE) {
@@ -84,7 +84,8 @@ impl HandshakeEnv {
         let dir = match get("PLUGIN_UNIX_SOCKET_DIR").map(absolute) {
             Some(dir) if !fits(&dir) => return Err(HandshakeError::LongDirectory(dir)),
             Some(dir) => dir,
-            // The host did not choose TMPDIR for sockets, and finds the socket by the handshake line wherever it is.
+            // TMPDIR is not the host's choice for sockets, and the host takes the path from the handshake line, so another
+            // directory works too.
             None => get("TMPDIR")
                 .map(absolute)
                 .filter(fits)
@@ -107,7 +108,8 @@ impl HandshakeEnv {
         })
     }
 
-    /// The line that tells the host where to connect. The sixth field, a certificate, stays empty: anything in it ends the agent.
+    /// The handshake line with the address of the socket. The sixth field, a certificate, stays empty: any content there
+    /// terminates the agent.
     pub fn line(&self, socket: &Path) -> String {
         let multiplex = if self.multiplex_asked { "|false" } else { "" };
         format!(
@@ -116,7 +118,7 @@ impl HandshakeEnv {
         )
     }
 
-    /// Writes [`line`](Self::line) to stdout, whole and flushed. Nothing else of this program writes there while it is a plugin.
+    /// Writes [`line`](Self::line) to stdout, complete and flushed. Nothing else in the plugin process writes to stdout.
     pub fn print_handshake(&self, socket: &Path) -> std::io::Result<()> {
         let mut stdout = std::io::stdout().lock();
         stdout.write_all(self.line(socket).as_bytes())?;

@@ -1,5 +1,5 @@
-//! The unix socket on which one host is served: made so that nobody else can ever connect, removed at the end. Refuses to
-//! reuse a name, because another plugin process of the same host may still be alive behind it.
+//! The unix socket on which the plugin process serves one host: created so that no other user can ever connect, removed on exit.
+//! Never reuses a name, because another plugin process of the same host may still be listening on it.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
@@ -12,36 +12,36 @@ use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 
-/// How long nobody is let in after somebody could not be.
+/// How long to pause after a failed `accept`.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// How the names of our sockets begin.
+/// Prefix of the names of our sockets.
 const PREFIX: &str = "plugin-nspawn-";
-/// The longest directory for a socket, in bytes: the kernel takes no path of one over 107, and the name needs up to 26.
+/// The longest directory for a socket, in bytes: the kernel accepts socket paths of up to 107 bytes, and the name needs up to 26.
 pub(super) const LONGEST_DIR: usize = 107 - 26;
-/// In a younger directory a socket may just be being made.
+/// A private directory younger than this may belong to a plugin that is just creating its socket.
 const STALE_AFTER: Duration = Duration::from_secs(60);
 
-/// Why the socket could not be made.
+/// Why the socket could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
-    /// A step of making it failed.
+    /// A step of creating it failed.
     #[error("{step} {path}")]
     Socket {
-        /// What was being done, as a verb.
+        /// The step, as a verb.
         step: &'static str,
-        /// With which file.
+        /// The file or directory of the step.
         path: PathBuf,
-        /// Why not.
+        /// The error of the step.
         #[source]
         source: io::Error,
     },
-    /// The group the host named does not exist.
+    /// The group that the host named does not exist.
     #[error("PLUGIN_UNIX_SOCKET_GROUP: {0:?} is neither a group nor a number")]
     UnknownGroup(String),
 }
 
-/// The path of a socket; dropping it removes the file.
+/// The path of a socket. Dropping it removes the file.
 #[derive(Debug)]
 pub(super) struct SocketPath(PathBuf);
 
@@ -53,15 +53,15 @@ impl SocketPath {
 
 impl Drop for SocketPath {
     fn drop(&mut self) {
-        // A file that is gone already is what is wanted; nobody is left to tell about any other trouble.
+        // A missing file is the desired state, and on shutdown no other error can be handled.
         let _ = std::fs::remove_file(&self.0);
     }
 }
 
-/// Makes a listening socket of a new name in `dir`, for this user alone or for `group` as well.
+/// Creates a listening socket with a new name in `dir`, accessible to this user only, or to `group` as well.
 ///
-/// It is bound inside a private directory, given its mode and owner there and only then moved to its place, so that there is
-/// no moment in which others could connect, and no umask to change under other threads.
+/// The socket is bound inside a private directory, gets its mode and group there and is only then moved to its final path. So
+/// other users can't connect at any moment, and the umask, which other threads share, need not change.
 pub(super) fn listen(
     dir: &Path,
     group: Option<&str>,
@@ -96,8 +96,8 @@ pub(super) fn listen(
     made
 }
 
-/// Everybody who connects, in their order. Who can't be let in, as when there are no descriptors left, waits and keeps nobody
-/// awake.
+/// Accepted connections, in order. When `accept` fails, for example because no descriptors are left, the connections stay in the
+/// backlog and the next attempt follows after [`ACCEPT_RETRY_DELAY`], without a busy loop.
 pub(super) fn connections(
     listener: UnixListener,
 ) -> impl Stream<Item = io::Result<UnixStream>> + Send {
@@ -123,9 +123,9 @@ pub(super) fn connections(
     ReceiverStream::new(receiver)
 }
 
-/// Removes the sockets that killed plugins left in `dir`: ours by name and owner, and nobody answers. One that has its place has
-/// been listening since before it got there. A link is not followed, and a directory in which one was being made goes when it is
-/// old and only with nothing else in it.
+/// Removes the sockets that killed plugins left in `dir`: those with our name and owner that refuse connections. A live plugin
+/// listens before its socket appears under its final name. Symbolic links are not followed. A private directory in which a socket
+/// was being created is removed only if it is old and contains nothing else.
 pub(super) fn remove_stale_sockets(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -156,7 +156,7 @@ enum StaleEntry {
     Socket,
 }
 
-/// What of ours has this name.
+/// Which of our leftovers can have this name.
 fn classify(name: &str) -> Option<StaleEntry> {
     let rest = name.strip_prefix(PREFIX)?;
     let (unique, made) = match rest.strip_suffix(".sock") {
@@ -168,7 +168,7 @@ fn classify(name: &str) -> Option<StaleEntry> {
 }
 
 fn is_dead(socket: &Path) -> bool {
-    // Refused, and not merely busy: nobody listens any more.
+    // ECONNREFUSED: the socket is not merely busy, no process listens on it any more.
     let refused = || {
         std::os::unix::net::UnixStream::connect(socket)
             .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
@@ -290,7 +290,7 @@ mod tests {
         assert!(UnixStream::connect(alive.path()).await.is_ok());
     }
 
-    /// Makes a file look as if it had been made long ago.
+    /// Sets the times of a file far into the past.
     fn age(path: &Path) {
         use nix::sys::stat::{UtimensatFlags, utimensat};
         let then = nix::sys::time::TimeSpec::new(1_000_000_000, 0);

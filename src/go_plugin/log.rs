@@ -1,7 +1,7 @@
-//! Log lines as Nomad's agent reads them: one JSON object a line on stderr, in the form of the hclog library. The agent ends
-//! itself over a line whose own keys are not strings, and shows a line with another kind of timestamp raw; so the form is made
-//! by hand. Refuses to fail: every write error is swallowed, because the agent that read the pipe may be dead while tasks and
-//! this process go on; and refuses to wait, because a reader that is stuck must not hold up a task.
+//! Log output of the plugin process as Nomad's agent reads it: one JSON object per line on stderr, in hclog's format. The agent
+//! crashes on a line in which hclog's own keys are not strings, and shows a line with another timestamp format raw; so the lines
+//! are formatted here by hand. Never fails: write errors are ignored, because the agent that read the pipe may be dead while
+//! tasks and this process continue. Never waits, because a stuck reader must not delay a task.
 
 use std::fmt;
 use std::io::Write;
@@ -16,21 +16,21 @@ use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
 
-/// Lines kept for a slow reader; further ones are counted and dropped.
+/// Lines queued for a slow reader; further ones are counted and dropped.
 const QUEUE_LINES: usize = 1024;
-/// The agent reads lines of up to 64 KiB; a longer one would lose its form.
+/// The agent reads lines of up to 64 KiB; a longer one would lose its format.
 const MAX_LINE_BYTES: usize = 60 * 1024;
-/// What one value keeps when a line is too long.
+/// Bytes that each value keeps when a line is too long.
 const MAX_SHORTENED_VALUE_BYTES: usize = 4 * 1024;
 
-/// One entry of the writing thread's queue.
+/// An entry in the queue of the writer thread.
 enum Entry {
     Line(String),
-    /// Answered when everything before it is written.
+    /// Answered when everything queued before it has been written.
     Flush(SyncSender<()>),
 }
 
-/// The way to the thread that writes. Cheap to clone; never blocks.
+/// Handle to the writer thread. Cheap to clone; never blocks.
 #[derive(Clone)]
 pub struct LogWriter {
     queue: SyncSender<Entry>,
@@ -46,12 +46,12 @@ impl fmt::Debug for LogWriter {
 }
 
 impl LogWriter {
-    /// Starts the thread that writes to `out`. Where no thread can be had, everything is dropped.
+    /// Starts the thread that writes to `out`. If no thread can be started, all lines are dropped.
     pub fn start(out: impl Write + Send + 'static) -> Self {
         let (queue, entries) = sync_channel(QUEUE_LINES);
         let dropped = Arc::new(AtomicU64::new(0));
         let counter = Arc::clone(&dropped);
-        // The handle is let go on purpose: a thread stuck in a write to a full pipe could never be joined.
+        // The join handle is dropped on purpose: a thread stuck in a write to a full pipe could never be joined.
         let _ = std::thread::Builder::new()
             .name("log".to_owned())
             .spawn(move || write_entries(out, &entries, &counter));
@@ -64,7 +64,7 @@ impl LogWriter {
         }
     }
 
-    /// Waits until everything said so far is written, at most for `limit`. Whether it was.
+    /// Waits up to `limit` until all lines queued so far are written. Returns false on timeout or if the queue is full.
     pub fn flush(&self, limit: Duration) -> bool {
         let (done, written) = sync_channel(1);
         self.queue.try_send(Entry::Flush(done)).is_ok()
@@ -92,7 +92,7 @@ fn write_entries(mut out: impl Write, entries: &Receiver<Entry>, dropped: &Atomi
     }
 }
 
-/// Makes this process log to stderr in the agent's form, panics included. The first call of the process counts.
+/// Makes this process log to stderr in the agent's format, panics included. Only the first call in a process takes effect.
 pub fn install() -> LogWriter {
     let writer = LogWriter::start(std::io::stderr());
     let filter = Targets::new()
@@ -108,7 +108,7 @@ pub fn install() -> LogWriter {
     writer
 }
 
-/// Speaks past tracing, which may be what panicked.
+/// Formats a panic without using tracing, which may be what panicked.
 fn panic_line(info: &std::panic::PanicHookInfo<'_>) -> String {
     let payload = info.payload();
     let text = payload
@@ -123,7 +123,7 @@ fn panic_line(info: &std::panic::PanicHookInfo<'_>) -> String {
     line("error", "panic", &format!("internal error: {text}"), fields)
 }
 
-/// The layer that turns tracing's events into lines.
+/// The layer that turns tracing events into lines.
 #[derive(Debug)]
 pub(super) struct HclogLayer {
     writer: LogWriter,
@@ -149,7 +149,7 @@ impl<S: Subscriber> Layer<S> for HclogLayer {
     }
 }
 
-/// One whole line. The four keys with `@` are strings and are set last, so that no field can take their place.
+/// Formats one complete line. The four keys with `@` are strings and are set last, so that no field can overwrite them.
 fn line(level: &str, module: &str, message: &str, mut fields: Map<String, Value>) -> String {
     for (key, value) in [
         ("@level", level),
@@ -236,7 +236,7 @@ mod tests {
     use super::*;
     use std::sync::{Mutex, mpsc};
 
-    /// A writer that tests can read, or that behaves badly.
+    /// A writer whose content tests can read.
     #[derive(Clone, Default)]
     struct Paper(Arc<Mutex<Vec<u8>>>);
 
@@ -347,7 +347,7 @@ mod tests {
         struct Stuck(mpsc::Receiver<()>, Paper);
         impl Write for Stuck {
             fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-                // Blocks until the test lets go of the sender; from then on it returns at once.
+                // Blocks until the test drops the sender; from then on it returns at once.
                 let _ = self.0.recv();
                 self.1.write(bytes)
             }

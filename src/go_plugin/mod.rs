@@ -1,6 +1,6 @@
-//! The go-plugin side: handshake, gRPC server on one unix socket, log. Knows nothing of containers. Shutting down never stops
-//! tasks and does not wait for open calls. Nomad retries an interrupted call against the next plugin process; answering WaitTask
-//! early would look like the task exiting.
+//! The go-plugin side of the plugin process: handshake, gRPC server on one unix socket, log. Knows nothing of containers.
+//! Shutting down never stops tasks and does not wait for open calls. Nomad retries an interrupted call against the next plugin
+//! process; answering WaitTask early would look like the task exiting.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -31,33 +31,33 @@ pub use owner::Owner;
 
 use controller::{Controller, NoopBroker, NoopStdio};
 
-/// The largest request that is taken; the environment of a task can be large, the library's own limit of 4 MiB is not.
+/// The largest request that is accepted. The environment of a task can exceed tonic's own limit of 4 MiB.
 const MAX_REQUEST_BYTES: usize = 256 << 20;
-/// What this process still says before it ends, it says in this time.
+/// How long to wait on exit for queued log lines to be written.
 const LOG_FLUSH_TIMEOUT: Duration = Duration::from_millis(100);
-/// How often the thread for blocking work that is kept has something to do: more often than an idle one ends, and not so often that
-/// two would stay that take turns.
+/// How often [`keep_blocking_thread_alive`] queues a job: below tokio's idle timeout of ten seconds, so that the thread never
+/// exits, and above half of it, so that if two threads take the jobs in turn, one of them exits.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(6);
-/// Threads for requests, where the environment does not say otherwise. Nothing that blocks runs on them, see [`blocking`].
+/// Worker threads for requests unless the environment sets another number. Nothing that blocks runs on them, see [`blocking`].
 const WORKERS: usize = 4;
-/// How long ending all tasks may take once the owner is gone.
+/// How long killing and removing all tasks may take once the owner is gone.
 const OWNER_GONE: Duration = Duration::from_secs(30);
-/// How long the tasks' desks may take to put down their pens once told to.
+/// How long to wait for task actors to finish on shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(50);
 
-/// Why serving ended other than on request.
+/// Why serving ended without a request to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The socket could not be made.
+    /// The socket could not be created.
     #[error(transparent)]
     Listen(#[from] ListenError),
     /// The handshake line could not be written.
     #[error("write the handshake line")]
     PrintHandshake(#[source] std::io::Error),
-    /// The signals could not be watched.
+    /// The signal handlers could not be installed.
     #[error("watch for signals")]
     Signals(#[source] std::io::Error),
-    /// Standard input is not the pipe that an owner holds.
+    /// Standard input is not the pipe to an owner.
     #[error("watch the owner through standard input")]
     Owner(#[source] std::io::Error),
     /// The server failed.
@@ -65,11 +65,13 @@ pub enum ServeError {
     Server(#[from] tonic::transport::Error),
 }
 
-/// Serves `driver` to the host that sent `invitation` until the host or SIGTERM ends it. The socket is gone on return; tasks
-/// keep running, except when an `owner` was given and is gone: then they are killed and removed. The process shall end at once then, without waiting for what the runtime still holds.
+/// Serves `driver` to the host described by `handshake_env` until the host requests shutdown or SIGTERM arrives. The socket is
+/// removed on return. Tasks keep running, except when an `owner` was given and is gone: then they are killed and removed, and the
+/// process should exit at once without waiting for what the runtime still holds.
 ///
-/// SIGINT and SIGHUP reach the whole process group of a terminal and mean the agent, which needs this plugin to stop its tasks:
-/// they are ignored, with handlers, because an ignored signal would stay ignored in every program started from here.
+/// A terminal sends SIGINT and SIGHUP to its whole process group, but they are meant for the agent, which still needs this plugin
+/// to stop its tasks. They are ignored by installing handlers instead of SIG_IGN, because SIG_IGN is inherited by every program
+/// started from here.
 pub async fn serve(
     driver: Driver,
     handshake_env: HandshakeEnv,
@@ -138,8 +140,8 @@ async fn serve_and_print(
     ended
 }
 
-/// Threads for blocking work end when they have had none for ten seconds, and where no process may be started any more the runtime
-/// panics over the next work. One of them gets something to do often enough to stay.
+/// tokio's blocking threads exit after ten idle seconds, and tokio panics if it then can't spawn a new one (EAGAIN). Keeps one
+/// alive so that a host at its process limit does not crash the plugin.
 async fn keep_blocking_thread_alive() {
     loop {
         let _ = tokio::task::spawn_blocking(|| ()).await;
@@ -147,8 +149,8 @@ async fn keep_blocking_thread_alive() {
     }
 }
 
-/// The plugin life of this binary, from the invitation to the exit status. Logs to stderr in the agent's form. With an `owner` the
-/// tasks end when that is gone.
+/// Runs the plugin process from the handshake to the exit status. Logs to stderr in the agent's format. With an `owner`, the
+/// tasks end when the owner is gone.
 pub fn run(handshake_env: HandshakeEnv, driver: Driver, owner: Option<&Owner>) -> ExitCode {
     let writer = log::install();
     raise_descriptor_limit();
@@ -161,7 +163,7 @@ pub fn run(handshake_env: HandshakeEnv, driver: Driver, owner: Option<&Owner>) -
         Ok(runtime) => {
             runtime.spawn(keep_blocking_thread_alive());
             let served = runtime.block_on(serve(driver, handshake_env, owner));
-            // Calls that are still open are cut off by the end of the process, which must not wait for them.
+            // Open calls are cut off when the process exits; it must not wait for them.
             runtime.shutdown_background();
             report(served)
         }
@@ -174,8 +176,8 @@ pub fn run(handshake_env: HandshakeEnv, driver: Driver, owner: Option<&Owner>) -
     code
 }
 
-/// As many descriptors as may be had: every task takes two, and an agent that is not started by a service manager gives 1,024.
-/// Containers keep none of it, systemd-nspawn sets their limits anew.
+/// Raises the soft limit of open files to the hard limit: every task takes two descriptors, and an agent that is not started by a
+/// service manager has a limit of 1,024. Containers do not inherit it, because systemd-nspawn sets their limits itself.
 fn raise_descriptor_limit() {
     let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return;

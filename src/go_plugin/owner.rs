@@ -1,5 +1,5 @@
-//! The process that a plugin of `run` belongs to. Nomad's plugins outlive their agent; this one ends its tasks and itself when
-//! its owner is gone, however that ended: the kernel closes the other end of the pipe that is our standard input.
+//! The owner of a plugin that the `run` command started. Nomad's plugins outlive their agent; this one ends its tasks and exits
+//! when its owner is gone, for whatever reason: the kernel then closes the other end of the pipe on standard input.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -16,7 +16,7 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Takes standard input for that pipe. Fails when it can't be duplicated.
+    /// Uses standard input as that pipe. Fails when it can't be duplicated.
     pub fn on_stdin() -> io::Result<Self> {
         Ok(Self {
             pipe: io::stdin().as_fd().try_clone_to_owned()?,
@@ -24,17 +24,17 @@ impl Owner {
         })
     }
 
-    /// Waits until the owner is gone. Fails at once when standard input is not a pipe. Needs a runtime.
+    /// Waits until the owner is gone. Fails at once when standard input is not a pipe. Requires a tokio runtime.
     pub(super) async fn wait(&self) -> io::Result<()> {
         let mut pipe = pipe::Receiver::from_owned_fd(self.pipe.try_clone()?)?;
         let mut buffer = [0; 64];
-        // An owner has nothing to say; what comes all the same is passed over.
+        // The owner sends nothing; any data is discarded.
         while pipe.read(&mut buffer).await? > 0 {}
         self.gone.store(true, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Whether serving has ended because the owner was gone, so that nobody else removes its files.
+    /// Whether serving ended because the owner is gone, in which case this process has to remove the owner's files.
     pub fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Relaxed)
     }

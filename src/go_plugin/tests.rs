@@ -1,4 +1,4 @@
-//! The porch, in this process and over a real socket.
+//! Tests of the go-plugin side, in this process and over a real socket.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -111,7 +111,7 @@ async fn shutdown_waits_for_no_stream_and_removes_the_socket() {
         _ = events.message() => panic!("the events ended"),
         () = std::future::ready(()) => {}
     }
-    // The answer may be lost with the connection.
+    // The response may be lost with the connection.
     let _ = GrpcControllerClient::new(channel).shutdown(Empty {}).await;
     timeout(LIMIT, served.ended)
         .await

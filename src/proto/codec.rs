@@ -1,6 +1,6 @@
-//! The codec of the generated services: protocol buffers, with buffers as small as what a driver says. Nomad keeps two calls open
-//! for every task, and the library's own buffers of 8 KiB would be most of what a task costs. A larger message makes its buffer
-//! grow; no message is refused here.
+//! The codec of the generated services: protocol buffers, with encode and decode buffers as small as the driver's usual messages.
+//! Nomad keeps two calls open for every task, and tonic's default buffers of 8 KiB would be most of the memory that a task costs.
+//! A larger message makes its buffer grow; no message is rejected here.
 
 use std::marker::PhantomData;
 
@@ -8,9 +8,9 @@ use prost::Message;
 use tonic::codec::{BufferSettings, Codec};
 use tonic_prost::ProstCodec;
 
-/// Holds an answer of a task's statistics, which is sent most often.
+/// Initial buffer size in bytes: enough for a TaskStats response, the most frequent message.
 const BUFFER: usize = 512;
-/// How much of a stream is sent together.
+/// Yield threshold in bytes: how much of a stream is sent together.
 const TOGETHER: usize = 32 * 1024;
 
 /// Encodes `T` and decodes `U`.

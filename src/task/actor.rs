@@ -1,5 +1,5 @@
-//! The actor of one task: the one place where its state changes. It handles commands and the results of its calls, one at a time,
-//! and never waits for the backend itself, so that a forced end can overtake a long grace period.
+//! The actor of one task: the only place where its state changes. It handles commands and the results of its backend calls one at
+//! a time and never waits for the backend itself, so that a forced kill can overtake a long grace period.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -15,11 +15,11 @@ use crate::backend::ContainerBackend;
 use crate::container::{ContainerSpec, Exit, Started, UNKNOWN_END};
 use crate::signal::Signal;
 
-/// How long finding a container again may take: the agent recovers one task after the other before its node is up.
+/// How long recovering a container may take: the agent recovers its tasks one after the other before its node is up.
 const RECOVER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long an end that was brought about may take to become known before the desk goes on without.
+/// How long to wait for the exit status of a stopped container before continuing without it.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// When clearing away is tried again; after the last one it is given up, with an error in the log.
+/// Delays between removal attempts. After the last one fails, the removal is given up with an error in the log.
 const REMOVE_RETRY_DELAYS: [Duration; 5] = [
     Duration::from_secs(1),
     Duration::from_secs(5),
@@ -31,17 +31,17 @@ const REMOVE_RETRY_DELAYS: [Duration; 5] = [
 pub(super) type Reply = oneshot::Sender<Result<(), TaskError>>;
 type StartReply = oneshot::Sender<Result<Arc<Started>, TaskError>>;
 
-/// How a desk comes to its task.
+/// What the actor begins with.
 #[derive(Debug)]
 pub(super) enum Origin {
     Start(Box<ContainerSpec>, StartReply),
-    /// When it is its turn.
+    /// Waits for a permit of the semaphore first.
     Recover(Box<Started>, Arc<Semaphore>, StartReply),
-    /// Nothing is known but the id.
+    /// Only the id is known.
     Cleanup(Reply),
 }
 
-/// A request to the desk.
+/// A command to the actor.
 #[derive(Debug)]
 pub(super) enum Command {
     Signal {
@@ -59,7 +59,7 @@ pub(super) enum Command {
     },
 }
 
-/// The result of what was under way.
+/// The result of a call in flight.
 enum Outcome {
     Up(Result<Started, TaskError>, StartReply),
     Ended(Exit),
@@ -76,7 +76,7 @@ pub(super) struct TaskActor {
     state: State,
     status: watch::Sender<TaskStatus>,
     commands: mpsc::Receiver<Box<Command>>,
-    /// What has to wait for the next fact.
+    /// Commands that are retried after the next event.
     deferred: Vec<Command>,
     in_flight: JoinSet<Outcome>,
     failed_removals: usize,
@@ -104,13 +104,13 @@ impl TaskActor {
         }
     }
 
-    /// Keeps the desk until nothing of the task is left.
+    /// Runs until the task is removed.
     pub(super) async fn run(mut self, origin: Origin) {
         self.begin(origin);
         while self.state != State::Removed {
             tokio::select! {
                 Some(outcome) = self.in_flight.join_next() => {
-                    // Every piece of work catches its own panic; see `whole`.
+                    // Every call catches its own panic, see `catch_panic`.
                     if let Ok(outcome) = outcome {
                         self.apply(outcome);
                     }
@@ -140,7 +140,7 @@ impl TaskActor {
             }
             Origin::Recover(started, turns, reply) => {
                 self.in_flight.spawn(async move {
-                    // Nobody closes it.
+                    // The semaphore is never closed, so this can't fail.
                     let _turn = turns.acquire_owned().await;
                     let attach = catch_panic(async move { Ok(backend.attach(&started).await?) });
                     let up = tokio::time::timeout(RECOVER_TIMEOUT, attach).await;
@@ -209,7 +209,7 @@ impl TaskActor {
         }
     }
 
-    /// Clears everything away; what still runs is ended first, so that its true end becomes known to those who wait for it.
+    /// Removes everything. A running container is killed first, so that callers waiting for its exit get the real exit status.
     fn remove(&mut self, running: bool, reply: Option<Reply>) {
         self.status.send_modify(|status| status.removing = true);
         let backend = Arc::clone(&self.backend);
@@ -262,7 +262,7 @@ impl TaskActor {
             Ok(started) => Arc::new(started),
             Err(error) => {
                 self.state.apply(Event::StartFailed);
-                // Out of the store before anybody hears of it: a second attempt may have the same id.
+                // Removed from the store before the caller gets the error: a second attempt may have the same id.
                 self.store.remove(&self.info);
                 let _ = reply.send(Err(error));
                 return;
@@ -284,7 +284,7 @@ impl TaskActor {
     fn apply_removal(&mut self, result: Result<(), TaskError>, reply: Option<Reply>) {
         let Err(error) = &result else {
             self.state.apply(Event::Removed);
-            // Out of the store before anybody hears of it: who asks again shall find nothing.
+            // Removed from the store before the caller gets the result: the next lookup must find nothing.
             self.store.remove(&self.info);
             answer_some(reply, Ok(()));
             return;
@@ -326,7 +326,7 @@ impl From<Rejection> for TaskError {
     }
 }
 
-/// Runs work whose panic becomes an error of this work alone. It ends with the caller.
+/// Runs `work` and turns its panic into an error of this call alone. Dropping the returned future aborts the work.
 async fn catch_panic<T: Send + 'static>(
     work: impl Future<Output = Result<T, TaskError>> + Send + 'static,
 ) -> Result<T, TaskError> {
@@ -335,7 +335,7 @@ async fn catch_panic<T: Send + 'static>(
 }
 
 async fn wait_for_exit(mut status: watch::Receiver<TaskStatus>) {
-    // Without an answer the caller goes on: the end was brought about, only its record is missing.
+    // On timeout the caller continues: the container has been stopped, only its exit status is missing.
     let _ = tokio::time::timeout(
         EXIT_TIMEOUT,
         status.wait_for(|status| status.exit.is_some()),
@@ -343,7 +343,7 @@ async fn wait_for_exit(mut status: watch::Receiver<TaskStatus>) {
     .await;
 }
 
-/// The exit of a container that nobody can watch any more.
+/// The exit of a container that can't be watched any more.
 fn lost_exit(id: &str, error: &TaskError) -> Exit {
     log(id, "can't be watched any more", error);
     Exit {
@@ -366,7 +366,7 @@ fn log(id: &str, what: &str, error: &dyn std::error::Error) {
     );
 }
 
-/// A caller that went away needs no answer.
+/// Sends the result; a caller that has gone away is ignored.
 fn answer(reply: Reply, result: Result<(), TaskError>) {
     let _ = reply.send(result);
 }

@@ -1,5 +1,5 @@
-//! The event bus: messages for the users of tasks, sent to every subscriber. Refuses to wait for anybody: a slow listener loses
-//! events, a task is never held up.
+//! The event bus: messages for the users of tasks, sent to every subscriber. Never waits: a slow subscriber loses events, a task
+//! is never delayed.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,23 +9,23 @@ use tokio::sync::mpsc;
 
 use super::TaskInfo;
 
-/// Events kept for the first listener while there is none.
+/// Events kept for the first subscriber while there is none.
 const BACKLOG_EVENTS: usize = 64;
-/// Events kept for one slow listener.
+/// Events buffered for one slow subscriber.
 const SUBSCRIBER_BUFFER: usize = 256;
 
-/// A sentence about a task.
+/// A message about a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskEvent {
-    /// Which task.
+    /// The task.
     pub task: TaskInfo,
-    /// When it was said.
+    /// When it was published.
     pub at: SystemTime,
-    /// The sentence.
+    /// The text.
     pub message: String,
 }
 
-/// The place where events are told. Clones are the same place.
+/// The event bus. Clones share the same subscribers.
 #[derive(Debug, Clone, Default)]
 pub struct EventBus {
     inner: Arc<Mutex<Inner>>,
@@ -38,7 +38,7 @@ struct Inner {
 }
 
 impl EventBus {
-    /// Tells every listener, or keeps the event for the next one if there is none.
+    /// Sends an event to every subscriber, or keeps it for the next one if there is none.
     pub fn publish(&self, task: &TaskInfo, message: impl Into<String>) {
         let event = TaskEvent {
             task: task.clone(),
@@ -66,12 +66,12 @@ impl EventBus {
         }
     }
 
-    /// A new listener; it first hears what nobody heard yet.
+    /// Adds a subscriber. It first receives the events that have reached no subscriber yet.
     pub fn subscribe(&self) -> mpsc::Receiver<TaskEvent> {
         let (subscriber, events) = mpsc::channel(SUBSCRIBER_BUFFER);
         let mut inner = self.inner();
         for event in inner.backlog.drain(..) {
-            // There is room: the backlog is shorter than the channel.
+            // This can't fail: the backlog is shorter than the channel.
             let _ = subscriber.try_send(event);
         }
         inner.subscribers.push(subscriber);
@@ -79,7 +79,7 @@ impl EventBus {
     }
 
     fn inner(&self) -> std::sync::MutexGuard<'_, Inner> {
-        // Every change of the board is a single step; a panic of another holder left it whole.
+        // Every change is a single step, so a panic while the lock was held leaves it consistent.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,15 +1,16 @@
-//! The state that Nomad keeps for us between plugin processes. It is written once, read by this and later versions, and trusted
-//! by nobody: it names a start, and the backend checks that what it finds is that start. Refuses everything it does not know.
+//! The driver state that Nomad stores in the task handle between plugin processes. It is written once, read by this and later
+//! versions, and not trusted: it names a start, and the backend checks that what it finds is that start. Rejects every version
+//! and schema it does not know.
 //!
-//! When its form changes: add a schema number, keep reading the old ones, and think of an older driver reading the new one.
+//! To change the format: add a schema number, keep reading the old ones, and consider what an older driver does with the new one.
 
 use serde::{Deserialize, Serialize};
 
 use crate::container::Started;
 
-/// The version of our handles. 1 is the Go driver's.
+/// The version of our handles. Version 1 is the Go driver's.
 pub const VERSION: i32 = 2;
-/// The form of the state within this version.
+/// The schema of the state within this version.
 const SCHEMA: u32 = 1;
 
 /// Why a handle can't be used.
@@ -23,18 +24,18 @@ pub enum HandleError {
     /// A version that no released driver wrote, or a later one.
     #[error("handle version {0} is not known to this driver, which writes version {VERSION}")]
     Version(i32),
-    /// A later form of the state.
+    /// A later schema of the state.
     #[error("state schema {0} is newer than this driver, which writes schema {SCHEMA}")]
     Schema(u32),
-    /// Not a state at all. Names the place and not what is there, which may be anything.
+    /// The state can't be parsed. Reports the position but not the content, which may be anything.
     #[error("the stored state can't be read, as line {line} column {column} shows")]
     Damaged {
-        /// From 1; 0 if there is none.
+        /// From 1; 0 if unknown.
         line: usize,
         /// In bytes.
         column: usize,
     },
-    /// The state of another start.
+    /// The state belongs to another start.
     #[error("the stored state belongs to {state:?}, not to {handle:?}")]
     Mismatch {
         /// The id in the state.
@@ -42,7 +43,7 @@ pub enum HandleError {
         /// The id in the handle's configuration.
         handle: String,
     },
-    /// The state can't be written.
+    /// The state can't be serialized.
     #[error("the state can't be written")]
     Unwritable(#[source] serde_json::Error),
 }
@@ -63,7 +64,7 @@ struct Read {
     started: Started,
 }
 
-/// The bytes for Nomad to keep.
+/// Serializes the state that Nomad stores.
 pub fn encode(started: &Started) -> Result<Vec<u8>, HandleError> {
     let written = Written {
         schema: SCHEMA,
@@ -72,7 +73,7 @@ pub fn encode(started: &Started) -> Result<Vec<u8>, HandleError> {
     serde_json::to_vec(&written).map_err(HandleError::Unwritable)
 }
 
-/// Reads the bytes that Nomad kept in a handle of this `version` for the start `id`.
+/// Parses the state that Nomad stored in a handle of this `version` for the start `id`.
 pub fn decode(version: i32, state: &[u8], id: &str) -> Result<Started, HandleError> {
     match version {
         VERSION => {}
@@ -116,7 +117,7 @@ mod tests {
         assert_eq!(decode(VERSION, &bytes, "a/t/1").unwrap(), started);
     }
 
-    /// What released drivers left with Nomad. Never change a line; add one when the form changes.
+    /// State as written by released drivers. Never change a line; add one when the format changes.
     const RELEASED: &[&str] = &[
         r#"{"schema":1,"started":{"id":"a/t/1","machine":"t-a","state":"/run/nomad-driver-nspawn/x","boot":"11111111-2222-3333-4444-555555555555","supervisor":{"pid":10,"start":100},"leader":{"pid":11,"start":101},"mode":"Plain","cgroup":"/sys/fs/cgroup/x","started_at":{"secs_since_epoch":1700000000,"nanos_since_epoch":123000000},"notes":["a note"]}}"#,
     ];

@@ -1,8 +1,8 @@
-//! One actor per task owns its state from StartTask or RecoverTask until it has been destroyed. Every request goes through the
-//! actor, which asks `state` whether it is allowed now, and makes one call on the backend. Knows nothing of Nomad's
-//! wire; judges no configuration.
+//! One actor per task owns its state from StartTask or RecoverTask until it has been destroyed. Runs in the plugin process. Every
+//! request goes through the actor, which checks with `state` whether it is allowed now and makes one call on the backend. Does
+//! not handle Nomad's protobuf messages and does not validate configuration.
 //!
-//! Nothing here is detached: the actors are tracked and end with the root token; what an actor has in flight ends with it.
+//! Nothing here is detached: the actors are tracked and end with the root token, and an actor's calls in flight end with it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,11 +24,11 @@ mod store;
 use actor::{Command, Origin, TaskActor};
 use store::TaskStore;
 
-/// How many containers are found again together. Nomad asks for all of them in the same moment after this process was killed;
-/// more together takes no less time, but memory and threads that a process does not give back.
+/// How many recoveries run at once. After this process was killed, Nomad recovers all tasks at the same moment; running more of
+/// them concurrently is not faster, but uses memory and threads that the process does not give back.
 const MAX_CONCURRENT_RECOVERIES: usize = 16;
 
-/// Who a task is.
+/// Identifies a task.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TaskInfo {
     /// Nomad's id of this start.
@@ -39,52 +39,52 @@ pub struct TaskInfo {
     pub alloc_id: String,
 }
 
-/// What went wrong with a request about a task.
+/// Why a request about a task failed.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
-    /// A start of this id is there already.
+    /// A task with this id exists already.
     #[error("task {0:?} is already known")]
     AlreadyKnown(String),
-    /// There is no such task, or no more. The words are the ones Nomad's own drivers use.
+    /// There is no task with this id, or no longer. The message is the one Nomad's own drivers use.
     #[error("task not found for given id")]
     Unknown,
-    /// It has ended.
+    /// It has exited.
     #[error("the task is not running")]
     NotRunning,
-    /// It has not ended.
+    /// It has not exited.
     #[error("cannot destroy running task without force")]
     StillRunning,
-    /// The container was not found again in time.
+    /// The container was not found in time on recovery.
     #[error("the container could not be found again within {} s", .0.as_secs())]
     AttachTimeout(Duration),
-    /// A defect of this program; the log has the details.
+    /// A bug in this program; the log has the details.
     #[error("internal error, see the client's log")]
     Panicked,
-    /// The host could not do it.
+    /// The backend failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
 }
 
-/// What is known of a task's life. Once it has an exit, it keeps it.
+/// The status of a task. Once `exit` is set, it does not change.
 #[derive(Debug, Clone, Default)]
 pub struct TaskStatus {
     /// The container, once it is up.
     pub started: Option<Arc<Started>>,
-    /// How it ended, once it has.
+    /// The exit, once it is known.
     pub exit: Option<Exit>,
-    /// Whether it is being cleared away, so that nobody shall find it any more.
+    /// Whether the task is being removed, so that lookups no longer return it.
     removing: bool,
-    /// Whether nothing more will become known.
+    /// Whether no further change will follow.
     closed: bool,
 }
 
-/// A task, for those who want something of it. Clones are the same task.
+/// A handle to a task. Clones refer to the same task.
 #[derive(Debug, Clone)]
 pub struct Task {
     info: Arc<TaskInfo>,
     backend: Arc<dyn ContainerBackend>,
     status: watch::Receiver<TaskStatus>,
-    /// Boxed: a channel has room for dozens from the start.
+    /// Boxed: a channel allocates space for dozens of entries up front.
     mailbox: mpsc::Sender<Box<Command>>,
 }
 
@@ -94,18 +94,18 @@ impl Task {
         &self.info.id
     }
 
-    /// Who it is.
+    /// Identifies the task.
     pub fn info(&self) -> &TaskInfo {
         &self.info
     }
 
-    /// What is known of its life now.
+    /// The current status.
     pub fn status(&self) -> TaskStatus {
         self.status.borrow().clone()
     }
 
-    /// Waits for the end. Any number of callers, early or late, get the same answer. Fails when the task was destroyed without
-    /// its end having become known; `None` means that this process is ending and nobody may draw a conclusion about the task.
+    /// Waits for the exit. Any number of callers, early or late, get the same result. Fails when the task was destroyed before
+    /// its exit became known. `None` means that this process is shutting down and says nothing about the task.
     pub async fn wait(&self) -> Option<Result<Exit, TaskError>> {
         let mut status = self.status.clone();
         let ended = status
@@ -122,7 +122,7 @@ impl Task {
         self.ask(|reply| Command::Signal { signal, reply }).await
     }
 
-    /// Asks the payload to end, ends it by force after `grace`, and returns when it has ended. An ended task is success.
+    /// Asks the payload to stop, kills it after `grace`, and returns when it has exited. Succeeds if the task has already exited.
     pub async fn stop(&self, signal: Option<Signal>, grace: Duration) -> Result<(), TaskError> {
         self.ask(|reply| Command::Stop {
             signal,
@@ -132,12 +132,12 @@ impl Task {
         .await
     }
 
-    /// Clears the task away; a running one only by `force`. After an error of the backend it is tried again in the background.
+    /// Removes the task; a running one only with `force`. After a backend error the removal is retried in the background.
     pub async fn destroy(&self, force: bool) -> Result<(), TaskError> {
         self.ask(|reply| Command::Destroy { force, reply }).await
     }
 
-    /// What the container uses now. Needs no desk: it changes nothing.
+    /// The current resource usage. Does not go through the actor, because it changes nothing.
     pub async fn usage(&self) -> Result<Usage, TaskError> {
         let started = self.status().started.ok_or(TaskError::NotRunning)?;
         Ok(self.backend.usage(&started).await?)
@@ -151,7 +151,7 @@ impl Task {
     }
 }
 
-/// All tasks of this plugin process, and the desks that keep them.
+/// All tasks of this plugin process and their actors.
 #[derive(Debug, Clone)]
 pub struct Tasks {
     store: TaskStore,
@@ -161,7 +161,7 @@ pub struct Tasks {
 }
 
 impl Tasks {
-    /// No tasks yet; all desks will end with `token`. That ends no container.
+    /// Creates an empty set. Cancelling `token` ends all actors, but no container.
     pub fn new(token: CancellationToken) -> Self {
         Self {
             store: TaskStore::default(),
@@ -171,7 +171,7 @@ impl Tasks {
         }
     }
 
-    /// The task of this id, unless it is being cleared away.
+    /// The task with this id, unless it is being removed.
     pub fn get(&self, id: &str) -> Result<Task, TaskError> {
         let known = self
             .store
@@ -180,7 +180,7 @@ impl Tasks {
         known.ok_or(TaskError::Unknown)
     }
 
-    /// The ids of all tasks, of those that are being cleared away too.
+    /// The ids of all tasks, including those being removed.
     pub fn ids(&self) -> Vec<String> {
         self.store.ids()
     }
@@ -196,7 +196,7 @@ impl Tasks {
             .await
     }
 
-    /// Finds a container again that an earlier process started. One that is known already is success and left alone.
+    /// Finds a container that an earlier plugin process started. Succeeds without doing anything if the task is already known.
     pub async fn recover(
         &self,
         backend: Arc<dyn ContainerBackend>,
@@ -222,7 +222,7 @@ impl Tasks {
         }
     }
 
-    /// Clears a task away, or what is left on the host of an id that nobody here knows.
+    /// Removes a task, or the leftovers on the host of an id that is unknown here.
     pub async fn destroy(
         &self,
         backend: Arc<dyn ContainerBackend>,
@@ -241,18 +241,18 @@ impl Tasks {
         };
         let (reply, answer) = oneshot::channel();
         match self.spawn_actor(backend, info, Origin::Cleanup(reply)) {
-            // Somebody else was faster with the same wish.
+            // A concurrent call is already removing the same id.
             Err(TaskError::AlreadyKnown(_)) => Ok(()),
             Err(error) => Err(error),
             Ok(_) => answer.await.unwrap_or(Ok(())),
         }
     }
 
-    /// Ends the desks, which end no container, and waits for them at most for `limit`.
+    /// Ends the actors, but no container, and waits for them for at most `limit`.
     pub async fn close(&self, limit: Duration) {
         self.token.cancel();
         self.actors.close();
-        // What is not done by then ends with the process.
+        // Actors still running after `limit` end with the process.
         let _ = tokio::time::timeout(limit, self.actors.wait()).await;
     }
 

@@ -1,4 +1,4 @@
-//! Which request is allowed when. Pure: no clock, no I/O, no lock; the actor asks here.
+//! The state machine of a task: which request is allowed in which state. Pure: no clock, no I/O, no lock. Used by the task's actor.
 //!
 //! ```text
 //!              up                end                destroy
@@ -12,28 +12,28 @@
 //!    └── failed ──▶ Removed
 //! ```
 //!
-//! Nothing leads back from an end to a running task, and nothing leads out of `Removed`.
+//! No transition leads from `Ended` back to a running state, and none leads out of `Removed`.
 
-/// Where a task stands.
+/// The state of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
-    /// Being started or found again.
+    /// Being started or recovered.
     Starting,
-    /// Up, and nobody asked it to end.
+    /// Up, with no stop requested.
     Running,
-    /// Up, and this many are waiting for its end.
+    /// Up, with this many stop requests pending.
     Stopping(u32),
-    /// Its end is known; its remains are kept.
+    /// Its exit is known; it has not been destroyed yet.
     Ended,
-    /// Being cleared away.
+    /// Being removed.
     Removing,
-    /// Clearing away failed; it will be tried again.
+    /// Removal failed and will be retried.
     RemoveFailed,
     /// Nothing is left.
     Removed,
 }
 
-/// What somebody wants.
+/// A request about a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Request {
     Signal,
@@ -41,7 +41,7 @@ pub(super) enum Request {
     Destroy { force: bool },
 }
 
-/// What happened.
+/// What happened to the task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Event {
     Up,
@@ -57,17 +57,17 @@ pub(super) enum Event {
 /// What to do with a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// Carry it out.
+    /// Execute it.
     Do,
-    /// It is fulfilled already.
+    /// Nothing to do; it is already satisfied.
     Done,
-    /// Ask again after the next fact.
+    /// Ask again after the next event.
     Later,
-    /// No.
+    /// Refuse it.
     Reject(Rejection),
 }
 
-/// Why not.
+/// Why a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rejection {
     Unknown,
@@ -76,7 +76,7 @@ pub(super) enum Rejection {
 }
 
 impl State {
-    /// Judges a request; a [`Decision::Do`] has already changed the state.
+    /// Decides on a request; a [`Decision::Do`] has already changed the state.
     pub(super) fn request(&mut self, request: Request) -> Decision {
         use Decision::{Do, Done, Later, Reject};
         match (*self, request) {
@@ -109,7 +109,7 @@ impl State {
         }
     }
 
-    /// Takes note of a fact. One that can't be, or that comes too late to matter, changes nothing.
+    /// Applies an event. An event that is impossible in this state, or too late to matter, changes nothing.
     pub(super) fn apply(&mut self, event: Event) {
         *self = match (*self, event) {
             (Self::Starting, Event::Up) => Self::Running,

@@ -1,19 +1,19 @@
-//! Which tasks there are: start id → task. Refuses a second of the same id; keeps those that are being cleared away out of
-//! sight.
+//! The map of tasks by start id. Rejects a second task with the same id. Does not hide tasks that are being removed;
+//! [`super::Tasks::get`] does.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{Task, TaskError, TaskInfo};
 
-/// The tasks of this plugin process. Clones are the same store.
+/// The tasks of this plugin process. Clones share the same map.
 #[derive(Debug, Clone, Default)]
 pub(super) struct TaskStore {
     tasks: Arc<Mutex<HashMap<String, Task>>>,
 }
 
 impl TaskStore {
-    /// Takes a task in.
+    /// Adds a task.
     pub(super) fn insert(&self, task: Task) -> Result<(), TaskError> {
         use std::collections::hash_map::Entry;
         match self.tasks().entry(task.id().to_owned()) {
@@ -25,7 +25,7 @@ impl TaskStore {
         }
     }
 
-    /// The task of this id, even when it is being cleared away.
+    /// The task with this id, even if it is being removed.
     pub(super) fn get_any(&self, id: &str) -> Option<Task> {
         self.tasks().get(id).cloned()
     }
@@ -35,7 +35,7 @@ impl TaskStore {
         self.tasks().keys().cloned().collect()
     }
 
-    /// Strikes this very task off. Another one of the same id, which may have come meanwhile, stays.
+    /// Removes exactly this task. Another task with the same id, added in the meantime, stays.
     pub(super) fn remove(&self, info: &Arc<TaskInfo>) {
         let mut tasks = self.tasks();
         let same = tasks
@@ -47,7 +47,7 @@ impl TaskStore {
     }
 
     fn tasks(&self) -> MutexGuard<'_, HashMap<String, Task>> {
-        // Every change of the map is a single call; a panic of another holder left it whole.
+        // Every change is a single call on the map, so a panic while the lock was held leaves it consistent.
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

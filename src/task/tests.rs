@@ -1,4 +1,4 @@
-//! The desks against a backend that plays along, and one that does not.
+//! The task actors against a mock backend that cooperates, and one that does not.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ use crate::container::{Console, Mode, Network, Probe, Process, Root, Users, Vola
 const ID: &str = "a/t/1";
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// The generated mock, which answers at once, and what it can't play: the time until an end, and a start that takes long.
+/// The generated mock, which answers at once, extended by what it can't do: waiting for an exit, and a start that takes long.
 #[derive(Debug)]
 pub(crate) struct TestBackend {
     pub(crate) mock: MockContainerBackend,
@@ -24,7 +24,7 @@ pub(crate) struct TestBackend {
 }
 
 impl TestBackend {
-    /// A stage on which everything but an end happens at once.
+    /// A backend on which everything except the exit happens at once.
     pub(crate) fn new(mock: MockContainerBackend) -> (Arc<Self>, watch::Sender<Option<Exit>>) {
         let end = watch::Sender::new(None);
         let gate = Semaphore::new(Semaphore::MAX_PERMITS);

@@ -1,4 +1,4 @@
-//! SetConfig, Fingerprint, and what follows from them.
+//! Tests of SetConfig and Fingerprint, and of what follows from them.
 
 use super::*;
 
@@ -179,7 +179,7 @@ async fn before_any_configuration_the_defaults_hold() {
     assert!(driver.config().unwrap().plugin_config.enabled);
 }
 
-/// How long after the beginning, on the paused clock, this backend was asked to reconcile; `None` if never within an hour.
+/// How long after the start of the test, on the paused clock, this backend was asked to reconcile; `None` if never within an hour.
 async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) -> Option<Duration> {
     let (asked, mut received) = tokio::sync::mpsc::unbounded_channel();
     let mut mock = MockContainerBackend::new();
@@ -221,7 +221,7 @@ async fn what_no_one_asked_for_is_cleared_once_the_agent_had_time_to_ask() {
     let minute = Duration::from_secs(60);
     assert_eq!(reconciled(Some(minute), async |_| {}).await, Some(minute));
     assert_eq!(reconciled(None, async |_| {}).await, None);
-    // Every task that is taken up shows that the agent is still at it.
+    // Every recovered task shows that the agent has not finished recovering.
     let late = reconciled(Some(minute), async |driver| {
         for _ in 0..3 {
             tokio::time::sleep(minute / 2).await;
@@ -232,7 +232,7 @@ async fn what_no_one_asked_for_is_cleared_once_the_agent_had_time_to_ask() {
         }
     });
     assert_eq!(late.await, Some(minute * 5 / 2));
-    // A backend that was replaced meanwhile is not asked, and neither is one of a process that ends.
+    // A backend that has been replaced is not asked, and neither is one of a process that shuts down.
     let replaced = reconciled(Some(minute), async |driver| {
         driver.configure(plugin_config(), None)
     });

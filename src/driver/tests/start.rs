@@ -1,8 +1,8 @@
-//! StartTask.
+//! Tests of StartTask.
 
 use super::*;
 
-/// An allocation on disk and a task in it whose root is an empty tree.
+/// An allocation on disk, with a task whose root is an empty tree.
 struct Allocation {
     dir: tempfile::TempDir,
 }
@@ -60,7 +60,7 @@ async fn a_start_gives_a_handle_that_finds_the_task_again() {
     let (stage, _end) = TestBackend::new(starts());
     let first = driver(stage);
     let task = Allocation::new().task(&[]);
-    // The allocation is gone from disk by the time of the start; that is an error of the configuration.
+    // The allocation is gone from disk by the time of the start, which is a configuration error.
     let gone = first.start_task(start_request(&task)).await.unwrap_err();
     assert_eq!(gone.code(), Code::InvalidArgument);
 
@@ -104,7 +104,7 @@ async fn a_start_gives_a_handle_that_finds_the_task_again() {
         .returning(|started| Ok(started.clone()));
     let (stage, end) = TestBackend::new(mock);
     let second = driver(stage);
-    // What Nomad keeps over its own restart lacks the job's config block.
+    // What Nomad stores across its own restart lacks the job's config block.
     let handle = proto::TaskHandle {
         config: Some(proto::TaskConfig {
             msgpack_driver_config: Vec::new(),
