@@ -1,6 +1,6 @@
-//! Control groups: where a task's group goes, making it, ending everything in it, reading it, removing it. Version 2 where it
-//! is mounted (alone or beside version 1), the named version 1 hierarchy otherwise. Knows nothing of containers, and touches
-//! no group that the driver did not make.
+//! Cgroups of tasks: choosing the path, creating, killing all processes, reading usage, removing. Uses cgroup v2 where
+//! it is mounted (unified or hybrid), otherwise the named cgroup v1 hierarchy. Knows nothing about containers, and does
+//! not touch cgroups that the driver did not create.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,43 +17,43 @@ use crate::procfs::{self, Mount};
 
 pub mod freezer;
 
-/// Where control groups are mounted.
+/// The mount point of the cgroup file systems.
 const TOP: &str = "/sys/fs/cgroup";
 
-/// The driver's own subtree, used where Nomad gives no group.
+/// The driver's own subtree, used where Nomad provides no cgroup.
 const SUBTREE: &str = "nomad-driver-nspawn";
 
-/// How long processes are pursued that fork while they are killed. Who is left then is told by who waits for the end.
+/// How long to keep re-killing a cgroup whose members keep forking. [`Group::wait_empty`] reports survivors.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How this host's control groups are mounted.
+/// How the cgroup hierarchies of this host are mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
-    /// Which versions are in use.
+    /// Which cgroup versions are in use.
     pub kind: CgroupLayout,
-    /// The hierarchy that tracks processes: version 2, or the named version 1 hierarchy.
+    /// The hierarchy that tracks processes: cgroup v2, or the named cgroup v1 hierarchy.
     pub tracking: Option<PathBuf>,
-    /// Where both are mounted: the named version 1 hierarchy, in which systemd-nspawn repeats the groups it makes.
+    /// On a hybrid host: the named cgroup v1 hierarchy, in which systemd-nspawn also creates the cgroups that it makes.
     pub mirror: Option<PathBuf>,
 }
 
-/// Where the group of one start goes.
+/// The cgroup of one start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CgroupPath {
-    /// The group to make and to start systemd-nspawn in.
+    /// The cgroup to create and to start systemd-nspawn in.
     pub group: PathBuf,
-    /// The same group in the other hierarchy, made by systemd-nspawn itself and left by it.
+    /// The same cgroup in the other hierarchy, which systemd-nspawn creates itself and does not remove.
     pub mirror: Option<PathBuf>,
 }
 
 impl Layout {
-    /// The layout that these mounts make.
+    /// Derives the layout from a mount table.
     ///
-    /// A host is unified where `/sys/fs/cgroup` itself is version 2, as systemd has it. A version 1 hierarchy that something mounts elsewhere
-    /// beside it (a VPN client its `net_cls`) changes nothing about that.
+    /// A host is unified where `/sys/fs/cgroup` itself is cgroup v2, as systemd defines it. A cgroup v1 hierarchy that
+    /// is mounted elsewhere in addition (a VPN client mounts `net_cls`) does not change that.
     pub fn of(mounts: &[Mount]) -> Self {
         let at_top = |mount: &&Mount| mount.target == Path::new(TOP);
-        // What was mounted last is on top of what was there before.
+        // A later mount covers an earlier one.
         if let Some(top) = mounts.iter().rfind(at_top)
             && top.kind == "cgroup2"
         {
@@ -82,14 +82,14 @@ impl Layout {
         }
     }
 
-    /// The layout of this host; none where the mount table can't be read.
+    /// The layout of this host; no cgroups if the mount table can't be read.
     pub fn of_this_host() -> Self {
         Self::of(&procfs::own_mounts().unwrap_or_default())
     }
 
-    /// Where the group of one start goes: below the group that Nomad made for the task if it is one of the tracking
-    /// hierarchy, else in the driver's own subtree. A new leaf for every start, because systemd-nspawn leaves its own groups
-    /// with controllers switched on, and such a group takes no process again.
+    /// The cgroup of one start: below the cgroup that Nomad made for the task if that is in the tracking hierarchy,
+    /// else in the driver's own subtree. Every start gets a new leaf, because systemd-nspawn leaves its own cgroups
+    /// with controllers enabled, and such a cgroup does not accept processes again.
     pub fn path_for(&self, granted: Option<&Path>, leaf: &str) -> Option<CgroupPath> {
         let tracking = self.tracking.as_ref()?;
         let parent = match granted {
@@ -109,7 +109,7 @@ impl Layout {
 }
 
 impl Layout {
-    /// Every group whose name satisfies `is_leaf`, in every hierarchy and wherever it lies, but not inside another one.
+    /// Every cgroup whose name satisfies `is_leaf`, in every hierarchy and at any depth, except below another match.
     pub fn leaves(&self, is_leaf: impl Fn(&str) -> bool) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut pending: Vec<PathBuf> = self.hierarchies().cloned().collect();
@@ -125,12 +125,12 @@ impl Layout {
         found
     }
 
-    /// Every group of this name, wherever it lies.
+    /// Every cgroup with this name, at any depth.
     pub fn find(&self, leaf: &str) -> Vec<PathBuf> {
         self.leaves(|name| name == leaf)
     }
 
-    /// Whether a group lies directly in the driver's own subtree, where nobody else makes groups.
+    /// Whether a cgroup is directly in the driver's own subtree, where only the driver creates cgroups.
     pub fn is_own(&self, group: &Path) -> bool {
         self.hierarchies()
             .any(|hierarchy| group.parent() == Some(&*hierarchy.join(SUBTREE)))
@@ -141,7 +141,7 @@ impl Layout {
     }
 }
 
-/// The groups directly below one.
+/// The cgroups directly below a directory.
 fn groups_in(directory: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries
@@ -150,12 +150,12 @@ fn groups_in(directory: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// One group, by its directory. The directory need not exist.
+/// A cgroup, identified by its directory. The directory need not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group(PathBuf);
 
 impl Group {
-    /// The group of this directory.
+    /// The cgroup with this directory.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self(path.into())
     }
@@ -165,12 +165,12 @@ impl Group {
         &self.0
     }
 
-    /// The group `name` inside this one.
+    /// The cgroup `name` inside this one.
     pub fn child(&self, name: &str) -> Self {
         Self(self.0.join(name))
     }
 
-    /// Makes it, with its parents. Another start may be removing an empty parent at the same moment: then again.
+    /// Creates it and its parents. Retries if another start removes an empty parent at the same time.
     pub fn create(&self) -> io::Result<()> {
         let mut attempts = 0;
         loop {
@@ -188,7 +188,7 @@ impl Group {
         fs::write(self.0.join("cgroup.procs"), "0")
     }
 
-    /// The processes of this group and all groups below.
+    /// The processes of this cgroup and of all cgroups below.
     pub fn processes(&self) -> Vec<i32> {
         let mut found = Vec::new();
         self.walk(&mut |group| {
@@ -202,8 +202,8 @@ impl Group {
         found
     }
 
-    /// Ends every process of this group and of those below, stopped and frozen ones too. Returns when the signals are sent;
-    /// [`wait_empty`](Self::wait_empty) sees the end.
+    /// Kills every process of this cgroup and of those below, including stopped and frozen ones. Returns when the
+    /// signals are sent; [`wait_empty`](Self::wait_empty) waits for the processes to exit.
     pub fn kill(&self) {
         if fs::write(self.0.join("cgroup.kill"), "1").is_ok() {
             self.processes().into_iter().for_each(freezer::release);
@@ -212,8 +212,9 @@ impl Group {
         self.kill_one_by_one();
     }
 
-    /// The same without that file, which version 1 does not have, nor version 2 before Linux 5.14. A process that forks faster
-    /// than the list is read is caught by the next round: there is another one as long as somebody new is seen.
+    /// Kills without `cgroup.kill`, which does not exist in cgroup v1 nor in cgroup v2 before Linux 5.14. A process
+    /// that forks faster than the list is read is killed in a later round: the loop continues as long as a round finds
+    /// new processes.
     fn kill_one_by_one(&self) {
         let end = Instant::now() + KILL_TIMEOUT;
         let mut seen = BTreeSet::new();
@@ -222,17 +223,18 @@ impl Group {
             if processes.iter().all(|pid| seen.contains(pid)) {
                 return;
             }
-            // Not all at once: a descriptor is needed for each.
+            // In chunks, because each process needs a descriptor.
             for some in processes.chunks(64) {
                 let pidfds = open_pidfds(some);
-                // Listed after it was held, so it is a member that is held: the number may have come to mean somebody else before.
+                // List the members again after opening the pidfds, and kill only those that are still listed: before
+                // its pidfd was open, a pid may have been reused by a process outside the cgroup.
                 kill_members(&pidfds, &self.processes());
             }
             seen.extend(processes);
         }
     }
 
-    /// Lets every process of this group and of those below run again, however they were frozen.
+    /// Thaws every process of this cgroup and of those below, in cgroup v1 and v2.
     pub fn thaw(&self) {
         self.walk(&mut |group| {
             let _ = fs::write(group.join("cgroup.freeze"), "0");
@@ -240,8 +242,9 @@ impl Group {
         self.processes().into_iter().for_each(freezer::release);
     }
 
-    /// Waits until no process is left, at most `limit`. A killed process needs a moment to go, and the kernel tells only of
-    /// version 2 groups when the last one has, so this looks again after ever longer pauses.
+    /// Waits until no process is left, for at most `limit`, and returns whether that is so. A killed process takes a
+    /// moment to exit, and the kernel only notifies about empty cgroups in cgroup v2, so this polls at increasing
+    /// intervals.
     pub fn wait_empty(&self, limit: Duration) -> bool {
         let end = Instant::now() + limit;
         let mut pause = Duration::from_micros(200);
@@ -255,8 +258,8 @@ impl Group {
         true
     }
 
-    /// Removes it with all groups below, and the driver's own subtree when this was its last group. What still holds a
-    /// process stays and is an error; what is not there is none.
+    /// Removes the cgroup with all cgroups below, and the driver's own subtree if this was its last cgroup. A cgroup
+    /// that still has processes is kept and is an error; a missing one is not.
     pub fn remove(&self) -> io::Result<()> {
         let mut groups = Vec::new();
         self.walk(&mut |group| groups.push(group.to_owned()));
@@ -272,12 +275,12 @@ impl Group {
         Ok(())
     }
 
-    /// How often the kernel ended a process of it for want of memory; 0 where it is not counted.
+    /// The number of processes that the kernel's OOM killer has killed in it; 0 where that is not counted.
     pub fn oom_kills(&self) -> u64 {
         self.field("memory.events", "oom_kill").unwrap_or(0)
     }
 
-    /// What its processes use.
+    /// The resource usage of its processes.
     pub fn usage(&self) -> Usage {
         let cpu = |key: &str| self.field("cpu.stat", key);
         let memory = |key: &str| self.field("memory.stat", key);
@@ -287,7 +290,7 @@ impl Group {
             cpu_system_ns: cpu("system_usec").map(micro),
             throttled_periods: cpu("nr_throttled"),
             throttled_ns: cpu("throttled_usec").map(micro),
-            // Without the memory controller the processes themselves are asked.
+            // Without the memory controller, add up the resident memory of the processes.
             memory_rss: memory("anon").or_else(|| self.resident()),
             memory_cache: memory("file"),
             memory_usage: self.value("memory.current"),
@@ -327,7 +330,7 @@ impl Group {
         })
     }
 
-    /// Visits this group's directory and all below it, parents first.
+    /// Visits this cgroup's directory and all below it, parents first.
     fn walk(&self, visit: &mut dyn FnMut(&Path)) {
         let mut pending = vec![self.0.clone()];
         while let Some(directory) = pending.pop() {
@@ -340,7 +343,7 @@ impl Group {
     }
 }
 
-/// Those that are there, each held by a descriptor: its pid can't come to mean another one.
+/// Opens a pidfd for each process that still exists, so that pid reuse can't redirect a signal.
 fn open_pidfds(pids: &[i32]) -> Vec<(i32, OwnedFd)> {
     let open = |pid: &i32| {
         let descriptor = pidfd_open(Pid::from_raw(*pid)?, PidfdFlags::empty()).ok()?;
@@ -349,11 +352,11 @@ fn open_pidfds(pids: &[i32]) -> Vec<(i32, OwnedFd)> {
     pids.iter().filter_map(open).collect()
 }
 
-/// Kills those of the held that are among these members, frozen ones too, and says which.
+/// Kills those of the open processes whose pid is in `members`, including frozen ones, and returns their pids.
 fn kill_members(pidfds: &[(i32, OwnedFd)], members: &[i32]) -> Vec<i32> {
     let members = pidfds.iter().filter(|(pid, _)| members.contains(pid));
     let kill = |(pid, descriptor): &(i32, OwnedFd)| {
-        // One that has gone needs no signal.
+        // A process that has exited needs no signal.
         let _ = pidfd_send_signal(descriptor, Signal::KILL);
         freezer::release(*pid);
         *pid
@@ -366,7 +369,7 @@ mod tests {
     use super::*;
     use rstest::rstest;
 
-    /// A mount table with a version 2 mount (`2`) or a version 1 mount (its options) at each of these places, in this order.
+    /// The layout for a cgroup v2 mount (`2`) or a cgroup v1 mount (its options) at each of these paths, in this order.
     fn layout(mounts: &[(&str, &str)]) -> Layout {
         let line = |(target, what): &(&str, &str)| match *what {
             "2" => format!("1 2 0:1 / {target} rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"),
@@ -461,7 +464,7 @@ mod tests {
         let mut found = layout.find("x");
         found.sort();
         assert_eq!(found, [granted.clone(), own.clone()]);
-        // What a container makes in its own group is its own.
+        // Whatever a container creates inside its own cgroup is not listed.
         let mut found = layout.leaves(|name| matches!(name, "x" | "payload"));
         found.sort();
         assert_eq!(found, [granted, own]);
@@ -486,14 +489,14 @@ mod tests {
             let lines: String = pids.iter().map(|pid| format!("{pid}\n")).collect();
             fs::write(group.path().join("cgroup.procs"), lines).unwrap();
         };
-        // One is gone by the time that it is looked for.
+        // `i32::MAX` stands for a process that has exited before it is opened.
         procs(&group, &[pid(&member), i32::MAX]);
         procs(&group.child("payload"), &[pid(&below)]);
         group.kill_one_by_one();
         for child in [&mut member, &mut below] {
             assert_eq!(child.wait().unwrap().signal(), Some(9));
         }
-        // One that has left, or whose number a member had before.
+        // A process that is no longer a member, or that got the reused pid of one.
         let pidfds = open_pidfds(&[pid(&foreign)]);
         assert_eq!(pidfds.len(), 1);
         assert!(kill_members(&pidfds, &[1]).is_empty());

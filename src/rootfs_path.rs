@@ -1,14 +1,14 @@
-//! A path inside a root tree, found as it will be found in the container: a link that begins with `/` leads to the tree's own
-//! root, and `..` climbs no higher. An image is anybody's work, so no path in one may be looked up on the host in another way.
-//! Follows links by reading them; opens and changes nothing.
+//! Resolves a path inside a root file system as it resolves in the container: a link that begins with `/` starts at the
+//! root of the tree, and `..` does not go above it. Images are untrusted, so no path in one may be looked up on the
+//! host in any other way. Resolves links by reading them; opens and changes nothing.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
-/// The directory in which systemd-nspawn makes the throw-away copy of a root: the one that holds the root, or a tree itself where it is
-/// a mount point of its own.
+/// The directory in which systemd-nspawn makes the temporary copy of an ephemeral root: the parent of the root, or the
+/// root itself where it is a mount point.
 pub fn copy_place(root: &Path) -> PathBuf {
     let parent = root.parent().unwrap_or(root);
     let device = |path: &Path| path.metadata().map(|about| about.dev()).ok();
@@ -18,22 +18,22 @@ pub fn copy_place(root: &Path) -> PathBuf {
     }
 }
 
-/// As many links as the kernel follows.
+/// The number of links that the kernel follows.
 const MAX_LINKS: usize = 40;
 
-/// Where a path inside a tree leads.
+/// The result of resolving a path inside a tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {
-    /// The place below the root, without links.
+    /// The path below the root, without links.
     pub below: PathBuf,
-    /// Whether something is there.
+    /// Whether it exists.
     pub exists: bool,
 }
 
-/// Where `path` leads inside the tree at `root`, be something there or not. `None` where links lead in circles.
+/// Resolves `path` inside the tree at `root`, whether it exists or not. `None` where links form a loop.
 pub fn resolve_in_root(root: &Path, path: &Path) -> Option<Resolved> {
     let mut below = PathBuf::new();
-    // How many parts at the end of `below` are not there.
+    // How many components at the end of `below` do not exist.
     let mut missing = 0_usize;
     let mut links = 0;
     let mut pending: VecDeque<OsString> = parts(path);

@@ -1,12 +1,13 @@
-//! The freezer of version 1: a process in a frozen group takes no signal, not even SIGKILL, until it is thawed. Lets go single
-//! processes, and changes no group's state: the group may be somebody else's, with others in it.
+//! The cgroup v1 freezer: a process in a frozen cgroup receives no signal, not even SIGKILL, until it is thawed.
+//! Releases single processes and never changes the state of a cgroup, because the cgroup may not be the driver's and
+//! may hold other processes.
 
 use std::fs;
 
 use crate::procfs::{self, Mount};
 
-/// Lets a process go that lies in a frozen group of version 1, by moving it to the top, which is never frozen. With a SIGKILL
-/// pending it dies without another instruction. Anything else is left as it is.
+/// Releases a process from a frozen cgroup v1 cgroup by moving it to the root cgroup, which is never frozen. With a
+/// SIGKILL pending it exits without executing another instruction. A process that is not frozen is left as it is.
 pub fn release(pid: i32) {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     let Some(group) = group_in(&groups) else {
@@ -20,13 +21,13 @@ pub fn release(pid: i32) {
     let state = top
         .join(group.trim_start_matches('/'))
         .join("freezer.state");
-    // A group that thaws at this moment needs no help.
+    // A cgroup that is thawed at this moment needs no help.
     if fs::read_to_string(state).is_ok_and(|state| state.trim() != "THAWED") {
         let _ = fs::write(top.join("cgroup.procs"), pid.to_string());
     }
 }
 
-/// The freezer's group in the text of `/proc/<pid>/cgroup`; none at the top, where nothing is ever frozen.
+/// The freezer's cgroup in the text of `/proc/<pid>/cgroup`; `None` for the root cgroup, which is never frozen.
 fn group_in(groups: &str) -> Option<&str> {
     let group = groups.lines().find_map(|line| {
         let mut parts = line.splitn(3, ':').skip(1);

@@ -1,5 +1,5 @@
-//! The directories of one `run`: its allocation, and below a short path the plugin's state and socket. Removed at the end, by the
-//! plugin when `run` was killed.
+//! The directories of one `run`: its allocation and, below a short path, the plugin's state and socket. They are
+//! removed at the end, by the plugin if `run` was killed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,20 +9,21 @@ use nix::unistd::mkdtemp;
 use super::say;
 use crate::config::MAX_STATE_DIR_BYTES;
 
-/// How their names begin.
+/// The prefix of their names.
 const PREFIX: &str = "nomad-driver-nspawn-";
 
-/// The directories of one run, removed when this is dropped.
+/// The directories of one run, removed on drop.
 #[derive(Debug)]
 pub(super) struct Directory {
     allocations: PathBuf,
-    /// The plugin's own, when it can't be the same.
+    /// A separate directory for the plugin, if it can't be the same.
     short: Option<PathBuf>,
 }
 
 impl Directory {
-    /// Makes them below `TMPDIR`, or `/tmp` without one, for this user alone. The sockets of the plugin take no long path: where
-    /// `TMPDIR` is one, they and the state go to a directory in `/tmp` or `/run`.
+    /// Creates them below `TMPDIR`, or `/tmp` if that is not set, with access for this user only. The paths of the
+    /// plugin's sockets must be short: if `TMPDIR` is too long, sockets and state are in a directory in `/tmp` or
+    /// `/run`.
     pub(super) fn create() -> Result<Self, String> {
         let parent = std::env::temp_dir();
         let mut made = Self {
@@ -42,28 +43,28 @@ impl Directory {
         Ok(made)
     }
 
-    /// Where the allocation is made.
+    /// The directory in which the allocation is created.
     pub(super) fn allocations(&self) -> &Path {
         &self.allocations
     }
 
-    /// Where the plugin makes its socket.
+    /// The directory in which the plugin creates its socket.
     pub(super) fn sockets(&self) -> &Path {
         self.short.as_ref().unwrap_or(&self.allocations)
     }
 
-    /// The plugin's state directory, which it makes itself.
+    /// The plugin's state directory, which the plugin itself creates.
     pub(super) fn state(&self) -> PathBuf {
         self.sockets().join("state")
     }
 
-    /// All of them.
+    /// All these directories.
     pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
         std::iter::once(self.allocations.as_path()).chain(self.short.as_deref())
     }
 }
 
-/// Makes a private directory of a new name.
+/// Creates a private directory with a new name.
 fn make_in(parent: &Path) -> Result<PathBuf, String> {
     let template = parent.join(format!("{PREFIX}XXXXXX"));
     mkdtemp(&template).map_err(|errno| format!("{}: {errno}", template.display()))
@@ -71,8 +72,8 @@ fn make_in(parent: &Path) -> Result<PathBuf, String> {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        // The state directory is the plugin's, empty once every task is destroyed. The allocation is gone unless something is
-        // mounted in it, and then nothing may be deleted.
+        // The state directory is the plugin's, and empty once every task is destroyed. The allocation is gone unless
+        // something is mounted in it, and then nothing may be deleted.
         drop(fs::remove_dir(self.state()));
         for path in self.paths() {
             if let Err(error) = fs::remove_dir(path) {
@@ -82,8 +83,8 @@ impl Drop for Directory {
     }
 }
 
-/// Removes the directories of a run that is gone, with the allocation in them. One in which something is mounted is left, and so
-/// is what has another name.
+/// Removes the directories of a `run` that has exited, with the allocation in them. A directory with a mount in it is
+/// kept, and so is one whose name does not have the prefix.
 pub fn remove_directories<'a>(paths: impl Iterator<Item = &'a Path>) {
     for path in paths {
         let name = path.file_name().unwrap_or_default().to_string_lossy();

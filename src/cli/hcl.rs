@@ -1,5 +1,6 @@
-//! Reads HCL2 as far as it can be known without Nomad: literals, heredocs, `variable` defaults, `locals`. References to what
-//! is known only when the task starts stay text, as Nomad leaves them. Everything else is refused with its line.
+//! Parses the part of HCL2 that can be evaluated without Nomad: literals, heredocs, `variable` defaults, `locals`.
+//! References to values that are known only when the task starts stay text, as in Nomad. Everything else is rejected
+//! with its line.
 
 use std::collections::BTreeMap;
 
@@ -12,10 +13,10 @@ use serde_json::{Map, Value};
 
 use super::tree::{Entry, JobError, Thing};
 
-/// Roots of references that a bare word may start with.
+/// Roots of references that an unquoted expression may start with.
 const RUN_TIME_ROOTS: [&str; 5] = ["env", "meta", "node", "attr", "device"];
 
-/// Reads a file; its `variable` and `locals` blocks are used and left out.
+/// Parses a file; its `variable` and `locals` blocks are evaluated and left out of the result.
 pub(super) fn read(source: &str) -> Result<Vec<Entry>, JobError> {
     let body = parse_body(source).map_err(|error| {
         let reason = format!("not HCL: {}", error.message());
@@ -68,7 +69,7 @@ impl Reader<'_> {
 
     fn body(&self, body: &Body) -> Result<Vec<Entry>, JobError> {
         body.iter()
-            // Their types and validations are not values.
+            // Types and validations of variables are not values.
             .filter(|s| {
                 !s.as_block()
                     .is_some_and(|block| block.has_ident("variable"))
@@ -172,7 +173,7 @@ impl Reader<'_> {
 
     fn heredoc(&self, at: &Expression, template: &Template) -> Result<Value, JobError> {
         let elements: Vec<&Element> = template.iter().collect();
-        // Unlike a quoted string, a heredoc of one reference is text: it ends with a line break.
+        // Unlike a quoted string, a heredoc that consists of one reference is text: it ends with a line break.
         self.text(at, &elements).map(Value::String)
     }
 
@@ -206,7 +207,7 @@ impl Reader<'_> {
         Ok(out)
     }
 
-    /// What stands in `${…}`: there an unknown name is left for the start of the task.
+    /// Evaluates the content of `${…}`, in which unknown names are kept until the task starts.
     fn reference(&self, expression: &Expression) -> Result<Value, JobError> {
         match expression {
             Expression::Variable(name) => Ok(Value::String(format!("${{{}}}", name.as_str()))),

@@ -1,5 +1,5 @@
-//! What a job file means for one run of one task. Takes what a task's start depends on; what only a cluster can do is either
-//! named as ignored, when the task can do without, or refused, when it can't.
+//! Interprets a job file for one run of one task. Uses everything that the start of a task depends on; what only a
+//! cluster can do is reported as ignored if the task works without it, and rejected otherwise.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,14 +15,14 @@ use crate::signal::Signal;
 /// The driver whose tasks can be run.
 pub(super) const DRIVER: &str = "nspawn";
 
-/// What becomes of an entry that is not taken.
+/// What happens to an entry that is not used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
-    /// It means nothing for one run.
+    /// It has no meaning for a single run.
     Quiet,
-    /// The task runs without it, and the user is told.
+    /// The task runs without it, and the user is informed.
     Ignored,
-    /// The task would not be the same without it.
+    /// The task would behave differently without it.
     Refused(&'static str),
 }
 
@@ -100,7 +100,7 @@ const RESOURCES: &[(&str, Verdict)] = &[
     ("secrets", Quiet),
 ];
 
-/// A job file, read.
+/// A parsed job file.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Job {
     id: String,
@@ -131,7 +131,7 @@ struct Task {
     spec: TaskSpec,
 }
 
-/// An entry that is not taken.
+/// An entry that is not used.
 #[derive(Debug, Clone, PartialEq)]
 struct Note {
     what: String,
@@ -139,7 +139,7 @@ struct Note {
     refused: Option<&'static str>,
 }
 
-/// A task ready to run, and what of its job is not done.
+/// A task that is ready to run, and the parts of its job that are ignored.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Picked {
     /// The task.
@@ -149,7 +149,7 @@ pub(super) struct Picked {
 }
 
 impl Job {
-    /// Reads a job file in either notation: what starts with `{` is JSON.
+    /// Parses a job file in either notation: a file that starts with `{` is JSON.
     pub(super) fn read(source: &str) -> Result<Self, JobError> {
         let entries = if source.trim_start().starts_with('{') {
             json::read(source)?
@@ -197,7 +197,7 @@ impl Job {
                     job.groups
                         .push(Group::from_entries(label(entry, labels)?, body)?);
                 }
-                // Nomad makes a group of its own for a task that stands in the job.
+                // Nomad makes a group of its own for a task directly in the job.
                 ("task", Thing::Block { labels, body }) => {
                     let task = Task::from_entries(label(entry, labels)?, entry.line, body)?;
                     job.groups.push(Group {
@@ -212,8 +212,8 @@ impl Job {
         Ok(job)
     }
 
-    /// Picks the task to run: the one named, as `TASK` or `GROUP/TASK`, or the only one of this driver. `meta` is put over
-    /// the metadata of the file, and stands for that of the client node, which does not exist here.
+    /// Selects the task to run: the named one, as `TASK` or `GROUP/TASK`, or the only one with this driver. `meta`
+    /// overrides the metadata of the file, and replaces the metadata of the client node, which does not exist here.
     pub(super) fn pick(
         &self,
         wanted: Option<&str>,
@@ -331,7 +331,7 @@ impl Task {
         line: Option<usize>,
         entries: &[Entry],
     ) -> Result<Self, JobError> {
-        // Nomad's own rule: the name is a directory beside `alloc`.
+        // Nomad's own rule, because the name is a directory beside `alloc`.
         if name.is_empty()
             || name == "alloc"
             || name.starts_with('.')
@@ -354,7 +354,7 @@ impl Task {
         for entry in entries {
             let spec = &mut task.spec;
             match (entry.name.as_str(), &entry.thing) {
-                // The label has it already.
+                // The name was already taken from the label.
                 ("name", _) => {}
                 ("driver", _) => task.driver = string(entry)?,
                 ("config", _) if configured => {
@@ -412,7 +412,8 @@ fn note(
         Some(Quiet) => {}
         Some(Ignored) => notes.push(Note::new(entry, level, None)),
         Some(Refused(why)) => notes.push(Note::new(entry, level, Some(why))),
-        // The API grows, and a server adds to a job what was never in a file; HCL is written by hand.
+        // Unknown JSON keys are tolerated if the API may have added them: the API grows, and a server adds keys to a
+        // job that were never in its file. HCL is written by hand, so there an unknown key is a mistake.
         None if entry.line.is_none() => {
             if ![
                 "create_index",
@@ -437,7 +438,7 @@ fn unknown(entry: &Entry, place: &str) -> JobError {
     JobError::new(entry.line, format!("{:?} is not known {place}", entry.name))
 }
 
-/// A group's network: the host's without ports is what a task has anyway.
+/// A group's network. The host's network without ports is what a task has anyway.
 fn network(entry: &Entry) -> Option<Note> {
     let (mode, ports) = match &entry.thing {
         Thing::Block { body, .. } => {
@@ -580,7 +581,7 @@ fn time(entry: &Entry) -> Result<Duration, JobError> {
         .map_err(|error| JobError::new(entry.line, format!("{}: {error}", entry.name)))
 }
 
-/// A block or object whose values are texts.
+/// A block or object whose values are strings.
 fn strings(entry: &Entry) -> Result<BTreeMap<String, String>, JobError> {
     let pairs: Vec<(String, Option<usize>, Option<String>)> = match &entry.thing {
         Thing::Block { body, .. } => body

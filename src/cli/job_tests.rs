@@ -1,4 +1,4 @@
-//! Job files in both notations: what is taken, what is told, what is refused and with which line.
+//! Job files in both notations: what is used, what is reported as ignored, and what is rejected, with its line.
 
 use rstest::rstest;
 use serde_json::json;
@@ -13,7 +13,7 @@ fn pick(source: &str) -> Result<Picked, JobError> {
     Job::read(source)?.pick(None, &BTreeMap::new())
 }
 
-/// A job whose task has this in it, from line 4 on.
+/// A job whose task contains `body`, from line 4 on.
 fn with_task(body: &str) -> String {
     format!(
         "job \"j\" {{\n  group \"g\" {{\n    task \"t\" {{\n{body}\n      driver = \"nspawn\"\n    }}\n  }}\n}}\n"
@@ -293,8 +293,8 @@ fn the_json_of_a_job_is_refused_alike() {
     assert!(error.reason.contains("task.template"), "{error}");
 }
 
-/// Everything between a file and the container: what is written there is what an operator tries first. Which volumes and ports
-/// a cluster has is not seen from here.
+/// Everything between a file and the container: operators try the examples first. Whether a cluster has the volumes and
+/// ports of an example is not checked.
 #[test]
 fn every_example_becomes_a_container() {
     let mut seen = Vec::new();
@@ -321,7 +321,7 @@ fn every_example_becomes_a_container() {
     );
 }
 
-/// The way of a task's `config` block through the schema into a checked container, on a machine with the image `debian`.
+/// Encodes a task's `config` block by the schema and validates it as a container, on a machine with the image `debian`.
 fn container(spec: &TaskSpec) -> Result<ContainerSpec, String> {
     let machine = tempfile::tempdir().unwrap();
     let image = machine.path().join("machines/debian");

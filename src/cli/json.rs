@@ -1,11 +1,11 @@
-//! Reads the JSON that `nomad job run -output` prints, or the bare job in it, into the same tree that HCL becomes. The names
-//! are Nomad's API's; what is unset there (null, empty, zero, false) is left out, because the API writes every field.
+//! Parses the JSON that `nomad job run -output` prints, or the bare job in it, into the same tree as HCL. The names are
+//! those of Nomad's API; unset values (null, empty, zero, false) are left out, because the API writes every field.
 
 use serde_json::{Map, Value};
 
 use super::tree::{Entry, JobError, Thing};
 
-/// The names that are not simply the HCL name in another case.
+/// API names that are not simply the HCL name in another case.
 const NAMES: [(&str, &str); 25] = [
     ("Affinities", "affinity"),
     ("Actions", "action"),
@@ -34,7 +34,7 @@ const NAMES: [(&str, &str); 25] = [
     ("Volumes", "volume"),
 ];
 
-/// Reads a file into one `job` entry.
+/// Parses a file into one `job` entry.
 pub(super) fn read(source: &str) -> Result<Vec<Entry>, JobError> {
     let value: Value = serde_json::from_str(source)
         .map_err(|error| JobError::new(Some(error.line()), format!("not JSON: {error}")))?;
@@ -111,7 +111,7 @@ fn unset(value: &Value) -> bool {
     }
 }
 
-/// `KillTimeout` is `kill_timeout`, and so on.
+/// Converts an API name to the HCL name: `KillTimeout` is `kill_timeout`, and so on.
 pub(super) fn hcl_name(key: &str) -> String {
     if let Some((_, name)) = NAMES.iter().find(|(api, _)| *api == key) {
         return (*name).to_owned();

@@ -1,5 +1,5 @@
-//! The lives of the binary that a person starts. Each subcommand is one file; this one only parses and passes on. The life as
-//! a plugin is not here: `main` finds it by the cookie before anything is parsed.
+//! The subcommands of the binary that a user starts. Each subcommand is one file; this one only parses the arguments
+//! and dispatches. The plugin is not here: `main` recognizes it by the cookie before it parses anything.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -18,12 +18,13 @@ mod tree;
 pub use directory::remove_directories;
 pub use run::BOUND_PLUGIN;
 
-/// What a run gives when the task could not be run, as docker does: the task's own codes are all others.
+/// The exit code when the task could not be run, as in docker: it differs from the codes that tasks use.
 const FAILED: u8 = 125;
 
 /// Runs Nomad tasks in systemd-nspawn containers.
 ///
-/// Nomad starts this program by itself: put it into the agent's plugin_dir. The commands below are for people.
+/// Nomad's agent starts this program itself: put it into the agent's plugin_dir. The commands below are for interactive
+/// use.
 #[derive(Debug, Parser)]
 #[command(name = "nomad-driver-nspawn", version)]
 struct Cli {
@@ -33,16 +34,16 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run one task of a Nomad job file here and now, without Nomad.
+    /// Run one task of a Nomad job file directly, without Nomad.
     Run(run::Arguments),
 }
 
-/// Reads the arguments, the first of which is the program, and does what they say.
+/// Parses the arguments, the first of which is the program, and runs the subcommand.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
-            // The terminal may be gone; there is nobody to tell then.
+            // Fails if the terminal is gone, and then there is no other place to report to.
             drop(error.print());
             return match error.use_stderr() {
                 true => ExitCode::from(2),

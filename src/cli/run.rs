@@ -1,5 +1,5 @@
-//! `run`: one task of a job file, started through a plugin of this very binary. Passes on what the task prints, reports the rest
-//! on stderr, ends with the task's code.
+//! `run`: runs one task of a job file in a plugin process of this same binary. Passes on the output of the task,
+//! reports everything else on stderr, and exits with the task's code.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,9 +18,9 @@ use crate::host::log::Level;
 use crate::host::run::chain;
 use crate::host::{HostError, Launch, LogLine, Run, RunEvent, TaskExit, TaskSpec, run_task};
 
-/// The first argument of a plugin that ends with its `run`; the directories of that `run` follow.
+/// The first argument of a plugin that exits together with its `run`; the directories of that `run` follow.
 pub const BOUND_PLUGIN: &str = "plugin-of-run";
-/// What a shell gives for a process that SIGPIPE has ended: the output was closed before the task had ended.
+/// The exit code that a shell reports for a process killed by SIGPIPE: the output was closed before the task exited.
 const OUTPUT_CLOSED: u8 = 128 + 13;
 
 /// The arguments of `run`.
@@ -38,7 +38,7 @@ pub(super) struct Arguments {
     /// The task to run, as TASK or GROUP/TASK; needed when the job has several
     #[arg(long, value_name = "NAME")]
     task: Option<String>,
-    /// Metadata put over that of the job; also what ${meta.KEY} stands for
+    /// Metadata that overrides the metadata of the job; also the values for ${meta.KEY}
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     meta: Vec<(String, String)>,
     /// The plugin's own options, HCL or JSON: what the agent has in `plugin { config { … } }`
@@ -53,7 +53,7 @@ fn pair(text: &str) -> Result<(String, String), String> {
     }
 }
 
-/// Runs, reports, and gives the status to end with.
+/// Runs the task, reports, and returns the exit status.
 pub(super) fn main(arguments: &Arguments) -> ExitCode {
     let code = prepare(arguments).and_then(|(spec, config)| {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -62,7 +62,7 @@ pub(super) fn main(arguments: &Arguments) -> ExitCode {
             .build()
             .map_err(|error| format!("can't start: {error}"))?;
         let code = runtime.block_on(run(spec, config));
-        // A write to a pipe that nobody reads would be waited for.
+        // Do not wait for a pending write to a pipe that has no active reader.
         runtime.shutdown_background();
         code
     });
@@ -75,7 +75,7 @@ pub(super) fn main(arguments: &Arguments) -> ExitCode {
     }
 }
 
-/// Everything that can be known to be wrong before anything is started.
+/// Checks everything that can be checked before anything is started.
 fn prepare(arguments: &Arguments) -> Result<(TaskSpec, Value), String> {
     let named = |path: &Path, reason: String| format!("{}: {reason}", path.display());
     let read = |path: &Path| read(path).map_err(|error| named(path, error.to_string()));
@@ -98,7 +98,7 @@ fn prepare(arguments: &Arguments) -> Result<(TaskSpec, Value), String> {
     Ok((picked.spec, config))
 }
 
-/// A file as text, or standard input for `-`. A byte order mark at its beginning is no part of it.
+/// Reads a text file, or standard input for `-`. A byte order mark at its beginning is dropped.
 fn read(path: &Path) -> io::Result<String> {
     let mut text = if path == Path::new("-") {
         io::read_to_string(io::stdin())?
@@ -134,8 +134,9 @@ async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<u8, String> {
     // Before anything exists that a signal could leave behind.
     let stops = signals::stops().map_err(|error| format!("can't watch for signals: {error}"))?;
     let directory = Directory::create()?;
-    // Never that of a Nomad agent on this machine: its plugin clears what it does not know. Where somebody names that one all the
-    // same, this plugin must not clear away the agent's tasks, which it does not know either.
+    // Never the state directory of a Nomad agent on this machine, because its plugin cleans up tasks that it does not
+    // know. If the user sets that directory all the same, this plugin must not clean up the agent's tasks, which it
+    // does not know either.
     if let Value::Object(config) = &mut plugin_config {
         config.insert("reconcile_after".to_owned(), "0".into());
         config
@@ -164,14 +165,14 @@ async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<u8, String> {
             match line.level {
                 Level::Warn => say::line(&format!("plugin: warning: {line}")),
                 Level::Error => say::line(&format!("plugin: error: {line}")),
-                // A line that is no log line is something that should not be there.
+                // A line that is not in the log format should not be there, so show it.
                 _ if !line.structured => say::line(&format!("plugin: {line}")),
                 _ => {}
             }
         }
     });
     let end = run_task(run, io::stdout(), io::stderr(), stops, &report).await;
-    // The channel ends with the plugin's stderr; after a kill somebody may still hold that.
+    // The channel closes with the plugin's stderr, which another process may still hold open after a kill.
     drop(tokio::time::timeout(crate::host::plugin::GRACE, printer).await);
     match end {
         Ok(exit) => status(exit),

@@ -1,4 +1,4 @@
-//! The one place that writes to the terminal. A terminal that is gone is nobody's error.
+//! The only place that writes to the terminal. It is not an error if the terminal is gone.
 
 use std::io::{Write, stderr};
 

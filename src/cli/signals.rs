@@ -3,8 +3,8 @@
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-/// A message for each SIGINT, SIGTERM and SIGHUP. SIGINT and SIGHUP stay ignored where they are already: so `nohup` and a shell's
-/// background jobs have it. Needs a runtime.
+/// A message for each SIGINT, SIGTERM and SIGHUP. SIGINT and SIGHUP stay ignored if they already are, as under `nohup`
+/// and in a shell's background jobs. Needs a runtime.
 pub(super) fn stops() -> std::io::Result<mpsc::Receiver<()>> {
     let ignored = ignored()?;
     let (sender, stops) = mpsc::channel(4);
@@ -20,7 +20,7 @@ pub(super) fn stops() -> std::io::Result<mpsc::Receiver<()>> {
         let sender = sender.clone();
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
-                // Full means that more stops are waiting than make a difference.
+                // If the channel is full, more stop requests are pending than make a difference.
                 let _ = sender.try_send(());
             }
         });

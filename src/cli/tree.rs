@@ -1,5 +1,5 @@
-//! What a job file holds before anybody asks what it means: names, values, blocks, each with its line. Both notations, HCL
-//! and JSON, become this.
+//! The content of a job file before it is interpreted: names, values and blocks, each with its line. Both notations,
+//! HCL and JSON, are parsed into this.
 
 use serde_json::{Map, Value};
 
@@ -10,13 +10,13 @@ pub(super) struct Entry {
     pub(super) name: String,
     /// The line it starts on; JSON has none.
     pub(super) line: Option<usize>,
-    /// What it is.
+    /// Its value or block.
     pub(super) thing: Thing,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Thing {
-    /// An attribute. `literal` tells whether the file has an object literal on the right.
+    /// An attribute. `literal` is true if the right side in the file is an object literal.
     Value { value: Value, literal: bool },
     /// A block.
     Block {
@@ -29,7 +29,7 @@ pub(super) enum Thing {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}{reason}", place(*.line))]
 pub(super) struct JobError {
-    /// The line, counted from 1, where it is known.
+    /// The line, counted from 1, if it is known.
     pub(super) line: Option<usize>,
     /// What is wrong.
     pub(super) reason: String,
@@ -49,8 +49,8 @@ fn place(line: Option<usize>) -> String {
         .unwrap_or_default()
 }
 
-/// The tree that Nomad stores for a `config` body: every block and every object literal is wrapped in a list, labels become
-/// nested objects.
+/// The tree that Nomad stores for a `config` body: every block and every object literal is wrapped in a list, labels
+/// become nested objects.
 pub(super) fn stored(body: &[Entry]) -> Value {
     let mut out = Map::new();
     for entry in body {
@@ -75,7 +75,7 @@ pub(super) fn stored(body: &[Entry]) -> Value {
                     .or_insert_with(|| Value::Array(Vec::new()))
                 {
                     Value::Array(list) => list.push(value),
-                    // An attribute and a block of one name: the schema will refuse what comes of it.
+                    // An attribute and a block with the same name: the schema rejects the result.
                     other => *other = Value::Array(vec![other.take(), value]),
                 }
             }

@@ -1,6 +1,6 @@
-//! msgpack as Nomad's agent writes it, into typed values. Every error carries the path of the key it is about. Null is "not
-//! set" everywhere and so is an empty string; unknown keys are ignored, because a schema and a plugin can be of different
-//! age. Refuses types that the schema can't produce; knows nothing of what a value means.
+//! Decodes msgpack as Nomad's agent writes it into typed values. Every error carries the path of the key it is about.
+//! Null and the empty string both mean "not set"; unknown keys are ignored, because the schema and the plugin can be of
+//! different versions. Types that the schema can't produce are rejected. This module does not interpret values.
 
 use std::collections::BTreeMap;
 
@@ -9,10 +9,10 @@ use rmpv::Value;
 use super::ConfigError;
 use super::options::{Kind, Options};
 
-/// Far more than any schema nests, far less than any stack holds.
+/// Far deeper than any schema nests, and far too shallow to exhaust the stack.
 const MAX_DEPTH: usize = 32;
 
-/// The configuration in `bytes`; `at` is its name in errors. No bytes at all are an empty block.
+/// Decodes the block in `bytes`; `at` is its name in errors. Zero bytes are an empty block.
 pub(super) fn block<T: Options>(bytes: &[u8], at: &str) -> Result<T, ConfigError> {
     let unreadable = |reason: String| ConfigError::new(format!("{at}.*"), reason);
     if bytes.is_empty() {
@@ -34,15 +34,15 @@ pub(super) fn block<T: Options>(bytes: &[u8], at: &str) -> Result<T, ConfigError
     }
 }
 
-/// A type an option can have.
+/// A type that an option can have.
 pub(super) trait Decode: Sized {
-    /// The same in the table.
+    /// Its kind in the option table.
     const KIND: Kind;
 
-    /// Reads a value that is not null. `at` is its path.
+    /// Decodes a value that is not null. `at` is its path.
     fn decode(value: &Value, at: &str) -> Result<Self, ConfigError>;
 
-    /// Whether the value says no more than null does.
+    /// Whether the value means "not set", as null does.
     fn is_unset(&self) -> bool {
         false
     }
@@ -63,7 +63,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The fields of a map. A key that is no text is unknown.
+    /// The fields of a map. A key that is not a string is treated as unknown.
     pub(super) fn of(value: &'a Value, at: &'a str) -> Result<Self, ConfigError> {
         let Value::Map(pairs) = value else {
             return Err(mismatch(value, "a block", at));
@@ -75,7 +75,7 @@ impl<'a> Fields<'a> {
         Ok(Self { at, values })
     }
 
-    /// The field, if it is set.
+    /// The value of the field, if it is set.
     pub(super) fn optional<T: Decode>(&self, key: &str) -> Result<Option<T>, ConfigError> {
         match self.values.get(key) {
             None | Some(Value::Nil) => Ok(None),
@@ -86,7 +86,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The field, or this.
+    /// The value of the field, or `default` if it is not set.
     pub(super) fn or_default<T: Decode, D: Into<T>>(
         &self,
         key: &str,
@@ -95,14 +95,14 @@ impl<'a> Fields<'a> {
         Ok(self.optional(key)?.unwrap_or_else(|| default.into()))
     }
 
-    /// The field, which has to be there.
+    /// The value of the field; an error if it is not set.
     pub(super) fn required<T: Decode>(&self, key: &str) -> Result<T, ConfigError> {
         self.optional(key)?
             .ok_or_else(|| ConfigError::new(format!("{}.{key}", self.at), "is required"))
     }
 }
 
-/// A number of any size or precision, as text in decimal: the wire has four ways to write one.
+/// A number of any size or precision, as decimal text: the wire format has four encodings for numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Number(pub(super) String);
 
@@ -159,7 +159,7 @@ impl Number {
 impl Decode for Vec<String> {
     const KIND: Kind = Kind::Strings;
 
-    /// Null elements are left out.
+    /// Null elements are skipped.
     fn decode(value: &Value, at: &str) -> Result<Self, ConfigError> {
         let Value::Array(elements) = value else {
             return Err(mismatch(value, "a list of strings", at));
@@ -189,7 +189,7 @@ impl Decode for BTreeMap<String, Number> {
     }
 }
 
-/// A map, or a list of maps of which a later one wins. Keys with null are left out.
+/// Decodes a map, or a list of maps in which later maps override earlier ones. Keys with a null value are skipped.
 fn merged<T>(
     value: &Value,
     at: &str,
@@ -218,7 +218,7 @@ pub(super) fn entry(at: &str, key: &str) -> String {
     format!("{at}[{}]", quoted(key))
 }
 
-/// A value of a configuration as it stands in a message: on one line, and not without end.
+/// Quotes a configuration value for a message: on one line, and truncated if it is long.
 pub(super) fn quoted(text: &str) -> String {
     const MOST: usize = 200;
     match text.char_indices().nth(MOST) {
@@ -250,7 +250,7 @@ mod tests {
     use super::*;
     use rstest::rstest;
 
-    /// The field `a` of a block, from bytes that Nomad's own encoder made.
+    /// Decodes the field `a` of a block from bytes that Nomad's own encoder produced.
     fn field<T: Decode>(hex: &str) -> Result<Option<T>, ConfigError> {
         let bytes: Vec<u8> = (0..hex.len())
             .step_by(2)

@@ -1,4 +1,4 @@
-//! Keeps `docs/configuration.md` true: the same options as the table, and examples that Nomad would take.
+//! Checks `docs/configuration.md`: it lists the same options as the table, and Nomad would accept its examples.
 
 use super::decode;
 use super::options::{ImageDownload, Kind, OptionSpec, Options as _, PluginOptions, TaskOptions};
@@ -6,7 +6,7 @@ use super::testing;
 
 const TEXT: &str = include_str!("../../docs/configuration.md");
 
-/// The part below a `## ` heading.
+/// The part of the document below a `## ` heading.
 fn chapter(title: &str) -> &'static str {
     let heading = format!("\n## {title}\n");
     let (_, rest) = TEXT.split_once(&heading).expect(title);
@@ -62,7 +62,7 @@ fn every_example_can_be_used() {
     assert!(examples.len() > TaskOptions::OPTIONS.len() / 2);
 }
 
-/// Checks every `config` block in the tree and counts them.
+/// Checks every `config` block in the tree and returns their number.
 fn configs(tree: &hcl::Value, plugin: bool, example: &str) -> usize {
     let Some(object) = tree.as_object() else {
         return 0;

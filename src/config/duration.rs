@@ -1,4 +1,5 @@
-//! Durations as job files and operators write them: Go's notation. Refuses negative ones; nobody has a use for them.
+//! Parses durations as job files and operators write them, in Go's notation. Negative durations are rejected, because
+//! no option has a use for them.
 
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ const UNITS: [(&str, u64); 8] = [
     ("h", 3_600_000_000_000),
 ];
 
-/// Reads `1h2m3.5s`, `500ms`, `0`.
+/// Parses `1h2m3.5s`, `500ms`, `0`.
 pub fn parse(text: &str) -> Result<Duration, NotADuration> {
     let refuse = || NotADuration(text.to_owned());
     let mut rest = text.trim();

@@ -1,4 +1,4 @@
-//! The environment of the payload. Values are secrets: no message has one.
+//! Builds and checks the environment of the payload. Values are secrets: no message contains one.
 
 use std::collections::BTreeMap;
 
@@ -8,17 +8,18 @@ use super::values::is_variable_name;
 
 const OPTION: &str = "config.environment";
 
-/// The longest single string that the kernel passes to a program, without the end mark.
+/// The longest single string that the kernel passes to a program, without the terminating NUL.
 pub(super) const STRING_MAX: usize = 128 * 1024 - 1;
-/// What all words and variables may take together: the kernel's usual 2 MiB, with room for what systemd-nspawn adds.
+/// The limit for all arguments and variables together: the kernel's usual 2 MiB, minus a reserve for what
+/// systemd-nspawn adds.
 const TOTAL_MAX: usize = 2 * 1024 * 1024 - 128 * 1024;
 
-/// Who hands the variables to the payload, and so which names they may have.
+/// How the variables get to the payload, which decides which names they may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum EnvTransport {
-    /// systemd-nspawn, to the image's init.
+    /// systemd-nspawn passes them to the image's init.
     Nspawn,
-    /// The driver's own first program: any name that the kernel takes.
+    /// The driver's own container init passes them: any name that the kernel accepts.
     Init,
 }
 
@@ -42,8 +43,8 @@ impl EnvTransport {
     }
 }
 
-/// Nomad's environment, then `ours`, then the job's option; a later one wins. The second part is a note about names that
-/// the carrier can't take.
+/// Merges Nomad's environment, then `ours`, then the job's option; later ones override earlier ones. The second part of
+/// the result is a note about names that the transport can't pass.
 pub(super) fn environment(
     nomads: &BTreeMap<String, String>,
     ours: BTreeMap<String, String>,
@@ -85,11 +86,11 @@ fn check(option: &str, name: &str, value: &str) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// The shortest value that is looked for in messages. Shorter ones are parts of ordinary words.
+/// The shortest value that is searched for in messages. Shorter ones occur as parts of ordinary words.
 const MIN_SECRET_BYTES: usize = 8;
 
-/// The error without the values of these variables: Nomad puts them into any option where a job says `${NAME}`, and messages
-/// repeat options. Nomad's own variables are no secrets, its token aside.
+/// Removes the values of these variables from the error: Nomad substitutes them into any option where a job has
+/// `${NAME}`, and messages quote options. Nomad's own variables are not secrets, except for its token.
 pub(super) fn redact(mut error: ConfigError, variables: &BTreeMap<String, String>) -> ConfigError {
     let mut secrets: Vec<(&str, String)> = variables
         .iter()
@@ -101,7 +102,7 @@ pub(super) fn redact(mut error: ConfigError, variables: &BTreeMap<String, String
             [(name.as_str(), value.clone()), (name, escaped)]
         })
         .collect();
-    // One may be a part of another.
+    // Longest first, because one value may be part of another.
     secrets.sort_by_key(|(_, value)| std::cmp::Reverse(value.len()));
     for (name, secret) in &secrets {
         let shown = format!("${{{name}}}");
@@ -111,7 +112,7 @@ pub(super) fn redact(mut error: ConfigError, variables: &BTreeMap<String, String
     error
 }
 
-/// The text with `shown` for every `secret` in it, and for one that was cut off at the end of a long quotation.
+/// Replaces every `secret` in the text with `shown`, including one that is cut off at the end of a long quotation.
 fn redact_value(text: &str, secret: &str, shown: &str) -> String {
     const CUT_OFF: &str = "\"…";
     let beginning: String = secret.chars().take(MIN_SECRET_BYTES).collect();
@@ -157,12 +158,12 @@ fn note(left_out: &[String], transport: EnvTransport) -> Option<String> {
     ))
 }
 
-/// Refuses words and variables that together are more than one program can get.
+/// Rejects a command and variables that together exceed what one program can be passed.
 pub(super) fn check_total_size(
     command: &[String],
     environment: &BTreeMap<String, String>,
 ) -> Result<(), ConfigError> {
-    // Each string has an end mark and a pointer.
+    // Each string has a terminating NUL and a pointer.
     const EACH: usize = 9;
     let words: usize = command.iter().map(|word| word.len() + EACH).sum();
     let variables: usize = environment
@@ -222,7 +223,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the value is and wherever the quotation ends, no more of it is shown than a value too short to be one.
+        /// For any value and any cut-off point of the quotation, the message shows no more of the value than would be
+        /// too short to be a secret.
         #[test]
         fn no_length_and_no_character_shows_a_value(
             before in "[a-z ]{0,220}",

@@ -1,4 +1,5 @@
-//! The names of a start: checked, because they become paths, and turned into a machine name. Looks nothing up.
+//! Checks the names of a start, because they become parts of paths, and derives the machine name. Does no look-ups on
+//! the host.
 
 use sha2::{Digest as _, Sha256};
 
@@ -6,16 +7,16 @@ use super::decode::quoted;
 use super::values::has_control;
 use super::{ConfigError, TaskContext};
 
-/// The longest machine name that systemd-nspawn takes.
+/// The longest machine name that systemd-nspawn accepts.
 const MACHINE_MAX: usize = 64;
 /// The length of an allocation id.
 const ALLOC_MAX: usize = 36;
-/// The longest id of a start. Nomad's have the length of an allocation id, a task's name and ten more.
+/// The longest id of a start. Nomad's ids are as long as an allocation id, a task name and ten more characters.
 const ID_MAX: usize = 512;
 /// The longest file name.
 const NAME_MAX: usize = 255;
 
-/// Refuses names that can't be part of a path.
+/// Rejects names that can't be part of a path.
 pub(super) fn check(context: &TaskContext) -> Result<(), ConfigError> {
     let fault = |option: &str, value: &str, reason: &str| {
         Err(ConfigError::new(
@@ -50,15 +51,15 @@ fn is_file_name(name: &str) -> bool {
     !name.is_empty() && name != "." && name != ".." && !name.contains('/')
 }
 
-/// The machine name: `<task>-<allocation id>`, with what systemd-nspawn does not take in a name replaced.
+/// The machine name: `<task>-<allocation id>`, with everything replaced that systemd-nspawn does not accept in a name.
 pub(super) fn machine(task: &str, alloc_id: &str) -> String {
     let alloc = label(alloc_id, ALLOC_MAX);
     let task = label(task, MACHINE_MAX - 1 - alloc.len());
     format!("{task}-{alloc}")
 }
 
-/// `name` if it can stand in a machine name; otherwise what can be kept of it and a hash of the whole, so that different
-/// names stay different.
+/// Returns `name` if it can be part of a machine name; otherwise the usable part of it and a hash of the whole name, so
+/// that different names stay different.
 fn label(name: &str, most: usize) -> String {
     const HASH_DIGITS: usize = 8;
     let plain = |name: &str| {

@@ -1,5 +1,6 @@
-//! Decodes and validates configuration: msgpack and the task's context in, a `ContainerSpec` out. The only I/O is looking paths up.
-//! Refuses everything that is not meaningful or not allowed, so that no later room asks again; starts nothing.
+//! Decodes and validates configuration: msgpack and the task's context in, a `ContainerSpec` out. The only I/O is
+//! looking up paths. Rejects everything that is not meaningful or not allowed, so that no later module has to check
+//! again. Starts nothing.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -33,22 +34,22 @@ mod tests;
 use options::{Options as _, PluginOptions, TaskOptions};
 pub use plugin::MAX_STATE_DIR_BYTES;
 
-/// What an operator set in the agent's `plugin` block, checked.
+/// The validated agent's `plugin` block, as the operator set it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PluginConfig {
     /// Whether tasks may be placed on this node at all.
     pub enabled: bool,
     /// Whether jobs may mount host paths from outside their allocation.
     pub volumes: bool,
-    /// Where the state of running tasks lies.
+    /// The directory that holds the state of running tasks.
     pub state_dir: PathBuf,
-    /// The systemd-nspawn to use; `None` looks along `PATH`.
+    /// The systemd-nspawn to use; `None` searches `PATH`.
     pub nspawn_path: Option<PathBuf>,
-    /// How long after the last recovery of a task what nobody asked for is cleared away; `None` is never.
+    /// How long after the last recovery of a task the driver cleans up what the agent did not recover; `None` is never.
     pub reconcile_after: Option<Duration>,
 }
 
-/// What Nomad granted to one start of a task, in our own words.
+/// What Nomad grants to one start of a task, converted to the driver's own types.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TaskContext {
     /// `<allocation id>/<task name>/<8 hex digits>`.
@@ -63,17 +64,17 @@ pub struct TaskContext {
     pub environment: BTreeMap<String, String>,
     /// `task.user` of the job, or empty.
     pub user: String,
-    /// Where stdout goes; empty or the null device discards.
+    /// Where stdout goes; an empty path or the null device discards it.
     pub stdout: PathBuf,
-    /// Where stderr goes; empty or the null device discards.
+    /// Where stderr goes; an empty path or the null device discards it.
     pub stderr: PathBuf,
     /// Host and CSI volumes.
     pub mounts: Vec<VolumeMount>,
-    /// The network namespace that Nomad made for the group (mode `bridge`, `cni/…`, `none`), if it did.
+    /// The network namespace that Nomad made for the group (mode `bridge`, `cni/…`, `none`), if any.
     pub network_namespace: Option<PathBuf>,
-    /// Ports of the group or of the task, with the number on the host and, where the job gives one, inside.
+    /// Ports of the group or of the task, with the number on the host and, where the job sets one, the number inside.
     pub ports: Vec<AllocatedPort>,
-    /// The control group Nomad made, absolute; it may not exist.
+    /// The absolute path of the cgroup that Nomad made; it may not exist.
     pub cgroup: Option<PathBuf>,
 }
 
@@ -82,37 +83,37 @@ pub struct TaskContext {
 pub struct VolumeMount {
     /// Absolute host path.
     pub source: PathBuf,
-    /// Path inside.
+    /// Path inside the container.
     pub target: PathBuf,
-    /// Whether it can't be written.
+    /// Whether the mount is read-only.
     pub read_only: bool,
 }
 
 /// A port that Nomad allocated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AllocatedPort {
-    /// The job's name for it.
+    /// The label of the port in the job.
     pub label: String,
-    /// On the host.
+    /// The port number on the host.
     pub host: u16,
-    /// Inside; 0 is the same number.
+    /// The port number inside the container; 0 means the same number.
     pub to: u16,
-    /// The one address of the host on which it is allotted; `None` is every address.
+    /// The one host address on which the port is allocated; `None` is every address.
     pub address: Option<IpAddr>,
     /// Whether it comes from a task-level `network` block (the old form, for `port_map`) rather than from the group's.
     pub task_level: bool,
 }
 
-/// Where images are looked for.
+/// The directories that are searched for images.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageSearchPath {
-    /// The directory that holds the plugin's binary; relative images are relative to it.
+    /// The directory that holds the plugin's binary; relative image paths are relative to it.
     pub plugin_dir: PathBuf,
-    /// Where registered machine images lie, in the order of the search.
+    /// The directories of registered machine images, in search order.
     pub machine_dirs: Vec<PathBuf>,
 }
 
-/// A checked container, and what the user should be told about it.
+/// A validated container, and notes about it for the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Validated {
     /// The container.
@@ -151,16 +152,17 @@ pub fn task_schema() -> hclspec::Spec {
 }
 
 impl PluginConfig {
-    /// Reads and checks the msgpack that Nomad's agent makes of its `plugin` block. No bytes at all are an empty block.
+    /// Decodes and checks the msgpack that Nomad's agent makes of its `plugin` block. Zero bytes are an empty block.
     pub fn decode(bytes: &[u8]) -> Result<Self, ConfigError> {
         plugin::check(decode::block(bytes, "plugin")?)
     }
 }
 
-/// Reads and checks the msgpack of a task's `config` block against what Nomad granted and what the operator allows.
+/// Decodes the msgpack of a task's `config` block and checks it against what Nomad granted and what the operator
+/// allows.
 ///
-/// The option of an error begins with `config.`, or with `task.` where Nomad's own words are the reason. An error that is
-/// about the whole block has the option `config.*`.
+/// The option of an error begins with `config.`, or with `task.` where a value that Nomad itself sent is the reason. An
+/// error about the whole block has the option `config.*`.
 pub fn container(
     bytes: &[u8],
     context: &TaskContext,

@@ -1,5 +1,5 @@
-//! The host directories and files that a container sees: Nomad's own, then volumes, then the job's binds. Refuses sources
-//! that are not there or not the task's business, and two mounts at one place.
+//! The host directories and files that are mounted into a container: Nomad's own, then volumes, then the job's binds.
+//! Rejects sources that do not exist or that the task may not see, and two mounts with the same target.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use super::paths::{Allocation, inside, validate_path_text};
 use super::values::BIND_OPTIONS;
 use super::{ConfigError, PluginConfig, TaskContext};
 
-/// All mounts in their order.
+/// All mounts, in the order in which they are mounted.
 pub(super) fn mounts(
     options: &TaskOptions,
     context: &TaskContext,
@@ -99,7 +99,7 @@ fn bind_source(
 }
 
 fn bind_target(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
-    // Escaped, they would become part of the path, which nobody means who writes them.
+    // Escaped, these would become part of the path, which is never what the author of the job means.
     if let Some((_, last)) = text.rsplit_once(':')
         && last.split(',').all(|word| BIND_OPTIONS.contains(&word))
     {

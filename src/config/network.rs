@@ -1,4 +1,5 @@
-//! Which network a container is in, and which ports lead into it. Pure: whether a bridge exists is seen when it is joined.
+//! Decides which network a container is in, and which ports are forwarded into it. Does no I/O: a missing bridge is
+//! only noticed when the container joins it.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +16,7 @@ const PORTS: &str = "config.ports";
 const VETH: &str = "config.network_veth";
 const ZONE: &str = "config.network_zone";
 
-/// The network of the container, and what to tell the user about it.
+/// The network of the container, and notes about it for the user.
 pub(super) fn network(
     options: &TaskOptions,
     context: &TaskContext,
@@ -63,7 +64,7 @@ pub(super) fn network(
     Ok((private, Vec::new()))
 }
 
-/// Nomad's port variables as the container needs them: the port inside, where ports are forwarded.
+/// Nomad's port variables as the container needs them: where ports are forwarded, with the port number inside.
 pub(super) fn variables(network: &Network) -> BTreeMap<String, String> {
     let Network::Private { ports, .. } = network else {
         return BTreeMap::new();
@@ -83,7 +84,7 @@ pub(super) fn variables(network: &Network) -> BTreeMap<String, String> {
 
 fn names(options: &TaskOptions) -> Result<(), ConfigError> {
     if let Some(zone) = &options.network_zone
-        // The bridge of a zone is called after it.
+        // systemd-nspawn names the bridge of a zone after the zone.
         && !is_interface_name(&format!("vz-{zone}"))
     {
         let reason = format!(
@@ -109,7 +110,8 @@ fn names(options: &TaskOptions) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// What the options about a private network come to in a network that Nomad made: nothing, or a contradiction.
+/// Checks the options for a private network in a container whose network Nomad made: there they have no effect, or
+/// contradict it.
 fn joined(options: &TaskOptions, context: &TaskContext) -> Result<Vec<String>, ConfigError> {
     for (label, number) in options.port_map.iter().flatten() {
         let (port, inside) = mapped(label, number, context)?;
@@ -158,7 +160,7 @@ fn forwards(options: &TaskOptions, context: &TaskContext) -> Result<Vec<PortForw
         let (port, inside) = mapped(label, number, context)?;
         add(&mut forwards, port, inside, &entry(PORT_MAP, label))?;
     }
-    // The ports of the task's own network all lead inside once one of them is mapped.
+    // As soon as one port of the task's own network is mapped, all of them are forwarded.
     for port in context.ports.iter().filter(|port| port.task_level) {
         if !map.is_empty() && forwards.iter().all(|earlier| earlier.label != port.label) {
             add(&mut forwards, port, port.host, PORT_MAP)?;
@@ -195,7 +197,7 @@ fn add(
     Ok(())
 }
 
-/// The port of a `port_map` entry and its number inside.
+/// The port that a `port_map` entry refers to, and its number inside.
 fn mapped<'a>(
     label: &str,
     number: &Number,
@@ -217,7 +219,8 @@ fn inside_port(port: &AllocatedPort) -> u16 {
     if port.to == 0 { port.host } else { port.to }
 }
 
-/// The granted port of this label, of the task's own network first or last.
+/// The granted port with this label. Ports of the task's own network come first if `task_level_first` is set, else
+/// last.
 fn find<'a>(
     label: &str,
     task_level_first: bool,

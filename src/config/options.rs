@@ -1,21 +1,21 @@
-//! The table of options: every word of both configurations once, with type, default and meaning. The schema, the decoder and
-//! the test of `docs/configuration.md` are made from it. It checks nothing: what a value may be is decided in `plugin` and
-//! `task`.
+//! The option table: every key of both configuration blocks once, with type, default and description. The schema, the
+//! decoder and the test of `docs/configuration.md` are derived from it. It checks no values: `plugin` and `task` do
+//! that.
 
 use std::collections::BTreeMap;
 
 use super::ConfigError;
 use super::decode::{Decode, Fields, Number};
 
-/// One option as operators and jobs see it.
+/// One option, as operators and job authors see it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OptionSpec {
     pub(super) name: &'static str,
     pub(super) kind: Kind,
-    /// As an HCL expression. The wire format does not convert it, so it has the option's own type.
+    /// As an HCL expression. Nothing converts it on the wire, so it has the option's own type.
     pub(super) default: Option<&'static str>,
     pub(super) required: bool,
-    /// One sentence, or two.
+    /// One or two sentences.
     #[cfg_attr(
         not(test),
         expect(dead_code, reason = "read by the test of the documentation")
@@ -29,9 +29,9 @@ pub(super) enum Kind {
     Bool,
     String,
     Strings,
-    /// In the schema a list of maps: Nomad's parser wraps every `{ … }` of a job file into a list.
+    /// A list of maps in the schema: Nomad's parser wraps every `{ … }` of a job file in a list.
     StringMap,
-    /// Likewise.
+    /// A list of maps in the schema, too.
     NumberMap,
     Block(&'static [OptionSpec]),
 }
@@ -50,16 +50,16 @@ impl Kind {
     }
 }
 
-/// A block of options that can be read.
+/// A block of options that can be decoded.
 pub(super) trait Options: Sized {
-    /// Its rows of the table.
+    /// Its rows of the option table.
     const OPTIONS: &'static [OptionSpec];
 
-    /// Takes the values out of `fields`.
+    /// Decodes the values from `fields`.
     fn read(fields: &Fields<'_>) -> Result<Self, ConfigError>;
 }
 
-/// What stands in the brackets of a row: nothing (may be absent), `required`, or the default.
+/// The content of the brackets of a row: nothing (the option may be absent), `required`, or the default.
 macro_rules! row {
     (type $ty:ty;) => { Option<$ty> };
     (type $ty:ty; required) => { $ty };
@@ -109,7 +109,7 @@ macro_rules! options {
 }
 
 options! {
-    /// The agent's `plugin` block as it was written.
+    /// The agent's `plugin` block as the operator wrote it.
     struct PluginOptions {
         /// Whether tasks may be placed on this node at all.
         "enabled" => enabled: bool [true],
@@ -125,7 +125,7 @@ options! {
 }
 
 options! {
-    /// A task's `config` block as it was written.
+    /// A task's `config` block as the job has it.
     struct TaskOptions {
         /// Run the image's own init as the first process.
         "boot" => boot: bool [true],
@@ -181,7 +181,7 @@ options! {
 }
 
 options! {
-    /// The `image_download` block as it was written.
+    /// The `image_download` block as the job has it.
     struct ImageDownload {
         /// The URL, or an image reference for the type `docker`.
         "url" => url: String [required],

@@ -1,5 +1,6 @@
-//! Host paths from words of a job: where they are looked for, and that they stay where they belong. The task can write in
-//! its allocation, so a link there is not to be trusted; what an operator put elsewhere is. Opens and changes nothing.
+//! Resolves the host paths that a job names: where they are looked up, and whether they stay where they must. The task
+//! can write to its allocation, so links there are not trusted; what an operator placed elsewhere is. Opens and changes
+//! nothing.
 
 use std::io;
 use std::path::{Component, Path, PathBuf};
@@ -10,25 +11,25 @@ use super::{ConfigError, ImageSearchPath, TaskContext};
 
 /// The directory of an allocation that all of its tasks share.
 pub(super) const SHARED: &str = "alloc";
-/// The directories of one task that it sees, and the one that it does not.
+/// The directories of a task that are visible to it, and the one that is not.
 pub(super) const LOCAL: &str = "local";
 pub(super) const SECRETS: &str = "secrets";
 const PRIVATE: &str = "private";
 
-/// The kernel's limit for a path, without the end mark.
+/// The kernel's limit for a path, without the terminating NUL.
 const PATH_MAX: usize = 4095;
 
 /// The directories of an allocation on the host.
 #[derive(Debug)]
 pub(super) struct Allocation {
-    /// As Nomad writes it.
+    /// The path as Nomad writes it.
     written: PathBuf,
-    /// Without links.
+    /// The path with all links resolved.
     root: PathBuf,
     task: String,
 }
 
-/// Why a path was not found, with the option left out.
+/// Why a path could not be resolved; the option is added later.
 enum PathError {
     Missing(PathBuf),
     Leaves(PathBuf),
@@ -60,7 +61,7 @@ impl PathError {
 }
 
 impl Allocation {
-    /// The allocation of this start. Its directories have to be there.
+    /// The allocation of this start. Its directories must exist.
     pub(super) fn of(context: &TaskContext) -> Result<Self, ConfigError> {
         let option = "task.alloc_dir";
         let written = context.alloc_dir.clone();
@@ -88,7 +89,7 @@ impl Allocation {
         self.root.join(&self.task)
     }
 
-    /// Nomad's directories on the host, and where the task sees them.
+    /// Nomad's directories on the host, and the paths at which the task sees them.
     pub(super) fn visible_dirs(&self) -> [(PathBuf, &'static Path); 3] {
         [
             (self.root.join(SHARED), Path::new("/alloc")),
@@ -102,8 +103,8 @@ impl Allocation {
         path.starts_with(&self.root)
     }
 
-    /// The host path that an absolute path of a job means: what the task sees below Nomad's directories is looked for
-    /// behind them first.
+    /// The host path that an absolute path of a job refers to: a path below one of Nomad's directories as the task sees
+    /// them is first looked up in the host directory behind it.
     fn absolute(&self, path: &Path) -> Result<PathBuf, PathError> {
         for (host, inside) in self.visible_dirs() {
             if let Ok(rest) = path.strip_prefix(inside) {
@@ -126,7 +127,8 @@ impl Allocation {
         }
     }
 
-    /// Refuses what no task may see: Nomad's private directories, and what other tasks keep to themselves.
+    /// Rejects what no task may see: Nomad's private directories, and the directories of other tasks that are not
+    /// shared.
     fn deny_private_dirs(&self, option: &str, text: &str, path: &Path) -> Result<(), ConfigError> {
         let Ok(rest) = path.strip_prefix(&self.root) else {
             return Ok(());
@@ -153,7 +155,7 @@ impl Allocation {
         Err(ConfigError::new(option, reason))
     }
 
-    /// The host path of the source of a bind, without links.
+    /// The host path of the source of a bind, with links resolved.
     pub(super) fn source(&self, option: &str, text: &str) -> Result<PathBuf, ConfigError> {
         validate_path_text(option, text)?;
         let path = Path::new(text);
@@ -168,7 +170,7 @@ impl Allocation {
         Ok(found)
     }
 
-    /// The host path of an image, without links.
+    /// The host path of an image, with links resolved.
     pub(super) fn image(
         &self,
         option: &str,
@@ -189,7 +191,7 @@ impl Allocation {
     }
 }
 
-/// An image below the plugin's directory, or a registered one.
+/// An image below the plugin's directory, or a registered machine image.
 fn relative_image(
     option: &str,
     text: &str,
@@ -221,7 +223,7 @@ fn relative_image(
     Err(ConfigError::new(option, reason))
 }
 
-/// What stands at `rest` below `base`, without links, and still below it.
+/// Resolves `rest` below `base`, following links; an error if the result is outside `base`.
 fn below(base: &Path, rest: &Path) -> Result<PathBuf, PathError> {
     let mut depth = 0_usize;
     for part in rest.components() {
@@ -248,7 +250,7 @@ fn real(path: &Path) -> Result<PathBuf, PathError> {
     })
 }
 
-/// Refuses text that can't be a path on a command line.
+/// Rejects text that can't be a path on a command line.
 pub(super) fn validate_path_text(option: &str, text: &str) -> Result<(), ConfigError> {
     let fault = if text.is_empty() {
         "is empty"

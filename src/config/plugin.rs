@@ -1,11 +1,12 @@
-//! The agent's `plugin` block, checked. Asks nothing of the host: whether a program is there is the fingerprint's matter.
+//! Validates the agent's `plugin` block. Does not look at the host: whether a program exists is checked by the
+//! fingerprint.
 
 use super::options::PluginOptions;
 use super::paths::inside;
 use super::{ConfigError, PluginConfig, duration};
 
-/// The longest state directory, in bytes: sockets lie below it, and the kernel takes no path of one over 107 bytes. A start's
-/// directory and the socket's name in it need up to 43.
+/// The longest state directory, in bytes: sockets lie below it, and the kernel limits the path of a socket to 107
+/// bytes. A task directory and the name of the socket in it need up to 43.
 pub const MAX_STATE_DIR_BYTES: usize = 64;
 
 pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError> {

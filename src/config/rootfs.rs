@@ -1,5 +1,5 @@
-//! What a root file system has to hold before systemd-nspawn takes it, looked up inside the tree. Says what is missing; decides
-//! nothing.
+//! What a root file system must contain for systemd-nspawn to accept it, looked up inside the tree. Reports what is
+//! missing and leaves the decision to the caller.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ const INITS: [&str; 3] = [
 ];
 const OS_RELEASE: [&str; 2] = ["etc/os-release", "usr/lib/os-release"];
 
-/// What the tree at `root` lacks to be started in this mode.
+/// The first thing that the tree at `root` lacks to be started in this mode.
 pub(super) fn missing_os_files(root: &Path, mode: Mode) -> Option<&'static str> {
     let file =
         |path: &&str| existing_path(root, Path::new(path)).is_some_and(|found| found.is_file());

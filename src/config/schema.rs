@@ -1,4 +1,4 @@
-//! The table of options as Nomad's schema language. Says nothing that the table does not say.
+//! Converts the option table to Nomad's schema language. Adds nothing to the table.
 
 use crate::proto::hclspec::{Attr, Block, Default as Fallback, Literal, Object, Spec, spec};
 

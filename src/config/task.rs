@@ -1,5 +1,5 @@
-//! A task's `config` block against what Nomad granted and what the operator allows: the one place where a wish becomes a
-//! container, and the last one that refuses anything for what it says.
+//! Validates a task's `config` block against what Nomad granted and what the operator allows. This is the one place
+//! where a configuration becomes a `ContainerSpec`, and the last one that rejects anything because of its value.
 
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
@@ -26,8 +26,9 @@ const PIVOT_ROOT: &str = "config.pivot_root";
 const PRIVATE_USERS: &str = "config.private_users";
 const VOLATILE: &str = "config.volatile";
 
-/// The container, or the first thing that is wrong. What needs no look-up comes first. Longer than a screen because it is one
-/// list: each line settles one field, and its order is the order in which mistakes are reported.
+/// Returns the container, or the first error. Checks that need no look-up on the host come first. The function is
+/// longer than a screen because it is one list: each line decides one field, and the order is the order in which
+/// mistakes are reported.
 pub(super) fn check(
     options: TaskOptions,
     context: &TaskContext,
@@ -124,7 +125,7 @@ fn mode(options: &TaskOptions) -> Result<Mode, ConfigError> {
     }
 }
 
-/// The user that the command runs as: the driver's option before the task's.
+/// The user that the command runs as: the driver's option overrides the task's.
 fn user(
     options: &TaskOptions,
     context: &TaskContext,
@@ -163,7 +164,7 @@ fn pivot_root(text: &str) -> Result<PathBuf, ConfigError> {
     };
     let new = inside(PIVOT_ROOT, new)?;
     if let Some(old) = old {
-        // A further colon or a backslash means something else to every reader of this list.
+        // A further colon or a backslash has a different meaning wherever this value is parsed.
         if old.contains(':') || text.contains('\\') {
             let reason = format!("{} is not NEW or NEW:OLD", quoted(text));
             return Err(ConfigError::new(PIVOT_ROOT, reason));
@@ -194,7 +195,7 @@ fn command_words(command: &[String]) -> Result<(), ConfigError> {
     }
 }
 
-/// The user namespace and how the image comes to belong to it.
+/// The user namespace, and how the image's files get the owners of its range.
 fn users(
     options: &TaskOptions,
     volatile: Volatile,
@@ -243,7 +244,7 @@ fn users(
             return Err(ConfigError::new(OWNERSHIP, reason));
         }
     }
-    // With the other ranges the files of the image have their owners already.
+    // With the other ranges the files of the image already have their owners.
     let mapped = range == "pick" || range.starts_with(|first: char| first.is_ascii_digit());
     let ownership = ownership.or_else(|| mapped.then_some("auto"));
     if let (true, Volatile::Yes | Volatile::State, Some("auto" | "map")) =
@@ -281,7 +282,8 @@ fn absolute(option: &str, path: &Path) -> Result<(), ConfigError> {
     Err(ConfigError::new(option, reason))
 }
 
-/// What is wrong with a download: at best, that nothing downloads.
+/// The error for an `image_download` block: the first invalid value or, if the block is valid, that downloads are not
+/// implemented.
 fn download_error(download: &ImageDownload) -> ConfigError {
     let option = |name| format!("config.image_download.{name}");
     if let Err(error) = one_of(&option("type"), &download.kind, values::DOWNLOAD_TYPE) {
@@ -305,7 +307,7 @@ fn download_error(download: &ImageDownload) -> ConfigError {
     ConfigError::new("config.image_download", reason)
 }
 
-/// The image, looked up.
+/// Looks up the image.
 fn root(
     image: &str,
     allocation: &Allocation,
@@ -332,13 +334,13 @@ fn root(
     }
 }
 
-/// The copy of an ephemeral root needs a place that can be written.
+/// Checks that the copy of an ephemeral root can be written where systemd-nspawn makes it.
 fn copied_from(root: &Root) -> Result<(), ConfigError> {
     let (Root::Directory(path) | Root::Image(path)) = root;
     let place = copy_place(path);
     let is_read_only =
         |found: nix::sys::statvfs::Statvfs| found.flags().contains(FsFlags::ST_RDONLY);
-    // A place that can't be asked is systemd-nspawn's to refuse.
+    // If the file system can't be queried, leave it to systemd-nspawn to reject it.
     if !statvfs(&place).is_ok_and(is_read_only) {
         return Ok(());
     }
@@ -352,7 +354,7 @@ fn copied_from(root: &Root) -> Result<(), ConfigError> {
     Err(ConfigError::new(EPHEMERAL, reason))
 }
 
-/// What systemd-nspawn would refuse about a directory as the root.
+/// Rejects a directory that systemd-nspawn would reject as the root.
 fn validate_root(
     path: &Path,
     options: &TaskOptions,
@@ -366,7 +368,7 @@ fn validate_root(
             let reason = "\"/\" needs config.ephemeral = true, or config.volatile yes or state";
             return Err(ConfigError::new(IMAGE, reason));
         }
-        // The ids of a file system that is in use everywhere can't be mapped.
+        // A file system that the whole host uses can't get an id mapping.
         if *users != Users::Host {
             let reason =
                 "\"/\" can't be used in a user namespace: set config.user_namespacing = false";

@@ -1,4 +1,4 @@
-//! For the tests of this room: HCL as a job file has it, carried through a schema into the bytes that Nomad's agent makes.
+//! Test support for this module: converts HCL as in a job file, by a schema, to the bytes that Nomad's agent sends.
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,7 @@ pub(super) fn encode(value: &Value) -> Vec<u8> {
     bytes
 }
 
-/// What Nomad's converter makes of a body, or why it refuses it.
+/// What Nomad's converter makes of a body, or why it rejects it.
 pub(super) fn object(schema: &Spec, tree: &hcl::Value) -> Result<Value, String> {
     let Some(spec::Block::Object(object)) = &schema.block else {
         return Err("the schema is not an object".into());
@@ -84,7 +84,7 @@ fn convert(kind: &str, value: &hcl::Value) -> Result<Value, String> {
     let refused = || Err(format!("{value:?} is not {kind}"));
     match value {
         hcl::Value::Object(map) => match (element("list(map("), element("map(")) {
-            // A job file's `{ … }` arrives in a list.
+            // A `{ … }` of a job file arrives in a list.
             (Some(_), _) => Ok(Value::Array(vec![convert(
                 element("list(").unwrap_or_default(),
                 value,
@@ -123,7 +123,7 @@ fn plain(value: &hcl::Value) -> Value {
     }
 }
 
-/// A host with an allocation, images and everything else in a directory of its own.
+/// A host with an allocation, images and everything else, in a temporary directory of its own.
 pub(super) struct TestHost {
     directory: tempfile::TempDir,
     pub(super) context: TaskContext,
@@ -134,7 +134,8 @@ pub(super) struct TestHost {
 pub(super) const ALLOC: &str = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0";
 
 impl TestHost {
-    /// With the images `tree` (to run commands in) and `system` (to boot), the task `web` and a directory `data`.
+    /// A host with the images `tree` (to run commands in) and `system` (to boot), the task `web` and a directory
+    /// `data`.
     pub(super) fn new() -> Self {
         let directory = tempfile::tempdir().expect("a directory for the test");
         let top = directory.path().canonicalize().expect("it exists");
@@ -182,7 +183,7 @@ impl TestHost {
         top.join(path)
     }
 
-    /// Makes a file, or with `/.` at the end a directory.
+    /// Makes a file, or a directory if the path ends in `/.`.
     pub(super) fn make(&self, path: impl AsRef<Path>) {
         let path = path.as_ref().to_string_lossy();
         match path.strip_suffix("/.") {
@@ -203,7 +204,7 @@ impl TestHost {
         super::container(bytes, &self.context, &self.plugin_config, &self.search_path)
     }
 
-    /// The body with `TOP` for the directory of this host.
+    /// Validates the body, in which `TOP` stands for the directory of this host.
     pub(super) fn check(&self, body: &str) -> Result<super::Validated, ConfigError> {
         let top = self.path("");
         let top = top.to_string_lossy();
@@ -211,7 +212,7 @@ impl TestHost {
         self.raw(&bytes(&super::task_schema(), &body))
     }
 
-    /// The whole message, with `TOP` and `ALLOC` for what differs.
+    /// The whole error message, with the varying paths replaced by `TOP` and `ALLOC`.
     pub(super) fn refusal(&self, body: &str) -> String {
         let top = self.path("");
         let message = match self.check(body) {

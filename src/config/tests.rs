@@ -1,5 +1,5 @@
-//! The whole room through its front door: every option good and bad with the exact message, and that no bytes panic.
-//! Long because it is tables: a row for each thing that is refused.
+//! Tests the whole module through its public interface: every option with valid and invalid values and the exact
+//! message, and that no input makes it panic. Long because it consists of tables: one row for each rejected value.
 
 use proptest::prelude::*;
 use rmpv::Value;
@@ -18,7 +18,7 @@ mod environment;
 mod plugin;
 mod ports;
 
-/// A start that says nothing but what has to be said, and `extra`.
+/// A start with only the required options, and `extra`.
 fn plain(host: &TestHost, extra: &str) -> ContainerSpec {
     let body = format!("image = \"tree\"\nboot = false\n{extra}");
     host.check(&body)
@@ -343,7 +343,7 @@ fn what_is_wrong_with_an_image_is_said(#[case] body: &str, #[case] message: &str
     host.make("plugins/unmerged/usr/.");
     host.make("plugins/unmerged/bin/.");
     host.link("plugins/out", "../data");
-    // An init that the host has and the image has not.
+    // An init that exists on the host but not in the image.
     host.make("plugins/noinit/sbin/.");
     host.link("plugins/noinit/sbin/init", "/proc/self/status");
     assert_eq!(host.refusal(body), message);
@@ -465,7 +465,8 @@ fn user_namespaces(#[case] extra: &str, #[case] expected: Option<(&str, Option<&
     assert_eq!(plain(&TestHost::new(), extra).users, expected);
 }
 
-/// A host on which the group has the ports `web` (18080 → 80) and `raw` (19000), and the task the ports `old` and `same`.
+/// A host on which the group has the ports `web` (18080 → 80) and `raw` (19000), and the task the ports `old` and
+/// `same`.
 fn with_ports() -> TestHost {
     let mut host = TestHost::new();
     let port = |label: &str, host, to, task_level| AllocatedPort {
@@ -548,7 +549,7 @@ fn blocks() -> impl Strategy<Value = Value> {
         anything(),
     );
     prop::collection::vec(pair, 0..6).prop_map(|mut pairs| {
-        // So that what comes after the image is reached as well.
+        // So that the checks behind the image are reached as well.
         pairs.push(("image".into(), "tree".into()));
         Value::Map(pairs)
     })

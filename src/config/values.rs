@@ -1,11 +1,11 @@
-//! The values and small grammars that systemd-nspawn accepts: tables and pure checks. Looks nothing up on the host.
+//! The values and small grammars that systemd-nspawn accepts: tables and pure checks. Does no look-ups on the host.
 
 use crate::container::{Console, Volatile};
 
 use super::ConfigError;
 use super::decode::quoted;
 
-/// A word of an option and what it stands for.
+/// The keywords of an option, each with the value it stands for.
 pub(super) type Values<T> = [(&'static str, T)];
 
 pub(super) const CONSOLE: &Values<Console> = &[
@@ -47,7 +47,7 @@ pub(super) const DOWNLOAD_TYPE: &Values<()> = &[("tar", ()), ("raw", ()), ("dock
 
 pub(super) const DOWNLOAD_VERIFY: &Values<()> = &[("no", ()), ("checksum", ()), ("signature", ())];
 
-/// Words after the last `:` of a bind that systemd-nspawn takes as mount options.
+/// Keywords after the last `:` of a bind that systemd-nspawn takes as mount options.
 pub(super) const BIND_OPTIONS: &[&str] = &[
     "rbind",
     "norbind",
@@ -57,7 +57,7 @@ pub(super) const BIND_OPTIONS: &[&str] = &[
     "owneridmap",
 ];
 
-/// The kernel's capabilities, by number.
+/// The kernel's capabilities, ordered by number.
 const CAPABILITIES: &[&str] = &[
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -102,7 +102,7 @@ const CAPABILITIES: &[&str] = &[
     "CAP_CHECKPOINT_RESTORE",
 ];
 
-/// What `word` stands for, or an error that lists the words.
+/// The value that the keyword `word` stands for, or an error that lists the keywords.
 pub(super) fn one_of<T: Copy>(
     option: &str,
     word: &str,
@@ -119,8 +119,8 @@ pub(super) fn one_of<T: Copy>(
         })
 }
 
-/// The capabilities of a list, in upper case and each once. An element may hold several with commas between. `all` stands for
-/// every capability and stays as it is.
+/// The capabilities of a list, in upper case and without duplicates. An element may hold several, separated by commas.
+/// `all` stands for every capability and is kept as it is.
 pub(super) fn capabilities(option: &str, list: &[String]) -> Result<Vec<String>, ConfigError> {
     let mut names = Vec::new();
     for name in list.iter().flat_map(|element| element.split(',')) {
@@ -146,7 +146,7 @@ pub(super) fn capabilities(option: &str, list: &[String]) -> Result<Vec<String>,
     Ok(names)
 }
 
-/// Whether systemd-nspawn takes it as the name of an environment variable.
+/// Whether systemd-nspawn accepts it as the name of an environment variable.
 pub(super) fn is_variable_name(name: &str) -> bool {
     !name.starts_with(|first: char| first.is_ascii_digit())
         && !name.is_empty()
@@ -155,7 +155,7 @@ pub(super) fn is_variable_name(name: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
-/// Whether the kernel and systemd take it as the name of a network interface.
+/// Whether the kernel and systemd accept it as the name of a network interface.
 pub(super) fn is_interface_name(name: &str) -> bool {
     (1..=15).contains(&name.len())
         && !["all", "default", ".", ".."].contains(&name)
@@ -165,7 +165,7 @@ pub(super) fn is_interface_name(name: &str) -> bool {
             .all(|byte| byte.is_ascii_graphic() && !b":/%".contains(&byte))
 }
 
-/// What is wrong with a range of user ids, `UID[:COUNT]`; nothing if it can be used.
+/// What is wrong with a range of user ids, `UID[:COUNT]`; `None` if it can be used.
 pub(super) fn uid_range_error(range: &str) -> Option<&'static str> {
     let (uid, count) = match range.split_once(':') {
         None => (range, "65536"),
@@ -184,14 +184,14 @@ pub(super) fn uid_range_error(range: &str) -> Option<&'static str> {
     if count == 0 {
         return Some("is a range of no user ids");
     }
-    // The last id of all is "no user" and can't be in a range.
+    // The last id means "no user" and can't be in a range.
     if first > u32::MAX - count {
         return Some("goes beyond the last user id, 4294967294");
     }
     None
 }
 
-/// The first control character in `text` makes it unfit for a command line or a log line.
+/// Whether `text` has a control character, which makes it unfit for a command line or a log line.
 pub(super) fn has_control(text: &str) -> bool {
     text.chars().any(char::is_control)
 }

@@ -1,6 +1,6 @@
-//! One allocation as Nomad's client prepares it before it starts a task: directories, log FIFOs, environment, the task's wire
-//! form. It mounts nothing (Nomad's secrets directory is a tmpfs, this one is a directory) and refuses to delete through
-//! mounts that somebody left.
+//! Prepares one allocation as Nomad's client does before it starts a task: directories, log FIFOs, environment, and the
+//! task in its wire form. It mounts nothing (Nomad's secrets directory is a tmpfs, this one is a plain directory) and
+//! refuses to delete through mounts that were left behind.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
@@ -18,10 +18,10 @@ use super::error::HostError;
 use super::variables::Variables;
 use crate::proto::driver;
 
-/// Whom Nomad gives the directories of an allocation.
+/// The owner that Nomad gives the directories of an allocation.
 const NOBODY: u32 = 65534;
 
-/// A task of a job, as far as the host needs it.
+/// A task of a job, with the settings that the host needs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TaskSpec {
     /// The job's id.
@@ -46,17 +46,17 @@ pub struct TaskSpec {
     pub user: String,
     /// The metadata of job, group and task, merged.
     pub meta: BTreeMap<String, String>,
-    /// What `${node.…}`, `${attr.…}` and `${meta.…}` stand for, under their full names.
+    /// The values of `${node.…}`, `${attr.…}` and `${meta.…}`, under their full names.
     pub node: BTreeMap<String, String>,
     /// `resources.cpu` in MHz.
     pub cpu_mhz: i64,
     /// `resources.memory` in MiB.
     pub memory_mb: i64,
-    /// `resources.memory_max` in MiB; 0 is not set, -1 no limit.
+    /// `resources.memory_max` in MiB; 0 means not set, -1 no limit.
     pub memory_max_mb: i64,
-    /// How long the task has to end after it was asked to.
+    /// How long the task has to exit after a stop request.
     pub kill_timeout: Duration,
-    /// `kill_signal`, or empty for the driver's own.
+    /// `kill_signal`, or empty for the driver's default.
     pub kill_signal: String,
 }
 
@@ -94,7 +94,8 @@ pub struct Allocation {
     variables: Variables,
 }
 
-/// The reading ends of a task's log FIFOs. A read waits for the first writer; the end of the stream is the last writer's end.
+/// The read ends of a task's log FIFOs. A read waits for the first writer, and the stream ends when the last writer
+/// closes.
 #[derive(Debug)]
 pub struct Logs {
     /// The task's stdout.
@@ -104,7 +105,7 @@ pub struct Logs {
 }
 
 impl Allocation {
-    /// Makes the directories of a new allocation in `parent`, which must exist. After an error nothing is left.
+    /// Creates the directories of a new allocation in `parent`, which must exist. After an error nothing is left.
     pub fn create(parent: &Path, spec: TaskSpec) -> Result<Self, HostError> {
         let id = random_uuid()?;
         let dir = parent.join(&id);
@@ -121,7 +122,7 @@ impl Allocation {
         match allocation.make() {
             Ok(()) => Ok(allocation),
             Err(error) => {
-                // The first error is the one to tell.
+                // Return the first error, not one of the cleanup.
                 drop(fs::remove_dir_all(&allocation.dir));
                 Err(error)
             }
@@ -158,7 +159,7 @@ impl Allocation {
         &self.dir
     }
 
-    /// The task's directory: `local`, `secrets`, `tmp` and `private` lie there.
+    /// The task's directory, which contains `local`, `secrets`, `tmp` and `private`.
     pub fn task_dir(&self) -> PathBuf {
         self.dir.join(&self.spec.task)
     }
@@ -178,17 +179,17 @@ impl Allocation {
         self.dir.join("alloc/logs").join(name)
     }
 
-    /// The task it was made for.
+    /// The task that the allocation was created for.
     pub fn spec(&self) -> &TaskSpec {
         &self.spec
     }
 
-    /// What `${…}` stands for in this task's configuration.
+    /// The values of `${…}` in this task's configuration.
     pub fn variables(&self) -> &Variables {
         &self.variables
     }
 
-    /// Opens the FIFOs for reading. Call it before each start: a reader must be there when the driver opens them.
+    /// Opens the FIFOs for reading. Call it before each start: the driver needs a reader when it opens them.
     pub fn open_logs(&self) -> Result<Logs, HostError> {
         let open = |path: PathBuf| {
             pipe::OpenOptions::new()
@@ -201,7 +202,7 @@ impl Allocation {
         })
     }
 
-    /// The task on the wire, for one start: the id is new each time. `config` are the encoded bytes of the `config` block.
+    /// The task in its wire form for one start, with a new id each time. `config` is the encoded `config` block.
     pub fn task_config(&self, config: Vec<u8>) -> Result<driver::TaskConfig, HostError> {
         let spec = &self.spec;
         let mut start = [0; 4];
@@ -250,7 +251,7 @@ impl Allocation {
     }
 }
 
-/// Removes a directory with everything in it, unless something is mounted there.
+/// Removes a directory with everything in it, unless something is mounted at or below it.
 pub fn remove_unmounted(dir: &Path) -> Result<(), HostError> {
     let table = "/proc/self/mountinfo";
     let mounts = fs::read_to_string(table).map_err(HostError::io("read", table))?;
@@ -295,7 +296,7 @@ fn unescape_octal(text: &str) -> String {
 
 fn directory(path: &Path, mode: u32, nobody: bool) -> Result<(), HostError> {
     fs::create_dir(path).map_err(HostError::io("make", path))?;
-    // Set by itself: the mode given to mkdir is cut by the umask.
+    // Set the mode separately, because the umask reduces the mode given to mkdir.
     fs::set_permissions(path, Permissions::from_mode(mode))
         .map_err(HostError::io("set the mode of", path))?;
     if nobody && geteuid().is_root() {
@@ -309,7 +310,7 @@ fn directory(path: &Path, mode: u32, nobody: bool) -> Result<(), HostError> {
     Ok(())
 }
 
-/// Nomad's variables, then the job's, whose `${…}` are replaced by Nomad's.
+/// Nomad's variables, then the job's, in which `${…}` is replaced by the values of Nomad's.
 fn environment(spec: &TaskSpec, id: &str) -> BTreeMap<String, String> {
     let own = [
         ("NOMAD_ALLOC_DIR", "/alloc".to_owned()),
@@ -372,7 +373,7 @@ fn random(bytes: &mut [u8]) -> Result<(), HostError> {
     read(bytes).map_err(HostError::io("read", source))
 }
 
-/// A random id in the form that Nomad gives allocations (version 4).
+/// A random id in the form of Nomad's allocation ids (UUID version 4).
 fn random_uuid() -> Result<String, HostError> {
     let mut bytes = [0; 16];
     random(&mut bytes)?;
@@ -393,7 +394,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Nomad's paths are text on the wire.
+/// Nomad sends paths as text.
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
@@ -492,7 +493,7 @@ mod tests {
             let mut text = String::new();
             logs.stdout.read_to_string(&mut text).await.map(|_| text)
         });
-        // The reader gets every chance to mistake "no writer yet" for the end.
+        // Gives the reader every chance to mistake "no writer yet" for the end of the stream.
         for _ in 0..100 {
             tokio::task::yield_now().await;
         }

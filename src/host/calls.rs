@@ -1,4 +1,4 @@
-//! The calls Nomad's agent makes, a method for each. Retries nothing.
+//! The RPCs that Nomad's agent makes, one method for each. Retries nothing.
 
 use std::time::Duration;
 
@@ -23,22 +23,22 @@ use crate::proto::driver::{
 };
 use crate::proto::{base, hclspec};
 
-/// The plugin API version that every Nomad speaks.
+/// The plugin API version that every Nomad supports.
 pub const API_VERSION: &str = "v0.1.0";
 /// How long Nomad's client waits for a driver's first fingerprint.
 const FINGERPRINT: Duration = Duration::from_secs(50);
 
-/// What a start gave.
+/// The result of a start.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StartedTask {
-    /// What Nomad would store.
+    /// The handle that Nomad would store.
     pub handle: TaskHandle,
-    /// Where the task is reached, when it has a network of its own.
+    /// The address at which the task is reached, when it has a network of its own.
     pub network: Option<NetworkOverride>,
 }
 
 impl Plugin {
-    /// `PluginInfo`, checked as Nomad's loader checks it: a driver that speaks [`API_VERSION`].
+    /// `PluginInfo`, checked as Nomad's loader checks it: a driver that supports [`API_VERSION`].
     pub async fn identify(&self) -> Result<PluginInfoResponse, HostError> {
         let answer = self.base().plugin_info(PluginInfoRequest {}).await;
         let info = answer.map_err(HostError::call("PluginInfo"))?.into_inner();
@@ -93,7 +93,7 @@ impl Plugin {
         answer.map(drop).map_err(HostError::call("SetConfig"))
     }
 
-    /// The stream of fingerprints and its first one, which must come in Nomad's time.
+    /// The stream of fingerprints and its first item, which must arrive within Nomad's time limit.
     pub async fn fingerprint(
         &self,
     ) -> Result<(FingerprintResponse, Streaming<FingerprintResponse>), HostError> {
@@ -116,7 +116,7 @@ impl Plugin {
         }
     }
 
-    /// Whether the driver takes tasks: an error says why not, in its own words.
+    /// Succeeds if the driver accepts tasks; the error contains the driver's own description of why it does not.
     pub async fn healthy(&self) -> Result<FingerprintResponse, HostError> {
         let (first, _) = self.fingerprint().await?;
         let health = match first.health() {
@@ -146,7 +146,7 @@ impl Plugin {
         })
     }
 
-    /// The wire form of one start of the allocation's task, its `config` encoded by the driver's schema.
+    /// The wire form of one start of the allocation's task, with its `config` encoded by the driver's schema.
     pub async fn task_config(&self, allocation: &Allocation) -> Result<TaskConfig, HostError> {
         let schema = self.task_schema().await?;
         let spec = allocation.spec();
@@ -159,7 +159,7 @@ impl Plugin {
         allocation.task_config(bytes)
     }
 
-    /// `StartTask`. Gives the handle, which must be there.
+    /// `StartTask`. Returns the handle; a response without one is an error.
     pub async fn start(&self, task: TaskConfig) -> Result<StartedTask, HostError> {
         let method = "StartTask";
         let answer = self
@@ -175,7 +175,7 @@ impl Plugin {
         })
     }
 
-    /// `WaitTask`: the end of a task. An exit with an error text is given as [`TaskExit::error`].
+    /// `WaitTask`: waits for the exit of a task. An exit with an error text is returned with [`TaskExit::error`] set.
     pub async fn wait(&self, id: &str) -> Result<TaskExit, HostError> {
         let method = "WaitTask";
         let task_id = id.to_owned();
@@ -192,7 +192,7 @@ impl Plugin {
     pub async fn stop(&self, id: &str, grace: Duration, signal: &str) -> Result<(), HostError> {
         let request = StopTaskRequest {
             task_id: id.to_owned(),
-            // Out of range only for times that no job file can ask for.
+            // Out of range only for times that no job file can contain.
             timeout: grace.try_into().ok(),
             signal: signal.to_owned(),
         };
@@ -210,7 +210,7 @@ impl Plugin {
         answer.map(drop).map_err(HostError::call("DestroyTask"))
     }
 
-    /// `RecoverTask`, with the handle that a start gave.
+    /// `RecoverTask`, with the handle that a start returned.
     pub async fn recover(&self, handle: TaskHandle) -> Result<(), HostError> {
         let request = RecoverTaskRequest {
             task_id: String::new(),
@@ -228,16 +228,17 @@ impl Plugin {
     }
 }
 
-/// How a task ended.
+/// How a task exited.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TaskExit {
-    /// As a shell gives it: the status, or 128 + signal.
+    /// The exit code as in a shell: the status, or 128 + signal.
     pub code: i32,
-    /// The signal that ended it, or 0.
+    /// The signal that killed it, or 0.
     pub signal: i32,
-    /// Whether it ended for want of memory.
+    /// Whether the OOM killer killed it.
     pub oom_killed: bool,
-    /// What the driver says of an end that was no success: why the command did not run, why the end is not known.
+    /// The driver's error text for an exit that was no success: why the command did not run, or why the exit status is
+    /// not known.
     pub error: Option<String>,
 }
 
@@ -251,7 +252,7 @@ impl TaskExit {
         }
     }
 
-    /// Whether code and signal are the task's own, rather than a stand-in for an end that the driver did not see.
+    /// Whether code and signal are the task's own, rather than placeholders for an exit that the driver did not see.
     pub fn is_known(&self) -> bool {
         let unknown = |error: &String| error.starts_with(UNKNOWN_END);
         !self.error.as_ref().is_some_and(unknown)

@@ -1,6 +1,7 @@
-//! Turns configuration values into the msgpack bytes a plugin expects, by the schema the plugin itself gives: defaults,
-//! conversions, nulls for what is absent, blocks as objects or lists, `${…}` in strings. It does the part of Nomad's schema
-//! language that task drivers use; every other part is refused by name. Unlike Nomad it does not normalise Unicode.
+//! Encodes configuration values to the msgpack that a plugin expects, by the schema that the plugin itself returns:
+//! defaults, conversions, nulls for absent values, blocks as objects or lists, `${…}` in strings. Supports the part of
+//! Nomad's schema language that task drivers use; every other part is rejected by name. Unlike Nomad it does not
+//! normalise Unicode.
 
 use std::collections::BTreeMap;
 
@@ -22,8 +23,8 @@ pub struct ConfigureError {
     pub reason: String,
 }
 
-/// Encodes `body`, an object, for the schema `spec`. `root` is the name of the block in messages: `config` or `plugin`.
-/// Without a schema only an empty body fits, and it has no bytes.
+/// Encodes `body`, an object, by the schema `spec`. `root` is the name of the block in messages: `config` or `plugin`.
+/// Without a schema only an empty body is valid, and it is encoded as zero bytes.
 pub fn encode(
     spec: Option<&hclspec::Spec>,
     body: &Value,
@@ -62,7 +63,7 @@ struct Encoder<'a> {
 type Encoded = Result<Packed, ConfigureError>;
 
 impl Encoder<'_> {
-    /// A whole body: everything the spec does not consume is refused.
+    /// Encodes a whole body; everything that the spec does not consume is rejected.
     fn body(&self, spec: &hclspec::Spec, body: &Map<String, Value>, path: &str) -> Encoded {
         let known = inputs(spec, path)?;
         if let Some(key) = body.keys().find(|key| !known.contains(&key.as_str())) {
@@ -75,7 +76,7 @@ impl Encoder<'_> {
         self.part(spec, "", body, path)
     }
 
-    /// What one spec takes from a body. `key` names an attribute that does not name itself.
+    /// Encodes what one spec takes from a body. `key` is the name of an attribute whose spec has no name.
     fn part(
         &self,
         spec: &hclspec::Spec,
@@ -158,7 +159,7 @@ impl Encoder<'_> {
         let path = format!("{path}.{name}");
         let kind = Type::parse(&attr.r#type).map_err(|reason| error(&path, reason))?;
         match body.get(name) {
-            // A null that was written satisfies "required" in Nomad too.
+            // An explicit null satisfies "required" in Nomad, too.
             None if attr.required => Err(error(&path, "is required".to_owned())),
             None => Ok(Packed::Nil),
             Some(value) => self.convert(value, &kind, &path),
@@ -167,7 +168,7 @@ impl Encoder<'_> {
 
     fn convert(&self, value: &Value, kind: &Type, path: &str) -> Encoded {
         let refuse = |shown: String| Err(error(path, format!("{shown} is not a {kind}")));
-        // Every string is a template first; what comes out may then be converted to a number or a bool.
+        // Every string is evaluated as a template first; the result may then be converted to a number or a bool.
         let evaluated;
         let value = match value {
             Value::String(text) => {
@@ -216,7 +217,7 @@ impl Encoder<'_> {
     }
 }
 
-/// A type expression, as far as schemas for job files can use it.
+/// A type expression, limited to what schemas for job files can use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Type {
     String,
@@ -335,7 +336,7 @@ fn inputs<'a>(spec: &'a hclspec::Spec, path: &str) -> Result<Vec<&'a str>, Confi
     Ok(out)
 }
 
-/// The blocks of one name: an object, a list of objects, or nothing.
+/// The blocks with one name: an object, a list of objects, or none.
 fn blocks<'a>(
     value: Option<&'a Value>,
     path: &str,
@@ -363,7 +364,7 @@ fn number(value: &serde_json::Number) -> Packed {
     if let Ok(integer) = text.parse::<i64>() {
         return integer.into();
     }
-    // The shortest text of a float is its exact value only when the float can hold what was written.
+    // The shortest text of a float is its exact value only if the float can represent the number that was written.
     let exact = format!("{float:.1074}");
     if exact.trim_end_matches('0').trim_end_matches('.') == text {
         Packed::F64(float)
@@ -393,7 +394,7 @@ fn parse_number(text: &str) -> Option<serde_json::Number> {
     serde_json::Number::from_f64(text.parse().ok()?)
 }
 
-/// A default in the schema: HCL source text of a plain value.
+/// A default in the schema: the HCL source text of a plain value.
 fn literal_value(text: &str) -> Result<Packed, String> {
     let refuse = || format!("the schema's default {text:?} is not supported by this host");
     let expression = parse_expr(text).map_err(|_| refuse())?;

@@ -1,4 +1,4 @@
-//! The worked examples of Nomad's own encoder, and what must be refused.
+//! The worked examples of Nomad's own encoder, and input that must be rejected.
 
 use rstest::rstest;
 use serde_json::json;

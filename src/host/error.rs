@@ -1,4 +1,4 @@
-//! What can go wrong between the host and a plugin.
+//! Errors between the host and a plugin.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,19 +6,19 @@ use std::path::PathBuf;
 use super::configure::ConfigureError;
 use super::log::LogLine;
 
-/// Why the host could not do its part, or the plugin did not do its own.
+/// Why the host or the plugin failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// The plugin's program did not start.
+    /// The plugin's program could not be started.
     #[error("can't start the plugin {binary}")]
     Spawn {
         /// The program.
         binary: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The plugin did not introduce itself as the protocol wants.
+    /// The plugin's handshake does not follow the protocol.
     #[error("handshake of the plugin: {reason}{}", last_words(.stderr))]
     Handshake {
         /// What was wrong.
@@ -31,19 +31,19 @@ pub enum HostError {
     Connect {
         /// The socket.
         address: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         source: tonic::transport::Error,
     },
-    /// A call was answered with an error.
+    /// An RPC returned an error.
     #[error("{method}: {} ({:?})", status.message(), status.code())]
     Call {
         /// The method.
         method: &'static str,
-        /// The answer.
+        /// The returned status.
         status: Box<tonic::Status>,
     },
-    /// An answer lacks what the protocol demands.
+    /// A response lacks a part that the protocol requires.
     #[error("{method}: the answer has no {what}")]
     Answer {
         /// The method.
@@ -51,23 +51,23 @@ pub enum HostError {
         /// The missing part.
         what: &'static str,
     },
-    /// The driver does not take tasks on this machine.
+    /// The driver does not accept tasks on this machine.
     #[error("the driver is {health}: {reason}")]
     Unhealthy {
         /// `undetected` or `unhealthy`.
         health: &'static str,
-        /// The driver's own words.
+        /// The driver's own description.
         reason: String,
     },
-    /// Something did not happen in its time.
+    /// Something took longer than its time limit.
     #[error("{what} took longer than {} s", deadline.as_secs_f64())]
     Deadline {
-        /// What was waited for.
+        /// What the host was waiting for.
         what: &'static str,
-        /// For how long.
+        /// The time limit.
         deadline: std::time::Duration,
     },
-    /// The run was asked to stop before the task was started.
+    /// A stop was requested before the task was started.
     #[error("stopped before the task was started")]
     Stopped,
     /// The task's output could not be written, so the task was stopped.
@@ -75,21 +75,21 @@ pub enum HostError {
     Output {
         /// `stdout` or `stderr`.
         stream: &'static str,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// A configuration does not fit the plugin's schema.
     #[error(transparent)]
     Configure(#[from] ConfigureError),
-    /// A file or process operation of the host's own failed.
+    /// A file or process operation of the host itself failed.
     #[error("{step} {path}")]
     Io {
-        /// What was being done, as a verb.
+        /// The operation, as a verb.
         step: &'static str,
-        /// With what.
+        /// The path that it was applied to.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },

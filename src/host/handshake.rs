@@ -1,14 +1,14 @@
-//! The one line by which a plugin introduces itself: `CORE|APP|NETWORK|ADDRESS|PROTOCOL|CERTIFICATE`. Reads and judges it as
-//! Nomad's agent does; opens nothing.
+//! Parses the handshake line of a plugin: `CORE|APP|NETWORK|ADDRESS|PROTOCOL|CERTIFICATE`. Accepts and rejects the same
+//! lines as Nomad's agent, except for TCP addresses; opens nothing.
 
 use std::path::PathBuf;
 
-/// The variable that tells a plugin that it was started by its host.
+/// The variable by which a plugin recognizes that a plugin host started it.
 pub const COOKIE_KEY: &str = "NOMAD_PLUGIN_MAGIC_COOKIE";
 /// Its value.
 pub const COOKIE_VALUE: &str = "e4327c2e01eabfd75a8a67adb114fb34a757d57eee7728d857a8cec6e91a7255";
 
-/// What Nomad adds to the environment of a plugin.
+/// The variables that Nomad adds to the environment of a plugin.
 pub(crate) const ENVIRONMENT: [(&str, &str); 4] = [
     (COOKIE_KEY, COOKIE_VALUE),
     ("PLUGIN_MIN_PORT", "10000"),
@@ -16,8 +16,8 @@ pub(crate) const ENVIRONMENT: [(&str, &str); 4] = [
     ("PLUGIN_PROTOCOL_VERSIONS", "2"),
 ];
 
-/// Reads the line and gives the path of the socket, or why Nomad would refuse it. A TCP address is refused too: any user of
-/// the machine could drive such a plugin.
+/// Parses the line and returns the path of the socket, or why Nomad would reject the line. A TCP address is rejected
+/// too, because any user of the machine could control such a plugin.
 pub fn read(line: &str) -> Result<PathBuf, String> {
     let fields: Vec<&str> = line.trim().split('|').collect();
     let [core, app, network, address, rest @ ..] = fields.as_slice() else {

@@ -1,10 +1,10 @@
-//! Reads the lines a plugin writes on stderr the way Nomad's agent does: hclog's JSON, or raw text. Prints nothing.
+//! Parses the lines that a plugin writes to stderr as Nomad's agent does: hclog's JSON, or raw text. Prints nothing.
 
 use std::fmt;
 
 use serde_json::{Map, Value};
 
-/// How urgent a log line is.
+/// The severity of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[expect(missing_docs, reason = "the words of the format")]
 pub enum Level {
@@ -18,18 +18,18 @@ pub enum Level {
 /// One line of a plugin's log.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LogLine {
-    /// How urgent; a line that is not hclog's JSON counts as debug unless it starts with a level in brackets.
+    /// The severity. A line that is not hclog's JSON counts as debug unless it starts with a level in brackets.
     pub level: Level,
     /// The text, or the whole raw line.
     pub message: String,
-    /// The other pairs, without the time and the keys that start with `@`.
+    /// The other key-value pairs, without the time and the keys that start with `@`.
     pub pairs: Map<String, Value>,
     /// Whether the line was hclog's JSON.
     pub structured: bool,
 }
 
 impl LogLine {
-    /// Reads one line without its line break.
+    /// Parses one line without its line break.
     pub fn parse(line: &str) -> Self {
         let structured = || {
             let Ok(Value::Object(mut pairs)) = serde_json::from_str(line) else {

@@ -1,7 +1,7 @@
-//! A small Nomad-like host: it starts a plugin the way Nomad's agent does, encodes configuration against the plugin's own
-//! schema, makes an allocation directory, and drives one task from start to end. `cli run` and the integration tests are its
-//! two users. It schedules nothing, keeps nothing between two runs, and knows nothing of containers: what the plugin says is
-//! all it sees.
+//! A small stand-alone plugin host: it starts a plugin as Nomad's agent does, encodes configuration by the plugin's own
+//! schema, creates an allocation directory, and drives one task from start to exit. `cli run` and the integration tests
+//! use it. It schedules nothing, stores nothing between two runs, and knows nothing of containers: it only sees what
+//! the plugin reports.
 //!
 //! ```text
 //! Plugin::launch ─ set_config ─ healthy ─┐

@@ -1,5 +1,5 @@
-//! One plugin process, or the connection to one that somebody else started: launch, handshake, clients, stop. Follows the
-//! protocol of Nomad's agent in order and deadlines. It never sends a signal other than the last one.
+//! One plugin process, or the connection to one that was started elsewhere: launch, handshake, clients, shutdown.
+//! Follows the protocol of Nomad's agent in order and deadlines. The only signal it ever sends is SIGKILL.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
@@ -29,14 +29,14 @@ use crate::proto::{driver, plugin as wire};
 
 /// How long Nomad waits for the handshake line.
 pub const START_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long Nomad waits for a plugin to be gone after it was asked to.
+/// How long Nomad waits for a plugin to exit after a shutdown request.
 pub const GRACE: Duration = Duration::from_secs(2);
 
 const MESSAGE_LIMIT: usize = i32::MAX as usize;
 const LAST_WORDS: usize = 10;
-/// A longer line of the log comes in pieces, as in Nomad; without this a plugin could fill our memory.
+/// A longer line of the log is split into pieces, as in Nomad; without this limit a plugin could fill our memory.
 const LINE: usize = 64 * 1024;
-/// Bytes of stdout after the handshake that are kept: none should ever come.
+/// How many bytes of stdout after the handshake are kept: there should never be any.
 const STRAY: usize = 64 * 1024;
 
 /// How to start a plugin.
@@ -44,16 +44,17 @@ const STRAY: usize = 64 * 1024;
 pub struct Launch {
     /// The program.
     pub binary: PathBuf,
-    /// Its arguments; Nomad gives those of the agent's `plugin` block.
+    /// Its arguments; Nomad passes those of the agent's `plugin` block.
     pub args: Vec<OsString>,
-    /// What is changed in the environment after Nomad's own variables were added; `None` removes a variable.
+    /// Changes to the environment, applied after Nomad's own variables were added; `None` removes a variable.
     pub environment: BTreeMap<OsString, Option<OsString>>,
-    /// Where the raw lines of the plugin's stderr go; nowhere when not given.
+    /// Receives the raw lines of the plugin's stderr; without it they are discarded.
     pub log: Option<mpsc::UnboundedSender<String>>,
-    /// How long the handshake line may take.
+    /// The time limit for the handshake line.
     pub start_timeout: Duration,
-    /// Whether the plugin lives in a process group of its own, out of reach of a terminal's signals, with a pipe as standard
-    /// input that ends with this process. It is then asked to end, never killed, when its [`Plugin`] is dropped.
+    /// Whether the plugin runs in a process group of its own, so that a terminal's signals do not reach it, with a pipe
+    /// as standard input that is closed when this process exits. When its [`Plugin`] is dropped, such a plugin shuts
+    /// down by itself and is not killed.
     pub bound: bool,
 }
 
@@ -70,14 +71,14 @@ impl Launch {
         }
     }
 
-    /// With this variable.
+    /// Sets this variable.
     #[must_use]
     pub fn set(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.environment.insert(name.into(), Some(value.into()));
         self
     }
 
-    /// Without this variable.
+    /// Removes this variable.
     #[must_use]
     pub fn unset(mut self, name: impl Into<OsString>) -> Self {
         self.environment.insert(name.into(), None);
@@ -107,19 +108,19 @@ impl Launch {
     }
 }
 
-/// How a plugin's end went.
+/// The result of a shutdown.
 #[derive(Debug)]
 pub struct Stopped {
     /// The exit status; `None` for a plugin that this process did not start.
     pub status: Option<ExitStatus>,
-    /// Whether it was still there after [`GRACE`] and had to be killed.
+    /// Whether it was still running after [`GRACE`] and had to be killed.
     pub killed: bool,
-    /// What `Driver.Shutdown` answered when that was neither success nor "not implemented".
+    /// The response to `Driver.Shutdown` if that was neither success nor "not implemented".
     pub driver_shutdown: Option<tonic::Status>,
 }
 
-/// A connection to a plugin, and its process. A process that was launched dies with this value, unless it is
-/// [`bound`](Launch::bound); one that was found again does not.
+/// A connection to a plugin, and its process. A process that was launched is killed when this value is dropped, unless
+/// it is [`bound`](Launch::bound); one that was reattached to is not.
 #[derive(Debug)]
 pub struct Plugin {
     address: PathBuf,
@@ -146,12 +147,12 @@ impl Process {
 struct Own {
     pid: i32,
     pidfd: Arc<OwnedFd>,
-    /// The status once it has been reaped.
+    /// The exit status, once the process has been reaped.
     exit: watch::Receiver<Option<ExitStatus>>,
     stdout_open: watch::Receiver<bool>,
     stderr_open: watch::Receiver<bool>,
     stray: Arc<Mutex<Vec<u8>>>,
-    /// The other end of a bound plugin's standard input: it ends its tasks and itself when this is closed.
+    /// The write end of a bound plugin's standard input. When it is closed, the plugin kills its tasks and exits.
     bound: Option<ChildStdin>,
 }
 
@@ -171,7 +172,7 @@ impl Plugin {
         };
         let stderr_open = read_log(stderr, launch.log.clone(), Arc::clone(&words));
         let mut stdout = BufReader::new(stdout);
-        // Before anything can reap it, so that the number means this process.
+        // Before anything can reap the process, so that the pid can't have been reused.
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
         let (pid, pidfd) = find(pid.unwrap_or(0))?;
         let mut line = String::new();
@@ -206,7 +207,7 @@ impl Plugin {
         }
     }
 
-    /// Connects to a plugin that already runs, as an agent does that was killed and started again.
+    /// Connects to a plugin that is already running, as a restarted agent does.
     pub async fn reattach(address: &Path, pid: i32) -> Result<Self, HostError> {
         let (pid, pidfd) = find(pid)?;
         Ok(Self {
@@ -216,7 +217,7 @@ impl Plugin {
         })
     }
 
-    /// Its process id.
+    /// The process id of the plugin.
     pub fn pid(&self) -> i32 {
         match &self.process {
             Process::Own(own) => own.pid,
@@ -224,7 +225,7 @@ impl Plugin {
         }
     }
 
-    /// Its socket.
+    /// The path of its socket.
     pub fn address(&self) -> &Path {
         &self.address
     }
@@ -243,7 +244,7 @@ impl Plugin {
             .max_encoding_message_size(MESSAGE_LIMIT)
     }
 
-    /// A client of the plugin framework's controller.
+    /// A client of go-plugin's controller service.
     pub fn controller(&self) -> GrpcControllerClient<Channel> {
         GrpcControllerClient::new(self.channel.clone())
     }
@@ -253,12 +254,13 @@ impl Plugin {
         HealthClient::new(self.channel.clone())
     }
 
-    /// The bare connection, for services that have no client here.
+    /// The bare connection, for services without a client here.
     pub fn channel(&self) -> Channel {
         self.channel.clone()
     }
 
-    /// What the plugin wrote to stdout after the handshake: should be nothing. Empty for a plugin found again.
+    /// What the plugin wrote to stdout after the handshake, which should be nothing. Empty for a plugin that was
+    /// reattached to.
     pub fn stray_stdout(&self) -> Vec<u8> {
         match &self.process {
             Process::Own(own) => lock(&own.stray).clone(),
@@ -266,7 +268,7 @@ impl Plugin {
         }
     }
 
-    /// Whether the process has ended, as far as is known now.
+    /// Whether the process is known to have exited.
     pub fn has_exited(&self) -> bool {
         match &self.process {
             Process::Own(own) => own.exit.borrow().is_some(),
@@ -274,8 +276,8 @@ impl Plugin {
         }
     }
 
-    /// Waits until the process is gone as Nomad understands it: reaped, and its stdout and stderr closed by everybody. Gives
-    /// its exit status, or `None` for a plugin found again.
+    /// Waits until the process is gone in Nomad's sense: reaped, and its stdout and stderr closed by every process that
+    /// holds them. Returns its exit status, or `None` for a plugin that was reattached to.
     pub async fn gone(&mut self) -> Option<ExitStatus> {
         match &mut self.process {
             Process::Own(own) => own.gone().await,
@@ -286,13 +288,14 @@ impl Plugin {
         }
     }
 
-    /// Ends the process at once, like a crash, and returns when it is gone.
+    /// Kills the process with SIGKILL, like a crash, and returns when it is gone.
     pub async fn kill(&mut self) -> Option<ExitStatus> {
         self.strike();
         self.gone().await
     }
 
-    /// Asks the plugin to end the way Nomad does, and kills it when it is not gone after [`GRACE`]. Tasks are not touched.
+    /// Requests a shutdown as Nomad does, and kills the plugin if it is not gone after [`GRACE`]. Tasks are not
+    /// affected.
     pub async fn shutdown(mut self) -> Stopped {
         let mut request = tonic::Request::new(driver::ShutdownRequest {});
         request.set_timeout(GRACE);
@@ -302,7 +305,7 @@ impl Plugin {
             Ok(Err(status)) => Some(status),
             Err(_) => Some(tonic::Status::deadline_exceeded("no answer in 2 s")),
         };
-        // The answer may be lost in the exit it asks for, so it means nothing.
+        // The plugin may exit before it has sent the response, so the result is ignored.
         let asked = self.controller().shutdown(wire::Empty {}).await;
         drop(asked);
         let gone = timeout(GRACE, self.gone()).await;
@@ -318,7 +321,8 @@ impl Plugin {
         }
     }
 
-    /// Kills and waits for the process alone: who inherited its stderr can hold that for ever.
+    /// Kills the process and waits for it alone, because a process that inherited its stderr may keep that open
+    /// indefinitely.
     async fn kill_reaped(&mut self) -> Option<ExitStatus> {
         self.strike();
         match &mut self.process {
@@ -364,7 +368,7 @@ impl Own {
     }
 
     async fn reaped(&mut self) -> Option<ExitStatus> {
-        // An error means that the watching task ended, which it does only after it told.
+        // An error means that the task that waits for the child has ended, and it sends the status before it ends.
         drop(self.exit.wait_for(Option::is_some).await);
         *self.exit.borrow()
     }
@@ -375,7 +379,7 @@ impl Own {
         self.reaped().await
     }
 
-    /// Gives a process that is of no use a little time to end by itself, so that its own status is seen, then kills it.
+    /// Gives a useless process a short time to exit by itself, so that its own exit status is seen, then kills it.
     async fn end(&mut self, grace: Duration) -> String {
         if timeout(grace, self.gone()).await.is_err() {
             strike(&self.pidfd);
@@ -402,7 +406,7 @@ async fn connect(address: &Path) -> Result<Channel, HostError> {
         })
 }
 
-/// Hands on the lines of the plugin's stderr until everybody has closed it.
+/// Passes on the lines of the plugin's stderr until every process that holds it has closed it.
 fn read_log(
     stderr: impl AsyncRead + Unpin + Send + 'static,
     log: Option<mpsc::UnboundedSender<String>>,
@@ -427,7 +431,7 @@ fn read_log(
                 words.push_back(text.clone());
             }
             if let Some(log) = &log {
-                // Whoever wanted the log is gone; the pipe must be emptied all the same.
+                // If the receiver is gone, keep reading, because the pipe must be emptied.
                 drop(log.send(text));
             }
             line.clear();
@@ -437,7 +441,7 @@ fn read_log(
     receiver
 }
 
-/// Empties stdout for as long as it is open, as Nomad does, and keeps the first of what comes.
+/// Reads stdout for as long as it is open, as Nomad does, and keeps the first [`STRAY`] bytes.
 fn read_stray(
     mut stdout: impl AsyncRead + Unpin + Send + 'static,
     stray: Arc<Mutex<Vec<u8>>>,
@@ -455,7 +459,7 @@ fn read_stray(
     receiver
 }
 
-/// A process by its number, from now on safe against reuse of that number.
+/// Opens a process by its pid; from then on pid reuse does no harm.
 fn find(pid: i32) -> Result<(i32, Arc<OwnedFd>), HostError> {
     let open = |pid| {
         pidfd_open(
@@ -472,7 +476,7 @@ fn find(pid: i32) -> Result<(i32, Arc<OwnedFd>), HostError> {
 }
 
 fn strike(pidfd: &OwnedFd) {
-    // An error means that it is gone already.
+    // An error means that the process has already exited.
     let _ = pidfd_send_signal(pidfd, Signal::KILL);
 }
 

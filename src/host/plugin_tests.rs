@@ -1,4 +1,4 @@
-//! Launch and stop against shell scripts that print the handshake of a server in this process.
+//! Launch and shutdown of shell scripts that print the handshake of a server in this process.
 
 use std::os::unix::process::ExitStatusExt;
 
@@ -10,7 +10,7 @@ use tonic_health::ServingStatus;
 
 use super::*;
 
-/// A server that answers health and nothing else, and the directory of its socket.
+/// A server that only implements the health service, and the directory of its socket.
 async fn server() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(dir.path().join("s")).unwrap();

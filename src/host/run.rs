@@ -1,5 +1,5 @@
-//! Drives one task from configuration to clean-up, in the order of Nomad's agent. A plugin that dies under a running task is
-//! started again and finds the task; a stop that was asked for before is then repeated. Retries nothing else.
+//! Drives one task from configuration to cleanup, in the order of Nomad's agent. If a plugin crashes while the task
+//! runs, it is started again and recovers the task; an earlier stop request is then repeated. Retries nothing else.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -21,11 +21,11 @@ use crate::proto::driver::{
     DriverTaskEvent, StopTaskRequest, StopTaskResponse, TaskConfig, TaskHandle,
 };
 
-/// How long what a task printed may take to arrive once the task has ended.
+/// How long to wait for the rest of a task's output once the task has exited.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How often a plugin that dies under a task is started again.
+/// How often a plugin that crashes while a task runs is started again.
 const RESTARTS: usize = 3;
-/// How long a start that is given up may take until it can be cleared away.
+/// How long to wait until a start that is given up has been destroyed.
 const GIVE_UP: Duration = Duration::from_secs(10);
 
 /// One run of one task.
@@ -37,29 +37,29 @@ pub struct Run {
     pub plugin_config: Value,
     /// The task.
     pub task: TaskSpec,
-    /// An existing directory in which the allocation is made.
+    /// An existing directory in which the allocation is created.
     pub allocations: PathBuf,
 }
 
-/// Something that happened during a run, for a person to read.
+/// Something that happened during a run, as text for the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RunEvent {
-    /// The run goes on to this.
+    /// The run reached this step.
     Step(String),
-    /// The driver reports this about the task.
+    /// The driver reported this event of the task.
     Task(String),
-    /// Something did not go as it should; the run goes on.
+    /// Something went wrong; the run continues.
     Warning(String),
 }
 
 type Report = dyn Fn(RunEvent) + Sync;
 
-/// Runs a task from start to end. What it prints goes to `stdout` and `stderr` unchanged, what happens goes to `report`. Each
-/// message on `stops` asks the task to end: the first with its own kill timeout and signal, the next ones at once. Before the
-/// task is started the first one ends the run with [`HostError::Stopped`].
+/// Runs a task from start to exit. Its output is written to `stdout` and `stderr` unchanged, events are passed to
+/// `report`. Each message on `stops` requests a stop: the first one with the task's own kill timeout and signal, later
+/// ones without a timeout. Before the task is started, the first one ends the run with [`HostError::Stopped`].
 ///
-/// When a write to `stdout` or `stderr` fails while the task runs, the task is stopped and [`HostError::Output`] returned.
-/// Leaves nothing behind, not even after an error.
+/// When a write to `stdout` or `stderr` fails while the task runs, the task is stopped and [`HostError::Output`]
+/// returned. Leaves nothing behind, not even after an error.
 pub async fn run_task<O, E>(
     run: Run,
     stdout: O,
@@ -101,7 +101,7 @@ where
     end
 }
 
-/// Starts the plugin and brings it to the point where it takes tasks, unless `stopped` comes before.
+/// Starts the plugin and waits until it accepts tasks, unless `stopped` completes first.
 async fn prepare(
     run: &Run,
     report: &Report,
@@ -137,7 +137,7 @@ async fn prepare(
     }
 }
 
-/// The requests to stop, counted: what was asked of a plugin that died is asked of the next one.
+/// Counts stop requests, so that a request to a plugin that crashed can be repeated to the next one.
 #[derive(Debug)]
 struct Stops {
     requests: mpsc::Receiver<()>,
@@ -157,7 +157,7 @@ impl Stops {
         }
     }
 
-    /// The next request, and how long the task then has; never, when nothing can send one.
+    /// Waits for the next request and returns how long the task then has; waits indefinitely if no sender is left.
     async fn next(&mut self) -> Duration {
         match self.requests.recv().await {
             Some(()) => self.request(),
@@ -172,7 +172,7 @@ impl Stops {
         } else {
             Duration::ZERO
         };
-        // A timeout beyond the clock's range is none.
+        // A timeout beyond the clock's range means no deadline.
         self.deadline = Instant::now().checked_add(grace);
         grace
     }
@@ -186,14 +186,14 @@ impl Stops {
     }
 }
 
-/// A stream of the task's output that could not be passed on.
+/// A stream of the task's output that could not be written.
 #[derive(Debug)]
 struct Broken {
     stream: &'static str,
     source: io::Error,
 }
 
-/// One task under a plugin that may change.
+/// One task, whose plugin process may be replaced.
 struct Drive<'a> {
     run: &'a Run,
     allocation: &'a Allocation,
@@ -249,8 +249,8 @@ impl Drive<'_> {
         }
     }
 
-    /// Starts the task. A stop that comes meanwhile has effect once it runs; a second one, or the end of the kill timeout, gives
-    /// the start up.
+    /// Starts the task. A stop request that comes meanwhile takes effect once the task runs; a second one, or the end
+    /// of the kill timeout, gives up the start.
     async fn start(
         &mut self,
         plugin: &Plugin,
@@ -273,7 +273,7 @@ impl Drive<'_> {
                 Ok(Some(event)) = events.message() => self.task_event(&event),
                 _ = self.stops.next() => {}
                 () = late => {
-                    // The driver does it when the start is over.
+                    // The driver destroys the task when the start has completed.
                     drop(timeout(GIVE_UP, plugin.destroy(&id, true)).await);
                     return Err(HostError::Stopped);
                 }
@@ -281,7 +281,7 @@ impl Drive<'_> {
         }
     }
 
-    /// Waits for the end of the task, passes on what the driver reports, and stops the task when asked.
+    /// Waits for the exit of the task, passes on the driver's events, and forwards stop requests.
     async fn follow(
         &mut self,
         plugin: &Plugin,
@@ -291,7 +291,7 @@ impl Drive<'_> {
     ) -> Result<TaskExit, HostError> {
         let wait = plugin.wait(id);
         tokio::pin!(wait);
-        // The stops run beside each other: the second one must not wait for the first.
+        // Stop requests are concurrent: the second one must not wait for the first.
         let mut stopping = JoinSet::new();
         if let Some(left) = self.stops.left() {
             self.stop(plugin, id, left, &mut stopping);
@@ -317,7 +317,7 @@ impl Drive<'_> {
         }
     }
 
-    /// Asks the plugin to stop the task, and to kill it after `grace`.
+    /// Requests the plugin to stop the task, and to kill it after `grace`.
     fn stop(
         &self,
         plugin: &Plugin,
@@ -336,7 +336,7 @@ impl Drive<'_> {
         stopping.spawn(async move { client.stop_task(request).await });
     }
 
-    /// A new plugin in place of one that died, which finds the task again.
+    /// Starts a new plugin in place of one that crashed, and recovers the task with it.
     async fn recover(
         &self,
         plugin: &mut Plugin,
@@ -350,7 +350,7 @@ impl Drive<'_> {
         Ok(events)
     }
 
-    /// Waits until everything that the task printed is passed on.
+    /// Waits until all output of the task has been written.
     async fn drain(&self, copies: [JoinHandle<()>; 2], failures: &mut mpsc::Receiver<Broken>) {
         for copy in copies {
             let abort = copy.abort_handle();
@@ -367,14 +367,14 @@ impl Drive<'_> {
             }
         }
         while let Ok(Broken { stream, source }) = failures.try_recv() {
-            // A reader that wanted no more than it has got lacks nothing.
+            // A closed pipe at this point loses nothing that its reader wanted.
             if source.kind() != io::ErrorKind::BrokenPipe {
                 self.warn(format!("{stream} can't be written: {source}"));
             }
         }
     }
 
-    /// Clears the task away; if the plugin has died meanwhile, through another one.
+    /// Destroys the task; if the plugin has crashed meanwhile, with a new one.
     async fn destroy(&self, plugin: &mut Plugin, id: &str) {
         let Err(error) = plugin.destroy(id, true).await else {
             return;
@@ -407,8 +407,8 @@ impl Drive<'_> {
     }
 }
 
-/// Copies until the last writer is gone, each piece as it comes, or until the output can't be written: the task then gets what a
-/// process in a pipeline gets, SIGPIPE or EPIPE.
+/// Copies each piece of output as it arrives until the last writer closes, or until the output can't be written: the
+/// task then gets SIGPIPE or EPIPE, as a process in a pipeline does.
 async fn copy(
     stream: &'static str,
     from: pipe::Receiver,
@@ -427,7 +427,7 @@ async fn copy_all(mut from: pipe::Receiver, mut to: impl Write + Send + 'static)
         if n == 0 {
             return Ok(());
         }
-        // A slow reader of our output must not hold up everything else.
+        // Blocking, so that a slow reader of our output does not delay everything else.
         let written = tokio::task::spawn_blocking(move || {
             to.write_all(&buffer[..n])?;
             to.flush()?;
@@ -437,7 +437,7 @@ async fn copy_all(mut from: pipe::Receiver, mut to: impl Write + Send + 'static)
     }
 }
 
-/// An error with its causes in one line.
+/// Formats an error with its causes in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

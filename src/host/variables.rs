@@ -1,5 +1,5 @@
-//! The names that `${…}` can stand for when a task starts: its environment and what is known of the node. Replaces names and
-//! nothing else; functions and operators are refused by name.
+//! Replaces the `${…}` names that are available when a task starts: its environment and the node's properties. Does not
+//! evaluate functions and operators; they are rejected by name.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use hcl::edit::expr::{Expression, Traversal, TraversalOperator};
 use hcl::edit::parser::parse_template;
 use hcl::edit::template::Element;
 
-/// What `${…}` can stand for.
+/// The values for `${…}`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Variables {
     /// The task's environment: `${NAME}`, `${env["NAME"]}`, `${env.NAME}`.
@@ -46,7 +46,7 @@ impl Variables {
         Ok(out)
     }
 
-    /// Replaces the names that are known and leaves everything else as it is, as Nomad does outside of `config`.
+    /// Replaces the known names and leaves everything else as it is, as Nomad does outside of `config`.
     pub fn replace(&self, text: &str) -> String {
         let mut out = String::new();
         let mut rest = text;
@@ -118,7 +118,7 @@ impl Variables {
     }
 }
 
-/// `a.b["c"]` as `a.b.c`; `None` when it is not made of names alone.
+/// `a.b["c"]` as `a.b.c`; `None` if it does not consist of names only.
 fn dotted(traversal: &Traversal) -> Option<String> {
     let mut out = traversal.expr.as_variable()?.as_str().to_owned();
     for operator in &traversal.operators {

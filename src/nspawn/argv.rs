@@ -1,5 +1,6 @@
-//! The command line of systemd-nspawn for a container. Pure: reads no file, asks no host; what the host can do comes in
-//! as [`Target`]. Refuses what the installed version has no word for, rather than starting something else.
+//! Builds the command line of systemd-nspawn for a container. Pure: reads no file and does not look at the host, whose
+//! abilities are passed in as [`Target`]. Returns an error for what the installed version has no option for, rather
+//! than starting something else.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,64 +11,66 @@ use crate::container::{
     CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, Root, Users, Volatile,
 };
 
-/// What the command line depends on.
+/// The properties of the host that the command line depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct Target {
     /// The systemd version of systemd-nspawn.
     pub version: u32,
-    /// The layout of the control groups.
+    /// The cgroup layout of the host.
     pub cgroup: CgroupLayout,
 }
 
-/// A mount, and whether it carries the container's id mapping.
+/// A mount, and whether it gets the container's id mapping.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
-    /// What is mounted where.
+    /// Source and target of the mount.
     pub mount: Mount,
-    /// Host id n is container id n, although the container's ids lie elsewhere. Needs a file system that can.
+    /// Host id n is container id n, although the container's ids are shifted. Needs a file system that supports id
+    /// mapping.
     pub idmap: bool,
 }
 
-/// What to start: arguments and the whole environment of the process, and what the container's first program is told.
+/// What to start: arguments and the complete environment of the process, and the spec of the container init.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CommandLine {
     /// The arguments, without the program's name.
     pub arguments: Vec<String>,
     /// The environment. Values are secrets.
     pub environment: BTreeMap<String, String>,
-    /// The order of our own first program. `None` in a booted container: its first program is the image's init.
+    /// The spec of the driver's own container init. `None` in a booted container, which runs the image's init instead.
     pub init: Option<nspawn_init::InitSpec>,
 }
 
-/// What the installed systemd-nspawn can't be told.
+/// What the installed systemd-nspawn can't do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unsupported {
-    /// It has no word for what the job asks.
+    /// It has no option for a setting of the job.
     #[error("{option} needs systemd-nspawn {needs} or later, and this host has {has}")]
     Option {
         /// The option of the job.
         option: &'static str,
-        /// The first version that can.
+        /// The first version that has it.
         needs: u32,
-        /// The installed one.
+        /// The installed version.
         has: u32,
     },
-    /// A variable can only be an argument, which can't carry its value. Were it tried, systemd-nspawn would print the value.
+    /// This version can pass a variable only as an argument, which can't carry this value. systemd-nspawn would reject
+    /// the argument and print the value.
     #[error(
         "the environment variable {name} of a booted container is an argument of systemd-nspawn {version}, and its value {why}"
     )]
     Value {
-        /// The variable.
+        /// The name of the variable.
         name: String,
         /// The installed version.
         version: u32,
-        /// What the value has or is, and what is allowed.
+        /// What is wrong with the value, and what is allowed.
         why: String,
     },
 }
 
-/// The command line for this container, with `root` in place of the spec's (it may have been prepared) and `binds` in place
-/// of its mounts.
+/// The command line for this container, with `root` in place of the spec's root (it may have been prepared) and `binds`
+/// in place of its mounts.
 pub fn command_line(
     spec: &ContainerSpec,
     root: &Root,
@@ -79,7 +82,7 @@ pub fn command_line(
     builder.switch("--keep-unit", true);
     builder.flag("--register", "no");
     builder.flag("--link-journal", "no");
-    // The process itself is shielded from the out-of-memory killer; what it starts must not be.
+    // systemd-nspawn itself inherits the supervisor's protection from the OOM killer; what it starts must not.
     builder.flag("--oom-score-adjust", "0");
     builder.flag("--machine", &spec.machine);
     match root {
@@ -112,7 +115,8 @@ pub fn command_line(
     })
 }
 
-/// What our own first program is told: the command with everything that systemd-nspawn would show to the whole host.
+/// The spec of the driver's container init: the command and everything else that systemd-nspawn would show to the whole
+/// host.
 fn init(spec: &ContainerSpec) -> Option<nspawn_init::InitSpec> {
     let mode = match spec.mode {
         Mode::Boot => return None,
@@ -127,7 +131,7 @@ fn init(spec: &ContainerSpec) -> Option<nspawn_init::InitSpec> {
             .map(|(name, value)| (name.clone(), value.clone()))
             .collect(),
         directory: spec.working_directory.clone(),
-        // On a terminal of its own the command's output is what systemd-nspawn copies from there.
+        // With a terminal, systemd-nspawn copies the command's output from there.
         streams: matches!(spec.console, Console::Pipe | Console::Autopipe),
         filters: Vec::new(),
     })
@@ -151,7 +155,7 @@ impl CommandBuilder {
             ("SYSTEMD_LOG_COLOR".to_owned(), "0".to_owned()),
         ]);
         if host.cgroup == CgroupLayout::V2 && !Feature::UnifiedOnly.is_in(host.version) {
-            // Else an image without systemd gets version 1 mounts that this host does not have.
+            // Otherwise an image without systemd gets cgroup v1 mounts, which this host does not have.
             environment.insert(
                 "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY".to_owned(),
                 "1".to_owned(),
@@ -193,7 +197,7 @@ impl CommandBuilder {
 
     fn users(&mut self, users: &Users) -> Result<(), Unsupported> {
         let Users::Private { range, ownership } = users else {
-            // Spelled out, because a version may change its mind about the default.
+            // Set explicitly, because a later version may change the default.
             self.flag("--private-users", "no");
             return Ok(());
         };
@@ -208,7 +212,7 @@ impl CommandBuilder {
             Some(how) if Feature::Ownership.is_in(self.host.version) => {
                 self.flag("--private-users-ownership", how)
             }
-            // Older ones know chown alone, and do it by themselves for a picked range.
+            // Older versions only support chown, and do it by default for a picked range.
             Some("chown") => self.switch("--private-users-chown", true),
             Some("map") => self.needs("private_users_ownership = \"map\"", Feature::Ownership)?,
             Some(_) => {}
@@ -229,8 +233,8 @@ impl CommandBuilder {
     }
 
     fn network(&mut self, network: &Network) {
-        // Joining a namespace is not systemd-nspawn's part: it would refuse one together with a user namespace. It is
-        // started inside and knows nothing of it.
+        // systemd-nspawn must not join the namespace: it rejects one together with a user namespace. It is started
+        // inside the namespace and does not know about it.
         let Network::Private {
             veth,
             zone,
@@ -293,7 +297,7 @@ impl CommandBuilder {
             self.flag("--chdir", directory);
         }
         if let Some(user) = &spec.user {
-            // Not --user: that word has changed its meaning in 261.
+            // Not --user: the meaning of that option changed in 261.
             self.arguments.extend(["-u".to_owned(), user.clone()]);
         }
     }
@@ -319,10 +323,10 @@ impl CommandBuilder {
     }
 }
 
-/// The longest single argument that the kernel passes to a program, without the end mark.
+/// The longest single argument that the kernel passes to a program, without the terminating NUL.
 const ARGUMENT_MAX: usize = 128 * 1024 - 1;
 
-/// Why a variable can't be an argument of this version, which checks what it is given.
+/// Why a variable can't be an argument of this version, which checks its arguments.
 fn unfit_argument(assignment: &str, value: &str, version: u32) -> Option<String> {
     let length = "--setenv=".len() + assignment.len();
     if length > ARGUMENT_MAX {
@@ -348,18 +352,18 @@ fn unfit_argument(assignment: &str, value: &str, version: u32) -> Option<String>
     None
 }
 
-/// systemd takes them for no text.
+/// systemd does not accept these as text.
 fn is_noncharacter(char: char) -> bool {
     let code = u32::from(char);
     (0xfdd0..=0xfdef).contains(&code) || code & 0xfffe == 0xfffe
 }
 
-/// A path within a bind: systemd-nspawn splits at colons and takes a backslash before the next character as it is.
+/// Escapes a path within a bind: systemd-nspawn splits at colons, and a backslash escapes the next character.
 fn escape(path: &Path) -> String {
     text(path).replace('\\', "\\\\").replace(':', "\\:")
 }
 
-/// `config` lets no path through that is not UTF-8.
+/// `config` rejects every path that is not UTF-8.
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }

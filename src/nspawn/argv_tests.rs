@@ -255,7 +255,7 @@ fn in_a_booted_container_values_stay_out_of_the_arguments_where_the_version_can(
     );
 }
 
-/// systemd-nspawn prints the whole assignment that it refuses, into the task's log.
+/// systemd-nspawn prints the whole assignment that it rejects to the task's log.
 #[rstest]
 #[case::noncharacter(252, "LANG", "s3cret\u{fffe}", Some("U+FFFE"))]
 #[case::another(252, "LANG", "s3cret\u{1ffff}", Some("U+FFFE"))]

@@ -1,8 +1,8 @@
-//! Filter for variables of a payload that may be put into systemd-nspawn's own environment. A value there is seen by nobody but
-//! root, where an argument is seen by everybody; but systemd-nspawn, its libraries and the loader read variables too, and a job
-//! must not steer a root process through them. Decides names only; values pass through unseen.
+//! Filter for variables of a payload that may be put into systemd-nspawn's own environment. A value there is visible to
+//! root only, where an argument is visible to everyone; but systemd-nspawn, its libraries and the loader read variables
+//! too, and a job must not influence a root process through them. Decides by name only; values are not inspected.
 
-/// Beginnings of names that the loader, the C library, systemd and the libraries of systemd-nspawn read.
+/// Prefixes of names that the loader, the C library, systemd and the libraries of systemd-nspawn read.
 const READ_BY_PREFIX: &[&str] = &[
     "BLKID_",
     "CREDENTIALS_",
@@ -34,7 +34,7 @@ const READ_BY_PREFIX: &[&str] = &[
     "XDG_",
 ];
 
-/// Names that they read whole.
+/// Complete names that they read.
 const READ_BY_NAME: &[&str] = &[
     "BASH_ENV",
     "COLORTERM",
@@ -68,7 +68,7 @@ const READ_BY_NAME: &[&str] = &[
     "container",
 ];
 
-/// Whether systemd-nspawn may carry this variable in its own environment.
+/// Whether this variable may be in the environment of systemd-nspawn itself.
 pub fn safe_for_nspawn_env(name: &str) -> bool {
     !READ_BY_NAME.contains(&name) && !READ_BY_PREFIX.iter().any(|prefix| name.starts_with(prefix))
 }

@@ -1,4 +1,5 @@
-//! Which mounts can carry the id mapping of a user namespace, and what the user should know about those that can't.
+//! Determines which mounts support the id mapping of a user namespace, and writes notes for the user about those that
+//! don't.
 
 use std::path::Path;
 
@@ -8,11 +9,11 @@ use super::argv::Bind;
 use super::version::Feature;
 use crate::container::{Mount, Users};
 
-/// A kernel's version, as `(6, 1)`.
+/// A kernel version, as `(6, 1)`.
 pub type Kernel = (u32, u32);
 
-/// File systems by their magic number, with the kernel from which on they can carry an id mapping; from the kernel's `linux/magic.h` and
-/// the histories of the file systems.
+/// File systems by magic number, with the first kernel on which they support id-mapped mounts; from the kernel's
+/// `linux/magic.h` and the histories of the file systems.
 const FILE_SYSTEMS: &[(u32, &str, Option<Kernel>)] = &[
     (0xEF53, "ext4", Some((5, 12))), // ext2 and ext3 too
     (0x5846_5342, "xfs", Some((5, 12))),
@@ -36,19 +37,19 @@ const FILE_SYSTEMS: &[(u32, &str, Option<Kernel>)] = &[
 /// The magic number of overlayfs.
 const OVERLAY: u32 = 0x794c_7630;
 
-/// The file system under a path, and whether it can carry an id mapping.
+/// The file system under a path, and whether it supports id-mapped mounts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FileSystem {
-    /// Its name, or its magic number where it is not known.
+    /// Its name, or its magic number if the name is not known.
     pub name: String,
-    /// Whether a mount of it can carry an id mapping on this kernel. One that is not known can't.
+    /// Whether it supports id-mapped mounts on this kernel; false for an unknown file system.
     pub maps: bool,
-    /// Whether it is an overlay, in which a change of owner copies the file.
+    /// Whether it is an overlay, in which changing the owner copies the file.
     pub is_overlay: bool,
 }
 
 impl FileSystem {
-    /// The file system under `path`. One that can't be asked maps nothing.
+    /// The file system under `path`. One that can't be queried counts as unsupported.
     pub fn under(path: &Path, kernel: Kernel) -> Self {
         let magic = statfs(path).map(|found| found.filesystem_type().0);
         let magic = magic.ok().and_then(|magic| u32::try_from(magic).ok());
@@ -77,7 +78,8 @@ impl FileSystem {
     }
 }
 
-/// The binds of these mounts, with an id mapping where it is needed and possible, and what to tell the user about the others.
+/// The binds for these mounts, with an id mapping where it is needed and possible, and notes for the user about the
+/// others.
 pub fn binds(
     mounts: Vec<Mount>,
     users: &Users,
@@ -86,7 +88,7 @@ pub fn binds(
 ) -> (Vec<Bind>, Vec<String>) {
     let shifted = is_shifted(users);
     let able = Feature::MappedBinds.is_in(version);
-    // The targets that lack the mapping, by what they lack it for.
+    // The targets without the mapping, grouped by reason.
     let mut lacking: Vec<(String, Vec<String>)> = Vec::new();
     let bind = |mount: Mount| {
         let mut idmap = false;
@@ -134,7 +136,7 @@ fn unmapped(why: &str, targets: &[String]) -> String {
     )
 }
 
-/// Whether ids inside are other ids outside. Where they are the same, the kernel refuses to map a mount.
+/// Whether ids inside differ from ids outside. Where they are the same, the kernel rejects an id-mapped mount.
 fn is_shifted(users: &Users) -> bool {
     let Users::Private { range, .. } = users else {
         return false;
@@ -181,7 +183,7 @@ mod tests {
         }
     }
 
-    /// `/proc` carries no mapping on any kernel.
+    /// `/proc` supports no id mapping on any kernel.
     #[test]
     fn an_unmapped_mount_is_reported_with_target_and_file_system() {
         let mounts = vec![mount("/proc/self", "/data"), mount("/proc/sys", "/more")];

@@ -1,5 +1,5 @@
-//! systemd-nspawn: turns a container into its command line, knows which version has which option, and reads what the tool says of
-//! itself. Uses no other room; starts no container.
+//! Knowledge about systemd-nspawn: the command line of a container, which version has which option, and the meaning of
+//! what it prints. Starts no container; depends only on the model in `container` and on `rootfs_path`.
 
 pub mod argv;
 pub mod env_filter;

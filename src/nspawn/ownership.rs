@@ -1,5 +1,6 @@
-//! What is lost where systemd-nspawn changes the owners of an image's files instead of mapping them: file capabilities, ids above
-//! 65535, and on an overlay the space for a copy of every file. Tells it, changes nothing.
+//! Determines what is lost where systemd-nspawn changes the owners of an image's files instead of mapping them: file
+//! capabilities, ids above 65535, and on an overlay the space for a copy of every file. Only reports it; changes
+//! nothing.
 
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
@@ -9,13 +10,16 @@ use super::idmap::{FileSystem, Kernel};
 use super::version::Feature;
 use crate::container::{ContainerSpec, Root, Users, Volatile};
 
-/// At most so many files are looked at. systemd-nspawn is about to visit all of them, so this adds little to a start.
+/// The maximum number of files to examine. systemd-nspawn is about to visit all of them, so this adds little to a
+/// start.
 const ENTRIES: usize = 10_000;
 
-/// The ids that systemd-nspawn keeps apart when it changes an owner; of a greater one the remainder is kept.
+/// The number of ids that systemd-nspawn preserves when it changes an owner; a greater id is reduced modulo this
+/// number.
 const IDS: u32 = 65536;
 
-/// What the user should know about the owners of this image's files, a sentence each. Empty where they are mapped or stay as they are.
+/// Notes for the user about the owners of this image's files, one sentence each. Empty where the owners are mapped or
+/// not changed.
 pub fn notes(spec: &ContainerSpec, version: u32, kernel: Kernel) -> Vec<String> {
     let (Users::Private { range, ownership }, Root::Directory(tree)) = (&spec.users, &spec.root)
     else {
@@ -53,8 +57,8 @@ pub fn notes(spec: &ContainerSpec, version: u32, kernel: Kernel) -> Vec<String> 
     survey.result(what.as_deref())
 }
 
-/// Whether the tree belongs to the range already, which systemd-nspawn tells by its top, and then changes nothing. A range that is
-/// picked is the one that the tree belongs to, if that is one of a container.
+/// Whether the tree belongs to the range already. systemd-nspawn decides that by the top directory, and then changes
+/// nothing. A picked range is the one that the tree belongs to, if that is in the range for containers.
 fn belongs_to(top: &Metadata, range: &str) -> bool {
     const FIRST: u32 = 0x0008_0000;
     const LAST: u32 = 0x6FFF_0000;
@@ -67,12 +71,12 @@ fn belongs_to(top: &Metadata, range: &str) -> bool {
     known && top.gid() - top.gid() % IDS == base
 }
 
-/// What is in a tree.
+/// What was found in a tree.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Survey {
     files: usize,
     bytes: u64,
-    /// Whether there is more than was looked at.
+    /// Whether the tree has more files than were examined.
     more: bool,
     capable: usize,
     first_capable: Option<PathBuf>,
@@ -81,7 +85,7 @@ struct Survey {
 }
 
 impl Survey {
-    /// Looks at the files of a tree in the order of their names, at `most` of them, and not into other file systems.
+    /// Examines up to `most` files of a tree in the order of their names, without crossing into other file systems.
     fn of(tree: &Path, most: usize) -> Self {
         let mut survey = Self::default();
         let device = fs::symlink_metadata(tree).map(|top| top.dev()).ok();
@@ -215,7 +219,7 @@ mod tests {
         assert_eq!((part.files, part.more), (3, true));
     }
 
-    /// The tree of a test is the tester's, whatever number that is.
+    /// The tree in a test belongs to the user that runs the tests, whatever that id is.
     #[test]
     fn a_tree_that_belongs_to_the_range_is_left_alone() {
         let tree = tempfile::tempdir().unwrap();

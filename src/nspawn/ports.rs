@@ -1,6 +1,7 @@
-//! Ports that Nomad allotted on one address of the host. systemd-nspawn's `--port=` takes no address: it forwards what arrives for
-//! any address of the host, loopback ones aside. So a port of one address is forwarded only where that address is the only one, or
-//! is the host's default address, on which Nomad allots every port without a `host_network`; everything else is refused.
+//! Checks ports that Nomad allocated on one address of the host. systemd-nspawn's `--port=` takes no address: it
+//! forwards what arrives at any address of the host except loopback ones. So a port of one address is forwarded only
+//! where that address is the only one, or is the host's default address, on which Nomad allocates every port without a
+//! `host_network`; all others are rejected.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
@@ -9,14 +10,14 @@ use crate::container::PortForward;
 /// The addresses of the host on which a forwarded port can be reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Addresses {
-    /// All of them, without loopback and link-local ones.
+    /// All addresses, without loopback and link-local ones.
     pub all: Vec<IpAddr>,
-    /// Those from which the host speaks to the rest of the world, one of each family at most.
+    /// The source addresses of the host's default routes, at most one of each family.
     pub default: Vec<IpAddr>,
 }
 
 impl Addresses {
-    /// The addresses of this host. Sends nothing.
+    /// The addresses of this host. Sends no packets.
     pub fn of_this_host() -> Self {
         let mut all: Vec<IpAddr> = nix::ifaddrs::getifaddrs()
             .into_iter()
@@ -26,8 +27,8 @@ impl Addresses {
             .collect();
         all.sort();
         all.dedup();
-        // Addresses for documentation, which nothing but a default route leads to. Connecting a datagram socket asks the routing table
-        // and sends nothing.
+        // Addresses reserved for documentation, which only a default route leads to. Connecting a datagram socket
+        // queries the routing table and sends nothing.
         let outside = [
             IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
             IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
@@ -52,7 +53,7 @@ fn is_link_local(address: IpAddr) -> bool {
     }
 }
 
-/// The address of this host from which it would speak to another one.
+/// The source address that this host would use for a destination.
 fn source_for(destination: IpAddr) -> Option<IpAddr> {
     let any: IpAddr = match destination {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
@@ -63,7 +64,7 @@ fn source_for(destination: IpAddr) -> Option<IpAddr> {
     Some(socket.local_addr().ok()?.ip())
 }
 
-/// What the user should know about these ports, a sentence each, or why one of them can't be forwarded.
+/// Notes for the user about these ports, one sentence each, or why one of them can't be forwarded.
 pub fn check(ports: &[PortForward], host: &Addresses) -> Result<Vec<String>, String> {
     let result = ports.iter().map(|port| check_one(port, host));
     Ok(result
@@ -115,7 +116,7 @@ mod tests {
         list.iter().map(|text| text.parse().unwrap()).collect()
     }
 
-    /// A port on `address` on a host with these addresses, of which these are the default ones.
+    /// The result for a port on `address`, on a host with these addresses and these default ones.
     fn checked(
         address: Option<&str>,
         all: &[&str],

@@ -1,11 +1,11 @@
-//! What this host can do: the version of systemd-nspawn, the kernel's gifts, whether machined is there. Changes nothing, and
-//! holds nothing back: what is missing is said in words for a person who can mend it.
+//! Probes the host: the version of systemd-nspawn, kernel features, whether machined is running. Changes nothing.
+//! Errors name what is missing in terms that an operator can act on.
 
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Where a program is looked for besides `PATH`: an agent started by hand often lacks these.
+/// Directories searched in addition to `PATH`: an agent that is started by hand often lacks them.
 const USUAL: &[&str] = &[
     "/usr/bin",
     "/bin",
@@ -13,7 +13,7 @@ const USUAL: &[&str] = &[
     "/run/current-system/sw/bin",
 ];
 
-/// Looks a program up along `search` (the value of `PATH`) and then in the usual places.
+/// Searches for a program along `search` (the value of `PATH`) and then in the usual directories.
 pub fn find(program: &str, search: &OsStr) -> Result<PathBuf, String> {
     let usual = USUAL.iter().map(PathBuf::from);
     let places: Vec<PathBuf> = std::env::split_paths(search)
@@ -35,12 +35,12 @@ pub fn find(program: &str, search: &OsStr) -> Result<PathBuf, String> {
     })
 }
 
-/// Whether a file is there and may be run.
+/// Whether a file exists and is executable.
 pub fn is_executable(path: &Path) -> bool {
     path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()
 }
 
-/// The version in what `systemd-nspawn --version` prints: `systemd 252 (252.39-1~deb12u2)`, or `systemd 257~rc2 …`.
+/// The version in the output of `systemd-nspawn --version`: `systemd 252 (252.39-1~deb12u2)`, or `systemd 257~rc2 …`.
 pub fn parse_version(output: &str) -> Option<u32> {
     let digits = output.strip_prefix("systemd ")?;
     let end = digits
@@ -49,7 +49,7 @@ pub fn parse_version(output: &str) -> Option<u32> {
     digits[..end].parse().ok()
 }
 
-/// The running kernel's version, as `(6, 1)`.
+/// The version of the running kernel, as `(6, 1)`.
 pub fn kernel() -> (u32, u32) {
     let release =
         nix::sys::utsname::uname().map(|names| names.release().to_string_lossy().into_owned());
@@ -63,7 +63,7 @@ fn parse_kernel(release: &str) -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-/// Whether the kernel gives user namespaces: they are built in and their number is not limited to none.
+/// Whether the kernel supports user namespaces: they are built in, and their limit is not zero.
 pub fn has_user_namespaces() -> bool {
     let limit = std::fs::read_to_string("/proc/sys/user/max_user_namespaces");
     Path::new("/proc/self/ns/user").exists() && limit.map_or(true, |text| text.trim() != "0")
@@ -86,7 +86,7 @@ fn machined_installed() -> bool {
     .any(|path| Path::new(path).exists())
 }
 
-/// The id of this boot of the machine.
+/// The id of the current boot of the host.
 pub fn boot_id() -> io::Result<String> {
     Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?
         .trim()

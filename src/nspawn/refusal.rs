@@ -1,7 +1,7 @@
-//! Why systemd-nspawn refused to start a container, or could not be started itself: sorted into the causes that decide whether
-//! another attempt is of use. Reads error numbers and messages only. The messages are those of systemd-nspawn 252 and the C
-//! library's texts of error numbers; systemd-nspawn prints them in English unless a booted container's variables say otherwise,
-//! and what is not recognized is [`Cause::Unknown`].
+//! Classifies why systemd-nspawn failed to start a container, or could not be started itself, by whether another
+//! attempt can succeed. Evaluates error numbers and messages only. The messages are those of systemd-nspawn 252 and the
+//! C library's texts of error numbers; systemd-nspawn prints them in English unless a booted container's variables
+//! select another language, and anything that is not recognized is [`Cause::Unknown`].
 
 use std::io;
 
@@ -9,7 +9,8 @@ use nix::errno::Errno;
 
 use crate::container::Cause;
 
-/// What the error numbers mean, with the text that systemd-nspawn prints for them. A number that is not here means nothing certain.
+/// The meaning of error numbers, with the text that systemd-nspawn prints for them. A number that is not listed is
+/// ambiguous.
 const ERRNOS: &[(Errno, &str, Cause)] = &[
     (Errno::EBUSY, "Device or resource busy", Cause::Busy),
     (Errno::EEXIST, "File exists", Cause::Busy),
@@ -52,7 +53,7 @@ const ERRNOS: &[(Errno, &str, Cause)] = &[
     (Errno::EROFS, "Read-only file system", Cause::Config),
 ];
 
-/// What systemd-nspawn says without an error number.
+/// Messages of systemd-nspawn without an error number.
 const MESSAGES: &[(&str, Cause)] = &[
     // "Directory tree ... is currently busy.", "Disk image ... is currently busy."
     ("is currently busy", Cause::Busy),
@@ -69,7 +70,8 @@ const MESSAGES: &[(&str, Cause)] = &[
     ("Sorry, ", Cause::Config),
 ];
 
-/// What systemd-nspawn says after the reason, when one of its processes sees that another has ended.
+/// Messages that systemd-nspawn prints after the actual reason, when one of its processes notices that another has
+/// exited.
 const CONSEQUENCES: &[&str] = &[
     "Short read",
     "Short write",
@@ -77,14 +79,15 @@ const CONSEQUENCES: &[&str] = &[
     "Attempted to remove disk file system",
 ];
 
-/// The cause in the error of running a program: a file that is not there or can't be executed has to be changed.
+/// The cause in the error of running a program: a missing or non-executable file has to be fixed before another
+/// attempt.
 pub fn cause_of_exec_error(error: &io::Error) -> Cause {
     let number = error.raw_os_error().map(Errno::from_raw);
     let known = ERRNOS.iter().find(|(errno, ..)| Some(*errno) == number);
     known.map_or(Cause::Unknown, |(.., cause)| *cause)
 }
 
-/// The cause in the error of a step of the driver's own, for which no option of the job is responsible.
+/// The cause in the error of one of the driver's own steps, for which no option of the job is responsible.
 pub fn cause_of_host_error(error: &io::Error) -> Cause {
     match cause_of_exec_error(error) {
         Cause::Config => Cause::Unknown,
@@ -92,8 +95,9 @@ pub fn cause_of_host_error(error: &io::Error) -> Cause {
     }
 }
 
-/// The cause in what systemd-nspawn printed before it gave a start up. Its last message counts, consequences aside, because it
-/// also prints warnings; what is recoverable counts wherever it stands, because the messages behind it may be consequences.
+/// The cause in what systemd-nspawn printed before it gave up a start. Its last message counts, without consequences,
+/// because it also prints warnings; a recoverable cause counts at any position, because the messages after it may be
+/// consequences.
 pub fn cause_of_messages(messages: &str) -> Cause {
     let lines = || messages.lines().filter(|line| !line.trim().is_empty());
     let recoverable = [Cause::Busy, Cause::Resources];
@@ -123,7 +127,7 @@ mod tests {
     use super::*;
     use rstest::rstest;
 
-    /// Printed by systemd-nspawn 252, with the paths shortened.
+    /// Printed by systemd-nspawn 252, with shortened paths.
     #[rstest]
     #[case("Directory tree /t/tree is currently busy.", Cause::Busy)]
     #[case("Disk image /t/disk.raw is currently busy.", Cause::Busy)]

@@ -1,7 +1,8 @@
-//! A skeleton root directory with the mount points that an image lacks. systemd-nspawn makes missing mount points in the image; a
-//! root that can't be written it refuses. Then a skeleton stands in for the image: empty directories and links as the image has
-//! them, with the image's own directories mounted over, read-only, and the missing mount points between them. Nothing is ever
-//! written into the image, and nothing through a link: an image is anybody's work, and a link of its may lead to the host.
+//! Builds a skeleton root directory with the mount points that an image lacks. systemd-nspawn creates missing mount
+//! points in the image, and fails if the root is read-only. In that case a skeleton replaces the image: empty
+//! directories and links as in the image, with the image's own directories bind-mounted over them, read-only, and the
+//! missing mount points between them. Nothing is ever written into the image or through a link: images are untrusted,
+//! and a link in one may point to the host.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
@@ -21,17 +22,17 @@ use crate::rootfs_path::{self, Resolved};
 /// An os-release file is a few hundred bytes long.
 const OS_RELEASE_MAX: u64 = 64 * 1024;
 
-/// A place inside that something is to be mounted on and that the image lacks.
+/// A mount point that the image lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MountPoint {
-    /// Where, below the root and without the image's links.
+    /// The path below the root, with the image's links resolved.
     below: PathBuf,
-    /// Whether a file is mounted there, and no directory.
+    /// Whether the mount point is a file rather than a directory.
     file: bool,
 }
 
 /// The mount points that the image lacks, if the root will not be writable: those of mounts, and the directories that
-/// systemd-nspawn itself mounts over. Empty means that the image can be used as it is.
+/// systemd-nspawn itself mounts over. If the result is empty, the image can be used as it is.
 pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<MountPoint> {
     let Root::Directory(image) = &spec.root else {
         return Vec::new();
@@ -42,7 +43,7 @@ pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<MountPoint> {
     let missing = |target: &Path| match rootfs_path::resolve_in_root(image, target) {
         Some(Resolved { exists: true, .. }) => None,
         Some(Resolved { below, .. }) => Some(below),
-        // Links in a circle. systemd-nspawn will say so.
+        // A loop of links. systemd-nspawn reports it.
         None => None,
     };
     let is_mounted_over = |below: &Path| mounted_over(spec.volatile, below).is_some();
@@ -59,19 +60,19 @@ pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<MountPoint> {
     targets.chain(bases).collect()
 }
 
-/// What systemd-nspawn mounts anew in every container, so that the image's own is not seen.
+/// Directories over which systemd-nspawn mounts its own in every container, so that the image's are not visible.
 fn always_mounted(volatile: Volatile) -> impl Iterator<Item = &'static str> {
     let var = (volatile == Volatile::State).then_some("var");
     ["dev", "proc", "run", "sys", "tmp"].into_iter().chain(var)
 }
 
-/// The one of them that a path lies in.
+/// The one of these directories that a path lies in.
 fn mounted_over(volatile: Volatile, below: &Path) -> Option<&'static str> {
     always_mounted(volatile).find(|name| below.starts_with(name))
 }
 
-/// Builds the skeleton of `image` in the empty directory `skeleton`, with the mount points that the image lacks. Returns what
-/// has to be mounted over it first.
+/// Builds the skeleton of `image` in the empty directory `skeleton`, with the mount points that the image lacks.
+/// Returns the binds that have to be mounted before any others.
 pub fn build(
     image: &Path,
     skeleton: &Path,
@@ -114,7 +115,8 @@ struct Skeleton<'a> {
 }
 
 impl Skeleton<'_> {
-    /// Repeats one directory of the image: what lies in it is mounted whole, unless a mount point is missing further below.
+    /// Recreates one directory of the image: each entry is bind-mounted whole, unless a mount point is missing below
+    /// it.
     fn directory(&mut self, below: &Path) -> io::Result<()> {
         for name in self.names(below)? {
             let inner = below.join(name);
@@ -145,7 +147,7 @@ impl Skeleton<'_> {
         Ok(())
     }
 
-    /// What lies in a directory of the image.
+    /// The names in a directory of the image.
     fn names(&self, below: &Path) -> io::Result<Vec<OsString>> {
         let how = OpenHow::new()
             .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
@@ -170,7 +172,7 @@ impl Skeleton<'_> {
         });
     }
 
-    /// systemd-nspawn boots nothing without an os-release file, and looks before it mounts anything.
+    /// systemd-nspawn does not boot a tree without an os-release file, and checks before it mounts anything.
     fn os_release(&self) -> io::Result<()> {
         let known = ["etc/os-release", "usr/lib/os-release"];
         let Some(text) = known.iter().find_map(|name| self.text(name)) else {
@@ -190,7 +192,7 @@ impl Skeleton<'_> {
         }
     }
 
-    /// What stands in a file of the image, if it is a file and short enough to be what it is taken for.
+    /// The content of a file of the image, cut off after 64 KiB; `None` if it is not a regular file or can't be read.
     fn text(&self, name: &str) -> Option<Vec<u8>> {
         let how = OpenHow::new()
             .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
@@ -204,7 +206,7 @@ impl Skeleton<'_> {
         Some(text)
     }
 
-    /// A directory of the skeleton with everything above it, made where it is missing.
+    /// Opens a directory of the skeleton, creating it and its parents where they are missing.
     fn inner_directory(&self, below: &Path) -> io::Result<OwnedFd> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mut at = self.made.try_clone()?;
@@ -221,7 +223,7 @@ impl Skeleton<'_> {
         Ok(at)
     }
 
-    /// An empty file of the skeleton; `None` if something is there already.
+    /// Creates an empty file in the skeleton; `None` if something exists there already.
     fn file(&self, parent: &Path, name: &OsStr) -> io::Result<Option<File>> {
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
         let directory = self.inner_directory(parent)?;
@@ -234,7 +236,7 @@ impl Skeleton<'_> {
     }
 }
 
-/// An empty path names nothing to the kernel.
+/// The kernel does not accept an empty path, so use `.` instead.
 fn here(below: &Path) -> &Path {
     match below.as_os_str().is_empty() {
         true => Path::new("."),
@@ -242,7 +244,7 @@ fn here(below: &Path) -> &Path {
     }
 }
 
-/// A directory with the mode and owner of another.
+/// Creates a directory with the mode and owner of another one.
 fn make_like(path: &Path, like: &fs::Metadata) -> io::Result<()> {
     match fs::create_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -252,7 +254,7 @@ fn make_like(path: &Path, like: &fs::Metadata) -> io::Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(like.mode() & 0o7777))
 }
 
-/// The path relative to the root. `config` lets only plain absolute paths through; anything else would climb out.
+/// The path relative to the root. `config` accepts only plain absolute paths; anything else could leave the root.
 fn below_root(path: &Path) -> &Path {
     let mut components = path.components();
     if components.clone().next() == Some(Component::RootDir) {
@@ -283,7 +285,7 @@ mod tests {
         }
     }
 
-    /// A read-only container of this image.
+    /// The spec of a read-only container with this image.
     fn read_only(image: &Path, mounts: Vec<Mount>) -> ContainerSpec {
         ContainerSpec {
             id: "0f1e/web/abcd".into(),
@@ -320,7 +322,7 @@ mod tests {
     }
 
     impl Resolved {
-        /// Builds the skeleton with this one mount point.
+        /// Builds the skeleton with this one missing mount point.
         fn with(&self, below: &str) -> io::Result<Vec<Mount>> {
             let missing = [point(below, false)];
             build(&self.image, &self.skeleton, &missing, Volatile::No)
@@ -438,7 +440,7 @@ mod tests {
         fs::create_dir(place.host.join("lib")).unwrap();
         symlink(&secret, place.image.join("etc/os-release")).unwrap();
         symlink(&place.host, place.image.join("usr")).unwrap();
-        // Would be written, were it followed.
+        // A file that following the link would write.
         symlink(place.host.join("victim"), place.host.join("lib/os-release")).unwrap();
         place.with("alloc").unwrap();
         assert!(!place.host.join("victim").exists());
@@ -460,7 +462,7 @@ mod tests {
     fn a_link_that_takes_the_place_of_a_directory_is_not_written_through() {
         let place = place(&["srv"]);
         symlink(&place.host, place.image.join("data")).unwrap();
-        // As if it had been a directory when the mount points were looked for.
+        // As if it had been a directory when the mount points were determined.
         let error = place.with("data/x").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(nix::libc::ENOTDIR), "{error}");
         assert!(fs::read_dir(&place.host).unwrap().next().is_none());

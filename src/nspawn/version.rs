@@ -1,15 +1,15 @@
-//! What each version of systemd-nspawn can do: the one table of systemd versions, and the one rule that decides whether a version
-//! can be used on a host. The fingerprint and the start of a task both ask here. Pure.
+//! What each version of systemd-nspawn can do: the only table of systemd versions, and the only rule that decides
+//! whether a version can be used on a host. The fingerprint and the start of a task both use it. Pure.
 
 use crate::container::CgroupLayout;
 
 /// The oldest supported version.
 pub const OLDEST: u32 = 247;
 
-/// What came, changed or went with a version of systemd-nspawn.
+/// What a version of systemd-nspawn added, changed or removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Feature {
-    /// `--setenv=` takes control characters in a value.
+    /// `--setenv=` accepts control characters in a value.
     ControlCharacters,
     /// `--private-users-ownership=`; before it there is only `--private-users-chown`.
     Ownership,
@@ -21,12 +21,12 @@ pub enum Feature {
     MappedBinds,
     /// `--private-users=managed`.
     ManagedRange,
-    /// Control groups of version 1 are not supported any more: `/sys/fs/cgroup` itself has to be version 2.
+    /// Cgroup v1 is no longer supported: `/sys/fs/cgroup` itself has to be cgroup v2.
     UnifiedOnly,
 }
 
 impl Feature {
-    /// Every row of the table.
+    /// Every feature.
     pub const ALL: &[Self] = &[
         Self::ControlCharacters,
         Self::Ownership,
@@ -53,7 +53,7 @@ impl Feature {
     }
 }
 
-/// Why a version can't be used on a host with this layout of control groups, if it can't.
+/// Why a version can't be used on a host with this cgroup layout, or `None` if it can.
 pub fn unusable(version: u32, cgroup: CgroupLayout) -> Option<String> {
     if version < OLDEST {
         return Some(format!(
@@ -105,7 +105,7 @@ mod tests {
         assert_eq!(unusable(version, cgroup).as_deref(), text);
     }
 
-    /// A number that stands elsewhere would be a second table.
+    /// A version number anywhere else would be a second table.
     #[test]
     fn no_other_file_compares_with_a_version() {
         let sources = [

@@ -1,4 +1,4 @@
-//! The wire: what can be read, and what is refused.
+//! The wire format: what can be decoded, and what is rejected.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! The operator's block.
+//! The operator's `plugin` block.
 
 use super::*;
 

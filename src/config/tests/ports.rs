@@ -11,7 +11,8 @@ fn forward(label: &str, host: u16, container: u16) -> PortForward {
     }
 }
 
-/// Only a root that systemd-nspawn would map the ids of: `map` is refused too, and what has its owners already or keeps them is not.
+/// Only a root whose ids systemd-nspawn would map is rejected, with `map` as well; one whose files already have their
+/// owners in the range, or keep the ones they have, is not.
 #[rstest]
 #[case("volatile = \"yes\"", true)]
 #[case("volatile = \"state\"", true)]
