@@ -1,9 +1,9 @@
-//! A plugin with a thousand tasks: what it holds, what it and their supervisors use while nothing happens, how long it takes to
-//! find them all again, and 200 starts at once. The containers are the stand-in's of the hermetic tests, so what is measured is
-//! the driver. Needs no systemd-nspawn; some gigabytes of memory for the stand-in's processes. As root with control groups.
+//! A plugin with a thousand tasks: what it holds, what it and the supervisors use while idle, how long recovery of all tasks takes, and 200
+//! simultaneous starts. The containers are those of the hermetic tests' fake, so only the driver is measured. Needs no systemd-nspawn, but
+//! some gigabytes of memory for the fake's processes. With cgroups if run as root.
 //!
-//! `--tasks N` takes another number. `--check` ends with status 1 when a budget is not met. On a machine that does other things
-//! as well times mean little: the best of the attempts counts, and a budget of time may be exceeded by half.
+//! `--tasks N` sets another number. `--check` exits with status 1 if a budget is exceeded. On a busy machine times mean little: the best of
+//! the attempts counts, and a time budget may be exceeded by half.
 
 use std::fs;
 use std::io::Write as _;
@@ -25,21 +25,21 @@ mod figures;
 
 use figures::{kib, ms, switches, ticks};
 
-/// How many are started at the same moment.
+/// The number of simultaneous starts.
 const AT_ONCE: usize = 200;
-/// How long nothing happens.
+/// The length of the idle measurement.
 const IDLE: Duration = Duration::from_secs(10);
-/// For what is over in a moment, and is seen nowhere.
+/// The time for things that settle quickly and can't be observed.
 const SETTLED: Duration = Duration::from_secs(2);
-/// How many calls are under way together where it does not matter.
+/// The number of concurrent calls where it does not matter.
 const WIDTH: usize = 16;
 
-/// All tasks of 1,000 are found again within this many milliseconds.
+/// The budget for recovering all of 1,000 tasks, in milliseconds.
 const RECOVERED: f64 = 1000.0;
-/// What a plugin may hold, in KiB, and how much more for each task.
+/// The memory budget of a plugin, in KiB, and the additional budget per task.
 const BASE: f64 = 15.0 * 1024.0;
 const EACH: f64 = 16.0;
-/// What a machine that is not quiet may add to a budget of time.
+/// The tolerance for time budgets on a busy machine.
 const NOISE: f64 = 1.5;
 
 fn main() -> ExitCode {
@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What the command line says.
+/// The command line arguments.
 #[derive(Debug)]
 struct Asked {
     check: bool,
@@ -79,7 +79,7 @@ impl Asked {
     fn read(&mut self, mut words: impl Iterator<Item = String>) -> anyhow::Result<()> {
         while let Some(word) = words.next() {
             match word.as_str() {
-                // cargo's own.
+                // Passed by cargo.
                 "--bench" => {}
                 "--check" => self.check = true,
                 "--tasks" => {
@@ -93,7 +93,7 @@ impl Asked {
 }
 
 fn run(asked: &Asked) -> anyhow::Result<bool> {
-    // Two pipes a task, and the plugin as many descriptors again.
+    // Two pipes per task here, and as many descriptors again in the plugin.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -161,14 +161,14 @@ async fn measure(count: usize) -> anyhow::Result<bool> {
     Ok(report.met)
 }
 
-/// Where everything lies: the stand-in's link, a tree for each task, allocations, the state directory. What is left when this
-/// ends is cleared away.
+/// The directory with everything: the link to the fake, a tree per task, allocations, the state directory. Leftovers are removed at the
+/// end.
 #[derive(Debug)]
 struct Site(tempfile::TempDir);
 
 impl Site {
     fn new() -> anyhow::Result<Self> {
-        // Short, because sockets lie below it and their paths are limited.
+        // Short, because it contains sockets and their paths are limited.
         let dir = tempfile::Builder::new().prefix("nd-").tempdir()?;
         for name in ["bin", "state", "alloc", "trees"] {
             fs::create_dir(dir.path().join(name))?;
@@ -192,7 +192,7 @@ impl Site {
         Ok(plugin)
     }
 
-    /// An allocation with a tree of its own, booted: the stand-in then plays the init itself and polls nothing.
+    /// An allocation with its own tree, booted: the fake then simulates the init and does not poll.
     fn allocation(&self, number: usize) -> anyhow::Result<Allocation> {
         let tree = self.join(format!("trees/{number}"));
         for directory in ["usr/lib/systemd", "etc", "alloc", "local", "secrets"] {
@@ -237,7 +237,7 @@ impl Report {
         let _ = writeln!(std::io::stdout(), "{line}");
     }
 
-    /// Says whether a budget was met. It counts as missed beyond `limit`.
+    /// Reports whether a budget was met. It counts as exceeded only beyond `limit`.
     fn judge(&mut self, what: &str, figure: f64, budget: f64, limit: f64) {
         let verdict = if figure <= budget {
             "met"
@@ -258,7 +258,7 @@ impl Report {
     }
 }
 
-/// A task that runs, with the descriptors that keep its logs open.
+/// A running task, with the descriptors that keep its logs open.
 #[derive(Debug)]
 struct Task {
     id: String,
@@ -267,7 +267,7 @@ struct Task {
     _logs: nomad_driver_nspawn::host::Logs,
 }
 
-/// Starts tasks: some one after the other, [`AT_ONCE`] at once, then the rest.
+/// Starts tasks: some sequentially, [`AT_ONCE`] simultaneously, then the rest.
 async fn starts(
     site: &Site,
     plugin: &Plugin,
@@ -302,7 +302,7 @@ async fn starts(
     Ok(tasks)
 }
 
-/// Starts these, so many of them together; gives those that came up.
+/// Starts these tasks with this concurrency and returns those that came up.
 async fn start(
     plugin: &Plugin,
     allocations: Vec<Allocation>,
@@ -348,7 +348,7 @@ async fn start(
     Ok(tasks)
 }
 
-/// A WaitTask for each, as Nomad has one open for each.
+/// One WaitTask per task, as Nomad has.
 fn waits(plugin: &Plugin, tasks: &[Task]) -> JoinSet<()> {
     let mut waits = JoinSet::new();
     for task in tasks {
@@ -362,7 +362,7 @@ fn waits(plugin: &Plugin, tasks: &[Task]) -> JoinSet<()> {
     waits
 }
 
-/// A TaskStats for each with Nomad's interval.
+/// One TaskStats per task, with Nomad's interval.
 async fn statistics(plugin: &Plugin, tasks: &[Task]) -> anyhow::Result<JoinSet<()>> {
     let mut streams = JoinSet::new();
     for task in tasks {
@@ -379,7 +379,7 @@ async fn statistics(plugin: &Plugin, tasks: &[Task]) -> anyhow::Result<JoinSet<(
     Ok(streams)
 }
 
-/// What everybody uses while nothing happens.
+/// The usage of all processes while idle.
 async fn idle(plugin: &Plugin, tasks: &[Task], report: &mut Report) -> anyhow::Result<()> {
     let count = tasks.len();
     held(plugin, count, "each waited for", report);
@@ -397,7 +397,7 @@ async fn idle(plugin: &Plugin, tasks: &[Task], report: &mut Report) -> anyhow::R
         after.1 - before.1,
         (after.2 - before.2) * 10
     ));
-    // A tick may fall on whoever is looked at just then.
+    // A timer tick may be charged to any of the measured processes.
     report.judge(
         "the supervisors' processor time together, ms",
         (used * 10) as f64,
@@ -435,7 +435,7 @@ fn held(plugin: &Plugin, count: usize, how: &str, report: &mut Report) {
     report.judge("memory, KiB", kib(pid, "status", "VmRSS:"), budget, budget);
 }
 
-/// As many calls one after the other that ask for nothing.
+/// The same number of sequential calls that do nothing.
 async fn floor(plugin: &Plugin, count: usize) -> anyhow::Result<Duration> {
     let mut client = plugin.driver();
     let begun = Instant::now();

@@ -1,7 +1,7 @@
-//! What the driver adds to systemd-nspawn: the same container started and ended by hand and through the plugin, in turn, in one
-//! run. Prints medians and ratios, and the budget beside them. Needs root, systemd-nspawn and busybox (Debian: busybox-static).
+//! What the driver adds to systemd-nspawn: starts and ends the same container by hand and through the plugin, alternately, in one run.
+//! Prints medians and ratios, and the budget next to them. Needs root, systemd-nspawn and busybox (Debian: busybox-static).
 //!
-//! `--check` ends with status 1 when the budget is not met. On a machine that does other things as well that means little.
+//! `--check` exits with status 1 if the budget is exceeded. On a busy machine the result means little.
 
 use std::fs;
 use std::io::Write as _;
@@ -24,22 +24,22 @@ use figures::{kib, ms, switches};
 /// Pairs of runs; the first ones warm the caches and are not counted.
 const PAIRS: usize = 40;
 const WARM_UP: usize = 5;
-/// Longer than anything here takes.
+/// An upper bound for every step.
 const LONG: Duration = Duration::from_secs(30);
-/// What every container runs: it waits for a word and ends.
+/// The command of every container: waits for a line and exits.
 const PAYLOAD: &str = "read word < /alloc/go; exit 3";
 
-/// What a start through the plugin took more than one by hand, in ms, when the driver had nothing but its spine (ratio 1.06 to 1.10): in
-/// the best run of this benchmark and in the worst.
+/// How much longer a start through the plugin took than one by hand, in ms, when the driver consisted of its core only (ratio 1.06 to
+/// 1.10): in the best run of this benchmark and in the worst.
 const SPINE: (f64, f64) = (4.4, 6.8);
-/// How much more a start may take than it did then.
+/// The factor by which a start may be slower than it was then.
 const SLOWER: f64 = 2.0;
 
 fn main() -> anyhow::Result<ExitCode> {
     let mut check = false;
     for word in std::env::args().skip(1) {
         match word.as_str() {
-            // cargo's own.
+            // Passed by cargo.
             "--bench" => {}
             "--check" => check = true,
             other => anyhow::bail!("{other:?} is not --check"),
@@ -137,7 +137,7 @@ async fn compare() -> anyhow::Result<bool> {
     Ok(met)
 }
 
-/// One container's life in two spans.
+/// One container's start and end times.
 #[derive(Debug, Clone, Copy)]
 struct Run {
     up: Duration,
@@ -172,7 +172,7 @@ impl Series {
         self.reported(|run| run.down)
     }
 
-    /// The median of the differences and of the ratios, pair by pair: both sides saw the machine in the same mood.
+    /// The median of the differences and of the ratios, pair by pair, so that both sides of a pair ran under the same load.
     fn against(&self, other: &Self, span: impl Fn(&Run) -> Duration) -> (f64, f64) {
         let pairs: Vec<(f64, f64)> = self
             .0
@@ -194,7 +194,7 @@ fn reported((more, ratio): (f64, f64)) -> String {
     format!("{more:+.1} ms, ratio {ratio:.2}")
 }
 
-/// systemd-nspawn by hand, told as the driver tells it, in a control group of its own.
+/// systemd-nspawn by hand, with the driver's arguments, in a cgroup of its own.
 fn bare_container(scratch: &Path, tree: &Path) -> anyhow::Result<Run> {
     let alloc = scratch.join("bare");
     fs::create_dir_all(&alloc)?;
@@ -248,7 +248,7 @@ fn spawn_bare(socket: &Path, group: &Path, tree: &Path, alloc: &Path) -> anyhow:
         "--private-users=no",
     ]);
     command.arg(format!("--directory={}", tree.display()));
-    // The same mounts: what Nomad's directories cost is not what the driver costs.
+    // The same mounts: the cost of Nomad's directories is not a cost of the driver.
     for target in ["/alloc", "/local", "/secrets"] {
         command.arg(format!("--bind={}:{target}", alloc.display()));
     }
@@ -276,7 +276,7 @@ fn leader_of(notify: &UnixDatagram) -> anyhow::Result<i32> {
     }
 }
 
-/// The same container as a task of the plugin. With `rest`, what it costs while nothing happens.
+/// The same container as a task of the plugin. With `rest`, also its cost while idle.
 async fn driven_container(
     plugin: &Plugin,
     scratch: &Path,
@@ -323,7 +323,7 @@ async fn driven_container(
 
 /// Memory and wake-ups of an idle supervisor.
 async fn at_rest(supervisor: i32) -> anyhow::Result<Vec<String>> {
-    // systemd-nspawn has a last word after the start.
+    // systemd-nspawn sends one more notification shortly after the start.
     tokio::time::sleep(Duration::from_millis(200)).await;
     let before = switches(supervisor)?;
     tokio::time::sleep(Duration::from_secs(3)).await;

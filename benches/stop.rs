@@ -1,10 +1,9 @@
-//! How long a stop takes: from the end of the grace time (or from the call, where the payload obeys) until the last process of the
-//! container is gone, and from there until StopTask and WaitTask answer; beside it what systemd-nspawn itself needs to end when its
-//! container has, and what our own first program holds. One line a case, medians. Needs root, systemd-nspawn and busybox (Debian:
-//! busybox-static).
+//! How long a stop takes: from the end of the grace period (or from the call, if the payload obeys) until the last process of the container
+//! is gone, and from there until StopTask and WaitTask return. Also the time that systemd-nspawn itself needs to exit after its container,
+//! and the memory of the driver's own init. One line per case, medians. Needs root, systemd-nspawn and busybox (Debian: busybox-static).
 //!
-//! A word takes the cases that have it in their name. `--check` ends with status 1 when a budget is not met; on a machine that does
-//! other things as well, one of time may be exceeded by half.
+//! An argument selects the cases whose name contains it. `--check` exits with status 1 if a budget is exceeded; a time budget may be
+//! exceeded by half on a busy machine.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -24,36 +23,36 @@ mod figures;
 
 use figures::kib;
 
-/// Stops of every case.
+/// Stops per case.
 const ROUNDS: usize = 5;
-/// The grace time of the cases whose payload ignores the signal.
+/// The grace period of the cases whose payload ignores the signal.
 const GRACE: Duration = Duration::from_millis(300);
-/// Longer than anything here takes.
+/// An upper bound for every step.
 const LONG: Duration = Duration::from_secs(60);
 
-/// A task is told to have ended within this many milliseconds after it is gone, beyond what systemd-nspawn needs to end.
+/// The budget from the end of a task until its exit is reported, in milliseconds, beyond the time that systemd-nspawn needs to exit.
 const TOLD: f64 = 10.0;
-/// A task that ignores everything is gone within this many milliseconds after its grace time.
+/// The budget from the end of the grace period until a task that ignores everything is gone, in milliseconds.
 const GONE: f64 = 100.0;
-/// What our own first program may hold while its command runs, in KiB.
+/// The memory budget of the driver's own init while its command runs, in KiB.
 const HELD: f64 = 200.0;
-/// What a machine that is not quiet may add to a budget of time.
+/// The tolerance for time budgets on a busy machine.
 const NOISE: f64 = 1.5;
 
-/// One way to be stopped.
+/// One way of being stopped.
 struct Case {
     name: &'static str,
     script: &'static str,
-    /// What the job's configuration says besides image and command.
+    /// The job's configuration besides image and command.
     config: Value,
     grace: Duration,
-    /// The job's signal; none: what suits the payload.
+    /// The job's signal; empty: chosen by the driver to suit the payload.
     signal: &'static str,
     /// Whether the payload obeys the signal: then the time counts from the call.
     obeys: bool,
-    /// Whether the end is told before systemd-nspawn has ended.
+    /// Whether the exit is reported before systemd-nspawn has exited.
     early: bool,
-    /// What is done to the container before it is stopped.
+    /// Applied to the container before it is stopped.
     before: fn(&Running) -> anyhow::Result<()>,
 }
 
@@ -107,7 +106,7 @@ fn cases() -> Vec<Case> {
             config: json!({"ephemeral": true}),
             grace: LONG,
             obeys: true,
-            // Before 6.15 the kernel tells nobody but systemd-nspawn.
+            // Before 6.15 the kernel reports the exit status only to systemd-nspawn.
             early: nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15),
             ..case("ephemeral, 4000 files, obeys", HEARS)
         },
@@ -173,7 +172,7 @@ fn main() -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Whether every budget is met.
+/// Whether all budgets are met.
 async fn measure(names: &[String]) -> anyhow::Result<bool> {
     let scratch = tempfile::tempdir()?;
     let tree = scratch.path().join("tree");
@@ -250,13 +249,13 @@ async fn measure(names: &[String]) -> anyhow::Result<bool> {
     Ok(missed.is_empty())
 }
 
-/// The one in the middle and the largest.
+/// The median and the maximum.
 fn median(mut all: Vec<f64>) -> (f64, f64) {
     all.sort_by(f64::total_cmp);
     (all[all.len() / 2], all[all.len() - 1])
 }
 
-/// Milliseconds from the end of a container until that of systemd-nspawn, which was called by hand.
+/// Milliseconds from the end of a container to the exit of its systemd-nspawn, which was called by hand.
 #[expect(
     clippy::disallowed_methods,
     reason = "what the driver is compared with"
@@ -291,7 +290,7 @@ fn bare(tree: &Path) -> anyhow::Result<f64> {
     Ok(ms(gone, Instant::now()))
 }
 
-/// One container's stop: milliseconds until it is gone, and from there until StopTask and WaitTask answered.
+/// Stops one container: milliseconds until it is gone, and from there until StopTask and WaitTask have returned.
 async fn stop(
     plugin: &Plugin,
     scratch: &Path,
@@ -321,7 +320,7 @@ async fn stop(
         held_by_init.push(kib(pid, "smaps_rollup", "Anonymous:"));
     }
     (case.before)(&running)?;
-    // The first process of a pid namespace is the last to go.
+    // PID 1 of a pid namespace is the last process to exit.
     let gone = tokio::task::spawn_blocking(move || {
         ensure!(held.wait(LONG), "it does not end");
         Ok(Instant::now())
@@ -346,7 +345,7 @@ async fn stop(
     Ok([ms(due, gone), ms(gone, stopped), ms(gone, waited)])
 }
 
-/// Milliseconds between two moments, in whichever order.
+/// Milliseconds between two instants, in either order.
 fn ms(from: Instant, to: Instant) -> f64 {
     let span = |span: Duration| span.as_secs_f64() * 1000.0;
     to.checked_duration_since(from)
@@ -373,7 +372,7 @@ fn make_tree(tree: &Path) -> anyhow::Result<()> {
     let obeys = "trap 'exit 0' 38; echo > /alloc/up; while :; do sleep 0.02; done";
     fs::write(&init, format!("#!/bin/sh\n{obeys}\n"))?;
     fs::set_permissions(&init, fs::Permissions::from_mode(0o755))?;
-    // What an ephemeral root has to throw away at the end.
+    // The content that systemd-nspawn removes with an ephemeral root.
     for directory in 0..4 {
         let directory = tree.join(format!("usr/d{directory}"));
         fs::create_dir(&directory)?;

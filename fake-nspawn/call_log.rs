@@ -1,5 +1,5 @@
-//! The ledger beside the link: one JSON line per event, each written whole by a single append, so that readers never see half
-//! a line and writers need no lock. Counts starts; interprets nothing else.
+//! The call log beside the link: one JSON line per event. Each line is written by a single append, so readers never see half a line and
+//! writers need no lock. Counts starts; interprets nothing else.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -11,7 +11,7 @@ use anyhow::Context;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Serialize;
 
-/// The open ledger.
+/// The open call log.
 #[derive(Debug)]
 pub(crate) struct CallLog {
     path: PathBuf,
@@ -28,11 +28,11 @@ pub(crate) enum Event {
     Started { leader: i32 },
     /// A signal arrived.
     Signal { role: Role, signal: i32 },
-    /// The tool is about to end.
+    /// The tool is about to exit.
     Exit { status: i32 },
 }
 
-/// Who got a signal.
+/// The process that got a signal.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Role {
@@ -44,30 +44,30 @@ pub(crate) enum Role {
 #[derive(Debug, Serialize)]
 pub(crate) struct Call {
     tool: String,
-    /// Counted from 0 over the starts of systemd-nspawn; `null` for everything that starts nothing.
+    /// Counts the starts of systemd-nspawn from 0; `null` for every call that starts nothing.
     number: Option<usize>,
     argv: Vec<String>,
     environment: BTreeMap<String, String>,
     cwd: String,
-    /// Number to what `/proc/self/fd` says. Without the ledger's own.
+    /// Descriptor number to its target in `/proc/self/fd`. Without the call log's own descriptor.
     descriptors: BTreeMap<i32, String>,
-    /// The text of `/proc/self/cgroup`.
+    /// The content of `/proc/self/cgroup`.
     cgroup: String,
     pid: u32,
     oom_score_adj: i32,
     /// `SigBlk` as hexadecimal digits.
     signal_mask: String,
-    /// `SigIgn` as hexadecimal digits without SIGPIPE: the language's runtime ignores that one before `main`.
+    /// `SigIgn` as hexadecimal digits without SIGPIPE: Rust's runtime ignores that one before `main`.
     ignored: String,
 }
 
 impl CallLog {
-    /// Opens the ledger in this directory, or makes it.
+    /// Opens the call log in this directory, creates it if it is missing.
     pub(crate) fn beside(directory: &Path) -> anyhow::Result<Self> {
         Self::open(&directory.join("ledger.jsonl"))
     }
 
-    /// Opens this ledger.
+    /// Opens this call log.
     pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path);
         let file = file.with_context(|| path.display().to_string())?;
@@ -77,7 +77,7 @@ impl CallLog {
         })
     }
 
-    /// Where it lies.
+    /// Its path.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
@@ -91,14 +91,14 @@ impl CallLog {
             .with_context(|| self.path.display().to_string())
     }
 
-    /// Appends a call and gives its number among the starts.
+    /// Appends a call and returns its number among the starts.
     pub(crate) fn call(
         &mut self,
         argv: &[OsString],
         tool: &str,
         starts: bool,
     ) -> anyhow::Result<usize> {
-        // Two starts at the same moment must not get the same number.
+        // Concurrent starts must not get the same number.
         let _turn =
             Flock::lock(File::open(&self.path)?, FlockArg::LockExclusive).map_err(|(_, e)| e)?;
         let number = fs::read_to_string(&self.path)?
@@ -144,7 +144,7 @@ impl Call {
     }
 }
 
-/// The value of a line of `/proc/<pid>/status`, or nothing.
+/// The value of a line of `/proc/<pid>/status`, or the empty string.
 pub(crate) fn status_field(status: &str, name: &str) -> String {
     let value = status
         .lines()

@@ -1,10 +1,9 @@
-//! A stand-in for systemd-nspawn in the hermetic tests: it acts as it, without privileges, systemd or network, and keeps a ledger
-//! of what it was asked. Never shipped.
+//! A fake systemd-nspawn for the hermetic tests: it behaves like the real one without privileges, systemd or network, and logs its calls.
+//! Never shipped.
 //!
-//! It is used through a link or a copy named as the tool. Beside that link lie `scenario.json` (what should go differently, see
-//! [`scenario`]) and `ledger.jsonl` (what happened, see [`call_log`]); it has no environment variables of its own. What it refuses
-//! and how it ends was measured on the real tools; `ci/compare-fake` measures again. What it can't be like the real one in
-//! is listed in [`pid1`].
+//! Tests use it through a link or a copy that has the tool's name. Beside that link are `scenario.json` (what should go differently, see
+//! [`scenario`]) and `ledger.jsonl` (what happened, see [`call_log`]); the fake has no environment variables of its own. Its refusals and
+//! exit statuses were measured on the real tools; `ci/compare-fake` measures again. [`pid1`] lists the known differences from the real one.
 
 #![expect(
     clippy::disallowed_methods,
@@ -28,14 +27,14 @@ mod scenario;
 mod tree_lock;
 mod values;
 
-/// The exit status when the stand-in itself is at fault, for instance over a scenario that it can't read.
+/// The exit status for errors of the fake itself, for example a scenario that it can't read.
 const OWN_FAULT: u8 = 70;
 
 #[expect(clippy::print_stderr, reason = "there is nobody else to tell")]
 fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().collect();
     match run(&words) {
-        // The kernel keeps the low eight bits, as of any process.
+        // The kernel keeps the low eight bits, as for any process.
         Ok(status) => ExitCode::from(status.to_le_bytes()[0]),
         Err(error) => {
             eprintln!("fake-nspawn: {error:#}");

@@ -1,5 +1,5 @@
-//! The notification socket, as the service manager's protocol has it: one datagram per message. A missing or bad
-//! `NOTIFY_SOCKET` is silence, as it is for the real tool.
+//! The notification socket, in the protocol of the service manager: one datagram per message. Without a valid `NOTIFY_SOCKET` nothing is
+//! sent, the same as in the real tool.
 
 use std::io::{Read, Write};
 use std::os::linux::net::SocketAddrExt;
@@ -14,13 +14,13 @@ pub(crate) fn send(message: &str) {
     else {
         return;
     };
-    // A listener that is gone does not stop the real tool either.
+    // The real tool does not fail either if the receiver is gone.
     if let Ok(socket) = UnixDatagram::unbound() {
         socket.send_to_addr(message.as_bytes(), &address).ok();
     }
 }
 
-/// Tells a test that listens on this socket that its step is reached, and waits until it closes the connection.
+/// Reports to a test that listens on this socket that the process has reached this step, and waits until the test closes the connection.
 pub(crate) fn hold(socket: Option<&Path>) {
     let Some(mut stream) = socket.and_then(|path| UnixStream::connect(path).ok()) else {
         return;

@@ -1,5 +1,5 @@
-//! The life of one systemd-nspawn call: read, refuse or start, announce, pass on or kill, end with the right status. Starts the
-//! leader and nothing else; what the arguments mean is for `options` and `rootfs`.
+//! One systemd-nspawn call: parse, refuse or start, announce, forward signals or kill, exit with the right status. Starts only the leader;
+//! `options` and `rootfs` interpret the arguments.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -24,10 +24,10 @@ use crate::rootfs::{self, Prepared};
 use crate::scenario::{Call, Scenario};
 use crate::tree_lock::TreeLock;
 
-/// The exit status that asks for a new start.
+/// The exit status that requests a restart.
 const RESTART: i32 = 133;
 
-/// Acts the tool; gives the exit status.
+/// Runs the fake and returns its exit status.
 pub(crate) fn run(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
     let scenario = Scenario::beside(directory)?;
     let mut call_log = CallLog::beside(directory)?;
@@ -56,7 +56,7 @@ pub(crate) fn run(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
     Ok(status)
 }
 
-/// Prints on stdout; gives the status of success.
+/// Prints on stdout and returns the status of success.
 #[expect(clippy::print_stdout, reason = "the tool's own words")]
 fn say(text: &str) -> i32 {
     print!("{text}");
@@ -82,7 +82,7 @@ fn refuse(version: u32, refusal: &Refusal) -> i32 {
     1
 }
 
-/// What the service manager hears at the end.
+/// Sends the final notifications to the service manager.
 fn notify_end(version: u32, status: i32, errno: Option<i32>) {
     let doing = if status == RESTART {
         "Restarting"
@@ -119,7 +119,7 @@ fn container(
         ));
     }
     if options.notify_ready {
-        // The socket would lie at a path that only exists inside a real container.
+        // The socket would be at a path that only exists inside a real container.
         let words = "fake-nspawn: --notify-ready=yes is not simulated";
         return Ok(refuse(
             scenario.version,
@@ -169,15 +169,15 @@ fn container(
     };
     let (status, errno) = nspawn.run(&prepared)?;
     let status = call.exit_status.unwrap_or(status);
-    // What is left then may take long, such as throwing a copy away.
+    // The remaining cleanup may take long, for example removing an ephemeral copy.
     notify_end(scenario.version, status, errno);
     notify::hold(call.pause_before_exit.as_deref());
     std::thread::sleep(Duration::from_millis(call.delay_before_exit_ms));
     Ok(status)
 }
 
-/// One writer or any number of readers of a tree, by the lock that lies beside it. The other one, which the real tool names by
-/// the tree's inode, is root's.
+/// One writer or any number of readers of a tree, with the lock file beside the tree. The second lock of the real tool, named by the tree's
+/// inode, needs root.
 fn lock(
     options: &Options,
     prepared: &Prepared,
@@ -206,7 +206,7 @@ struct Nspawn<'a> {
 }
 
 impl Nspawn<'_> {
-    /// From the start to the end of the container: exit status, and an error number if it was a failure.
+    /// From the container's start to its end. Returns the exit status, and an errno if it failed.
     fn run(&mut self, prepared: &Prepared) -> anyhow::Result<(i32, Option<i32>)> {
         let mut mask = SigSet::empty();
         for signal in [
@@ -236,7 +236,7 @@ impl Nspawn<'_> {
         Ok(self.status(&prepared.machine, end))
     }
 
-    /// Starts the leader and announces it. Gives the end of the pipe on which the leader tells its end.
+    /// Starts the leader and announces it. Returns the read end of the pipe on which the leader reports its end.
     fn start(&mut self, prepared: &Prepared) -> anyhow::Result<File> {
         let (receiver, sender) = nix::unistd::pipe()?;
         fcntl(&receiver, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
@@ -265,7 +265,7 @@ impl Nspawn<'_> {
                 .iter()
                 .map(|(name, value)| (name, value)),
         );
-        // The leader is announced before it has blocked its signals itself, so it is born with all of them blocked.
+        // The leader is announced before it has blocked its signals itself, so it is started with all of them blocked.
         let before = SigSet::thread_get_mask()?;
         SigSet::all().thread_block()?;
         let groups = process::Groups::make();
@@ -282,7 +282,7 @@ impl Nspawn<'_> {
         self.leader = Some(pid);
         drop(sender);
         let mut receiver = File::from(receiver);
-        // A leader that dies before it is ready ends this too; its death is seen soon enough.
+        // This also returns if the leader dies before it is ready; its death is noticed later.
         receiver.read_exact(&mut [0; pid1::READY.len()]).ok();
         self.call_log.write(&Event::Started { leader: pid })?;
         notify::hold(self.call.pause_before_notify.as_deref());
@@ -340,7 +340,7 @@ impl Nspawn<'_> {
         }
     }
 
-    /// Outside plain mode the leader's own stop stops nobody else.
+    /// Except in plain mode, stopping the leader stops no other process.
     fn freeze(&self, leader: i32, signal: Signal) {
         if self.options.mode == options::Mode::Plain
             && let Some(payload) = process::children(leader).first()
@@ -349,7 +349,7 @@ impl Nspawn<'_> {
         }
     }
 
-    /// Acts on the signals that are there; whether one of them asked for the end.
+    /// Handles the pending signals. True if one of them requested the container's end.
     fn take_signals(&mut self, events: &SignalFd) -> anyhow::Result<bool> {
         let mut asked = false;
         while let Some(event) = events.read_signal()? {
@@ -384,7 +384,7 @@ impl Nspawn<'_> {
         }
     }
 
-    /// What the real tool makes of the first process's end.
+    /// The real tool's exit status and messages for this end of PID 1.
     #[expect(clippy::print_stderr, reason = "the tool's own words")]
     fn status(&self, machine: &str, end: End) -> (i32, Option<i32>) {
         let quiet = self.options.quiet || self.options.pipe;

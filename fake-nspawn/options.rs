@@ -1,6 +1,6 @@
-//! The command line of systemd-nspawn as its own parser reads it: which version has which option, how long and short forms
-//! are matched, and the checks that need nothing but the arguments (the environment only for `--setenv NAME`). Looks at no file
-//! system; `tree` does. The words of a refusal are the real tool's, because callers show them to people.
+//! The command line of systemd-nspawn as the real parser reads it: which version has which option, how long and short forms are matched,
+//! and the checks that need nothing but the arguments (the environment only for `--setenv NAME`). Does not read the file system; `rootfs`
+//! does. Error messages are those of the real tool, because callers show them to people.
 //!
 //! Longer than a file should be, because it is one table and its grammar.
 
@@ -8,13 +8,13 @@ use std::collections::HashSet;
 
 use crate::values;
 
-/// A refusal of the whole call: one line on stderr, exit status 1.
+/// Refuses the whole call: one line on stderr, exit status 1.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub(crate) struct Refusal {
-    /// The line.
+    /// The line on stderr.
     pub(crate) message: String,
-    /// The error number that is sent to the notification socket.
+    /// The errno that is sent to the notification socket.
     pub(crate) errno: i32,
 }
 
@@ -28,23 +28,23 @@ impl Refusal {
     }
 }
 
-/// What becomes of a call.
+/// The result of parsing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Parsed {
     Help,
     Version,
-    /// `--console=help` and its like: the words, one a line.
+    /// `--console=help` and the like: the known values, one per line.
     Words(Vec<&'static str>),
     Run(Box<Options>),
 }
 
-/// What is the first process.
+/// What runs as PID 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) enum Mode {
     /// The command.
     #[default]
     Plain,
-    /// A stub; the command is the second.
+    /// A stub init; the command is PID 2.
     AsPid2,
     /// The tree's init.
     Boot,
@@ -69,7 +69,7 @@ pub(crate) enum Users {
     Managed,
 }
 
-/// A mount that was asked for.
+/// A requested mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Mount {
     Bind {
@@ -89,7 +89,7 @@ pub(crate) enum Mount {
 }
 
 impl Mount {
-    /// Where it appears in the container.
+    /// The mount point in the container.
     pub(crate) fn destination(&self) -> &str {
         match self {
             Self::Bind { destination, .. }
@@ -100,7 +100,7 @@ impl Mount {
     }
 }
 
-/// A call that asks for a container.
+/// A call that starts a container.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Options {
     pub(crate) version: u32,
@@ -143,7 +143,7 @@ pub(crate) struct Options {
     credentials: HashSet<String>,
     /// Files that credentials are read from.
     pub(crate) credential_files: Vec<String>,
-    /// What is said on stderr although the call goes on.
+    /// Lines for stderr that do not stop the call.
     pub(crate) warnings: Vec<String>,
 }
 
@@ -155,10 +155,10 @@ enum Takes {
 }
 use Takes::{Nothing, Optional, Value};
 
-/// One row: long name, short letter, what follows, first version, last version.
+/// One row: long name, short letter, kind of argument, first version, last version.
 struct Row(&'static str, Option<char>, Takes, u32, u32);
 
-/// The order is the real tool's, because it shows when a shortened name is ambiguous.
+/// In the real tool's order, which is visible if an abbreviated name is ambiguous.
 const TABLE: &[Row] = &[
     Row("help", Some('h'), Nothing, 0, 999),
     Row("version", None, Nothing, 0, 999),
@@ -247,7 +247,7 @@ const TABLE: &[Row] = &[
     Row("forward-journal-keep-free", None, Value, 261, 999),
     Row("forward-journal-max-file-size", None, Value, 261, 999),
     Row("forward-journal-max-files", None, Value, 261, 999),
-    // Short only; the names can't be typed.
+    // Short only; the long names can't be typed.
     Row("\0U", Some('U'), Nothing, 0, 999),
     Row("\0j", Some('j'), Nothing, 0, 999),
 ];
@@ -276,9 +276,9 @@ pub(crate) fn help(version: u32) -> String {
     text
 }
 
-/// Reads the words after the program's name and makes the checks that need no file system.
+/// Parses the arguments after the program's name and makes the checks that need no file system.
 ///
-/// `variable` looks up nspawn's own environment.
+/// `variable` looks up a variable of nspawn's own environment.
 pub(crate) fn parse(
     version: u32,
     words: &[String],
@@ -397,7 +397,7 @@ fn getopt(message: String) -> Refusal {
 }
 
 impl Options {
-    /// One option. The name is from the table; `value` is there when the table wants one.
+    /// One option. The name is from the table; `value` is present if the table requires one.
     fn take(
         &mut self,
         name: &str,
@@ -430,7 +430,7 @@ impl Options {
             "hostname" => drop(values::host_name("hostname", text)?),
             "slice" | "property" => self.scope_settings = true,
             "register" => {
-                // 258 and later have a third state; this stand-in has no service to register with anyway.
+                // 258 and later have a third state; the fake has no service to register with anyway.
                 let auto = version >= 258 && text == "auto";
                 self.register = !auto && values::named_boolean(name, text)?;
             }
@@ -562,7 +562,7 @@ impl Options {
         Ok(())
     }
 
-    /// What can't be combined, in the order in which the real tool looks.
+    /// Rejects invalid combinations, in the order of the real tool.
     fn verify(&mut self) -> Result<(), Refusal> {
         let refuse = |message: &str| Err(Refusal::invalid(message));
         if self.mode == Mode::Boot && self.kill_signal.is_none() {
@@ -573,7 +573,7 @@ impl Options {
         }
         self.read_only |= self.volatile != Volatile::No;
         self.read_only |= self.mounts.iter().any(|mount| mount.destination() == "/");
-        // Up to 257 the host's udev is asked first, and only then what goes with --image.
+        // Up to 257 the host's udev is checked first, and only then the options that `--image` excludes.
         if self.users == Users::Managed && !self.private_network {
             return refuse(
                 "Managed user namespace operation requires private networking, as otherwise /sys/ may not be mounted.",

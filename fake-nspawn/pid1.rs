@@ -1,16 +1,16 @@
-//! The leader: the process that the real tool makes the container's first. It runs the payload as an ordinary child, gives
-//! signals from outside the meaning they have for a first process of a pid namespace, and takes everything with it when
-//! it ends. Three roles of this program make that up without privileges:
+//! The leader: the fake's counterpart of the container's PID 1. It runs the payload as an ordinary child, gives signals from outside the
+//! meaning that they have for PID 1 of a pid namespace, and kills everything when it exits. Three roles of this program achieve that
+//! without privileges:
 //!
-//! - the *leader* blocks all signals, reads them as events and passes on what the kernel would deliver;
-//! - the *payload* ties its life to the leader's, then becomes the command;
-//! - the *guard* waits for the leader's end and kills what SIGKILL on the leader would leave.
+//! - the *leader* blocks all signals, reads them as events and forwards those that the kernel would deliver;
+//! - the *payload* dies with the leader (parent-death signal) and then becomes the command;
+//! - the *guard* waits for the leader's end and kills the processes that a SIGKILL to the leader would leave.
 //!
-//! The leader stands for the payload in `/proc` too: it shows handlers for the signals that the payload has handlers for, a moment
-//! after the payload has them.
+//! The leader also represents the payload in `/proc`: it shows handlers for the signals that the payload handles, shortly after the payload
+//! has installed them.
 //!
-//! What differs from a real container, and stays so: the payload sees the host's paths and process ids, its pid is not 1
-//! (`LISTEN_PID` included), it keeps the caller's user, and a signal that it sends to itself has its usual effect.
+//! Known differences from a real container: the payload sees the host's paths and pids, its pid is not 1 (`LISTEN_PID` included), it keeps
+//! the caller's user, and a signal that it sends to itself has its usual effect.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -35,74 +35,74 @@ use crate::options::Mode;
 use crate::process::{self, RTMIN};
 use crate::scenario::Instead;
 
-/// What this program is called as, in each role.
+/// The process name in each role.
 pub(crate) const PID1_NAME: &str = "(sd-stubinit)";
 pub(crate) const PAYLOAD_NAME: &str = "(sd-payload)";
 pub(crate) const GUARD_NAME: &str = "(sd-guard)";
 
-/// What the leader is to do: its only argument.
+/// The leader's instructions: its only argument.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Plan {
     pub(crate) call_log: PathBuf,
     pub(crate) mode: Mode,
     pub(crate) root: Option<PathBuf>,
     pub(crate) command: Vec<String>,
-    /// The host's directory, or what to print.
+    /// The host's directory, or the error to print.
     pub(crate) cwd: Result<PathBuf, String>,
     pub(crate) instead: Option<Instead>,
     pub(crate) ignore_signals: Vec<i32>,
-    /// The socket at which it is held before it takes any signal.
+    /// The socket on which it waits before it reads any signal.
     pub(crate) late: Option<PathBuf>,
-    /// An identity that only this container has, or nothing.
+    /// An identity that only this container has; may be empty.
     pub(crate) uuid: String,
-    /// The descriptor on which [`End`] is told.
+    /// The descriptor on which [`End`] is reported.
     pub(crate) sender: i32,
-    /// How many descriptors from 3 on the payload gets.
+    /// The number of descriptors from 3 on that the payload inherits.
     pub(crate) passed: i32,
     /// The leader's pid; filled in for the roles that it starts.
     pub(crate) leader: i32,
-    /// The payload's pid, which is its session too; filled in for the guard.
+    /// The payload's pid and session; filled in for the guard.
     pub(crate) payload: i32,
 }
 
-/// How the first process ended, as its parent would see it.
+/// How PID 1 ended, as its parent would see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum End {
     Exit(i32),
-    /// reboot(2) shows as INT (power-off) and HUP (restart), as in any pid namespace.
+    /// reboot(2) appears as INT (power-off) and HUP (restart), as in any pid namespace.
     Signal(i32),
 }
 
-/// What the leader tells first: from now on no signal is lost or kills it.
+/// What the leader reports first: from now on no signal is lost or kills it.
 pub(crate) const READY: &[u8] = b"ready\n";
-/// How often the leader looks which handlers the payload has. Nothing tells it.
+/// How often the leader checks which handlers the payload has. There is no notification for it.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 impl End {
-    /// The end that a status tells, if it tells one.
+    /// The end in a wait status, if the process has ended.
     pub(crate) fn of(status: WaitStatus) -> Option<Self> {
         let exit = status.exit_status().map(Self::Exit);
         exit.or_else(|| status.terminating_signal().map(Self::Signal))
     }
 }
 
-/// In a wait status: there is a core dump.
+/// The core dump flag of a wait status.
 const DUMPED: i32 = 0x80;
 const POWER_OFF: End = End::Signal(2);
 const RESTART: End = End::Signal(1);
 
-/// This program again, in another role.
+/// This program in another role.
 pub(crate) fn role(name: &str, plan: &Plan) -> anyhow::Result<Command> {
     let mut command = Command::new("/proc/self/exe");
     command.arg0(name).arg(serde_json::to_string(plan)?);
     Ok(command)
 }
 
-/// The leader as a program that ignores what can be ignored. A first process without handlers is as deaf, and only the kernel
-/// can make one; whoever looks sees the same, but for the mask of what is ignored.
+/// The leader as a program that ignores every signal that can be ignored. A PID 1 without handlers behaves the same, but only the kernel
+/// can provide one. From outside the two look alike except for the mask of ignored signals.
 pub(crate) fn ignoring_all_signals(plan: &Plan) -> anyhow::Result<Command> {
-    // A shell finds what it executes by a name, and gives it that.
+    // The shell needs a path to execute, and that path becomes the process name.
     let link = plan.call_log.with_file_name(PID1_NAME);
     if let Err(error) = std::os::unix::fs::symlink(std::env::current_exe()?, &link)
         && error.kind() != std::io::ErrorKind::AlreadyExists
@@ -122,7 +122,8 @@ pub(crate) fn ignoring_all_signals(plan: &Plan) -> anyhow::Result<Command> {
     Ok(command)
 }
 
-/// The leader's life. It ends as the payload did: the kernel tells a first process's end to others than its parent.
+/// Runs the leader. It ends in the same way as the payload, because the kernel shows the end of PID 1 to other processes than its parent
+/// too.
 pub(crate) fn run_pid1(mut plan: Plan) -> anyhow::Result<i32> {
     let mut sender = OpenOptions::new()
         .write(true)
@@ -134,7 +135,7 @@ pub(crate) fn run_pid1(mut plan: Plan) -> anyhow::Result<i32> {
     } else {
         mask.thread_block()?;
     }
-    // A process group leader can't; it has its session already.
+    // Fails for a process group leader, which has its own session already.
     setsid().ok();
     prctl::set_child_subreaper(true)?;
     plan.leader = Pid::this().as_raw();
@@ -143,7 +144,7 @@ pub(crate) fn run_pid1(mut plan: Plan) -> anyhow::Result<i32> {
     sender.write_all(READY)?;
     if plan.late.is_some() {
         notify::hold(plan.late.as_deref());
-        // From here on they wait to be read, ignored or not.
+        // From here on signals stay pending, ignored or not.
         mask.thread_block()?;
     }
     let place = plan.call_log.parent().map(Path::to_owned);
@@ -155,11 +156,12 @@ pub(crate) fn run_pid1(mut plan: Plan) -> anyhow::Result<i32> {
     process::kill_descendants();
     sender.write_all(&serde_json::to_vec(&end)?)?;
     match end {
-        // Only the parent learns what was asked of reboot(2).
+        // Only the parent sees what was requested by reboot(2).
         POWER_OFF | RESTART => Ok(0),
         End::Exit(code) => Ok(code),
         End::Signal(number) => {
-            // The payload's own core dump lies where it ended; this one is in nobody's way beside the ledger.
+            // The payload's own core dump is in its working directory; this one goes to the call log's directory, where it disturbs
+            // nothing.
             let place = place.filter(|_| dumped);
             match process::die_by(number, place.as_deref())? {}
         }
@@ -176,7 +178,7 @@ fn close_all_but(keep: &File, passed: i32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What fails between the announcement and the first instruction of the command.
+/// Failures between the announcement and the first instruction of the command.
 #[expect(clippy::print_stderr, reason = "the tool's own words")]
 fn early_end(plan: &Plan) -> Option<End> {
     if let Err(message) = &plan.cwd {
@@ -205,14 +207,14 @@ struct Pid1 {
     plan: Plan,
     events: SignalFd,
     call_log: CallLog,
-    /// The payload's pid; a booted container has none, the init is simulated.
+    /// The payload's pid; a booted container has none, its init is simulated.
     payload: Option<i32>,
-    /// What the stub does when the payload is gone or the time is up.
+    /// The stub's end once the payload has exited or the time is up.
     ending: Option<(End, Instant)>,
     handlers: Handlers,
 }
 
-/// The signals for which the leader shows a handler. None of them ever runs: all signals are blocked.
+/// The signals for which the leader shows a handler. The handlers never run: all signals are blocked.
 struct Handlers {
     runtime: tokio::runtime::Runtime,
     shown: u64,
@@ -226,15 +228,15 @@ impl Handlers {
         Ok(Self { runtime, shown: 0 })
     }
 
-    /// Shows what `payload` has a handler for. What is shown once stays: that misleads nobody, because what arrives is passed
-    /// on by the payload's own handlers alone.
+    /// Installs handlers for the signals that `payload` handles. They are never removed again; that is harmless, because whether a signal
+    /// is forwarded depends on the payload's own handlers.
     fn follow(&mut self, payload: i32) {
         let new = process::caught(payload) & !self.shown;
         let _inside = self.runtime.enter();
         for number in (1..=64).filter(|number| new >> (number - 1) & 1 == 1) {
             self.shown |= 1 << (number - 1);
             let kind = tokio::signal::unix::SignalKind::from_raw(number);
-            // The few that can't be caught in this way are those of programming errors.
+            // Fails only for the few signals of programming errors, such as SIGSEGV.
             tokio::signal::unix::signal(kind).ok();
         }
     }
@@ -268,7 +270,7 @@ impl Pid1 {
         })
     }
 
-    /// How it ended, and whether the payload left a core dump.
+    /// Returns how the container ended, and whether the payload left a core dump.
     fn run(mut self, dumped: &mut bool) -> anyhow::Result<End> {
         loop {
             if let Some(end) = self.reap(dumped) {
@@ -302,7 +304,7 @@ impl Pid1 {
         }
     }
 
-    /// In plain mode the payload is the first process, and what it handles is to be seen here.
+    /// In plain mode the payload is PID 1, so its handlers must be visible on the leader.
     fn mirror_handlers(&mut self) -> PollTimeout {
         match self.payload.filter(|_| self.plan.mode == Mode::Plain) {
             Some(payload) => {
@@ -313,7 +315,7 @@ impl Pid1 {
         }
     }
 
-    /// Takes in ended children; the payload's end is the container's.
+    /// Reaps ended children; the payload's end is the container's.
     fn reap(&mut self, dumped: &mut bool) -> Option<End> {
         let mut ended = None;
         process::reap(|pid, status| {
@@ -325,7 +327,7 @@ impl Pid1 {
         let ended = ended?;
         Some(match (self.plan.mode, self.ending, ended) {
             (Mode::AsPid2, Some((end, _)), _) => end,
-            // The stub has no way to say by which signal; it exits with this.
+            // The stub can't pass on a signal number; it exits with this status.
             (Mode::AsPid2, None, End::Signal(_)) => End::Exit(255),
             (_, _, end) => end,
         })
@@ -352,7 +354,7 @@ impl Pid1 {
         }
     }
 
-    /// The stub's way to end: asks the payload, and waits a minute and a half at most.
+    /// How the stub shuts down: it signals the payload and waits 90 seconds at most.
     fn stop(&mut self, end: End) -> Option<End> {
         let payload = self.payload?;
         self.ending = Some((end, Instant::now() + Duration::from_secs(90)));
@@ -365,7 +367,7 @@ impl Pid1 {
     }
 }
 
-/// The payload's life up to the command: returns only when that could not be run.
+/// Runs the payload's role up to exec. Returns only if the command could not be executed.
 #[expect(clippy::print_stderr, reason = "the tool's own words")]
 pub(crate) fn become_payload(plan: &Plan) -> anyhow::Result<i32> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
@@ -402,13 +404,13 @@ pub(crate) fn become_payload(plan: &Plan) -> anyhow::Result<i32> {
     Ok(1)
 }
 
-/// The guard's life.
+/// Runs the guard.
 pub(crate) fn run_guard(plan: &Plan) -> anyhow::Result<()> {
     setsid()?;
     let Some(leader) = rustix::process::Pid::from_raw(plan.leader) else {
         return Ok(());
     };
-    // An error means that the leader is gone already.
+    // An error means that the leader has ended already.
     let watched = rustix::process::pidfd_open(leader, rustix::process::PidfdFlags::empty());
     if let Ok(watched) = watched
         && getppid().as_raw() == plan.leader

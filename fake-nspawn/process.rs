@@ -1,4 +1,4 @@
-//! What the roles ask of the kernel: signals by number, who descends from whom, which descriptors are open. Decides nothing.
+//! The kernel queries of all roles: signals by number, descendants, open descriptors. Makes no decisions.
 
 use std::collections::HashSet;
 use std::convert::Infallible;
@@ -10,20 +10,20 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::{self, SigSet, Signal};
 use nix::unistd::Pid;
-// The other crate's wait fails on a death by a real-time signal, after it took the child in.
+// nix's wait fails for a death by a real-time signal, after it has already reaped the child.
 use rustix::process::{WaitOptions, WaitStatus};
 
 /// The first real-time signal, as systemd counts.
 pub(crate) const RTMIN: i32 = 34;
 
-/// Sends a signal. A process that is gone is no error.
+/// Sends a signal. A process that has ended is no error.
 pub(crate) fn send(pid: i32, number: i32) {
     match Signal::try_from(number) {
         Ok(known) => {
-            // The only failure left is that the process is gone.
+            // The only remaining error is that the process has ended.
             signal::kill(Pid::from_raw(pid), known).ok();
         }
-        // The safe wrappers of kill(2) know no real-time signals; the shell does.
+        // nix's wrapper of kill(2) does not know real-time signals; the shell does.
         Err(_) => {
             let script = format!("kill -{number} {pid}");
             Command::new("/bin/sh")
@@ -36,9 +36,9 @@ pub(crate) fn send(pid: i32, number: i32) {
     }
 }
 
-/// Ends this process by a signal, with a core dump in this directory or without one. Returns only when that failed.
+/// Ends this process by a signal, with a core dump in this directory or without one. Returns only if that failed.
 pub(crate) fn die_by(number: i32, dump: Option<&Path>) -> io::Result<Infallible> {
-    // What else may have come does not count any more.
+    // Other pending signals no longer matter.
     let mut mask = SigSet::all();
     if let Ok(known) = Signal::try_from(number) {
         mask.remove(known);
@@ -51,7 +51,7 @@ pub(crate) fn die_by(number: i32, dump: Option<&Path>) -> io::Result<Infallible>
     } else {
         "0"
     };
-    // A shell has none of the handlers and ignored signals that the language's runtime set up here.
+    // A shell has none of the handlers and ignored signals that Rust's runtime set up in this process.
     let mut shell = Command::new("/bin/sh");
     shell
         .arg("-c")
@@ -74,7 +74,7 @@ pub(crate) fn signal_name(number: i32) -> String {
 /// Parent and session of a process.
 fn relations(pid: i32) -> Option<(i32, i32)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in brackets may hold anything; what follows the last bracket is numbers.
+    // The name in parentheses may contain anything; only numbers follow the last parenthesis.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     if fields.next() == Some("Z") {
         return None;
@@ -94,7 +94,7 @@ fn living() -> Vec<(i32, i32, i32)> {
         .collect()
 }
 
-/// All living descendants of this process.
+/// All running descendants of this process.
 fn descendants() -> HashSet<i32> {
     let all = living();
     let mut found = HashSet::new();
@@ -109,7 +109,7 @@ fn descendants() -> HashSet<i32> {
     found
 }
 
-/// Kills all descendants, and those that they leave to this process while they die, until there are none.
+/// Kills all descendants, including those that are reparented to this process meanwhile, until there are none.
 pub(crate) fn kill_descendants() {
     loop {
         let left = descendants();
@@ -125,11 +125,11 @@ pub(crate) fn kill_descendants() {
 }
 
 fn reap_one_blocking() {
-    // No child at all means that the tree changed between looking and waiting; the caller looks again.
+    // An error (no child) means that the process tree changed between listing and waiting; the loop lists again.
     rustix::process::wait(WaitOptions::empty()).ok();
 }
 
-/// Takes in all children that have ended or changed, without waiting.
+/// Reaps all children that have ended or changed state, without waiting.
 pub(crate) fn reap(mut seen: impl FnMut(i32, WaitStatus)) {
     let options = WaitOptions::NOHANG | WaitOptions::UNTRACED | WaitOptions::CONTINUED;
     // An error means that there are no children.
@@ -138,8 +138,8 @@ pub(crate) fn reap(mut seen: impl FnMut(i32, WaitStatus)) {
     }
 }
 
-/// Kills what belongs to a container: the processes of the payload's session and those with its identity in their
-/// environment. 0 is no session, the empty text no identity.
+/// Kills the processes of a container: those of the payload's session and those with its identity in their environment. 0 is no session,
+/// the empty string no identity.
 pub(crate) fn kill_members(session: i32, identity: &str) {
     let mark = format!("container_uuid={identity}");
     let belongs = |pid: i32, of: i32| {
@@ -176,12 +176,12 @@ pub(crate) fn children(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// The two groups that the real tool makes below its own: for the container, and for itself.
+/// The two cgroups that the real tool creates below its own: for the container, and for itself.
 #[derive(Debug)]
 pub(crate) struct Groups(PathBuf);
 
 impl Groups {
-    /// Makes them where this process has a control group of version 2 to itself. Without privileges there are none.
+    /// Creates them if this process has a cgroup v2 of its own. Without privileges there are none.
     pub(crate) fn make() -> Option<Self> {
         let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
         let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
@@ -201,7 +201,7 @@ impl Groups {
         Some(Self(own))
     }
 
-    /// Goes into one of them, with everything that is started from now on.
+    /// Moves this process, and everything it starts from now on, into one of them.
     pub(crate) fn enter(&self, name: &str) -> io::Result<()> {
         fs::write(self.0.join(name).join("cgroup.procs"), "0")
     }
@@ -219,7 +219,7 @@ pub(crate) fn caught(pid: i32) -> u64 {
     u64::from_str_radix(&caught, 16).unwrap_or_default()
 }
 
-/// The open descriptors of this process, without the one that was needed to look.
+/// The open descriptors of this process, without the one used for the listing.
 pub(crate) fn open_descriptors() -> io::Result<Vec<i32>> {
     let numbers: Vec<i32> = fs::read_dir("/proc/self/fd")?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())

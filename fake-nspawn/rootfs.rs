@@ -1,5 +1,5 @@
-//! What the real tool finds out by looking: is there a tree, can every mount point be had, who is the user, where does the
-//! command start. Creates missing mount points in a writable tree, as the real one does, and nothing else.
+//! The checks of the real tool that need the file system: whether there is a tree, whether every mount point can be created, who the user
+//! is, where the command starts. Creates missing mount points in a writable tree, as the real tool does, and nothing else.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,20 +10,19 @@ use crate::scenario::Scenario;
 /// A call that can be started.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    /// The tree; nothing for an image, which this stand-in can't look into.
+    /// The tree; `None` for an image, which the fake can't read.
     pub(crate) root: Option<PathBuf>,
     /// The machine's name.
     pub(crate) machine: String,
     /// The environment of the payload, in the real tool's order.
     pub(crate) environment: Vec<(String, String)>,
-    /// The identity that no other container has; empty when it comes from the caller or the tree.
+    /// An identity that no other container has; empty if it was given by the caller or the tree.
     pub(crate) own_uuid: String,
-    /// The host's directory that the payload starts in, or why there is none: the real tool finds out only after it has
-    /// announced the container.
+    /// The host's directory in which the payload starts, or the error: the real tool notices it only after it has announced the container.
     pub(crate) cwd: Result<PathBuf, String>,
 }
 
-/// Looks at everything. The order of the checks is the real tool's.
+/// Makes all checks, in the real tool's order.
 pub(crate) fn prepare(options: &Options, scenario: &Scenario) -> Result<Prepared, Refusal> {
     if scenario.version >= 258 && scenario.legacy_cgroups {
         return Err(Refusal {
@@ -97,7 +96,7 @@ fn root(options: &Options) -> Result<Option<PathBuf>, Refusal> {
                 shown.display()
             ));
         } else {
-            // Nothing is copied here: the template itself stands in for its copy.
+            // Nothing is copied here: the template itself serves as its copy.
             return Ok(fs::canonicalize(template).ok());
         }
     }
@@ -191,7 +190,7 @@ fn check_root(options: &Options, root: &Path) -> Result<(), Refusal> {
     check_mapping(options)
 }
 
-/// A root that is put together from several mounts can't be mapped, which the real tool finds in its child. Seen with a picked range.
+/// A root that is composed of several mounts can't be id-mapped, which the real tool notices in its child. Observed with a picked range.
 fn check_mapping(options: &Options) -> Result<(), Refusal> {
     let several = matches!(options.volatile, Volatile::Yes | Volatile::State);
     let mapped = matches!(options.ownership.as_deref(), Some("map" | "auto"));
@@ -273,7 +272,7 @@ fn check_mounts(options: &Options, root: Option<&Path>) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// The directories that the real tool mounts over but can't make in a tree that it may not write to.
+/// The directories that the real tool mounts over but can't create in a read-only tree.
 fn check_base(options: &Options, root: &Path) -> Result<(), Refusal> {
     let needed: &[&str] = match options.volatile {
         Volatile::State => &["var", "sys", "dev", "run", "tmp", "proc"],
@@ -396,7 +395,7 @@ fn home(options: &Options, root: Option<&Path>) -> Result<(String, String), Refu
         ))
     };
     let root = root.ok_or_else(unknown)?;
-    // The real tool asks the tree's own getent.
+    // The real tool runs the tree's own getent.
     if !["bin/getent", "usr/bin/getent"]
         .iter()
         .any(|path| root.join(path).exists())
@@ -463,7 +462,7 @@ fn environment(
     all
 }
 
-/// How many descriptors from number 3 on nspawn was given to pass through.
+/// The number of descriptors from 3 on that nspawn was given to pass through.
 pub(crate) fn passed_descriptors() -> Option<i32> {
     let number = |name: &str| std::env::var(name).ok()?.parse::<u32>().ok();
     let count = number("LISTEN_FDS").filter(|count| *count > 0)?;

@@ -1,5 +1,5 @@
-//! The scenario file beside the link: what a test wants to go differently from a plain, healthy host. An absent file is a
-//! healthy host; a file with a word that is not known here is an error, never ignored. Holds data only, acts on nothing.
+//! The scenario file beside the link: what a test wants to go differently from a plain, healthy host. Without the file the host is healthy;
+//! an unknown key in it is an error and never ignored. Holds data only and acts on nothing.
 //!
 //! ```json
 //! {
@@ -18,18 +18,18 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Scenario {
-    /// The systemd version to be, 244 to 262. Options that it lacks are refused.
+    /// The systemd version to simulate, 244 to 262. Options that it lacks are refused.
     pub(crate) version: u32,
-    /// `--version` is never answered.
+    /// `--version` never returns.
     pub(crate) version_hangs: bool,
     /// The host has cgroup v1 or both: 258 and later refuse to run.
     pub(crate) legacy_cgroups: bool,
     /// The host has udev, which images need up to 257.
     pub(crate) udev: bool,
-    /// The host has a system bus, which everything but `--keep-unit --register=no` needs.
+    /// The host has a system bus, which is required unless `--keep-unit --register=no` is given.
     pub(crate) bus: bool,
-    /// What each start does: the first start takes the first entry and so on, the last entry serves all further ones.
-    /// `--version` and `--help` are not starts.
+    /// What each start does: the first start takes the first entry and so on; the last entry serves all further starts. `--version` and
+    /// `--help` are not starts.
     pub(crate) calls: Vec<Call>,
 }
 
@@ -46,31 +46,31 @@ impl Default for Scenario {
     }
 }
 
-/// What one start does. Everything absent is the healthy life.
+/// What one start does. Without any field it is a healthy start.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct Call {
-    /// Ends at once, after the arguments were found good, before anything is started.
+    /// Exits immediately, after the arguments have been accepted and before anything is started.
     pub(crate) refuse: Option<Refuse>,
     /// Milliseconds before the container is started and announced. TERM and INT end the wait.
     pub(crate) delay_before_notify_ms: u64,
-    /// Milliseconds between the end of the container and the end of nspawn.
+    /// Milliseconds between the container's end and the exit of nspawn.
     pub(crate) delay_before_exit_ms: u64,
-    /// Starts the container but never says so.
+    /// Starts the container but never sends the ready notification.
     pub(crate) never_notify: bool,
     /// nspawn dies by this signal number before the container is started.
     pub(crate) die_before_notify: Option<i32>,
-    /// Held between the start of the container and the word of it, for as long as whoever listens on this socket wants: see
+    /// Waits between the start of the container and its ready notification, for as long as the listener on this socket wants: see
     /// [`crate::notify::hold`].
     pub(crate) pause_before_notify: Option<PathBuf>,
-    /// The same between the end of the container and the end of nspawn.
+    /// The same between the container's end and the exit of nspawn.
     pub(crate) pause_before_exit: Option<PathBuf>,
-    /// With `--boot`: for as long as whoever listens on this socket wants, signals to the init are lost, as they are to a first
-    /// process that has no handlers yet.
+    /// For as long as the listener on this socket wants, signals to the leader are lost, as they are for a PID 1 that has no handlers yet.
+    /// With `--boot`.
     pub(crate) pause_before_signals: Option<PathBuf>,
     /// nspawn's exit status, whatever the container's was.
     pub(crate) exit_status: Option<i32>,
-    /// Signal numbers to the leader that never reach the payload, handler or not.
+    /// Signal numbers that the leader never forwards to the payload, handler or not.
     pub(crate) ignore_signals: Vec<i32>,
     /// What the payload (with `--boot`: the init) does instead of its work.
     pub(crate) instead: Option<Instead>,
@@ -90,7 +90,7 @@ pub(crate) struct Refuse {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Instead {
-    /// `true`: does nothing, has no signal handlers, lives until it is killed. `false`: runs the command after all.
+    /// `true`: does nothing, has no signal handlers, runs until it is killed. `false`: runs the command after all.
     Sleep(bool),
     /// Exits with this status.
     Exit(i32),
@@ -112,7 +112,7 @@ impl Scenario {
         serde_json::from_slice(&text).with_context(|| path.display().to_string())
     }
 
-    /// The entry for the start of this number, counted from 0.
+    /// The entry for the start with this number, counted from 0.
     pub(crate) fn call(&self, number: usize) -> Call {
         let entry = self.calls.get(number).or_else(|| self.calls.last());
         entry.cloned().unwrap_or_default()

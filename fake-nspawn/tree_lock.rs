@@ -1,4 +1,4 @@
-//! The lock of a tree, as the real tool takes it and gives it up: shared or alone, and whoever is the last removes the file.
+//! The lock of a tree, acquired and released as in the real tool: shared or exclusive, and the last holder removes the file.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -15,7 +15,7 @@ pub(crate) struct TreeLock {
 }
 
 impl TreeLock {
-    /// Locks a tree, unless another has. A root directory has no place beside it, and no lock here.
+    /// Locks a tree unless another process has it locked. The root directory has no parent for the lock file and is not locked.
     pub(crate) fn take(tree: &Path, shared: bool) -> Result<Option<Self>, Errno> {
         let Some(name) = tree.file_name() else {
             return Ok(None);
@@ -40,7 +40,7 @@ impl TreeLock {
                     nix::libc::F_WRLCK
                 },
             )?;
-            // The one that held it may have removed it.
+            // The previous holder may have removed the file.
             if file.metadata().is_ok_and(|about| about.nlink() > 0) {
                 return Ok(Some(Self { file, path }));
             }

@@ -1,5 +1,5 @@
-//! The grammar of single option values: what a capability, a port, a bind mount or a machine name is. Pure; knows nothing of
-//! how options combine. Longer than a file should be, because it is one short function per grammar and their tables.
+//! The grammar of single option values: capability, port, bind mount, machine name and so on. Pure; does not know how options combine.
+//! Longer than a file should be, because it is one short function per grammar and their tables.
 
 use crate::options::{Mount, Refusal, Users, Volatile};
 
@@ -47,7 +47,7 @@ const CAPABILITIES: &[&str] = &[
     "checkpoint_restore",
 ];
 
-/// What a container keeps without being asked.
+/// The capabilities that a container keeps by default.
 pub(crate) const DEFAULT_CAPABILITIES: u64 = {
     let (net_admin, ipc_lock, sys_module, sys_rawio, sys_pacct, sys_time) =
         (12, 14, 16, 17, 20, 25);
@@ -61,7 +61,7 @@ pub(crate) const DEFAULT_CAPABILITIES: u64 = {
             | 1 << sys_time)
 };
 
-/// What a private network adds.
+/// The capability that a private network adds.
 pub(crate) const NET_ADMIN: u64 = 1 << 12;
 
 const CONSOLES: &[&str] = &["autopipe", "interactive", "passive", "pipe", "read-only"];
@@ -109,7 +109,7 @@ const PERSONALITIES: &[&str] = if cfg!(target_arch = "aarch64") {
     &["x86", "x86-64"]
 };
 
-/// The words that `help` as a value prints, for the options that have this.
+/// The values that an option lists for the value `help`, for the options that have it.
 pub(crate) fn listed(version: u32, option: &str) -> Option<Vec<&'static str>> {
     let words = match option {
         "console" => CONSOLES,
@@ -151,7 +151,7 @@ pub(crate) fn console(version: u32, text: &str) -> Result<String, Refusal> {
 }
 
 pub(crate) fn ownership(text: &str) -> Result<String, Refusal> {
-    // The word in the message is a slip of 252's own.
+    // The wrong option name in the message is a mistake of systemd 252 itself.
     one_of(
         u32::MAX,
         "private-users-ownership",
@@ -199,7 +199,7 @@ pub(crate) fn named_boolean(option: &str, text: &str) -> Result<bool, Refusal> {
         .ok_or_else(|| Refusal::invalid(format!("Failed to parse --{option}= argument: {text}")))
 }
 
-/// The options that change nothing in this stand-in's life: checked, then forgotten.
+/// The options that change nothing in the fake's behaviour: validated, then dropped.
 pub(crate) fn check(version: u32, option: &str, text: &str) -> Result<(), Refusal> {
     let parameter = || Refusal::invalid(format!("Failed to parse --{option}= parameter: {text}"));
     match option {
@@ -292,7 +292,7 @@ fn rlimit(text: &str) -> Result<(), Refusal> {
     }
 }
 
-/// A machine or host name; the empty one is as good as none.
+/// A machine or host name; an empty one counts as none.
 pub(crate) fn host_name(what: &str, text: &str) -> Result<Option<String>, Refusal> {
     if text.is_empty() {
         return Ok(None);
@@ -311,7 +311,7 @@ pub(crate) fn host_name(what: &str, text: &str) -> Result<Option<String>, Refusa
     Err(Refusal::invalid(format!("Invalid {what}: {text}")))
 }
 
-/// 128 bits in hexadecimal, with or without dashes; given back with dashes.
+/// 128 bits in hexadecimal, with or without dashes; returned with dashes.
 pub(crate) fn uuid(text: &str) -> Result<String, Refusal> {
     let digits = text.replace('-', "");
     let dashes = text
@@ -328,7 +328,7 @@ pub(crate) fn uuid(text: &str) -> Result<String, Refusal> {
     Ok(dashed(&digits.to_ascii_lowercase()))
 }
 
-/// Puts the dashes into 32 digits.
+/// Inserts the dashes into 32 digits.
 pub(crate) fn dashed(digits: &str) -> String {
     [
         &digits[..8],
@@ -372,8 +372,7 @@ pub(crate) fn variable_name(name: &str) -> bool {
             .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
-/// What a variable that is an argument may be: text without the characters that Unicode keeps free of meaning, before 248 also
-/// without control characters but tab and newline.
+/// A valid value of a variable given as an argument: no Unicode noncharacters, before 248 also no control characters but tab and newline.
 pub(crate) fn variable_value(value: &str, version: u32) -> bool {
     value.chars().all(|char| {
         let code = u32::from(char);
@@ -416,7 +415,7 @@ pub(crate) fn private_users(version: u32, value: Option<&str>) -> Result<Users, 
         ("pick", _) => return Ok(Users::Pick),
         ("identity", _) if version >= 249 => return Ok(Users::Identity),
         ("managed", _) if version >= 258 => return Ok(Users::Managed),
-        // A lone 0 or 1 is a word here before it is a number.
+        // A lone 0 or 1 is a boolean here before it is a number.
         (_, Some(true)) => return Ok(Users::Fixed),
         (_, Some(false)) => return Ok(Users::No),
         _ => {}
@@ -468,7 +467,7 @@ pub(crate) fn capabilities(text: &str) -> Result<u64, Refusal> {
     Ok(mask)
 }
 
-/// A port mapping; gives back what must be unique.
+/// A port mapping; returns the part that must be unique.
 pub(crate) fn port(text: &str) -> Result<String, Refusal> {
     let (protocol, rest) = match text.split_once(':') {
         Some((word @ ("tcp" | "udp"), rest)) => (word, rest),
@@ -508,7 +507,7 @@ fn good_interface(name: &str) -> bool {
     shape && !number && letters
 }
 
-/// A host's interface, from 254 on with the name it gets in the container.
+/// A host's interface, from 254 on with the name that it gets in the container.
 pub(crate) fn host_interface(version: u32, text: &str) -> Result<String, Refusal> {
     let (host, inner) = match text.split_once(':') {
         Some((host, inner)) if version >= 254 => (host, inner),
@@ -532,7 +531,7 @@ pub(crate) fn veth_extra(text: &str) -> Result<(), Refusal> {
     )))
 }
 
-/// A credential; gives back its name.
+/// A credential; returns its name.
 pub(crate) fn credential(option: &str, text: &str, version: u32) -> Result<String, Refusal> {
     let Some((id, value)) = text.split_once(':') else {
         let message = if version >= 254 {
@@ -554,7 +553,7 @@ pub(crate) fn credential(option: &str, text: &str, version: u32) -> Result<Strin
     Ok(id.to_owned())
 }
 
-/// Splits at colons; a backslash takes the next character as it is.
+/// Splits at colons; a backslash escapes the next character.
 fn words(text: &str, most: usize) -> Vec<String> {
     let mut found = vec![String::new()];
     let mut characters = text.chars();
@@ -653,7 +652,7 @@ fn bind(version: u32, text: &str, bad: impl Fn() -> Refusal) -> Result<Mount, Re
 
 fn word_list(text: &str) -> String {
     let options = words(text, 3).pop().unwrap_or_default();
-    // The first word that is not known ends the list in the real tool's message too.
+    // In the real tool too the message ends at the first unknown option.
     options
         .split(',')
         .find(|word| !["rbind", "norbind", "noidmap", "idmap", "rootidmap"].contains(word))

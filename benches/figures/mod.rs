@@ -1,4 +1,4 @@
-//! What the benchmarks read of processes and how they say it. Measures nothing by itself.
+//! Reads process figures from /proc and formats them for the benchmarks. Measures nothing itself.
 
 #![allow(
     dead_code,
@@ -14,7 +14,7 @@ pub(crate) fn ms(span: Duration) -> f64 {
     span.as_secs_f64() * 1000.0
 }
 
-/// A field of a file of a process in `/proc` that is counted in KiB.
+/// A field of a file of a process in `/proc` that is given in KiB.
 pub(crate) fn kib(pid: i32, file: &str, field: &str) -> f64 {
     let text = fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
     let value = text.lines().find_map(|line| {
@@ -27,7 +27,7 @@ pub(crate) fn kib(pid: i32, file: &str, field: &str) -> f64 {
     value.unwrap_or(f64::NAN)
 }
 
-/// How often a process was given a processor: its wake-ups, and where it was interrupted.
+/// How many times a process was scheduled: its wake-ups and preemptions.
 pub(crate) fn switches(pid: i32) -> anyhow::Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let all = text
@@ -37,8 +37,8 @@ pub(crate) fn switches(pid: i32) -> anyhow::Result<u64> {
     Ok(all.sum())
 }
 
-/// Processor time of a process with all its threads, user and system, in the kernel's ticks of 10 ms: fields 14 and 15 of its
-/// `stat`. The second field is a name in brackets that may hold anything.
+/// CPU time of a process with all its threads, user and system, in the kernel's ticks of 10 ms: fields 14 and 15 of its `stat`. The second
+/// field is a name in parentheses that may contain anything.
 pub(crate) fn ticks(pid: i32) -> anyhow::Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let fields = text.rsplit(')').next().unwrap_or_default();

@@ -1,5 +1,5 @@
-//! The channel to the supervisor: one JSON value a packet, descriptors beside it. Never waits for a supervisor that does not
-//! read, and never takes its death for an error: the container lives on.
+//! The init's end of the channel to the supervisor (runs in the container): one JSON value per packet, descriptors as ancillary data. Never
+//! blocks on a supervisor that does not read, and does not treat the supervisor's death as an error: the container keeps running.
 
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
@@ -14,21 +14,21 @@ use rustix::net::{
     shutdown,
 };
 
-/// How long the last words wait for room, in seconds. Only a supervisor that stands still lets them wait at all.
+/// How long, in seconds, the last events may wait for space in the socket buffer. They wait only if the supervisor has stopped reading.
 const FLUSH_TIMEOUT_SECS: i64 = 5;
 
-/// One end of a socket of the `SOCK_SEQPACKET` kind.
+/// One end of a `SOCK_SEQPACKET` socket.
 pub(crate) struct Channel {
-    /// None once there is nobody at the other end.
+    /// None once the peer has closed its end.
     socket: Option<OwnedFd>,
-    /// Words for which there was no room.
+    /// Encoded events that did not fit into the socket buffer.
     unsent: VecDeque<Vec<u8>>,
 }
 
-/// One packet as it came.
+/// One received packet.
 pub(crate) struct Packet {
     pub(crate) bytes: Vec<u8>,
-    /// At most four: one more than any request has, so that too many are seen as such.
+    /// At most four: one more than any request carries, so that a packet with too many is detected.
     pub(crate) descriptors: Vec<OwnedFd>,
 }
 
@@ -40,16 +40,16 @@ impl Channel {
         }
     }
 
-    /// Sends a word, or keeps it until there is room for it.
+    /// Sends an event, or queues it until the socket buffer has space.
     pub(crate) fn send(&mut self, event: &InitEvent) {
         self.unsent.push_back(packet(event));
         self.flush();
     }
 
-    /// Sends what was kept, as far as there is room.
+    /// Sends queued events until the socket buffer is full.
     pub(crate) fn flush(&mut self) {
         while let (Some(socket), Some(packet)) = (&self.socket, self.unsent.front()) {
-            // A SIGPIPE would be taken for one that somebody sent to the command.
+            // Without NOSIGNAL this process would get a SIGPIPE and forward it to the command.
             match send(socket, packet, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
                 Ok(_) => {
                     self.unsent.pop_front();
@@ -61,7 +61,8 @@ impl Channel {
         }
     }
 
-    /// Sends everything, and gives up only on a supervisor that does not read for [`FLUSH_TIMEOUT_SECS`]. Nothing is heard after it.
+    /// Sends everything that is queued. Gives up only if the supervisor does not read for [`FLUSH_TIMEOUT_SECS`]. Later requests are not
+    /// read.
     pub(crate) fn finish(&mut self) {
         self.shutdown_read();
         loop {
@@ -82,7 +83,7 @@ impl Channel {
         }
     }
 
-    /// A socket that is closed with something unread is an error at the other end, in place of the words that are still there.
+    /// Closing a socket with unread data makes the peer's next read fail, and the events still queued there would be lost.
     fn shutdown_read(&self) {
         if let Some(socket) = &self.socket {
             let _ = shutdown(socket, Shutdown::Read);
@@ -92,7 +93,7 @@ impl Channel {
         }
     }
 
-    /// Waits for the next packet. `None` once there is nobody at the other end.
+    /// Waits for the next packet. `None` once the peer has closed its end.
     pub(crate) fn await_packet(&mut self) -> Option<Packet> {
         loop {
             let (socket, flags) = self.interest()?;
@@ -111,7 +112,7 @@ impl Channel {
         }
     }
 
-    /// What to wait for: requests, or room for what was kept. Whoever does not read the answers is not asked for more.
+    /// What to poll for: requests, or space for queued events. No requests are read from a peer that does not read the answers.
     pub(crate) fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
         let flags = if self.unsent.is_empty() {
             PollFlags::IN
@@ -121,11 +122,11 @@ impl Channel {
         Some((self.socket.as_ref()?.as_fd(), flags))
     }
 
-    /// The next packet, if one is there. `ended` says that the other end was seen to be closed.
+    /// The next packet, if there is one. `ended`: poll has reported that the peer closed its end.
     pub(crate) fn next(&mut self, ended: bool) -> Option<Packet> {
         let socket = self.socket.as_ref()?;
         match receive(socket.as_fd()) {
-            // No packet of ours is empty: it is the end, or somebody's nonsense.
+            // The driver sends no empty packets: an empty one is end of file, or malformed.
             Ok(packet) if packet.bytes.is_empty() && ended => {
                 self.close();
                 None
@@ -145,12 +146,12 @@ impl Channel {
     }
 }
 
-/// Takes one packet off the socket, in a buffer of its size: an idle program holds none.
+/// Receives one packet into a buffer of its size, so that an idle process holds no large buffer.
 fn receive(socket: BorrowedFd<'_>) -> rustix::io::Result<Packet> {
     let mut nothing = [0; 0];
     let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
     let (_, length) = recv(socket, &mut nothing[..], flags)?;
-    // A longer one is cut there, and refused for its length.
+    // A longer packet is truncated here and then rejected because of its length.
     let mut bytes = vec![0; length.min(MAX_PACKET_BYTES + 1)];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

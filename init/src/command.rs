@@ -1,5 +1,5 @@
-//! How a command is found and executed: as execvp(3) does, and with the truth about what went wrong. Becomes nothing and starts
-//! nothing itself: whoever calls says which.
+//! Finds and executes a command the way execvp(3) does, with precise errors. Runs in the container's init. Neither execs nor forks itself:
+//! the caller decides which.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -18,16 +18,16 @@ use crate::raw::with_default_signals_and_limits;
 /// Variables by name.
 pub(crate) type Environment = BTreeMap<OsString, OsString>;
 
-/// Where execvp(3) looks if there is no `PATH`.
+/// The search path of execvp(3) when `PATH` is unset.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
 const SHELL: &str = "/bin/sh";
-/// The shells of a container and how they are called as login shells, as systemd-nspawn has it.
+/// The shells of a container and their argv[0] as login shells, the same as in systemd-nspawn.
 const LOGIN_SHELLS: [(&str, &str); 2] = [("/bin/bash", "-bash"), (SHELL, "-sh")];
 
-/// A longer name of a file is cut: it must not be what makes a message too long.
+/// Longer file names are truncated, so that a name can't make an event exceed the packet limit.
 const MAX_NAME_BYTES: usize = 4096;
 
-/// This process's variables without those that were meant for it, and these set over them.
+/// This process's environment without the variables that were meant for the init itself, overridden by `over`.
 pub(crate) fn environment(over: Vec<(String, String)>) -> Environment {
     #[expect(
         clippy::disallowed_methods,
@@ -42,7 +42,7 @@ pub(crate) fn environment(over: Vec<(String, String)>) -> Environment {
     environment
 }
 
-/// Sets these variables over those.
+/// Adds the variables in `over`, replacing existing ones.
 pub(crate) fn set_over(environment: &mut Environment, over: Vec<(String, String)>) {
     let over = over
         .into_iter()
@@ -50,20 +50,20 @@ pub(crate) fn set_over(environment: &mut Environment, over: Vec<(String, String)
     environment.extend(over);
 }
 
-/// A trouble with this error's number.
+/// A [`StartError`] with the errno of `error`.
 pub(crate) fn start_error(step: Step, file: impl AsRef<OsStr>, error: &io::Error) -> StartError {
     let mut file = file.as_ref().to_string_lossy().into_owned();
     file.truncate(file.floor_char_boundary(MAX_NAME_BYTES));
     StartError {
         step,
         file,
-        // Without a number there was no call: a word with a NUL byte.
+        // An error without an errno comes from before the system call: an argument with a NUL byte.
         errno: error.raw_os_error().unwrap_or(libc::EINVAL),
     }
 }
 
-/// Looks the command up and has it executed by `by`, which gets it ready with words and variables and is called again for the
-/// next file along `PATH` where one can't be executed. No words: a login shell.
+/// Looks the command up and passes it to `by`, which executes it. Tries the next file along `PATH` if one can't be executed. An empty
+/// argument list means a login shell.
 pub(crate) fn execute<T>(
     words: &[String],
     environment: &Environment,
@@ -85,7 +85,7 @@ pub(crate) fn execute<T>(
             Err(start_error) if name.contains('/') || !is_passed_over(start_error.errno) => {
                 return Err(start_error);
             }
-            // A file that may not be executed says more than one that is not there.
+            // A file that can't be executed explains more than one that does not exist.
             Err(start_error) => {
                 if rank(&start_error) > rank(&seen) {
                     seen = start_error;
@@ -117,10 +117,10 @@ fn login_shell<T>(
     Err(seen)
 }
 
-/// One file, as it is to be executed.
+/// One file and the arguments it is executed with.
 struct Invocation<'a> {
     file: &'a Path,
-    /// The zeroth argument.
+    /// argv[0].
     name: &'a OsStr,
     rest: &'a [String],
     environment: &'a Environment,
@@ -131,7 +131,7 @@ impl Invocation<'_> {
         &self,
         by: &mut impl FnMut(&mut Command) -> io::Result<T>,
     ) -> Result<T, StartError> {
-        // Saves a process for each directory of `PATH`, and tells this case from a file whose interpreter is not there.
+        // Saves a fork per directory of `PATH`, and distinguishes a missing file from a file whose interpreter is missing.
         if let Err(error) = fs::metadata(self.file)
             && is_missing(error.raw_os_error())
         {
@@ -144,7 +144,7 @@ impl Invocation<'_> {
             Err(error) => error,
         };
         match error.raw_os_error() {
-            // The GNU C library has been that way already.
+            // glibc's execvp has this fallback itself and has tried it already.
             Some(libc::ENOEXEC) => {
                 let mut script = command_of_shell(self.file, self.environment);
                 script.args(self.rest);
@@ -167,14 +167,14 @@ fn command(file: &Path, environment: &Environment) -> Command {
     command
 }
 
-/// A script without a first line that says whose it is belongs to the shell.
+/// A script without a `#!` line is run by the shell.
 fn command_of_shell(file: &Path, environment: &Environment) -> Command {
     let mut shell = command(Path::new(SHELL), environment);
     shell.arg(file);
     shell
 }
 
-/// Where a command of this name may be, each with a slash so that nobody looks it up again.
+/// The paths to try for a command name. Each contains a slash, so that exec does not search `PATH` again.
 fn candidates(name: &str, path: Option<&OsString>) -> Vec<PathBuf> {
     if name.is_empty() {
         return Vec::new();
@@ -204,7 +204,7 @@ fn is_missing(errno: Option<i32>) -> bool {
     matches!(errno, Some(libc::ENOENT | libc::ENOTDIR))
 }
 
-/// After which errors execvp(3) looks further along `PATH`.
+/// The errors after which execvp(3) continues along `PATH`.
 fn is_passed_over(errno: i32) -> bool {
     matches!(
         errno,
@@ -212,7 +212,7 @@ fn is_passed_over(errno: i32) -> bool {
     )
 }
 
-/// How much a trouble says about why a command does not run.
+/// How much an error says about why a command does not run: higher is more specific.
 fn rank(start_error: &StartError) -> u8 {
     match (start_error.step, start_error.errno) {
         (Step::Execute, libc::ENOENT | libc::ENOTDIR) => 0,

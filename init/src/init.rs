@@ -1,5 +1,5 @@
-//! Running as the container's PID 1, with the command as a child. Passes on every signal, reaps whatever ends, runs further
-//! commands on request, and ends with the command. Judges nothing: what ended how is told as the kernel told it.
+//! The init mode: runs as the container's PID 1 with the command as its child. Forwards every signal to the command, reaps all children,
+//! runs exec sessions on request and exits when the command does. Reports wait statuses unchanged and does not interpret them.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -24,21 +24,21 @@ use crate::channel::{Channel, Packet};
 use crate::command::{Environment, execute, set_over, start_error};
 use crate::{Command as Task, enter, wait_for_start};
 
-/// A container's first process while its command runs.
+/// The container's PID 1 while its command runs.
 pub(crate) struct Init {
     channel: Channel,
     signals: SignalFd,
-    /// What the command was given, for those that come after it.
+    /// The command's environment, the base for exec sessions.
     environment: Environment,
     directory: Option<PathBuf>,
-    /// Where this process stands: it would keep the command's directory busy.
+    /// This process's own working directory. Staying in the command's directory would keep that one busy.
     home: Option<OwnedFd>,
     command: Pid,
-    /// Further commands that run, by the numbers of their requests.
+    /// Running exec sessions by request id.
     exec_sessions: BTreeMap<u64, Pid>,
 }
 
-/// Starts the command and tells that it runs. An error has been told to nobody; the channel comes back with it.
+/// Starts the command and reports that it runs. On an error nothing has been reported; the caller gets the channel back to do so.
 pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, StartError)> {
     let home = open(
         ".",
@@ -71,7 +71,7 @@ fn start_command(
 ) -> Result<(SignalFd, Pid), StartError> {
     let fork = |error: nix::Error| start_error(Step::Fork, "", &error.into());
     prctl::set_name(c"nspawn-init").map_err(fork)?;
-    // The kernel gives a first process every orphan; one that is none, in a test, has to ask for them.
+    // The kernel reparents orphans to PID 1; a process that is not PID 1, as in a test, has to become a subreaper.
     prctl::set_child_subreaper(true).map_err(fork)?;
     let signals = SignalFd::with_flags(
         &SigSet::all(),
@@ -99,12 +99,12 @@ fn spawn(
 }
 
 fn restore_directory(home: Option<&OwnedFd>) {
-    // In the wrong place it is still a good init, and every further command enters its own.
+    // The init works in any directory, and every exec session enters its own.
     let _ = home.map(fchdir);
 }
 
 impl Init {
-    /// Waits for the command's end. Returns how it ended, after telling so.
+    /// Runs until the command has exited, reports its wait status and returns it.
     pub(crate) fn run(mut self) -> WaitStatus {
         loop {
             let channel = self.poll();
@@ -126,7 +126,7 @@ impl Init {
         }
     }
 
-    /// Waits for signals and the channel. What there is on the channel.
+    /// Waits for signals and the channel. Returns the poll events of the channel.
     fn poll(&self) -> PollFlags {
         let mut descriptors = vec![PollFd::new(&self.signals, PollFlags::IN)];
         if let Some((socket, flags)) = self.channel.interest() {
@@ -136,12 +136,12 @@ impl Init {
             Ok(_) => descriptors
                 .get(1)
                 .map_or(PollFlags::empty(), PollFd::revents),
-            // Nobody interrupts a process that blocks every signal but a debugger.
+            // All signals are blocked, so only a debugger can interrupt the poll.
             Err(_) => PollFlags::empty(),
         }
     }
 
-    /// Sends every signal that came on to the command. It has not been waited for yet, so its process id is still its own.
+    /// Forwards all pending signals to the command. The command has not been reaped yet, so its pid can't have been reused.
     fn pass_signals_on(&self) {
         while let Ok(Some(information)) = self.signals.read_signal() {
             let number = i32::try_from(information.ssi_signo).unwrap_or_default();
@@ -151,7 +151,7 @@ impl Init {
         }
     }
 
-    /// Reaps all that has ended. Some: the command is among them.
+    /// Reaps all exited children. Returns the command's wait status if it is among them.
     fn reap(&mut self) -> Option<WaitStatus> {
         let mut ended = None;
         loop {
@@ -208,7 +208,7 @@ impl Init {
                     send(*pid, signal);
                 }
             }
-            // It went long ago.
+            // The command has been running for a while.
             Ok(Request::Go) => {}
             Err(_) => {
                 if let Some(id) = number_of(&packet.bytes) {
@@ -254,10 +254,10 @@ impl Init {
     }
 }
 
-/// Sends a signal to a child that has not been waited for; it may have ended. A number that is no signal is passed over.
+/// Sends a signal to a child that has not been reaped; it may be a zombie. Invalid signal numbers are ignored.
 fn send(pid: Pid, number: i32) {
     if let Some(signal) = Signal::from_raw(number) {
-        // The only error left is that it may not be sent: to a program that changed its user, from an init without rights.
+        // The only remaining error is EPERM: the program changed its user and the init is not privileged.
         let _ = kill_process(pid, signal);
     }
 }
@@ -266,7 +266,7 @@ fn refused(errno: i32) -> StartError {
     start_error(Step::Order, "", &io::Error::from_raw_os_error(errno))
 }
 
-/// The number of a request to run something that can't be read otherwise.
+/// The id of an exec request that can't be decoded otherwise.
 fn number_of(packet: &[u8]) -> Option<u64> {
     #[derive(Deserialize)]
     #[serde(rename_all = "snake_case")]

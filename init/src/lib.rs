@@ -1,64 +1,64 @@
-//! The interface of the driver's own init: the descriptors it finds, its spec, the requests and events on its channel. Shared by
-//! the program and by the supervisor that starts it. Types and their text form only: reads no descriptor, starts nothing.
+//! The interface of the driver's own init: its inherited descriptors, its init spec, and the requests and events on its channel. Used by
+//! the init in the container and by the supervisor that starts it. Only types and their encoding: reads no descriptor, starts nothing.
 //!
-//! systemd-nspawn passes descriptors from 3 on to the first process (`sd_listen_fds(3)`); [`Descriptor`] says which is which.
-//! The channel is a socket of the `SOCK_SEQPACKET` kind: every message is one packet, and carries one JSON value.
+//! systemd-nspawn passes descriptors from 3 on to the container's first process (`sd_listen_fds(3)`); [`Descriptor`] lists them. The
+//! channel is a `SOCK_SEQPACKET` socket: each message is one packet with one JSON value.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// A longer packet was not written by us.
+/// The driver never writes a longer packet.
 pub const MAX_PACKET_BYTES: usize = 128 * 1024;
 
-/// A larger order was not written by us. The kernel takes 2 MiB of arguments and environment by default, 6 MiB at most.
+/// The driver never writes a larger init spec. The kernel's limit for arguments and environment is 2 MiB by default, 6 MiB at most.
 pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
 
-/// Exit status when the command was found and can't be executed, as shells and docker have it.
+/// Exit status if the command was found but can't be executed, the same as in shells and Docker.
 pub const NOT_EXECUTABLE: i32 = 126;
-/// Exit status when the command was not found, as shells and docker have it.
+/// Exit status if the command was not found, the same as in shells and Docker.
 pub const NOT_FOUND: i32 = 127;
 
-/// The descriptors that the program finds, in this order.
+/// The descriptors that the init inherits, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Descriptor {
     /// The channel to the supervisor.
     Channel = 3,
-    /// What becomes the command's stdout.
+    /// Becomes the command's stdout.
     Stdout = 4,
-    /// What becomes the command's stderr.
+    /// Becomes the command's stderr.
     Stderr = 5,
-    /// The program itself: it is executed by this descriptor, so that nothing of it appears in the container's tree.
+    /// The init binary itself. It is executed through this descriptor, so that no file of it appears in the container's root file system.
     Program = 6,
-    /// The order, a file to be read from its beginning.
+    /// The init spec, a file that is read from offset 0.
     Spec = 7,
 }
 
-/// How many there are: the value of `LISTEN_FDS`.
+/// The number of inherited descriptors: the value of `LISTEN_FDS`.
 pub const DESCRIPTORS: i32 = 5;
 
-/// The path by which systemd-nspawn executes the program.
+/// The path through which systemd-nspawn executes the init.
 pub const PROGRAM: &str = "/proc/self/fd/6";
 
-/// What the program is to do. Holds secrets, so it travels by descriptor only.
+/// What the init has to do. Contains secrets, so it is passed by descriptor only.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InitSpec {
-    /// Which life it is to lead.
+    /// Launcher or init.
     #[serde(rename = "life")]
     pub mode: InitMode,
-    /// The words of the command. None: the shell of the container, as a login shell.
+    /// The command and its arguments. Empty: the container's shell, as a login shell.
     pub command: Vec<String>,
-    /// Variables set over those that systemd-nspawn gives. Values are secrets.
+    /// Variables that override those set by systemd-nspawn. Values are secrets.
     pub environment: Vec<(String, String)>,
-    /// Absolute directory in which the command starts; none leaves the one it is started in.
+    /// Absolute working directory of the command; `None` keeps the one in which the init starts.
     pub directory: Option<String>,
-    /// Whether stdout and stderr are to be replaced by [`Descriptor::Stdout`] and [`Descriptor::Stderr`].
+    /// Whether to replace stdout and stderr by [`Descriptor::Stdout`] and [`Descriptor::Stderr`].
     pub streams: bool,
     /// seccomp programs to install before the command starts, in this order.
     #[serde(default)]
     pub filters: Vec<Filter>,
 }
 
-/// Not the values of variables.
+/// Leaves out the values of variables.
 impl std::fmt::Debug for InitSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let names: Vec<&str> = self
@@ -77,90 +77,90 @@ impl std::fmt::Debug for InitSpec {
     }
 }
 
-/// What becomes of the program.
+/// How the init runs the command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InitMode {
-    /// It becomes the command.
+    /// It execs the command.
     Launcher,
-    /// It stays the first process, and the command is its child.
+    /// It stays PID 1 and runs the command as its child.
     Init,
 }
 
-/// A classic BPF program, an instruction each: code, jump if true, jump if false, constant.
+/// A classic BPF program. Each instruction: code, jump if true, jump if false, constant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Filter(pub Vec<(u16, u8, u8, u32)>);
 
-/// What the program tells.
+/// What the init reports.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InitEvent {
-    /// Everything is prepared and the command waits for [`Request::Go`]. The first word, unless it is `Failed`.
+    /// Everything is prepared and the command waits for [`Request::Go`]. The first event, unless that is `Failed`.
     Ready,
-    /// The command runs. A launcher that has become the command can't say it.
+    /// The command runs. A launcher never sends it: it has become the command.
     Running {
-        /// Its process id inside the container.
+        /// The command's pid inside the container.
         pid: i32,
     },
-    /// The command does not run, and the program exits with [`StartError::status`].
+    /// The command does not run; the init exits with [`StartError::status`].
     Failed(StartError),
-    /// The command has ended with this raw wait status.
+    /// The command has exited with this raw wait status.
     Ended {
-        /// As `wait(2)` gives it: exit code, signal, core flag.
+        /// As returned by `wait(2)`: exit code, signal, core dump flag.
         status: i32,
     },
-    /// A further command runs.
+    /// An exec session's command runs.
     ExecRunning {
-        /// The request's number.
+        /// The id of the request.
         id: u64,
-        /// Its process id inside the container.
+        /// The command's pid inside the container.
         pid: i32,
     },
-    /// A further command does not run.
+    /// An exec session's command does not run.
     ExecFailed {
-        /// The request's number.
+        /// The id of the request.
         id: u64,
-        /// Why.
+        /// The reason.
         #[serde(rename = "trouble")]
         start_error: StartError,
     },
-    /// A further command has ended.
+    /// An exec session's command has exited.
     ExecEnded {
-        /// The request's number.
+        /// The id of the request.
         id: u64,
-        /// Its raw wait status.
+        /// The raw wait status.
         status: i32,
     },
 }
 
-/// What the program is asked. A launcher hears nothing but the first.
+/// What the supervisor can request. A launcher reads only `Go`.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Request {
-    /// Let the command run. Without it the program ends: what nobody watches must not run.
+    /// Run the command. If the channel closes without it the init exits: a command must not run without a supervisor.
     Go,
-    /// Run a further command. Three descriptors come with the packet: its stdin, stdout and stderr.
+    /// Start an exec session. Three descriptors come with the packet: its stdin, stdout and stderr.
     Exec {
-        /// Chosen by who asks; every word about this command carries it.
+        /// Chosen by the sender; every event about this session carries it.
         id: u64,
-        /// Its words, at least one.
+        /// The command and its arguments, at least one element.
         command: Vec<String>,
-        /// Variables set over those of the init's own environment. Values are secrets.
+        /// Variables that override the environment of the task's command. Values are secrets.
         environment: Vec<(String, String)>,
-        /// Absolute directory in which it starts; none: the one of the task's command.
+        /// Absolute working directory; `None`: that of the task's command.
         directory: Option<String>,
     },
-    /// Send a signal to a further command that runs.
+    /// Send a signal to the command of a running exec session.
     Signal {
-        /// Which.
+        /// The id of the session.
         id: u64,
-        /// The signal's number.
+        /// The signal number.
         signal: i32,
     },
 }
 
-/// Not the values of variables.
+/// Leaves out the values of variables.
 impl std::fmt::Debug for Request {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -182,19 +182,19 @@ impl std::fmt::Debug for Request {
 /// Why a command does not run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StartError {
-    /// What was being done.
+    /// The step that failed.
     pub step: Step,
-    /// With which file or directory inside the container; empty where there is none.
+    /// The file or directory involved, as a path inside the container; empty if there is none.
     pub file: String,
-    /// The kernel's error number.
+    /// The errno.
     pub errno: i32,
 }
 
-/// What a program does before its command runs.
+/// The steps before the command runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
-    /// Reading its order.
+    /// Reading the init spec.
     Order,
     /// Connecting stdout and stderr.
     Streams,
@@ -202,16 +202,16 @@ pub enum Step {
     Directory,
     /// Installing seccomp programs.
     Filters,
-    /// Making a process.
+    /// Forking.
     Fork,
     /// Executing the command.
     Execute,
-    /// Executing the interpreter or loader that the command's file names: the file is there, and that is not.
+    /// Executing the interpreter or loader that the command's file names: the file exists, its interpreter does not.
     Interpreter,
 }
 
 impl StartError {
-    /// The exit status that says this to those who only see a number.
+    /// The exit status that stands for this error where only a number can be passed on.
     pub fn status(&self) -> i32 {
         const ENOENT: i32 = 2;
         match (self.step, self.errno) {
@@ -221,7 +221,7 @@ impl StartError {
     }
 }
 
-/// In words for a person, with the file's name.
+/// A readable message with the file's name.
 impl std::fmt::Display for StartError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let what = match self.step {
@@ -247,13 +247,13 @@ impl std::fmt::Display for StartError {
     }
 }
 
-/// A message as the bytes of one packet.
+/// Encodes a message as one packet.
 pub fn packet<T: Serialize>(message: &T) -> Vec<u8> {
-    // Strings and numbers always have a JSON form.
+    // Strings and numbers can always be encoded as JSON.
     serde_json::to_vec(message).unwrap_or_default()
 }
 
-/// The message in one packet. The error says what is wrong with it and not what it holds.
+/// Decodes the message in one packet. The error never contains the packet's content.
 pub fn message<T: DeserializeOwned>(packet: &[u8]) -> Result<T, Malformed> {
     if packet.len() > MAX_PACKET_BYTES {
         return Err(Malformed {
@@ -263,7 +263,7 @@ pub fn message<T: DeserializeOwned>(packet: &[u8]) -> Result<T, Malformed> {
     read(packet)
 }
 
-/// The order in these bytes.
+/// Decodes an init spec.
 pub fn parse_spec(bytes: &[u8]) -> Result<InitSpec, Malformed> {
     read(bytes)
 }
@@ -274,10 +274,10 @@ fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
     })
 }
 
-/// Bytes that are no message of ours. Names the place and not the bytes: they may hold secrets.
+/// The bytes are not a valid message. Gives the position and not the content, which may hold secrets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Malformed {
-    /// At which byte it is seen.
+    /// The byte at which decoding failed.
     pub column: usize,
 }
 
@@ -342,7 +342,7 @@ mod tests {
         prop_oneof![Just(Request::Go), exec, signal]
     }
 
-    /// A whole text with a piece of it replaced by something.
+    /// `whole` with some of its bytes replaced.
     fn damaged(whole: &[u8], at: prop::sample::Index, length: usize, by: &[u8]) -> Vec<u8> {
         let at = at.index(whole.len());
         let end = (at + length).min(whole.len());

@@ -1,5 +1,6 @@
-//! The first program in a container: reads its order, gets ready, and becomes the command or stays as its init. It is started by
-//! descriptor with what [`nspawn_init`] says; starts nothing else of its own accord, and has no thread and no configuration.
+//! The first program in a container: reads its init spec, prepares the command, then execs it (launcher) or runs it as its child (init).
+//! systemd-nspawn starts it through a descriptor, with the descriptors listed in [`nspawn_init`]. Starts nothing else on its own, and has
+//! no threads and no configuration.
 
 mod channel;
 mod command;
@@ -31,7 +32,8 @@ use crate::init::Init;
 use crate::raw::Inherited;
 
 fn main() -> ExitCode {
-    // First, so that no signal is lost: a first process keeps only those that it blocks. A command starts with none blocked.
+    // First of all, so that no signal is lost: PID 1 drops signals that it neither blocks nor handles. Commands are started with no signal
+    // blocked.
     let _ = SigSet::all().thread_block();
     raw::dump_no_core();
     let Inherited {
@@ -76,7 +78,7 @@ fn main() -> ExitCode {
     status
 }
 
-/// What is to be executed, and in what surroundings.
+/// The command to execute, with its environment, directory and filters.
 pub(crate) struct Command {
     words: Vec<String>,
     environment: Environment,
@@ -85,11 +87,11 @@ pub(crate) struct Command {
 }
 
 impl Command {
-    /// Enters the directory and installs the filters, which is all that is left before the command can be executed.
+    /// Enters the directory and installs the filters, the last steps before the command can be executed.
     fn prepare(&self) -> Result<(), StartError> {
         enter(self.directory.as_deref())?;
         if self.words.is_empty() && self.directory.is_none() {
-            // As systemd-nspawn does for a shell: a home that is not there is no trouble.
+            // The same as in systemd-nspawn for a shell: a missing home directory is not an error.
             let home = self.environment.get(OsStr::new("HOME"));
             let _ = chdir(home.map_or_else(|| OsStr::new("/root"), OsString::as_os_str));
         }
@@ -100,7 +102,7 @@ impl Command {
     }
 }
 
-/// Enters a directory, if there is one to enter.
+/// Enters the directory, if there is one.
 fn enter(directory: Option<&Path>) -> Result<(), StartError> {
     let Some(directory) = directory else {
         return Ok(());
@@ -108,7 +110,7 @@ fn enter(directory: Option<&Path>) -> Result<(), StartError> {
     chdir(directory).map_err(|error| start_error(Step::Directory, directory, &error.into()))
 }
 
-/// Reads the order and connects the streams.
+/// Reads the init spec and connects the streams.
 fn ready(
     descriptor: OwnedFd,
     stdout: &OwnedFd,
@@ -130,7 +132,7 @@ fn ready(
     Ok((spec.mode, command))
 }
 
-/// Reads from the file's beginning, wherever it stands: others have read from the same description.
+/// Reads from offset 0: other processes may have moved the offset of the same open file description.
 fn read(file: &File) -> io::Result<InitSpec> {
     struct FromStart<'a>(&'a File, u64);
     impl Read for FromStart<'_> {
@@ -150,7 +152,7 @@ fn read(file: &File) -> io::Result<InitSpec> {
     parse_spec(&bytes).map_err(|_| io::Error::from_raw_os_error(libc::EBADMSG))
 }
 
-/// Becomes the command, once it may.
+/// Execs the command after `Go`.
 fn launch(channel: &mut Channel, command: &Command) -> Result<Infallible, StartError> {
     command.prepare()?;
     wait_for_start(channel)?;
@@ -159,8 +161,7 @@ fn launch(channel: &mut Channel, command: &Command) -> Result<Infallible, StartE
     })
 }
 
-/// Says that everything is ready, and waits for the word to go. A supervisor that dies instead wants no command to run: nobody
-/// would watch over it.
+/// Reports `Ready` and waits for `Go`. If the supervisor dies first the command must not run: nothing would supervise it.
 fn wait_for_start(channel: &mut Channel) -> Result<(), StartError> {
     channel.send(&InitEvent::Ready);
     while let Some(packet) = channel.await_packet() {
@@ -175,20 +176,20 @@ fn wait_for_start(channel: &mut Channel) -> Result<(), StartError> {
     })
 }
 
-/// Stays until the command has ended, and says with its own status what it can of how.
+/// Runs until the command has exited, and turns its wait status into an exit status as far as that is possible.
 fn ended(init: Init) -> ExitCode {
     let ended: WaitStatus = init.run();
     let signal = ended.terminating_signal().map(|signal| 128 + signal);
     status(ended.exit_status().or(signal).unwrap_or(NOT_EXECUTABLE))
 }
 
-/// No status is out of range: a code is a byte, and 64 the last signal.
+/// Every status fits: an exit code is one byte, and the highest signal number is 64.
 fn status(number: i32) -> ExitCode {
     ExitCode::from(u8::try_from(number).unwrap_or(u8::MAX))
 }
 
-/// To the task's stderr, as a shell would.
+/// To the task's stderr, as a shell does.
 fn print_error(what: &str) {
-    // There is nobody to tell that it can't be told.
+    // There is no other place to report the error.
     let _ = writeln!(io::stderr(), "{what}");
 }

@@ -1,6 +1,5 @@
-//! The three things for which there are no safe words: taking over the descriptors that the program was started with, handing
-//! the kernel a seccomp program, and starting a command whose signals and limits are as they should. The only unsafe code of this
-//! program; decides nothing, and keeps nothing.
+//! The three operations without a safe interface: taking over the inherited descriptors, installing a seccomp program, and starting a
+//! command with default signal dispositions and limits. The only unsafe code of the init. Decides nothing and keeps nothing else.
 
 #![expect(
     unsafe_code,
@@ -20,7 +19,7 @@ use nix::sys::signal::SigSet;
 use nspawn_init::{DESCRIPTORS, Descriptor, Filter};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// The descriptors that the program was started with.
+/// The descriptors inherited from systemd-nspawn.
 pub(crate) struct Inherited {
     pub(crate) channel: OwnedFd,
     pub(crate) stdout: OwnedFd,
@@ -29,8 +28,8 @@ pub(crate) struct Inherited {
     pub(crate) spec: OwnedFd,
 }
 
-/// Takes them over and marks them so that no command inherits them. All or none: an error if one of them is not open, or if
-/// they were taken before. To be called before anything else opens a descriptor.
+/// Takes ownership of the inherited descriptors and sets close-on-exec, so that no command inherits them. All or nothing: an error if one
+/// is not open or if they were already taken. Must be called before anything else opens a descriptor.
 pub(crate) fn inherited() -> io::Result<Inherited> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     if TAKEN.swap(true, Ordering::Relaxed) {
@@ -38,12 +37,12 @@ pub(crate) fn inherited() -> io::Result<Inherited> {
     }
     let first = Descriptor::Channel as i32;
     for number in first..first + DESCRIPTORS {
-        // SAFETY: sets a flag of a number, which is refused where no descriptor has it.
+        // SAFETY: fcntl only sets a flag, and fails if the descriptor is not open.
         if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
             return Err(io::Error::last_os_error());
         }
     }
-    // SAFETY: it is open, as was just seen; it was inherited, so nothing in here owns it, and it is taken once.
+    // SAFETY: the descriptor is open, as checked above; it was inherited, so nothing in this process owns it, and it is taken once.
     let take = |descriptor: Descriptor| unsafe { OwnedFd::from_raw_fd(descriptor as i32) };
     Ok(Inherited {
         channel: take(Descriptor::Channel),
@@ -54,12 +53,12 @@ pub(crate) fn inherited() -> io::Result<Inherited> {
     })
 }
 
-/// The limit of core dumps that a command is to have.
+/// The core dump limit for commands.
 static CORE: OnceLock<Rlimit> = OnceLock::new();
 
-/// Keeps this process out of core dumps: orders and variables hold secrets. A command gets back what this process had.
+/// Prevents core dumps of this process: its init spec and variables contain secrets. Commands get the original limit back.
 pub(crate) fn dump_no_core() {
-    /// With 0 the kernel would still call a core dump's handler program; 1 is what it takes for "not even that".
+    /// With a limit of 0 the kernel still pipes the dump to a core_pattern program; a limit of 1 disables that too.
     const NOT_EVEN_A_HANDLER: u64 = 1;
     let given = *CORE.get_or_init(|| getrlimit(Resource::Core));
     let most = given.maximum.unwrap_or(u64::MAX);
@@ -67,14 +66,14 @@ pub(crate) fn dump_no_core() {
         current: Some(NOT_EVEN_A_HANDLER.min(most)),
         ..given
     };
-    // A soft limit below the hard one is refused to nobody.
+    // Can't fail: lowering a soft limit below the hard one is always allowed.
     let _ = setrlimit(Resource::Core, own);
 }
 
-/// Has a command start with no signal blocked, as this process has them all, and none ignored: whoever is started by
-/// posix_spawn(3) ignores two that the C library keeps for itself, and so does all it starts.
+/// Makes the command start with no signal blocked (this process blocks them all) and none ignored: a process started by posix_spawn(3)
+/// inherits two ignored signals that glibc reserves for itself, and passes them on to its own children.
 pub(crate) fn with_default_signals_and_limits(command: &mut Command) {
-    /// The kernel's `struct sigaction`, with nothing in it: the default.
+    /// A zeroed kernel `struct sigaction`: the default action.
     const DEFAULT: [u64; 4] = [0; 4];
     const LAST: i32 = 64;
     let core = CORE.get().copied();
@@ -83,8 +82,8 @@ pub(crate) fn with_default_signals_and_limits(command: &mut Command) {
             setrlimit(Resource::Core, core)?;
         }
         for number in 1..=LAST {
-            // SAFETY: the kernel reads a structure of 32 bytes, which this is, and writes nothing. The C library's own call
-            // refuses the two. So does the kernel SIGKILL and SIGSTOP, which can't be ignored.
+            // SAFETY: the kernel reads a structure of 32 bytes, which this is, and writes nothing. A raw system call, because glibc's
+            // sigaction rejects its two reserved signals. The kernel rejects SIGKILL and SIGSTOP, which can't be ignored anyway.
             unsafe {
                 libc::syscall(
                     libc::SYS_rt_sigaction,
@@ -97,15 +96,15 @@ pub(crate) fn with_default_signals_and_limits(command: &mut Command) {
         }
         Ok(SigSet::empty().thread_set_mask()?)
     };
-    // SAFETY: three kinds of system call that may be made between fork and exec, and no memory but its own.
+    // SAFETY: only three kinds of async-signal-safe system calls between fork and exec, and no memory but the closure's own.
     unsafe { command.pre_exec(reset) };
 }
 
-/// The most instructions that the kernel takes.
+/// The kernel's limit for instructions of one program (`BPF_MAXINSNS`).
 const LONGEST_PROGRAM: usize = 4096;
 
-/// Installs a seccomp program for this process and all it will start. Does not set `no_new_privs`, which would disarm every
-/// set-user-ID program of the container: it takes CAP_SYS_ADMIN instead, and EACCES is the answer without it.
+/// Installs a seccomp program for this process and its descendants. Does not set `no_new_privs`, which would disable every set-user-ID
+/// program in the container; so it needs CAP_SYS_ADMIN and fails with EACCES without it.
 pub(crate) fn install(filter: &Filter) -> io::Result<()> {
     if filter.0.is_empty() || filter.0.len() > LONGEST_PROGRAM {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -120,7 +119,7 @@ pub(crate) fn install(filter: &Filter) -> io::Result<()> {
             .map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?,
         filter: instructions.as_mut_ptr(),
     };
-    // SAFETY: the kernel copies `len` instructions from a vector that has as many and outlives the call, and checks each.
+    // SAFETY: the kernel copies `len` instructions from a vector of that length that outlives the call, and validates each.
     let answer = unsafe {
         libc::syscall(
             libc::SYS_seccomp,

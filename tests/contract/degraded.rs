@@ -1,11 +1,11 @@
-//! What a container would get less of than the job asks for: refused, or told with its start.
+//! Cases in which a container would get less than the job asks for: the start is refused, or a note with the start reports it.
 
 use nomad_driver_nspawn::container::{Mount, PortForward};
 use nomad_driver_nspawn::nspawn::ports::{self, Addresses};
 
 use super::*;
 
-/// A user namespace as a job gets it that says nothing about it.
+/// The user namespace of a job that does not configure one.
 fn by_default() -> Users {
     Users::Private {
         range: "pick".to_owned(),
@@ -13,7 +13,7 @@ fn by_default() -> Users {
     }
 }
 
-/// A container with a network of its own into which one port leads.
+/// A container with a private network and one forwarded port.
 fn with_port(world: &World, address: Option<&str>) -> ContainerSpec {
     let port = PortForward {
         label: "http".to_owned(),
@@ -32,7 +32,7 @@ fn with_port(world: &World, address: Option<&str>) -> ContainerSpec {
     }
 }
 
-/// Of these notes those about this.
+/// The notes that contain `what`.
 fn about<'a>(notes: &'a [String], what: &str) -> Vec<&'a String> {
     notes.iter().filter(|note| note.contains(what)).collect()
 }
@@ -57,7 +57,7 @@ async fn a_port_of_an_address_that_is_not_the_default_is_refused(
     world.leave(&[]).await;
 }
 
-/// Nomad's ordinary port. What this host's addresses come to is known to the test in the same way as to the driver.
+/// Nomad's usual case. The test determines this host's default addresses in the same way as the driver.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_port_of_a_default_address_is_forwarded_and_reported(world: World) {
@@ -74,7 +74,7 @@ async fn a_port_of_a_default_address_is_forwarded_and_reported(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// Nothing that lies in `/proc` can carry a mapping.
+/// procfs does not support id-mapped mounts.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mount_without_an_id_mapping_is_reported(world: World) {
@@ -102,7 +102,7 @@ async fn a_mount_without_an_id_mapping_is_reported(world: World) {
     world.leave(&[&plain]).await;
 }
 
-/// `config` refuses it before, by the names of the options.
+/// `config` refuses it earlier, with the names of the options.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_root_of_several_mounts_cannot_be_mapped(world: World) {
@@ -118,7 +118,7 @@ async fn a_root_of_several_mounts_cannot_be_mapped(world: World) {
     world.leave(&[]).await;
 }
 
-/// Only root can make files of others and file capabilities; anybody else has nothing to lose, and is told nothing.
+/// Only root can create files of other users and file capabilities; without root nothing can be lost and nothing is reported.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_change_of_owner_loses_is_reported(world: World) {
@@ -133,7 +133,7 @@ async fn what_a_change_of_owner_loses_is_reported(world: World) {
     .unwrap();
     if root {
         std::os::unix::fs::chown(&file, Some(1_516_583_083), Some(0)).unwrap();
-        // Version 2, effective, CAP_NET_RAW.
+        // Revision 2, effective, CAP_NET_RAW.
         let mut capability = [0_u8; 20];
         capability[..6].copy_from_slice(&[1, 0, 0, 2, 0, 0x20]);
         let flags = rustix::fs::XattrFlags::empty();

@@ -1,4 +1,4 @@
-//! What the command gets: its words, variables, descriptors, limits and directory.
+//! What the command gets: arguments, variables, descriptors, limits and working directory.
 
 use std::os::unix::fs::PermissionsExt as _;
 
@@ -19,7 +19,7 @@ fn values() -> BTreeMap<String, String> {
     owned.collect()
 }
 
-/// What a script says that gets these variables, with a command as the first process and as the second.
+/// Checks the output of a script that gets these variables, with the command as PID 1 and as PID 2.
 async fn says(world: World, environment: BTreeMap<String, String>, script: &str, want: &str) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let started = world
@@ -37,7 +37,7 @@ async fn says(world: World, environment: BTreeMap<String, String>, script: &str,
     world.leave(&[]).await;
 }
 
-/// Booted ones: [`a_booted_container_has_its_variables_and_is_stopped_in_order`].
+/// For booted containers see [`a_booted_container_has_its_variables_and_is_stopped_in_order`].
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_environment_arrives_unchanged(world: World) {
@@ -49,11 +49,11 @@ async fn the_environment_arrives_unchanged(world: World) {
     says(world, values(), script, &format!("{want}0\n")).await;
 }
 
-/// The image's init gets them through systemd-nspawn itself, and is asked to end by the signal at which systemd powers off.
+/// The image's init gets the variables through systemd-nspawn itself, and is stopped by the signal at which systemd powers off.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_booted_container_has_its_variables_and_is_stopped_in_order(world: World) {
-    // The fake plays an init of its own, and writes down what it was sent.
+    // The fake simulates an init itself, and logs the signals that it was sent.
     let init = world.tree.join("sbin/init");
     fs::create_dir_all(init.parent().unwrap()).unwrap();
     let script = "#!/bin/sh\ntrap 'echo heard; exit 0' 38\nwhile :; do sleep 0.05; done\n";
@@ -72,7 +72,7 @@ async fn a_booted_container_has_its_variables_and_is_stopped_in_order(world: Wor
     let leader = started.leader.pid;
     let call_log = world.scratch.path().join("bin/ledger.jsonl");
     if !call_log.exists() {
-        // Until then it may be systemd-nspawn's own child, which is about to become the init.
+        // Until then the process may still be systemd-nspawn's child before it executes the init.
         world.handles(&started, "SIGRTMIN+4").await;
     }
     within(async {
@@ -96,7 +96,7 @@ async fn a_booted_container_has_its_variables_and_is_stopped_in_order(world: Wor
     world.leave(&[&started]).await;
 }
 
-/// The environment with which a process was executed last.
+/// The environment of the last exec of a process.
 fn variables(pid: i32) -> BTreeMap<String, String> {
     let text = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     let text = String::from_utf8_lossy(&text).into_owned();
@@ -107,7 +107,7 @@ fn variables(pid: i32) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// The kernel takes 128 KiB with the name, `BIG`, and the end of the string.
+/// The kernel's limit is 128 KiB with the name, `BIG`, and the terminating NUL.
 fn longest() -> String {
     "x".repeat(128 * 1024 - "BIG=".len() - 1)
 }
@@ -162,7 +162,7 @@ async fn a_value_of_128_kib_arrives(world: World) {
     says(world, environment, "echo ${#BIG}", &want).await;
 }
 
-/// The kernel takes 2 MiB of words and variables, whoever executes.
+/// The kernel accepts 2 MiB of arguments and variables, whichever process calls exec.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_large_environment_arrives(world: World) {
@@ -204,7 +204,7 @@ async fn a_name_of_4_kib_arrives(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// In `boot`, where systemd-nspawn itself has to carry everything. No init is ever reached.
+/// In `boot` mode, where systemd-nspawn itself has to pass everything on. The start fails before any init runs.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_than_the_kernel_takes_is_refused_with_the_limit(world: World) {
@@ -229,7 +229,7 @@ async fn more_than_the_kernel_takes_is_refused_with_the_limit(world: World) {
     world.leave(&[]).await;
 }
 
-/// In `boot`, by an argument: systemd-nspawn would refuse it, and print it into the task's log.
+/// In `boot` mode, where the value would be an argument: systemd-nspawn would refuse it and print it into the task's log.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_value_that_would_be_printed_is_refused_by_name(world: World) {
@@ -250,7 +250,7 @@ async fn a_value_that_would_be_printed_is_refused_by_name(world: World) {
     world.leave(&[]).await;
 }
 
-/// They steer no systemd-nspawn, and are the command's all the same.
+/// These names don't affect systemd-nspawn and still reach the command.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn names_that_systemd_reads_arrive(world: World) {
@@ -306,12 +306,12 @@ async fn a_value_stands_in_no_command_line(world: World) {
     world.leave(&[]).await;
 }
 
-/// Whatever driver and systemd-nspawn use among themselves.
+/// No descriptor that the driver and systemd-nspawn use between them leaks into the command.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_has_three_descriptors(world: World) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
-        // The shell's own, with which it reads the directory, is closed when it looks again.
+        // The shell's own descriptor for reading the directory is closed by the time of the test -e.
         let script = "for d in /proc/$$/fd/*; do test -e $d && echo ${d##*/}; done";
         let task = format!("{mode:?}").to_lowercase();
         let started = world
@@ -328,7 +328,7 @@ async fn a_command_has_three_descriptors(world: World) {
     world.leave(&[]).await;
 }
 
-/// systemd-nspawn must not dump core, for its secrets; the command may.
+/// systemd-nspawn must not dump core, because of its secrets; the command may.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_keeps_the_limit_of_core_dumps(world: World) {

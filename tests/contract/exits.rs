@@ -1,5 +1,5 @@
-//! The exit table: every code, every signal that can be the cause of a death, and what the kernel says beside it, in both modes
-//! that have a command.
+//! The exit table: every exit code, every signal that can be the cause of death, and the kernel's core dump flag, in both modes that have a
+//! command.
 
 use std::ops::RangeInclusive;
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,19 +12,19 @@ use tokio::task::JoinSet;
 use super::*;
 
 const WITH_A_COMMAND: [Mode; 2] = [Mode::Plain, Mode::ProcessTwo];
-/// How many containers of a table run together.
+/// How many containers of a table run concurrently.
 const TOGETHER: usize = 2;
-/// What a script ends with that the signal did not end.
+/// The script's exit code if the signal did not kill it.
 const LIVED_ON: i32 = 77;
-/// Shells tend to ignore it, and so does what they start.
+/// SIGQUIT. Shells tend to ignore it, and so do their children.
 const QUIT: i32 = 3;
 const SIGNALS: RangeInclusive<i32> = 1..=64;
 
-/// By default these do nothing: SIGCHLD, SIGCONT, SIGURG, SIGWINCH.
+/// Ignored by default: SIGCHLD, SIGCONT, SIGURG, SIGWINCH.
 const IGNORED: [i32; 4] = [17, 18, 23, 28];
-/// These stop a process until it is told to go on: SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU.
+/// These stop a process until it is continued: SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU.
 const STOPPING: [i32; 4] = [19, 20, 21, 22];
-/// What leaves a core dump, where one is wanted: SIGQUIT, SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, SIGXCPU, SIGXFSZ, SIGSYS.
+/// These dump core if core dumps are enabled: SIGQUIT, SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, SIGXCPU, SIGXFSZ, SIGSYS.
 const DUMPING: [i32; 10] = [3, 4, 5, 6, 7, 8, 11, 24, 25, 31];
 
 const DUMPED: &str = "the command dumped core";
@@ -53,7 +53,7 @@ async fn a_code_of_a_second_process_is_its_own(world: World) {
     code(world, Mode::ProcessTwo, 7, 7).await;
 }
 
-/// systemd-nspawn has this code for itself and makes 1 of it; the kernel tells the truth from 6.15 on.
+/// systemd-nspawn uses this code internally and returns 1 instead; from 6.15 on the kernel reports the real code.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_code_of_133_is_reported(world: World) {
@@ -89,13 +89,13 @@ async fn a_killed_payload_is_no_success(world: World) {
 /// A row of the table.
 struct Row {
     spec: ContainerSpec,
-    /// What is sent from outside once it is up.
+    /// A signal to send from outside once the container runs.
     sent: Option<Signal>,
-    /// The code and the signal.
+    /// The expected code and signal.
     reported: (i32, i32),
 }
 
-/// Runs all of it, some together, in one tree that none of them writes.
+/// Runs all rows, some of them concurrently, in one tree that none of them writes.
 async fn all(world: World, rows: Vec<Row>) {
     let world = Arc::new(world);
     let mut under_way = JoinSet::new();
@@ -154,7 +154,7 @@ async fn every_code_is_reported(world: World) {
     codes(world, &WITH_A_COMMAND).await;
 }
 
-/// A second process has its end told by our own first program, whatever the kernel is.
+/// Only plain mode: for a PID 2 the driver's own init reports the end on any kernel.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_code_is_reported_on_an_older_kernel(world: World) {
@@ -165,7 +165,7 @@ async fn codes(world: World, modes: &[Mode]) {
     let mut rows = Vec::new();
     for mode in modes.iter().copied() {
         for code in 0..=255 {
-            // systemd-nspawn has this code for itself and makes 1 of it; the kernel tells the truth from 6.15 on.
+            // systemd-nspawn uses this code internally and returns 1 instead; from 6.15 on the kernel reports the real code.
             let reported = match (mode, code) {
                 (Mode::Plain, 133) if !world.kernel_tells() => 1,
                 _ => code,
@@ -181,14 +181,14 @@ async fn codes(world: World, modes: &[Mode]) {
     all(world, rows).await;
 }
 
-/// A second process dies of whatever it sends to itself.
+/// A PID 2 can be killed by any signal that it sends to itself.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_signal_is_reported(world: World) {
     let mut rows = Vec::new();
     for number in SIGNALS {
         let goes_on = if STOPPING.contains(&number) {
-            // When it is seen to have stopped, however long that takes.
+            // The subshell sends SIGCONT once the process is seen stopped, however long that takes.
             "(while read -r stat </proc/$$/stat; do case $stat in *') T '*) kill -18 $$; break;; esac; sleep 0.01; done) & "
         } else {
             ""
@@ -214,14 +214,14 @@ async fn every_signal_is_reported(world: World) {
     all(world, rows).await;
 }
 
-/// The first process dies of no signal that it sends to itself, but of what it does; a second one does as well.
+/// A signal that PID 1 sends to itself does not kill it, but a fault does; the same faults are tested for PID 2.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_fault_is_reported(world: World) {
     faults(world, &WITH_A_COMMAND).await;
 }
 
-/// systemd-nspawn's words tell the signal then, and nothing tells of a core dump.
+/// Here the signal is known only from systemd-nspawn's stderr, and nothing reports a core dump.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_fault_is_reported_on_an_older_kernel(world: World) {
@@ -269,7 +269,7 @@ async fn a_core_dump_is_reported(world: World) {
     world.leave(&[]).await;
 }
 
-/// Whether the program leaves a core dump without any container.
+/// Whether the program dumps core without any container.
 fn dumps_at_all(world: &World) -> bool {
     let status = std::process::Command::new("/bin/sh")
         .args(["-c", "ulimit -S -c $(ulimit -H -c); exec ./fault"])
@@ -279,13 +279,13 @@ fn dumps_at_all(world: &World) -> bool {
     status.core_dumped()
 }
 
-/// What is told of a process that may write no core file: a pipe gets it all the same (core(5)).
+/// What is reported for a process with a core limit of 0: a core_pattern pipe gets the dump all the same (core(5)).
 fn by_pipe() -> Option<String> {
     let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap();
     pattern.starts_with('|').then(|| DUMPED.to_owned())
 }
 
-/// Signals by what a program does: reads at 0, executes what is none, meets a breakpoint, divides by 0.
+/// Faulting programs by signal: read address 0, execute an invalid instruction, hit a breakpoint, divide by 0.
 #[cfg(target_arch = "x86_64")]
 const FAULTS: &[(i32, &[u8])] = &[
     (11, &[0x31, 0xc0, 0x8a, 0x00]),
@@ -293,7 +293,8 @@ const FAULTS: &[(i32, &[u8])] = &[
     (5, &[0xcc]),
     (8, &[0x31, 0xc9, 0x31, 0xd2, 0xf7, 0xf1]),
 ];
-/// Signals by what a program does: reads at 0, executes what is none, meets a breakpoint. Division by 0 is no fault here.
+/// Faulting programs by signal: read address 0, execute an invalid instruction, hit a breakpoint. Division by 0 is no fault on this
+/// architecture.
 #[cfg(target_arch = "aarch64")]
 const FAULTS: &[(i32, &[u8])] = &[
     (11, &[0x00, 0x00, 0x80, 0xd2, 0x00, 0x00, 0x40, 0xf9]),
@@ -301,7 +302,8 @@ const FAULTS: &[(i32, &[u8])] = &[
     (5, &[0x00, 0x00, 0x20, 0xd4]),
 ];
 
-/// Starts where [`put_program`] puts them. A payload of the fake sees the host's paths, so they have the same in a container.
+/// Starts in the directory of [`put_program`]. A payload of the fake sees the host's paths, so the container mounts the directory under the
+/// same path.
 fn with_programs(world: &World, spec: ContainerSpec) -> ContainerSpec {
     let programs = programs(world);
     ContainerSpec {
@@ -319,7 +321,7 @@ fn programs(world: &World) -> PathBuf {
     world.scratch.path().join("programs")
 }
 
-/// Writes the smallest program that consists of these instructions.
+/// Writes the smallest ELF program with these instructions.
 fn put_program(world: &World, name: &str, code: &[u8]) {
     const HEADERS: u64 = 64 + 56;
     const BASE: u64 = 0x40_0000;
@@ -330,7 +332,7 @@ fn put_program(world: &World, name: &str, code: &[u8]) {
     };
     let length = HEADERS + code.len() as u64;
     let mut elf = Vec::new();
-    // 64 bit, little endian, version 1; then an executable with one program header behind this one (elf(5)).
+    // 64 bit, little endian, version 1; then an executable whose only program header follows this header (elf(5)).
     elf.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     elf.extend_from_slice(&2_u16.to_le_bytes());
     elf.extend_from_slice(&machine.to_le_bytes());
@@ -342,7 +344,7 @@ fn put_program(world: &World, name: &str, code: &[u8]) {
     for half in [64_u16, 56, 1, 64, 0, 0] {
         elf.extend_from_slice(&half.to_le_bytes());
     }
-    // All of it is loaded, to be read and executed.
+    // One segment with the whole file, readable and executable.
     elf.extend_from_slice(&1_u32.to_le_bytes());
     elf.extend_from_slice(&5_u32.to_le_bytes());
     for word in [0, BASE, BASE, length, length, 0x1000] {

@@ -1,4 +1,4 @@
-//! Force ends everything, whatever state it is in.
+//! A forced stop ends everything, whatever state it is in.
 
 use nomad_driver_nspawn::cgroup::Group;
 
@@ -49,7 +49,7 @@ async fn what_forked_twice_is_ended_too(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// By it a stop finds everything at once.
+/// With a cgroup of its own a stop finds all processes at once.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_payload_has_a_group_of_its_own(world: World) {
@@ -78,7 +78,7 @@ async fn a_new_session_is_ended_too(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// Faster than a list of them can be read.
+/// The processes fork faster than a list of them can be read.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_storm_of_forks_is_ended_too(world: World) {
@@ -90,7 +90,7 @@ async fn a_storm_of_forks_is_ended_too(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// As a payload makes them that runs containers of its own.
+/// Such as those of a payload that runs containers itself.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn groups_made_below_are_ended_and_removed(world: World) {
@@ -124,7 +124,7 @@ async fn a_frozen_payload_is_ended_too(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// systemd-nspawn among it, which could not clear up.
+/// systemd-nspawn is frozen too and can't clean up.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_frozen_as_a_whole_is_ended_too(world: World) {
@@ -149,7 +149,7 @@ async fn a_frozen_container_can_be_removed(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// Whether containers get control groups. Reports the test as not applicable otherwise.
+/// Whether containers get cgroups. Reports the test as not applicable otherwise.
 fn has_groups() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
@@ -158,7 +158,7 @@ fn has_groups() -> bool {
     root
 }
 
-/// Freezes a group of the container.
+/// Freezes a cgroup of the container.
 async fn freeze(started: &Started, file: &str) {
     let file = started.cgroup.as_ref().unwrap().join(file);
     fs::write(&file, "1").unwrap();
@@ -171,7 +171,7 @@ async fn freeze(started: &Started, file: &str) {
     .await;
 }
 
-/// A process in it takes not even SIGKILL.
+/// Even SIGKILL has no effect on a process in a frozen v1 freezer.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_container_in_a_freezer_of_version_1_is_ended_too(world: World) {
@@ -245,7 +245,7 @@ async fn a_stopped_nspawn_is_ended_too(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// It has to go on to notice the end.
+/// systemd-nspawn must be continued to notice the end.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_nspawn_hides_no_graceful_end(world: World) {
@@ -275,7 +275,7 @@ async fn a_stopped_supervisor_can_be_removed(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// Both of those who could clear up are out of action.
+/// The supervisor is killed and systemd-nspawn is stopped: neither can clean up.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_nspawn_without_a_supervisor_is_ended(world: World) {

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// The start is over before the command is executed, so this is an end, not a failed start.
+/// The start succeeds before the command is executed, so this is an exit, not a failed start.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_that_is_not_there_fails_by_name(world: World) {
@@ -59,7 +59,7 @@ async fn a_command_that_ends_at_once_has_started(world: World) {
 async fn many_wait_early_and_late(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     let wait = || world.end(&started);
-    // All of them wait before the stop is asked for: a join polls in this order.
+    // All three waits are pending before the stop is requested: `join!` polls in this order.
     let stop = world.backend.stop(&started, Some(signal("TERM")), AMPLE);
     let (first, second, third, stopped) =
         within(async { tokio::join!(wait(), wait(), wait(), stop) }).await;
@@ -120,7 +120,7 @@ async fn a_failed_start_can_be_repeated(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// As after a plugin that died between the start and its answer: Nomad asks again with the same id.
+/// The same as after a plugin that died between the start and its response: Nomad retries with the same id.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_second_start_of_an_id_replaces_the_first(world: World) {

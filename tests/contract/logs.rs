@@ -33,7 +33,7 @@ async fn no_output_is_wanted(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// The directory of the logs is open to the task: what lies there may have been replaced.
+/// The task can write to the log directory, so it may have replaced a log file.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_link_for_a_log_is_refused(world: World) {
@@ -72,7 +72,7 @@ async fn a_fifo_gets_everything_and_its_end(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// As web servers do it for their logs.
+/// Web servers do this for their logs.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dev_stdout_can_be_opened_again(world: World) {
@@ -96,7 +96,7 @@ fn fifo(world: &World) -> PathBuf {
     path
 }
 
-/// Reads a FIFO to its end, as Nomad's log collector does.
+/// Reads a FIFO until end of file, as Nomad's log collector does.
 fn read_all(path: PathBuf) -> tokio::task::JoinHandle<String> {
     tokio::task::spawn_blocking(move || {
         let mut text = String::new();

@@ -1,6 +1,6 @@
-//! What every backend promises, as scenarios. The same suite runs against the fake (in the hermetic tests) and against the real
-//! systemd-nspawn (end to end), and must pass on both: that is what makes the fake worth trusting. Payloads are `/bin/sh`
-//! scripts that both can run, and a scenario sees only what the hatch, the container's output and the host's `/proc` show.
+//! The behaviour that every backend guarantees, as scenarios. The same suite runs against the fake (in the hermetic tests) and against the
+//! real systemd-nspawn (end to end), and must pass on both; that is why the fake can be trusted. Payloads are `/bin/sh` scripts that run on
+//! both, and a scenario observes only the backend interface, the container's output and the host's `/proc`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,7 +21,7 @@ use nomad_driver_nspawn::supervisor::process::{ProcessHandle, children, handles_
 use rstest::rstest;
 use support::not_applicable;
 
-// The crate that plays the suite says, beside this module, what a world is.
+// Defined beside this module by the crate that runs the suite.
 use super::world;
 
 mod degraded;
@@ -38,30 +38,30 @@ mod shared_tree;
 mod signals;
 mod stops;
 
-/// No wait in a scenario is longer. A bound against hanging, not a measurement.
+/// No wait in a scenario takes longer. A bound against hanging, not a measurement.
 const LIMIT: Duration = Duration::from_secs(60);
-/// A grace time that no scenario which ends politely uses up.
+/// A grace period that no scenario with a graceful stop uses up.
 const AMPLE: Duration = Duration::from_secs(20);
 
 const HEARS_TERM: &str = "trap 'echo term; exit 3' TERM; echo up; while :; do sleep 0.05; done";
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
 
-/// Everything one scenario owns.
+/// Everything that belongs to one scenario.
 pub(crate) struct World {
     /// Removed at the end.
     pub(crate) scratch: tempfile::TempDir,
-    /// Another backend can be made from it.
+    /// To create further backends.
     pub(crate) settings: Settings,
     /// The backend.
     pub(crate) backend: NspawnBackend,
-    /// A tree with `/bin/sh` in it, this scenario's own.
+    /// A tree with `/bin/sh` in it, used by this scenario only.
     pub(crate) tree: PathBuf,
-    /// Whether the driver knows of an end what an older kernel tells.
+    /// Whether the driver is limited to the exit information of an older kernel.
     old_kernel: bool,
 }
 
 impl World {
-    /// A world with this binary of the driver, this systemd-nspawn, and a tree that `make_tree` fills.
+    /// A world with this driver binary, this systemd-nspawn, and a tree that `make_tree` fills.
     pub(crate) fn new(
         binary: &Path,
         nspawn: impl FnOnce(&Path) -> PathBuf,
@@ -86,7 +86,7 @@ impl World {
         }
     }
 
-    /// The same with a driver that knows of an end what an older kernel tells.
+    /// The same world, with a driver that is limited to the exit information of an older kernel.
     pub(crate) fn on_an_old_kernel(self) -> Self {
         let mut directory = self.settings.state_dir.clone().into_os_string();
         directory.push(".pause");
@@ -98,7 +98,7 @@ impl World {
         }
     }
 
-    /// Whether the kernel tells how a process ended to others than its parent.
+    /// Whether the kernel shows a process's exit status to processes other than its parent.
     pub(crate) fn kernel_tells(&self) -> bool {
         !self.old_kernel && nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15)
     }
@@ -108,7 +108,7 @@ impl World {
         self.named("task", script)
     }
 
-    /// The same with a name for the task.
+    /// The same with a task name.
     pub(crate) fn named(&self, task: &str, script: &str) -> ContainerSpec {
         let unique = self
             .scratch
@@ -143,17 +143,17 @@ impl World {
         }
     }
 
-    /// The directory that holds the allocations of its agent.
+    /// The allocation root of its agent.
     pub(crate) fn alloc_roots(&self) -> BTreeSet<PathBuf> {
         BTreeSet::from([self.scratch.path().join("allocations")])
     }
 
-    /// Where the records of the start with this name for its task lie.
+    /// The task directory of the start with this task name.
     pub(crate) fn task_dir(&self, task: &str) -> TaskDir {
         TaskDir::for_task(&self.settings.state_dir, &self.named(task, "").id)
     }
 
-    /// The records of a start once more for another one, as a dead plugin would have left them; `change` may alter every file.
+    /// Copies a task directory for another task, as a dead plugin would have left it; `change` can modify every file.
     pub(crate) fn copied(
         &self,
         of: &Started,
@@ -172,7 +172,7 @@ impl World {
             match name {
                 "order" => {
                     value["id"] = id.as_str().into();
-                    // As a driver before the list of resources wrote it.
+                    // Drivers from before the list of resources did not write it.
                     value.as_object_mut().unwrap().remove("resources");
                     for kind in ["group", "mirror"] {
                         if let Some(group) = value["place"][kind].as_str() {
@@ -190,7 +190,7 @@ impl World {
         task_dir
     }
 
-    /// An empty file for a stream.
+    /// The file of a stream, created empty.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         let path = self.scratch.path().join(name);
         if !path.exists() {
@@ -199,12 +199,12 @@ impl World {
         path
     }
 
-    /// What a stream's file holds.
+    /// The content of a stream's file.
     pub(crate) fn said(&self, name: &str) -> String {
         fs::read_to_string(self.file(name)).unwrap()
     }
 
-    /// Waits until the payload has written this word on stdout: it is as far as the scenario needs it.
+    /// Waits until the payload has printed this word on stdout, which means that it is ready for the next step.
     pub(crate) async fn received(&self, word: &str) {
         within(async {
             while !self.said("stdout").contains(word) {
@@ -214,8 +214,7 @@ impl World {
         .await;
     }
 
-    /// Waits until the first process is seen to have a handler for this signal. The fake shows it a moment after its payload
-    /// has it.
+    /// Waits until the container's PID 1 shows a handler for this signal. The fake shows it shortly after its payload has installed it.
     pub(crate) async fn handles(&self, started: &Started, name: &str) {
         within(async {
             while !handles_signal(started.leader.pid, signal(name)) {
@@ -225,29 +224,29 @@ impl World {
         .await;
     }
 
-    /// Starts a container that must come up.
+    /// Starts a container; the start must succeed.
     pub(crate) async fn start(&self, spec: ContainerSpec) -> Started {
         within(self.backend.start(spec)).await.unwrap()
     }
 
-    /// Starts a container that must come up, and waits until its payload says so.
+    /// Starts a container and waits until its payload prints `up`.
     pub(crate) async fn up(&self, spec: ContainerSpec) -> Started {
         let started = self.start(spec).await;
         self.received("up").await;
         started
     }
 
-    /// Starts a container that must not come up.
+    /// Starts a container; the start must fail.
     pub(crate) async fn refused(&self, spec: ContainerSpec) -> BackendError {
         within(self.backend.start(spec)).await.unwrap_err()
     }
 
-    /// Waits for the end.
+    /// Waits for the exit.
     pub(crate) async fn end(&self, started: &Started) -> Exit {
         within(self.backend.wait(started)).await.unwrap()
     }
 
-    /// Frees what has been started, and sees that nothing is left.
+    /// Removes what was started and checks that nothing is left.
     pub(crate) async fn leave(self, all: &[&Started]) {
         for started in all {
             within(self.backend.remove(&started.id)).await.unwrap();
@@ -290,7 +289,7 @@ pub(crate) async fn within<T>(what: impl Future<Output = T>) -> T {
         .expect("not within 60 s")
 }
 
-/// Command lines on this host in which `marker` stands.
+/// The command lines on this host that contain `marker`.
 fn processes_that_name(marker: &str) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -320,7 +319,7 @@ pub(crate) fn signal(name: &str) -> Signal {
     name.parse().unwrap()
 }
 
-/// Everything below a leader, held so that its end can be seen.
+/// All descendants of a leader, as handles that can wait for their end.
 pub(crate) fn offspring(leader: i32) -> Vec<ProcessHandle> {
     let mut pending = children(leader);
     let mut found = Vec::new();
@@ -338,7 +337,7 @@ pub(crate) async fn lost(world: &World, started: &Started) {
     assert!(!error.is_transient());
 }
 
-/// Force after a short grace, which ends all of these processes.
+/// Stops by force after a short grace period; all of these processes must end.
 pub(crate) async fn ended_by_force(world: &World, started: &Started, inner: Vec<ProcessHandle>) {
     let grace = Duration::from_millis(50);
     within(world.backend.stop(started, None, grace))
@@ -348,7 +347,7 @@ pub(crate) async fn ended_by_force(world: &World, started: &Started, inner: Vec<
     assert!(inner.iter().all(|held| held.wait(LIMIT)), "one lives on");
 }
 
-/// With a grace that never ends, so that only the payload itself can have ended it.
+/// Stops with an infinite grace period, so that only the payload itself can have ended.
 pub(crate) async fn stopped_politely(backend: &NspawnBackend, started: &Started, want: (i32, i32)) {
     within(backend.stop(started, None, Duration::MAX))
         .await

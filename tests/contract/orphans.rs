@@ -1,8 +1,8 @@
-//! What is cleared away because nobody claims it.
+//! Reconciliation removes everything that no plugin holds a lock on.
 
 use super::*;
 
-/// A backend whose process has died, as far as claims go: nobody holds them any more.
+/// Starts a container with a backend that is dropped, as if its process had died: its locks are released.
 async fn abandoned(world: &World, spec: ContainerSpec) -> Started {
     let dead = NspawnBackend::new(world.settings.clone());
     within(dead.start(spec)).await.unwrap()
@@ -12,8 +12,8 @@ fn is_cleared(started: &Started) -> bool {
     !started.state.exists() && !is_alive(started.leader) && !is_alive(started.supervisor)
 }
 
-/// Reconciles until all of these are cleared away. A process that is just being started for another scenario has the dead backend's
-/// claims too until its own program runs; what looks claimed is left for the next plugin.
+/// Reconciles until all of these are removed. A process that is being started for another scenario inherits the dead backend's locks until
+/// it calls exec, and reconciliation skips what looks locked.
 async fn cleared(world: &World, all: &[&Started]) {
     within(async {
         while !all.iter().all(|started| is_cleared(started)) {
@@ -95,7 +95,7 @@ async fn a_copy_that_no_one_locks_is_cleared_away(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// What a plugin leaves that is killed before it has started the supervisor.
+/// The leftovers of a plugin that is killed before it has started the supervisor.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn half_made_starts_are_cleared_away(world: World) {
@@ -150,7 +150,7 @@ async fn what_the_driver_did_not_make_is_left_alone(world: World) {
     for path in &foreign {
         fs::write(path, "{}").unwrap();
     }
-    // An order that would have something foreign removed.
+    // A launch spec that would make the driver remove something foreign.
     let hostile = world.copied(&started, "hostile", |order| {
         order["machine"] = "../../../../tmp".into();
     });
@@ -167,7 +167,7 @@ async fn what_the_driver_did_not_make_is_left_alone(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// The same pid with the same start time may be somebody else after a reboot.
+/// After a reboot the same pid with the same start time may be a different process.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_one_is_mistaken_for_a_process_of_another_boot(world: World) {

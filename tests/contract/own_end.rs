@@ -1,4 +1,4 @@
-//! A container that ends by itself while another process of its task is stopped.
+//! A container exits by itself while another process of its task is stopped.
 
 use std::io::Write as _;
 
@@ -7,7 +7,7 @@ use nomad_driver_nspawn::container::Mount;
 
 use super::*;
 
-/// A FIFO for which a payload waits before it ends. Both kinds of payload find it under the path that it has on the host.
+/// A FIFO that a payload reads before it exits. It has the same path on the host and in the container, for both kinds of payload.
 struct Gate {
     directory: PathBuf,
 }
@@ -35,7 +35,7 @@ impl Gate {
         }
     }
 
-    /// Lets the payload pass. Waits until it reads.
+    /// Lets the payload continue. Waits until it reads.
     async fn open(&self) {
         let path = self.directory.join("go");
         let opened = tokio::task::spawn_blocking(move || {

@@ -1,4 +1,4 @@
-//! What a later backend finds, and what happens when a process of the driver dies.
+//! What a later backend finds, and what happens if a process of the driver dies.
 
 use nomad_driver_nspawn::container::Process;
 
@@ -19,7 +19,7 @@ async fn a_stopped_supervisor_is_found_again(world: World) {
     .await;
 }
 
-/// By another backend, after what happens in the meantime.
+/// Attaches with another backend after `meanwhile`.
 async fn found_again(world: World, meanwhile: impl FnOnce(&Started)) {
     let started = world
         .up(world.spec("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"))
@@ -131,7 +131,7 @@ async fn a_killed_nspawn_ends_the_container(world: World) {
     nspawn_struck_by(world, "SIGKILL").await;
 }
 
-/// Up to 252 the signal by which systemd lowers a log level ends systemd-nspawn.
+/// Up to 252 the signal that lowers systemd's log level kills systemd-nspawn.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_nspawn_ended_by_a_real_time_signal_is_noticed(world: World) {

@@ -1,4 +1,4 @@
-//! The root and what is mounted in it.
+//! The root file system and its mounts.
 
 use nomad_driver_nspawn::container::Mount;
 
@@ -54,7 +54,7 @@ async fn an_ephemeral_root_leaves_no_copy(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// systemd-nspawn makes missing mount points in the image, and fails where it can't.
+/// systemd-nspawn creates missing mount points in the image, and fails if it can't.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_read_only_root_needs_no_mount_points(world: World) {
@@ -77,7 +77,7 @@ async fn a_read_only_root_needs_no_mount_points(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// Ids are the same inside and outside: there is nothing to map, and the kernel refuses to.
+/// Ids are the same inside and outside: there is nothing to map, and the kernel refuses such a mapping.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_identity_mapping_needs_no_mapped_mounts(world: World) {
@@ -103,7 +103,7 @@ async fn an_identity_mapping_needs_no_mapped_mounts(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// systemd-nspawn mounts over some directories of every tree, and fails where it can neither find nor make them.
+/// systemd-nspawn mounts over some directories of every tree, and fails if they don't exist and it can't create them.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_read_only_root_without_base_directories_starts(world: World) {

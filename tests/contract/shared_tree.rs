@@ -1,4 +1,5 @@
-//! One tree for several containers: who may use it at the same time, and that an end keeps no start from it.
+//! One tree for several containers: which of them may use it concurrently, and that cleaning up after one never blocks the start of
+//! another.
 
 use nomad_driver_nspawn::container::Cause;
 use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
@@ -9,7 +10,7 @@ use super::*;
 
 const UP: &str = "echo up; exec sleep 1000";
 
-/// A container that does not write its tree.
+/// A container that does not write to its tree.
 fn shares(world: &World, task: &str, script: &str) -> ContainerSpec {
     ContainerSpec {
         volatile: Volatile::Overlay,
@@ -33,7 +34,7 @@ async fn a_tree_that_another_container_writes_is_busy(world: World) {
     world.leave(&[&writes]).await;
 }
 
-/// The one whose systemd-nspawn was killed leaves a lock. Whoever removes it holds it for a moment.
+/// A killed systemd-nspawn leaves its lock file. The process that removes it holds the lock for a moment.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clearing_a_killed_container_keeps_no_other_from_its_tree(world: World) {
@@ -62,7 +63,8 @@ async fn clearing_a_killed_container_keeps_no_other_from_its_tree(world: World) 
     world.leave(&[&killed, &next]).await;
 }
 
-/// It has given them up by itself. What lies there later is another's, that has made the file and is about to lock it.
+/// The container has released its locks by itself. A lock file found later belongs to another container that has just created it and is
+/// about to lock it.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_locks_of_a_container_that_ended_by_itself_are_left_alone(world: World) {

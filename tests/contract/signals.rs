@@ -18,7 +18,7 @@ async fn a_signal_reaches_its_handler(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// The kernel shields the first process of a pid namespace from signals it has no handler for.
+/// The kernel drops signals to PID 1 of a pid namespace that it has no handler for.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_signal_without_a_handler_spares_the_first_process(world: World) {

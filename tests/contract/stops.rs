@@ -1,4 +1,4 @@
-//! Stops: the signal, the grace time, force.
+//! Stops: signal, grace period, force.
 
 use super::*;
 
@@ -118,7 +118,7 @@ async fn a_stop_after_the_end_is_fine(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// Before the command runs there may be nobody to hear a signal; the grace time ends all the same.
+/// Before the command runs there may be no handler for the signal; the grace period ends all the same.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_right_after_the_start_is_carried_out(world: World) {
@@ -130,8 +130,8 @@ async fn a_stop_right_after_the_start_is_carried_out(world: World) {
             .await
             .unwrap();
         let exit = world.end(&started).await;
-        // A shell answers SIGINT before it comes to the line that has it hear SIGTERM. It wants to die of the signal then: a first
-        // process can't, and ends with 130; the fake's is none, and systemd-nspawn says 0 of that death.
+        // A shell reacts to SIGINT before it has executed the line with the trap for SIGTERM. It then tries to die of that signal: PID 1
+        // can't, and exits with 130; the fake's shell is not PID 1, and systemd-nspawn returns 0 for that death.
         assert!(
             [(3, 0), (137, 9), (130, 0), (0, 0)].contains(&ended(&exit)),
             "{number}: {exit:?}"
@@ -201,7 +201,7 @@ async fn signals_during_a_stop_are_no_error(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// What suits the payload is asked only where the job names nothing.
+/// The payload's handlers are considered only if the job names no signal.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_named_signal_is_sent_though_another_is_handled(world: World) {
@@ -209,7 +209,7 @@ async fn a_named_signal_is_sent_though_another_is_handled(world: World) {
     stopped(world, Mode::Plain, script, "INT", Some("SIGINT"), (22, 0)).await;
 }
 
-/// One that has not heard yet how things stand, as a plugin that has only just been started again.
+/// Uses a backend that has not received the supervisor's status yet, like a plugin that was just restarted.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_backend_stops_it_gracefully(world: World) {
@@ -245,7 +245,7 @@ async fn removing_overtakes_a_patient_stop(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// Its end is known before systemd-nspawn has thrown the root away.
+/// The exit is known before systemd-nspawn has removed the root.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ephemeral_root_that_is_ended_by_force_is_reported_once(world: World) {

@@ -1,5 +1,5 @@
-//! Several Nomad agents on one state directory: no plugin ends a task that another agent may ask for, and every plugin still clears
-//! away what its own agent left.
+//! Several Nomad agents on one state directory: no plugin ends a task that another agent may recover, and every plugin still removes its
+//! own agent's leftovers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,13 +11,13 @@ use crate::harness::{Host, Running, eventually};
 
 const HEARS: &str = "trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done";
 
-/// A plugin of this host's agent on a state directory, which it clears soon.
+/// A plugin of this host's agent that reconciles a state directory soon after its start.
 async fn reconciling(host: &Host, state_dir: &Path) -> Plugin {
     host.plugin_with(&json!({"reconcile_after": "100ms", "state_dir": state_dir}))
         .await
 }
 
-/// A task of an agent that has been stopped, with its plugin.
+/// A running task whose agent and plugin have ended.
 async fn left(host: &Host) -> Running {
     let mut plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell(HEARS)).await;
@@ -25,7 +25,7 @@ async fn left(host: &Host) -> Running {
     task
 }
 
-/// A short task that shows a plugin where its agent has its allocations.
+/// A short task that shows a plugin where its agent keeps its allocations.
 async fn asked(host: &Host, plugin: &Plugin) {
     let task = host.shell("exit 0").named("asked");
     let task = host
@@ -45,7 +45,7 @@ async fn said_of(host: &Host, task: &Running) -> String {
     host.log().contains(&path).await
 }
 
-/// The task goes on, and its own agent can take it up again.
+/// The task keeps running, and its own agent can recover it.
 async fn lives(host: &Host, task: &Running) {
     let plugin = host.recovered(task).await;
     task.signal(&plugin, "SIGUSR1").await.unwrap();

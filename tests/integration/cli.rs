@@ -1,4 +1,4 @@
-//! The lives a person starts, from outside: the words, the exit statuses, and one task run by the host that ships.
+//! The command line modes, from outside: arguments, exit statuses, and one task run by the development agent that ships with the driver.
 
 use std::fs;
 use std::process::{Command, Output};
@@ -63,7 +63,7 @@ fn what_can_not_be_run_is_refused_before_anything_is_started(
     assert_eq!(output.status.code(), Some(status));
 }
 
-/// One run of a task in this process, and what came of it.
+/// The result of running one task in this process.
 struct Ran {
     end: Result<TaskExit, HostError>,
     stdout: Written,
@@ -71,7 +71,7 @@ struct Ran {
     happened: Vec<RunEvent>,
 }
 
-/// Runs a task; `stop_at` is the output at which it is asked to stop.
+/// Runs a task; once it has printed `stop_at` it is asked to stop.
 async fn run(host: &Host, task: Task, stop_at: Option<&'static str>) -> Ran {
     let (stop, stops) = mpsc::channel(4);
     let (stdout, stderr) = (Written::default(), Written::default());
@@ -110,7 +110,7 @@ async fn run(host: &Host, task: Task, stop_at: Option<&'static str>) -> Ran {
     }
 }
 
-/// A driver that does not run as root takes no tasks, and the run says so in its words; otherwise gives the end.
+/// A driver that does not run as root takes no tasks; then checks the error of the run. Otherwise returns the exit.
 fn as_root(ran: &Ran) -> Option<&TaskExit> {
     if nix::unistd::geteuid().is_root() {
         return Some(ran.end.as_ref().unwrap());

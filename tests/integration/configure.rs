@@ -1,5 +1,5 @@
-//! What the plugin says of itself before any task, and how it reads the two configurations: what is taken, and that what is
-//! refused is refused before anything is started.
+//! What the plugin reports about itself before any task, and how it decodes plugin and task configuration: what is accepted, and that
+//! everything else is refused before anything is started.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -39,7 +39,7 @@ async fn plugin_info_comes_first() {
     assert_eq!(numbers.len(), 3);
 }
 
-/// Walks a schema the way Nomad's parser does and gives the options it found.
+/// Walks a schema as Nomad's parser does and collects the options.
 fn options(spec: &Spec, found: &mut BTreeSet<String>) {
     const TYPES: [&str; 7] = [
         "bool",
@@ -220,7 +220,7 @@ fn with_number(host: &Host, number: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Starts a task with a granted port and a number for it in these bytes.
+/// Starts a task with an allocated port whose number in `port_map` has this encoding.
 async fn start_with_number(
     host: &Host,
     plugin: &Plugin,

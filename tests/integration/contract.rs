@@ -1,5 +1,5 @@
-//! The contract of the backend, kept by the fake: what makes it worth trusting. The end-to-end tests run the same suite
-//! against the real systemd-nspawn.
+//! The contract of the backend on the fake. The end-to-end tests run the same suite against the real systemd-nspawn, and that is why the
+//! fake can be trusted.
 
 use std::fs;
 use std::path::Path;

@@ -1,10 +1,10 @@
-//! `docs/testing.md` against the sources: the table of conformance checks names tests that exist, and leaves none out.
+//! Checks `docs/testing.md` against the sources: the table of conformance checks names existing tests and leaves none out.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-/// One row: the check's number, and what stands in its last column.
+/// The rows of the table: the check's number and the text of its last column.
 fn rows() -> Vec<(u32, String)> {
     let text =
         fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/testing.md")).unwrap();
@@ -37,7 +37,7 @@ fn functions(directory: &Path, found: &mut BTreeSet<String>) {
     }
 }
 
-/// The tests whose attribute says `// Conformance check N.`, with that number.
+/// The tests with `// Conformance check N.` behind their attribute, and that number.
 fn conformance_checks(directory: &Path, found: &mut Vec<(u32, String)>) {
     for entry in fs::read_dir(directory).unwrap().flatten() {
         let path = entry.path();
@@ -63,7 +63,7 @@ fn conformance_checks(directory: &Path, found: &mut Vec<(u32, String)>) {
     }
 }
 
-/// What stands between back quotes.
+/// The parts of the text between backquotes.
 fn quoted(cell: &str) -> impl Iterator<Item = &str> {
     cell.split('`').skip(1).step_by(2)
 }

@@ -1,4 +1,4 @@
-//! TaskEvents: open for as long as somebody listens, and what an event carries.
+//! TaskEvents: the stream stays open as long as the client reads it; the content of an event.
 
 use std::time::SystemTime;
 
@@ -18,7 +18,7 @@ async fn the_stream_stays_open() {
         task.destroy(&plugin).await;
     };
     tokio::pin!(whole_life);
-    // A host without control groups has something to say about every task; nothing ends the stream.
+    // On a host without cgroups every task emits an event; nothing ends the stream.
     loop {
         tokio::select! {
             () = &mut whole_life => break,
@@ -36,7 +36,7 @@ async fn an_event_says_whose_it_is() {
         plugin.events().await.unwrap(),
         plugin.events().await.unwrap(),
     );
-    // What does not speak must not hold up the others.
+    // A client that does not read must not block the others.
     let _deaf = plugin.events().await.unwrap();
     let before = SystemTime::now();
     let task = host

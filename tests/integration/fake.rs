@@ -1,4 +1,4 @@
-//! The stand-in for systemd-nspawn as its callers see it: notifications, signals, exit statuses, ledger.
+//! The fake systemd-nspawn as its callers see it: notifications, signals, exit statuses, call log.
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -69,7 +69,7 @@ impl Bench {
         self.command(words).output().unwrap()
     }
 
-    /// Starts it, and returns when it is announced and its payload has made the file `up`.
+    /// Starts it, and returns once it is announced and its payload has created the file `up`.
     fn start(&self, mode: &[&str], script: &str) -> Running {
         let up = self.path("up");
         let script = format!(
@@ -84,12 +84,12 @@ impl Bench {
         Running { nspawn, leader }
     }
 
-    /// Reads notifications until one has a line that starts so; gives the rest of that line.
+    /// Reads notifications until one has a line with this prefix; returns the rest of that line.
     fn received(&self, start: &str) -> String {
         let mut buffer = [0; 4096];
         loop {
             let length = match self.socket.recv(&mut buffer) {
-                // A timeout makes the call one that signals interrupt.
+                // With a timeout set, signals interrupt the call.
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 other => other.unwrap_or_else(|error| panic!("no {start}: {error}")),
             };
@@ -118,7 +118,7 @@ fn eventually(what: &str, holds: impl Fn() -> bool) {
 }
 
 fn send(pid: i32, number: i32) {
-    // Real-time signals have no name in the safe wrappers.
+    // nix's `Signal` has no real-time signals.
     let status = Command::new("/bin/sh")
         .arg("-c")
         .arg(format!("kill -{number} {pid}"))
@@ -148,7 +148,7 @@ impl Running {
 }
 
 impl Drop for Running {
-    /// A test that failed leaves nothing running.
+    /// A failed test leaves no process running.
     fn drop(&mut self) {
         if matches!(self.nspawn.try_wait(), Ok(None)) {
             kill(Pid::from_raw(self.leader), Signal::SIGKILL).ok();
@@ -194,7 +194,7 @@ fn a_leader_takes_signals_as_a_first_process_does(
     let mut running = bench.start(mode, script);
     for (sent, number) in signals.iter().enumerate() {
         send(running.leader, *number);
-        // Nobody can write down a KILL, and only what was taken in may be followed by the next one.
+        // A KILL can't be logged, and the next signal must wait until this one is in the call log.
         if *number != 9 {
             eventually("the signal is in the ledger", || {
                 bench.call_log("signal").len() > sent

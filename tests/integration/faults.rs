@@ -1,5 +1,5 @@
-//! What goes wrong below the plugin: the start that fails, the tool that hangs or dies, the watch that is killed. Each is an
-//! error of one task, told in words, and leaves nothing.
+//! Failures below the plugin: the start that fails, the tool that hangs or dies, the supervisor that is killed. Each is an error of one
+//! task with a message, and leaves nothing behind.
 
 use std::sync::Arc;
 
@@ -66,7 +66,7 @@ async fn what_the_tool_said_is_in_the_error() {
 #[tokio::test] // Conformance check 35.
 async fn only_what_may_pass_by_itself_may_be_retried() {
     let host = Host::new();
-    // A state directory that can't be made, as when a disk is not mounted yet.
+    // A state directory that can't be created, as when a disk is not mounted yet.
     std::fs::write(host.join("occupied"), "").unwrap();
     let plugin = host
         .plugin_with(&json!({"state_dir": host.join("occupied/state")}))
@@ -117,7 +117,7 @@ async fn a_start_that_no_one_waits_for_any_more_is_undone() {
     within("the container", trap.reached()).await;
     start.abort();
     assert!(start.await.unwrap_err().is_cancelled());
-    // Asked after it on the same connection: when this is answered the plugin has heard that nobody waits.
+    // Sent later on the same connection: once this has returned, the plugin has noticed the cancelled StartTask.
     let request = InspectTaskRequest {
         task_id: id.clone(),
     };
@@ -135,7 +135,7 @@ async fn a_start_that_no_one_waits_for_any_more_is_undone() {
 
 #[rstest]
 #[case(9, "SIGKILL")]
-// A number without a name among the plain ones: its status must not be lost.
+// A real-time signal, which has no name among the standard ones: its status must not be lost.
 #[case(40, "SIGRTMIN+6")]
 #[tokio::test]
 async fn a_killed_systemd_nspawn_ends_its_task_with_a_reason(
@@ -149,7 +149,7 @@ async fn a_killed_systemd_nspawn_ends_its_task_with_a_reason(
         .await;
     task.stdout.contains("up").await;
     let nspawn = host.starts()[0]["pid"].as_i64().unwrap();
-    // The safe wrappers of kill(2) know no real-time signals; the shell does.
+    // nix's wrapper of kill(2) does not know real-time signals; the shell does.
     let sent = std::process::Command::new("/bin/sh")
         .args(["-c", &format!("kill -{number} {nspawn}")])
         .status();

@@ -1,4 +1,4 @@
-//! How the plugin process introduces itself, what it serves beside Nomad's own services, and that it keeps serving.
+//! The go-plugin handshake, the services that the plugin serves besides Nomad's own, and that it keeps serving.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
@@ -18,7 +18,7 @@ use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::harness::{Host, refusal, within};
 
-/// The program with an environment of its own.
+/// The program with an empty environment except `TMPDIR`.
 fn bare(host: &Host) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"));
     command
@@ -30,7 +30,7 @@ fn bare(host: &Host) -> Command {
     command
 }
 
-/// A plugin process of which only the first line was read. It dies with this value.
+/// A plugin process of which only the first line was read. It is killed on drop.
 struct Raw {
     child: Child,
     line: String,
@@ -61,13 +61,13 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        // It is gone already where the test itself ended it.
+        // It has exited already if the test itself ended it.
         let _ = self.child.kill();
         self.child.wait().unwrap();
     }
 }
 
-/// What a person gets who starts the program by hand.
+/// The message for a person who starts the program by hand.
 fn assert_a_notice(output: &Output) {
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stdout.is_empty(), "{output:?}");
@@ -110,7 +110,7 @@ fn handshake_line() {
 async fn it_serves_at_once() {
     let host = Host::new();
     let raw = Raw::launch(&host, &[]);
-    // The connection speaks HTTP/2 without asking first and calls itself "unused", as Nomad's does.
+    // The connection speaks HTTP/2 with prior knowledge and the authority "unused", as Nomad's does.
     let plugin = Plugin::reattach(Path::new(raw.fields()[3]), raw.pid())
         .await
         .unwrap();
@@ -242,7 +242,7 @@ async fn no_task_holds_the_plugins_pipes() {
         .start(&plugin, host.shell("echo up; exec sleep 1000"))
         .await;
     task.stdout.contains("up").await;
-    // Gone means: reaped, and nobody holds its stdout and stderr.
+    // `kill` returns once the process is reaped and no process holds its stdout and stderr.
     within("the end of the pipes", plugin.kill()).await;
     host.recovered(&task)
         .await
@@ -306,7 +306,7 @@ async fn the_plugin_prints_nothing_after_the_line() {
     assert!(plugin.stray_stdout().is_empty());
 }
 
-/// Each task takes two descriptors of the plugin, and the usual limit would end it at some five hundred.
+/// Each task uses two descriptors of the plugin, so the usual soft limit would be reached at about five hundred tasks.
 #[tokio::test]
 async fn the_limit_of_open_files_is_raised_as_far_as_it_goes() {
     let host = Host::new();

@@ -1,4 +1,4 @@
-//! The fuzz targets' corpus, replayed: what ever broke something, or shows where something could break.
+//! Replays the corpus of the fuzz targets: inputs that once broke something, or that cover weak spots.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +13,7 @@ fn fuzz(path: &str) -> PathBuf {
         .join(path)
 }
 
-/// The names in a directory, without what they end in.
+/// The file names in a directory, without extension.
 fn names(directory: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(directory).unwrap();
     let paths = entries.map(|entry| entry.unwrap().path());
@@ -55,7 +55,7 @@ fn every_check_has_a_target_and_a_corpus() {
     }
 }
 
-/// The corpus reaches what it is about: with nothing but garbage in it the checks would hold as well.
+/// The corpus reaches the code behind the decoders: the checks would pass with garbage only, too.
 #[test]
 fn every_corpus_has_something_that_is_accepted() {
     use nomad_driver_nspawn::config::PluginConfig;

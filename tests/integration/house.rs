@@ -1,9 +1,9 @@
-//! The floor plan of `src/lib.rs`, kept: no room uses one to its left, and nothing uses `host` and `cli`.
+//! Checks the module order given in `src/lib.rs`: no module uses one to its left, and no module uses `host` and `cli`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Which rooms each room may use, itself aside. `main` may use all.
+/// The modules that each module may use besides itself. `main` may use all.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("proto", &[]),
     ("blocking", &[]),
@@ -143,12 +143,12 @@ fn visit(dir: &Path, see: &mut impl FnMut(&Path, &str)) {
     }
 }
 
-/// A document at the top of the tree.
+/// A document at the top of the repository.
 fn document(name: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
 }
 
-/// What stands between back quotes on one line and begins with `src/`.
+/// The parts of the text that are between backquotes on one line and begin with `src/`.
 fn sources(text: &str) -> impl Iterator<Item = &str> {
     text.lines()
         .flat_map(|line| line.split('`').skip(1).step_by(2))
@@ -181,7 +181,7 @@ fn every_room_has_a_line_in_the_architecture() {
     }
 }
 
-/// The two commands of a fresh machine come first, and continuous integration begins with the same.
+/// The two commands for a new machine come first, and CI begins with the same ones.
 #[test]
 fn the_readme_begins_with_two_commands_and_so_does_ci() {
     let readme = document("README.md");
@@ -205,7 +205,7 @@ fn the_readme_begins_with_two_commands_and_so_does_ci() {
     assert_eq!(runs[..2], code[..2]);
 }
 
-/// By subject, so that one file can be read as a whole.
+/// Tests are split by subject, so that one file can be read as a whole.
 #[test]
 fn no_file_of_tests_is_longer_than_600_lines() {
     const MOST: usize = 600;

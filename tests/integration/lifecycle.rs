@@ -1,4 +1,4 @@
-//! A task from StartTask to DestroyTask: what is answered, what systemd-nspawn gets, how an end is told, what is left.
+//! A task from StartTask to DestroyTask: responses, the call of systemd-nspawn, how an exit is reported, leftovers.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,7 +111,7 @@ async fn a_wait_that_is_given_up() {
     task.destroy(&plugin).await;
 }
 
-/// Starts what ignores polite signals, stops it so, and looks that nothing of it lives.
+/// Starts a task that ignores SIGTERM, stops it with this grace period, and checks that none of its processes is left.
 async fn stopped_by_force(grace: Duration) {
     let host = Host::new();
     let plugin = host.plugin().await;
@@ -226,7 +226,7 @@ async fn destroying_what_runs_takes_force() {
     nothing_left(&host, &plugin).await;
 }
 
-/// Nothing runs but the plugin, and nothing lies in its state directory.
+/// Checks that only the plugin still runs, and that its state directory is empty.
 pub(crate) async fn nothing_left(host: &Host, plugin: &Plugin) {
     host.quiet(&[plugin.pid()]).await;
     let empty = || std::fs::read_dir(host.state()).unwrap().next().is_none();
@@ -297,7 +297,7 @@ async fn environment_values_arrive_unchanged() {
         ("OTHER", " ü ☃ "),
         ("EMPTY", ""),
     ];
-    // Shells drop such names; the command itself has it.
+    // Shells drop such names; a command executed directly has it.
     let dotted = host.task(&["env"]).env("with.dot", "x");
     let script =
         "for n in LINES2 QUOTES EQUALS OTHER EMPTY; do eval printf '%s=%s\\;' $n '\"$'$n'\"'; done";
@@ -347,7 +347,7 @@ async fn nomads_directories() {
     task.destroy(&plugin).await;
 }
 
-/// Waits for a task with a number of its own and looks that everything of it is its own.
+/// Waits for the task with this number and checks that exit and output are its own.
 async fn ends_as_number(plugin: &Plugin, number: usize, task: &Running) {
     let exit = task.wait(plugin).await;
     assert_eq!(usize::try_from(exit.code).unwrap(), number % 100);
@@ -360,7 +360,7 @@ async fn many_at_once() {
     let host = Host::new();
     let plugin = Arc::new(host.plugin().await);
     let starts = (0..50).map(|number| {
-        // Each has a tree of its own: one tree has one writer.
+        // Each has its own tree, because only one container may write to a tree.
         let root = host.tree(&format!("root{number}"));
         let script = format!(
             "trap 'exit {number}' USR1; echo out {number}; while :; do sleep 1; done & wait"
@@ -373,7 +373,7 @@ async fn many_at_once() {
     });
     let tasks = within("50 starts", futures_of(starts)).await;
     assert_eq!(host.starts().len(), 50);
-    // Every wait and every stream of statistics stays open beside the others, two of each.
+    // All waits and stats streams stay open at the same time, two per task.
     let mut streams = Vec::new();
     let mut waits = tokio::task::JoinSet::new();
     for task in &tasks {
@@ -413,7 +413,7 @@ async fn many_at_once() {
     }
 }
 
-/// Runs all at the same time, and gives what they gave in their order.
+/// Runs all futures concurrently and returns their outputs in order.
 async fn futures_of<F: Future>(all: impl Iterator<Item = F>) -> Vec<F::Output> {
     let mut pending: Vec<_> = all.map(|one| (Box::pin(one), None)).collect();
     std::future::poll_fn(|context| {

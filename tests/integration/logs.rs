@@ -19,7 +19,7 @@ async fn both_streams_apart_and_whole() {
             .map(|number| format!("{word}-{number}\n"))
             .collect::<String>()
     };
-    // The end of the streams comes without DestroyTask: nobody holds the write ends once the task is over.
+    // The streams end without DestroyTask: no process holds the write ends once the task has exited.
     assert_eq!(task.stdout.all().await, lines("out") + "last");
     assert_eq!(task.stderr.all().await, lines("err") + "LAST");
     task.destroy(&plugin).await;

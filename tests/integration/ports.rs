@@ -1,4 +1,4 @@
-//! Ports as Nomad's wire carries them, with the address on which they are allotted.
+//! Ports in Nomad's messages, with the address on which they are allocated.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::harness::{Host, argv, refusal};
 
-/// What Nomad says of the port `http`.
+/// The message of Nomad for the port `http`.
 fn allotted(host_ip: &str) -> impl FnOnce(&mut TaskConfig) {
     let port = PortMapping {
         label: "http".to_owned(),
@@ -64,7 +64,7 @@ async fn a_port_of_every_address_is_forwarded(#[case] host_ip: &str) {
     );
 }
 
-/// The command listens itself, on the address that Nomad tells it.
+/// The command itself listens on the address that Nomad passes to it.
 #[tokio::test]
 async fn in_the_host_s_network_no_port_is_forwarded_and_none_refused() {
     let host = Host::new();

@@ -1,4 +1,4 @@
-//! What dead plugins left is cleared away once the agent has had time to ask for its tasks, and nothing else is.
+//! Leftovers of dead plugins are removed once the agent has had time to recover its tasks, and nothing else is.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,8 +18,8 @@ use support::trap::Trap;
 const TRAPS: &str = "trap 'echo got; exit 12' USR1; echo up; while :; do sleep 0.05; done";
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
 
-/// A plugin that clears away soon after its start, or after the last task was recovered. It has been asked for a task, so that it
-/// knows which tasks are its agent's.
+/// A plugin that reconciles soon after its start, or after the last recovery of a task. It has already started a task, so that it knows
+/// which tasks belong to its agent.
 async fn reconciling(host: &Host) -> Plugin {
     let plugin = host.plugin_with(&json!({"reconcile_after": "200ms"})).await;
     let image = json!(host.tree(&format!("asked-{}", plugin.pid())));
@@ -30,7 +30,7 @@ async fn reconciling(host: &Host) -> Plugin {
     plugin
 }
 
-/// A task with a tree of its own, so that several run side by side.
+/// A task with its own tree, so that several can run at once.
 async fn started(host: &Host, plugin: &Plugin, name: &str, script: &str) -> Running {
     let task = host.shell(script).named(name);
     let task = host
@@ -53,7 +53,7 @@ fn supervisor(task: &Running) -> i32 {
     i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap()
 }
 
-/// Waits until this directory was cleared away, and gives the line of the log.
+/// Waits until this directory has been removed and returns the log line.
 async fn cleared(host: &Host, directory: &Path) -> String {
     let path = format!("\"path\":\"{}\"", directory.display());
     let line = || {
@@ -67,7 +67,7 @@ async fn cleared(host: &Host, directory: &Path) -> String {
     line
 }
 
-/// A start that was never finished: its clearing shows that a plugin has looked through everything before it.
+/// An unfinished start: its removal shows that a plugin has reconciled.
 fn half_made(host: &Host) -> PathBuf {
     use std::os::unix::fs::DirBuilderExt;
     let path = host.state().join("half.0123456789abcdef");
@@ -75,7 +75,7 @@ fn half_made(host: &Host) -> PathBuf {
     path
 }
 
-/// Makes a file look as if it had been made long ago.
+/// Gives a file a timestamp of long ago.
 fn age(path: &Path) {
     use nix::sys::stat::{UtimensatFlags, utimensat};
     let then = nix::sys::time::TimeSpec::new(1_000_000_000, 0);
@@ -83,7 +83,7 @@ fn age(path: &Path) {
     utimensat(nix::fcntl::AT_FDCWD, path, &then, &then, flags).unwrap();
 }
 
-/// A word that is this test's alone.
+/// A word that only this test uses.
 fn unique(host: &Host) -> String {
     let name = host.path().file_name().unwrap().to_string_lossy();
     name.replace(|c: char| !c.is_ascii_alphanumeric(), "")
@@ -100,7 +100,7 @@ async fn a_task_that_no_one_asks_for_is_ended_and_one_that_is_recovered_stays() 
     let wanted = started(&host, &plugin, "wanted", TRAPS).await;
     let unwanted = started(&host, &plugin, "unwanted", DEAF).await;
     plugin.kill().await;
-    // The time begins with another configuration, and a recovery before it can't come too late.
+    // The delay starts again with a new configuration, so the recovery before that can't come too late.
     let plugin = host.plugin().await;
     within("RecoverTask", plugin.recover(wanted.stored()))
         .await
@@ -149,7 +149,7 @@ async fn of_two_plugins_neither_ends_the_others_tasks() {
     let second = reconciling(&host).await;
     cleared(&host, &half).await;
     let other = started(&host, &second, "other", TRAPS).await;
-    // A third one looks while both live.
+    // A third one reconciles while both are alive.
     let half = half_made(&host);
     let third = reconciling(&host).await;
     eventually("the third has looked", || !half.exists()).await;
@@ -196,7 +196,7 @@ async fn a_supervisor_whose_records_were_deleted_is_ended() {
     assert!(state_is_empty(&host));
 }
 
-/// Nothing but its command line tells whose the supervisor is.
+/// Only the command line of the supervisor shows which task it belongs to.
 #[tokio::test]
 async fn a_stopped_supervisor_that_is_not_on_record_can_be_destroyed() {
     let host = Host::new();
@@ -223,7 +223,7 @@ async fn a_stopped_supervisor_that_is_not_on_record_can_be_destroyed() {
     assert!(state_is_empty(&host));
 }
 
-/// Nobody is left who knows of the container but the kernel.
+/// Only the kernel still knows about the container.
 #[tokio::test]
 async fn a_container_without_supervisor_and_records_is_ended() {
     let host = Host::new();
@@ -233,19 +233,19 @@ async fn a_container_without_supervisor_and_records_is_ended() {
     kill(supervisor(&task));
     fs::remove_dir_all(directory(&task)).unwrap();
     if !is_root() {
-        // Without control groups it can't be told from a container of anybody's: the test itself has to end it.
+        // Without cgroups it can't be distinguished from other containers: the test itself has to kill it.
         kill(task.leader());
         return host.quiet(&[]).await;
     }
     let plugin = reconciling(&host).await;
-    // Other groups may be removed before, which plugins beside this one have left.
+    // Leftover cgroups of plugins running in parallel may be removed first.
     let group = task.state(&["cgroup"]).as_str().unwrap().to_owned();
     host.log().contains(&format!("\"path\":\"{group}\"")).await;
     host.quiet(&[plugin.pid()]).await;
     assert!(host.groups().iter().all(|group| !group.exists()));
 }
 
-/// The same below a group that Nomad has made for the task, where groups of others lie too.
+/// The same below a cgroup that Nomad has created for the task, where other cgroups exist too.
 #[tokio::test]
 async fn a_container_without_records_is_ended_in_a_granted_group_too() {
     let Some(tracking) = Layout::of_this_host().tracking.filter(|_| is_root()) else {
@@ -355,7 +355,7 @@ async fn a_plugin_that_is_to_reconcile_never_does_not() {
     let host = Host::new();
     let half = half_made(&host);
     let never = host.plugin_with(&json!({"reconcile_after": "0"})).await;
-    // One that does shows that there was something to do.
+    // A plugin that does reconcile shows that there was something to remove.
     let task = started(&host, &never, "task", "echo up; exit 7").await;
     assert_eq!(task.wait(&never).await.code, 7);
     task.destroy(&never).await;
@@ -384,7 +384,7 @@ async fn the_socket_of_a_killed_plugin_is_removed() {
     }
 }
 
-/// Of the driver's groups without records only those go that are empty and old.
+/// Of the driver's cgroups without records only those are removed that are empty and old.
 #[tokio::test]
 async fn an_empty_group_is_removed_when_it_is_old() {
     if !is_root() {
@@ -402,13 +402,13 @@ async fn an_empty_group_is_removed_when_it_is_old() {
     let (old, young) = (named("00000000000000aa"), named("00000000000000bb"));
     let foreign = group.with_file_name(format!("{unique}-foreign"));
     for group in [&old, &young, &foreign] {
-        // Another test may be removing the empty subtree at this moment.
+        // Another test may be removing the empty parent at this moment.
         Group::new(group).create().unwrap();
     }
     age(&old);
     age(&foreign);
     let _plugin = reconciling(&host).await;
-    // It belongs to no state directory, so any plugin on the machine may be the one that removes it.
+    // It belongs to no state directory, so any plugin on the machine may remove it.
     eventually("the old group is gone", || !old.exists()).await;
     for spared in [&young, &foreign] {
         fs::remove_dir(spared).unwrap();

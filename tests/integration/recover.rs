@@ -1,4 +1,4 @@
-//! RecoverTask: a task is found again by plugins that did not start it, and nothing else is.
+//! RecoverTask: plugins recover tasks that they did not start, and nothing else.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -48,7 +48,7 @@ async fn a_new_plugin_takes_over() {
     assert_eq!(task.wait(&plugin).await.code, 12);
     assert_eq!(task.stdout.all().await, "up\ngot\n");
     task.destroy(&plugin).await;
-    // And one that is stopped instead.
+    // The same for a task that is stopped instead.
     let task = orphan(
         &host,
         "trap '' TERM INT; echo up; while :; do sleep 0.05; done",
@@ -96,7 +96,7 @@ async fn an_end_while_no_plugin_ran() {
     task.destroy(&plugin).await;
 }
 
-/// A handle whose state was changed in one place.
+/// A handle with a modified driver state.
 fn changed(task: &Running, change: impl FnOnce(&mut Value)) -> TaskHandle {
     let mut handle = task.stored();
     let mut state: Value = serde_json::from_slice(&handle.driver_state).unwrap();
@@ -105,7 +105,7 @@ fn changed(task: &Running, change: impl FnOnce(&mut Value)) -> TaskHandle {
     handle
 }
 
-/// Another one's handle is refused, the task is not touched, and DestroyTask of what was refused is fine.
+/// A handle that belongs to something else is refused and the task is not affected; a later DestroyTask of the refused task succeeds.
 async fn refused(host: &Host, handle: TaskHandle, words: &str) -> Plugin {
     let plugin = host.plugin().await;
     let status = refusal(within("RecoverTask", plugin.recover(handle)).await);
@@ -130,14 +130,14 @@ async fn another_boot_and_another_process() {
         started["state"] = json!(host.state().join("gone"))
     });
     drop(refused(&host, elsewhere, "another one's place").await);
-    // As another state directory that the operator had chosen before.
+    // As if the operator had used another state directory before.
     let own = TaskDir::for_task(&host.state(), &task.id);
     let name = own.path().file_name().unwrap();
     let gone = changed(&task, |started| {
         started["state"] = json!(host.join("old").join(name))
     });
     let plugin = refused(&host, gone, "no record").await;
-    // What was not meant was not touched.
+    // The unrelated task was not affected.
     plugin.recover(task.stored()).await.unwrap();
     assert_eq!(
         task.inspect(&plugin).await.unwrap().task.unwrap().state(),
@@ -149,7 +149,7 @@ async fn another_boot_and_another_process() {
         .unwrap();
 }
 
-/// Whoever can change what Nomad keeps must not lead the driver to records that he wrote.
+/// A user who can change what Nomad stores must not be able to direct the driver to forged records.
 #[tokio::test]
 async fn records_where_others_can_write_are_not_believed() {
     let host = Host::new();
@@ -265,7 +265,7 @@ async fn a_second_connection_is_served_fully() {
     let task = host.start(&plugin, host.shell(TRAPS)).await;
     task.stdout.contains("up").await;
     let mut events = plugin.events().await.unwrap();
-    // The agent was killed: its connection is gone and another agent comes to the same plugin.
+    // The agent was killed: its connection is closed and another agent connects to the same plugin.
     let again = Plugin::reattach(plugin.address(), plugin.pid())
         .await
         .unwrap();
@@ -340,7 +340,7 @@ async fn a_plugin_that_dies_during_a_start_leaves_nothing() {
     plugin.kill().await;
     assert!(within("StartTask", start).await.unwrap().is_err());
     host.quiet(&[]).await;
-    // Nomad asks the next plugin for the same id.
+    // Nomad starts the same id with the next plugin.
     let plugin = host.plugin().await;
     within("StartTask", plugin.start(config.clone()))
         .await

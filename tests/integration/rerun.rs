@@ -1,4 +1,4 @@
-//! `ci/rerun-failed`: which failed tests are run again, and what counts as passed then.
+//! `ci/rerun-failed`: which failed tests are run again, and what counts as passed afterwards.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -7,8 +7,7 @@ use std::process::Command;
 
 use rstest::rstest;
 
-/// Plays a test binary: the first call fails two tests, a later one, for one of them, does what `second` says. Writes down its
-/// arguments.
+/// A fake test binary: the first call fails two tests, a later call for one of them runs `second`. Logs its arguments.
 fn toy(directory: &Path, name: &str, first: &str, second: &str) -> String {
     let path = directory.join(name);
     let calls = directory.join("calls").display().to_string();
@@ -20,14 +19,14 @@ fn toy(directory: &Path, name: &str, first: &str, second: &str) -> String {
     path.display().to_string()
 }
 
-/// What the runner prints, the second name in the output of the first test too.
+/// The test runner's output; a second name appears in the output of the first test too.
 const TWO_FAIL: &str = "printf '%s\\n' 'NOT APPLICABLE a::none: no such host' 'test a::one ... FAILED' '' 'failures:' '' \
      '---- a::one stdout ----' '    a::no_test' '' 'failures:' '    a::one' '    a::two' '' \
      'test result: FAILED. 3 passed; 2 failed; 0 ignored'; exit 101";
 const ONE_PASSES: &str = "echo 'test result: ok. 1 passed; 0 failed; 0 ignored'";
 const NONE_PASSES: &str = "echo 'test result: ok. 0 passed; 0 failed; 0 ignored'";
 
-/// What came of it: whether it passed, the notes, the calls.
+/// Runs the script; returns whether it passed, the notes, and the calls.
 fn rerun(directory: &Path, command: &[&str]) -> (bool, String, String) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/ci/rerun-failed");
     let notes = directory.join("notes");

@@ -1,6 +1,6 @@
-//! A plugin with one worker thread serves every other task while four starts hang. Two ways to hang: a bind source on a file system
-//! that answers everything but `statfs`, as a network file system without its server does, for which a mount is needed; and a
-//! failpoint in the middle of a start's preparation, for every user.
+//! A plugin with one worker thread serves every other task while four starts hang. Two ways to hang: a bind source on a file system that
+//! answers everything but `statfs`, as a network file system without its server does (this needs a mount); and a failpoint in the middle of
+//! a start's preparation, for every user.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -19,9 +19,9 @@ use support::trap::Trap;
 use crate::harness::{Host, Running, Task, eventually, is_root, within};
 use crate::lifecycle::nothing_left;
 
-/// How soon a plugin answers about a task that nothing hinders.
+/// The response time limit for an unaffected task.
 const ANSWER_LIMIT: Duration = Duration::from_millis(100);
-/// How many times it may fail to. A loaded machine delays some of the answers, a worker that is blocked all of them.
+/// The number of attempts. On a loaded machine some responses are late; with a blocked worker all of them are.
 const ATTEMPTS: usize = 20;
 const HUNG_STARTS: usize = 4;
 
@@ -36,7 +36,7 @@ async fn plugin_with_one_worker(host: &Host) -> Plugin {
     .await
 }
 
-/// Tasks that end as soon as they get SIGTERM.
+/// Tasks that exit immediately on SIGTERM.
 async fn other_tasks(host: &Host, plugin: &Plugin) -> Vec<Running> {
     let mut tasks = Vec::new();
     for number in 0..ATTEMPTS {
@@ -49,7 +49,7 @@ async fn other_tasks(host: &Host, plugin: &Plugin) -> Vec<Running> {
     tasks
 }
 
-/// Makes a call until one is answered in time.
+/// Repeats a call until one returns within the limit.
 async fn answered_in_time(what: &str, mut call: impl AsyncFnMut(usize)) {
     let mut best = Duration::MAX;
     for attempt in 0..ATTEMPTS {
@@ -80,7 +80,7 @@ async fn others_are_served(plugin: &Plugin, tasks: &[Running]) {
     .await;
 }
 
-/// Four starts of this task hang by the time `hung` is over, and come up when `release` has been called.
+/// Four starts of this task hang once `hung` has returned, and succeed after `release` has been called.
 async fn four_hung_starts_hinder_no_one<R: FnOnce()>(
     host: &Host,
     task: Task,
@@ -125,7 +125,7 @@ async fn starts_that_hang_while_they_are_prepared_hinder_no_other_task() {
     .await;
 }
 
-/// In a thread of its own, because the mount is in a mount namespace that nobody else shall share.
+/// In a thread of its own, because the mount is in a private mount namespace.
 #[test]
 fn starts_on_a_mount_whose_statfs_never_returns_hinder_no_other_task() {
     if !is_root() {
@@ -160,7 +160,7 @@ fn starts_on_a_mount_whose_statfs_never_returns_hinder_no_other_task() {
     }
 }
 
-/// A FUSE file system, one empty directory, in a mount namespace of the calling thread's own. It keeps `statfs` waiting.
+/// A FUSE file system with one empty directory, in a private mount namespace of the calling thread. It does not answer `statfs`.
 struct SilentMount {
     path: PathBuf,
     device: File,
@@ -169,7 +169,7 @@ struct SilentMount {
 
 #[derive(Debug)]
 enum Statfs {
-    /// Keeps these requests.
+    /// Keeps these requests without an answer.
     Silent(Vec<u64>),
     Answering,
 }
@@ -197,7 +197,7 @@ impl SilentMount {
         }
     }
 
-    /// How many requests are kept waiting.
+    /// How many requests are waiting.
     fn held(&self) -> usize {
         match &*lock(&self.statfs) {
             Statfs::Silent(held) => held.len(),
@@ -205,7 +205,7 @@ impl SilentMount {
         }
     }
 
-    /// Answers from now on, and first what has waited.
+    /// Answers the waiting requests, and all later ones.
     fn answer(&self) {
         let mut statfs = lock(&self.statfs);
         if let Statfs::Silent(held) = std::mem::replace(&mut *statfs, Statfs::Answering) {
@@ -218,7 +218,7 @@ impl SilentMount {
 
 impl Drop for SilentMount {
     fn drop(&mut self) {
-        // By force: whoever still hangs on it is let go with an error, and the server ends.
+        // With MNT_FORCE pending requests fail with an error, and the server thread ends.
         let _ = umount2(&self.path, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
     }
 }
@@ -227,7 +227,7 @@ fn lock(statfs: &Mutex<Statfs>) -> MutexGuard<'_, Statfs> {
     statfs.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Answers the kernel as `linux/fuse.h` has it, until the file system is unmounted.
+/// Answers the kernel's requests in the format of `linux/fuse.h` until the file system is unmounted.
 fn serve(mut device: &File, statfs: &Mutex<Statfs>) {
     let mut request = vec![0; 256 * 1024];
     while let Ok(length) = device.read(&mut request) {
@@ -235,7 +235,7 @@ fn serve(mut device: &File, statfs: &Mutex<Statfs>) {
         let opcode = u32::from_ne_bytes(request[4..8].try_into().unwrap());
         let unique = u64::from_ne_bytes(request[8..16].try_into().unwrap());
         match opcode {
-            // FUSE_FORGET, FUSE_INTERRUPT and FUSE_BATCH_FORGET want no answer.
+            // FUSE_FORGET, FUSE_INTERRUPT and FUSE_BATCH_FORGET need no answer.
             2 | 36 | 42 => {}
             // FUSE_GETATTR: a directory, valid for a day.
             3 => {
@@ -251,7 +251,7 @@ fn serve(mut device: &File, statfs: &Mutex<Statfs>) {
                 Statfs::Silent(held) => held.push(unique),
                 Statfs::Answering => reply(device, unique, 0, &[0; 80]),
             },
-            // FUSE_INIT, in the protocol's version 7.31, with writes of a page.
+            // FUSE_INIT, protocol version 7.31, with writes of one page.
             26 => {
                 let mut answer = [0; 64];
                 answer[..4].copy_from_slice(&7_u32.to_ne_bytes());
@@ -259,12 +259,12 @@ fn serve(mut device: &File, statfs: &Mutex<Statfs>) {
                 answer[20..24].copy_from_slice(&4096_u32.to_ne_bytes());
                 reply(device, unique, 0, &answer);
             }
-            // FUSE_OPENDIR, FUSE_READDIR and FUSE_RELEASEDIR: nothing lies in it.
+            // FUSE_OPENDIR, FUSE_READDIR and FUSE_RELEASEDIR: the directory is empty.
             27 => reply(device, unique, 0, &[0; 16]),
             28 | 29 => reply(device, unique, 0, &[]),
             // FUSE_LOOKUP.
             1 => reply(device, unique, -2, &[]),
-            // ENOSYS: the kernel does without.
+            // ENOSYS: the kernel works without it.
             _ => reply(device, unique, -38, &[]),
         }
     }
@@ -276,6 +276,6 @@ fn reply(mut device: &File, unique: u64, error: i32, body: &[u8]) {
     answer.extend_from_slice(&error.to_ne_bytes());
     answer.extend_from_slice(&unique.to_ne_bytes());
     answer.extend_from_slice(body);
-    // Whoever asked may be gone.
+    // The requesting process may have exited.
     let _ = device.write_all(&answer);
 }

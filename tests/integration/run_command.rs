@@ -1,4 +1,4 @@
-//! The `run` command as a process of its own: how a test starts it, signals it and sees what it leaves.
+//! The `run` command as a separate process: how a test starts it, signals it and checks what it leaves.
 
 use std::fs;
 use std::io::Write;
@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 
 use crate::harness::{Host, Written, eventually, is_root, within};
 
-/// A job file with one task that runs this shell text.
+/// A job file with one task that runs this shell script.
 pub(crate) fn job(host: &Host, script: &str, kill_timeout: Duration) -> String {
     job_with(host, &json!(["/bin/sh", "-c", script]), kill_timeout)
 }
@@ -30,7 +30,7 @@ pub(crate) fn job_with(host: &Host, command: &Value, kill_timeout: Duration) -> 
     )
 }
 
-/// How a `run` is started; [`start`](Self::start) does it.
+/// The parameters of a `run`; [`start`](Self::start) starts it.
 #[derive(Debug)]
 pub(crate) struct RunCommand<'a> {
     host: &'a Host,
@@ -38,7 +38,7 @@ pub(crate) struct RunCommand<'a> {
 }
 
 impl<'a> RunCommand<'a> {
-    /// `run job.hcl` with the stand-in for systemd-nspawn, in a process group of its own.
+    /// `run job.hcl` with the fake systemd-nspawn, in a process group of its own.
     pub(crate) fn new(host: &'a Host, job: &str) -> Self {
         fs::write(host.join("job.hcl"), job).unwrap();
         Self::with_program(
@@ -48,7 +48,7 @@ impl<'a> RunCommand<'a> {
         )
     }
 
-    /// Any program that becomes `run`.
+    /// Any program that execs `run`.
     pub(crate) fn with_program(host: &'a Host, program: &str, args: &[&str]) -> Self {
         let config = json!({ "nspawn_path": host.join("bin/systemd-nspawn") });
         fs::write(host.join("plugin.json"), config.to_string()).unwrap();
@@ -77,7 +77,7 @@ impl<'a> RunCommand<'a> {
         self
     }
 
-    /// With a pipe as standard input.
+    /// With a pipe as stdin.
     pub(crate) fn piped_stdin(mut self) -> Self {
         self.command.stdin(Stdio::piped());
         self
@@ -107,14 +107,14 @@ async fn collect(mut from: impl AsyncRead + Unpin, mut to: Written) {
     }
 }
 
-/// A `run` that was started.
+/// A started `run`.
 #[derive(Debug)]
 pub(crate) struct Run<'a> {
     host: &'a Host,
     pid: i32,
     child: Child,
     pub(crate) stdin: Option<ChildStdin>,
-    /// What nobody has read yet.
+    /// The output that has not been read yet.
     pub(crate) stdout: Option<ChildStdout>,
     pub(crate) stderr: Written,
     collecting: Option<JoinHandle<()>>,
@@ -136,7 +136,7 @@ impl Run<'_> {
         within(text, read).await;
     }
 
-    /// Its process id, which is that of its process group too.
+    /// Its pid, which is also its process group.
     pub(crate) fn pid(&self) -> i32 {
         self.pid
     }
@@ -162,7 +162,7 @@ impl Run<'_> {
         Pid::from_raw(children[0].pid)
     }
 
-    /// Waits for its end and that of its stderr, and gives its status.
+    /// Waits for its exit and the end of its stderr; returns its status.
     pub(crate) async fn ends(&mut self) -> ExitStatus {
         let status = within("the end of run", self.child.wait()).await.unwrap();
         if let Some(collecting) = self.collecting.take() {
@@ -171,7 +171,7 @@ impl Run<'_> {
         status
     }
 
-    /// Waits for its end, which must be with this code and leave nothing.
+    /// Waits for its exit, which must have this code, and checks that nothing is left.
     pub(crate) async fn ends_with(&mut self, code: i32) {
         let status = self.ends().await;
         assert_eq!(
@@ -183,7 +183,7 @@ impl Run<'_> {
         self.leaves_nothing().await;
     }
 
-    /// Waits until no process and no file of it is left.
+    /// Waits until none of its processes and files is left.
     pub(crate) async fn leaves_nothing(&self) {
         self.host.quiet(&[]).await;
         eventually("its directories are gone", || {
@@ -193,7 +193,7 @@ impl Run<'_> {
     }
 }
 
-/// What a `run` keeps its files in.
+/// The directories in which a `run` keeps its files.
 fn directories(host: &Host) -> Vec<String> {
     fs::read_dir(host.path())
         .unwrap()
@@ -202,7 +202,7 @@ fn directories(host: &Host) -> Vec<String> {
         .collect()
 }
 
-/// Without root no task is started, and the run says so.
+/// Without root no task is started, and the run reports that.
 pub(crate) async fn refused_without_root(run: &mut Run<'_>) -> bool {
     if is_root() {
         return false;

@@ -1,4 +1,4 @@
-//! The exit status of a `run` is the task's own wherever it is known.
+//! The exit status of a `run` is that of its task whenever it is known.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -34,7 +34,7 @@ async fn the_status_is_that_of_the_task(
     assert!(!text.contains("not known"), "{text}");
 }
 
-/// The pid of the one process of this test that was started with this word.
+/// The pid of this test's only process with this argument.
 fn process(host: &Host, word: &str) -> Pid {
     let mut found = host.processes();
     found.retain(|one| one.command.split(' ').any(|part| part == word));

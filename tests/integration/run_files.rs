@@ -1,4 +1,4 @@
-//! What a `run` reads, and where its files go.
+//! The files that a `run` reads, and where it puts its own.
 
 use std::fs;
 use std::time::Duration;
@@ -38,7 +38,7 @@ async fn a_byte_order_mark_is_no_part_of_a_job_file() {
     run.ends_with(7).await;
 }
 
-/// Sockets take paths of up to 107 bytes. The allocation, which can be large, still goes where TMPDIR says.
+/// Socket paths have at most 107 bytes. The allocation, which can be large, still goes to TMPDIR.
 #[tokio::test]
 async fn a_long_tmpdir_holds_the_allocation_and_no_sockets() {
     let host = Host::new();

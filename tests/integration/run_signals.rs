@@ -13,12 +13,12 @@ use crate::run_command::{RunCommand, job, refused_without_root};
 const LONG: Duration = Duration::from_secs(600);
 const SHORT: Duration = Duration::from_millis(100);
 
-/// Ends with 7 when it is asked to end.
+/// Exits with 7 on SIGTERM.
 const ASKED: &str = "trap 'exit 7' TERM; echo up; while :; do sleep 0.05; done";
 /// Ends only by force.
 const DEAF: &str = "trap '' TERM; echo up; while :; do sleep 0.05; done";
 
-/// SIGHUP is what a lost ssh session sends; `timeout`, CI runners and Ctrl-C signal the whole process group.
+/// A lost ssh session sends SIGHUP; `timeout`, CI runners and Ctrl-C signal the whole process group.
 #[rstest]
 #[case::terminated(Signal::SIGTERM)]
 #[case::hung_up(Signal::SIGHUP)]
@@ -51,7 +51,7 @@ async fn a_second_signal_kills_the_task() {
     run.ends_with(137).await;
 }
 
-/// `nohup` ignores SIGHUP for what it starts, and an ignored signal stays ignored.
+/// `nohup` starts its command with SIGHUP ignored, and an ignored signal stays ignored.
 #[tokio::test]
 async fn a_hangup_that_nohup_ignores_stays_ignored() {
     let host = Host::new();
@@ -92,7 +92,7 @@ async fn a_killed_run_takes_its_task_along() {
     run.leaves_nothing().await;
 }
 
-/// The request to stop is in the connection of a plugin that is not running and then dies.
+/// The stop request is in the socket of a stopped plugin, which then dies.
 #[rstest]
 #[case::asked(ASKED, LONG, 7)]
 #[case::forced(DEAF, SHORT, 137)]
@@ -108,7 +108,7 @@ async fn a_stop_is_repeated_when_the_plugin_dies(
         return;
     }
     run.prints("up").await;
-    // The task may print before the plugin has answered that it runs.
+    // The task may print before the plugin has answered StartTask.
     run.stderr.contains("runs").await;
     let plugin = run.plugin();
     kill(plugin, Signal::SIGSTOP).unwrap();
@@ -135,7 +135,7 @@ async fn a_plugin_that_dies_twice_is_replaced_twice() {
     run.ends_with(7).await;
 }
 
-/// As in `run x | head`: 141 is what a shell gives for a process that SIGPIPE has ended.
+/// As in `run x | head`: shells report 141 for a process killed by SIGPIPE.
 #[rstest]
 #[case::asked("trap 'exit 7' TERM; trap '' PIPE; while :; do echo up; sleep 0.05; done")]
 #[case::silent("trap '' PIPE; while :; do echo up 2>/dev/null; sleep 0.05; done")]
@@ -151,7 +151,7 @@ async fn a_closed_output_stops_the_task(#[case] script: &str) {
     run.ends_with(141).await;
 }
 
-/// What waits in a full pipe holds up neither the stop nor the end.
+/// Output waiting in a full pipe delays neither the stop nor the exit.
 #[tokio::test]
 async fn a_stop_does_not_wait_for_who_reads_the_output() {
     let host = Host::new();

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::harness::{Host, eventually, within};
 use support::trap::Trap;
 
-/// The driver's own init below this process.
+/// The driver's own init among the descendants of this process.
 fn init_below(leader: i32) -> i32 {
     let mut pending = children(leader);
     while let Some(pid) = pending.pop() {
@@ -26,7 +26,7 @@ fn init_below(leader: i32) -> i32 {
     panic!("no init below {leader}");
 }
 
-/// Leaves no room on the init's channel, so that it does not end until its last message has been given up.
+/// Fills the socket buffer of the init's channel, so that the init does not exit until it gives up sending its last event.
 fn fill_channel(init: i32) {
     let held = ProcessHandle::open(init).unwrap();
     let channel = nspawn_init::Descriptor::Channel as i32;
@@ -49,7 +49,7 @@ fn strike(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();
 }
 
-/// The command has been reaped, and a process that it leaves behind is the init's first child.
+/// The command has been reaped, and a process that it leaves behind becomes the init's first child.
 #[tokio::test]
 async fn a_signal_in_flight_does_not_reach_what_the_command_leaves_behind() {
     let host = Host::new();
@@ -87,7 +87,7 @@ async fn a_signal_in_flight_does_not_reach_what_the_command_leaves_behind() {
     let (signal, ()) = tokio::join!(signal, end_of_the_command);
     signal.unwrap();
 
-    // A shell runs its traps in the order of the numbers, so SIGUSR1 would come first.
+    // A shell runs its traps in the order of the signal numbers, so SIGUSR1 would come first.
     strike(daemon, Signal::SIGTERM);
     eventually("the daemon has ended", || has_state(daemon, "ZX")).await;
     assert!(!hit.exists(), "the daemon got the signal");

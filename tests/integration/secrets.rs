@@ -1,6 +1,6 @@
-//! Secrets: no value of a variable, no template's text and no token shows on the host, while a task with them runs and after it
-//! died in each way; and nobody gets a descriptor or a variable that it does not need. On the stand-in, which takes values
-//! the way each version of systemd-nspawn does.
+//! Secrets: no value of a variable, no template's content and no token is visible on the host, neither while a task with them runs nor
+//! after it has died in any way; and no process gets a descriptor or a variable that it does not need. Uses the fake, which takes values in
+//! the same way as each version of systemd-nspawn.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -31,13 +31,13 @@ use support::secrecy::{self, Marker, Mode, ancestry, descriptors, open_to_others
 mod processes;
 mod refusals;
 
-/// The variable that everybody expects to be a secret.
+/// A variable that obviously contains a secret.
 const SECRET: &str = "DB_PASSWORD";
 
-/// What can be no variable's name.
+/// Not a valid variable name.
 const NO_NAME: &str = "no=name";
 
-/// The files that have the secrets until the start has read them.
+/// The files that contain the secrets until the start has read them.
 const ON_DISK: [&str; 2] = ["environment", "init"];
 
 const ON_AND_ON: &str = "echo up; exec sleep 1000";
@@ -58,7 +58,7 @@ enum Death {
     Signal(i32),
     Stop,
     Leader,
-    /// What runs below it: the driver's first program where there is one, as the container's init or in the command's place.
+    /// The leader's child: the driver's own init if there is one, or the command.
     Inside,
     Nspawn,
     Supervisor,
@@ -103,7 +103,7 @@ impl Case {
             .env("LINES", &format!("a\n{}\n", self.marker.secret("lines")))
     }
 
-    /// An allocation as Nomad makes it, with a template's and a token's file.
+    /// An allocation as Nomad creates it, with the files of a template and a token.
     fn allocation(&self, task: Task) -> Arc<Allocation> {
         let allocation = self.host.allocation(task);
         let secrets = allocation.task_dir().join("secrets");
@@ -113,20 +113,20 @@ impl Case {
         Arc::new(allocation)
     }
 
-    /// Where it may lie: in Nomad's own directories, and in what the stand-in keeps for tests.
+    /// Directories that may contain the secrets: Nomad's own, and that of the fake's scenario and call log.
     fn spared(&self) -> Vec<PathBuf> {
         ["alloc", "bin"].map(|name| self.host.join(name)).into()
     }
 
-    /// Looks through the whole host. `nspawn` is the systemd-nspawn that runs now.
+    /// Searches the whole host. `nspawn` is the running systemd-nspawn.
     fn search(&self, when: &str, nspawn: Option<i32>) {
         self.search_but(when, nspawn, &[]);
     }
 
-    /// The same, where the secrets may lie in files with these names in the start's directory. Gives which of them have it.
+    /// The same, but files with these names in the task directory may contain the secrets. Returns how many files do.
     fn search_but(&self, when: &str, nspawn: Option<i32>, on_disk: &[&str]) -> usize {
         let lines = self.marker.in_command_lines();
-        // Where the arguments have it, so has the order, which only root reads.
+        // If the arguments contain them, so does the launch spec, which only root can read.
         let expects = shown(self.mode, self.version, false).is_some();
         let expected: Vec<i32> = nspawn.into_iter().filter(|_| expects).collect();
         let seen: Vec<i32> = lines.keys().copied().collect();
@@ -163,7 +163,7 @@ impl Case {
     }
 
     async fn dies(&self, plugin: Plugin, death: Death) -> Plugin {
-        // An init is simulated and can't be told by a script.
+        // In `boot` mode the init is simulated and runs no script.
         let instead = match death {
             Death::Exit(code) if self.mode == Mode::Boot => json!({"exit": code}),
             Death::Signal(number) if self.mode == Mode::Boot => json!({"signal": number}),
@@ -174,7 +174,7 @@ impl Case {
             Death::Signal(number) => self.task(&format!("kill -{number} $$")),
             _ => self.task(ON_AND_ON),
         };
-        // No program can get it: an event says so.
+        // No program can get this variable: an event reports it.
         let task = task.env(NO_NAME, &self.marker.secret("event"));
         self.host
             .scenario(&json!({"version": self.version, "calls": [{"instead": instead}]}));
@@ -194,7 +194,7 @@ impl Case {
         let reported = running.inspect(&plugin).await.unwrap();
         self.marker
             .not_in("what InspectTask says", &format!("{reported:?}"));
-        // The end is reported once its processes have been killed; the kernel takes a moment to end them.
+        // The exit is reported once the processes have been killed; the kernel needs a moment to end them.
         eventually("the end of all processes of the task", || {
             self.marker.in_environments().is_empty()
         })
@@ -208,7 +208,7 @@ impl Case {
         plugin
     }
 
-    /// Waits until the payload is there, and sees that it has its secrets: what is looked for is really there to be found.
+    /// Waits until the payload runs and has the secrets, so that the search has something to find.
     async fn is_up(&self, running: &Running) {
         if self.mode != Mode::Boot {
             running.stdout.contains("up").await;
@@ -248,7 +248,7 @@ impl Case {
     }
 }
 
-/// Later versions carry values as 250 does, and refuse hosts with control groups of version 1.
+/// Later versions pass values in the same way as 250; they refuse hosts with cgroup v1.
 #[rstest]
 #[tokio::test]
 async fn no_secret_shows_whatever_a_task_dies_of(
@@ -258,18 +258,18 @@ async fn no_secret_shows_whatever_a_task_dies_of(
     let case = Case::new(mode, version);
     let mut plugin = case.host.plugin().await;
     let reported = events(&plugin).await;
-    // An init that is simulated has nothing inside.
+    // A simulated init has no child.
     let can_be = |death: &Death| mode != Mode::Boot || *death != Death::Inside;
     for death in DEATHS.into_iter().filter(can_be) {
         plugin = case.dies(plugin, death).await;
     }
-    // The last death was this plugin's, and so the stream has ended.
+    // The last death was that of this plugin, so its event stream has ended.
     let reported = within("the end of the events", reported).await.unwrap();
     assert!(reported.contains(NO_NAME), "{reported}");
     case.marker.not_in("an event", &reported);
 }
 
-/// All events of a plugin, in words, when it has ended.
+/// Collects all events of a plugin as text until its stream ends.
 async fn events(plugin: &Plugin) -> JoinHandle<String> {
     let mut events = plugin.events().await.unwrap();
     tokio::spawn(async move {
@@ -281,7 +281,7 @@ async fn events(plugin: &Plugin) -> JoinHandle<String> {
     })
 }
 
-/// While the files with the secrets lie on disk, and while they are handed over: nobody else has them meanwhile.
+/// While the secrets are in files on disk, and while they are handed over: no other process has them at these moments.
 #[rstest]
 #[tokio::test]
 async fn no_secret_shows_while_a_start_stands_still(
@@ -306,7 +306,7 @@ async fn no_secret_shows_while_a_start_stands_still(
     let (_, held) = within("the step", trap.reached()).await;
     let (nspawn, on_disk): (_, &[&str]) = match point {
         Failpoint::Entered => (Some(held), &[]),
-        // It goes on meanwhile and has taken them or not.
+        // The process continues meanwhile and may or may not have read them.
         Failpoint::Spawned => (first_child(held), &ON_DISK),
         Failpoint::Heard => (first_child(held), &[]),
         _ => (None, &ON_DISK),
@@ -324,7 +324,7 @@ async fn no_secret_shows_while_a_start_stands_still(
     case.search("destroyed", None);
 }
 
-/// Names that systemd-nspawn or a library of its would act on.
+/// Names that systemd-nspawn or one of its libraries would act on.
 #[rstest]
 #[case(Mode::Plain)]
 #[case(Mode::ProcessTwo)]
@@ -358,7 +358,7 @@ async fn names_that_systemd_reads_never_reach_its_environment(#[case] mode: Mode
     task.destroy(&plugin).await;
 }
 
-/// What makes a start fail.
+/// The cause of a failed start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
     NoImage,
@@ -466,7 +466,7 @@ async fn no_failed_start_shows_a_secret(
     assert!(text.contains(words), "{text}");
     case.marker.not_in("the error", &text);
     case.search(&format!("after {fault:?}"), None);
-    // The last event of the stream is that of a task that starts.
+    // A last task that starts emits the last event of the stream.
     case.host.scenario(&json!({}));
     plugin.configure(&case.host.config()).await.unwrap();
     let last = case.host.shell("exit 0").env("last=one", "x");
@@ -481,7 +481,7 @@ async fn no_failed_start_shows_a_secret(
     last.destroy(&plugin).await;
 }
 
-/// The start has succeeded by the time this is seen, so it is an end.
+/// The start has succeeded before this failure is known, so it is reported as an exit.
 #[rstest]
 #[case("/no/such/program")]
 #[case("/etc/passwd")]
@@ -503,7 +503,7 @@ async fn a_command_that_can_not_run_shows_no_secret(#[case] command: &str) {
     }
 }
 
-/// A plugin that is started by this shell text, which ends in `exec "$0"`.
+/// A plugin that is started by this shell script, which ends in `exec "$0"`.
 async fn plugin_by(host: &Host, script: &str) -> Plugin {
     let mut launch: Launch = host.launch();
     launch.args = ["-c", script].map(Into::into).into();

@@ -1,4 +1,4 @@
-//! How the plugin process ends, what it leaves running, and the calls that are answered with "not implemented".
+//! How the plugin process exits, what it leaves running, and the calls that return "not implemented".
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -29,7 +29,7 @@ async fn an_end_with_everything_open() {
     };
     let wait = tokio::spawn(async move { client.wait_task(request).await });
     let socket = plugin.address().to_owned();
-    // The answer may be lost in the end that it announces.
+    // The plugin may exit before its response is sent.
     let _ = plugin.controller().shutdown(Empty {}).await;
     let status = within("the plugin's end", plugin.gone()).await.unwrap();
     assert!(status.success(), "{status}");
@@ -83,7 +83,7 @@ async fn init_and_shutdown_are_answered() {
         task.inspect(&plugin).await.unwrap().task.unwrap().state(),
         proto::TaskState::Running
     );
-    // An agent that comes back is served again.
+    // A returning agent is served again.
     driver.init(proto::InitRequest {}).await.unwrap();
     task.signal(&plugin, "SIGUSR1").await.unwrap();
     assert_eq!(task.wait(&plugin).await.code, 12);

@@ -1,4 +1,4 @@
-//! SignalTask and StopTask: names, ids, whom a signal reaches, and requests that meet each other or a start.
+//! SignalTask and StopTask: names, ids, which process a signal reaches, and requests that are concurrent with each other or with a start.
 
 use std::fs;
 use std::sync::Arc;
@@ -74,7 +74,7 @@ async fn a_task_that_has_ended_takes_no_signal() {
 
 const HEARS_TERM: &str = "trap 'exit 3' TERM; echo up; while :; do sleep 0.05; done";
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
-/// The longest time that the wire can carry.
+/// The longest duration that the protocol can carry.
 const ENDLESS: Duration = Duration::from_secs(i64::MAX.cast_unsigned());
 
 #[tokio::test]
@@ -93,7 +93,7 @@ async fn a_signal_that_is_none_is_named_and_does_nothing() {
             )
         );
     }
-    // Of the kernel's signals the C library lets nobody send these two.
+    // The C library reserves two of the kernel's signals and does not allow sending them.
     let kept = refusal(within("StopTask", plugin.stop(&task.id, DEADLINE, "33")).await);
     assert!(
         kept.message().starts_with("\"33\" can't be sent: "),
@@ -104,7 +104,7 @@ async fn a_signal_that_is_none_is_named_and_does_nothing() {
 }
 
 #[rstest]
-// Nomad sends no name where the job has none: the handler that is there is used.
+// Nomad sends no name if the job has none: then the signal depends on the payload's handlers.
 #[case::none("", 3)]
 #[case::nomads_default_by_name("SIGINT", 2)]
 #[case::without_the_prefix("term", 3)]
@@ -170,7 +170,7 @@ async fn a_stop_during_the_start_ends_what_comes_up() {
     within("the container", trap.reached()).await;
     let (line, task) = (Arc::clone(&plugin), id.clone());
     let stop = tokio::spawn(async move { line.stop(&task, Duration::ZERO, "").await });
-    // Sent after it on the same connection: when it is answered the stop has been heard.
+    // Sent later on the same connection: once it has returned, the plugin has received the stop.
     let request = InspectTaskRequest {
         task_id: id.clone(),
     };
@@ -190,7 +190,7 @@ async fn a_stop_during_the_start_ends_what_comes_up() {
     nothing_left(&host, &plugin).await;
 }
 
-/// A started container whose init is held before it takes signals.
+/// A started container whose init is held before it installs its signal handlers.
 async fn booting(host: &Host) -> (Plugin, Running, Trap) {
     let mut early = Trap::named(&host.state(), "before_signals");
     host.scenario(&json!({"calls": [{"pause_before_signals": early.socket()}]}));
@@ -201,7 +201,8 @@ async fn booting(host: &Host) -> (Plugin, Running, Trap) {
     (plugin, task, early)
 }
 
-/// systemd-nspawn tells of the start long before the image's init takes signals, and what a first process does not take is lost.
+/// systemd-nspawn reports the start long before the image's init has installed its handlers, and the kernel drops signals to a PID 1
+/// without a handler.
 #[rstest]
 #[case::a_stop(None)]
 #[case::a_signal(Some("SIGRTMIN+4"))]
@@ -234,7 +235,7 @@ async fn what_an_init_does_not_take_yet_is_kept_for_it(#[case] signal: Option<&s
     task.destroy(&plugin).await;
 }
 
-/// An init that never takes it is what the grace time is for.
+/// For an init that never handles the signal there is the grace period.
 #[tokio::test]
 async fn a_stop_that_an_init_never_takes_ends_with_the_grace() {
     let host = Host::new();
@@ -244,8 +245,8 @@ async fn a_stop_that_an_init_never_takes_ends_with_the_grace() {
     task.destroy(&plugin).await;
 }
 
-/// Force comes while systemd-nspawn still clears up after a command that has ended by itself. An older kernel tells of that end to
-/// systemd-nspawn alone.
+/// The forced stop arrives while systemd-nspawn still cleans up after a command that has exited by itself. An older kernel reports that
+/// exit only to systemd-nspawn.
 #[rstest]
 #[case::of_its_own(false, false)]
 #[case::of_its_own_on_an_older_kernel(false, true)]
@@ -285,7 +286,7 @@ async fn force_that_comes_too_late_changes_no_end(#[case] ephemeral: bool, #[cas
     nothing_left(&host, &plugin).await;
 }
 
-/// Throwing an ephemeral root away may take systemd-nspawn long.
+/// systemd-nspawn may need a long time to remove an ephemeral root.
 #[rstest]
 #[case::a_code(false, 7)]
 #[case::success(false, 0)]
@@ -319,7 +320,7 @@ async fn an_end_is_reported_before_an_ephemeral_root_is_thrown_away(
     nothing_left(&host, &plugin).await;
 }
 
-/// Whether this kernel tells how a process ended to others than its parent.
+/// Whether this kernel shows a process's exit status to processes other than its parent.
 fn kernel_tells() -> bool {
     nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15)
 }

@@ -1,4 +1,4 @@
-//! Which failures of a start Nomad may retry: on the wire, by the mark that Nomad's agent reads, and in the documentation.
+//! Which failures of a start Nomad may retry: in the response, by the detail that Nomad's agent reads, and in the documentation.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{Host, Running, eventually, refusal};
 
-/// Whether a status carries the mark by which Nomad's agent tries again.
+/// Whether a status has the detail that makes Nomad's agent retry.
 fn is_recoverable(status: &tonic::Status) -> bool {
     let details = rpc::Status::decode(status.details()).unwrap().details;
     let marks = details.iter().filter(|detail| {
@@ -77,7 +77,7 @@ async fn a_version_that_is_not_reported_in_time_may_be_retried() {
     task.destroy(&plugin).await;
 }
 
-/// Changes the order of an earlier start of the task, so that the next start can't clear it.
+/// Changes the launch spec of an earlier start of the task, so that the next start can't clean up after it.
 async fn started_over(
     host: &Host,
     change: impl FnOnce(&mut Value),
@@ -126,7 +126,7 @@ async fn an_earlier_start_that_is_not_cleared_may_be_retried() {
     assert!(is_recoverable(&status), "{status:?}");
 }
 
-/// Only a change of the installed driver helps.
+/// Only another version of the driver helps.
 #[tokio::test]
 async fn a_record_of_a_later_driver_is_final_and_named() {
     let host = Host::new();

@@ -1,5 +1,5 @@
-//! TaskStats: the first sample, the last one, and what the figures are made of. Where there are no control groups, which is
-//! where the tests do not run as root, nothing is claimed.
+//! TaskStats: the first sample, the last one, and the source of the figures. Without cgroups, that is if the tests do not run as root, no
+//! figures are reported.
 
 use std::time::{Duration, SystemTime};
 
@@ -14,7 +14,7 @@ use tonic::Streaming;
 
 use crate::harness::{Host, Running, is_root, within};
 
-/// Opens the statistics of a task.
+/// Opens the stats stream of a task.
 pub(crate) async fn stream(
     plugin: &Plugin,
     id: &str,
@@ -36,7 +36,7 @@ async fn sample(stream: &mut Streaming<TaskStatsResponse>) -> TaskStats {
     response.stats.unwrap()
 }
 
-/// Whether the task has a control group to be measured by.
+/// Whether the task has a cgroup, which is the source of the figures.
 async fn is_measured(plugin: &Plugin, task: &Running) -> bool {
     let attributes = task
         .inspect(plugin)
@@ -122,7 +122,7 @@ async fn the_first_sample() {
         .await;
     task.stdout.contains("up").await;
     let before = SystemTime::now();
-    // An interval that is longer than any test: the sample that comes is the one that is sent at once.
+    // The interval is longer than any test, so this is the sample that is sent immediately.
     let mut stats = stream(&plugin, &task.id, Duration::from_secs(1000)).await;
     let sample = sample(&mut stats).await;
     let taken = SystemTime::try_from(sample.timestamp.unwrap()).unwrap();

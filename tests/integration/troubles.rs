@@ -1,6 +1,6 @@
-//! The machine below the driver is in trouble: a full disk, a state directory that goes away or takes nothing, records that can't
-//! be read, pipes that nobody empties, no more processes, no more descriptors, a clock that was set back. Each is an error of the
-//! tasks it meets, told in words; what runs goes on, its end is told, and when the trouble is over everything works.
+//! Failures of the machine below the driver: a full disk, a state directory that disappears or is read-only, unreadable records, pipes
+//! without a reader, no more processes, no more descriptors, a clock that was set back. Each is an error with a message for the affected
+//! tasks; running tasks keep running, their exit is reported, and everything works again afterwards.
 
 use std::fs;
 use std::io::Read as _;
@@ -33,7 +33,7 @@ mod pipes;
 mod records;
 mod together;
 
-/// Ends with 5 when `gate` is there.
+/// Exits with 5 once `gate` exists.
 fn gated(gate: &Path) -> String {
     format!(
         "trap '' TERM INT; echo up; while ! test -e {}; do sleep 0.02; done; exit 5",
@@ -41,7 +41,7 @@ fn gated(gate: &Path) -> String {
     )
 }
 
-/// A start that has not been answered yet, with its logs read.
+/// A pending StartTask, with its logs being read.
 struct Starting {
     id: String,
     call: JoinHandle<Result<StartedTask, HostError>>,
@@ -63,14 +63,14 @@ async fn reached(trap: &mut Trap) -> i32 {
     within("the step", trap.reached()).await.1
 }
 
-/// A whole life goes well.
+/// A task starts, exits and is destroyed without errors.
 async fn all_is_well(host: &Host, plugin: &Plugin) {
     let task = host.start(plugin, host.shell("exit 5")).await;
     assert_eq!(task.wait(plugin).await.code, 5);
     task.destroy(plugin).await;
 }
 
-/// It ends with its own code, though there was trouble.
+/// The task exits with its own code in spite of the failure.
 async fn ends_well(plugin: &Plugin, task: &Running, gate: &Path) {
     fs::write(gate, "").unwrap();
     let exit = task.wait(plugin).await;

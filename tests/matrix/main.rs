@@ -1,5 +1,5 @@
-//! The fault matrix on the fake: every cell is a test, which `cargo test --test matrix NAME` chooses by a part of its name; then
-//! the table.
+//! The fault matrix on the fake: every cell is a test, which `cargo test --test matrix NAME` selects by a part of its name; prints the
+//! table afterwards.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,7 +22,7 @@ use harness::{Host, eventually};
 use suite::{Moment, World};
 use support::trap::Trap;
 
-/// Worlds at a time. A cell waits for processes most of its time.
+/// The number of concurrent worlds. A cell spends most of its time waiting for processes.
 const AT_ONCE: usize = 6;
 
 impl World for Host {
@@ -64,7 +64,7 @@ impl World for Host {
     }
 
     fn init(&self, leader: i32) -> Option<i32> {
-        // The fake's first process has what runs as the container's below it.
+        // The fake's leader has the process that acts as the container's PID 1 as its child.
         first_child(leader)
     }
 

@@ -1,6 +1,6 @@
-//! The fault matrix: every process of a task is killed at every step of the task's life, and then Nomad does what it does next. One
-//! suite, two worlds: `main.rs` plays every cell on the fake, the end-to-end tests play more than a third on the real
-//! systemd-nspawn. A cell that can't be says why. What a cell owes is in [`plan`], how it is played in [`play`].
+//! The fault matrix: kills every process of a task at every step of the task's life and then acts as Nomad does next. One suite, two
+//! worlds: `main.rs` runs every cell on the fake, the end-to-end tests run more than a third of them on the real systemd-nspawn. A cell
+//! that is impossible gives a reason. [`plan`] defines the expected result of each cell, [`play`] runs it.
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -18,33 +18,33 @@ mod table;
 use plan::{Again, Step, Victim};
 pub(crate) use plan::{Cell, cells};
 
-/// One cell's machine: a state directory and a tree of its own, and a systemd-nspawn.
+/// The machine of one cell: its own state directory and tree, and a systemd-nspawn.
 pub(crate) trait World {
     /// The plugin's state directory.
     fn state(&self) -> PathBuf;
     /// An existing directory for allocations.
     fn allocations(&self) -> PathBuf;
-    /// What a plugin is configured with.
+    /// The plugin configuration.
     fn config(&self) -> Value;
-    /// Starts a plugin as Nomad does, configured.
+    /// Starts and configures a plugin as Nomad does.
     fn plugin(&self) -> impl Future<Output = Plugin>;
-    /// A task that runs this shell text, as the first process or as the second.
+    /// A task that runs this shell script, as PID 1 or as PID 2.
     fn task(&self, text: &str, process_two: bool) -> TaskSpec;
-    /// A file that stands where the payload sees it: its path here, and its path there.
+    /// A file that the payload can see: its path on the host, and its path in the container.
     fn gate(&self) -> (PathBuf, String);
     /// A trap for the next systemd-nspawn at this moment.
     fn hold_nspawn(&self, moment: Moment) -> support::trap::Trap;
-    /// The driver's own first program of a container with this first process.
+    /// The driver's own init in the container with this leader.
     fn init(&self, leader: i32) -> Option<i32>;
     /// The plugins' log so far.
     fn log(&self) -> String;
-    /// Fails if a process, a mount or a file is left when this plugin alone still runs.
+    /// Fails if a process, a mount or a file is left while only this plugin still runs.
     fn assert_clean(&self, plugin: i32) -> impl Future<Output = ()>;
-    /// The end of a cell that was played through, when its plugin is gone too.
+    /// Cleans up after a finished cell; its plugin has exited too.
     fn leave(self);
 }
 
-/// Where a systemd-nspawn can be held.
+/// The points at which a systemd-nspawn can be held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Moment {
     /// The container is started, the notification not sent.
@@ -53,8 +53,8 @@ pub(crate) enum Moment {
     BeforeExit,
 }
 
-/// Runs the cells as tests, one for each, and prints the table of those that were played. At most `at_once` worlds stand at a time,
-/// unless `--test-threads` says another number.
+/// Runs each cell as a test and prints the table of those that ran. At most `at_once` worlds exist at a time, unless `--test-threads` gives
+/// another number.
 pub(crate) fn report<W: World>(
     cells: Vec<Cell>,
     at_once: usize,
@@ -75,7 +75,7 @@ pub(crate) fn report<W: World>(
     let start = Instant::now();
     let conclusion = libtest_mimic::run(&arguments, trials);
     let played: Vec<_> = results.try_iter().collect();
-    // nextest plays one cell in each process, which is no table.
+    // nextest runs one cell per process, which makes no table.
     if played.len() > 1 {
         let text = table::table(&played, start.elapsed());
         let _ = std::io::stdout().write_all(text.as_bytes());
@@ -84,7 +84,7 @@ pub(crate) fn report<W: World>(
 }
 
 fn one<W: World>(cell: Cell, world: &(impl Fn() -> W + Sync)) -> Result<String, String> {
-    // A thread of its own, so that a panic is this cell's failure alone and its text is told with the cell's name.
+    // In a thread of its own, so that a panic fails only this cell and its message is reported with the cell's name.
     let played = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name(cell.to_string());
         let thread = thread.spawn_scoped(scope, || {

@@ -1,4 +1,4 @@
-//! The cells: what can be killed when, and what is owed then. Data only.
+//! The cells: what can be killed at which step, and the expected result. Data only.
 
 use std::fmt;
 
@@ -6,17 +6,17 @@ use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 
 use super::Moment;
 
-/// Whom a cell kills.
+/// The process that a cell kills.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Victim {
     Plugin,
     Supervisor,
     Nspawn,
-    /// The command itself, which is the container's first process.
+    /// The command itself, as the container's PID 1.
     Leader,
-    /// The driver's own program, as the first process of a container whose command is the second.
+    /// The driver's own init, as PID 1 of a container whose command is PID 2.
     Init,
-    /// Nomad's agent: its connection is gone, the plugin lives.
+    /// Nomad's agent: its connection is closed, the plugin stays alive.
     Agent,
 }
 
@@ -42,7 +42,7 @@ impl Victim {
     }
 }
 
-/// When.
+/// The step at which it is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
     BeforeOrder,
@@ -104,7 +104,7 @@ impl Step {
         }
     }
 
-    /// Whether StartTask has not answered yet, so that Nomad has no handle.
+    /// Whether StartTask has not returned yet, so that Nomad has no handle.
     pub(crate) fn is_start(self) -> bool {
         matches!(
             self,
@@ -119,44 +119,44 @@ impl Step {
     }
 }
 
-/// Where somebody is held so that a step stands still.
+/// Where a process is held to freeze the step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Hold {
     Driver(Failpoint),
     Nspawn(Moment),
-    /// Nobody: the step lasts.
+    /// No process: the step lasts by itself.
     Nobody,
 }
 
-/// What Nomad asks for after a start that gave no handle.
+/// The id of the next StartTask after a start that returned no handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Again {
-    /// What it does.
+    /// What Nomad does.
     NewId,
-    /// What no promise forbids it.
+    /// Not promised by Nomad, but not ruled out either.
     SameId,
 }
 
-/// What is owed.
+/// The expected result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Owed {
-    /// The start fails with these words in its reason, or was cut off; nothing of it stays.
+    /// The start fails with this text in its error, or was interrupted; nothing of it is left.
     Undone(&'static str),
-    /// It is the same container, and watched: its end is told later.
+    /// The same container runs and is supervised: its exit is reported later.
     Same,
-    /// It has ended by itself, and its own code is told.
+    /// The task exited by itself, and its own exit code is reported.
     ItsOwnEnd,
-    /// It is told dead, by SIGKILL, with these words for a reason; none if the driver was asked to kill it.
+    /// It is reported dead by SIGKILL, with this text in the error; no error if the driver was asked to kill it.
     Killed(&'static str),
-    /// It is told dead, with no success: its first process was killed. By SIGKILL, where the kernel tells how it ended (6.15).
+    /// It is reported dead and unsuccessful: its PID 1 was killed. By SIGKILL, if the kernel shows how it ended (6.15).
     NoSuccess,
-    /// RecoverTask refuses it with these words.
+    /// RecoverTask fails with this text.
     Lost(&'static str),
-    /// It was told dead before; it is removed.
+    /// Its exit was reported before; it is removed.
     Removed,
 }
 
-/// Who is killed at which step.
+/// Which process is killed at which step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Cell {
     pub(crate) step: Step,
@@ -164,7 +164,7 @@ pub(crate) struct Cell {
     pub(crate) again: Again,
 }
 
-/// A process of a cell or the reason why there is none.
+/// The hold and the expected result, or the reason why the cell is impossible.
 pub(crate) type Process = Result<(Hold, Owed), &'static str>;
 
 impl fmt::Display for Cell {
@@ -177,7 +177,7 @@ impl fmt::Display for Cell {
     }
 }
 
-/// All cells that can be, in the order of the table.
+/// All possible cells, in the order of the table.
 pub(crate) fn cells() -> Vec<Cell> {
     let mut all = Vec::new();
     for step in Step::ALL {
@@ -188,7 +188,7 @@ pub(crate) fn cells() -> Vec<Cell> {
                 again: Again::NewId,
             };
             match plain.plan() {
-                // The plugin that lives through its agent's death still has the first start on its desk.
+                // A plugin that outlives its agent still has the first start's task.
                 Ok((_, Owed::Undone(_))) if victim != Victim::Agent => all.extend([
                     plain,
                     Cell {
@@ -210,7 +210,7 @@ const SUPERVISOR: &str = "supervisor was killed";
 const NSPAWN: &str = "systemd-nspawn was ended by SIGKILL";
 
 impl Cell {
-    /// Whether it is one of those that are played on the real systemd-nspawn too, which nobody can hold.
+    /// Whether the cell also runs on the real systemd-nspawn, which can't be held.
     pub(crate) fn is_for_real(self) -> bool {
         let step = matches!(
             self.step,
@@ -229,7 +229,7 @@ impl Cell {
             .is_ok_and(|(hold, _)| !matches!(hold, Hold::Nspawn(_)))
     }
 
-    /// Where it is held, and what is owed; or why there is no such cell.
+    /// Where the task is held, and the expected result; or why the cell is impossible.
     pub(crate) fn plan(self) -> Process {
         let (hold, owed) = match self.step {
             Step::BeforeOrder => (
@@ -242,7 +242,7 @@ impl Cell {
                 ],
             ),
             Step::OrderWritten => (
-                // The supervisor is launched for the order.
+                // The supervisor is launched for this launch spec.
                 Hold::Driver(match self.victim {
                     Victim::Supervisor => Failpoint::Supervising,
                     _ => Failpoint::OrderWritten,
@@ -340,7 +340,7 @@ impl Cell {
         };
         let owed = match self.victim {
             Victim::Plugin => owed[0],
-            // What a plugin owes after its own death it owes after its agent's; what was being destroyed goes on to be destroyed.
+            // After its agent's death a plugin behaves as after its own, except that a pending DestroyTask is completed.
             Victim::Agent if self.step == Step::Destroying => Ok(Owed::Lost("")),
             Victim::Agent => owed[0],
             Victim::Supervisor => owed[1],

@@ -1,5 +1,5 @@
-//! One cell: brings a task to the step, kills, does what Nomad does next, and sees whether what is owed is kept. Waits for
-//! events, each with a deadline; sleeps for nothing.
+//! Runs one cell: brings a task to the step, kills the victim, does what Nomad does next, and checks the expected result. Waits for events,
+//! each with a deadline; never sleeps for a fixed time.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,15 +32,15 @@ use calls::{
     supervisor_below,
 };
 
-/// The code the task ends with when its gate is opened.
+/// The task's exit code once its gate is opened.
 const CODE: i32 = 5;
-/// A grace time that no cell uses up.
+/// A grace period that no cell uses up.
 const AMPLE: Duration = Duration::from_secs(600);
 
-/// A call that has not been answered.
+/// A call that has not returned.
 type Call<T> = JoinHandle<Result<T, HostError>>;
 
-/// For what tells nobody when it happens.
+/// Polls for state that has no notification.
 async fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     within(what, async {
         loop {
@@ -53,7 +53,7 @@ async fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     .await
 }
 
-/// Plays the cell, and gives a word for what came of it.
+/// Runs the cell and returns a word for the result.
 pub(super) async fn play<W: World>(world: W, cell: Cell) -> String {
     let mut game = Game::new(&world, cell).await;
     game.reach().await;
@@ -71,7 +71,7 @@ struct Game<'w, W> {
     cell: Cell,
     hold: Hold,
     owed: Owed,
-    /// The plugin's process.
+    /// The plugin process.
     process: Plugin,
     /// The agent's connection to it.
     line: Arc<Plugin>,
@@ -167,7 +167,7 @@ impl<'w, W: World> Game<'w, W> {
         } else {
             let (line, id) = (Arc::clone(&self.line), id.clone());
             self.wait = Some(tokio::spawn(async move { line.wait(&id).await }));
-            // Sent after it on the same connection.
+            // Sent after WaitTask on the same connection, so that WaitTask has arrived once this returns.
             self.inspect().await;
         }
         if self.trap.is_none() {
@@ -207,7 +207,7 @@ impl<'w, W: World> Game<'w, W> {
         }
     }
 
-    /// What Nomad has stored of the task.
+    /// What Nomad has stored about the task.
     fn stored(&self) -> nomad_driver_nspawn::proto::driver::TaskHandle {
         let mut handle = self.started.as_ref().unwrap().handle.clone();
         let config = handle.config.as_mut().unwrap();
@@ -215,14 +215,14 @@ impl<'w, W: World> Game<'w, W> {
         handle
     }
 
-    /// The container's first process.
+    /// The container's PID 1.
     fn leader(&self) -> Process {
         let state = &self.started.as_ref().unwrap().handle.driver_state;
         let state: serde_json::Value = serde_json::from_slice(state).unwrap();
         serde_json::from_value(state["started"]["leader"].clone()).unwrap()
     }
 
-    /// The same by its number, be it on record or not.
+    /// The pid of the container's PID 1, recorded or not.
     fn first_process(&self) -> i32 {
         if self.started.is_some() {
             return self.leader().pid;
@@ -246,7 +246,7 @@ impl<'w, W: World> Game<'w, W> {
                 }
                 if let Some(call) = self.wait.take() {
                     if self.cell.step == Step::EndTold {
-                        // The supervisor is held after its word; the plugin, which has it, may have passed it on.
+                        // The supervisor is held after it has sent the event; the plugin has received it and may have returned it already.
                         hang_up_or(call, |answer| own_end(&answer.unwrap())).await;
                     } else {
                         hang_up(call).await;
@@ -266,13 +266,13 @@ impl<'w, W: World> Game<'w, W> {
             }
         }
         if matches!(self.cell.victim, Victim::Plugin | Victim::Agent) {
-            // The next agent is there before whoever was held goes on; it asks as soon as they do.
+            // The next agent connects before the held process continues, and makes its calls as soon as that happens.
             self.renew().await;
         }
         self.trap = None;
     }
 
-    /// A new agent, with a new plugin if the old one is gone.
+    /// A new agent, with a new plugin if the old one has exited.
     async fn renew(&mut self) {
         if self.process.has_exited() {
             self.process = within("the next plugin", self.world.plugin()).await;
@@ -280,11 +280,11 @@ impl<'w, W: World> Game<'w, W> {
         self.line = attach(self.world, &self.process).await;
     }
 
-    /// What Nomad does next, up to the end of the first container.
+    /// What Nomad does next, until the first container has ended.
     async fn next(&mut self) -> String {
         match self.cell.victim {
             Victim::Plugin => {
-                // What was asked of the dead plugin is answered by nobody, and hangs nobody.
+                // Calls to the dead plugin return an error and do not hang.
                 if let Some(call) = self.start.take() {
                     assert!(within("StartTask", call).await.unwrap().is_err());
                 }
@@ -343,7 +343,7 @@ impl<'w, W: World> Game<'w, W> {
     /// The plugin or the agent has died.
     async fn take_over(&mut self) {
         if self.started.is_none() {
-            // Nomad has no handle: there is nothing that it could ask for but another start.
+            // Nomad has no handle: all it can do is start the task again.
             return;
         }
         let id = self.id();
@@ -364,13 +364,13 @@ impl<'w, W: World> Game<'w, W> {
         let answer = within("RecoverTask", self.line.recover(self.stored())).await;
         let error = answer.unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
-        // This is what Nomad does with a task that can't be recovered.
+        // Nomad does this with a task that can't be recovered.
         within("DestroyTask", self.line.destroy(&self.id(), true))
             .await
             .unwrap();
     }
 
-    /// The plugin lives, and has to answer what it was asked.
+    /// The plugin is alive and must answer the pending calls.
     async fn go_on(&mut self) {
         if let Some(call) = self.start.take() {
             let answer = within("StartTask", call).await.unwrap();
@@ -404,8 +404,8 @@ impl<'w, W: World> Game<'w, W> {
         }
     }
 
-    /// Who waits for a start that came to nothing is answered, and not with an end: there was no task. Only what lost its agent
-    /// may still be on its way out, ended by force.
+    /// WaitTask for a failed start returns an error and no exit, because there was no task. Only a task that lost its agent may still be on
+    /// its way out, killed by force.
     async fn is_undone(&self) {
         match within("WaitTask", self.line.wait(&self.id())).await {
             Err(_) => {}
@@ -439,7 +439,7 @@ impl<'w, W: World> Game<'w, W> {
         answer.unwrap().into_inner()
     }
 
-    /// Waits for the end, several times: it is told to everybody, and is the same.
+    /// Waits for the exit several times: every caller gets the same one.
     async fn end(&mut self) -> TaskExit {
         let id = self.id();
         if self.owed == Owed::Same {
@@ -502,7 +502,7 @@ impl<'w, W: World> Game<'w, W> {
         }
     }
 
-    /// A new start of the same task, at once.
+    /// Starts the same task again immediately.
     async fn again(&mut self) {
         self.open_gate();
         let config = match self.cell.again {
@@ -521,7 +521,7 @@ impl<'w, W: World> Game<'w, W> {
             .unwrap();
     }
 
-    /// Nothing is left.
+    /// Checks that nothing is left.
     async fn leave(self) {
         let state = self.world.state();
         let left = |directory: &Path| -> Vec<PathBuf> {

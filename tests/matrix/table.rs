@@ -1,11 +1,11 @@
-//! What came out, for people.
+//! Formats the results as a table.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::{Again, Cell, Step, Victim};
 
-/// Steps down, processes across (`.` was not chosen); then why some cells can't be, and the sum.
+/// Rows are steps, columns are processes (`.` was not selected); then the reasons for impossible cells, and the totals.
 pub(super) fn table(played: &[(Cell, Result<String, String>)], time: Duration) -> String {
     let mut text = format!("\nthe fault matrix: what came of SIGKILL\n{:28}", "");
     for victim in Victim::ALL {

@@ -1,4 +1,4 @@
-//! seccomp programs, installed before the command starts. They take a right that not everybody has: who has not is told so.
+//! seccomp programs, installed before the command starts. Installing them needs a capability; without it the init reports an error.
 
 use std::process::{Command, Stdio};
 
@@ -13,7 +13,7 @@ const RETURN: u16 = 0x06;
 
 const MODES: [InitMode; 2] = [InitMode::Launcher, InitMode::Init];
 
-/// Answers these system calls with this error, and allows the others.
+/// A filter that fails these system calls with this errno and allows all others.
 fn refusing(calls: &[libc::c_long], errno: i32) -> Filter {
     let mut program = vec![(LOAD, 0, 0, 0)];
     for call in calls {
@@ -38,21 +38,21 @@ fn no_directories() -> Filter {
     refusing(&calls, libc::ENOSPC)
 }
 
-/// A field of this process's own status.
+/// A field of this process's /proc status.
 fn own(field: &str) -> String {
     let text = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(field));
     line.unwrap().trim().to_owned()
 }
 
-/// Whoever can gain no rights any more may give up system calls too.
+/// With CAP_SYS_ADMIN or with no_new_privs set a process may install a filter.
 fn may_install() -> bool {
     const CAP_SYS_ADMIN: u32 = 21;
     let effective = u64::from_str_radix(&own("CapEff:"), 16).unwrap();
     effective & (1 << CAP_SYS_ADMIN) != 0 || own("NoNewPrivs:") == "1"
 }
 
-/// Whether a user namespace gives the right to those who have it not.
+/// Whether a user namespace can provide the capability.
 fn may_unshare() -> bool {
     Command::new("unshare")
         .args(["-r", "true"])
@@ -61,7 +61,7 @@ fn may_unshare() -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// Runs it with the right to install filters, if there is any way to get it.
+/// Runs the init with the capability to install filters, if there is any way to get it.
 fn run_with_right(spec: &InitSpec) -> Option<Left> {
     if may_install() {
         return Some(run(spec));
@@ -129,7 +129,7 @@ fn filters_that_are_none_are_refused() {
     }
 }
 
-/// The soft and the hard limit of core dumps of a process.
+/// The soft and the hard core dump limit of a process.
 fn core_limits(pid: i32) -> (String, String) {
     let text = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let line = text
@@ -139,7 +139,7 @@ fn core_limits(pid: i32) -> (String, String) {
     (words.next().unwrap(), words.next().unwrap())
 }
 
-/// It holds the order and the variables of the command, which are secrets.
+/// The init's memory contains the init spec and the command's variables, which are secrets.
 #[test]
 fn it_leaves_no_core_dump_and_the_command_may() {
     let (soft, hard) = core_limits(std::process::id().cast_signed());

@@ -1,11 +1,11 @@
-//! How commands end and what is told of it; how they fail to start.
+//! How commands end and how that is reported; how they fail to start.
 
 use nix::libc;
 use nspawn_init::{InitEvent, InitMode, StartError, Step};
 
 use crate::harness::{Launch, directly, directory, executable, run, shell, spec};
 
-/// Those whose default is not an end.
+/// The signals whose default action does not terminate.
 const HARMLESS: [i32; 8] = [
     libc::SIGCHLD,
     libc::SIGCONT,
@@ -76,7 +76,7 @@ fn a_core_dump_is_reported_as_the_kernel_reported_it() {
     assert_eq!(left.code(), 128 + libc::SIGQUIT, "without the flag");
 }
 
-/// The words of a command that does not run, its status, and what its stderr says.
+/// Runs a command that must fail to start; returns the error, which stderr must show too, and the exit code.
 fn fails(mode: InitMode, command: &[&str], path: &str) -> (StartError, i32) {
     let mut spec = spec(mode, command);
     spec.environment = vec![("PATH".into(), path.into())];

@@ -1,5 +1,5 @@
-//! Starts the program as systemd-nspawn does: by descriptor, with the five descriptors it finds. A wait that is not fulfilled in
-//! time fails the test.
+//! Starts the init as systemd-nspawn does: through a descriptor, with its five inherited descriptors. A wait that exceeds its limit fails
+//! the test.
 
 use std::fs::File;
 use std::io::{IoSlice, Read, Seek, Write};
@@ -25,10 +25,10 @@ use rustix::process::{Pid, Signal, kill_process};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// A path as the standard library has it if nobody says otherwise.
+/// A typical default `PATH`.
 pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// The program, running, and the supervisor's end of everything.
+/// The running init, and the supervisor's end of its descriptors.
 pub(crate) struct Program {
     child: Child,
     channel: Option<OwnedFd>,
@@ -37,7 +37,7 @@ pub(crate) struct Program {
     stderr: File,
 }
 
-/// What it left.
+/// What the init has left after its exit.
 #[derive(Debug)]
 pub(crate) struct Left {
     pub(crate) words: Vec<InitEvent>,
@@ -47,7 +47,7 @@ pub(crate) struct Left {
     pub(crate) status: i32,
 }
 
-/// An order of the plainest kind.
+/// A minimal init spec.
 pub(crate) fn spec(mode: InitMode, command: &[&str]) -> InitSpec {
     InitSpec {
         mode,
@@ -59,29 +59,29 @@ pub(crate) fn spec(mode: InitMode, command: &[&str]) -> InitSpec {
     }
 }
 
-/// For a shell: waits until it is told `end`. A signal may make it stop waiting for a moment.
+/// Shell script: waits until it reads `end`. A signal may interrupt the read for a moment.
 pub(crate) const UNTIL_END: &str = "until [ \"$line\" = end ]; do read line; done";
 
 pub(crate) fn shell(mode: InitMode, script: &str) -> InitSpec {
     spec(mode, &["/bin/sh", "-c", script])
 }
 
-/// A file that holds this.
+/// A file with this content.
 pub(crate) fn file(bytes: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
-    // Not at its beginning: the program must not rely on where the description stands.
+    // Not at offset 0: the init must not rely on the file offset.
     file.seek(std::io::SeekFrom::End(0)).unwrap();
     file
 }
 
-/// A pipe: what is read, what is written.
+/// A pipe: read end, write end.
 pub(crate) fn pipe() -> (File, OwnedFd) {
     let (read, write) = std::io::pipe().unwrap();
     (File::from(OwnedFd::from(read)), write.into())
 }
 
-/// A program that is about to be started.
+/// An init that is about to be started.
 pub(crate) struct Launch {
     command: Command,
     spec: Vec<u8>,
@@ -98,7 +98,7 @@ impl Launch {
         Self::by(Command::new(PROGRAM), spec)
     }
 
-    /// By another program, which executes this one.
+    /// Started by another program, which executes the init.
     pub(crate) fn by(mut command: Command, spec: Vec<u8>) -> Self {
         command.env_clear().env("PATH", PATH);
         Self {
@@ -109,7 +109,7 @@ impl Launch {
         }
     }
 
-    /// What systemd-nspawn gives.
+    /// A variable set by systemd-nspawn.
     pub(crate) fn environment(mut self, name: &str, value: &str) -> Self {
         self.command.env(name, value);
         self
@@ -120,13 +120,13 @@ impl Launch {
         self
     }
 
-    /// As few words as the kernel allows have room on the channel until they are read.
+    /// With the smallest send buffer that the kernel allows for events on the channel.
     pub(crate) fn with_little_room(mut self) -> Self {
         self.little_room = true;
         self
     }
 
-    /// The command may not run yet.
+    /// Does not send `Go` yet.
     pub(crate) fn without_go(mut self) -> Self {
         self.go = false;
         self
@@ -180,19 +180,19 @@ impl Launch {
             stderr,
         };
         if self.go {
-            // One that was refused may be gone by now; its words are still there.
+            // An init that has already failed may have exited; its events can still be read.
             program.try_ask(&Request::Go, &[]);
         }
         program
     }
 
-    /// Starts it and waits for its end.
+    /// Starts it and waits for its exit.
     pub(crate) fn run(self) -> Left {
         self.start().end()
     }
 }
 
-/// Runs an order to its end.
+/// Runs an init with this spec until it exits.
 pub(crate) fn run(spec: &InitSpec) -> Left {
     Launch::new(spec).run()
 }
@@ -217,7 +217,7 @@ impl Program {
             .collect()
     }
 
-    /// The next word; none: the channel is closed.
+    /// The next event; none if the channel is closed.
     pub(crate) fn event(&self) -> Option<InitEvent> {
         let channel = self.channel.as_ref().unwrap();
         wait_for("a word", channel.as_fd());
@@ -248,7 +248,7 @@ impl Program {
             .unwrap();
     }
 
-    /// Sends a request if there is room for it and somebody to hear it.
+    /// Sends a request unless the socket buffer is full or the init has closed the channel.
     pub(crate) fn try_ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> bool {
         match self.try_send(&packet(request), descriptors, SendFlags::DONTWAIT) {
             Ok(_) => true,
@@ -273,12 +273,12 @@ impl Program {
         sendmsg(socket, &slices, &mut control, flags | SendFlags::NOSIGNAL)
     }
 
-    /// Writes to the command's stdin. One that has ended hears nothing.
+    /// Writes a line to the command's stdin; ignored if the command has exited.
     pub(crate) fn tell(&mut self, line: &str) {
         let _ = writeln!(self.stdin.as_mut().unwrap(), "{line}");
     }
 
-    /// As the supervisor's death does.
+    /// The same effect as the supervisor's death.
     pub(crate) fn close_channel(&mut self) {
         self.channel = None;
     }
@@ -289,12 +289,12 @@ impl Program {
         kill_process(pid, Signal::from_raw(number).unwrap()).unwrap();
     }
 
-    /// What the command writes, up to the next line's end.
+    /// The next line of the command's stdout.
     pub(crate) fn line(&mut self) -> String {
         line(&mut self.stdout)
     }
 
-    /// Whether the command writes something in so many milliseconds.
+    /// Whether the command prints something within this many milliseconds.
     pub(crate) fn writes_within(&self, milliseconds: i64) -> bool {
         is_ready(
             self.stdout.as_fd(),
@@ -302,7 +302,7 @@ impl Program {
         )
     }
 
-    /// Closes the command's stdin and waits for the end of it all.
+    /// Closes the command's stdin, reads everything to the end and waits for the exit.
     pub(crate) fn end(mut self) -> Left {
         drop(self.stdin.take());
         let mut streams = [self.stdout.try_clone(), self.stderr.try_clone()].map(Result::unwrap);
@@ -328,7 +328,7 @@ impl Program {
     }
 }
 
-/// A test that fails leaves nothing running.
+/// A failed test leaves no process running.
 impl Drop for Program {
     fn drop(&mut self) {
         if let Ok(None) = self.child.try_wait() {
@@ -342,7 +342,7 @@ impl Drop for Program {
 }
 
 impl Left {
-    /// The trouble it told as its last word.
+    /// The start error in its last event.
     pub(crate) fn start_error(&self) -> &StartError {
         match self.words.last() {
             Some(InitEvent::Failed(start_error)) => start_error,
@@ -350,7 +350,7 @@ impl Left {
         }
     }
 
-    /// With which it ended by itself.
+    /// Its exit code.
     pub(crate) fn code(&self) -> i32 {
         std::process::ExitStatus::from_raw(self.status)
             .code()
@@ -393,7 +393,7 @@ fn is_ready(descriptor: BorrowedFd<'_>, limit: Duration) -> bool {
     poll(&mut descriptors, Some(&limit)).unwrap() > 0
 }
 
-/// Waits for what offers nothing to wait on.
+/// Polls a condition that has no notification.
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + LIMIT;
     while !condition() {
@@ -402,7 +402,7 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// What a command writes and how it ends as an ordinary child of the test.
+/// The stdout and wait status of a command that runs as an ordinary child of the test.
 pub(crate) fn directly(command: &[&str], directory: &Path) -> (String, i32) {
     let output = Command::new(command[0])
         .args(&command[1..])
@@ -418,14 +418,14 @@ pub(crate) fn directly(command: &[&str], directory: &Path) -> (String, i32) {
     )
 }
 
-/// An executable file with this content.
+/// Writes an executable file.
 pub(crate) fn executable(path: &Path, content: &[u8], mode: u32) {
     use std::os::unix::fs::PermissionsExt;
     std::fs::write(path, content).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// The path in which a process of another user may look too.
+/// A temporary directory.
 pub(crate) fn directory() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
 }

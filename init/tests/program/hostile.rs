@@ -1,4 +1,4 @@
-//! Orders and requests that are none: said, and survived.
+//! Malformed init specs and requests: the init reports them and survives.
 
 use std::os::fd::AsFd;
 
@@ -38,7 +38,7 @@ fn without_its_descriptors_it_does_nothing() {
     assert!(!output.stderr.is_empty());
 }
 
-/// It still does what it is for.
+/// The init still runs exec sessions.
 fn lives(program: &Program, id: u64) {
     let null = std::fs::File::open("/dev/null").unwrap();
     let request = Request::Exec {
@@ -118,7 +118,7 @@ fn no_order_makes_it_fail_otherwise() {
     )| {
         let mut bytes = whole.clone();
         bytes[at.index(whole.len())] = byte;
-        // It may still be one: another command, another life.
+        // The result may still be a valid spec, with another command or another mode.
         let left = Launch::of_bytes(bytes).run();
         prop_assert!([0, 126, 127].contains(&left.code()), "{left:?}");
         prop_assert!(!left.words.is_empty());

@@ -1,4 +1,4 @@
-//! The real program as an ordinary process: no container, no root. Its subreaper stands for the first process's orphans.
+//! Tests of the real init as an ordinary process, without a container and without root. As a subreaper it gets its orphans, as PID 1 would.
 
 #![expect(
     clippy::disallowed_methods,

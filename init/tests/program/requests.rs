@@ -1,4 +1,4 @@
-//! Further commands, run by an init on request.
+//! Exec sessions of an init.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,7 +28,7 @@ fn exec(id: u64, command: &[&str]) -> Request {
     }
 }
 
-/// Asks with fresh streams: the far ends of stdin, stdout and stderr.
+/// Sends the request with new streams; returns the other ends of stdin, stdout and stderr.
 fn ask(program: &Program, request: &Request) -> (OwnedFd, File, File) {
     let (stdin, our_stdin) = pipe();
     let (stdout, their_stdout) = pipe();
@@ -212,7 +212,7 @@ fn the_commands_end_is_the_last_word() {
     program.tell("");
     assert_eq!(program.event(), Some(InitEvent::Ended { status: 0 }));
     assert_eq!(program.end().words, []);
-    // In a container the kernel does this: the first process's end is everybody's.
+    // In a container the kernel does this when PID 1 exits.
     let exec_sessions = rustix::process::Pid::from_raw(exec_sessions).unwrap();
     rustix::process::kill_process(exec_sessions, rustix::process::Signal::KILL).unwrap();
 }

@@ -1,11 +1,11 @@
-//! An init passes signals on and reaps.
+//! An init forwards signals and reaps children.
 
 use nix::libc;
 use nspawn_init::{InitEvent, InitMode};
 
 use crate::harness::{Launch, UNTIL_END, eventually, shell};
 
-/// What nobody can catch, what an init keeps for itself, and the two that the C library does.
+/// Signals that can't be caught, the one that an init does not forward, and the two that the C library reserves.
 const KEPT: [i32; 5] = [libc::SIGKILL, libc::SIGSTOP, libc::SIGCHLD, 32, 33];
 
 #[test]
@@ -60,7 +60,7 @@ fn a_signal_that_comes_early_is_not_lost() {
     for _ in 0..20 {
         let program = Launch::new(&shell(InitMode::Init, "read line")).start();
         let pid = program.pid();
-        // From then on it is the program's to see that nothing is lost.
+        // Once the signals are blocked none may be lost.
         eventually("the mask", || {
             let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
             let line = text.lines().find_map(|line| line.strip_prefix("SigBlk:"));

@@ -1,4 +1,4 @@
-//! What a command finds around it: variables, directory, descriptors, signals.
+//! The environment of a command: variables, directory, descriptors, signals.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::harness::{Launch, PATH, directly, directory, run, shell, spec};
 
 const MODES: [InitMode; 2] = [InitMode::Launcher, InitMode::Init];
 
-/// The most that the kernel takes as one variable, with its name and the end.
+/// The kernel's limit for one variable, with its name and the terminating NUL.
 const LONGEST_VARIABLE: usize = 128 * 1024;
 
 fn variables(text: &str) -> BTreeMap<&str, &str> {

@@ -1,5 +1,5 @@
-//! `leftovers DIR`: fails when something on this machine still carries the mark of the run whose directory this is, or when
-//! something is left in it. For `ci/e2e`, after all tests have ended.
+//! `leftovers DIR`: fails if anything on this machine still carries the mark of the run with this directory, or if the directory is not
+//! empty. For `ci/e2e`, after all tests have ended.
 
 use std::path::Path;
 use std::process::ExitCode;

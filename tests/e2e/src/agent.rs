@@ -1,5 +1,5 @@
-//! A real Nomad agent, server and client in one, with the driver in its plugin directory: what a test of tier (b) stands on.
-//! It listens on 127.0.0.1 alone. Its names carry the agent's mark, and [`Agent::leave`] fails the test over anything left.
+//! A real Nomad agent, server and client in one, with the driver in its plugin directory: the environment of the tests of tier (b). Listens
+//! on 127.0.0.1 only. Its names contain the agent's mark, and [`Agent::leave`] fails the test if anything with the mark is left.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::leftovers::Marks;
 use crate::{DEADLINE, until};
 
-/// A fresh node that is not ready by then has stalled: it registered before its server had keys, and pauses for long.
+/// A new node that is not ready after this time has stalled: it registered before its server had keys and is in a long backoff.
 const STALLED: Duration = Duration::from_secs(8);
 const LABEL: &str = "nomad-driver-nspawn";
 
@@ -32,15 +32,15 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that is ready to take tasks of the driver.
+    /// An agent that is ready to run tasks of the driver.
     pub fn new() -> Self {
         Self::logging("DEBUG")
     }
 
-    /// The same with this level of its log.
+    /// The same with this log level.
     pub fn logging(level: &'static str) -> Self {
         crate::needs_root();
-        // Short, because sockets lie below it and their paths are limited.
+        // Short, because it contains sockets and their paths are limited.
         let dir = tempfile::Builder::new()
             .prefix("nde-")
             .tempdir()
@@ -66,7 +66,7 @@ impl Agent {
         agent
     }
 
-    /// A path below its directory.
+    /// A path in its directory.
     pub fn join(&self, path: impl AsRef<Path>) -> PathBuf {
         self.dir.path().join(path)
     }
@@ -118,7 +118,7 @@ plugin "{LABEL}" {{
         )
     }
 
-    /// Starts the agent, for the first time or again, and waits for a node that is ready and a driver that is healthy.
+    /// Starts the agent, for the first time or again, and waits until the node is ready and the driver healthy.
     pub fn start(&mut self) {
         let end = Instant::now() + DEADLINE;
         loop {
@@ -168,14 +168,14 @@ plugin "{LABEL}" {{
         ready && nodes[0]["Drivers"]["nspawn"]["Healthy"] == true
     }
 
-    /// Ends the agent like a crash. Plugins and tasks live on.
+    /// Kills the agent, as in a crash. Plugins and tasks keep running.
     pub fn kill(&mut self) {
         let mut process = self.process.take().expect("the agent runs");
         process.kill().expect("it is killed");
         process.wait().expect("it has ended");
     }
 
-    /// Ends the agent in order. Tasks live on, plugins end.
+    /// Stops the agent gracefully. Tasks keep running, plugins exit.
     pub fn stop(&mut self) {
         let mut process = self.process.take().expect("the agent runs");
         let pid = nix::unistd::Pid::from_raw(process.id().cast_signed());
@@ -185,7 +185,7 @@ plugin "{LABEL}" {{
         });
     }
 
-    /// The plugin's process: the agent's child that runs the driver.
+    /// The plugin process: the agent's child that runs the driver.
     pub fn plugin(&self) -> i32 {
         let driver = self.join("plugins").join(LABEL);
         until("the plugin", || {
@@ -196,14 +196,14 @@ plugin "{LABEL}" {{
         })
     }
 
-    /// The sockets of the driver's plugins. Those of Nomad's own log collectors, which a killed agent leaves, are not among them.
+    /// The sockets of the driver's plugins, without those of Nomad's own log collectors, which a killed agent leaves.
     pub fn sockets(&self) -> Vec<PathBuf> {
         let mut all = files(&self.join("tmp"));
         all.retain(|path| path.to_string_lossy().contains("nspawn"));
         all
     }
 
-    /// One call of the HTTP API. An error is the answer's status line and text.
+    /// One call of the HTTP API. The error contains the status line and the body of the response.
     pub fn call(&self, method: &str, path: &str, body: Option<&Value>) -> Result<Value, String> {
         let answer = self.raw(method, path, body).map_err(|e| e.to_string())?;
         let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
@@ -221,7 +221,7 @@ plugin "{LABEL}" {{
         let mut stream = TcpStream::connect(("127.0.0.1", self.ports[0]))?;
         stream.set_read_timeout(Some(DEADLINE))?;
         let body = body.map(Value::to_string).unwrap_or_default();
-        // Of version 1.0, so that the answer comes in one piece and ends with the connection.
+        // HTTP/1.0, so that the response is not chunked and ends with the connection.
         write!(
             stream,
             "{method} {path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}",
@@ -237,8 +237,7 @@ plugin "{LABEL}" {{
         self.call("GET", path, None).expect("an answer")
     }
 
-    /// Runs a job file with these variables; gives its only allocation once there is one. The names of job and tasks get
-    /// the agent's mark.
+    /// Runs a job file with these variables and returns its only allocation once it exists. The names of job and task get the agent's mark.
     pub fn run(&self, file: &Path, variables: &[(&str, &str)]) -> Allocation<'_> {
         let text =
             fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
@@ -277,7 +276,7 @@ plugin "{LABEL}" {{
         lines[lines.len().saturating_sub(40)..].join("\n")
     }
 
-    /// The end of a test: all jobs are stopped, all allocations removed, the agent is ended in order, and nothing may be left.
+    /// Ends a test: stops all jobs, removes all allocations, stops the agent gracefully and checks that nothing is left.
     pub fn leave(mut self) {
         for job in self.get("/v1/jobs").as_array().expect("jobs") {
             let path = format!("/v1/job/{}", job["ID"].as_str().expect("an id"));
@@ -331,7 +330,7 @@ impl Drop for Agent {
 }
 
 impl Agent {
-    /// After a failed test: Nomad mounts a tmpfs for the secrets of each task.
+    /// For a failed test: Nomad mounts a tmpfs for the secrets of each task.
     fn unmount(&self) {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let points = table.lines().filter_map(|line| line.split(' ').nth(4));
@@ -350,7 +349,7 @@ pub struct Allocation<'a> {
     task: String,
 }
 
-/// An allocation without its agent, so that the agent can be killed and started in between.
+/// An allocation without its agent, so that the agent can be killed and restarted in between.
 #[derive(Debug, Clone)]
 pub struct Name {
     id: String,
@@ -359,7 +358,7 @@ pub struct Name {
 }
 
 impl Allocation<'_> {
-    /// Lets go of the agent.
+    /// Drops the reference to the agent.
     pub fn name(&self) -> Name {
         Name {
             id: self.id.clone(),
@@ -382,7 +381,7 @@ impl Name {
 }
 
 impl Allocation<'_> {
-    /// What the client tells about the task.
+    /// What the Nomad client reports about the task.
     pub fn task(&self) -> Value {
         let path = format!("/v1/allocation/{}", self.id);
         self.agent
@@ -400,7 +399,7 @@ impl Allocation<'_> {
             .join(&self.task)
     }
 
-    /// All that the task has printed so far, on `stdout` or `stderr`.
+    /// Everything that the task has printed so far on `stdout` or `stderr`.
     pub fn output(&self, stream: &str) -> String {
         let logs = self
             .agent
@@ -414,7 +413,7 @@ impl Allocation<'_> {
             .collect()
     }
 
-    /// Waits until this has been printed, and gives all that was.
+    /// Waits until stdout contains this text and returns all of stdout.
     pub fn printed(&self, text: &str) -> String {
         self.explain(|| {
             until(text, || {
@@ -423,7 +422,7 @@ impl Allocation<'_> {
         })
     }
 
-    /// Waits until the task is dead; gives the exit codes of all its runs, in order.
+    /// Waits until the task is dead; returns the exit codes of all its runs, in order.
     pub fn dead(&self) -> Vec<i64> {
         let task = self.explain(|| {
             until("the task's end", || {
@@ -433,7 +432,7 @@ impl Allocation<'_> {
         exits(&task)
     }
 
-    /// How often the task was started.
+    /// How many times the task was started.
     pub fn starts(&self) -> usize {
         let task = self.task();
         let events = task["Events"].as_array().cloned().unwrap_or_default();
@@ -441,21 +440,21 @@ impl Allocation<'_> {
         events.iter().filter(started).count()
     }
 
-    /// Whether the task's last event of this type has this detail.
+    /// The task's last event of this type.
     pub fn event(&self, kind: &str) -> Option<Value> {
         let task = self.task();
         let events = task["Events"].as_array()?;
         events.iter().rfind(|event| event["Type"] == kind).cloned()
     }
 
-    /// Stops the job and waits for the task's end.
+    /// Stops the job and waits for the task's exit.
     pub fn stop(&self) -> Vec<i64> {
         let path = format!("/v1/job/{}", self.job);
         self.agent.call("DELETE", &path, None).expect("a stop");
         self.dead()
     }
 
-    /// `nomad alloc signal`. The agent refuses it until it knows of the start, which the command may have been told before.
+    /// `nomad alloc signal`. The agent rejects it until it has seen the start, and the command may be running before that.
     pub fn signal(&self, signal: &str) {
         until("the agent's word of the start", || {
             (self.task()["State"] == "running").then_some(())
@@ -467,12 +466,12 @@ impl Allocation<'_> {
             .expect("the signal is sent");
     }
 
-    /// The first process of the task's container, as the host numbers it.
+    /// The pid of the container's PID 1 on the host.
     pub fn leader(&self) -> i64 {
         self.process("/started/leader/pid")
     }
 
-    /// A process of the task, by its place in the record of its start.
+    /// The pid of a process of the task, by its JSON pointer in the record of the start.
     pub fn process(&self, place: &str) -> i64 {
         let state = fs::read_dir(self.agent.join("state")).expect("the state directory");
         let mut found = state.flatten().filter_map(|entry| {
@@ -485,7 +484,7 @@ impl Allocation<'_> {
         found.next().expect("a running container of the task")
     }
 
-    /// Adds what Nomad knows to a wait that fails.
+    /// Adds what Nomad knows to the panic of a failed wait.
     fn explain<T>(&self, wait: impl FnOnce() -> T) -> T {
         match std::panic::catch_unwind(std::panic::AssertUnwindSafe(wait)) {
             Ok(found) => found,
@@ -526,7 +525,7 @@ fn exits(task: &Value) -> Vec<i64> {
         .collect()
 }
 
-/// The agent's program: `NOMAD_BIN`, or `nomad` along `PATH`.
+/// The Nomad binary: `NOMAD_BIN`, or `nomad` in `PATH`.
 fn nomad() -> PathBuf {
     if let Some(given) = std::env::var_os("NOMAD_BIN") {
         let given = PathBuf::from(given);
@@ -540,7 +539,7 @@ fn nomad() -> PathBuf {
         .expect("no nomad along PATH: install Nomad or set NOMAD_BIN")
 }
 
-/// Ports that nobody has just now.
+/// Ports that are free at the moment.
 fn free_ports() -> [u16; 3] {
     let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
     listeners.map(|listener| listener.local_addr().expect("its address").port())

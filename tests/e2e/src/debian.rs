@@ -1,5 +1,5 @@
-//! A Debian tree with systemd in it, made once by debootstrap and kept outside the work tree. Everybody gets a copy of their
-//! own: systemd-nspawn locks a tree while it runs.
+//! A Debian tree with systemd in it, built once by debootstrap and cached outside the work tree. Each test gets its own copy, because
+//! systemd-nspawn locks a tree while it runs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,16 +7,16 @@ use std::process::Command;
 
 use nix::fcntl::{Flock, FlockArg};
 
-/// Where the tree is kept, unless `NOMAD_DRIVER_NSPAWN_E2E_CACHE` says otherwise.
+/// Where the tree is cached, unless `NOMAD_DRIVER_NSPAWN_E2E_CACHE` is set.
 const CACHE: &str = "/var/cache/nomad-driver-nspawn-e2e";
 const SUITE: &str = "bookworm";
 
-/// The kept tree, made when it is missing.
+/// The cached tree, built if it is missing.
 pub fn tree() -> PathBuf {
     let cache = std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_CACHE");
     let cache = cache.map_or_else(|| CACHE.into(), PathBuf::from);
     fs::create_dir_all(&cache).expect("the cache directory");
-    // Other processes want it too, and one of them makes it.
+    // Several test processes may need it at once; one of them builds it.
     let lock = fs::File::create(cache.join("lock")).expect("the lock of the cache");
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).expect("the lock of the cache");
     let tree = cache.join(SUITE);
@@ -37,7 +37,7 @@ fn make(tree: &Path) {
             SUITE,
         ])
         .arg(tree)
-        // debootstrap itself knows where Debian is.
+        // Without a mirror debootstrap uses its own default.
         .args(std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_MIRROR"))
         .env("LC_ALL", "C")
         .output()
@@ -59,7 +59,7 @@ fn make(tree: &Path) {
     }
 }
 
-/// A copy of the kept tree at `target`, with this unit in it, started at boot as `e2e.service`.
+/// Copies the cached tree to `target` and adds this unit, started at boot as `e2e.service`.
 pub fn copy(target: &Path, unit: &str) {
     let copied = Command::new("cp")
         .args(["-a", "--reflink=auto", "--"])

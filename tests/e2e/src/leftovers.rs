@@ -1,6 +1,6 @@
-//! What a run leaves on the machine: processes, mounts, control groups, network namespaces and links, loop devices, and files
-//! in the places that systemd-nspawn and the driver use. Judges only what carries the run's own marks, its directory and its
-//! names, because other runs may be at work on the same machine. Removes nothing, except the processes of a failed test.
+//! Finds what a run leaves on the machine: processes, mounts, cgroups, network namespaces and links, loop devices, and files in the
+//! directories that systemd-nspawn and the driver use. Reports only what carries the run's own marks (its directory and its names), because
+//! other runs may be active on the same machine. Removes nothing, except the processes of a failed test.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,11 +12,11 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// How long what is on its way out may take before it counts as left.
+/// How long things that are about to disappear may take before they count as leftovers.
 const OUTGOING: Duration = Duration::from_secs(5);
-/// Names of this length and longer are marks; a shorter one could be part of anything.
+/// The minimum length of a name that serves as a mark; a shorter one could occur anywhere.
 const SHORTEST: usize = 6;
-/// Where systemd-nspawn and the driver keep files by name, and how deep below that names are looked at.
+/// Where systemd-nspawn and the driver keep files by name, and how many levels below to search.
 const PLACES: [(&str, usize); 8] = [
     ("/sys/fs/cgroup", usize::MAX),
     ("/run/nomad-driver-nspawn", 1),
@@ -28,10 +28,10 @@ const PLACES: [(&str, usize); 8] = [
     ("/tmp", 1),
 ];
 
-/// Where systemd-nspawn keeps the locks of ranges of user ids.
+/// Where systemd-nspawn keeps the locks of uid ranges.
 const IDS: &str = "/run/systemd/nspawn-uid";
 
-/// What one run's things can be told by.
+/// The marks by which one run's things can be recognized.
 #[derive(Debug, Clone)]
 pub struct Marks {
     dir: PathBuf,
@@ -40,7 +40,7 @@ pub struct Marks {
 }
 
 impl Marks {
-    /// Everything of this run names `dir`, an absolute path.
+    /// Everything of this run refers to `dir`, an absolute path.
     pub fn new(dir: &Path) -> Self {
         let dir = fs::canonicalize(dir).expect("the run's directory");
         assert!(
@@ -55,7 +55,7 @@ impl Marks {
         }
     }
 
-    /// This name, part of others as well, is the run's too.
+    /// Adds a name of the run; it may be part of longer names.
     #[must_use]
     pub fn named(mut self, name: &str) -> Self {
         assert!(name.len() >= SHORTEST, "{name:?} is too short for a mark");
@@ -68,7 +68,7 @@ impl Marks {
             || self.names.iter().any(|name| text.contains(name))
     }
 
-    /// Everything that is there now, a line each.
+    /// All leftovers at this moment, one per line.
     pub fn left(&self) -> Vec<String> {
         let mut left: Vec<_> = self
             .processes()
@@ -90,7 +90,7 @@ impl Marks {
         left
     }
 
-    /// Fails when something is left after a moment.
+    /// Fails if something is still left after a few seconds.
     #[track_caller]
     pub fn assert_none_left(&self) {
         let end = Instant::now() + OUTGOING;
@@ -104,7 +104,7 @@ impl Marks {
         }
     }
 
-    /// The run's processes, this one and its ancestors aside.
+    /// The run's processes, except this one and its ancestors.
     pub fn processes(&self) -> Vec<Found> {
         let kin = ancestors();
         let own_mounts = fs::read_link("/proc/self/ns/mnt").ok();
@@ -121,7 +121,7 @@ impl Marks {
     }
 
     fn process(&self, pid: i32, own_mounts: Option<&Path>) -> Option<Found> {
-        // Opened before the look: what is seen afterwards is this process or none.
+        // Opened before reading /proc: what is read afterwards belongs to this process, or it has exited.
         let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
         let read = |name: &str| {
             let bytes = fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
@@ -130,10 +130,10 @@ impl Marks {
         let link = |name: &str| fs::read_link(format!("/proc/{pid}/{name}")).unwrap_or_default();
         let command = read("cmdline");
         if command.is_empty() {
-            // A kernel thread, or a process that has ended and waits for its parent.
+            // A kernel thread or a zombie.
             return None;
         }
-        // A payload names nothing of the host, but its mounts come from the run's trees.
+        // A payload has no host path in its arguments, but its mounts come from the run's trees.
         let mounted = || {
             own_mounts.is_some_and(|own| link("ns/mnt") != own)
                 && self.carried_by(&read("mountinfo"))
@@ -150,10 +150,10 @@ impl Marks {
         })
     }
 
-    /// Ends the run's processes, after a test that failed.
+    /// Kills the run's processes, after a failed test.
     pub fn kill(&self) {
         for found in self.processes() {
-            // An error means that it has ended.
+            // An error means that it has exited.
             let _ = pidfd_send_signal(&found.pidfd, Signal::KILL);
         }
     }
@@ -174,7 +174,7 @@ impl Marks {
             if path.starts_with(&self.dir) || self.dir.starts_with(&path) {
                 continue;
             }
-            // The directory itself has been looked at: only the last part of the path counts.
+            // The parent directory has been checked already: only the last part of the path counts.
             if self.carried_by(&entry.file_name().to_string_lossy()) {
                 left.push(format!("file {}", path.display()));
             } else if depth > 1 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -183,7 +183,7 @@ impl Marks {
         }
     }
 
-    /// systemd-nspawn's locks of trees, which are called by the numbers of the inode.
+    /// systemd-nspawn's locks of trees, which are named by device and inode number.
     fn locks(&self) -> Vec<String> {
         let mut trees = vec![self.dir.clone()];
         let below = fs::read_dir(&self.dir).into_iter().flatten().flatten();
@@ -203,8 +203,8 @@ impl Marks {
             .collect()
     }
 
-    /// Locks of ranges of user ids, which carry no mark. What was made since, and nobody holds, is taken for the run's: another
-    /// run's goes as quickly.
+    /// Locks of uid ranges, which carry no mark. A lock that was created since the start of this run and that no process holds counts as a
+    /// leftover of this run; locks of other runs disappear quickly.
     fn ids(&self) -> Vec<String> {
         let locks = fs::read_dir(IDS).into_iter().flatten().flatten();
         let made = |lock: &fs::DirEntry| lock.metadata().and_then(|about| about.modified());
@@ -216,7 +216,7 @@ impl Marks {
             .collect()
     }
 
-    /// Network interfaces: their names are cut short, so a part of the name has to do.
+    /// Network interfaces. Their names are truncated, so a prefix of a mark is enough.
     fn links(&self) -> Vec<String> {
         let ours = |link: &str| {
             let short = link
@@ -250,10 +250,10 @@ impl Marks {
     }
 }
 
-/// Whether somebody holds this lock of systemd-nspawn's. Asks only: whoever is about to take it is not disturbed.
+/// Whether a process holds this lock of systemd-nspawn. Only queries it, so that a process that is about to take the lock is not disturbed.
 fn is_held(lock: &Path) -> bool {
     let Ok(file) = fs::File::open(lock) else {
-        // It has gone meanwhile.
+        // It was removed meanwhile.
         return true;
     };
     let mut whole = nix::libc::flock {
@@ -267,17 +267,17 @@ fn is_held(lock: &Path) -> bool {
     i32::from(whole.l_type) != nix::libc::F_UNLCK
 }
 
-/// A process that carries a mark, safe against reuse of its number.
+/// A process that carries a mark, held by a pidfd so that its pid can't be reused.
 #[derive(Debug)]
 pub struct Found {
-    /// Its number.
+    /// Its pid.
     pub pid: i32,
     /// Its arguments.
     pub command: String,
     pidfd: OwnedFd,
 }
 
-/// This process and those it was started by.
+/// This process and its ancestors.
 fn ancestors() -> BTreeSet<i32> {
     let mut all = BTreeSet::new();
     let mut pid = std::process::id().cast_signed();

@@ -1,5 +1,5 @@
-//! What the end-to-end tests share: the driver's binary, trees that real containers run from. Everything here needs root and
-//! the real systemd-nspawn; a test that is asked for and can't run fails.
+//! Helpers shared by the end-to-end tests: the driver's binary, and trees that real containers run from. Everything here needs root and the
+//! real systemd-nspawn; a selected test that can't run fails.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -14,7 +14,7 @@ pub mod udev;
 
 pub use support::DEADLINE;
 
-/// Waits until `look` finds something; `what` is named when it does not come. For things that tell nobody when they happen.
+/// Polls until `look` finds something, for state that has no notification; the panic message contains `what`.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + DEADLINE;
     loop {
@@ -26,7 +26,7 @@ pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// A short word that no other run uses, fit for a host name.
+/// A short random word, valid in a host name.
 pub fn unique() -> String {
     let mut bytes = [0; 4];
     std::io::Read::read_exact(
@@ -37,7 +37,7 @@ pub fn unique() -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The driver under test: `NOMAD_DRIVER_NSPAWN`, or what cargo has built beside this test.
+/// The driver under test: `NOMAD_DRIVER_NSPAWN`, or the binary that cargo has built next to this test.
 pub fn driver() -> PathBuf {
     if let Some(path) = std::env::var_os("NOMAD_DRIVER_NSPAWN") {
         return path.into();
@@ -98,7 +98,7 @@ pub fn busybox_tree(tree: &Path) {
         "root:x:0:0:root:/root:/bin/sh\nbob:x:1000:1000:Bob:/srv:/bin/sh\n",
     )
     .expect("passwd");
-    // systemd-nspawn asks this program of the image for users.
+    // systemd-nspawn runs this program of the image to look up users.
     let getent = tree.join("bin/getent");
     fs::write(&getent, GETENT).expect("getent");
     fs::set_permissions(getent, fs::Permissions::from_mode(0o755)).expect("getent");

@@ -1,5 +1,6 @@
-//! What a test of tier (a) stands on: a directory of its own, the real plugin binary started by the host that ships, real
-//! containers. Everything on it carries the stage's mark, and [`Stage::leave`] fails the test over anything that is left.
+//! The environment of the tests of tier (a): its own directory, the real plugin binary started by the development agent that ships with the
+//! driver, real containers. Everything in it carries the stage's mark, and [`Stage::leave`] fails the test if anything with the mark is
+//! left.
 
 use std::ffi::OsString;
 use std::fs;
@@ -19,7 +20,7 @@ use tokio::sync::mpsc;
 
 use crate::leftovers::Marks;
 
-/// One test's place.
+/// The environment of one test.
 #[derive(Debug)]
 pub struct Stage {
     dir: TempDir,
@@ -31,10 +32,10 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// A place with the driver, a small tree and nothing running.
+    /// A stage with the driver, a small tree and no running process.
     pub fn new() -> Self {
         crate::needs_root();
-        // Short, because sockets lie below it and their paths are limited.
+        // Short, because it contains sockets and their paths are limited.
         let dir = tempfile::Builder::new()
             .prefix("nde-")
             .tempdir()
@@ -61,22 +62,22 @@ impl Stage {
         stage
     }
 
-    /// A path below its directory.
+    /// A path in its directory.
     pub fn join(&self, path: impl AsRef<Path>) -> PathBuf {
         self.dir.path().join(path)
     }
 
-    /// A name that is this stage's alone: that of its tasks, and the beginning of their machines' names.
+    /// A name that only this stage uses: the name of its tasks and the prefix of their machine names.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What tells its things from others'.
+    /// The marks of this stage.
     pub fn marks(&self) -> &Marks {
         &self.marks
     }
 
-    /// Makes another small tree.
+    /// Creates another small tree.
     pub fn tree(&self, name: &str) -> PathBuf {
         let tree = self.join(name);
         fs::create_dir(&tree).expect("the tree");
@@ -84,7 +85,7 @@ impl Stage {
         tree
     }
 
-    /// A file with this text.
+    /// Creates a file with this text.
     pub fn file(&self, name: &str, text: &str) -> PathBuf {
         let path = self.join(name);
         fs::write(&path, text).expect("the file");
@@ -96,15 +97,15 @@ impl Stage {
         self.plugin_with(json!({})).await
     }
 
-    /// A plugin with these options besides.
+    /// A plugin with these additional options.
     pub async fn plugin_with(&self, options: Value) -> Plugin {
         let launch = Launch::new(self.join("plugins/nomad-driver-nspawn"));
         self.launch(launch, options).await
     }
 
-    /// A plugin, and with it all containers, in a network namespace that is not the machine's.
+    /// A plugin that runs, with all its containers, in a network namespace other than the machine's.
     pub async fn plugin_in(&self, namespace: &Namespace) -> Plugin {
-        // The interfaces are looked up below /sys too, so that has to show the namespace; the control groups stay.
+        // Interfaces are also looked up in /sys, so /sys must show the namespace; the cgroup mounts are kept.
         const SCRIPT: &str = "set -e; mkdir \"$1\"; mount --rbind /sys/fs/cgroup \"$1\"; \
             mount -t sysfs sysfs /sys; mount --rbind \"$1\" /sys/fs/cgroup; umount -l \"$1\"; rmdir \"$1\"; exec \"$2\"";
         let mut launch = Launch::new("nsenter");
@@ -121,7 +122,7 @@ impl Stage {
         self.launch(launch, json!({})).await
     }
 
-    /// A plugin that this shell text starts, which ends in `exec "$0"`.
+    /// A plugin started by this shell script, which ends in `exec "$0"`.
     pub async fn plugin_by(&self, script: &str) -> Plugin {
         let mut launch = Launch::new("/bin/sh");
         launch.args = ["-c", script].map(Into::into).into();
@@ -144,7 +145,7 @@ impl Stage {
         .await
     }
 
-    /// A task in the small tree that runs these words as its first process.
+    /// A task in the small tree that runs this command as PID 1.
     pub fn words(&self, words: &[&str]) -> Task {
         let config = json!({
             "image": self.join("tree"),
@@ -159,7 +160,7 @@ impl Stage {
         }
     }
 
-    /// A task that runs this shell text.
+    /// A task that runs this shell script.
     pub fn shell(&self, text: &str) -> Task {
         self.words(&["/bin/sh", "-c", text])
     }
@@ -169,13 +170,13 @@ impl Stage {
         self.allocation_of(&task.spec)
     }
 
-    /// A new allocation for what is to be started.
+    /// A new allocation for this specification.
     pub fn allocation_of(&self, spec: &TaskSpec) -> Arc<Allocation> {
         let parent = self.join("alloc");
         Arc::new(Allocation::create(&parent, spec.clone()).expect("an allocation"))
     }
 
-    /// Starts a task in an allocation of its own; it must come up.
+    /// Starts a task in an allocation of its own; the start must succeed.
     pub async fn start(&self, plugin: &Plugin, task: Task) -> Running {
         let allocation = self.allocation(&task);
         match self.start_in(plugin, &task, allocation).await {
@@ -184,7 +185,7 @@ impl Stage {
         }
     }
 
-    /// Starts a task that must be refused, and gives the reason.
+    /// Starts a task that must be refused; returns the error.
     pub async fn refused(&self, plugin: &Plugin, task: Task) -> String {
         let allocation = self.allocation(&task);
         match self.start_in(plugin, &task, allocation).await {
@@ -220,7 +221,7 @@ impl Stage {
         }
     }
 
-    /// The whole life of a task that ends by itself.
+    /// Runs a task that exits by itself, on a plugin of its own.
     pub async fn run(&self, task: Task) -> Ended {
         let plugin = self.plugin().await;
         let ended = self.run_on(&plugin, task).await;
@@ -228,13 +229,13 @@ impl Stage {
         ended
     }
 
-    /// The same on a plugin that is there.
+    /// The same on an existing plugin.
     pub async fn run_on(&self, plugin: &Plugin, task: Task) -> Ended {
         let running = self.start(plugin, task).await;
         running.finish(plugin).await
     }
 
-    /// What the plugins have logged so far.
+    /// Everything that the plugins have logged since the last call.
     pub fn log(&self) -> String {
         let mut text = String::new();
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
@@ -245,7 +246,7 @@ impl Stage {
         text
     }
 
-    /// The end of a test: nothing may be left.
+    /// Ends a test: nothing may be left.
     pub fn leave(mut self) {
         self.left = true;
         self.marks.assert_none_left();
@@ -283,7 +284,7 @@ impl Drop for Stage {
     }
 }
 
-/// Ends a plugin as Nomad does; it must go by itself.
+/// Shuts a plugin down as Nomad does; it must exit without being killed.
 pub async fn end(plugin: Plugin) {
     let stopped = within("Shutdown", plugin.shutdown()).await;
     assert!(!stopped.killed, "the plugin had to be killed: {stopped:?}");
@@ -292,14 +293,14 @@ pub async fn end(plugin: Plugin) {
 /// A task to start.
 #[derive(Debug, Clone)]
 pub struct Task {
-    /// What is started.
+    /// Its specification.
     pub spec: TaskSpec,
     /// The group's network namespace.
     pub network: Option<PathBuf>,
 }
 
 impl Task {
-    /// With this option of the `config` block.
+    /// With this option in the `config` block.
     #[must_use]
     pub fn with(mut self, option: &str, value: impl Into<Value>) -> Self {
         self.spec.config[option] = value.into();
@@ -320,14 +321,14 @@ impl Task {
         self
     }
 
-    /// In a network namespace that the group has.
+    /// In this network namespace of the group.
     #[must_use]
     pub fn network(mut self, path: &Path) -> Self {
         self.network = Some(path.to_owned());
         self
     }
 
-    /// How Nomad says so.
+    /// Nomad's message for the network namespace.
     pub fn isolation(&self) -> Option<driver::NetworkIsolationSpec> {
         let path = self.network.as_ref()?;
         Some(driver::NetworkIsolationSpec {
@@ -338,44 +339,44 @@ impl Task {
     }
 }
 
-/// A task that was not started.
+/// A task whose start failed.
 #[derive(Debug)]
 pub struct Refused {
-    /// Why not.
+    /// The error.
     pub error: HostError,
-    /// What systemd-nspawn had to say about it.
+    /// The stderr of systemd-nspawn.
     pub stderr: Output,
 }
 
-/// A task that was started.
+/// A started task.
 #[derive(Debug)]
 pub struct Running {
     /// The id of this start.
     pub id: String,
-    /// What StartTask gave.
+    /// The response to StartTask.
     pub started: StartedTask,
-    /// What it prints.
+    /// Its stdout.
     pub stdout: Output,
-    /// What it prints on stderr.
+    /// Its stderr.
     pub stderr: Output,
     /// Its directories.
     pub allocation: Arc<Allocation>,
 }
 
 impl Running {
-    /// What the driver keeps about it.
+    /// The driver's state in its handle.
     pub fn state(&self) -> Value {
         let state: Value =
             serde_json::from_slice(&self.started.handle.driver_state).expect("the driver's state");
         state["started"].clone()
     }
 
-    /// The container's first process.
+    /// The pid of the container's PID 1.
     pub fn leader(&self) -> i64 {
         self.state()["leader"]["pid"].as_i64().expect("a pid")
     }
 
-    /// Waits for its end.
+    /// Waits for its exit.
     pub async fn wait(&self, plugin: &Plugin) -> TaskExit {
         within("WaitTask", plugin.wait(&self.id))
             .await
@@ -394,7 +395,7 @@ impl Running {
             .expect("the signal is sent");
     }
 
-    /// Stops it and waits for its end.
+    /// Stops it and waits for its exit.
     pub async fn stop(&self, plugin: &Plugin, grace: Duration, signal: &str) -> TaskExit {
         within("StopTask", plugin.stop(&self.id, grace, signal))
             .await
@@ -402,11 +403,11 @@ impl Running {
         self.wait(plugin).await
     }
 
-    /// Waits until it has ended by itself and removes it.
+    /// Waits until it has exited by itself and removes it.
     pub async fn finish(self, plugin: &Plugin) -> Ended {
         let exit = self.wait(plugin).await;
         let (stdout, mut stderr) = (self.stdout.all().await, self.stderr.all().await);
-        // systemd-nspawn says so at the end where /run is not a tmpfs.
+        // systemd-nspawn prints this at the end if /run is not a tmpfs.
         if let Some(start) = stderr.find("Attempted to remove disk file system") {
             let length = stderr[start..].find('\n').map_or(0, |end| end + 1);
             stderr.replace_range(start..start + length, "");
@@ -428,21 +429,21 @@ impl Running {
     }
 }
 
-/// A task that has ended by itself and was removed.
+/// A task that has exited by itself and was removed.
 #[derive(Debug)]
 pub struct Ended {
-    /// All it printed.
+    /// Everything it printed on stdout.
     pub stdout: String,
-    /// All it printed on stderr.
+    /// Everything it printed on stderr.
     pub stderr: String,
-    /// How it ended.
+    /// Its exit.
     pub exit: TaskExit,
     /// Its directories.
     pub allocation: Arc<Allocation>,
 }
 
 impl Ended {
-    /// What it printed, if it ended well.
+    /// Its stdout; fails unless it exited successfully.
     #[track_caller]
     pub fn said(&self) -> &str {
         assert_eq!(self.exit.code, 0, "{self:?}");
@@ -451,15 +452,15 @@ impl Ended {
     }
 }
 
-/// A network namespace of a test's own, with nothing in it but a loopback device that is up. Its processes and interfaces
-/// never touch the machine's.
+/// A network namespace of one test, with nothing in it but a loopback device that is up. Its processes and interfaces never touch the
+/// machine's network.
 #[derive(Debug)]
 pub struct Namespace {
     name: String,
 }
 
 impl Namespace {
-    /// Makes one with this name.
+    /// Creates one with this name.
     pub fn new(name: &str) -> Self {
         let namespace = Self {
             name: name.to_owned(),
@@ -469,12 +470,12 @@ impl Namespace {
         namespace
     }
 
-    /// The file that stands for it.
+    /// The file that represents it.
     pub fn path(&self) -> PathBuf {
         Path::new("/run/netns").join(&self.name)
     }
 
-    /// Runs `ip` in it and gives what it says.
+    /// Runs `ip` in it and returns its output.
     pub fn ip(&self, words: &[&str]) -> String {
         let mut all = vec!["-netns", &*self.name];
         all.extend(words);

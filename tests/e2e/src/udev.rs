@@ -1,5 +1,6 @@
-//! As much of udev as a systemd-nspawn before 258 needs for a disk image without partitions, where the machine has none: somebody
-//! who listens in the same network namespace. Seen by one plugin and its containers alone; the machine's `/run` is not touched.
+//! A minimal udev for a machine without one, sufficient for systemd-nspawn before 258 and a disk image without partitions: a process in the
+//! same network namespace that listens on udev's socket. Visible only to one plugin and its containers; the machine's `/run` is not
+//! changed.
 
 use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -17,7 +18,7 @@ use crate::stage::Stage;
 /// Where systemd-nspawn looks for udev.
 const CONTROL: &str = "/run/udev/control";
 
-/// A directory with everything that lies in `/run`, and udev.
+/// Mounts a directory over `/run` that has the content of `/run` and the fake udev.
 const SCRIPT: &str = r#"exec unshare --mount sh -c '
     set -e
     mkdir -p /run/systemd/nspawn "$2"
@@ -33,15 +34,15 @@ const SCRIPT: &str = r#"exec unshare --mount sh -c '
     mount --bind "$1" /run/udev
     exec "$0"' "$0" "$1" "$2""#;
 
-/// Somebody who listens, until this is dropped.
+/// The listening socket; closed on drop.
 #[derive(Debug)]
 pub struct Udev {
-    /// None where the machine has udev itself.
+    /// None if the machine has udev itself.
     listener: Option<OwnedFd>,
 }
 
 impl Stage {
-    /// What containers of disk images need besides a plugin that is started with it.
+    /// The udev for containers of disk images; pass it to the plugin's start.
     pub fn udev(&self) -> Udev {
         if Path::new(CONTROL).exists() {
             return Udev { listener: None };
@@ -57,7 +58,7 @@ impl Stage {
         .and_then(|socket| {
             let address = UnixAddr::new(&directory.join("control"))?;
             bind(socket.as_raw_fd(), &address)?;
-            // Nobody is let in, so everybody who ever knocks has to find room.
+            // Connections are never accepted, so the backlog must hold all of them.
             listen(&socket, Backlog::MAXCONN)?;
             Ok(socket)
         });
@@ -66,9 +67,9 @@ impl Stage {
         }
     }
 
-    /// A plugin with these options whose containers may be disk images. It has one heap for all its threads: the C library gives
-    /// every thread one of its own until it has eight for each processor, and each grows for a while, so that what the plugin
-    /// itself keeps can't be told from that.
+    /// A plugin with these options whose containers may be disk images. It has a single malloc arena for all threads: glibc creates up to
+    /// eight arenas per processor, one for each new thread, and each grows for a while, which would hide how much memory the plugin itself
+    /// keeps.
     pub async fn plugin_for_images(&self, udev: &Udev, options: Value) -> Plugin {
         let plugin = self.join("plugins/nomad-driver-nspawn");
         let launch = if udev.listener.is_some() {

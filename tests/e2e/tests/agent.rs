@@ -1,4 +1,4 @@
-//! Tier (b): a real Nomad agent runs real job files, one per promise.
+//! Tier (b): a real Nomad agent runs real job files, one per guarantee.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ fn file(name: &str) -> PathBuf {
         .join(format!("{name}.nomad.hcl"))
 }
 
-/// A small tree of the caller's own: systemd-nspawn locks it.
+/// A small tree for this caller only, because systemd-nspawn locks it.
 fn image(agent: &Agent, name: &str) -> String {
     let tree = agent.join(name);
     fs::create_dir(&tree).unwrap();
@@ -25,7 +25,7 @@ fn run<'a>(agent: &'a Agent, job: &str) -> Allocation<'a> {
     agent.run(&file(job), &[("image", &image(agent, job))])
 }
 
-/// Every line is there once, in order, then the last.
+/// Checks that every line was printed once, in order, then the last one.
 #[track_caller]
 fn assert_no_gap(printed: &str) {
     let mut lines = printed.lines();
@@ -79,7 +79,7 @@ fn a_batch_task_has_the_exit_code_of_its_command() {
     agent.leave();
 }
 
-/// What a user of Nomad reads of an end: `Exit Code`, `Signal`, and a text where there is more to say.
+/// What a Nomad user sees of an exit: `Exit Code`, `Signal`, and a message if there is more to report.
 #[test]
 fn nomad_shows_how_a_task_ended() {
     let agent = Agent::new();
@@ -120,7 +120,7 @@ fn nomad_shows_how_a_task_ended() {
         let row = format!("process_two = {two}: {program} {script}");
         assert!(said.starts_with(shown), "{row}: {said}");
         let more = &said[shown.len()..];
-        // The text names the file; where there is none, there is nothing to add.
+        // The message names the file; a shell's exit has no message.
         assert!(
             if *program == shell {
                 more.is_empty()
@@ -133,7 +133,7 @@ fn nomad_shows_how_a_task_ended() {
     agent.leave();
 }
 
-/// The same of what is done to a task from outside.
+/// The same for ends that are caused from outside.
 #[test]
 fn nomad_shows_what_ended_a_task() {
     let agent = Agent::new();
@@ -204,7 +204,7 @@ fn nomad_shows_what_ended_a_task() {
     ];
     let refused = agent.run(&file("ends"), &variables);
     let reported = said(&refused, "Driver Failure");
-    // Which words they are depends on the host.
+    // The text depends on the host.
     let words =
         reported.split_once("systemd-nspawn exited with status 1 before the container was up: ");
     assert!(
@@ -258,7 +258,7 @@ fn a_template_that_changes_is_signalled_to_the_command() {
     let agent = Agent::new();
     let set = |word: &str| {
         let items = json!({ "Path": "nomad/jobs", "Items": { "word": word } });
-        // The agent's keys may come a moment after its node.
+        // The agent's keys may be ready a moment after its node.
         until("the variable", || {
             agent.call("PUT", "/v1/var/nomad/jobs", Some(&items)).ok()
         });
@@ -273,7 +273,7 @@ fn a_template_that_changes_is_signalled_to_the_command() {
     agent.leave();
 }
 
-/// What happens to the agent while a task writes, and what must be true of the task afterwards.
+/// Does something to the agent while a task writes, and checks that the task survives it.
 fn survives(what: impl FnOnce(&mut Agent)) {
     let mut agent = Agent::new();
     let (writer, leader) = {
@@ -317,7 +317,7 @@ fn a_task_survives_a_killed_plugin() {
         until("another plugin", || {
             (agent.plugin() != plugin).then_some(())
         });
-        // Who is killed can't remove its own.
+        // A killed plugin can't remove its own socket.
         until("the dead plugin's socket is removed", || {
             (agent.sockets().len() == 1).then_some(())
         });
@@ -335,7 +335,7 @@ fn a_task_that_ended_while_the_agent_was_down_has_its_true_exit_code() {
     agent.kill();
     let local = writer.on(&agent).dir().join("local");
     fs::write(local.join("end"), "").unwrap();
-    // The log collector lives on without the agent.
+    // The log collector keeps running without the agent.
     writer.on(&agent).printed("last\n");
     agent.start();
     let writer = writer.on(&agent);

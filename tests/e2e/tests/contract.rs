@@ -1,4 +1,4 @@
-//! The contract of the backend, kept by the real systemd-nspawn.
+//! The contract of the backend on the real systemd-nspawn.
 
 use std::path::Path;
 

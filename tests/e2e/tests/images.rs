@@ -1,4 +1,4 @@
-//! Tier (a): images on file systems that can't do everything. Real only: mounts.
+//! Tier (a): images on file systems with limitations. Real only: mounts.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use e2e::stage::{Stage, end, within};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
-/// A mount that goes with the test.
+/// A mount that is unmounted on drop.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -19,7 +19,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // One that is gone needs no unmounting.
+        // An error means that it is already unmounted.
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
     }
 }
@@ -49,7 +49,7 @@ async fn an_ephemeral_image_that_is_mounted_read_only_is_refused_by_name() {
     ] {
         assert!(refusal.contains(part), "{refusal}");
     }
-    // What it recommends works.
+    // The recommended setting works.
     let task = stage
         .shell("echo x > /etc/x; echo up")
         .with("image", json!(at.join("tree")))
@@ -65,7 +65,7 @@ async fn an_image_on_an_overlay_is_copied_and_an_event_says_so() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let lower = stage.tree("lower");
-    // An overlay can't lie on another one.
+    // An overlay can't be the upper layer of another overlay.
     let memory = stage.join("memory");
     let below = Mounted::new(
         Some("tmpfs"),

@@ -1,4 +1,4 @@
-//! What is left is found: every kind of thing is left on purpose, seen, and taken away again.
+//! The search for leftovers: creates one of every kind, checks that it is found, and removes it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ fn a_process_is_found_by_its_words_environment_and_directory() {
     commands[0].env("X", ground.dir.path());
     commands[1].current_dir(ground.dir.path());
     commands[2].args(["-c", "read line", &ground.name]);
-    // Nothing ever comes, and it starts no process that would outlive it.
+    // It waits for input that never comes, and starts no process that would outlive it.
     commands[2].stdin(std::process::Stdio::piped());
     for mut command in commands {
         let child = command.spawn().unwrap();
@@ -138,7 +138,7 @@ fn a_lock_of_user_ids_is_found_once_no_one_holds_it() {
     let ground = ground();
     let locks = Path::new("/run/systemd/nspawn-uid");
     fs::create_dir_all(locks).unwrap();
-    // No range begins there, so nobody else has it.
+    // No uid range starts at this number, so no other process uses this lock.
     let lock = locks.join(u32::from_str_radix(&e2e::unique(), 16).unwrap().to_string());
     let file = fs::File::create(&lock).unwrap();
     let whole = nix::libc::flock {
@@ -179,7 +179,7 @@ fn a_loop_device_is_found() {
     ground.marks.assert_none_left();
 }
 
-/// The name of a container's interface is the beginning of the container's.
+/// A network interface's name contains the beginning of the container's name.
 #[test]
 fn a_link_is_found() {
     let ground = ground();
@@ -188,7 +188,7 @@ fn a_link_is_found() {
         let said = Command::new("ip").args(words).output().unwrap();
         assert!(said.status.success(), "{said:?}");
     };
-    // One that is down and leads nowhere.
+    // A bridge that is down and has no ports.
     ip(&["link", "add", &link, "type", "bridge"]);
     ground.sees("link ");
     ip(&["link", "delete", &link]);

@@ -1,6 +1,6 @@
-//! The part of the fault matrix that is played on the real systemd-nspawn, more than a third. The cells, what they owe and how they
-//! are played are the hermetic matrix's own (`tests/matrix/`); this is the machine below them. Needs a debug build of the driver:
-//! no other can be held at a step.
+//! The part of the fault matrix that runs on the real systemd-nspawn, more than a third. The cells, their expected results and the code
+//! that runs them are shared with the hermetic matrix (`tests/matrix/`); this file provides the machine. Needs a debug build of the driver:
+//! only a debug build can be held at a step.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,7 +15,7 @@ mod suite;
 use suite::{Moment, World};
 use support::trap::Trap;
 
-/// Worlds at a time. A cell waits for processes most of its time.
+/// The number of concurrent worlds. A cell spends most of its time waiting for processes.
 const AT_ONCE: usize = 3;
 
 struct Machine(Stage);
@@ -77,7 +77,7 @@ impl World for Machine {
     }
 }
 
-/// A machine for one cell. Listing the cells needs neither root nor a driver, playing them does.
+/// A machine for one cell. Listing the cells needs neither root nor a driver, running them does.
 fn machine() -> Machine {
     e2e::needs_root();
     let driver = e2e::driver();

@@ -1,5 +1,5 @@
-//! Secrets on the real systemd-nspawn, and with a real agent: what `tests/integration/secrets.rs` says of every version's way is
-//! seen here of the installed one.
+//! Secrets on the real systemd-nspawn, and with a real agent: `tests/integration/secrets.rs` checks the behaviour of every systemd version
+//! on the fake, this file that of the installed one.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,7 +24,7 @@ use support::secrecy::{
 };
 use support::trap::Trap;
 
-/// The installed systemd-nspawn's version.
+/// The version of the installed systemd-nspawn.
 fn version() -> u32 {
     let output = Command::new("systemd-nspawn")
         .arg("--version")
@@ -35,8 +35,8 @@ fn version() -> u32 {
     text.split_whitespace().find_map(digits).unwrap()
 }
 
-/// Looks through the whole machine: `nspawn` and what it started may hold it in their environment, and files with the names
-/// `on_disk` in the start's directory. Gives how many files have it.
+/// Searches the whole machine. `nspawn` and its descendants may have the secret in their environment, and the files with the names
+/// `on_disk` may have it in the task directory. Returns how many files have it.
 fn search(
     when: &str,
     marker: &Marker,
@@ -54,7 +54,7 @@ fn search(
     for (pid, name) in marker.in_environments() {
         let inside = nspawn.is_some_and(|nspawn| ancestry(pid).contains(&nspawn));
         assert!(inside, "{when}: the environment of {name} ({pid}) has it");
-        // Root's, or in a user namespace of the container's own the container's user's, who has it anyway.
+        // Owned by root, or in a private user namespace by the container's user, who has the secret anyway.
         let about = fs::metadata(format!("/proc/{pid}/environ")).unwrap();
         assert_eq!(about.mode() & 0o777, 0o400, "{name}");
         assert!(about.uid() == 0 || Some(pid) != nspawn, "{name}");
@@ -74,10 +74,10 @@ fn search(
     files.len()
 }
 
-/// What can be no variable's name.
+/// Not a valid variable name.
 const NO_NAME: &str = "no=name";
 
-/// The files that have the secrets until the start has read them.
+/// The files that contain the secrets until the start has read them.
 const ON_DISK: [&str; 2] = ["environment", "init"];
 
 const ON_AND_ON: &str = "echo up; exec sleep 1000";
@@ -95,9 +95,9 @@ enum Death {
     Exit(i32),
     Signal(i32),
     Stop,
-    /// The container's first process: the command, or the driver's init, or the image's.
+    /// The container's PID 1: the command, the driver's init, or the image's init.
     Leader,
-    /// The command, where it is the second process.
+    /// The command if it is PID 2.
     Second,
     Nspawn,
     Supervisor,
@@ -108,7 +108,7 @@ impl Case {
     fn new(mode: Mode) -> Self {
         let stage = Stage::new();
         if mode == Mode::Boot {
-            // The smallest image with an init of its own.
+            // A minimal image with an init of its own.
             let sbin = stage.join("tree/sbin");
             fs::create_dir(&sbin).unwrap();
             let init = sbin.join("init");
@@ -173,7 +173,7 @@ impl Case {
             Death::Signal(number) => self.task(&format!("echo up; kill -{number} $$")),
             _ => self.task(ON_AND_ON),
         };
-        // No program can get it: an event says so.
+        // No program can get this variable: an event reports it.
         let task = task.env(NO_NAME, &self.marker.secret("event"));
         let allocation = self.allocation(&task);
         let running = self.stage.start_in(&plugin, &task, allocation).await;
@@ -250,7 +250,7 @@ async fn every_death(mode: Mode, deaths: &[Death]) {
         plugin = case.dies(plugin, *death).await;
     }
     end(plugin).await;
-    // The stream has ended with its plugin.
+    // The event stream ends with its plugin.
     let reported = within("the end of the events", reported).await.unwrap();
     assert!(reported.contains(NO_NAME), "{reported}");
     case.marker.not_in("an event", &reported);
@@ -320,12 +320,12 @@ async fn failed_starts_show_no_secret(mode: Mode) {
         let allocation = case.allocation(&task);
         let refused = case.stage.start_in(&plugin, &task, allocation).await;
         let refused = refused.expect_err(what);
-        // With what systemd-nspawn has said, where one was called.
+        // Includes the stderr of systemd-nspawn if it was called.
         case.marker.not_in(what, &format!("{refused:?}"));
         case.search(what, None);
         case.marker.not_in("the plugin's log", &case.stage.log());
     }
-    // These have started before anybody can know. A booted container has no command.
+    // The start succeeds before the failure can be known. A booted container has no command.
     let commands: &[&str] = match mode {
         Mode::Boot => &[],
         _ => &["/no/such/program", "/etc/passwd"],
@@ -347,7 +347,7 @@ async fn failed_starts_show_no_secret(mode: Mode) {
     case.stage.leave();
 }
 
-/// While the files with the secrets lie on disk, and while they are handed over: nobody else has them meanwhile.
+/// While the secrets are in files on disk, and while they are handed over: no other process has them at these moments.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_secret_shows_while_a_start_stands_still() {
     for mode in [Mode::Plain, Mode::ProcessTwo, Mode::Boot] {
@@ -367,7 +367,7 @@ async fn no_secret_shows_while_a_start_stands_still() {
             let (_, held) = within("the step", trap.reached()).await;
             let (nspawn, on_disk): (_, &[&str]) = match point {
                 Failpoint::Entered => (Some(held), &[]),
-                // It goes on meanwhile and has taken them or not.
+                // The process continues meanwhile and may or may not have read them.
                 Failpoint::Spawned => (first_child(held), &ON_DISK),
                 _ => (None, &ON_DISK),
             };
@@ -386,7 +386,7 @@ async fn no_secret_shows_while_a_start_stands_still() {
     }
 }
 
-/// What systemd-nspawn's own environment has beside the task's variables.
+/// The variables in systemd-nspawn's own environment in addition to the task's.
 const NSPAWN_KNOWS: &[&str] = &[
     "LANG",
     "NOTIFY_SOCKET",
@@ -399,7 +399,8 @@ const NSPAWN_KNOWS: &[&str] = &[
     "LISTEN_PID",
 ];
 
-/// What systemd-nspawn opens for itself, beside the locks of the root: its event loop, and the lines to its children.
+/// The descriptors that systemd-nspawn opens itself, besides the locks of the root: its event loop, and the sockets and pipes to its
+/// children.
 const NSPAWN_MAKES: &[&str] = &[
     "socket",
     "eventpoll",
@@ -409,7 +410,7 @@ const NSPAWN_MAKES: &[&str] = &[
     "pidfd",
 ];
 
-/// The sockets and pipes that a process has open, which tell whether two have the same.
+/// The sockets and pipes that a process has open, by inode, so that shared ones can be recognized.
 fn inodes(pid: i32) -> BTreeSet<String> {
     let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let targets = open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
@@ -419,7 +420,7 @@ fn inodes(pid: i32) -> BTreeSet<String> {
         .collect()
 }
 
-/// An agent that marks nothing as closed on exec, and has tokens of its own in its environment.
+/// The agent of this test marks no descriptor close-on-exec, and has tokens of its own in its environment.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
     let case = Case::new(Mode::Plain);
@@ -492,7 +493,8 @@ async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
     case.stage.leave();
 }
 
-/// Core files would lie in `/`, where supervisor and systemd-nspawn work, or wherever the machine puts them; the marker tells.
+/// A core file would be in `/`, the working directory of supervisor and systemd-nspawn, or wherever the machine stores them; the search for
+/// the marker finds it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_systemd_nspawn_that_aborts_leaves_no_secret() {
     let case = Case::new(Mode::Boot);
@@ -514,7 +516,7 @@ async fn a_systemd_nspawn_that_aborts_leaves_no_secret() {
     case.stage.leave();
 }
 
-/// At the level `info`: at `debug` the agent's own log has the text of templates, which no driver can hide.
+/// At log level `info`: at `debug` the agent's own log contains the text of templates, which no driver can prevent.
 #[test]
 fn no_secret_shows_with_a_real_agent() {
     let agent = Agent::logging("INFO");
@@ -539,7 +541,7 @@ fn no_secret_shows_with_a_real_agent() {
     assert!(token.is_in(inside["NOMAD_TOKEN"].as_bytes()));
     // The leader is systemd-nspawn's child.
     let nspawn = ancestry(leader)[1];
-    // Nomad's own data, which has the job.
+    // Nomad's own data, which contains the job.
     let spared = [agent.join("data"), agent.join("plugins")];
     let own = agent.join("");
     let look = |when: &str, nspawn: Option<i32>| {

@@ -1,4 +1,4 @@
-//! Tier (a): the bridge of a zone and systemd-nspawn's lock for it. Real only: bridges and the lock are systemd-nspawn's own.
+//! Tier (a): the bridge of a zone and systemd-nspawn's lock for it. Real only: bridges and the lock are made by systemd-nspawn.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -13,7 +13,7 @@ use serde_json::json;
 
 const LOCK: &str = "/run/systemd/nspawn-network-zone";
 
-/// Locks as systemd-nspawn does: the whole file, and again if its last holder has removed it.
+/// Locks as systemd-nspawn does: the whole file, and again if the previous holder has removed it.
 fn locked() -> File {
     until("the lock of zones", || {
         let mut options = File::options();

@@ -1,6 +1,6 @@
-//! What every hermetic test stands on: a directory of its own with fake tools, a small root tree and allocations, and the
-//! real plugin binary started by the host that ships. A test owns all of it; nothing is shared, so nothing is serialised.
-//! At its end a [`Host`] looks for processes and control groups that were left and fails the test over them.
+//! The environment of every hermetic test: its own directory with fake tools, a small root tree and allocations, and the real plugin binary
+//! started by the development agent that ships with the driver. Tests share nothing and run in parallel. At the end of a test its [`Host`]
+//! looks for leftover processes and cgroups and fails the test if there are any.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,15 +27,15 @@ mod output;
 pub(crate) use output::{Lines, Written};
 pub(crate) use support::{DEADLINE, Output, eventually, within};
 
-/// How long processes that are on their way out may take before they count as left.
+/// How long processes that are about to exit may take before they count as leftovers.
 const OUTGOING: Duration = Duration::from_secs(20);
 
-/// Whether the tests run as root. Without that there are no control groups, and the driver calls itself undetected.
+/// Whether the tests run as root. Without root there are no cgroups, and the driver's fingerprint is "undetected".
 pub(crate) fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// What a call was answered with that failed.
+/// The status of a call that failed.
 pub(crate) fn refusal<T: std::fmt::Debug>(result: Result<T, HostError>) -> tonic::Status {
     match result.unwrap_err() {
         HostError::Call { status, .. } => *status,
@@ -43,12 +43,12 @@ pub(crate) fn refusal<T: std::fmt::Debug>(result: Result<T, HostError>) -> tonic
     }
 }
 
-/// The arguments of a call in the ledger.
+/// The arguments of a call in the call log.
 pub(crate) fn argv(start: &Value) -> Vec<String> {
     serde_json::from_value(start["argv"].clone()).unwrap()
 }
 
-/// One test's machine.
+/// The machine of one test.
 #[derive(Debug)]
 pub(crate) struct Host {
     dir: TempDir,
@@ -58,12 +58,12 @@ pub(crate) struct Host {
 impl Host {
     /// A healthy machine with an image named `root`.
     pub(crate) fn new() -> Self {
-        // Short, because sockets lie below it and their paths are limited.
+        // Short, because it contains sockets and their paths are limited.
         let dir = tempfile::Builder::new().prefix("nd-").tempdir().unwrap();
         for name in ["bin", "state", "plugins", "alloc"] {
             let path = dir.path().join(name);
             fs::create_dir(&path).unwrap();
-            // As an operator's mkdir makes it, whatever the umask is here.
+            // The mode of an operator's mkdir, whatever the umask of the test is.
             let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
             fs::set_permissions(path, mode).unwrap();
         }
@@ -77,7 +77,7 @@ impl Host {
         host
     }
 
-    /// The directory that holds everything.
+    /// The directory that contains everything.
     pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
@@ -92,27 +92,27 @@ impl Host {
         self.join("state")
     }
 
-    /// The root tree that tasks use when they name no other.
+    /// The root tree of tasks that name no other.
     pub(crate) fn root(&self) -> PathBuf {
         self.join("root")
     }
 
-    /// Makes a small root tree of this name, as systemd-nspawn wants one, with an init.
+    /// Creates a small root tree of this name, complete enough for systemd-nspawn, with an init.
     pub(crate) fn tree(&self, name: &str) -> PathBuf {
         let root = self.join(name);
         fill_tree(&root);
         root
     }
 
-    /// Tells the fake tools what shall go differently from now on; the words are those of its `scenario.rs`.
+    /// Sets the scenario of the fake tools from now on, in the format of their `scenario.rs`.
     pub(crate) fn scenario(&self, scenario: &Value) {
         let path = self.join("bin/scenario.json");
         fs::write(self.join("bin/scenario.new"), scenario.to_string()).unwrap();
-        // Renamed, so that a tool that runs just now reads the old one or the new one.
+        // Renamed, so that a tool that runs at this moment reads either the old one or the new one.
         fs::rename(self.join("bin/scenario.new"), path).unwrap();
     }
 
-    /// Everything that the fake tools wrote down so far, in order.
+    /// All events that the fake tools have logged so far, in order.
     pub(crate) fn call_log(&self) -> Vec<Value> {
         let text = match fs::read_to_string(self.join("bin/ledger.jsonl")) {
             Ok(text) => text,
@@ -131,7 +131,7 @@ impl Host {
         events
     }
 
-    /// The plugin's configuration: this test's directories and tools.
+    /// The plugin configuration: this test's directories and tools.
     pub(crate) fn config(&self) -> Value {
         json!({
             "state_dir": self.state(),
@@ -157,7 +157,7 @@ impl Host {
         self.plugin_with(&json!({})).await
     }
 
-    /// A plugin with these options over [`config`](Self::config).
+    /// A plugin configured with [`config`](Self::config) and these options.
     pub(crate) async fn plugin_with(&self, options: &Value) -> Plugin {
         let mut config = self.config();
         for (key, value) in options.as_object().unwrap() {
@@ -171,12 +171,12 @@ impl Host {
         .await
     }
 
-    /// The lines of all plugins' logs, as they come.
+    /// The log lines of all plugins, as they arrive.
     pub(crate) fn log(&self) -> &Lines {
         &self.log
     }
 
-    /// A task in the small root tree that runs this command as its first process.
+    /// A task in the small root tree that runs this command as PID 1.
     pub(crate) fn task(&self, command: &[&str]) -> Task {
         let config = json!({
             "image": self.root(),
@@ -189,7 +189,7 @@ impl Host {
         }
     }
 
-    /// A task that runs this shell text.
+    /// A task that runs this shell script.
     pub(crate) fn shell(&self, text: &str) -> Task {
         self.task(&["/bin/sh", "-c", text])
     }
@@ -199,7 +199,7 @@ impl Host {
         Allocation::create(&self.join("alloc"), task.spec).unwrap()
     }
 
-    /// Starts a task in an allocation of its own; it must come up.
+    /// Starts a task in an allocation of its own; the start must succeed.
     pub(crate) async fn start(&self, plugin: &Plugin, task: Task) -> Running {
         match self.try_start(plugin, task).await {
             Ok(running) => running,
@@ -207,7 +207,7 @@ impl Host {
         }
     }
 
-    /// The same for a task that says when it is as far as the test needs it.
+    /// The same for a task that prints `up` when it is ready.
     pub(crate) async fn up(&self, plugin: &Plugin, task: Task) -> Running {
         let running = self.start(plugin, task).await;
         running.stdout.contains("up").await;
@@ -223,7 +223,7 @@ impl Host {
         self.start_in(plugin, Arc::new(self.allocation(task))).await
     }
 
-    /// Starts the task of an allocation, again or for the first time, with a new id.
+    /// Starts the task of an allocation, for the first time or again, with a new id.
     pub(crate) async fn start_in(
         &self,
         plugin: &Plugin,
@@ -232,7 +232,7 @@ impl Host {
         self.start_edited(plugin, allocation, |_| {}).await
     }
 
-    /// The same with a change to what goes over the wire.
+    /// The same with a change to the request.
     pub(crate) async fn start_edited(
         &self,
         plugin: &Plugin,
@@ -254,7 +254,7 @@ impl Host {
         })
     }
 
-    /// Starts this task with these bytes for its `config` block.
+    /// Starts this task with these bytes as its `config` block.
     pub(crate) async fn start_packed(
         &self,
         plugin: &Plugin,
@@ -266,8 +266,8 @@ impl Host {
         self.start_edited(plugin, allocation, edit).await
     }
 
-    /// A new plugin in place of one that is gone, with the task found again from what Nomad would have stored: the handle
-    /// without the configuration and without an id beside it.
+    /// A new plugin after the last one has exited, with the task recovered from what Nomad would have stored: the handle without the driver
+    /// configuration and without an id next to it.
     pub(crate) async fn recovered(&self, running: &Running) -> Plugin {
         let plugin = self.plugin().await;
         within("RecoverTask", plugin.recover(running.stored()))
@@ -276,7 +276,7 @@ impl Host {
         plugin
     }
 
-    /// Waits until nothing runs any more that belongs to this test, except what `spared` names by pid.
+    /// Waits until no process of this test is left, except the pids in `spared`.
     pub(crate) async fn quiet(&self, spared: &[i32]) {
         let others = || {
             self.processes()
@@ -286,7 +286,7 @@ impl Host {
         eventually("everything has ended", || others().next().is_none()).await;
     }
 
-    /// The control groups that were made for the starts of this test.
+    /// The cgroups that were created for the starts of this test.
     pub(crate) fn groups(&self) -> Vec<PathBuf> {
         let roots = ["", "unified", "systemd"].map(|name| Path::new("/sys/fs/cgroup").join(name));
         let mut found = Vec::new();
@@ -307,7 +307,7 @@ impl Host {
         found
     }
 
-    /// The processes that belong to this test: its directory is in their arguments, environment or working directory.
+    /// The processes of this test: its directory is in their arguments, environment or working directory.
     pub(crate) fn processes(&self) -> Vec<Found> {
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc").unwrap() {
@@ -322,7 +322,7 @@ impl Host {
     }
 }
 
-/// Makes a small root tree as systemd-nspawn wants one, with an init.
+/// Creates a small root tree that is complete enough for systemd-nspawn, with an init.
 pub(crate) fn fill_tree(root: &Path) {
     for path in [
         "usr/bin",
@@ -367,13 +367,13 @@ impl Drop for Host {
         let mut left = Vec::new();
         for process in self.processes() {
             if !process.gone(end.saturating_duration_since(Instant::now())) {
-                // An error means that it is gone after all.
+                // An error means that it has exited meanwhile.
                 let _ = pidfd_send_signal(&process.pidfd, Signal::KILL);
                 process.gone(OUTGOING);
                 left.push(process.command);
             }
         }
-        // The control group of what was killed here has nobody else to remove it.
+        // The cgroups of processes killed here would not be removed otherwise.
         for group in self.groups() {
             if group.exists() && Group::new(&group).remove().is_ok() {
                 left.push(format!("(control group) {}", group.display()));
@@ -388,10 +388,10 @@ impl Drop for Host {
     }
 }
 
-/// A process of this test, safe against reuse of its number.
+/// A process of this test, held by a pidfd so that its pid can't be reused.
 #[derive(Debug)]
 pub(crate) struct Found {
-    /// Its number.
+    /// Its pid.
     pub(crate) pid: i32,
     /// Its arguments.
     pub(crate) command: String,
@@ -403,7 +403,7 @@ impl Found {
         if pid == std::process::id().cast_signed() {
             return None;
         }
-        // Opened before the look: what is seen afterwards is this process or none.
+        // Opened before reading /proc: what is read afterwards belongs to this process, or it has exited.
         let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
         let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
         let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
@@ -418,7 +418,7 @@ impl Found {
         })
     }
 
-    /// Waits for its end.
+    /// Waits until it has exited.
     fn gone(&self, wait: Duration) -> bool {
         let wait = PollTimeout::try_from(wait).unwrap();
         let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
@@ -429,12 +429,12 @@ impl Found {
 /// A task to start.
 #[derive(Debug, Clone)]
 pub(crate) struct Task {
-    /// What is started.
+    /// Its specification.
     pub(crate) spec: TaskSpec,
 }
 
 impl Task {
-    /// With this option of the `config` block.
+    /// With this option in the `config` block.
     pub(crate) fn with(mut self, option: &str, value: Value) -> Self {
         self.spec.config[option] = value;
         self
@@ -446,35 +446,35 @@ impl Task {
         self
     }
 
-    /// With this name.
+    /// With this task name.
     pub(crate) fn named(mut self, name: &str) -> Self {
         self.spec.task = name.to_owned();
         self
     }
 }
 
-/// A task that was started.
+/// A started task.
 #[derive(Debug)]
 pub(crate) struct Running {
     /// The id of this start.
     pub(crate) id: String,
-    /// What StartTask gave.
+    /// The response to StartTask.
     pub(crate) started: StartedTask,
-    /// What it prints.
+    /// Its stdout.
     pub(crate) stdout: Output,
-    /// What it prints on stderr.
+    /// Its stderr.
     pub(crate) stderr: Output,
     /// Its directories.
     pub(crate) allocation: Arc<Allocation>,
 }
 
 impl Running {
-    /// Waits for its end.
+    /// Waits for its exit.
     pub(crate) async fn wait(&self, plugin: &Plugin) -> TaskExit {
         within("WaitTask", plugin.wait(&self.id)).await.unwrap()
     }
 
-    /// What Nomad would have stored of it.
+    /// What Nomad would have stored about it.
     pub(crate) fn stored(&self) -> TaskHandle {
         let mut handle = self.started.handle.clone();
         handle
@@ -486,19 +486,19 @@ impl Running {
         handle
     }
 
-    /// A figure of the driver's own state of it: `["leader", "pid"]` and the like.
+    /// A value of the driver state in its handle: `["leader", "pid"]` and the like.
     pub(crate) fn state(&self, path: &[&str]) -> Value {
         let state: Value = serde_json::from_slice(&self.started.handle.driver_state).unwrap();
         path.iter()
             .fold(state["started"].clone(), |value, key| value[*key].clone())
     }
 
-    /// The pid of its first process.
+    /// The pid of the container's PID 1.
     pub(crate) fn leader(&self) -> i32 {
         i32::try_from(self.state(&["leader", "pid"]).as_i64().unwrap()).unwrap()
     }
 
-    /// What InspectTask says.
+    /// The response to InspectTask.
     pub(crate) async fn inspect(
         &self,
         plugin: &Plugin,
@@ -526,7 +526,7 @@ impl Running {
         answer.map(drop)
     }
 
-    /// Stops it and waits for its end.
+    /// Stops it and waits for its exit.
     pub(crate) async fn stop(&self, plugin: &Plugin, grace: Duration, signal: &str) -> TaskExit {
         within("StopTask", plugin.stop(&self.id, grace, signal))
             .await
@@ -542,7 +542,7 @@ impl Running {
     }
 }
 
-/// The environment of a call in the ledger.
+/// The environment of a call in the call log.
 pub(crate) fn environment(start: &Value) -> BTreeMap<String, String> {
     serde_json::from_value(start["environment"].clone()).unwrap()
 }

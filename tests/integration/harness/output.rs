@@ -1,4 +1,4 @@
-//! What the plugins and a run in this process print.
+//! The output of the plugins, and of a `run` inside the test process.
 
 use super::*;
 
@@ -34,7 +34,7 @@ impl Lines {
         lines.clone()
     }
 
-    /// Waits for a line that has this text in it, and gives it.
+    /// Waits for a line that contains this text and returns it.
     pub(crate) async fn contains(&self, text: &str) -> String {
         let wait = async {
             let mut seen = 0;
@@ -56,7 +56,7 @@ impl Lines {
     }
 }
 
-/// A place to write that remembers what was written, for a run in this process.
+/// A writer that keeps what is written, for a `run` inside the test process.
 #[derive(Debug, Clone)]
 pub(crate) struct Written(Arc<watch::Sender<Vec<u8>>>);
 
@@ -67,12 +67,12 @@ impl Default for Written {
 }
 
 impl Written {
-    /// What was written so far.
+    /// Everything written so far.
     pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.0.borrow()).into_owned()
     }
 
-    /// Waits until this text was written.
+    /// Waits until this text has been written.
     pub(crate) async fn contains(&self, text: &str) {
         let mut receiver = self.0.subscribe();
         let wait = receiver.wait_for(|bytes| String::from_utf8_lossy(bytes).contains(text));

@@ -1,4 +1,4 @@
-//! What systemd-nspawn is called with.
+//! The arguments, environment and descriptors of systemd-nspawn.
 
 use super::*;
 
@@ -32,7 +32,7 @@ async fn systemd_nspawn_gets_nothing_of_the_plugins_own() {
         "{outside:?}"
     );
     assert!(!inside.contains(&outside["NOTIFY_SOCKET"]), "{inside}");
-    // What it reads, says and hands on to the container's first program; no descriptor of plugin or supervisor.
+    // Its standard streams, and what it passes on to the driver's init; no descriptor of plugin or supervisor.
     let descriptors = start["descriptors"].as_object().unwrap();
     let wanted = [
         ("0", "/dev/null"),
@@ -53,7 +53,7 @@ async fn systemd_nspawn_gets_nothing_of_the_plugins_own() {
     }
     assert_eq!(start["signal_mask"], "0000000000000000");
     let ignored = u64::from_str_radix(start["ignored"].as_str().unwrap(), 16).unwrap();
-    // 32 and 33 belong to the C library, which lets nobody set them: as the tests' own parent left them.
+    // 32 and 33 are reserved by the C library, which does not allow changing them: they are inherited from the parent of the tests.
     assert_eq!(ignored & !(0b11 << 31), 0, "{ignored:x}");
     task.destroy(&plugin).await;
 }
@@ -108,7 +108,7 @@ async fn a_secret_is_in_no_ones_hands() {
     }
 }
 
-/// All plain files below a directory.
+/// All regular files below a directory.
 fn walk(directory: &std::path::Path) -> Vec<std::path::PathBuf> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).unwrap().flatten() {
@@ -158,7 +158,7 @@ async fn an_old_systemd_nspawn_gets_words_that_it_knows(
             .with("user_namespacing", json!(true))
             .with("private_users", json!("4194304:65536"))
     };
-    // A command has its variables from our own program, whatever the version is.
+    // A command gets its variables from the driver's own init, in every version.
     let task = host.start(&plugin, job(false)).await;
     assert_eq!(task.stdout.all().await, "me\n");
     let words = argv(&host.starts()[0]);

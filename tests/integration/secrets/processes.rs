@@ -2,14 +2,15 @@
 
 use super::*;
 
-/// What a supervisor has open beside its standard streams, each once or as often as it has listeners and watches.
+/// The kinds of descriptors that a supervisor has besides its standard streams; how many of each depends on its clients and watched
+/// processes.
 const SUPERVISOR_HAS: &[&str] = &["signalfd", "socket", "pidfd"];
 
-/// What systemd-nspawn gets beside its standard streams: channel, stdout, stderr, program and order of our first program.
+/// The descriptors of systemd-nspawn besides its standard streams: channel, stdout, stderr, binary and init spec of the driver's own init.
 const NSPAWN_GETS: &[i32] = &[3, 4, 5, 6, 7];
 
-/// What systemd-nspawn's own environment has beside the task's variables. `SYSTEMD_NSPAWN_UNIFIED_HIERARCHY` only where
-/// the host has control groups of version 2 alone.
+/// The variables in systemd-nspawn's own environment besides the task's. `SYSTEMD_NSPAWN_UNIFIED_HIERARCHY` only if the host has cgroup v2
+/// only.
 const NSPAWN_KNOWS: &[&str] = &[
     "LANG",
     "LISTEN_FDS",
@@ -21,7 +22,7 @@ const NSPAWN_KNOWS: &[&str] = &[
     "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY",
 ];
 
-/// An agent that marks nothing as closed on exec, and has tokens of its own in its environment.
+/// The agent of this test marks no descriptor close-on-exec, and has tokens of its own in its environment.
 #[tokio::test]
 async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
     let host = Host::new();
@@ -36,7 +37,7 @@ async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
     let plugin = plugin_by(&host, &script).await;
     for number in [7, 8, 9] {
         let inherited = descriptors(plugin.pid());
-        // Only root may look into a process that keeps out of core dumps.
+        // Only root can inspect a process that has disabled core dumps.
         assert_eq!(inherited.is_some(), is_root());
         if let Some(inherited) = inherited {
             assert!(inherited[&number].ends_with("precious"));
@@ -56,9 +57,9 @@ async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
     if is_root() {
         let open = descriptors(supervisor).unwrap();
         let directory = task.state(&["state"]).as_str().unwrap().to_owned();
-        // Not the connection of the client that asked for the start: that sees its end when it is dropped.
+        // Not the connection of the client that requested the start: the client must see end of file as soon as the supervisor drops it.
         assert_eq!(open[&0], "/dev/null");
-        // The container's first program, for systemd-nspawn.
+        // The driver's own init, for systemd-nspawn.
         assert_eq!(open[&1], "/memfd:nspawn-init (deleted)");
         assert_eq!(open[&2], format!("{directory}/log"));
         let beside: BTreeSet<&str> = open.range(3..).map(|(_, kind)| kind.as_str()).collect();
@@ -90,7 +91,7 @@ async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
         assert!(known, "{name}={value}");
         marker.not_in("systemd-nspawn's environment", value);
     }
-    // And the first process of the container.
+    // The same for the container's PID 1.
     let leader = secrecy::environment(task.leader()).unwrap();
     for (name, value) in leader {
         marker.not_in(&name, &value);
@@ -98,8 +99,8 @@ async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
     task.destroy(&plugin).await;
 }
 
-/// Core files of this test's processes would lie where they work: the plugin's in the test's directory, those of supervisor and
-/// systemd-nspawn in `/`, where others may put theirs, so that there only the marker tells.
+/// Core files of this test's processes would be in their working directories: the plugin's in the test's directory, those of supervisor and
+/// systemd-nspawn in `/`, where other programs may leave theirs, so that only the marker identifies them.
 #[tokio::test]
 async fn who_holds_secrets_dumps_no_core() {
     let mut case = Case::new(Mode::Boot, 252);
@@ -107,7 +108,8 @@ async fn who_holds_secrets_dumps_no_core() {
         "cd {}; ulimit -S -c $(ulimit -H -c); ",
         case.host.path().display()
     );
-    // Whether this host has core dumps at all: otherwise nothing is told here, and the second half of the test tells it.
+    // Whether this host writes core dumps at all: if it does not, the search for core files proves nothing, and the checks of limits and
+    // status below have to.
     let control = std::process::Command::new("/bin/sh")
         .args(["-c", &format!("{unlimited} kill -ABRT $$")])
         .status()
@@ -139,7 +141,7 @@ async fn who_holds_secrets_dumps_no_core() {
             _ => plugin.pid(),
         };
         if who == "nspawn" {
-            // Executing it made it an ordinary process again, whose limit keeps it from a dump.
+            // exec has made it dumpable again; its core limit prevents the dump.
             let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
             let line = limits.lines().find(|line| line.starts_with("Max core"));
             let words: Vec<_> = line.unwrap().split_whitespace().collect();
@@ -154,7 +156,7 @@ async fn who_holds_secrets_dumps_no_core() {
             assert_eq!((status.signal(), status.core_dumped()), (Some(6), false));
             plugin = case.host.recovered(&task).await;
         } else if who == "supervisor" {
-            // All its signals are blocked: this one never comes.
+            // It blocks all signals, so the SIGABRT has no effect.
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         }
         if who != "plugin" {

@@ -1,4 +1,4 @@
-//! What is refused, or told by the fingerprint.
+//! What is refused, or reported by the fingerprint.
 
 use super::*;
 
@@ -24,7 +24,7 @@ async fn names_that_can_not_be_are_left_out_by_name_and_long_ones_arrive() {
     task.destroy(&plugin).await;
 }
 
-/// A job's own option can say what Nomad's messages can't: bytes that are no text.
+/// A job's own option can contain what Nomad's messages can't: bytes that are not UTF-8.
 #[rstest]
 // environment = [{"A": <ff fe>}], as str and as bin.
 #[case::text(&[0xa2, 0xff, 0xfe])]
@@ -56,7 +56,7 @@ async fn a_value_that_is_no_text_is_refused_by_name(#[case] value: &[u8]) {
     assert_eq!(host.starts().len(), 0);
 }
 
-/// What a node says of itself first.
+/// The first fingerprint of a node.
 async fn health(plugin: &Plugin) -> (HealthState, String) {
     let mut stream = plugin
         .driver()
@@ -117,7 +117,7 @@ async fn a_state_directory_that_others_reach_is_refused_by_name(#[case] words: &
     assert_eq!(host.starts().len(), 0);
 }
 
-/// One that an operator has made beforehand is taken as it is, and what lies in it is closed all the same.
+/// A state directory that an operator has created beforehand is used as it is; its contents are closed all the same.
 #[tokio::test]
 async fn a_readable_state_directory_holds_closed_ones() {
     let host = Host::new();
@@ -135,8 +135,8 @@ async fn a_readable_state_directory_holds_closed_ones() {
     task.destroy(&plugin).await;
 }
 
-/// Where the agent's unit has a small stack limit the kernel takes little; the words name what to change. In `boot`, where
-/// systemd-nspawn itself carries the environment.
+/// With a small stack limit in the agent's unit the kernel accepts little; the message names what to change. In `boot` mode, where
+/// systemd-nspawn itself passes the environment.
 #[tokio::test]
 async fn more_than_the_kernel_takes_is_an_error_that_names_the_limit() {
     let host = Host::new();

@@ -1,15 +1,15 @@
-//! A full disk, and a state directory that goes away or takes nothing.
+//! A full disk, and a state directory that disappears or is read-only.
 
 use super::*;
 
-/// A plugin whose state directory is a small file system of its own, which nobody else sees.
+/// A plugin whose state directory is a small file system that only it can see.
 struct Small {
     plugin: Arc<Plugin>,
     host: Host,
 }
 
 impl Small {
-    /// `None` where this user may mount nothing: the test is reported as not applicable.
+    /// `None` if this user may not mount: the test is reported as not applicable.
     async fn new() -> Option<Self> {
         let status = fs::read_to_string("/proc/self/status").unwrap();
         let capabilities = status.split("CapEff:").nth(1).unwrap();
@@ -44,7 +44,7 @@ impl Small {
         root.join(self.host.state().strip_prefix("/").unwrap())
     }
 
-    /// Leaves not one byte.
+    /// Fills the file system completely.
     fn fill(&self) {
         let mut filler = fs::File::create(self.state().join("filler")).unwrap();
         let full = loop {
@@ -59,7 +59,7 @@ impl Small {
         fs::remove_file(self.state().join("filler")).unwrap();
     }
 
-    /// Mounts it anew, writable or not.
+    /// Remounts it, writable or not.
     fn turn(&self, how: &str) {
         let done = Command::new("nsenter")
             .arg(format!("--mount=/proc/{}/ns/mnt", self.plugin.pid()))

@@ -2,14 +2,14 @@
 
 use super::*;
 
-/// What a process may have a limited number of.
+/// A limited resource of a process.
 #[derive(Clone, Copy)]
 enum Limited {
     Processes,
     Descriptors,
 }
 
-/// Sets the limit of a process as its own user does, and gives the one that it had.
+/// Sets the soft limit of a process as the process's own user, and returns the previous one.
 fn limit(pid: i32, of: Limited, most: &str) -> String {
     let (name, option) = match of {
         Limited::Processes => ("Max processes", "nproc"),
@@ -18,7 +18,7 @@ fn limit(pid: i32, of: Limited, most: &str) -> String {
     let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let line = limits.lines().find_map(|line| line.strip_prefix(name));
     let before = line.unwrap().split_whitespace().next().unwrap().to_owned();
-    // Not the owner of its directory in /proc: that is root for all who leave no core dumps.
+    // Not the owner of its directory in /proc: that is root for every process that has disabled core dumps.
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let user = status.lines().find_map(|line| line.strip_prefix("Uid:"));
     let user: u32 = user
@@ -34,7 +34,7 @@ fn limit(pid: i32, of: Limited, most: &str) -> String {
         words.extend([format!("--reuid={user}"), format!("--regid={user}")]);
         words.push("--clear-groups".to_owned());
     }
-    // The hard one stays: few may raise it again.
+    // The hard limit is kept, because raising it again needs privileges.
     words.push("prlimit".to_owned());
     words.extend([format!("--pid={pid}"), format!("--{option}={most}:")]);
     let done = Command::new(&words[0]).args(&words[1..]).output().unwrap();
@@ -42,7 +42,7 @@ fn limit(pid: i32, of: Limited, most: &str) -> String {
     before
 }
 
-/// A machine on which the plugin has a user whom the kernel counts the processes of: it does not count root's.
+/// A machine on which the plugin runs as a user whose processes the kernel counts: root's are not limited.
 struct Counted {
     plugin: Arc<Plugin>,
     host: Host,
@@ -57,7 +57,7 @@ impl Counted {
             let user = None;
             return Self { plugin, host, user };
         };
-        // The programs may lie where such a user can't go.
+        // The original programs may be in a directory that this user can't enter.
         let usual = host.launch();
         let driver = host.join("plugins/nomad-driver-nspawn");
         fs::copy(&usual.binary, &driver).unwrap();
@@ -116,8 +116,8 @@ impl Counted {
     }
 }
 
-/// A user that is nobody's but this run's. None for those who can be no other one: an ordinary user, and root of a user namespace
-/// with nobody else in it, who are both counted as they are.
+/// A user that only this run uses. None if there is no other user: an ordinary user, and root of a user namespace that maps nobody else,
+/// are both limited as they are.
 fn spare_user() -> Option<u32> {
     if !is_root() {
         return None;
@@ -168,7 +168,7 @@ fn is_of_age(pid: i32, seconds: f64) -> bool {
         let born = stat
             .rsplit_once(") ")
             .and_then(|(_, rest)| rest.split(' ').nth(19));
-        // In hundredths, whatever the kernel counts in. One that has ended meanwhile is no matter.
+        // In hundredths of a second (USER_HZ), whatever the kernel's own tick is. Threads that have ended meanwhile are ignored.
         born.is_none_or(|born| now - born.parse::<f64>().unwrap() / 100.0 > seconds)
     })
 }
@@ -180,7 +180,7 @@ async fn a_plugin_that_may_start_no_process_says_so_and_lives_on() {
     let gate = counted.host.join("gate");
     let task = counted.start(&gated(&gate)).await.unwrap();
     task.stdout.contains("up").await;
-    // The threads for blocking work that the start needed end when they have had nothing to do for ten seconds; one has to stay.
+    // tokio's blocking threads that the start needed exit after ten idle seconds; one has to stay.
     eventually("no thread but those that stay", || {
         is_of_age(plugin.pid(), 15.0)
     })
@@ -216,7 +216,7 @@ async fn a_supervisor_that_may_start_no_process_says_so() {
     counted.leave().await;
 }
 
-/// Whether all threads of a process wait for something. One that is kept awake never does.
+/// Whether all threads of a process sleep. A busy one never does.
 fn is_asleep(pid: i32) -> bool {
     let mut threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     threads.all(|thread| {
@@ -242,7 +242,7 @@ async fn a_plugin_without_descriptors_says_so_and_lives_on() {
         );
         assert!(!status.details().is_empty(), "it may be tried again");
     }
-    // Another agent knocks meanwhile, keeps nobody awake, and is let in as soon as that can be.
+    // Meanwhile another agent connects. It must not keep the plugin busy, and is accepted as soon as possible.
     let early = std::os::unix::net::UnixStream::connect(plugin.address()).unwrap();
     eventually("a plugin that sleeps", || is_asleep(plugin.pid())).await;
     let (address, pid) = (plugin.address().to_owned(), plugin.pid());
@@ -285,7 +285,7 @@ async fn a_supervisor_that_can_let_no_one_in_keeps_its_task_and_takes_no_time() 
     plugin.kill().await;
     let supervisor = i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap();
     let lifeline = TaskDir::for_task(&host.state(), &task.id).control_socket();
-    // Some of the listeners take what is free, and the others have to wait.
+    // Some of the clients use up the free descriptors, and the others have to wait.
     const FEW: usize = 16;
     let before = limit(supervisor, Limited::Descriptors, &FEW.to_string());
     let connect = |_| std::os::unix::net::UnixStream::connect(&lifeline).unwrap();
@@ -294,7 +294,7 @@ async fn a_supervisor_that_can_let_no_one_in_keeps_its_task_and_takes_no_time() 
         listener.set_read_timeout(Some(DEADLINE)).unwrap();
         listener.read_exact(&mut [0]).unwrap();
     };
-    // Whoever is let in is told how things stand.
+    // Every accepted client receives the task's status.
     reported(&listeners[0]);
     eventually("a supervisor that sleeps", || is_asleep(supervisor)).await;
     let last = listeners.pop().unwrap();
@@ -309,7 +309,7 @@ async fn a_supervisor_that_can_let_no_one_in_keeps_its_task_and_takes_no_time() 
     nothing_left(&host, &plugin).await;
 }
 
-/// The kernel lets nobody wait for more descriptors than he may have.
+/// poll(2) fails with more descriptors than the limit allows.
 #[rstest]
 #[case::for_a_moment(true)]
 #[case::for_good(false)]
@@ -324,7 +324,7 @@ async fn a_supervisor_that_may_not_wait_watches_all_the_same(#[case] passes: boo
         .path()
         .join("log");
     let before = limit(supervisor, Limited::Descriptors, "1");
-    // Wakes it up; there is no descriptor to send it with.
+    // Wakes the supervisor up; the request itself fails for lack of a descriptor.
     let _ = task.signal(&plugin, "SIGURG").await;
     eventually("its complaint", || {
         fs::read_to_string(&log).unwrap().contains("waiting failed")
@@ -346,7 +346,7 @@ async fn a_supervisor_that_may_not_wait_watches_all_the_same(#[case] passes: boo
     nothing_left(&host, &plugin).await;
 }
 
-/// Without a hold on its first process a container would run unwatched.
+/// Without a pidfd of PID 1 the container would run unsupervised.
 #[tokio::test]
 async fn a_supervisor_that_can_not_hold_the_first_process_fails_the_start() {
     let host = Host::new();
@@ -358,7 +358,7 @@ async fn a_supervisor_that_can_not_hold_the_first_process_fails_the_start() {
     let supervisor = reached(&mut spawned).await;
     drop(spawned);
     reached(&mut announced).await;
-    // More than it waits for, which the kernel would refuse otherwise, and fewer than it has open already.
+    // More than the supervisor polls, because poll(2) would fail otherwise, and fewer than it has open already.
     limit(supervisor, Limited::Descriptors, "8");
     drop(announced);
     let status = refusal(within("StartTask", start.call).await.unwrap());

@@ -1,4 +1,4 @@
-//! Pipes that nobody reads.
+//! Pipes without a reader.
 
 use super::*;
 
@@ -22,7 +22,7 @@ async fn a_reader_that_comes_late_gets_everything() {
     let config = plugin.task_config(&allocation).await.unwrap();
     let (id, line) = (config.id.clone(), Arc::clone(&plugin));
     let start = tokio::spawn(async move { line.start(config).await });
-    // A second thread of the supervisor waits in the kernel for the reader.
+    // A second thread of the supervisor blocks in the kernel until the reader opens the FIFO.
     let supervise = format!("supervise {}", host.state().display());
     eventually("a supervisor that waits for a reader", || {
         let found = host.processes();
@@ -54,7 +54,7 @@ async fn a_reader_that_is_stuck_holds_up_its_own_task_alone(#[case] stopped: boo
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = host.allocation(host.shell("exec cat /dev/zero"));
-    // Open, and never read.
+    // Opened, and never read.
     let _logs = allocation.open_logs().unwrap();
     let config = plugin.task_config(&allocation).await.unwrap();
     let id = config.id.clone();

@@ -1,4 +1,4 @@
-//! Records that can't be read, and a clock that was set back.
+//! Unreadable records, and a clock that was set back.
 
 use super::*;
 
@@ -65,7 +65,7 @@ async fn a_clock_that_was_set_back_changes_no_end() {
     plugin.kill().await;
     fs::write(gate, "").unwrap();
     host.quiet(&[]).await;
-    // As if it had ended a day before it was started, and before there were clocks.
+    // As if it had exited a day before it was started.
     let file = TaskDir::for_task(&host.state(), &task.id)
         .path()
         .join("exit");

@@ -1,4 +1,4 @@
-//! Many requests at once.
+//! Many concurrent requests.
 
 use super::*;
 
@@ -17,10 +17,10 @@ async fn a_destroy_during_a_recovery_ends_the_task() {
     reached(&mut trap).await;
     let (line, id) = (Arc::clone(&plugin), task.id.clone());
     let destroy = tokio::spawn(async move { line.destroy(&id, true).await });
-    // Sent after it on the same connection.
+    // Sent after DestroyTask on the same connection.
     assert!(task.inspect(&plugin).await.is_ok());
     drop(trap);
-    // Which of the two comes first is not promised; that both are answered is, and that it is gone.
+    // The order of the two is not defined; both return, and the task is gone.
     let _ = within("RecoverTask", recover).await.unwrap();
     within("DestroyTask", destroy).await.unwrap().unwrap();
     nothing_left(&host, &plugin).await;

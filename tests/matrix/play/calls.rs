@@ -1,4 +1,4 @@
-//! Calls, and processes on this host.
+//! Calls to the plugin, and processes on this host.
 
 use super::*;
 
@@ -25,7 +25,7 @@ pub(super) async fn signal(line: &Plugin, task_id: String) -> Result<(), HostErr
     })
 }
 
-/// Its connection goes with it.
+/// Cancels a call that must not have returned; its connection is closed with it.
 pub(super) async fn hang_up<T: std::fmt::Debug>(call: Call<T>) {
     hang_up_or(call, |answer| {
         panic!("it was answered before the agent died: {answer:?}")
@@ -33,7 +33,7 @@ pub(super) async fn hang_up<T: std::fmt::Debug>(call: Call<T>) {
     .await;
 }
 
-/// The same of a call that may have been answered in this way already.
+/// The same for a call that may already have returned in this way.
 pub(super) async fn hang_up_or<T>(call: Call<T>, answered: impl FnOnce(Result<T, HostError>)) {
     call.abort();
     match call.await {
@@ -50,27 +50,27 @@ pub(super) fn own_end(exit: &TaskExit) {
     );
 }
 
-/// Kills a process, and returns when it is dead.
+/// Kills a process and waits until it is dead.
 pub(super) fn strike(pid: i32) {
     let held = ProcessHandle::open(pid).unwrap();
     held.signal(Signal::KILL).unwrap();
     assert!(held.wait(DEADLINE), "it does not die");
 }
 
-/// Whether a process is there and no zombie.
+/// Whether a process exists and is not a zombie.
 pub(super) fn is_running(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ")
         .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
-/// Whether a process runs the program that the driver brings for containers.
+/// Whether a process runs the driver's own init.
 pub(super) fn is_our_program(pid: i32) -> bool {
     std::fs::read_link(format!("/proc/{pid}/exe"))
         .is_ok_and(|exe| exe.to_string_lossy().contains("nspawn-init"))
 }
 
-/// The process that watches over a start with records in this directory.
+/// The supervisor of a start with its task directory below this state directory.
 pub(super) fn supervisor_below(state: &Path) -> Option<i32> {
     let below = format!("{}/", state.display());
     std::fs::read_dir("/proc")
@@ -85,11 +85,11 @@ pub(super) fn supervisor_below(state: &Path) -> Option<i32> {
         })
 }
 
-/// Reads what the task prints, as Nomad does, from now on.
+/// Collects the task's output from now on, as Nomad does.
 pub(super) fn collect(allocation: &Allocation) -> watch::Receiver<String> {
     let (sender, printed) = watch::channel(String::new());
     for fifo in [allocation.stdout_path(), allocation.stderr_path()] {
-        // For writing too, so that it goes on when one writer is gone and the next has not come.
+        // Opened for writing too, so that there is no end of file between one writer and the next.
         let mut pipe = tokio::net::unix::pipe::OpenOptions::new()
             .read_write(true)
             .open_receiver(fifo)

@@ -1,4 +1,4 @@
-//! What all test suites share.
+//! Helpers shared by all test suites.
 
 #![expect(
     clippy::disallowed_methods,
@@ -14,10 +14,10 @@ pub mod secrecy;
 
 pub use output::Output;
 
-/// How long anything may take before a test gives up on it. Only a broken test ever waits this long.
+/// How long a test waits for anything before it fails. Only a broken test ever waits this long.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Waits for something with a deadline; `what` is named when it does not come.
+/// Waits for a future with a deadline; the panic message contains `what`.
 pub async fn within<F: Future>(what: &str, future: F) -> F::Output {
     match tokio::time::timeout(DEADLINE, future).await {
         Ok(output) => output,
@@ -25,7 +25,7 @@ pub async fn within<F: Future>(what: &str, future: F) -> F::Output {
     }
 }
 
-/// Looks again and again until this holds, for what tells nobody that it has changed.
+/// Polls until the condition holds, for state that has no change notification.
 pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
     let looking = async {
         while !holds() {
@@ -37,16 +37,16 @@ pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
 
 pub mod trap;
 
-/// Reports that this host cannot run the present test. The test runner has no such result and counts the test as passed, so the
-/// caller returns after this; `ci/rerun-failed` collects the lines, and `.ci/run` prints and counts them at the end.
+/// Reports that this host can't run the current test. The test runner has no such result and counts the test as passed, so the caller
+/// returns afterwards; `ci/rerun-failed` collects the lines, and `.ci/run` prints and counts them at the end.
 pub fn not_applicable(reason: &str) {
-    // Under nextest every test is the main thread of a process of its own.
+    // Under nextest each test runs in the main thread of its own process.
     let name = std::env::var("NEXTEST_TEST_NAME").ok();
     let name = name.or_else(|| std::thread::current().name().map(str::to_owned));
     let line = format!(
         "NOT APPLICABLE {}: {reason}\n",
         name.as_deref().unwrap_or("unnamed")
     );
-    // In one piece, and past the runner, which keeps back what a macro prints.
+    // In a single write, and not through a print macro, whose output the runner captures.
     let _ = std::io::stderr().write_all(line.as_bytes());
 }

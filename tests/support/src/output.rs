@@ -1,4 +1,4 @@
-//! What a task prints.
+//! Collects a task's output.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use crate::within;
 
-/// What comes out of a task's FIFO.
+/// The output read from a task's FIFO.
 #[derive(Debug)]
 pub struct Output {
     seen: watch::Receiver<Seen>,
@@ -27,7 +27,7 @@ impl fmt::Debug for Seen {
 }
 
 impl Output {
-    /// Reads the FIFO to its end.
+    /// Reads the FIFO until end of file.
     pub fn collect(mut from: pipe::Receiver) -> Self {
         let (sender, seen) = watch::channel(Seen::default());
         tokio::spawn(async move {
@@ -46,7 +46,7 @@ impl Output {
         Self { seen }
     }
 
-    /// Waits until this text has come, and gives all that has.
+    /// Waits until the output contains this text and returns everything read so far.
     pub async fn contains(&self, text: &str) -> String {
         let all = |seen: &Seen| String::from_utf8_lossy(&seen.bytes).into_owned();
         let mut receiver = self.seen.clone();
@@ -59,7 +59,7 @@ impl Output {
         found
     }
 
-    /// Waits until the last writer is gone, and gives all that came.
+    /// Waits until the last writer has closed the FIFO and returns everything read.
     pub async fn all(&self) -> String {
         let mut receiver = self.seen.clone();
         let wait = receiver.wait_for(|seen| seen.ended);

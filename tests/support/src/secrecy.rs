@@ -1,5 +1,5 @@
-//! Where a secret shows: looks for a marker in everything that a host shows of its processes, and in the files that were written
-//! lately. Shared by the hermetic and the end-to-end tests. Looks only; what may show where is said in [`shown`] alone.
+//! Searches for leaked secrets: looks for a marker in everything that a host shows of its processes and in recently written files. Shared
+//! by the hermetic and the end-to-end tests. Only searches; [`shown`] alone defines where a secret may appear.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,16 +18,16 @@ pub enum Mode {
     Boot,
 }
 
-/// Why values of variables stand in systemd-nspawn's arguments with this mode and version, if they do; for names that
-/// systemd-nspawn itself would act on, `reserved`. Everything else shows nowhere, and nothing shows anywhere else. The one place
-/// that says so; `docs/security.md` says it in words.
+/// Why systemd-nspawn's arguments contain values of variables in this mode and version, or `None` if they don't. `reserved`: the name is
+/// one that systemd-nspawn itself would act on. No other secret may appear anywhere, and these nowhere else. The only definition in the
+/// tests; `docs/security.md` describes it in prose.
 pub fn shown(mode: Mode, version: u32, reserved: bool) -> Option<&'static str> {
     match (mode, version, reserved) {
         (Mode::Boot, ..250, _) => Some("systemd-nspawn takes values as arguments only"),
         (Mode::Boot, _, true) => {
             Some("a job must not steer systemd-nspawn through its environment")
         }
-        // The driver's own program takes them by a descriptor.
+        // The driver's own init gets them through a descriptor.
         _ => None,
     }
 }
@@ -36,7 +36,7 @@ pub fn shown(mode: Mode, version: u32, reserved: bool) -> Option<&'static str> {
 #[derive(Debug, Clone)]
 pub struct Marker(String);
 
-/// A secret that somebody else has made.
+/// A secret that was created elsewhere.
 impl From<String> for Marker {
     fn from(secret: String) -> Self {
         assert!(secret.len() > 8, "too short to be told from other text");
@@ -45,7 +45,7 @@ impl From<String> for Marker {
 }
 
 impl Marker {
-    /// A new one.
+    /// A new random marker.
     #[expect(clippy::new_without_default, reason = "each is another one")]
     pub fn new() -> Self {
         let mut bytes = [0; 12];
@@ -54,30 +54,29 @@ impl Marker {
         Self(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// A secret of this kind, with the marker in it.
+    /// A secret of this kind that contains the marker.
     pub fn secret(&self, kind: &str) -> String {
         format!("{kind}-{}", self.0)
     }
 
-    /// Whether it stands in these bytes.
+    /// Whether these bytes contain the marker.
     pub fn is_in(&self, bytes: &[u8]) -> bool {
         let marker = self.0.as_bytes();
         bytes.windows(marker.len()).any(|part| part == marker)
     }
 
-    /// Fails if it stands in this text.
+    /// Fails if the text contains the marker.
     #[track_caller]
     pub fn not_in(&self, what: &str, text: &str) {
         assert!(!self.is_in(text.as_bytes()), "{what} has it: {text}");
     }
 
-    /// The processes that have it in their command line, which every user of the host can read.
+    /// The processes with the marker in their command line, which every user of the host can read.
     pub fn in_command_lines(&self) -> BTreeMap<i32, String> {
         self.in_processes("cmdline")
     }
 
-    /// The processes that have it in their environment as it was when they were executed. That is for root alone, and for
-    /// the user that the process runs as.
+    /// The processes with the marker in their initial environment. Only root, and the user that the process runs as, can read it.
     pub fn in_environments(&self) -> BTreeMap<i32, String> {
         self.in_processes("environ")
     }
@@ -99,8 +98,8 @@ impl Marker {
         found
     }
 
-    /// The files below `places` that have it, if they were written since `since`, a moment of the clock in seconds. Looks this many
-    /// directories deep, never below `spared`.
+    /// The files below `places` that contain the marker and were written since `since` (seconds since the epoch). Descends as many
+    /// directories as given with each place, never into `spared`.
     pub fn in_files(
         &self,
         places: &[(&Path, usize)],
@@ -120,7 +119,7 @@ impl Marker {
     }
 }
 
-/// Where systemd-nspawn, the driver and core dumps leave files, and how deep below to look.
+/// Where systemd-nspawn, the driver and core dumps leave files, and how many levels to search.
 pub fn places() -> Vec<(&'static Path, usize)> {
     [
         ("/", 1),
@@ -135,7 +134,7 @@ pub fn places() -> Vec<(&'static Path, usize)> {
     .into()
 }
 
-/// The clock, in seconds, less what file systems may lag behind.
+/// The current time in seconds, minus the possible lag of file system timestamps.
 pub fn now() -> i64 {
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
@@ -143,9 +142,9 @@ pub fn now() -> i64 {
     i64::try_from(now.as_secs()).unwrap() - 2
 }
 
-/// Calls `see` for everything below a directory that is not a directory itself, without following links.
+/// Calls `see` for everything below a directory except directories, without following links.
 fn walk(dir: &Path, depth: usize, spared: &[PathBuf], see: &mut impl FnMut(&Path, &fs::Metadata)) {
-    // What vanishes while it is looked at is of no interest.
+    // Files that disappear during the search are skipped.
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         let Ok(about) = fs::symlink_metadata(&path) else {
@@ -162,8 +161,8 @@ fn walk(dir: &Path, depth: usize, spared: &[PathBuf], see: &mut impl FnMut(&Path
     }
 }
 
-/// What lies below a state directory and is not for its owner alone, a line each: directories of starts are 0700, files in them
-/// 0600, sockets closed to others. The stand-in for a root is a container's, and looked through only from outside.
+/// The entries of a state directory that others than the owner could access, one per line: task directories must be 0700, files in them
+/// 0600, sockets closed to others. The skeleton root belongs to the container; only its parent directory is checked.
 pub fn open_to_others(state: &Path) -> Vec<String> {
     let mut open = Vec::new();
     for start in fs::read_dir(state).unwrap().flatten() {
@@ -192,7 +191,7 @@ pub fn open_to_others(state: &Path) -> Vec<String> {
     open
 }
 
-/// What a process has open, by number. `None` where it may not be asked.
+/// The open descriptors of a process, by number. `None` if this user may not read them.
 pub fn descriptors(pid: i32) -> Option<BTreeMap<i32, String>> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
     let mut found = BTreeMap::new();
@@ -203,11 +202,11 @@ pub fn descriptors(pid: i32) -> Option<BTreeMap<i32, String>> {
             target => target.ok()?,
         };
         let text = target.to_string_lossy();
-        // Sockets and pipes have numbers, which say nothing.
+        // The inode numbers of sockets and pipes are not useful.
         let kind = match text.split_once(":[") {
             Some((kind @ ("socket" | "pipe"), _)) => kind,
             Some(("anon_inode", name)) => name.trim_end_matches(']'),
-            // Newer kernels have a file system of their own for these.
+            // Newer kernels have a separate file system for pidfds.
             _ if text.contains("pidfd") => "pidfd",
             _ => &text,
         };
@@ -219,7 +218,7 @@ pub fn descriptors(pid: i32) -> Option<BTreeMap<i32, String>> {
     Some(found)
 }
 
-/// The environment with which a process was executed, by name. `None` where it may not be asked.
+/// The environment with which a process was executed, by name. `None` if this user may not read it.
 pub fn environment(pid: i32) -> Option<BTreeMap<String, String>> {
     let bytes = fs::read(format!("/proc/{pid}/environ")).ok()?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -233,7 +232,7 @@ pub fn environment(pid: i32) -> Option<BTreeMap<String, String>> {
     )
 }
 
-/// A process and those it was started by, nearest first.
+/// A process and its ancestors, nearest first.
 pub fn ancestry(pid: i32) -> Vec<i32> {
     let mut all = Vec::new();
     let mut next = pid;

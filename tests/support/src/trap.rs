@@ -1,4 +1,4 @@
-//! A listener for one step: whoever reaches the step is held until the trap is dropped or the process is killed.
+//! Holds a process at one step: a process that reaches the step waits until the trap is dropped or the process is killed.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
-/// A step that is waited for.
+/// A step at which processes are held.
 #[derive(Debug)]
 pub struct Trap {
     socket: PathBuf,
@@ -15,12 +15,12 @@ pub struct Trap {
 }
 
 impl Trap {
-    /// Holds whoever reaches this point of the driver with records in this state directory.
+    /// Holds every driver process that reaches this failpoint and uses this state directory.
     pub fn at(state: &Path, point: Failpoint) -> Self {
         Self::named(state, point.name())
     }
 
-    /// The same for another step, which the fake is told by the path of [`socket`](Self::socket).
+    /// The same for another step; the fake gets the path of [`socket`](Self::socket) in its scenario.
     pub fn named(state: &Path, name: &str) -> Self {
         let mut directory = state.file_name().unwrap().to_owned();
         directory.push(".pause");
@@ -34,12 +34,12 @@ impl Trap {
         }
     }
 
-    /// Where it listens.
+    /// The path of the listening socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Waits until a process is held here, and gives its life and its pid.
+    /// Waits until a process is held here; returns its role and its pid.
     pub async fn reached(&mut self) -> (String, i32) {
         let (stream, _) = self.listener.accept().await.unwrap();
         let mut stream = BufReader::new(stream);
@@ -53,7 +53,7 @@ impl Trap {
 
 impl Drop for Trap {
     fn drop(&mut self) {
-        // First the name, so that nobody walks into a trap that nobody looks after.
+        // Remove the name first, so that no process connects to a trap that is being dropped.
         let _ = std::fs::remove_file(&self.socket);
     }
 }

@@ -1,9 +1,9 @@
-//! Ends that only a real pid namespace and a real systemd-nspawn have; the rest of the exit table is in the contract.
+//! Ends that require a real pid namespace or a real systemd-nspawn; the rest of the exit table is in the contract.
 
 use super::*;
 
-/// The kernel ends the first process of a pid namespace in which reboot(2) is called, by a signal that tells what was asked for.
-/// Real only: the kernel ends a pid namespace.
+/// If reboot(2) is called in a pid namespace, the kernel kills its PID 1 by a signal that identifies the request. Real only: pid
+/// namespaces.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_asked_of_reboot_from_inside_is_reported() {
     let stage = Stage::new();
@@ -31,9 +31,8 @@ async fn what_is_asked_of_reboot_from_inside_is_reported() {
     stage.leave();
 }
 
-/// systemd-nspawn locks the root that it is given by its inode too, and leaves that file when it is killed. For a read-only root
-/// that lacks mount points this is a directory of the driver's own.
-/// Real only: systemd-nspawn's own locks.
+/// systemd-nspawn also locks its root by the inode, and leaves that lock file if it is killed. For a read-only root that lacks mount points
+/// the root is a skeleton directory made by the driver. Real only: systemd-nspawn's own locks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_root() {
     let stage = Stage::new();
@@ -60,7 +59,7 @@ async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_root() {
     stage.leave();
 }
 
-/// Kills the systemd-nspawn of a container, as somebody on the host might; the task's end is told.
+/// Kills the systemd-nspawn of a container, as an operator could; the task's exit is reported.
 async fn kill_nspawn(running: &Running, plugin: &Plugin) {
     let state = running.state()["state"].as_str().map(PathBuf::from);
     let nspawn = TaskDir::new(state.unwrap()).running().unwrap().nspawn;
@@ -72,7 +71,7 @@ async fn kill_nspawn(running: &Running, plugin: &Plugin) {
     assert!(exit.error.is_some(), "{exit:?}");
 }
 
-/// Locks, copies, loop devices and mounts are what the end of the test looks for.
+/// Locks, copies, loop devices and mounts are checked at the end of the test.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_systemd_nspawn_killed_on_a_disk_image_leaves_nothing() {
     let stage = Stage::new();
@@ -118,7 +117,7 @@ async fn a_systemd_nspawn_killed_in_a_user_namespace_leaves_no_lock_of_its_ids()
     stage.leave();
 }
 
-/// It stays as long as somebody is in it.
+/// The bridge exists as long as it has ports.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed() {
     let stage = Stage::new();
@@ -149,9 +148,8 @@ async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed()
     stage.leave();
 }
 
-/// What the kernel does for want of memory. With version 2 of control groups the task's own group is limited, as an operator
-/// could; with version 1 the command is put into one.
-/// Real only: the kernel's limits, which take root.
+/// A kill by the OOM killer. With cgroup v2 the task's own cgroup is limited, as an operator could; with v1 the command is moved to a
+/// limited cgroup. Real only: the kernel's limits, which need root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kill_for_want_of_memory_is_reported() {
     const LIMIT: &str = "16777216";
@@ -180,7 +178,7 @@ async fn a_kill_for_want_of_memory_is_reported() {
         if own.is_none() {
             until("the limited group is empty", || fs::remove_dir(&other).ok());
         }
-        // Version 1 counts it in a group that is not the task's.
+        // v1 counts the kill in a cgroup that is not the task's.
         let reported = (exit.code, exit.signal, exit.oom_killed);
         assert_eq!(reported, (137, 9, own.is_some()), "process_two: {two}");
     }
@@ -188,7 +186,7 @@ async fn a_kill_for_want_of_memory_is_reported() {
     stage.leave();
 }
 
-/// The command's pid on the host: the first process, or its child.
+/// The command's pid on the host: PID 1 of the container, or its child.
 fn command(running: &Running) -> i64 {
     let leader = running.leader();
     let children = fs::read_to_string(format!("/proc/{leader}/task/{leader}/children")).unwrap();
@@ -198,8 +196,7 @@ fn command(running: &Running) -> i64 {
         .map_or(leader, |child| child.parse().unwrap())
 }
 
-/// systemd-nspawn's own words say why it refuses.
-/// Real only: its words.
+/// The error contains the reason from the stderr of systemd-nspawn. Real only: its stderr.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_disk_image_is_refused_in_systemd_nspawns_words() {
     let stage = Stage::new();

@@ -1,5 +1,5 @@
-//! Tier (a): the real plugin binary and the real systemd-nspawn. Every option has the effect that `docs/configuration.md`
-//! promises, and nothing is lost or left when the plugin dies. Each test says why the stand-in can't play it.
+//! Tier (a): the real plugin binary and the real systemd-nspawn. Every option has the effect that `docs/configuration.md` describes, and
+//! nothing is lost or left if the plugin dies. Each test gives the reason why the fake is not sufficient.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -21,10 +21,10 @@ mod root;
 mod system;
 mod users;
 
-/// More than any task needs that ends when it is asked.
+/// More time than any task needs that exits on request.
 const AMPLE: Duration = Duration::from_secs(30);
 
-/// The same small tree with everything below `/usr`, as systemd wants it.
+/// The same small tree with everything below `/usr`, as systemd requires it.
 fn merged_tree(stage: &Stage, name: &str) -> PathBuf {
     let tree = stage.tree(name);
     fs::remove_dir(tree.join("usr/bin")).unwrap();
@@ -37,9 +37,9 @@ fn bind(source: &Path, target: &str) -> Value {
     json!([{ (source.to_str().unwrap()): target }])
 }
 
-/// systemd-nspawn without the driver, to tell what this machine can't do from what the driver does wrong.
+/// systemd-nspawn without the driver, to distinguish limits of this machine from errors of the driver.
 fn bare(words: &[&str]) -> Output {
-    // Two in one control group would share their subgroups, so it gets one of its own.
+    // Two containers in one cgroup would share its child cgroups, so this one gets a cgroup of its own.
     let group = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
         .map(Path::new)
         .into_iter()
@@ -70,9 +70,9 @@ fn bare(words: &[&str]) -> Output {
     output
 }
 
-// Words, streams, processes.
+// Arguments, streams, processes.
 
-/// Real only: the real parser's own rules for words and specifiers are the question.
+/// Real only: the test is about the real parser's rules for quoting and specifiers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_words_of_the_command_arrive_unchanged() {
     let stage = Stage::new();
@@ -99,7 +99,7 @@ async fn the_words_of_the_command_arrive_unchanged() {
     stage.leave();
 }
 
-/// Real only: a pseudo terminal is systemd-nspawn's.
+/// Real only: a pseudo terminal of systemd-nspawn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn only_the_console_pipe_keeps_the_streams_apart_and_unchanged() {
     let stage = Stage::new();
@@ -124,7 +124,7 @@ async fn only_the_console_pipe_keeps_the_streams_apart_and_unchanged() {
     stage.leave();
 }
 
-/// Real only: a pid namespace gives orphans to its first process.
+/// Real only: in a pid namespace orphans become children of PID 1.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn process_two_runs_below_an_init_that_reaps() {
     let stage = Stage::new();
@@ -144,7 +144,7 @@ async fn process_two_runs_below_an_init_that_reaps() {
     stage.leave();
 }
 
-/// Real only: users are looked up in a real root and taken on by root.
+/// Real only: users are looked up in a real root, and switching to them needs root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_command_runs_as_the_user_of_the_config_or_of_the_task() {
     let stage = Stage::new();
@@ -163,7 +163,7 @@ async fn the_command_runs_as_the_user_of_the_config_or_of_the_task() {
     stage.leave();
 }
 
-/// Real only: the directory is one of the container's own root.
+/// Real only: the directory is in the container's own root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_working_directory_is_where_the_command_starts() {
     let stage = Stage::new();
@@ -191,8 +191,7 @@ async fn the_environment_of_the_config_wins_over_the_job_and_over_nomad() {
     stage.leave();
 }
 
-/// Command lines can be read by everybody on the host.
-/// Real only: systemd-nspawn's helpers have command lines too.
+/// Every user on the host can read command lines. Real only: systemd-nspawn's helpers have command lines too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_value_of_the_environment_stands_in_a_command_line() {
     let stage = Stage::new();
@@ -229,7 +228,7 @@ async fn no_value_of_the_environment_stands_in_a_command_line() {
 
 // Logs.
 
-/// Real only: users, and a `/dev` of the container's own.
+/// Real only: users, and the container's own `/dev`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dev_stdout_can_be_opened_again_by_any_user_and_in_a_user_namespace() {
     let stage = Stage::new();
@@ -264,7 +263,7 @@ async fn dev_stdout_can_be_opened_again_by_any_user_and_in_a_user_namespace() {
 
 // The plugin dies.
 
-/// Real only: systemd-nspawn's own way with a pipe is the question.
+/// Real only: the test is about systemd-nspawn's handling of a pipe.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_writes_on_while_the_plugin_is_killed_and_found_by_the_next() {
     let stage = Stage::new();
@@ -300,7 +299,7 @@ async fn a_task_writes_on_while_the_plugin_is_killed_and_found_by_the_next() {
     stage.leave();
 }
 
-/// Real only: the code goes through systemd-nspawn's own hands.
+/// Real only: the exit code is passed on by systemd-nspawn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_that_ended_without_a_plugin_has_its_true_exit_code() {
     let stage = Stage::new();

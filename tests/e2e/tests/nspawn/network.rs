@@ -1,4 +1,4 @@
-//! Networks. Everything that makes interfaces runs in a network namespace of the test's own.
+//! Networks. Everything that creates interfaces runs in the test's own network namespace.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! The root file system, and what is mounted in it.
+//! The root file system and its mounts.
 
 use super::*;
 
@@ -21,7 +21,7 @@ async fn a_read_only_root_can_not_be_written_and_the_allocation_can() {
     stage.leave();
 }
 
-/// Real only: systemd-nspawn makes and removes the copy.
+/// Real only: systemd-nspawn creates and removes the copy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ephemeral_root_can_be_written_and_nothing_stays() {
     let stage = Stage::new();
@@ -84,7 +84,7 @@ async fn what_is_volatile_is_thrown_away() {
     stage.leave();
 }
 
-/// Real only: a root that runs is the proof.
+/// Real only: the proof is a root that runs.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_image_is_found_where_the_documentation_says() {
     let stage = Stage::new();
@@ -120,9 +120,8 @@ async fn an_image_is_found_where_the_documentation_says() {
     stage.leave();
 }
 
-/// Up to version 257 systemd-nspawn asks udev about the loop device. Where it can't run a disk image itself, its own words
-/// reach the user.
-/// Real only: loop devices and file systems.
+/// Up to version 257 systemd-nspawn asks udev about the loop device. If it can't run a disk image itself, the user sees its stderr. Real
+/// only: loop devices and file systems.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_image_runs_where_systemd_nspawn_can() {
     let stage = Stage::new();
@@ -163,7 +162,7 @@ async fn pivot_root_makes_a_directory_of_the_image_the_root() {
         .words(&["/bin/cat", "/id"])
         .with("pivot_root", "/inner");
     assert_eq!(stage.run_on(&plugin, task).await.said(), "inner\n");
-    // Some kernels refuse systemd-nspawn the move of the old root.
+    // Some kernels do not let systemd-nspawn move the old root.
     let tree = stage.join("tree");
     let directory = format!("--directory={}", tree.display());
     let bare = bare(&[&directory, "--pivot-root=/inner:/old", "/bin/true"]);
@@ -187,7 +186,7 @@ async fn pivot_root_makes_a_directory_of_the_image_the_root() {
     stage.leave();
 }
 
-/// Real only: systemd-nspawn makes the file.
+/// Real only: systemd-nspawn creates the file.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn resolv_conf_is_made_as_it_is_asked_for() {
     let stage = Stage::new();
@@ -210,13 +209,13 @@ async fn resolv_conf_is_made_as_it_is_asked_for() {
     stage.leave();
 }
 
-/// Real only: mounts with mapped ids.
+/// Real only: id-mapped mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn binds_show_host_paths_with_and_without_user_namespaces() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     for (number, users) in [false, true].into_iter().enumerate() {
-        // Each with a tree of its own: the first user namespace may change the owners of a tree.
+        // Each with its own tree: the first user namespace may change the owners of a tree.
         let tree = stage.tree(&format!("tree{number}"));
         let source = stage.join(format!("a:b c\\d{number}"));
         fs::create_dir(&source).unwrap();

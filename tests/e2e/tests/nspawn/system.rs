@@ -1,4 +1,4 @@
-//! A whole system, booted.
+//! A complete system, booted.
 
 use super::*;
 
@@ -15,7 +15,7 @@ async fn a_debian_tree_boots_in_a_user_namespace_and_is_stopped_in_order() {
     );
     let plugin = stage.plugin().await;
     let mut task = stage.words(&[]).with("image", json!(tree));
-    // What is left is the default of every option.
+    // All other options keep their defaults.
     let config = task.spec.config.as_object_mut().unwrap();
     config.retain(|option, _| option == "image");
     let running = stage.start(&plugin, task).await;
@@ -35,8 +35,8 @@ async fn a_debian_tree_boots_in_a_user_namespace_and_is_stopped_in_order() {
     stage.leave();
 }
 
-/// Boots a Debian tree with a unit that runs this when it is stopped, does something to the system, and gives the end and what the
-/// unit has said.
+/// Boots a Debian tree with a unit whose stop command is `stop_by`, ends it with `end_it`, and returns the exit and what the unit has
+/// written.
 async fn shut_down(
     stop_by: &str,
     end_it: impl AsyncFnOnce(&Plugin, &Running) -> TaskExit,
@@ -78,8 +78,7 @@ async fn a_shutdown_that_hangs_is_ended_after_the_grace() {
     assert_eq!(ended.await, (137, 9, "started\nstopping\n".to_owned()));
 }
 
-/// The job's own signal takes the place of the order to power off: this one makes systemd execute itself anew.
-/// Real only: a real init.
+/// The job's own signal replaces the signal for power-off: this one makes systemd re-execute itself. Real only: a real init.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_named_signal_is_what_the_init_gets() {
     let ended = shut_down("true", async |plugin, running| {
@@ -100,8 +99,8 @@ async fn a_signal_reaches_the_init() {
     assert_eq!(ended.await, (0, 0, "started\nstopping\n".to_owned()));
 }
 
-/// systemd-nspawn tells of the start while the first process is still its own program, to which the kernel delivers nothing that
-/// it has no handler for.
+/// systemd-nspawn reports the start while PID 1 is still systemd-nspawn's own child process, and the kernel drops signals to it that it has
+/// no handler for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_sent_right_after_the_start_reaches_the_init() {
     let stage = Stage::new();

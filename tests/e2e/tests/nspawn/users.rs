@@ -27,7 +27,7 @@ async fn a_user_namespace_hides_root_and_keeps_the_allocation_usable() {
     stage.leave();
 }
 
-/// Real only: user namespaces, and owners that systemd-nspawn changes.
+/// Real only: user namespaces, and ownership changes by systemd-nspawn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn private_users_and_their_ownership_are_what_was_asked_for() {
     let stage = Stage::new();
@@ -63,7 +63,7 @@ async fn private_users_and_their_ownership_are_what_was_asked_for() {
     stage.leave();
 }
 
-/// Real only: the fake gives up no rights.
+/// Real only: the fake drops no capabilities.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn capabilities_are_added() {
     let stage = Stage::new();
@@ -83,7 +83,7 @@ async fn capabilities_are_added() {
     let asked = 1 << 12 | 1 << 25;
     assert_eq!(sets[0] & asked, 0, "{sets:x?}");
     assert_eq!(sets[1], sets[0] | asked, "{sets:x?}");
-    // More than this process itself has can't be given.
+    // Capabilities that this process does not have itself can't be given.
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let own = status
         .lines()

@@ -1,6 +1,6 @@
-//! What becomes of a task, chosen by chance that can be had again.
+//! What happens to a task, chosen by a reproducible random sequence.
 
-/// Numbers that look like chance and can be had again (splitmix64).
+/// Reproducible pseudo-random numbers (splitmix64).
 #[derive(Debug)]
 pub(super) struct Dice(pub(super) u64);
 
@@ -19,24 +19,24 @@ impl Dice {
     }
 }
 
-/// What becomes of a task.
+/// What happens to a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
-    /// It ends by itself, with this code.
+    /// It exits by itself with this code.
     Ends(i32),
-    /// The agent stops it, with so many milliseconds of grace.
+    /// The agent stops it, with this grace period in milliseconds.
     Stopped(u64),
     /// The agent destroys it while it runs.
     Destroyed,
-    /// Somebody kills one of its processes while it runs.
+    /// One of its processes is killed while it runs.
     Struck(Role),
-    /// Somebody kills one of its processes while it is started.
+    /// One of its processes is killed during the start.
     StruckEarly(Role),
-    /// Somebody kills the plugin while it runs.
+    /// The plugin is killed while the task runs.
     PluginDies,
-    /// Somebody kills the plugin while it is started.
+    /// The plugin is killed during the start.
     PluginDiesEarly,
-    /// Somebody kills the plugin and the task's supervisor.
+    /// The plugin and the task's supervisor are killed.
     BothDie,
 }
 
@@ -69,7 +69,7 @@ impl Fate {
         }
     }
 
-    /// Whether nobody may be left who can tell its end.
+    /// Whether its exit may be unknown, because every process that could report it was killed.
     pub(super) fn may_be_lost(self) -> bool {
         matches!(
             self,

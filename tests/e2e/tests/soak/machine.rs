@@ -1,13 +1,13 @@
-//! What the machine and a process hold.
+//! The resources in use on the machine and by a process.
 
 use super::*;
 
-/// The memory that is a process's own, in KiB.
+/// The anonymous memory of a process, in KiB.
 pub(super) fn own_memory(pid: i32) -> u64 {
     kib(&format!("/proc/{pid}/status"), "RssAnon:")
 }
 
-/// A line of a file of the kernel's, in KiB.
+/// A value in KiB from a file in /proc.
 pub(super) fn kib(file: &str, key: &str) -> u64 {
     let text = fs::read_to_string(file).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(key));
@@ -21,15 +21,15 @@ pub(super) fn holds(pid: i32, what: &str) -> usize {
     entries.count()
 }
 
-/// What the kernel keeps for everybody on the machine, while no task runs.
+/// The kernel resources in use on the whole machine.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Machine {
-    /// Control groups of all hierarchies, and those of version 2 that are removed and not gone.
+    /// cgroups of all hierarchies, and v2 cgroups that are removed but still dying.
     groups: u64,
     mounts: u64,
-    /// Files of systemd-nspawn.
+    /// systemd-nspawn's files in /run.
     files: u64,
-    /// What it can't give back, in KiB.
+    /// Unreclaimable kernel memory, in KiB.
     kernel: u64,
 }
 
@@ -58,7 +58,7 @@ impl Machine {
         }
     }
 
-    /// Others are at work on the machine too, so this is no comparison of numbers: whatever every task leaves is seen.
+    /// Other programs use the machine too, so the numbers are not compared exactly; a leak by every task is still detected.
     pub(super) fn is_flat(&self, early: &Self, lives: u64) -> bool {
         let grown = [
             self.groups.saturating_sub(early.groups),
@@ -74,8 +74,8 @@ pub(super) fn count(dir: &Path) -> u64 {
     u64::try_from(fs::read_dir(dir).into_iter().flatten().count()).unwrap()
 }
 
-/// Groups of version 2 that are removed and not gone. With the memory controller they stay as long as there is cache of theirs, and
-/// say nothing.
+/// v2 cgroups that are removed but still dying. With the memory controller they stay as long as page cache is charged to them, so their
+/// number says nothing.
 pub(super) fn dying() -> u64 {
     let top = Layout::of_this_host().tracking.unwrap_or_default();
     let read = |name: &str| fs::read_to_string(top.join(name)).unwrap_or_default();

@@ -1,6 +1,6 @@
-//! Hundreds of tasks live and die while something kills plugin, supervisors, systemd-nspawn and payloads at random moments, and the
-//! host does each time what Nomad would. Nothing may be lost without a word, nothing may hang, and in the end nothing may be
-//! left. `SOAK_SEED` repeats the choices of a run, `SOAK_LIVES` makes it shorter or longer. The moments are the scheduler's.
+//! Runs hundreds of tasks while plugin, supervisors, systemd-nspawn and payloads are killed at random moments, and the host reacts each
+//! time as Nomad would. No exit may be lost without an error, nothing may hang, and nothing may be left in the end. `SOAK_SEED` repeats the
+//! choices of a run, `SOAK_LIVES` changes its length. The exact moments depend on the scheduler.
 
 #![expect(
     clippy::print_stdout,
@@ -37,16 +37,16 @@ mod machine;
 use machine::{Machine, holds, own_memory};
 
 const LIVES: usize = 500;
-/// How many live at the same time.
+/// The number of concurrent tasks.
 const WORKERS: usize = 6;
-/// Into how many parts the life of the last plugin is cut, whose memory is looked at after each.
+/// The number of parts of the last plugin's run; its memory is measured after each.
 const PARTS: usize = 10;
-/// What the plugin's own memory may grow by over the second half of them: allocators keep what they once had, ever less of it.
+/// The allowed growth of the plugin's own memory over the second half of the parts: allocators keep used memory, and grow ever less.
 const GROWTH_KIB: u64 = 320;
-/// What the kernel's own memory may grow by meanwhile, for every life: others are at work on the machine too.
+/// The allowed growth of the kernel's own memory meanwhile, per task: other programs use the machine too.
 const KERNEL_KIB: u64 = 64;
 
-/// The plugin of the moment. A dead one is followed by another, as by Nomad's agent.
+/// The current plugin. A dead one is replaced by another, as Nomad's agent does.
 #[derive(Debug)]
 struct Arena {
     stage: Stage,
@@ -54,12 +54,12 @@ struct Arena {
     network: Namespace,
     plugin: watch::Sender<Arc<Plugin>>,
     launching: tokio::sync::Mutex<()>,
-    /// The pids of those that were killed.
+    /// The pids of the killed plugins.
     killed: Mutex<Vec<i32>>,
-    /// How long every task took from its start to its removal.
+    /// The time from start to removal of every task.
     took: Mutex<Vec<(Duration, String)>>,
     trees: AtomicUsize,
-    /// What each worker is at.
+    /// The current step of each worker.
     steps: [Mutex<String>; WORKERS],
     lost: AtomicUsize,
     refused: AtomicUsize,
@@ -73,7 +73,7 @@ impl Arena {
     fn kill_plugin(&self) {
         let pid = self.plugin().pid();
         let mut killed = self.killed.lock().unwrap();
-        // Noted before anybody can notice. One that another worker has killed is as dead as it should be.
+        // Recorded before the death can be noticed. A plugin that another worker has killed is not killed again.
         if !killed.contains(&pid) {
             killed.push(pid);
             ProcessHandle::open(pid)
@@ -83,12 +83,12 @@ impl Arena {
         }
     }
 
-    /// Whether this plugin was killed, so that a call on it may fail.
+    /// Whether this plugin was killed, so that a call to it may fail.
     fn is_killed(&self, plugin: &Plugin) -> bool {
         self.killed.lock().unwrap().contains(&plugin.pid())
     }
 
-    /// A tree and an image that nobody has used.
+    /// An unused tree and image.
     fn home(&self) -> Home {
         let tree = self.tree();
         let name = tree.with_extension("raw");
@@ -98,11 +98,11 @@ impl Arena {
         Home { tree, image }
     }
 
-    /// A tree that nobody has used, with an init that takes a shell's arguments.
+    /// An unused tree, with an init that takes a shell's arguments.
     fn tree(&self) -> PathBuf {
         let number = self.trees.fetch_add(1, Ordering::Relaxed);
         let tree = self.stage.tree(&format!("tree{number}"));
-        // Ephemeral ones are copied whole, and nothing else is used.
+        // Ephemeral trees are copied completely, so everything that is not used is removed.
         let used = ["busybox", "getent", "sh", "sleep"].map(OsString::from);
         for entry in fs::read_dir(tree.join("bin")).unwrap().flatten() {
             if !used.contains(&entry.file_name()) {
@@ -116,12 +116,12 @@ impl Arena {
         tree
     }
 
-    /// Notes what a worker is at, for the case that it hangs.
+    /// Records a worker's current step, for the report if it hangs.
     fn at(&self, worker: usize, step: &str, id: &str) {
         *self.steps[worker].lock().unwrap() = format!("{step} {id}");
     }
 
-    /// All that is known of a worker that hangs.
+    /// Everything known about a worker that hangs.
     fn report(&self, worker: usize, what: &str) -> String {
         let step = self.steps[worker].lock().unwrap().clone();
         let id = step.split(' ').nth(1).unwrap_or_default();
@@ -144,7 +144,7 @@ impl Arena {
         )
     }
 
-    /// A call that may only fail because the plugin was killed.
+    /// The response to a call, which may fail only if the plugin was killed.
     #[track_caller]
     fn made<T>(
         &self,
@@ -160,7 +160,7 @@ impl Arena {
         }
     }
 
-    /// The one after this one, which has died.
+    /// The plugin after this dead one.
     async fn successor(&self, dead: &Plugin) -> Arc<Plugin> {
         let _one_at_a_time = self.launching.lock().await;
         if self.plugin().pid() == dead.pid() {
@@ -169,7 +169,7 @@ impl Arena {
         self.plugin()
     }
 
-    /// Another plugin, which clears nothing away: tasks may take long to be taken up on a machine that is busy.
+    /// Launches another plugin, without reconciliation: on a busy machine it may take long until all tasks are recovered.
     async fn launch(&self) {
         let next = self
             .stage
@@ -177,19 +177,19 @@ impl Arena {
         self.plugin.send_replace(Arc::new(next.await));
     }
 
-    /// What lies in the state directory.
+    /// The entries of the state directory.
     fn recorded(&self) -> Vec<OsString> {
         let entries = fs::read_dir(self.stage.join("state")).unwrap();
         entries.map(|entry| entry.unwrap().file_name()).collect()
     }
 
-    /// A plugin that clears away what dead ones have left.
+    /// Runs a plugin that removes the leftovers of dead ones.
     async fn clear_away(&self) {
         let plugin = self
             .stage
             .plugin_with(json!({ "reconcile_after": "100ms" }))
             .await;
-        // Its agent's first task shows which leftovers are this agent's.
+        // The first task of its agent shows the plugin which leftovers belong to this agent.
         let task = self.stage.start(&plugin, self.stage.shell("exit 0")).await;
         task.wait(&plugin).await;
         task.destroy(&plugin).await;
@@ -203,14 +203,14 @@ impl Arena {
     }
 }
 
-/// One worker's roots.
+/// The roots of one worker.
 #[derive(Debug)]
 struct Home {
     tree: PathBuf,
     image: PathBuf,
 }
 
-/// One of the ways in which a task can be run.
+/// One of the ways of running a task.
 fn vary(arena: &Arena, dice: &mut Dice, home: &Home, script: &str) -> Task {
     let task = arena.stage.shell(script).with("image", json!(home.tree));
     match dice.roll(10) {
@@ -231,7 +231,7 @@ fn vary(arena: &Arena, dice: &mut Dice, home: &Home, script: &str) -> Task {
     }
 }
 
-/// One worker's tasks, one after the other, each in the worker's own tree.
+/// Runs one worker's tasks sequentially, each in the worker's own tree.
 async fn work(
     arena: Arc<Arena>,
     worker: usize,
@@ -285,7 +285,7 @@ async fn live(
         return;
     };
     let id = handle.config.as_ref().unwrap().id.clone();
-    // It says so, or it has ended: an early strike may have hit it.
+    // It prints something, or it has exited: an early kill may have hit it.
     arena.at(worker, "output", &id);
     let _ = said.wait_for(|said| *said).await;
     match fate {
@@ -308,7 +308,7 @@ async fn live(
         Fate::Ends(_) | Fate::Destroyed => {}
     }
     if fate != Fate::Destroyed {
-        // As Nomad: a wait that breaks off is followed by a recovery on the next plugin.
+        // As Nomad does: after an interrupted WaitTask it recovers the task on the next plugin.
         loop {
             arena.at(worker, "WaitTask", &id);
             let exit = plugin.wait(&id).await;
@@ -349,15 +349,15 @@ async fn live(
     }
 }
 
-/// A task that has started.
+/// A started task.
 struct Up {
     plugin: Arc<Plugin>,
     handle: TaskHandle,
-    /// Whether it has said something, or never will.
+    /// True once it has printed something or can't any more.
     said: watch::Receiver<bool>,
 }
 
-/// Reads a stream to its end and tells of its beginning.
+/// Reads a stream to its end and reports the first output.
 fn listen(mut from: tokio::net::unix::pipe::Receiver) -> watch::Receiver<bool> {
     let (saying, said) = watch::channel(false);
     tokio::spawn(async move {
@@ -370,7 +370,7 @@ fn listen(mut from: tokio::net::unix::pipe::Receiver) -> watch::Receiver<bool> {
     said
 }
 
-/// Starts a task, on the next plugin if this one dies. `None` if what was struck failed the start, with a reason.
+/// Starts a task, on the next plugin if this one dies. `None` if the kill made the start fail with an error.
 async fn start(
     arena: &Arena,
     worker: usize,
@@ -395,7 +395,7 @@ async fn start(
         arena.at(worker, "StartTask", &id);
         let moment = Duration::from_micros(dice.roll(60_000));
         let attack = async {
-            // Not a wait: the moment of the attack is what is random here.
+            // Not a wait for something: the random moment of the kill.
             tokio::time::sleep(moment).await;
             match fate {
                 Fate::StruckEarly(role) => strike(&arena.stage, &id, role, false),
@@ -415,7 +415,7 @@ async fn start(
             }
             Err(_) if arena.is_killed(&plugin) => {
                 again = true;
-                // It may be up without anybody who knows of it, and then it keeps its tree for a while.
+                // The container may be running without the new plugin knowing it, and then keeps its tree locked for a while.
                 let on_disk = task.spec.config["image"] == json!(home.image);
                 *home = arena.home();
                 let root = if on_disk { &home.image } else { &home.tree };
@@ -431,7 +431,7 @@ async fn start(
     }
 }
 
-/// Kills one of a task's processes, if it is there.
+/// Kills one of a task's processes, if it exists.
 fn strike(stage: &Stage, id: &str, role: Role, two: bool) {
     let state_dir = stage.join("state");
     let task_dir = TaskDir::for_task(&state_dir, id);
@@ -447,7 +447,7 @@ fn strike(stage: &Stage, id: &str, role: Role, two: bool) {
         Role::Supervisor => Some(supervisor.process().pid),
         Role::Nspawn => nspawn(),
         Role::Leader => leader(),
-        // The command is the leader itself, but for a second process.
+        // The command is the leader itself, except with `process_two`.
         Role::Payload if two => leader().and_then(first_child),
         Role::Payload => leader(),
     };
@@ -456,7 +456,7 @@ fn strike(stage: &Stage, id: &str, role: Role, two: bool) {
     }
 }
 
-/// Whether this end is a true one for this fate.
+/// Checks that this exit is correct for this fate.
 fn judge(fate: Fate, exit: &TaskExit, config: &Value) {
     let fine = match fate {
         Fate::Ends(code) => exit.code == code && exit.error.is_none(),
@@ -516,8 +516,8 @@ async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
         refused: AtomicUsize::new(0),
     });
     crowd(&arena, lives / 2, seed, true).await;
-    // What dead plugins have left is nobody's, and cleared away here. From then on it is one plugin, which leaves nothing and whose
-    // memory can be compared with itself.
+    // The leftovers of dead plugins belong to no plugin and are removed here. After that a single plugin runs, which leaves nothing and
+    // whose memory can be compared over time.
     arena.kill_plugin();
     arena.clear_away().await;
     arena.launch().await;
@@ -563,7 +563,7 @@ async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
     }
     let (early, late) = (machine[0], machine[PARTS - 1]);
     println!("the machine: {early:?} early, {late:?} late");
-    // Groups that were removed go by and by.
+    // Removed cgroups disappear with a delay.
     let lives = u64::try_from(part * (PARTS - 1)).unwrap();
     within("a machine that holds what it held", async {
         while !Machine::now().is_flat(&early, lives) {
@@ -576,14 +576,14 @@ async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
         hot <= warm + GROWTH_KIB,
         "the plugin grew from {warm} to {hot} KiB"
     );
-    // The first task's program stays open for the others, and that is all.
+    // The init binary of the first task stays open for the others; nothing else does.
     within("the descriptors that it had", async {
         while holds(pid, "fd") != descriptors[0] {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     })
     .await;
-    // Threads that have nothing to do end by and by.
+    // Idle threads exit with a delay.
     within("the threads that it had", async {
         while holds(pid, "task") > threads {
             tokio::time::sleep(Duration::from_millis(100)).await;
