@@ -48,6 +48,10 @@ use crate::signal::Signal;
 /// How long systemd-nspawn may clean up after its container was killed before it is killed too.
 const NSPAWN_CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The same after the container exited by itself and systemd-nspawn has announced that it is cleaning up: it is alive, and only its own exit
+/// status tells what it knows of the container's.
+const NSPAWN_ANNOUNCED_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How long the supervisor accepts no clients after accept(2) has failed, for example because no descriptors are left.
 const RETRY_DELAY: Duration = Duration::from_millis(100);
 
@@ -186,8 +190,10 @@ struct Supervisor {
     reaped: Option<i32>,
     /// The last final status that systemd-nspawn has sent.
     nspawn_status: Option<NspawnFinalStatus>,
-    /// When systemd-nspawn itself is killed, after its container was.
-    nspawn_deadline: Option<Instant>,
+    /// When systemd-nspawn is killed, after the container has been killed.
+    kill_deadline: Option<Instant>,
+    /// When the container was seen to have exited by itself, if systemd-nspawn is to exit soon after it.
+    leader_exited_at: Option<Instant>,
     /// Until when no clients are accepted. Their connections stay in the backlog and do not wake up the supervisor.
     accept_paused_until: Option<Instant>,
     /// Signals that the image's init does not handle yet.
@@ -269,7 +275,8 @@ impl Supervisor {
             leader: LeaderState::Alive,
             reaped: None,
             nspawn_status: None,
-            nspawn_deadline: None,
+            kill_deadline: None,
+            leader_exited_at: None,
             accept_paused_until: None,
             pending_signals: Vec::new(),
             exit_reported: false,
@@ -313,10 +320,11 @@ impl Supervisor {
                 break status;
             }
             if self
-                .nspawn_deadline
+                .nspawn_deadline()
                 .is_some_and(|end| Instant::now() >= end)
             {
-                self.nspawn_deadline = None;
+                self.kill_deadline = None;
+                self.leader_exited_at = None;
                 self.kill_nspawn();
             }
             self.accept_paused_until = self.accept_paused_until.filter(|end| Instant::now() < *end);
@@ -359,7 +367,7 @@ impl Supervisor {
         let last = descriptors.len();
         descriptors.extend(self.leader_poll_fd());
         let look = (!self.pending_signals.is_empty()).then(|| Instant::now() + POLL_INTERVAL);
-        let ends = [self.nspawn_deadline, self.accept_paused_until, look];
+        let ends = [self.nspawn_deadline(), self.accept_paused_until, look];
         let limit = match ends.into_iter().flatten().min() {
             None => PollTimeout::NONE,
             Some(end) => {

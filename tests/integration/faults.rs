@@ -1,12 +1,15 @@
 //! Failures below the plugin: the start that fails, the tool that hangs or dies, the supervisor that is killed. Each is an error of one
 //! task with a message, and leaves nothing behind.
 
+use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nomad_driver_nspawn::proto::driver::{InspectTaskRequest, StartTaskRequest};
 use nomad_driver_nspawn::proto::rpc;
+use nomad_driver_nspawn::supervisor::failpoint::OLD_KERNEL;
 use prost::Message as _;
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -212,4 +215,22 @@ async fn a_tool_that_vanishes_is_an_error_of_the_next_task() {
         "the one that runs is not harmed"
     );
     task.destroy(&plugin).await;
+}
+
+/// A kernel that does not report the leader's exit status leaves it to systemd-nspawn, which may need long to clean up.
+#[tokio::test]
+async fn a_systemd_nspawn_that_cleans_up_for_long_reports_its_exit() {
+    let host = Host::new();
+    let mut directory = host.state().into_os_string();
+    directory.push(".pause");
+    fs::create_dir_all(&directory).unwrap();
+    fs::write(Path::new(&directory).join(OLD_KERNEL), "").unwrap();
+    // Longer than a systemd-nspawn that has announced nothing is given.
+    host.scenario(&json!({"calls": [{"delay_before_exit_ms": 6500}]}));
+    let plugin = host.plugin().await;
+    let task = host.start(&plugin, host.shell("exit 3")).await;
+    let exit = task.wait(&plugin).await;
+    assert_eq!((exit.code, &exit.error), (3, &None), "{exit:?}");
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
 }

@@ -15,7 +15,7 @@ use super::super::exit_status::{ExitEvidence, describe, exit_of, predict_nspawn_
 use super::super::failpoint::{self, Failpoint};
 use super::super::process::ProcessHandle;
 use super::super::protocol::{Event, StartFailure, StartStep};
-use super::{LeaderState, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor};
+use super::{LeaderState, NSPAWN_ANNOUNCED_TIMEOUT, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor};
 use crate::cgroup::Group;
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_messages};
 use crate::signal::Signal;
@@ -41,7 +41,7 @@ impl Supervisor {
     }
 
     /// The leader has exited. systemd-nspawn normally exits a few milliseconds later. One that was stopped gets SIGCONT, and one
-    /// that still does not exit is killed after [`NSPAWN_CLEANUP_TIMEOUT`], unless it may be deleting an ephemeral root.
+    /// that still does not exit is killed at [`nspawn_deadline`](Self::nspawn_deadline), unless it may be deleting an ephemeral root.
     pub(super) fn see_leader(&mut self, seen: LeaderState) {
         let ends_now = std::mem::replace(&mut self.leader, seen) == LeaderState::Alive;
         if !ends_now {
@@ -49,9 +49,18 @@ impl Supervisor {
         }
         self.sigcont_nspawn();
         if self.launch_spec.copies().is_none() {
-            self.nspawn_deadline
-                .get_or_insert_with(|| Instant::now() + NSPAWN_CLEANUP_TIMEOUT);
+            self.leader_exited_at = Some(Instant::now());
         }
+    }
+
+    /// When systemd-nspawn is killed because its container is gone and it has not exited.
+    pub(super) fn nspawn_deadline(&self) -> Option<Instant> {
+        let limit = match self.nspawn_status {
+            None => NSPAWN_CLEANUP_TIMEOUT,
+            Some(_) => NSPAWN_ANNOUNCED_TIMEOUT,
+        };
+        let after_exit = self.leader_exited_at.map(|exited| exited + limit);
+        [self.kill_deadline, after_exit].into_iter().flatten().min()
     }
 
     /// The exit status to assume for systemd-nspawn, once the leader has exited and nothing that systemd-nspawn could add would

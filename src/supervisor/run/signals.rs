@@ -122,7 +122,7 @@ impl Supervisor {
             Group::new(group).thaw();
         }
         self.sigcont_nspawn();
-        self.nspawn_deadline
+        self.kill_deadline
             .get_or_insert_with(|| Instant::now() + NSPAWN_CLEANUP_TIMEOUT);
     }
 
