@@ -38,7 +38,8 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
             let _ = nspawn.signal(Signal::CONT);
         }
         match watched.map(|nspawn| nspawn.wait(Duration::from_secs(2))) {
-            Ok(true) => task_dir.write_released()?,
+            // Without this mark its locks are looked at once more, which is harmless; stopping here would leave processes.
+            Ok(true) => drop(task_dir.write_released()),
             _ => kill(running.nspawn),
         }
     } else if let Ok(nspawn) = task_dir.nspawn_pid()
@@ -48,6 +49,8 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
     {
         kill_with_descendants(nspawn);
     }
+    // Nothing reads them any more, and what follows may fail and leave the directory.
+    task_dir.discard_secrets();
     let launch_spec = match task_dir.launch_spec() {
         Ok(launch_spec) => launch_spec,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -204,6 +207,15 @@ mod tests {
             "{text}"
         );
         assert!(!task_dir.is_freed());
+    }
+
+    #[test]
+    fn no_secrets_stay_where_a_resource_does() {
+        let (_temp, task_dir, _) = ordered(vec![newer()]);
+        let environment = task_dir.path().join("environment");
+        assert!(environment.exists());
+        kill_and_release(&task_dir).unwrap_err();
+        assert!(!environment.exists());
     }
 
     /// Otherwise every task of the newer driver would stay for ever after a downgrade. Its supervisor knows the kind and has

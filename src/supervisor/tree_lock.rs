@@ -147,7 +147,8 @@ pub(super) fn take(path: &Path) -> Option<File> {
         .open(path)
         .ok()?;
     lock(&file, EXCLUSIVE).ok()?;
-    Some(file)
+    // Its last holder may have removed it before this lock was granted; the file at this path may be another one's by now.
+    (file.metadata().ok()?.nlink() > 0).then_some(file)
 }
 
 #[cfg(test)]
