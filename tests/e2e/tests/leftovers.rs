@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use e2e::leftovers::Marks;
 use e2e::stage::Namespace;
@@ -12,15 +13,26 @@ struct Ground {
     dir: tempfile::TempDir,
     name: String,
     marks: Marks,
+    _alone: MutexGuard<'static, ()>,
 }
+
+/// What one of these tests leaves for a moment is what another one looks for, and a process that one starts holds the other's files until
+/// its own program runs.
+static ALONE: Mutex<()> = Mutex::new(());
 
 fn ground() -> Ground {
     e2e::needs_root();
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let dir = tempfile::Builder::new().prefix("nde-").tempdir().unwrap();
     let name = format!("t{}", e2e::unique());
     let marks = Marks::new(dir.path()).named(&name);
     assert_eq!(marks.left(), Vec::<String>::new());
-    Ground { dir, name, marks }
+    Ground {
+        dir,
+        name,
+        marks,
+        _alone: alone,
+    }
 }
 
 impl Ground {
