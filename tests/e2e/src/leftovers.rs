@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::time::{ClockId, clock_gettime};
 
 /// How long things that are about to disappear may take before they count as leftovers.
 const OUTGOING: Duration = Duration::from_secs(5);
@@ -51,7 +52,7 @@ impl Marks {
         Self {
             dir,
             names: BTreeSet::new(),
-            since: SystemTime::now(),
+            since: kernel_time(),
         }
     }
 
@@ -248,6 +249,13 @@ impl Marks {
             })
             .collect()
     }
+}
+
+/// The time that a file created now would get. The kernel takes it from a clock that runs some milliseconds behind `SystemTime::now`.
+fn kernel_time() -> SystemTime {
+    let now = clock_gettime(ClockId::RealtimeCoarse);
+    let since_epoch = Duration::try_from(now).expect("a time after 1970");
+    SystemTime::UNIX_EPOCH + since_epoch
 }
 
 /// Whether a process holds this lock of systemd-nspawn. Only queries it, so that a process that is about to take the lock is not disturbed.
