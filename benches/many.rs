@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nomad_driver_nspawn::cleanup;
 use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
 use nomad_driver_nspawn::proto::driver::{CapabilitiesRequest, TaskHandle, TaskStatsRequest};
-use nomad_driver_nspawn::supervisor::cleanup;
-use nomad_driver_nspawn::supervisor::task_dir::TaskDir;
+use nomad_driver_nspawn::state::task_dir::TaskDir;
 use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;

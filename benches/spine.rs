@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use nomad_driver_nspawn::cgroup::{Group, Layout};
 use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
-use nomad_driver_nspawn::supervisor::process::ProcessHandle;
-use nomad_driver_nspawn::supervisor::task_dir::TaskDir;
+use nomad_driver_nspawn::state::task_dir::TaskDir;
+use nomad_driver_nspawn::sys::process::ProcessHandle;
 use serde_json::json;
 
 mod figures;

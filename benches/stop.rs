@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::process::{ProcessHandle, first_child};
-use nomad_driver_nspawn::supervisor::task_dir::{Running, TaskDir};
+use nomad_driver_nspawn::state::task_dir::{Running, TaskDir};
+use nomad_driver_nspawn::sys::process::{ProcessHandle, first_child};
 use serde_json::{Value, json};
 
 mod figures;
@@ -107,7 +107,7 @@ fn cases() -> Vec<Case> {
             grace: LONG,
             obeys: true,
             // Before 6.15 the kernel reports the exit status only to systemd-nspawn.
-            early: nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15),
+            early: nomad_driver_nspawn::sys::kernel::version() >= (6, 15),
             ..case("ephemeral, 4000 files, obeys", HEARS)
         },
         Case {

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use nomad_driver_nspawn::config::{self, ImageSearchPath, PluginConfig, TaskContext};
 use nomad_driver_nspawn::container::Exit;
+use nomad_driver_nspawn::state::task_dir::{self, LaunchSpec, Running};
 use nomad_driver_nspawn::supervisor::protocol::{self, IncomingEvent, IncomingRequest};
-use nomad_driver_nspawn::supervisor::task_dir::{self, LaunchSpec, Running};
 use nomad_driver_nspawn::task::handle;
 use serde::Serialize;
 use serde::de::DeserializeOwned;

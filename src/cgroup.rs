@@ -13,7 +13,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 use crate::container::{CgroupLayout, Usage};
-use crate::procfs::{self, Mount};
+use crate::sys::procfs::{self, Mount};
 
 pub mod freezer;
 

@@ -10,6 +10,9 @@
 //! | [`task`] | a spec | one call on the backend; owns the state of the task |
 //! | [`backend`] | a spec | a launch spec: argv, environment, files |
 //! | [`supervisor`] | a launch spec | a running process, its control socket, an exit record |
+//! | [`cleanup`] | the records of a start | nothing of it left: processes killed, leases released |
+//! | [`state`] | records | files of the task directory, locks on it |
+//! | [`lease`] | one resource of a start | it released |
 //! | [`nspawn`], [`cgroup`] | plain values | argv, parsed tool output, readings |
 //!
 //! Outside this order are [`host`], a small Nomad-like host that starts a plugin the way Nomad does, and [`cli`], the commands
@@ -20,9 +23,10 @@ pub mod proto;
 
 pub mod blocking;
 pub mod container;
-pub mod procfs;
+pub mod failpoint;
 pub mod rootfs_path;
 pub mod signal;
+pub mod sys;
 
 pub mod go_plugin;
 
@@ -35,6 +39,12 @@ pub mod task;
 pub mod backend;
 
 pub mod supervisor;
+
+pub mod cleanup;
+
+pub mod state;
+
+pub mod lease;
 
 pub mod cgroup;
 pub mod nspawn;

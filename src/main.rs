@@ -14,7 +14,7 @@ use nomad_driver_nspawn::backend::nspawn::Settings;
 use nomad_driver_nspawn::config::{ImageSearchPath, PluginConfig};
 use nomad_driver_nspawn::driver::Driver;
 use nomad_driver_nspawn::go_plugin::{self, HandshakeEnv, HandshakeError, Owner};
-use nomad_driver_nspawn::supervisor::process::stay_out_of_core_dumps;
+use nomad_driver_nspawn::sys::process::stay_out_of_core_dumps;
 use nomad_driver_nspawn::{cli, supervisor};
 
 /// Where systemd itself looks for registered images, in its order.
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     match words.as_slice() {
         [life, directory] if *life == "supervise" => {
             stay_out_of_core_dumps();
-            supervisor::run::supervise(Path::new(directory))
+            supervisor::supervise::supervise(Path::new(directory))
         }
         [life, directory] if *life == "enter" => {
             stay_out_of_core_dumps();

@@ -2,11 +2,11 @@
 
 use crate::cgroup::CgroupPath;
 use crate::container::{ContainerSpec, Network, Root, Users, Volatile};
-use crate::rootfs_path::copy_place;
-use crate::supervisor::resource::{
+use crate::lease::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
     ZoneBridge,
 };
+use crate::rootfs_path::copy_place;
 
 /// The resources of a start with this cgroup, in the order of acquisition; they are released in the reverse order. `used` is the
 /// root that systemd-nspawn gets, which may be a skeleton in place of the spec's root.

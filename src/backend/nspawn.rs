@@ -21,21 +21,23 @@ use tokio_util::task::TaskTracker;
 use super::{BackendError, ContainerBackend, acquire, chain};
 use crate::blocking;
 use crate::cgroup::{Group, Layout};
+use crate::cleanup;
+use crate::cleanup::orphans::{self, SupervisorProcess};
 use crate::container::{Cause, ContainerSpec, Exit, Network, Probe, Root, Started, Usage};
+use crate::failpoint::{self, Failpoint};
 use crate::nspawn::argv::{self, Target};
 use crate::nspawn::ports::{self, Addresses};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 use crate::nspawn::version::{self, Feature};
 use crate::nspawn::{idmap, ownership, probe, skeleton};
 use crate::signal::Signal;
-use crate::supervisor::failpoint::{self, Failpoint};
-use crate::supervisor::orphans::{self, SupervisorProcess};
-use crate::supervisor::state_dir::StateDirError;
-use crate::supervisor::task_dir::{self, Running};
+use crate::state::state_dir::StateDirError;
+use crate::state::task_dir::{self, Running};
+use crate::state::{LaunchSpec, Pid1, TaskDir, TaskLock, state_dir};
 use crate::supervisor::{
-    self, Action, LaunchSpec, Pid1, REQUEST_TIMEOUT, StartFailure, StartStep, Status,
-    SupervisorClient, TaskDir, TaskLock, cleanup, state_dir,
+    self, Action, REQUEST_TIMEOUT, StartFailure, StartStep, Status, SupervisorClient, client,
 };
+use crate::sys::kernel;
 
 /// A start that takes longer than this is aborted. Copying a large ephemeral root takes minutes; nothing takes longer.
 const START_TIMEOUT: Duration = Duration::from_secs(600);
@@ -93,7 +95,7 @@ impl NspawnBackend {
     pub fn new(settings: Settings) -> Self {
         Self {
             settings: Arc::new(settings),
-            kernel: probe::kernel(),
+            kernel: kernel::version(),
             clients: Mutex::default(),
             locks: Mutex::default(),
             named: Mutex::default(),
@@ -164,7 +166,7 @@ impl NspawnBackend {
     /// The client for the container of a handle; connects again if necessary.
     async fn resolve(&self, started: &Started) -> Result<SupervisorClient, BackendError> {
         let lost = |reason: &str| lost(started, reason);
-        let boot = probe::boot_id().map_err(|source| {
+        let boot = kernel::boot_id().map_err(|source| {
             io_error(
                 "reading",
                 Path::new("/proc/sys/kernel/random/boot_id"),
@@ -186,7 +188,7 @@ impl NspawnBackend {
         }
         let (place, handle) = (task_dir.clone(), started.clone());
         let (lock, recorded) = blocking::run(move || recorded(&place, &handle)).await?;
-        let attached = supervisor::attach(&task_dir, &recorded, &self.tracker).await;
+        let attached = client::attach(&task_dir, &recorded, &self.tracker).await;
         let attached = attached
             .map_err(|source| io_error("connecting to", &task_dir.control_socket(), source))?;
         let client =
@@ -222,7 +224,7 @@ impl NspawnBackend {
         let launched = blocking::run_start(move || {
             failpoint::hit(&place, Failpoint::OrderWritten);
             let program = init_binary(&first, &settings.state_dir)?;
-            supervisor::launch(&settings.binary, &place, program, &tracker)
+            client::launch(&settings.binary, &place, program, &tracker)
         });
         let client = launched.await.map_err(failed)?;
         self.remember(task_dir, client.clone());
@@ -321,7 +323,7 @@ impl NspawnBackend {
                 let _ = tokio::time::timeout(REQUEST_TIMEOUT, client.request(Action::Kill)).await;
                 let _ = tokio::time::timeout(REQUEST_TIMEOUT, client.wait_until_gone()).await;
             } else {
-                supervisor::request_kill(task_dir).await;
+                client::request_kill(task_dir).await;
             }
             if !has_supervisor(task_dir).await || Instant::now() >= end {
                 return;
@@ -341,7 +343,7 @@ impl NspawnBackend {
         }
         let place = task_dir.clone();
         let running = blocking::run(move || running_in_this_boot(&place)).await?;
-        supervisor::attach(task_dir, &running.started, &self.tracker)
+        client::attach(task_dir, &running.started, &self.tracker)
             .await
             .ok()
             .flatten()
@@ -366,7 +368,7 @@ impl ContainerBackend for NspawnBackend {
                     .map_err(|error| error.reason),
                 root: nix::unistd::geteuid().is_root(),
                 cgroup: Layout::of_this_host().kind,
-                user_namespaces: probe::has_user_namespaces(),
+                user_namespaces: kernel::has_user_namespaces(),
                 machined: probe::has_machined(),
                 state_dir: state_dir::check(&settings.state_dir).map_err(|error| chain(&error)),
             }
@@ -465,7 +467,7 @@ impl ContainerBackend for NspawnBackend {
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
         let client = self.resolve(started).await?;
-        supervisor::sigcont(started.supervisor);
+        client::sigcont(started.supervisor);
         let asked = tokio::time::timeout(
             REQUEST_TIMEOUT,
             client.request(Action::Signal(signal.number())),
@@ -488,7 +490,7 @@ impl ContainerBackend for NspawnBackend {
         grace: Duration,
     ) -> Result<(), BackendError> {
         let client = self.resolve(started).await?;
-        supervisor::sigcont(started.supervisor);
+        client::sigcont(started.supervisor);
         let open = || matches!(client.status(), Status::Up(_) | Status::Starting);
         if !grace.is_zero() && open() {
             let verb = signal.map_or(Action::Stop, |signal| Action::Signal(signal.number()));
@@ -519,7 +521,7 @@ impl ContainerBackend for NspawnBackend {
             return Ok(());
         }
         // Kill a supervisor that does not answer. Its exit kills the container, see `supervisor`.
-        supervisor::kill_supervisor(started.supervisor).await;
+        client::kill_supervisor(started.supervisor).await;
         let stuck = || BackendError::Stuck {
             machine: started.machine.clone(),
             reason: "it does not die".to_owned(),
@@ -598,7 +600,7 @@ fn prepare(
         alloc_dir: Some(spec.alloc_dir.clone()),
         machine: spec.machine.clone(),
         mode: spec.mode,
-        boot: probe::boot_id().map_err(|source| {
+        boot: kernel::boot_id().map_err(|source| {
             io_error(
                 "reading",
                 Path::new("/proc/sys/kernel/random/boot_id"),
@@ -691,7 +693,7 @@ fn roused(task_dir: &TaskDir) -> Option<String> {
         return None;
     }
     match running_in_this_boot(task_dir) {
-        Some(running) => supervisor::sigcont(running.started.supervisor),
+        Some(running) => client::sigcont(running.started.supervisor),
         None => find_supervisors_by_cmdline(task_dir)
             .iter()
             .for_each(SupervisorProcess::sigcont),
@@ -862,7 +864,7 @@ fn recorded(task_dir: &TaskDir, started: &Started) -> Result<(TaskLock, Started)
         return Err(lost("the record in its place is another one's"));
     }
     failpoint::hit(task_dir, Failpoint::Recovering);
-    supervisor::sigcont(recorded.supervisor);
+    client::sigcont(recorded.supervisor);
     Ok((lock, recorded))
 }
 
@@ -876,7 +878,7 @@ fn lost(started: &Started, reason: &str) -> BackendError {
 /// The running record of a start, if it is of this boot: after a reboot its pids mean other processes.
 fn running_in_this_boot(task_dir: &TaskDir) -> Option<Running> {
     let running = task_dir.running().ok()?;
-    (probe::boot_id().ok()? == running.started.boot).then_some(running)
+    (kernel::boot_id().ok()? == running.started.boot).then_some(running)
 }
 
 /// Takes a shared lock on a start, if it exists.

@@ -1,7 +1,7 @@
 //! Kills and cleans up what dead plugins left in the state directory and in the cgroups, if no living plugin has locked it and no
 //! other agent can ask for it. Logs each thing it does in a line of its own; a failure is logged and left for the next plugin.
-//! Touches nothing unless `supervisor::orphans` is certain that the driver made it, and nothing that according to
-//! `supervisor::owner` belongs to another agent.
+//! Touches nothing unless `cleanup::orphans` is certain that the driver made it, and nothing that according to
+//! `state::owner` belongs to another agent.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use super::nspawn::NspawnBackend;
 use super::{BackendError, chain};
-use crate::nspawn::probe;
-use crate::supervisor::lock::TryLock;
-use crate::supervisor::orphans::{self, Scan, SupervisorProcess};
-use crate::supervisor::owner::{self, Owner};
-use crate::supervisor::process::is_alive;
-use crate::supervisor::{TaskDir, TaskLock};
+use crate::cleanup::orphans::{self, Scan, SupervisorProcess};
+use crate::state::lock::TryLock;
+use crate::state::owner::{self, Owner};
+use crate::state::{TaskDir, TaskLock};
+use crate::sys::kernel;
+use crate::sys::process::is_alive;
 
 /// When a locked start is tried again before it is skipped, in milliseconds. A process that is just being forked keeps its
 /// parent's descriptors, and so the lock, until it executes its own program, which takes a while on a busy host.
@@ -150,7 +150,7 @@ impl NspawnBackend {
 /// Locks a start that no plugin has locked, and determines its owner.
 fn seize(task_dir: &TaskDir) -> io::Result<(TryLock, Owner)> {
     let locked = TaskLock::try_lock_exclusive(task_dir)?;
-    Ok((locked, owner::of(task_dir, &probe::boot_id()?)))
+    Ok((locked, owner::of(task_dir, &kernel::boot_id()?)))
 }
 
 /// Whether no agent but this one can ask for a start.
@@ -175,7 +175,7 @@ fn describe(task_dir: &TaskDir) -> &'static str {
         }
         Err(_) => return "a start whose order can't be read",
     };
-    if probe::boot_id().is_ok_and(|boot| boot != launch_spec.boot) {
+    if kernel::boot_id().is_ok_and(|boot| boot != launch_spec.boot) {
         return "a start of another boot";
     }
     match (task_dir.exit(), task_dir.running()) {

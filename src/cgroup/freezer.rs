@@ -4,7 +4,7 @@
 
 use std::fs;
 
-use crate::procfs::{self, Mount};
+use crate::sys::procfs::{self, Mount};
 
 /// Releases a process from a frozen cgroup v1 cgroup by moving it to the root cgroup, which is never frozen. With a
 /// SIGKILL pending it exits without executing another instruction. A process that is not frozen is left as it is.

@@ -1,8 +1,7 @@
-//! Probes the host: the version of systemd-nspawn, kernel features, whether machined is running. Changes nothing.
+//! Probes what is installed: systemd-nspawn and its version, and whether machined is running. Changes nothing.
 //! Errors name what is missing in terms that an operator can act on.
 
 use std::ffi::OsStr;
-use std::io;
 use std::path::{Path, PathBuf};
 
 /// Directories searched in addition to `PATH`: an agent that is started by hand often lacks them.
@@ -49,26 +48,6 @@ pub fn parse_version(output: &str) -> Option<u32> {
     digits[..end].parse().ok()
 }
 
-/// The version of the running kernel, as `(6, 1)`.
-pub fn kernel() -> (u32, u32) {
-    let release =
-        nix::sys::utsname::uname().map(|names| names.release().to_string_lossy().into_owned());
-    parse_kernel(&release.unwrap_or_default())
-}
-
-fn parse_kernel(release: &str) -> (u32, u32) {
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map(|part| part.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
-}
-
-/// Whether the kernel supports user namespaces: they are built in, and their limit is not zero.
-pub fn has_user_namespaces() -> bool {
-    let limit = std::fs::read_to_string("/proc/sys/user/max_user_namespaces");
-    Path::new("/proc/self/ns/user").exists() && limit.map_or(true, |text| text.trim() != "0")
-}
-
 /// Whether systemd-machined can be reached: its bus name needs a system bus, its socket (257 and later) does not.
 pub fn has_machined() -> bool {
     Path::new("/run/systemd/machine/io.systemd.Machine").exists()
@@ -84,13 +63,6 @@ fn machined_installed() -> bool {
     ]
     .iter()
     .any(|path| Path::new(path).exists())
-}
-
-/// The id of the current boot of the host.
-pub fn boot_id() -> io::Result<String> {
-    Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?
-        .trim()
-        .to_owned())
 }
 
 #[cfg(test)]
@@ -116,12 +88,5 @@ mod tests {
             error.contains(&empty.path().display().to_string()) && error.contains("/usr/bin"),
             "{error}"
         );
-    }
-
-    #[test]
-    fn kernel_releases_are_read() {
-        assert_eq!(parse_kernel("6.18.44-fc-v669"), (6, 18));
-        assert_eq!(parse_kernel("5.10"), (5, 10));
-        assert_eq!(parse_kernel(""), (0, 0));
     }
 }

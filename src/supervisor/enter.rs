@@ -18,11 +18,11 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
-use super::failpoint::{self, Failpoint};
-use super::process::{close_inherited, current_process, no_core_dump_of_the_next};
-use super::task_dir::{LaunchSpec, Pid1, Refusal, TaskDir};
 use crate::cgroup::Group;
+use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
+use crate::state::task_dir::{LaunchSpec, Pid1, Refusal, TaskDir};
+use crate::sys::process::{close_inherited, current_process, no_core_dump_of_the_next};
 
 /// Becomes systemd-nspawn as the launch spec in this directory says. Returns only if that failed, and leaves the reason beside the
 /// launch spec: stderr may be the task's by now.

@@ -334,7 +334,7 @@ mod tests {
     }
 
     fn event() -> impl Strategy<Value = Event> {
-        use crate::supervisor::task_dir::tests::{exit, started};
+        use crate::state::task_dir::tests::{exit, started};
         let steps =
             proptest::sample::select(vec![StartStep::Order, StartStep::Cgroup, StartStep::Watch]);
         let causes = proptest::sample::select(Cause::ALL.to_vec());

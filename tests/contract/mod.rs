@@ -13,10 +13,10 @@ use nomad_driver_nspawn::backend::{BackendError, ContainerBackend, NspawnBackend
 use nomad_driver_nspawn::container::{
     Console, ContainerSpec, Exit, Mode, Network, Root, Started, Users, Volatile,
 };
+use nomad_driver_nspawn::failpoint::OLD_KERNEL;
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::TaskDir;
-use nomad_driver_nspawn::supervisor::failpoint::OLD_KERNEL;
-use nomad_driver_nspawn::supervisor::process::{ProcessHandle, children, handles_signal, is_alive};
+use nomad_driver_nspawn::state::TaskDir;
+use nomad_driver_nspawn::sys::process::{ProcessHandle, children, handles_signal, is_alive};
 
 use rstest::rstest;
 use support::not_applicable;
@@ -100,7 +100,7 @@ impl World {
 
     /// Whether the kernel shows a process's exit status to processes other than its parent.
     pub(crate) fn kernel_tells(&self) -> bool {
-        !self.old_kernel && nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15)
+        !self.old_kernel && nomad_driver_nspawn::sys::kernel::version() >= (6, 15)
     }
 
     /// A plain container that runs a shell script.

@@ -2,7 +2,7 @@
 //! another.
 
 use nomad_driver_nspawn::container::Cause;
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
+use nomad_driver_nspawn::failpoint::Failpoint;
 
 use support::trap::Trap;
 

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use nomad_driver_nspawn::failpoint::OLD_KERNEL;
 use nomad_driver_nspawn::proto::driver::{InspectTaskRequest, StartTaskRequest};
 use nomad_driver_nspawn::proto::rpc;
-use nomad_driver_nspawn::supervisor::failpoint::OLD_KERNEL;
 use prost::Message as _;
 use rstest::rstest;
 use serde_json::{Value, json};

@@ -60,8 +60,8 @@ fn every_check_has_a_target_and_a_corpus() {
 fn every_corpus_has_something_that_is_accepted() {
     use nomad_driver_nspawn::config::PluginConfig;
     use nomad_driver_nspawn::container::Exit;
+    use nomad_driver_nspawn::state::task_dir::{self, LaunchSpec, Running};
     use nomad_driver_nspawn::supervisor::protocol::{self, IncomingEvent, IncomingRequest};
-    use nomad_driver_nspawn::supervisor::task_dir::{self, LaunchSpec, Running};
     use nomad_driver_nspawn::task::handle;
     let any = |name: &str, accepted: &dyn Fn(&[u8]) -> bool| {
         let mut seeds = fs::read_dir(fuzz("corpus").join(name)).unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{Mount, TaskConfig, TaskState};
-use nomad_driver_nspawn::supervisor::process::{ProcessHandle, children};
+use nomad_driver_nspawn::sys::process::{ProcessHandle, children};
 use rstest::rstest;
 use serde_json::json;
 use tonic::Code;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nomad_driver_nspawn::cgroup::{Group, Layout};
+use nomad_driver_nspawn::failpoint::Failpoint;
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskState};
-use nomad_driver_nspawn::supervisor::TaskDir;
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
+use nomad_driver_nspawn::state::TaskDir;
 use serde_json::json;
 use support::not_applicable;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskHandle, TaskState};
-use nomad_driver_nspawn::supervisor::task_dir::TaskDir;
+use nomad_driver_nspawn::state::task_dir::TaskDir;
 use rstest::rstest;
 use serde_json::{Value, json};
 

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use nomad_driver_nspawn::failpoint::Failpoint;
 use nomad_driver_nspawn::host::Plugin;
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 use serde_json::json;
 use support::not_applicable;
 use support::trap::Trap;

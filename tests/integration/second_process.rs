@@ -5,8 +5,8 @@ use std::fs;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{MsgFlags, send};
 use nix::unistd::Pid;
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
-use nomad_driver_nspawn::supervisor::process::{ProcessHandle, children};
+use nomad_driver_nspawn::failpoint::Failpoint;
+use nomad_driver_nspawn::sys::process::{ProcessHandle, children};
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use serde_json::json;
 

@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use nomad_driver_nspawn::failpoint::Failpoint;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin};
 use nomad_driver_nspawn::proto::driver::fingerprint_response::HealthState;
 use nomad_driver_nspawn::proto::driver::{DriverTaskEvent, FingerprintRequest};
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
-use nomad_driver_nspawn::supervisor::process::first_child;
+use nomad_driver_nspawn::sys::process::first_child;
 use rstest::rstest;
 use serde_json::{Value, json};
 use support::not_applicable;

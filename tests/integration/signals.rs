@@ -4,11 +4,11 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nomad_driver_nspawn::failpoint::{Failpoint, OLD_KERNEL};
 use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::InspectTaskRequest;
-use nomad_driver_nspawn::supervisor::TaskDir;
-use nomad_driver_nspawn::supervisor::failpoint::{Failpoint, OLD_KERNEL};
-use nomad_driver_nspawn::supervisor::process::handles_signal;
+use nomad_driver_nspawn::state::TaskDir;
+use nomad_driver_nspawn::sys::process::handles_signal;
 use rstest::rstest;
 use serde_json::json;
 use tonic::Code;
@@ -322,5 +322,5 @@ async fn an_end_is_reported_before_an_ephemeral_root_is_thrown_away(
 
 /// Whether this kernel shows a process's exit status to processes other than its parent.
 fn kernel_tells() -> bool {
-    nomad_driver_nspawn::nspawn::probe::kernel() >= (6, 15)
+    nomad_driver_nspawn::sys::kernel::version() >= (6, 15)
 }

@@ -14,10 +14,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nomad_driver_nspawn::failpoint::Failpoint;
 use nomad_driver_nspawn::host::calls::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Logs, Plugin};
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
-use nomad_driver_nspawn::supervisor::task_dir::TaskDir;
+use nomad_driver_nspawn::state::task_dir::TaskDir;
 use rstest::rstest;
 use serde_json::{Value, json};
 use support::not_applicable;

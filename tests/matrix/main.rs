@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use nomad_driver_nspawn::host::{Plugin, TaskSpec};
-use nomad_driver_nspawn::supervisor::process::first_child;
+use nomad_driver_nspawn::sys::process::first_child;
 use serde_json::{Value, json};
 
 #[path = "../integration/harness/mod.rs"]

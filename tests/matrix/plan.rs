@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
+use nomad_driver_nspawn::failpoint::Failpoint;
 
 use super::Moment;
 

@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nomad_driver_nspawn::container::Process;
+use nomad_driver_nspawn::failpoint::Failpoint;
 use nomad_driver_nspawn::host::calls::StartedTask;
 use nomad_driver_nspawn::host::{Allocation, HostError, Plugin, TaskExit};
-use nomad_driver_nspawn::nspawn::probe::kernel;
 use nomad_driver_nspawn::proto::driver::{
     InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, TaskConfig, TaskState,
 };
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
-use nomad_driver_nspawn::supervisor::process::{ProcessHandle, first_child, is_alive};
-use nomad_driver_nspawn::supervisor::task_dir::TaskDir;
+use nomad_driver_nspawn::state::task_dir::TaskDir;
+use nomad_driver_nspawn::sys::kernel;
+use nomad_driver_nspawn::sys::process::{ProcessHandle, first_child, is_alive};
 use support::{DEADLINE, within};
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
@@ -494,7 +494,7 @@ impl<'w, W: World> Game<'w, W> {
                     "{exit:?}"
                 );
             }
-            Owed::NoSuccess if kernel() >= (6, 15) => {
+            Owed::NoSuccess if kernel::version() >= (6, 15) => {
                 assert_eq!((exit.code, exit.signal), (137, 9), "{exit:?}");
             }
             Owed::NoSuccess => assert_ne!(exit.code, 0, "{exit:?}"),

@@ -14,9 +14,9 @@ use e2e::stage::{Running, Stage, Task, end, within};
 use e2e::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use nomad_driver_nspawn::failpoint::Failpoint;
 use nomad_driver_nspawn::host::{Allocation, Plugin};
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
-use nomad_driver_nspawn::supervisor::process::first_child;
+use nomad_driver_nspawn::sys::process::first_child;
 use serde_json::{Value, json};
 
 use support::secrecy::{

@@ -7,8 +7,8 @@ use e2e::stage::{Namespace, Stage, end};
 use e2e::until;
 use nix::fcntl::{FcntlArg, fcntl};
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::TaskDir;
-use nomad_driver_nspawn::supervisor::process::ProcessHandle;
+use nomad_driver_nspawn::state::TaskDir;
+use nomad_driver_nspawn::sys::process::ProcessHandle;
 use serde_json::json;
 
 const LOCK: &str = "/run/systemd/nspawn-network-zone";

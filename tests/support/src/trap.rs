@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
+use nomad_driver_nspawn::failpoint::Failpoint;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 

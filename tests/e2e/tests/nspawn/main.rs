@@ -11,8 +11,8 @@ use e2e::stage::{Namespace, Running, Stage, end, within};
 use e2e::{debian, until};
 use nomad_driver_nspawn::host::{Plugin, TaskExit};
 use nomad_driver_nspawn::signal::Signal;
-use nomad_driver_nspawn::supervisor::TaskDir;
-use nomad_driver_nspawn::supervisor::process::ProcessHandle;
+use nomad_driver_nspawn::state::TaskDir;
+use nomad_driver_nspawn::sys::process::ProcessHandle;
 use serde_json::{Value, json};
 
 mod ends;

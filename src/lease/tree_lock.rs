@@ -5,8 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::tree_lock;
-use super::{Context, Lease};
+use super::{Context, Lease, nspawn_lock};
 
 /// The lock of a tree or an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +20,7 @@ pub struct TreeLock {
 impl Lease for TreeLock {
     fn release(&self, context: &Context<'_>) -> io::Result<()> {
         if context.killed {
-            tree_lock::remove_of_tree(context.task_dir, &self.tree);
+            nspawn_lock::remove_of_tree(context.task_dir, &self.tree);
         }
         Ok(())
     }

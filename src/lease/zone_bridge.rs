@@ -4,8 +4,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::zone;
-use super::{Context, Lease};
+use super::{Context, Lease, zone};
 
 /// The bridge of a zone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

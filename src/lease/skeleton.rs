@@ -5,8 +5,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::tree_lock;
-use super::{Context, Lease};
+use super::{Context, Lease, nspawn_lock};
 
 /// The skeleton of the start.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,7 +14,7 @@ pub struct Skeleton {}
 impl Lease for Skeleton {
     fn release(&self, context: &Context<'_>) -> io::Result<()> {
         if context.killed {
-            tree_lock::remove_of_tree(context.task_dir, &context.task_dir.skeleton());
+            nspawn_lock::remove_of_tree(context.task_dir, context.skeleton);
         }
         Ok(())
     }

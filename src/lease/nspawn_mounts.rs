@@ -26,7 +26,7 @@ impl Lease for NspawnMounts {
 }
 
 /// Removes the mounts of this machine that would block its start.
-pub(in crate::supervisor) fn remove_leaked_mounts(machine: &str) {
+pub fn remove_leaked_mounts(machine: &str) {
     for path in mounts_of(machine) {
         let _ = umount2(&path, MntFlags::MNT_DETACH);
         let _ = fs::remove_dir(&path);

@@ -6,7 +6,6 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::super::task_dir::TaskDir;
 use super::{Context, Lease};
 use crate::cgroup::Group;
 
@@ -29,7 +28,7 @@ impl Lease for Cgroup {
         Group::new(&self.group).remove()
     }
 
-    fn is_own(&self, task_dir: &TaskDir) -> bool {
+    fn is_own(&self, task_dir: &Path) -> bool {
         is_named_like(&self.group, task_dir)
     }
 }
@@ -39,15 +38,15 @@ impl Lease for CgroupMirror {
         Group::new(&self.group).remove()
     }
 
-    fn is_own(&self, task_dir: &TaskDir) -> bool {
+    fn is_own(&self, task_dir: &Path) -> bool {
         is_named_like(&self.group, task_dir)
     }
 }
 
 /// The cgroup of a start has the name of its task directory.
-fn is_named_like(group: &Path, task_dir: &TaskDir) -> bool {
+fn is_named_like(group: &Path, task_dir: &Path) -> bool {
     let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
-    group.file_name() == task_dir.path().file_name()
+    group.file_name() == task_dir.file_name()
         && group.is_absolute()
         && group.components().all(plain)
 }

@@ -18,7 +18,7 @@ const READER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Opens the file for stdout or stderr. Rejects anything but a FIFO or a regular file: tasks can write to the directory, and one of
 /// them may have put a device there. With no path, the null device or a path that does not exist, the output is discarded.
-pub fn open(path: Option<&Path>) -> io::Result<File> {
+pub(super) fn open(path: Option<&Path>) -> io::Result<File> {
     let Some(path) = path else {
         return open_null();
     };

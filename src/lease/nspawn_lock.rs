@@ -13,8 +13,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::failpoint::{self, Failpoint};
-use super::task_dir::TaskDir;
+use crate::failpoint::{self, Failpoint};
 
 /// Where systemd-nspawn keeps the locks that it names by inode.
 const BY_INODE: &str = "/run/systemd/nspawn/locks";
@@ -34,11 +33,11 @@ const EXCLUSIVE: i16 = nix::libc::F_WRLCK as i16;
 /// Locks that are shared with other containers of the same tree. Dropping them releases them as systemd-nspawn does: the last
 /// holder removes the files.
 #[derive(Debug, Default)]
-pub(super) struct SharedLocks(Vec<(File, PathBuf)>);
+pub struct SharedLocks(Vec<(File, PathBuf)>);
 
 impl SharedLocks {
     /// Shares the locks of a tree or image. Those that can't be taken are left to systemd-nspawn, which then reports why.
-    pub(super) fn take(task_dir: &TaskDir, tree: &Path) -> Self {
+    pub fn take(task_dir: &Path, tree: &Path) -> Self {
         // Fails if the directory exists, and where systemd-nspawn has never run: then there is no container to share with.
         let _ = DirBuilder::new().mode(0o700).create(BY_INODE);
         let mut locks = Self::default();
@@ -122,7 +121,7 @@ fn paths_of(tree: &Path) -> Option<[PathBuf; 2]> {
 }
 
 /// Removes the lock files of a tree that a killed systemd-nspawn has left.
-pub(super) fn remove_of_tree(task_dir: &TaskDir, tree: &Path) {
+pub(super) fn remove_of_tree(task_dir: &Path, tree: &Path) {
     for path in paths_of(tree).into_iter().flatten() {
         remove(task_dir, &path);
     }
@@ -130,7 +129,7 @@ pub(super) fn remove_of_tree(task_dir: &TaskDir, tree: &Path) {
 
 /// Removes a lock file that a killed systemd-nspawn has left, if no process holds it: the lock is taken first, so that another
 /// container of the same tree keeps its own. systemd-nspawn notices when a file it has locked was removed, and tries again.
-pub(super) fn remove(task_dir: &TaskDir, path: &Path) {
+pub(super) fn remove(task_dir: &Path, path: &Path) {
     if let Some(_held) = take(path) {
         failpoint::hit(task_dir, Failpoint::TreeLocked);
         let _ = fs::remove_file(path);
@@ -160,7 +159,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let tree = temp.path().join("tree");
         fs::create_dir(&tree).unwrap();
-        let task_dir = TaskDir::new(temp.path().join("state/start"));
+        let task_dir = temp.path().join("state/start");
         let file = temp.path().join(".#tree.lck");
         let first = SharedLocks::take(&task_dir, &tree);
         let second = SharedLocks::take(&task_dir, &tree);
@@ -176,7 +175,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let tree = temp.path().join("tree");
         fs::create_dir(&tree).unwrap();
-        let task_dir = TaskDir::new(temp.path().join("state/start"));
+        let task_dir = temp.path().join("state/start");
         let file = temp.path().join(".#tree.lck");
         fs::write(&file, "").unwrap();
         let held = take(&file).unwrap();

@@ -11,12 +11,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use super::cleanup::{self, descendants};
-use super::process::{ProcessHandle, children};
-use super::state_dir;
-use super::task_dir::{LaunchSpec, TaskDir};
+use super::kill::descendants;
 use crate::cgroup::{Group, Layout};
 use crate::signal::Signal;
+use crate::state::state_dir;
+use crate::state::task_dir::{LaunchSpec, TaskDir};
+use crate::sys::process::{ProcessHandle, children};
 
 /// An empty cgroup younger than this may belong to a container that is just being started, possibly by a plugin with another
 /// state directory.
@@ -118,7 +118,7 @@ fn is_valid(launch_spec: &LaunchSpec, task_dir: &TaskDir) -> bool {
         && launch_spec
             .resources
             .iter()
-            .all(|resource| resource.is_own(task_dir))
+            .all(|resource| resource.is_own(task_dir.path()))
 }
 
 /// A supervisor of this state directory, found by its command line.
@@ -245,7 +245,7 @@ pub fn remove_group(group: &Path, state_dir: &Path) -> io::Result<()> {
     match is_orphaned(&layout, group, state_dir) {
         Some(true) if Group::new(group).processes().is_empty() => Group::new(group).remove(),
         Some(true) => {
-            cleanup::kill_group(group, true)?;
+            super::kill_group(group, true)?;
             let name = group.file_name().and_then(|name| name.to_str());
             let alike = layout.find(name.unwrap_or_default());
             alike
@@ -258,9 +258,9 @@ pub fn remove_group(group: &Path, state_dir: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::resource::{Cgroup, CgroupMirror, Resource};
-    use super::super::task_dir::tests::an_order;
     use super::*;
+    use crate::lease::{Cgroup, CgroupMirror, Resource};
+    use crate::state::task_dir::tests::an_order;
     use std::collections::BTreeMap;
     use std::os::unix::fs::{PermissionsExt, symlink};
 

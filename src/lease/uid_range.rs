@@ -3,12 +3,11 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::task_dir::TaskDir;
-use super::super::tree_lock;
-use super::{Context, Lease, lock_file};
+use super::{Context, Lease, lock_file, nspawn_lock};
 
 /// Where systemd-nspawn keeps these locks.
 const LOCKS: &str = "/run/systemd/nspawn-uid";
@@ -22,20 +21,20 @@ impl Lease for UidRange {
         if !context.killed {
             return Ok(());
         }
-        match context.running.and_then(|running| running.uids) {
+        match context.first_uid {
             Some(first) => {
-                tree_lock::remove(context.task_dir, &Path::new(LOCKS).join(first.to_string()));
+                nspawn_lock::remove(context.task_dir, &Path::new(LOCKS).join(first.to_string()));
                 Ok(())
             }
-            None => remove_nameless(context.task_dir, Path::new(LOCKS)),
+            None => remove_nameless(context.ordered_at, Path::new(LOCKS)),
         }
     }
 }
 
 /// Removes the lock of a systemd-nspawn that was killed before its range was known: a lock file created after the launch spec was
 /// written, and held by no process, is a leftover.
-fn remove_nameless(task_dir: &TaskDir, locks: &Path) -> io::Result<()> {
-    let dead = lock_file::dead(task_dir, locks, |name| name.parse::<u32>().ok())?;
+fn remove_nameless(ordered_at: SystemTime, locks: &Path) -> io::Result<()> {
+    let dead = lock_file::dead(ordered_at, locks, |name| name.parse::<u32>().ok())?;
     for (_held, lock, _) in dead {
         let _ = fs::remove_file(lock);
     }
@@ -43,7 +42,7 @@ fn remove_nameless(task_dir: &TaskDir, locks: &Path) -> io::Result<()> {
 }
 
 /// The first host uid of a process's uid range, if it has a range of its own.
-pub(in crate::supervisor) fn first_uid_of(leader: i32) -> Option<u32> {
+pub fn first_uid_of(leader: i32) -> Option<u32> {
     first_uid(&fs::read_to_string(format!("/proc/{leader}/uid_map")).ok()?)
 }
 
@@ -77,17 +76,17 @@ mod tests {
             locks.join(name)
         };
         let early = make("65536");
-        let before = std::time::SystemTime::UNIX_EPOCH;
+        let before = SystemTime::UNIX_EPOCH;
         let file = fs::File::options().write(true).open(&early).unwrap();
         file.set_modified(before).unwrap();
         let (dead, alive, other) = (make("131072"), make("196608"), make("131072.bak"));
-        let held = tree_lock::take(&alive).unwrap();
-        remove_nameless(&start.task_dir, &locks).unwrap();
+        let held = nspawn_lock::take(&alive).unwrap();
+        remove_nameless(start.ordered_at, &locks).unwrap();
         assert!(!dead.exists());
         assert!([&early, &alive, &other].iter().all(|lock| lock.exists()));
         drop(held);
-        remove_nameless(&start.task_dir, &locks).unwrap();
+        remove_nameless(start.ordered_at, &locks).unwrap();
         assert!(!alive.exists());
-        remove_nameless(&start.task_dir, &locks.join("gone")).unwrap();
+        remove_nameless(start.ordered_at, &locks.join("gone")).unwrap();
     }
 }

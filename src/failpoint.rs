@@ -3,7 +3,7 @@
 //! test listens there, the process sends its subcommand and pid, and continues when the connection is closed. Uses no environment
 //! variable and no clock: supervisors have no environment, and a test needs no clock.
 
-use super::task_dir::TaskDir;
+use std::path::Path;
 
 /// Where this program can be paused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,25 +78,25 @@ pub const OLD_KERNEL: &str = "old_kernel";
 /// Whether to behave as on a kernel that reports an exit status only to the parent.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
-pub fn kernel_is_old(_: &TaskDir) -> bool {
+pub fn kernel_is_old(_: &Path) -> bool {
     false
 }
 
 /// Whether to behave as on a kernel that reports an exit status only to the parent.
 #[cfg(debug_assertions)]
-pub fn kernel_is_old(task_dir: &TaskDir) -> bool {
+pub fn kernel_is_old(task_dir: &Path) -> bool {
     directory(task_dir).is_some_and(|directory| directory.join(OLD_KERNEL).exists())
 }
 
 /// Pauses the process here if a test listens.
 #[cfg(not(debug_assertions))]
 #[inline(always)]
-pub fn hit(_: &TaskDir, _: Failpoint) {}
+pub fn hit(_: impl AsRef<Path>, _: Failpoint) {}
 
 /// Pauses the process here if a test listens. Blocks the thread, as the step that it stands for would.
 #[cfg(debug_assertions)]
-pub fn hit(task_dir: &TaskDir, failpoint: Failpoint) {
-    let stream = directory(task_dir).and_then(|directory| {
+pub fn hit(task_dir: impl AsRef<Path>, failpoint: Failpoint) {
+    let stream = directory(task_dir.as_ref()).and_then(|directory| {
         std::os::unix::net::UnixStream::connect(directory.join(failpoint.name())).ok()
     });
     if let Some(stream) = stream {
@@ -105,8 +105,8 @@ pub fn hit(task_dir: &TaskDir, failpoint: Failpoint) {
 }
 
 #[cfg(debug_assertions)]
-fn directory(task_dir: &TaskDir) -> Option<std::path::PathBuf> {
-    let state = task_dir.path().parent()?;
+fn directory(task_dir: &Path) -> Option<std::path::PathBuf> {
+    let state = task_dir.parent()?;
     let mut name = state.file_name()?.to_owned();
     name.push(".pause");
     Some(state.with_file_name(name))

@@ -4,14 +4,14 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
-use super::super::task_dir::TaskDir;
-use super::super::tree_lock;
+use super::nspawn_lock;
 
-/// The lock files in a directory that were created after the launch spec, that no process holds, and for whose name `meaning`
+/// The lock files in a directory that were created after the launch spec (`ordered_at`), that no process holds, and for whose name `meaning`
 /// returns a value. Their locks are held as long as the returned files are open.
 pub(super) fn dead<T>(
-    task_dir: &TaskDir,
+    ordered_at: SystemTime,
     directory: &Path,
     meaning: impl Fn(&str) -> Option<T>,
 ) -> io::Result<Vec<(fs::File, PathBuf, T)>> {
@@ -20,11 +20,10 @@ pub(super) fn dead<T>(
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries?,
     };
-    let ordered = fs::symlink_metadata(task_dir.path().join("order"))?.modified()?;
     let dead = entries.flatten().filter_map(|entry| {
         let meaning = meaning(entry.file_name().to_str()?)?;
         let made = entry.metadata().and_then(|about| about.modified()).ok()?;
-        let held = (made >= ordered).then(|| tree_lock::take(&entry.path()))??;
+        let held = (made >= ordered_at).then(|| nspawn_lock::take(&entry.path()))??;
         Some((held, entry.path(), meaning))
     });
     Ok(dead.collect())

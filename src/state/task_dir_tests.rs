@@ -1,12 +1,12 @@
 //! Records: which users may read them, their frozen format, and what hostile ones can't do.
 
-use super::super::resource::{
+use super::*;
+use crate::lease::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Skeleton, TreeLock, UidRange, ZoneBridge,
 };
-use super::*;
 use proptest::prelude::*;
 use std::os::unix::fs::PermissionsExt;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 fn an_exit() -> Exit {
     Exit {
@@ -19,7 +19,7 @@ fn an_exit() -> Exit {
 }
 
 /// A launch spec of the boot `b` with nothing special in it.
-pub(in crate::supervisor) fn an_order(id: &str) -> LaunchSpec {
+pub(crate) fn an_order(id: &str) -> LaunchSpec {
     LaunchSpec {
         id: id.to_owned(),
         alloc_dir: None,
@@ -38,7 +38,7 @@ pub(in crate::supervisor) fn an_order(id: &str) -> LaunchSpec {
 }
 
 /// A running record whose processes do not exist.
-pub(in crate::supervisor) fn a_running(id: &str, boot: &str) -> Running {
+pub(crate) fn a_running(id: &str, boot: &str) -> Running {
     let nobody = Process { pid: 0, start: 0 };
     Running {
         started: Started {
@@ -364,7 +364,7 @@ fn path() -> impl Strategy<Value = PathBuf> {
     any::<String>().prop_map(PathBuf::from)
 }
 
-pub(in crate::supervisor) fn exit() -> impl Strategy<Value = Exit> {
+pub(crate) fn exit() -> impl Strategy<Value = Exit> {
     let numbers = (any::<i32>(), any::<i32>(), any::<bool>());
     (numbers, any::<Option<String>>(), moment()).prop_map(
         |((code, signal, oom_killed), error, ended_at)| Exit {
@@ -430,7 +430,7 @@ fn mode() -> impl Strategy<Value = Mode> {
     proptest::sample::select(vec![Mode::Plain, Mode::ProcessTwo, Mode::Boot])
 }
 
-pub(in crate::supervisor) fn started() -> impl Strategy<Value = Started> {
+pub(crate) fn started() -> impl Strategy<Value = Started> {
     let names = (any::<String>(), any::<String>(), any::<String>(), path());
     let cgroup = proptest::option::of(path());
     let rest = (mode(), cgroup, moment(), any::<Vec<String>>());

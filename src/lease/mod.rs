@@ -1,4 +1,4 @@
-//! Host resources: what a start acquires on the host and what has to be released after it. Every resource is in the launch spec,
+//! Leases: the resources that a start acquires on the host and that have to be released after it. Every resource is in the launch spec,
 //! and so on disk, before it is acquired. [`release_all`] releases all of them: called by the supervisor process at the
 //! container's exit, and by the plugin in DestroyTask and reconciliation if the supervisor did not get that far. It releases only
 //! what the records of that start name, and may be repeated.
@@ -7,32 +7,31 @@
 
 use std::fmt;
 use std::io;
+use std::path::Path;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::task_dir::{Running, TaskDir};
-
 mod cgroup;
 mod ephemeral_copy;
 mod lock_file;
+mod nspawn_lock;
 mod nspawn_mounts;
 mod skeleton;
 mod tree_lock;
 mod uid_range;
+mod zone;
 mod zone_bridge;
 
 pub use cgroup::{Cgroup, CgroupMirror};
-pub use ephemeral_copy::EphemeralCopy;
-pub use nspawn_mounts::NspawnMounts;
+pub use ephemeral_copy::{EphemeralCopy, ephemeral_root_of};
+pub use nspawn_lock::SharedLocks;
+pub use nspawn_mounts::{NspawnMounts, remove_leaked_mounts};
 pub use skeleton::Skeleton;
 pub use tree_lock::TreeLock;
-pub use uid_range::UidRange;
+pub use uid_range::{UidRange, first_uid_of};
 pub use zone_bridge::ZoneBridge;
-
-pub(super) use ephemeral_copy::ephemeral_root_of;
-pub(super) use nspawn_mounts::remove_leaked_mounts;
-pub(super) use uid_range::first_uid_of;
 
 /// A resource that a start holds on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,11 +62,17 @@ pub enum Resource {
 #[derive(Debug)]
 pub struct Context<'a> {
     /// The task directory of the start.
-    pub task_dir: &'a TaskDir,
+    pub task_dir: &'a Path,
+    /// The skeleton of its root, if it needed one.
+    pub skeleton: &'a Path,
+    /// When its launch spec was written.
+    pub ordered_at: SystemTime,
     /// Its machine name, which has been validated.
     pub machine: &'a str,
-    /// Its running record, if it came up.
-    pub running: Option<&'a Running>,
+    /// The first host uid of the container's uid range, if the container came up and has a range of its own.
+    pub first_uid: Option<u32>,
+    /// The copy of an ephemeral root, if the container came up and has one.
+    pub copy: Option<&'a Path>,
     /// Whether the host has not rebooted since the start.
     pub same_boot: bool,
     /// Whether an exit record without an error exists, so that systemd-nspawn removed its interfaces itself.
@@ -83,7 +88,7 @@ trait Lease {
     fn release(&self, context: &Context<'_>) -> io::Result<()>;
 
     /// Whether the record can be trusted: `false` if it names something that can't belong to the start.
-    fn is_own(&self, _records: &TaskDir) -> bool {
+    fn is_own(&self, _task_dir: &Path) -> bool {
         true
     }
 }
@@ -114,7 +119,7 @@ impl Resource {
     }
 
     /// Whether the record can be trusted: `false` if it names something that can't belong to the start.
-    pub fn is_own(&self, task_dir: &TaskDir) -> bool {
+    pub fn is_own(&self, task_dir: &Path) -> bool {
         self.lease().is_none_or(|lease| lease.is_own(task_dir))
     }
 
@@ -154,28 +159,28 @@ pub fn release_all(resources: &[Resource], context: &Context<'_>) -> Vec<Release
 
 #[cfg(test)]
 mod tests {
-    use super::super::task_dir::tests::an_order;
     use super::*;
-    use std::collections::BTreeMap;
     use std::fs;
     use std::path::PathBuf;
 
-    /// A start with a launch spec and nothing else.
+    /// A start that never came up.
     pub(super) struct Start {
         pub(super) temp: tempfile::TempDir,
-        pub(super) task_dir: TaskDir,
+        pub(super) task_dir: PathBuf,
+        pub(super) ordered_at: SystemTime,
     }
 
     impl Start {
         pub(super) fn new() -> Self {
             let temp = tempfile::tempdir().unwrap();
-            let task_dir = TaskDir::new(temp.path().join("records"));
-            task_dir.create().unwrap();
-            let launch_spec = an_order("a/t/1");
-            task_dir
-                .write_launch_spec(&launch_spec, &BTreeMap::new(), None)
-                .unwrap();
-            Self { temp, task_dir }
+            let task_dir = temp.path().join("records");
+            fs::create_dir(&task_dir).unwrap();
+            let ordered_at = fs::metadata(&task_dir).unwrap().modified().unwrap();
+            Self {
+                temp,
+                task_dir,
+                ordered_at,
+            }
         }
 
         pub(super) fn directory(&self, name: &str) -> PathBuf {
@@ -184,12 +189,14 @@ mod tests {
             directory
         }
 
-        /// The context of a start that never came up.
         pub(super) fn context(&self) -> Context<'_> {
             Context {
                 task_dir: &self.task_dir,
+                skeleton: Path::new("/nonexistent"),
+                ordered_at: self.ordered_at,
                 machine: "t-a",
-                running: None,
+                first_uid: None,
+                copy: None,
                 same_boot: true,
                 by_itself: false,
                 killed: true,

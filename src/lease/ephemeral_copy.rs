@@ -3,12 +3,12 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::task_dir::TaskDir;
 use super::{Context, Lease, lock_file};
-use crate::procfs;
+use crate::sys::procfs;
 
 /// A copy whose name systemd-nspawn makes up. The name is known once the container has started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,10 +19,9 @@ pub struct EphemeralCopy {
 
 impl Lease for EphemeralCopy {
     fn release(&self, context: &Context<'_>) -> io::Result<()> {
-        let copy = context.running.and_then(|running| running.copy.as_deref());
-        match copy.filter(|copy| self.is_copy(copy)) {
+        match context.copy.filter(|copy| self.is_copy(copy)) {
             Some(copy) => remove(copy),
-            None => self.remove_nameless(context.task_dir),
+            None => self.remove_nameless(context.ordered_at),
         }
     }
 }
@@ -40,8 +39,8 @@ impl EphemeralCopy {
     /// Removes the copy of a systemd-nspawn that was killed before it reported the copy's name. systemd-nspawn locks the name
     /// before it copies anything, and the lock ends with it. So a copy in this directory that was begun after the launch spec was
     /// written, and whose lock no process holds, is a leftover.
-    fn remove_nameless(&self, task_dir: &TaskDir) -> io::Result<()> {
-        let dead = lock_file::dead(task_dir, &self.directory, |name| {
+    fn remove_nameless(&self, ordered_at: SystemTime) -> io::Result<()> {
+        let dead = lock_file::dead(ordered_at, &self.directory, |name| {
             let copy = name.strip_prefix(".#")?.strip_suffix(".lck")?;
             is_random(copy).then(|| copy.to_owned())
         })?;
@@ -53,7 +52,7 @@ impl EphemeralCopy {
 
 /// The path of a container's ephemeral root, found through its leader: the kernel shows which directory of the file system is
 /// mounted at its root.
-pub(in crate::supervisor) fn ephemeral_root_of(leader: i32, copies: &Path) -> Option<PathBuf> {
+pub fn ephemeral_root_of(leader: i32, copies: &Path) -> Option<PathBuf> {
     let mounts = procfs::mounts_of(leader).ok()?;
     let root = mounts
         .iter()
@@ -93,7 +92,7 @@ fn remove(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::tree_lock;
+    use super::super::nspawn_lock;
     use super::super::tests::Start;
     use super::*;
 
@@ -125,7 +124,7 @@ mod tests {
             copies.join(format!(".#{name}.lck"))
         };
         let early = make(".#machine.tree00000000000000aa");
-        let before = std::time::SystemTime::UNIX_EPOCH;
+        let before = SystemTime::UNIX_EPOCH;
         let file = fs::File::options().write(true).open(lock(&early)).unwrap();
         file.set_modified(before).unwrap();
         let dead = make(".#machine.tree00000000000000bb");
@@ -135,7 +134,7 @@ mod tests {
         }
         let alive = make(".#machine.tree00000000000000cc");
         let other = make(".#machine.backup");
-        let held = tree_lock::take(&lock(&alive)).unwrap();
+        let held = nspawn_lock::take(&lock(&alive)).unwrap();
         lease.release(&start.context()).unwrap();
         for copy in [&early, &alive, &other] {
             assert!(copy.exists() && lock(copy).exists(), "{}", copy.display());

@@ -4,16 +4,16 @@
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
-use super::super::cleanup;
-use super::super::failpoint::{self, Failpoint};
-use super::super::init_channel::InitChannel;
-use super::super::process::{
-    ProcessHandle, blocks_or_handles_signal, first_child, handles_signal, ignores_signal,
-};
 use super::{NSPAWN_CLEANUP_TIMEOUT, State, Supervisor};
 use crate::cgroup::{Group, freezer};
+use crate::cleanup;
 use crate::container::Mode;
+use crate::failpoint::{self, Failpoint};
 use crate::signal::Signal;
+use crate::supervisor::init_channel::InitChannel;
+use crate::sys::process::{
+    ProcessHandle, blocks_or_handles_signal, first_child, handles_signal, ignores_signal,
+};
 
 /// How long an image's init may need before it handles signals. A signal that it does not handle by then it never will.
 const INIT_STARTUP_WINDOW: Duration = Duration::from_secs(60);

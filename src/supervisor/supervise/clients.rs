@@ -6,7 +6,9 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use super::protocol::{Event, IncomingRequest, MAX_LINE_BYTES, Request, decode_next, encode};
+use crate::supervisor::protocol::{
+    Event, IncomingRequest, MAX_LINE_BYTES, Request, decode_next, encode,
+};
 
 /// All clients of the control socket.
 #[derive(Debug, Default)]

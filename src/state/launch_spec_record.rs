@@ -6,13 +6,13 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::resource::{
-    Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
-    ZoneBridge,
-};
 use super::task_dir::{LaunchSpec, Pid1};
 use crate::cgroup::CgroupPath;
 use crate::container::Mode;
+use crate::lease::{
+    Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
+    ZoneBridge,
+};
 
 #[derive(Serialize, Deserialize)]
 pub(super) struct LaunchSpecRecord {

@@ -10,15 +10,15 @@ use std::time::Instant;
 use nix::poll::{PollFd, PollFlags};
 use rustix::process::{WaitOptions, wait};
 
-use super::super::cleanup;
-use super::super::exit_status::{ExitEvidence, describe, exit_of, predict_nspawn_status};
-use super::super::failpoint::{self, Failpoint};
-use super::super::process::ProcessHandle;
-use super::super::protocol::{Event, StartFailure, StartStep};
+use super::exit_status::{ExitEvidence, describe, exit_of, predict_nspawn_status};
 use super::{LeaderState, NSPAWN_ANNOUNCED_TIMEOUT, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor};
 use crate::cgroup::Group;
+use crate::cleanup;
+use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_messages};
 use crate::signal::Signal;
+use crate::supervisor::protocol::{Event, StartFailure, StartStep};
+use crate::sys::process::ProcessHandle;
 
 impl Supervisor {
     /// The leader to poll, as long as there is something left to learn about its exit. Polled because a systemd-nspawn that was
@@ -88,7 +88,7 @@ impl Supervisor {
         let leader = self.leader_handle()?;
         leader
             .raw_status()
-            .filter(|_| !failpoint::kernel_is_old(&self.task_dir))
+            .filter(|_| !failpoint::kernel_is_old(self.task_dir.path()))
     }
 
     /// Records the exit and reports it to all clients, once.

@@ -13,7 +13,10 @@
 //!
 //! If PID 1 of the container is the driver's init, it runs no command before the start is recorded and the supervisor has sent it "go".
 
+mod clients;
 mod exit;
+mod exit_status;
+mod logs;
 mod signals;
 mod spawn;
 
@@ -31,19 +34,18 @@ use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nspawn_init::{InitEvent, StartError};
 
-use super::clients::Clients;
-use super::exit_status::NspawnFinalStatus;
-use super::failpoint::{self, Failpoint};
-use super::init_channel::InitChannel;
-use super::process::{ProcessHandle, child_by_inner_pid, close_inherited, current_process};
-use super::protocol::{Action, Event, StartFailure, StartStep};
-use super::task_dir::{LaunchSpec, Running, TaskDir};
-use super::tree_lock::SharedLocks;
-use super::{logs, resource};
+use self::clients::Clients;
+use self::exit_status::NspawnFinalStatus;
 use crate::cgroup::Group;
 use crate::container::{Process, Started};
+use crate::failpoint::{self, Failpoint};
+use crate::lease::{self, SharedLocks};
 use crate::nspawn::refusal::cause_of_host_error;
 use crate::signal::Signal;
+use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
+use crate::supervisor::init_channel::InitChannel;
+use crate::supervisor::protocol::{Action, Event, StartFailure, StartStep};
+use crate::sys::process::{ProcessHandle, child_by_inner_pid, close_inherited, current_process};
 
 /// How long systemd-nspawn may clean up after its container was killed before it is killed too.
 const NSPAWN_CLEANUP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -245,9 +247,9 @@ impl Supervisor {
                 .map_err(|error| failure(StartStep::Cgroup, &error))?;
         }
         failpoint::hit(&task_dir, Failpoint::CgroupMade);
-        resource::remove_leaked_mounts(&launch_spec.machine);
+        lease::remove_leaked_mounts(&launch_spec.machine);
         let tree = launch_spec.shared_tree();
-        let tree = tree.map(|tree| SharedLocks::take(&task_dir, tree));
+        let tree = tree.map(|tree| SharedLocks::take(task_dir.path(), tree));
         let (child, init_channel) = spawn::spawn(&task_dir, launch_spec.first, stdout, stderr)
             .map_err(|error| failure(StartStep::Nspawn, &error))?;
         let pid = i32::try_from(child.id())
@@ -461,7 +463,7 @@ impl Supervisor {
         let copy = self
             .launch_spec
             .copies()
-            .and_then(|copies| resource::ephemeral_root_of(leader, copies))
+            .and_then(|copies| lease::ephemeral_root_of(leader, copies))
             // The container may have mounted something over its root whose name is that of another container's copy.
             .filter(|copy| is_root_of(leader, copy));
         let started = Started {
@@ -486,7 +488,7 @@ impl Supervisor {
             started: started.clone(),
             nspawn: self.nspawn,
             copy,
-            uids: resource::first_uid_of(leader),
+            uids: lease::first_uid_of(leader),
             alloc_dir: self.launch_spec.alloc_dir.clone(),
         };
         self.state = State::Running {

@@ -42,11 +42,11 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
     use std::process::Command;
 
-    use crate::supervisor::process::ProcessHandle;
+    use crate::sys::process::ProcessHandle;
 
     /// Whether this kernel reports exit statuses; where it does not, the answer must be `None`.
     fn kernel_reports_exits() -> bool {
-        crate::nspawn::probe::kernel() >= (6, 15)
+        crate::sys::kernel::version() >= (6, 15)
     }
 
     #[expect(clippy::disallowed_methods, reason = "a process to ask about")]

@@ -3,24 +3,25 @@
 //! uses parts of it at the container's exit.
 
 use std::io;
-use std::path::Path;
 use std::time::Duration;
 
-use super::process::{ProcessHandle, children, first_child};
-use super::resource::{Context, release_all};
-use super::task_dir::{LaunchSpec, Running, TaskDir};
-use crate::cgroup::{Group, Layout, freezer};
-use crate::container::Process;
-use crate::nspawn::probe;
+use crate::cgroup::{Group, Layout};
+use crate::lease::{Context, release_all};
 use crate::signal::Signal;
+use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
+use crate::sys::kernel;
+use crate::sys::process::ProcessHandle;
 
-/// How long killed processes may take to exit.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+mod kill;
+pub mod orphans;
+
+use kill::kill_with_descendants;
+pub use kill::{kill, kill_descendants, kill_group};
 
 /// Kills every process that belongs to the start in this task directory and releases what it held on the host. The directory
 /// itself stays. The error names what is left.
 pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
-    let boot = probe::boot_id()?;
+    let boot = kernel::boot_id()?;
     let running = task_dir.running().ok();
     // After a reboot the same pids may belong to any process, even with the same start time.
     if let Some(running) = running
@@ -72,17 +73,6 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
     release(task_dir, &launch_spec, running.as_ref())
 }
 
-/// Kills every process of a cgroup, and removes the cgroup if `remove` is set.
-pub(super) fn kill_group(group: &Path, remove: bool) -> io::Result<()> {
-    let group = Group::new(group);
-    group.kill();
-    if !group.wait_empty(KILL_TIMEOUT) {
-        let text = format!("processes {:?} do not die", group.processes());
-        return Err(io::Error::new(io::ErrorKind::TimedOut, text));
-    }
-    if remove { group.remove() } else { Ok(()) }
-}
-
 /// Releases what the host holds for a container whose processes are gone. A resource that can't be released does not keep the
 /// others from being released; the error names all of those and has the kind of the first one.
 pub fn release(
@@ -91,10 +81,13 @@ pub fn release(
     running: Option<&Running>,
 ) -> io::Result<()> {
     let context = Context {
-        task_dir,
+        task_dir: task_dir.path(),
+        skeleton: &task_dir.skeleton(),
+        ordered_at: task_dir.ordered_at()?,
         machine: &launch_spec.machine,
-        running,
-        same_boot: probe::boot_id().is_ok_and(|boot| boot == launch_spec.boot),
+        first_uid: running.and_then(|running| running.uids),
+        copy: running.and_then(|running| running.copy.as_deref()),
+        same_boot: kernel::boot_id().is_ok_and(|boot| boot == launch_spec.boot),
         by_itself: matches!(task_dir.exit(), Ok(Some(exit)) if exit.error.is_none()),
         killed: !task_dir.has_released(),
     };
@@ -109,66 +102,11 @@ pub fn release(
     Err(io::Error::new(kind, texts.join("; ")))
 }
 
-/// Kills a process and waits until it is gone.
-pub fn kill(process: Process) {
-    if let Ok(handle) = ProcessHandle::open_checked(process) {
-        let _ = handle.signal(Signal::KILL);
-        freezer::release(process.pid);
-        handle.wait(KILL_TIMEOUT);
-    }
-}
-
-/// Kills a process and its descendants. They are listed before anything is killed, so one that loses its parent meanwhile is not
-/// missed.
-fn kill_with_descendants(process: Process) {
-    let Ok(first) = ProcessHandle::open_checked(process) else {
-        return;
-    };
-    let handle: Vec<_> = descendants(process.pid)
-        .into_iter()
-        .skip(1)
-        .filter_map(|pid| ProcessHandle::open(pid).ok())
-        .collect();
-    for one in std::iter::once(&first).chain(&handle) {
-        let _ = one.signal(Signal::KILL);
-    }
-    for one in std::iter::once(&first).chain(&handle) {
-        one.wait(KILL_TIMEOUT);
-    }
-}
-
-/// Kills the descendants of a process, for hosts without cgroups. Orphaned descendants become its children, because the process
-/// is a subreaper; so this repeats until there are none.
-pub fn kill_descendants(of: i32, mut reap: impl FnMut()) {
-    for _ in 0..1000 {
-        let Some(child) = first_child(of) else { return };
-        for pid in descendants(child) {
-            if let Ok(handle) = ProcessHandle::open(pid) {
-                let _ = handle.signal(Signal::KILL);
-            }
-        }
-        if let Ok(handle) = ProcessHandle::open(child) {
-            handle.wait(KILL_TIMEOUT);
-        }
-        reap();
-    }
-}
-
-pub(super) fn descendants(of: i32) -> Vec<i32> {
-    let mut found = vec![of];
-    let mut next = 0;
-    while let Some(pid) = found.get(next) {
-        found.extend(children(*pid));
-        next += 1;
-    }
-    found
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::resource::{Cgroup, Resource};
-    use super::super::task_dir::tests::an_order;
     use super::*;
+    use crate::lease::{Cgroup, Resource};
+    use crate::state::task_dir::tests::an_order;
     use std::collections::BTreeMap;
     use std::fs;
 

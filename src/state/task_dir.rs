@@ -13,6 +13,7 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::SystemTime;
 
 use nix::fcntl::OFlag;
 use serde::de::DeserializeOwned;
@@ -20,8 +21,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::launch_spec_record::LaunchSpecRecord;
-use super::resource::Resource;
 use crate::container::{Cause, Exit, Mode, Process, Started};
+use crate::lease::Resource;
 
 /// The driver never writes a larger file, so a larger one is not the driver's.
 const MAX_RECORD_BYTES: u64 = 64 * 1024 * 1024;
@@ -149,6 +150,12 @@ pub struct Refusal {
     pub cause: Cause,
     /// The reason as text.
     pub reason: String,
+}
+
+impl AsRef<Path> for TaskDir {
+    fn as_ref(&self) -> &Path {
+        &self.0
+    }
 }
 
 impl TaskDir {
@@ -304,6 +311,11 @@ impl TaskDir {
             self.write("init", &serde_json::to_vec(init)?)?;
         }
         self.write("order", &encode(launch_spec)?)
+    }
+
+    /// When the launch spec was written.
+    pub fn ordered_at(&self) -> io::Result<SystemTime> {
+        fs::symlink_metadata(self.0.join("order"))?.modified()
     }
 
     /// The launch spec.
@@ -558,4 +570,4 @@ fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Er
 
 #[cfg(test)]
 #[path = "task_dir_tests.rs"]
-pub(super) mod tests;
+pub(crate) mod tests;

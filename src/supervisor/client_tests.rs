@@ -15,7 +15,7 @@ impl Sleeper {
 
     fn process(&self) -> Process {
         let pid = i32::try_from(self.0.id()).unwrap();
-        process::ProcessHandle::open(pid).unwrap().process()
+        ProcessHandle::open(pid).unwrap().process()
     }
 }
 
@@ -65,7 +65,7 @@ impl Odd {
             id: "a/t/1".into(),
             machine: "t-a".into(),
             state: task_dir.path().to_owned(),
-            boot: crate::nspawn::probe::boot_id().unwrap(),
+            boot: crate::sys::kernel::boot_id().unwrap(),
             supervisor: Process { pid: 0, start: 0 },
             leader: leader.process(),
             mode: crate::container::Mode::Plain,
@@ -73,7 +73,7 @@ impl Odd {
             started_at: SystemTime::UNIX_EPOCH,
             notes: Vec::new(),
         };
-        let running = task_dir::Running {
+        let running = crate::state::task_dir::Running {
             started: started.clone(),
             nspawn: leader.process(),
             copy: None,
@@ -127,7 +127,7 @@ async fn news_that_are_not_known_are_passed_over() {
         .await
         .unwrap();
     assert_eq!(pending.await.unwrap(), Err("no".to_owned()));
-    assert!(process::is_alive(odd.leader.process()));
+    assert!(crate::sys::process::is_alive(odd.leader.process()));
 }
 
 #[rstest::rstest]

@@ -10,8 +10,8 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-use super::super::init_channel::InitChannel;
-use super::super::task_dir::{Pid1, TaskDir};
+use crate::state::task_dir::{Pid1, TaskDir};
+use crate::supervisor::init_channel::InitChannel;
 
 /// Starts the exec shim.
 #[expect(

@@ -1,0 +1,398 @@
+//! The plugin's client of one supervisor: launches it, reconnects to it, sends requests and waits for the exit. Runs in the plugin. Does
+//! not decide what a launch spec contains; `backend` does.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::process::Command;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::task::TaskTracker;
+
+use super::protocol::{self, Action, Event, IncomingEvent, Request, StartFailure, StartStep};
+use crate::blocking;
+use crate::cleanup;
+use crate::container::{Cause, Exit, Process, Started, UNKNOWN_END};
+use crate::signal::Signal;
+use crate::state::TaskDir;
+use crate::sys::process::ProcessHandle;
+
+/// State of a supervised container, as far as the plugin knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Status {
+    /// It is not up yet.
+    Starting,
+    /// It is up.
+    Up(Arc<Started>),
+    /// It did not come up.
+    Failed(Arc<StartFailure>),
+    /// It has exited.
+    Ended(Arc<Exit>),
+}
+
+/// The plugin's client of one supervisor. Clones share the same connection.
+#[derive(Debug, Clone)]
+pub struct SupervisorClient {
+    status: watch::Receiver<Status>,
+    /// Turns true when the supervisor has released everything and has exited.
+    exited: watch::Receiver<bool>,
+    requests: mpsc::Sender<PendingRequest>,
+}
+
+type PendingRequest = (Action, oneshot::Sender<Result<(), String>>);
+
+/// Launches a supervisor (this same program, `binary`) for the launch spec in `task_dir`, and follows it. `program` becomes PID 1
+/// of the container if the driver's init is used, see [`super::init_channel::init_binary`]. Blocks, but must be called within a tokio
+/// runtime.
+#[expect(clippy::disallowed_methods, reason = "a supervisor is a process")]
+pub fn launch(
+    binary: &Path,
+    task_dir: &TaskDir,
+    program: OwnedFd,
+    tracker: &TaskTracker,
+) -> io::Result<SupervisorClient> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let stream = UnixStream::from_std(ours)?;
+    let log = task_dir.open_log()?;
+    // The supervisor inherits the lock with the descriptor: see `TaskDir::has_supervisor`.
+    lock_with_retry(&log)?;
+    let mut command = Command::new(binary);
+    command
+        .arg0("nomad-driver-nspawn")
+        .arg("supervise")
+        .arg(task_dir.path())
+        .env_clear();
+    // Never the plugin's own stdout and stderr: the agent considers a plugin alive as long as any process holds them open.
+    command
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(program)
+        .stderr(log);
+    let mut child = command.spawn()?;
+    // `command` still holds the supervisor's end of the connection. Only the supervisor may hold it: the connection closes when the
+    // supervisor exits.
+    drop(command);
+    let reaped = async move { drop(child.wait().await) };
+    Ok(follow(stream, task_dir.clone(), false, reaped, tracker))
+}
+
+/// How long a start waits for processes that are checking whether the task already has a supervisor.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Only a check whether the lock is held can hold this lock itself, and only for a moment.
+fn lock_with_retry(log: &File) -> io::Result<()> {
+    let end = Instant::now() + LOCK_TIMEOUT;
+    loop {
+        match log.try_lock() {
+            Err(TryLockError::WouldBlock) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// Reconnects to the supervisor of `started`, or returns the exit it has recorded. `None` if there is neither.
+pub async fn attach(
+    task_dir: &TaskDir,
+    started: &Started,
+    tracker: &TaskTracker,
+) -> io::Result<Option<SupervisorClient>> {
+    match UnixStream::connect(task_dir.control_socket()).await {
+        Ok(stream) => {
+            let reaped = wait_for_exit(started.supervisor);
+            Ok(Some(follow(
+                stream,
+                task_dir.clone(),
+                true,
+                reaped,
+                tracker,
+            )))
+        }
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound
+                    | io::ErrorKind::ConnectionRefused
+                    | io::ErrorKind::ConnectionReset
+            ) =>
+        {
+            let owned = task_dir.clone();
+            let exit = blocking::run(move || owned.exit()).await.map_err(|error| {
+                let text = format!(
+                    "nobody listens there, and the record of its end can't be read: {error}"
+                );
+                io::Error::new(error.kind(), text)
+            })?;
+            Ok(exit.map(SupervisorClient::ended))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Asks the supervisor of this task directory to kill the container. No supervisor is not an error.
+pub async fn request_kill(task_dir: &TaskDir) {
+    if let Ok(mut stream) = UnixStream::connect(task_dir.control_socket()).await {
+        let request = Request {
+            request: 0,
+            verb: Action::Kill,
+        };
+        // A supervisor that is exiting does not need the request any more.
+        let _ = stream.write_all(&protocol::encode(&request)).await;
+    }
+}
+
+impl SupervisorClient {
+    /// A client of a container that has exited, without a supervisor to send requests to.
+    fn ended(exit: Exit) -> Self {
+        let (requests, _) = mpsc::channel(1);
+        let (_, status) = watch::channel(Status::Ended(Arc::new(exit)));
+        let (_, exited) = watch::channel(true);
+        Self {
+            status,
+            exited,
+            requests,
+        }
+    }
+
+    /// The current state.
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// Waits until the start has succeeded or failed.
+    pub async fn start_outcome(&self) -> Status {
+        let mut status = self.status.clone();
+        let outcome = status.wait_for(|status| *status != Status::Starting).await;
+        outcome.map_or_else(|_| self.status(), |status| status.clone())
+    }
+
+    /// Waits for the exit; `None` if the container never came up.
+    pub async fn end(&self) -> Option<Exit> {
+        let mut status = self.status.clone();
+        let _ = status
+            .wait_for(|status| matches!(status, Status::Failed(_) | Status::Ended(_)))
+            .await;
+        match self.status() {
+            Status::Ended(exit) => Some((*exit).clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits until the supervisor has released everything and has exited.
+    pub async fn wait_until_gone(&self) {
+        let mut exited = self.exited.clone();
+        let _ = exited.wait_for(|exited| *exited).await;
+    }
+
+    /// Sends a request to the supervisor and waits for the answer. If the supervisor is gone, nothing is left to do.
+    pub async fn request(&self, verb: Action) -> Result<(), String> {
+        let (answer, answered) = oneshot::channel();
+        if self.requests.send((verb, answer)).await.is_err() {
+            return Ok(());
+        }
+        answered.await.unwrap_or(Ok(()))
+    }
+}
+
+/// Reads events from the control socket until the connection closes, and then waits until the supervisor process has exited
+/// (`wait_for_exit`).
+fn follow(
+    stream: UnixStream,
+    task_dir: TaskDir,
+    known: bool,
+    wait_for_exit: impl Future<Output = ()> + Send + 'static,
+    tracker: &TaskTracker,
+) -> SupervisorClient {
+    let (requests_sender, requests) = mpsc::channel(8);
+    let (status, status_seen) = watch::channel(Status::Starting);
+    let (exited, exited_seen) = watch::channel(false);
+    let connection = Connection {
+        stream,
+        task_dir,
+        known,
+        status,
+    };
+    tracker.spawn(async move {
+        connection.follow(requests).await;
+        wait_for_exit.await;
+        exited.send_replace(true);
+    });
+    SupervisorClient {
+        status: status_seen,
+        exited: exited_seen,
+        requests: requests_sender,
+    }
+}
+
+/// How the connection to the supervisor was lost.
+#[derive(Debug, Clone, Copy)]
+enum Disconnect {
+    Ended,
+    Garbled,
+}
+
+impl Disconnect {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ended => "its supervisor was killed",
+            Self::Garbled => "its supervisor talked nonsense",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    task_dir: TaskDir,
+    /// Whether Nomad already holds a handle of the container, because this plugin did not start it but recovered it.
+    known: bool,
+    status: watch::Sender<Status>,
+}
+
+impl Connection {
+    async fn follow(mut self, mut requests: mpsc::Receiver<PendingRequest>) {
+        let mut received = Vec::new();
+        let mut pending: Vec<(u64, oneshot::Sender<Result<(), String>>)> = Vec::new();
+        let mut number = 0;
+        let why = 'line: loop {
+            tokio::select! {
+                read = self.stream.read_buf(&mut received) => match read {
+                    Ok(0) | Err(_) => break Disconnect::Ended,
+                    Ok(_) => while let Some(incoming) = protocol::decode_next(&mut received) {
+                        match incoming {
+                            Ok(IncomingEvent::Known(event)) => self.handle_event(event, &mut pending),
+                            Ok(IncomingEvent::Unknown(_)) => {}
+                            Err(_) => break 'line Disconnect::Garbled,
+                        }
+                        if received.is_empty() {
+                            // Free the buffer: what a start needed is not kept for as long as the task runs.
+                            received = Vec::new();
+                        }
+                    },
+                },
+                Some((verb, answer)) = requests.recv() => {
+                    number += 1;
+                    pending.push((number, answer));
+                    if self.stream.write_all(&protocol::encode(&Request { request: number, verb })).await.is_err() {
+                        break Disconnect::Ended;
+                    }
+                }
+            }
+        };
+        self.on_disconnect(why).await;
+    }
+
+    fn handle_event(
+        &mut self,
+        event: Event,
+        pending: &mut Vec<(u64, oneshot::Sender<Result<(), String>>)>,
+    ) {
+        match event {
+            Event::Started(started) => self.set(Status::Up(Arc::new(started))),
+            Event::Failed(failure) => self.set(Status::Failed(Arc::new(failure))),
+            Event::Exited(exit) => self.set(Status::Ended(Arc::new(exit))),
+            Event::Done { request, error } => {
+                if let Some(index) = pending.iter().position(|(number, _)| *number == request) {
+                    let _ = pending.swap_remove(index).1.send(error.map_or(Ok(()), Err));
+                }
+            }
+        }
+    }
+
+    /// The first final state is kept.
+    fn set(&self, new: Status) {
+        self.status.send_if_modified(|status| {
+            let open = matches!(status, Status::Starting | Status::Up(_));
+            if open {
+                *status = new;
+            }
+            open
+        });
+    }
+
+    /// The supervisor is gone or its connection is unusable. If it recorded no exit, the exit can't be learned any more: the
+    /// container is killed, so that it does not run unsupervised beside its replacement.
+    async fn on_disconnect(&self, why: Disconnect) {
+        let status = self.status.borrow().clone();
+        let was_up = match status {
+            Status::Ended(_) | Status::Failed(_) => return,
+            Status::Up(_) => true,
+            Status::Starting => self.known,
+        };
+        let task_dir = self.task_dir.clone();
+        if let Ok(Some(exit)) = blocking::run(move || task_dir.exit()).await {
+            return self.set(Status::Ended(Arc::new(exit)));
+        }
+        let task_dir = self.task_dir.clone();
+        let ended = tokio::task::spawn_blocking(move || cleanup::kill_and_release(&task_dir)).await;
+        let why = why.as_str();
+        let reason = match ended {
+            Ok(Ok(())) if !was_up => format!("{why} before the container was up"),
+            Ok(Ok(())) => {
+                format!("{UNKNOWN_END}: {why}, so the container was ended")
+            }
+            Ok(Err(error)) => {
+                format!("{UNKNOWN_END}: {why} and the container could not be ended: {error}")
+            }
+            Err(error) => {
+                format!("{UNKNOWN_END}: {why} and ending the container failed: {error}")
+            }
+        };
+        if !was_up {
+            let failure = StartFailure::new(StartStep::Watch, Cause::Unknown, reason);
+            return self.set(Status::Failed(Arc::new(failure)));
+        }
+        let code = 128 + Signal::KILL.number();
+        let error = Some(reason);
+        let exit = Exit {
+            code,
+            signal: Signal::KILL.number(),
+            oom_killed: false,
+            error,
+            ended_at: SystemTime::now(),
+        };
+        let (task_dir, kept) = (self.task_dir.clone(), exit.clone());
+        let _ = blocking::run(move || task_dir.write_exit(&kept)).await;
+        self.set(Status::Ended(Arc::new(exit)));
+    }
+}
+
+/// Waits until a supervisor that is not a child of this process has exited. Uses no thread: a thousand may exit at once.
+async fn wait_for_exit(supervisor: Process) {
+    let Ok(handle) = ProcessHandle::open_checked(supervisor) else {
+        return;
+    };
+    // The pidfd is not a pipe, and nothing is read from it: this is tokio's only safe way to await a descriptor that tokio did not
+    // open.
+    let Ok(handle) = pipe::Receiver::from_owned_fd_unchecked(handle.into()) else {
+        return;
+    };
+    let _ = tokio::time::timeout(REQUEST_TIMEOUT, handle.readable()).await;
+}
+
+/// Sends SIGCONT in case the supervisor was stopped, because no other process carries out its requests. Harmless if it is running.
+pub fn sigcont(supervisor: Process) {
+    if let Ok(handle) = ProcessHandle::open_checked(supervisor) {
+        let _ = handle.signal(Signal::CONT);
+    }
+}
+
+/// Kills a supervisor that does not answer. Its container is killed as a consequence, see [`SupervisorClient`].
+pub async fn kill_supervisor(supervisor: Process) {
+    let _ = tokio::task::spawn_blocking(move || cleanup::kill(supervisor)).await;
+}
+
+/// How long a supervisor may take to carry out a kill.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+#[cfg(test)]
+#[path = "client_tests.rs"]
+mod tests;
