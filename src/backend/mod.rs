@@ -11,10 +11,8 @@ use async_trait::async_trait;
 use crate::container::{ContainerSpec, Exit, Probe, Started, Usage};
 use crate::signal::Signal;
 
-mod acquire;
 pub mod error;
 pub mod nspawn;
-mod reconcile;
 
 pub use error::{BackendError, chain};
 pub use nspawn::NspawnBackend;

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use super::nspawn::NspawnBackend;
-use super::{BackendError, chain};
+use super::NspawnBackend;
+use crate::backend::{BackendError, chain};
 use crate::cleanup::orphans::{self, Scan, SupervisorProcess};
 use crate::state::lock::TryLock;
 use crate::state::owner::{self, Owner};
@@ -127,7 +127,7 @@ impl NspawnBackend {
 
     /// Whether this path has not been logged before.
     fn is_new(&self, path: &Path) -> bool {
-        let mut named = self.named.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut named = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
         named.insert(path.to_owned())
     }
 

@@ -1,0 +1,181 @@
+//! The one real backend: runs a supervisor and systemd-nspawn for every container. Keeps nothing that can't be rebuilt from the state
+//! directory. Runs in the plugin. One file for each operation.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio_util::task::TaskTracker;
+
+use super::{BackendError, ContainerBackend, chain};
+use crate::blocking;
+use crate::cgroup::{Group, Layout};
+use crate::container::{ContainerSpec, Exit, Probe, Started, Usage};
+use crate::nspawn::probe;
+use crate::nspawn::version::Feature;
+use crate::signal::Signal;
+use crate::state::{TaskDir, state_dir};
+use crate::sys::kernel;
+
+mod acquire;
+mod attach;
+mod installed;
+mod prepare;
+mod reconcile;
+mod registry;
+mod remove;
+mod start;
+mod stop;
+
+use installed::Installed;
+use registry::Registry;
+
+/// What an operator may configure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// The state directory, for the task directories.
+    pub state_dir: PathBuf,
+    /// The systemd-nspawn to use; `None` searches `search`.
+    pub nspawn: Option<PathBuf>,
+    /// The value of `PATH`.
+    pub search: OsString,
+    /// The driver's own binary, which every supervisor runs too.
+    pub binary: PathBuf,
+}
+
+/// Runs containers with systemd-nspawn.
+#[derive(Debug)]
+pub struct NspawnBackend {
+    settings: Arc<Settings>,
+    kernel: (u32, u32),
+    registry: Registry,
+    installed: Installed,
+    /// Paths in the state directory that were left alone and have been logged.
+    logged: Mutex<BTreeSet<PathBuf>>,
+    /// Allows one probe of the host at a time, so that probes that hang hold one thread, and not one thread each.
+    probing: Arc<tokio::sync::Mutex<()>>,
+    /// The binary of the container init: one for all containers, made when the first of them starts.
+    first: Arc<OnceLock<OwnedFd>>,
+    tracker: TaskTracker,
+}
+
+impl NspawnBackend {
+    /// A backend with these settings. Touches nothing yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings: Arc::new(settings),
+            kernel: kernel::version(),
+            registry: Registry::default(),
+            installed: Installed::default(),
+            logged: Mutex::default(),
+            probing: Arc::default(),
+            first: Arc::default(),
+            tracker: TaskTracker::new(),
+        }
+    }
+
+    fn task_dir(&self, id: &str) -> TaskDir {
+        TaskDir::for_task(&self.settings.state_dir, id)
+    }
+}
+
+#[async_trait]
+impl ContainerBackend for NspawnBackend {
+    async fn probe(&self) -> Probe {
+        let installed = self.installed.get(&self.settings).await;
+        let turn = Arc::clone(&self.probing).lock_owned().await;
+        let (settings, kernel) = (Arc::clone(&self.settings), self.kernel);
+        blocking::run(move || {
+            let _turn = turn;
+            Probe {
+                idmapped_mounts: installed
+                    .as_ref()
+                    .is_ok_and(|(_, version)| Feature::MappedBinds.is_in(*version))
+                    && kernel >= (5, 12),
+                nspawn: installed
+                    .map(|(_, version)| version)
+                    .map_err(|error| error.reason),
+                root: nix::unistd::geteuid().is_root(),
+                cgroup: Layout::of_this_host().kind,
+                user_namespaces: kernel::has_user_namespaces(),
+                machined: probe::has_machined(),
+                state_dir: state_dir::check(&settings.state_dir).map_err(|error| chain(&error)),
+            }
+        })
+        .await
+    }
+
+    async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
+        self.remove_earlier(&spec).await?;
+        let (machine, task_dir) = (spec.machine.clone(), self.task_dir(&spec.id));
+        let started = self.start_new(spec).await;
+        if started.is_err()
+            && let Err(error) = self.remove_start(&task_dir).await
+        {
+            tracing::error!(machine, %error, "a failed start could not be cleared");
+        }
+        started
+    }
+
+    async fn attach(&self, started: &Started) -> Result<Started, BackendError> {
+        self.find(started).await
+    }
+
+    async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
+        self.wait_for_exit(started).await
+    }
+
+    async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
+        self.send_signal(started, signal).await
+    }
+
+    async fn stop(
+        &self,
+        started: &Started,
+        signal: Option<Signal>,
+        grace: Duration,
+    ) -> Result<(), BackendError> {
+        self.stop_container(started, signal, grace).await
+    }
+
+    async fn remove(&self, id: &str) -> Result<(), BackendError> {
+        self.remove_start(&self.task_dir(id)).await
+    }
+
+    async fn usage(&self, started: &Started) -> Result<Usage, BackendError> {
+        let Some(path) = started.cgroup.clone() else {
+            return Ok(Usage::default());
+        };
+        let usage = tokio::task::spawn_blocking(move || Group::new(path).usage()).await;
+        usage.map_err(|error| BackendError::Stuck {
+            machine: started.machine.clone(),
+            reason: error.to_string(),
+        })
+    }
+
+    async fn reconcile(&self, alloc_roots: &BTreeSet<PathBuf>) {
+        self.reconcile_state_dir(&self.settings.state_dir, alloc_roots)
+            .await;
+    }
+}
+
+/// The id of the current boot.
+fn boot_id() -> Result<String, BackendError> {
+    kernel::boot_id().map_err(|source| {
+        let file = Path::new("/proc/sys/kernel/random/boot_id");
+        io_error("reading", file, source)
+    })
+}
+
+fn io_error(step: &'static str, path: &Path, source: io::Error) -> BackendError {
+    BackendError::Io {
+        step,
+        path: path.to_owned(),
+        source,
+    }
+}

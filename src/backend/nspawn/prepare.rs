@@ -1,0 +1,147 @@
+//! Works out a start completely before anything is started: the command line, the mount points that the root lacks, the cgroup, the
+//! resources, and what the user should know. The result is the launch spec on disk, so that a failed start has one undo step.
+
+use std::fs;
+use std::path::PathBuf;
+
+use super::{acquire, boot_id, io_error};
+use crate::backend::BackendError;
+use crate::cgroup::{CgroupPath, Layout};
+use crate::container::{ContainerSpec, Mount, Network, Root};
+use crate::failpoint::{self, Failpoint};
+use crate::lease::Resource;
+use crate::nspawn::argv::{self, CommandLine, Target};
+use crate::nspawn::ports::{self, Addresses};
+use crate::nspawn::version;
+use crate::nspawn::{idmap, ownership, skeleton};
+use crate::state::{LaunchSpec, Pid1, TaskDir};
+
+/// The versions that decide what is possible.
+#[derive(Debug, Clone)]
+pub(super) struct Host {
+    /// Path of systemd-nspawn.
+    pub(super) program: PathBuf,
+    /// Its version.
+    pub(super) version: u32,
+    /// The version of the kernel.
+    pub(super) kernel: (u32, u32),
+}
+
+/// Prepares the start in this task directory and writes its launch spec.
+pub(super) fn prepare(
+    spec: &ContainerSpec,
+    task_dir: &TaskDir,
+    host: Host,
+) -> Result<(), BackendError> {
+    let layout = Layout::of_this_host();
+    if let Some(reason) = version::unusable(host.version, layout.kind) {
+        return Err(unsupported(spec, reason));
+    }
+    let (root, mounts) = root(spec, task_dir)?;
+    let cgroup = cgroup(spec, task_dir, &layout);
+    let mut notes = port_notes(spec)?;
+    let mut line = command_line(spec, &root, mounts, &host, &layout, &mut notes)?;
+    line.environment.insert(
+        "NOTIFY_SOCKET".to_owned(),
+        task_dir.notify_socket().to_string_lossy().into_owned(),
+    );
+    notes.extend(ownership::notes(spec, host.version, host.kernel));
+    if cgroup.is_none() {
+        notes.push(NO_CGROUPS.to_owned());
+    }
+    let resources = acquire::resources(spec, cgroup, &root);
+    let launch_spec = launch_spec(spec, host.program, &mut line, resources, notes)?;
+    failpoint::hit(task_dir, Failpoint::BeforeOrder);
+    task_dir
+        .write_launch_spec(&launch_spec, &line.environment, line.init.as_ref())
+        .map_err(|source| io_error("writing the order in", task_dir.path(), source))
+}
+
+const NO_CGROUPS: &str =
+    "this host has no control groups that the driver can use: there are no statistics of this task";
+
+/// The command line of systemd-nspawn. Adds to `notes` what is lost because a bind mount can't be mapped.
+fn command_line(
+    spec: &ContainerSpec,
+    root: &Root,
+    mut mounts: Vec<Mount>,
+    host: &Host,
+    layout: &Layout,
+    notes: &mut Vec<String>,
+) -> Result<CommandLine, BackendError> {
+    mounts.extend(spec.mounts.iter().cloned());
+    let (binds, unmapped) = idmap::binds(mounts, &spec.users, host.version, host.kernel);
+    notes.extend(unmapped);
+    let target = Target {
+        version: host.version,
+        cgroup: layout.kind,
+    };
+    argv::command_line(spec, root, &binds, target)
+        .map_err(|error| unsupported(spec, error.to_string()))
+}
+
+fn launch_spec(
+    spec: &ContainerSpec,
+    program: PathBuf,
+    line: &mut CommandLine,
+    resources: Vec<Resource>,
+    notes: Vec<String>,
+) -> Result<LaunchSpec, BackendError> {
+    Ok(LaunchSpec {
+        id: spec.id.clone(),
+        alloc_dir: Some(spec.alloc_dir.clone()),
+        machine: spec.machine.clone(),
+        mode: spec.mode,
+        boot: boot_id()?,
+        program,
+        arguments: std::mem::take(&mut line.arguments),
+        first: line.init.as_ref().map_or(Pid1::Image, |init| Pid1::Driver {
+            streams: init.streams,
+        }),
+        stdout: spec.stdout.clone(),
+        stderr: spec.stderr.clone(),
+        network_namespace: match &spec.network {
+            Network::Join(path) => Some(path.clone()),
+            _ => None,
+        },
+        resources,
+        notes,
+    })
+}
+
+/// Only root can create cgroups; without them the supervisor identifies the container's processes by their parents.
+fn cgroup(spec: &ContainerSpec, task_dir: &TaskDir, layout: &Layout) -> Option<CgroupPath> {
+    let leaf = task_dir.path().file_name()?.to_str()?;
+    layout
+        .path_for(spec.cgroup.as_deref(), leaf)
+        .filter(|_| nix::unistd::geteuid().is_root())
+}
+
+fn root(spec: &ContainerSpec, task_dir: &TaskDir) -> Result<(Root, Vec<Mount>), BackendError> {
+    let missing = skeleton::missing_mount_points(spec);
+    let Root::Directory(image) = &spec.root else {
+        return Ok((spec.root.clone(), Vec::new()));
+    };
+    if missing.is_empty() {
+        return Ok((spec.root.clone(), Vec::new()));
+    }
+    let skeleton = task_dir.skeleton();
+    let made = fs::create_dir(&skeleton)
+        .and_then(|()| skeleton::build(image, &skeleton, &missing, spec.volatile));
+    let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
+    Ok((Root::Directory(skeleton), binds))
+}
+
+/// What the user should know about the ports of a container. A port that would be reachable on more addresses than it was
+/// allocated on is refused.
+fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
+    let Network::Private { ports, .. } = &spec.network else {
+        return Ok(Vec::new());
+    };
+    ports::check(ports, &Addresses::of_this_host()).map_err(|reason| unsupported(spec, reason))
+}
+
+fn unsupported(spec: &ContainerSpec, reason: String) -> BackendError {
+    let machine = spec.machine.clone();
+    BackendError::Unsupported { machine, reason }
+}
