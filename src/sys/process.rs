@@ -240,8 +240,8 @@ mod tests {
     #[expect(clippy::disallowed_methods, reason = "processes to look for")]
     #[test]
     fn a_child_is_found_by_its_own_pid_and_never_another_one() {
-        let script = "sleep 600 & echo $!; sleep 600 & second=$!; echo $second; \
-            read line; kill $second; wait $second; echo gone; read line; kill %1";
+        let script = "sleep 600 & first=$!; echo $first; sleep 600 & second=$!; echo $second; \
+            read line; kill $second; wait $second; echo gone; read line; kill $first";
         let mut shell = Command::new("sh")
             .args(["-c", script])
             .stdin(std::process::Stdio::piped())
