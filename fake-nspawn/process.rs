@@ -71,38 +71,37 @@ pub(crate) fn signal_name(number: i32) -> String {
     }
 }
 
-/// Parent and session of a process.
-fn relations(pid: i32) -> Option<(i32, i32)> {
+/// The session of a process that has not ended.
+fn session(pid: i32) -> Option<i32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may contain anything; only numbers follow the last parenthesis.
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     if fields.next() == Some("Z") {
         return None;
     }
-    let parent = fields.next()?.parse().ok()?;
-    let session = fields.nth(1)?.parse().ok()?;
-    Some((parent, session))
+    // The parent and the process group come first.
+    fields.nth(2)?.parse().ok()
 }
 
-fn living() -> Vec<(i32, i32, i32)> {
+/// All processes, with their sessions.
+fn living() -> Vec<(i32, i32)> {
     let Ok(entries) = fs::read_dir("/proc") else {
         return Vec::new();
     };
     entries
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter_map(|pid| relations(pid).map(|(parent, session)| (pid, parent, session)))
+        .filter_map(|pid| session(pid).map(|session| (pid, session)))
         .collect()
 }
 
-/// All running descendants of this process.
+/// All running descendants of this process. Only the kernel's lists of children are read: all of `/proc` is long on a busy host.
 fn descendants() -> HashSet<i32> {
-    let all = living();
     let mut found = HashSet::new();
     let mut parents = vec![Pid::this().as_raw()];
     while let Some(parent) = parents.pop() {
-        for (pid, _, _) in all.iter().filter(|(_, of, _)| *of == parent) {
-            if found.insert(*pid) {
-                parents.push(*pid);
+        for pid in children(parent) {
+            if session(pid).is_some() && found.insert(pid) {
+                parents.push(pid);
             }
         }
     }
@@ -149,12 +148,12 @@ pub(crate) fn kill_members(session: i32, identity: &str) {
         let me = Pid::this().as_raw();
         let members: Vec<_> = living()
             .into_iter()
-            .filter(|(pid, _, of)| *pid != me && belongs(*pid, *of))
+            .filter(|(pid, of)| *pid != me && belongs(*pid, *of))
             .collect();
         if members.is_empty() {
             return;
         }
-        for (pid, _, _) in members {
+        for (pid, _) in members {
             send(pid, 9);
         }
         std::thread::yield_now();
@@ -168,11 +167,18 @@ fn carries(pid: i32, mark: &str) -> bool {
         .any(|entry| entry == mark.as_bytes())
 }
 
-/// The children of a process, oldest first.
+/// The children of a process, those of its first thread first.
 pub(crate) fn children(pid: i32) -> Vec<i32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace()
-        .filter_map(|word| word.parse().ok())
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    threads
+        .filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("children")).ok())
+        .flat_map(|text| {
+            text.split_whitespace()
+                .filter_map(|word| word.parse().ok())
+                .collect::<Vec<_>>()
+        })
         .collect()
 }
 
