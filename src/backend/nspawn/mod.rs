@@ -151,11 +151,7 @@ impl ContainerBackend for NspawnBackend {
         let Some(path) = started.cgroup.clone() else {
             return Ok(Usage::default());
         };
-        let usage = tokio::task::spawn_blocking(move || Group::new(path).usage()).await;
-        usage.map_err(|error| BackendError::Stuck {
-            machine: started.machine.clone(),
-            reason: error.to_string(),
-        })
+        Ok(blocking::run_statistics(move || Group::new(path).usage()).await)
     }
 
     async fn reconcile(&self, alloc_roots: &BTreeSet<PathBuf>) {
