@@ -99,7 +99,7 @@ impl DriverService for Driver {
                 driver.destroy_unclaimed(&id).await;
             }
         });
-        answer(outcome.await.unwrap_or(Err(CallError::Panicked)))
+        answer(or_pending(outcome.await.unwrap_or(Err(CallError::Panicked))).await)
     }
 
     async fn recover_task(
@@ -348,10 +348,18 @@ impl Driver {
         &self,
         call: impl Future<Output = Result<T, CallError>> + Send + 'static,
     ) -> Result<T, CallError> {
-        self.calls
-            .spawn(call)
-            .await
-            .unwrap_or(Err(CallError::Panicked))
+        let result = self.calls.spawn(call).await;
+        or_pending(result.unwrap_or(Err(CallError::Panicked))).await
+    }
+}
+
+/// The result of a call, unless the shutdown of this process interrupted it: then no response is sent. Nomad would take any
+/// error for the failure of the task; when the connection closes and this process has exited, it starts a new plugin, recovers
+/// its tasks and repeats an interrupted StartTask with the same id.
+async fn or_pending<T>(result: Result<T, CallError>) -> Result<T, CallError> {
+    match result {
+        Err(CallError::Task(TaskError::ShuttingDown)) => std::future::pending().await,
+        result => result,
     }
 }
 

@@ -48,7 +48,9 @@ impl From<CallError> for Status {
             | CallError::Missing(_)
             | CallError::Request(_) => (Code::InvalidArgument, false),
             CallError::Handle(_) => (Code::FailedPrecondition, false),
-            CallError::Closing => (Code::FailedPrecondition, true),
+            CallError::Closing | CallError::Task(TaskError::ShuttingDown) => {
+                (Code::FailedPrecondition, true)
+            }
             CallError::Unsupported(_) => (Code::Unimplemented, false),
             CallError::Panicked
             | CallError::Task(TaskError::Panicked | TaskError::AttachTimeout(_)) => {

@@ -57,6 +57,9 @@ pub enum TaskError {
     /// The container was not found in time on recovery.
     #[error("the container could not be found again within {} s", .0.as_secs())]
     AttachTimeout(Duration),
+    /// This process is shutting down, and ends its actors but no container. Says nothing about the task.
+    #[error("the plugin is shutting down")]
+    ShuttingDown,
     /// A bug in this program; the log has the details.
     #[error("internal error, see the client's log")]
     Panicked,
@@ -146,8 +149,17 @@ impl Task {
     async fn ask(&self, command: impl FnOnce(actor::Reply) -> Command) -> Result<(), TaskError> {
         let (reply, answer) = oneshot::channel();
         let sent = self.mailbox.send(Box::new(command(reply))).await;
-        sent.map_err(|_| TaskError::Unknown)?;
-        answer.await.unwrap_or(Err(TaskError::Unknown))
+        sent.map_err(|_| self.unanswered())?;
+        answer.await.unwrap_or_else(|_| Err(self.unanswered()))
+    }
+
+    /// Why the actor gave no answer. It marks the status as closed before it ends by itself, so otherwise it was dropped in the
+    /// shutdown of this process.
+    fn unanswered(&self) -> TaskError {
+        match self.status.borrow().closed {
+            true => TaskError::Unknown,
+            false => TaskError::ShuttingDown,
+        }
     }
 }
 
@@ -211,12 +223,13 @@ impl Tasks {
             .await
         {
             Err(TaskError::AlreadyKnown(_)) => {
-                let mut status = self.get(&id)?.status;
+                let task = self.get(&id)?;
+                let mut status = task.status.clone();
                 let known = status.wait_for(|status| status.started.is_some()).await;
                 known
                     .ok()
                     .and_then(|status| status.started.clone())
-                    .ok_or(TaskError::Unknown)
+                    .ok_or_else(|| task.unanswered())
             }
             answer => answer,
         }
@@ -244,7 +257,10 @@ impl Tasks {
             // A concurrent call is already removing the same id.
             Err(TaskError::AlreadyKnown(_)) => Ok(()),
             Err(error) => Err(error),
-            Ok(_) => answer.await.unwrap_or(Ok(())),
+            Ok(task) => match answer.await.unwrap_or_else(|_| Err(task.unanswered())) {
+                Err(TaskError::Unknown) => Ok(()),
+                answer => answer,
+            },
         }
     }
 
@@ -263,8 +279,8 @@ impl Tasks {
         origin: impl FnOnce(oneshot::Sender<Result<Arc<Started>, TaskError>>) -> Origin,
     ) -> Result<Arc<Started>, TaskError> {
         let (reply, answer) = oneshot::channel();
-        self.spawn_actor(backend, info, origin(reply))?;
-        answer.await.unwrap_or(Err(TaskError::Unknown))
+        let task = self.spawn_actor(backend, info, origin(reply))?;
+        answer.await.unwrap_or_else(|_| Err(task.unanswered()))
     }
 
     fn spawn_actor(

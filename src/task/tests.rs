@@ -462,3 +462,42 @@ async fn the_end_of_the_process_is_no_end_of_a_task() {
     tasks.close(LIMIT).await;
     assert!(in_time(task.wait()).await.is_none(), "no conclusion");
 }
+
+/// Nomad takes an error of StartTask for the failure of the task, and one of StopTask or RecoverTask for an answer about it.
+#[tokio::test]
+async fn a_call_that_a_shutdown_interrupts_says_nothing_about_the_task() {
+    let (stage, _end) = TestBackend::new(starts());
+    stage.gate.forget_permits(usize::MAX);
+    let tasks = tasks();
+    let begin = |id: &'static str| {
+        let (tasks, stage) = (tasks.clone(), stage.clone());
+        tokio::spawn(async move { tasks.start(stage, info(id), spec(id)).await.map(drop) })
+    };
+    let start = begin(ID);
+    let task = loop {
+        match tasks.get(ID) {
+            Ok(task) => break task,
+            Err(_) => tokio::task::yield_now().await,
+        }
+    };
+    let recover = tokio::spawn({
+        let (tasks, stage) = (tasks.clone(), stage.clone());
+        async move { tasks.recover(stage, info(ID), started(ID)).await.map(drop) }
+    });
+    let stop = tokio::spawn({
+        let task = task.clone();
+        async move { task.stop(None, Duration::ZERO).await }
+    });
+    tokio::task::yield_now().await;
+    tasks.close(LIMIT).await;
+    let late = tokio::spawn(async move { task.signal(Signal::INT).await });
+    let destroy = tokio::spawn({
+        let (tasks, stage) = (tasks.clone(), stage.clone());
+        async move { tasks.destroy(stage, "x/y/z", true).await }
+    });
+    let later = begin("a/u/1");
+    for call in [start, recover, stop, late, destroy, later] {
+        let result = in_time(call).await.unwrap();
+        assert!(matches!(result, Err(TaskError::ShuttingDown)), "{result:?}");
+    }
+}

@@ -210,3 +210,35 @@ async fn a_start_whose_caller_died_is_finished_and_taken_back() {
     end.send_replace(Some(exit(137, 9)));
     assert_eq!(timeout(LIMIT, removed).await.unwrap().unwrap(), ID);
 }
+
+/// Nomad repeats a StartTask without a response once this process is gone; any error could fail the task.
+#[tokio::test]
+async fn a_start_that_a_shutdown_interrupts_gets_no_response() {
+    let (stage, _end) = TestBackend::new(starts());
+    stage.gate.forget_permits(usize::MAX);
+    let driver = driver(stage);
+    let allocation = Allocation::new();
+    let task = allocation.task(&[]);
+    let call = driver.start_task(start_request(&task));
+    tokio::pin!(call);
+    while driver.tasks.get(ID).is_err() {
+        assert!(poll_once(call.as_mut()).await.is_none());
+    }
+    driver.close(LIMIT).await;
+    timeout(LIMIT, driver.calls.wait())
+        .await
+        .expect("the interrupted call ends");
+    assert!(poll_once(call).await.is_none(), "no response");
+}
+
+/// The output of a future, if it is ready when polled once. Lets other tasks run first.
+async fn poll_once<F: Future>(mut future: std::pin::Pin<&mut F>) -> Option<F::Output> {
+    tokio::task::yield_now().await;
+    std::future::poll_fn(|context| {
+        std::task::Poll::Ready(match future.as_mut().poll(context) {
+            std::task::Poll::Ready(output) => Some(output),
+            std::task::Poll::Pending => None,
+        })
+    })
+    .await
+}
