@@ -98,7 +98,6 @@ impl Supervisor {
         }
         let group = self.launch_spec.cgroup();
         let exit = exit_of(&ExitEvidence {
-            mode: self.launch_spec.mode,
             start_error: self.start_error.as_ref(),
             command: self.command_status,
             leader: self.raw_status(),

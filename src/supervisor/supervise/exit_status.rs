@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use nspawn_init::StartError;
 
-use crate::container::{Exit, Mode, UNKNOWN_END};
+use crate::container::{Exit, UNKNOWN_END};
 use crate::signal::Signal;
 
 /// The status with which systemd-nspawn reports that the container requested a restart, and nothing else. After reboot(2) only the
@@ -25,7 +25,6 @@ const POWER_OFF: i32 = 2;
 /// The evidence about one exit.
 #[derive(Debug)]
 pub(super) struct ExitEvidence<'a> {
-    pub(super) mode: Mode,
     /// Why the command did not run at all.
     pub(super) start_error: Option<&'a StartError>,
     /// The command's raw wait status, if the driver's init was its parent.
@@ -151,22 +150,23 @@ pub(super) fn predict_nspawn_status(
 }
 
 /// What can be inferred if neither the driver's init nor the kernel reports a status: systemd-nspawn passes an exit code on, names
-/// the signal that terminated its container only on stderr, and exits with 1 both in that case and for its own failures.
+/// the signal that terminated its container only on stderr (also with `--quiet`), and exits with 1 both in that case and for its
+/// own failures. Where its stderr belongs to the task, an exit by a signal looks like code 1. That is reported as code 1 even if an
+/// OOM kill was counted: it may have been that of a worker, long before.
 fn infer(evidence: &ExitEvidence<'_>) -> (i32, i32, Option<String>) {
     let kill = Signal::KILL.number();
     if let Some(signal) = signal_in(evidence.nspawn_stderr) {
         return (128 + signal, signal, None);
     }
-    match (evidence.nspawn.code(), evidence.mode) {
+    match evidence.nspawn.code() {
         _ if evidence.killed => (128 + kill, kill, None),
-        (None, _) if evidence.nspawn_killed => {
+        None if evidence.nspawn_killed => {
             let text =
                 format!("{UNKNOWN_END}: the container ended by itself and systemd-nspawn did not");
             (128 + kill, kill, Some(text))
         }
-        (Some(1), Mode::Plain | Mode::ProcessTwo) if evidence.oom => (128 + kill, kill, None),
-        (Some(code), _) => (code, 0, None),
-        (None, _) => (128 + kill, kill, Some(describe(evidence.nspawn))),
+        Some(code) => (code, 0, None),
+        None => (128 + kill, kill, Some(describe(evidence.nspawn))),
     }
 }
 
@@ -201,7 +201,6 @@ mod tests {
     /// Evidence with nothing but the raw wait status of systemd-nspawn.
     fn evidence(nspawn: i32) -> ExitEvidence<'static> {
         ExitEvidence {
-            mode: Mode::Plain,
             start_error: None,
             command: None,
             leader: None,
@@ -222,7 +221,7 @@ mod tests {
     #[rstest]
     #[case::a_code(exited(7), false, false, (7, 0))]
     #[case::by_force(exited(1), true, false, (137, 9))]
-    #[case::out_of_memory(exited(1), false, true, (137, 9))]
+    #[case::a_failure_after_a_worker_out_of_memory(exited(1), false, true, (1, 0))]
     #[case::one_of_many_out_of_memory(exited(3), false, true, (3, 0))]
     fn with_nothing_else_systemd_nspawn_counts(
         #[case] nspawn: i32,
@@ -241,7 +240,7 @@ mod tests {
     #[rstest]
     #[case::the_command(Some(KILLED), None, exited(137), true)]
     #[case::the_first_process(None, Some(KILLED), exited(1), true)]
-    #[case::nothing_else_is_known(None, None, exited(1), true)]
+    #[case::a_worker_before_code_1_of_which_nothing_else_is_known(None, None, exited(1), false)]
     #[case::a_child_of_a_shell(Some(exited(137)), None, exited(137), true)]
     #[case::a_child_of_a_shell_that_is_first(None, None, exited(137), true)]
     #[case::a_worker_before_success(Some(0), None, exited(0), false)]
@@ -268,6 +267,27 @@ mod tests {
         assert_eq!(with(true, false), expected);
         assert!(!with(false, false), "none was counted");
         assert!(!with(true, true), "the driver ended it");
+    }
+
+    /// Only before Linux 6.15: later kernels report the status of the leader.
+    #[rstest]
+    #[case::by_kill("Container a terminated by signal KILL.\n", (137, 9), true)]
+    #[case::by_another_signal("Container a terminated by signal SEGV.\n", (139, 11), false)]
+    #[case::by_itself("", (1, 0), false)]
+    fn systemd_nspawns_message_decides_whether_an_oom_kill_was_the_end(
+        #[case] nspawn_stderr: &str,
+        #[case] (code, signal): (i32, i32),
+        #[case] oom_killed: bool,
+    ) {
+        let exit = exit_of(&ExitEvidence {
+            nspawn_stderr,
+            oom: true,
+            ..evidence(exited(1))
+        });
+        assert_eq!(
+            (exit.code, exit.signal, exit.oom_killed),
+            (code, signal, oom_killed)
+        );
     }
 
     #[rstest]
