@@ -141,6 +141,32 @@ async fn a_record_of_a_later_driver_is_final_and_named() {
     }
 }
 
+/// The driver that wrote it may be installed again, and finds its task running.
+#[tokio::test]
+async fn a_start_of_a_later_driver_is_not_ended() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let first = host
+        .start(
+            &plugin,
+            host.shell("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"),
+        )
+        .await;
+    first.stdout.contains("up").await;
+    let order = directory_of(&first).join("order");
+    let text = fs::read(&order).unwrap();
+    let mut later: Value = serde_json::from_slice(&text).unwrap();
+    later["form"] = 2.into();
+    fs::write(&order, later.to_string()).unwrap();
+    let status = refusal(host.start_in(&plugin, Arc::clone(&first.allocation)).await);
+    assert!(!is_recoverable(&status), "{status:?}");
+    assert!(status.message().contains("form 2"), "{}", status.message());
+    first.signal(&plugin, "SIGUSR1").await.unwrap();
+    assert_eq!(first.wait(&plugin).await.code, 12, "it was ended");
+    fs::write(&order, text).unwrap();
+    first.destroy(&plugin).await;
+}
+
 #[test]
 fn the_documented_causes_are_those_of_the_driver() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");

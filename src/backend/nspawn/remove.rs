@@ -1,5 +1,6 @@
 //! Removes a start: ends its supervisor and its processes, releases its resources and removes its task directory.
 
+use std::io;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -58,13 +59,7 @@ impl NspawnBackend {
         match ended {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) if task_dir::is_of_later_form(&error) => {
-                Err(BackendError::Unsupported {
-                    machine,
-                    reason: format!(
-                        "{}: {error}; install the driver that wrote it, or remove the directory",
-                        task_dir.path().display()
-                    ),
-                })
+                Err(later_form(task_dir, machine, &error))
             }
             Ok(Err(error)) => Err(BackendError::Stuck {
                 machine,
@@ -148,6 +143,37 @@ fn kill_supervisor(task_dir: &TaskDir) {
         None => find_supervisors_by_cmdline(task_dir)
             .iter()
             .for_each(SupervisorProcess::end),
+    }
+}
+
+/// Fails if a later driver has written the launch spec of one of these starts: this driver can't release what it has acquired, so
+/// none of them may be ended.
+pub(super) async fn refuse_later_form(
+    starts: &[TaskDir],
+    machine: &str,
+) -> Result<(), BackendError> {
+    for task_dir in starts {
+        let place = task_dir.clone();
+        // A launch spec that is missing or broken prevents no removal, and a start that has been released only needs its directory
+        // removed.
+        let refused = blocking::run_start(move || {
+            let error = place.launch_spec().err()?;
+            (task_dir::is_of_later_form(&error) && !place.is_freed()).then_some(error)
+        });
+        if let Some(error) = refused.await {
+            return Err(later_form(task_dir, machine.to_owned(), &error));
+        }
+    }
+    Ok(())
+}
+
+fn later_form(task_dir: &TaskDir, machine: String, error: &io::Error) -> BackendError {
+    BackendError::Unsupported {
+        machine,
+        reason: format!(
+            "{}: {error}; install the driver that wrote it, or remove the directory",
+            task_dir.path().display()
+        ),
     }
 }
 

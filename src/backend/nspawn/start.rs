@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::prepare::{Host, prepare};
+use super::remove::refuse_later_form;
 use super::{NspawnBackend, io_error};
 use crate::backend::BackendError;
 use crate::blocking;
@@ -33,7 +34,6 @@ impl NspawnBackend {
                 reason: refused.to_string(),
             },
         })?;
-        self.remove_start(&self.task_dir(&spec.id)).await?;
         let (settings, id) = (Arc::clone(&self.settings), spec.id.clone());
         let earlier =
             blocking::run_start(move || TaskDir::previous_starts(&settings.state_dir, &id)).await;
@@ -41,7 +41,10 @@ impl NspawnBackend {
             let place = &self.settings.state_dir;
             io_error("looking for earlier starts in", place, source)
         })?;
-        for earlier in earlier {
+        let mut occupied = vec![self.task_dir(&spec.id)];
+        occupied.extend(earlier);
+        refuse_later_form(&occupied, &spec.machine).await?;
+        for earlier in occupied {
             self.remove_start(&earlier).await?;
         }
         Ok(())
