@@ -87,11 +87,13 @@ impl NspawnBackend {
                 return true;
             }
         };
-        let what = describe(task_dir);
-        let task = task_dir
-            .launch_spec()
-            .map(|launch_spec| launch_spec.id)
-            .unwrap_or_default();
+        let owned = task_dir.clone();
+        let (what, task) = crate::blocking::run(move || {
+            let launch_spec = owned.launch_spec();
+            let task = launch_spec.map(|launch_spec| launch_spec.id);
+            (describe(&owned), task.unwrap_or_default())
+        })
+        .await;
         match self.remove_locked(task_dir).await {
             Ok(()) => tracing::info!(path, task, "cleared away {what}"),
             Err(error) => log_failure(&path, &error),
