@@ -85,7 +85,8 @@ struct Survey {
 }
 
 impl Survey {
-    /// Examines up to `most` files of a tree in the order of their names, without crossing into other file systems.
+    /// Examines up to `most` files of a tree, without crossing into other file systems: in the order of their names, except in a
+    /// directory that has more of them than are left to examine.
     fn of(tree: &Path, most: usize) -> Self {
         let mut survey = Self::default();
         let device = fs::symlink_metadata(tree).map(|top| top.dev()).ok();
@@ -105,9 +106,8 @@ impl Survey {
             survey.see(&below, &about, is_capable(&path, &about));
             if about.is_dir() {
                 let entries = fs::read_dir(&path).into_iter().flatten().flatten();
-                let mut inner: Vec<_> = entries.map(|entry| entry.path()).collect();
-                inner.sort_by(|one, other| other.cmp(one));
-                pending.extend(inner);
+                let entries = entries.map(|entry| entry.path());
+                pending.extend(first_entries(entries, most - survey.files));
             }
         }
         survey
@@ -157,6 +157,14 @@ impl Survey {
         });
         what.into_iter().chain(capable).chain(high).collect()
     }
+}
+
+/// The entries of a directory, the last name first. Of more than `most` entries, `most` and one more in any order of names, which
+/// shows that there are more: a directory can have millions, and reading and sorting all of them would take long.
+fn first_entries(entries: impl Iterator<Item = PathBuf>, most: usize) -> Vec<PathBuf> {
+    let mut first: Vec<_> = entries.take(most.saturating_add(1)).collect();
+    first.sort_by(|one, other| other.cmp(one));
+    first
 }
 
 /// Whether a program has file capabilities.
@@ -217,6 +225,19 @@ mod tests {
         assert_eq!((exactly.files, exactly.more), (7, false));
         let part = Survey::of(tree.path(), 3);
         assert_eq!((part.files, part.more), (3, true));
+    }
+
+    #[test]
+    fn a_directory_is_read_no_further_than_the_bound() {
+        let mut number = 0;
+        let endless = std::iter::repeat_with(|| {
+            number += 1;
+            assert!(number <= 4, "read beyond the bound");
+            PathBuf::from(format!("/{number}"))
+        });
+        assert_eq!(first_entries(endless, 3).len(), 4);
+        let few = ["a", "c", "b"].map(PathBuf::from).into_iter();
+        assert_eq!(first_entries(few, 3), ["c", "b", "a"].map(PathBuf::from));
     }
 
     /// The tree in a test belongs to the user that runs the tests, whatever that id is.
