@@ -1,43 +1,89 @@
 //! Checks ports that Nomad allocated on one address of the host. systemd-nspawn's `--port=` takes no address: it
 //! forwards what arrives at any address of the host except loopback ones. So a port of one address is forwarded only
 //! where that address is the only one, or is the host's default address, on which Nomad allocates every port without a
-//! `host_network`; all others are rejected.
+//! `host_network`, or if the host has no default address; all others are rejected. Addresses on interfaces that lead
+//! only to containers of this host do not count: a container that reaches one of them reaches the others too.
 
+use std::fs;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::Path;
 
-use crate::container::PortForward;
+use super::refusal::cause_of_host_error;
+use crate::container::{Cause, PortForward};
+
+/// How the names of the host's ends of containers' veth pairs begin: those of systemd-nspawn, and those of Docker and
+/// CNI, Nomad's group networks included.
+const CONTAINER_LINKS: [&str; 3] = ["ve-", "vb-", "veth"];
 
 /// The addresses of the host on which a forwarded port can be reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Addresses {
-    /// All addresses, without loopback and link-local ones.
+    /// All addresses, without loopback and link-local ones and without those in `container`.
     pub all: Vec<IpAddr>,
+    /// Addresses on interfaces that lead only to containers of this host.
+    pub container: Vec<IpAddr>,
     /// The source addresses of the host's default routes, at most one of each family.
     pub default: Vec<IpAddr>,
 }
 
+/// Why a port can't be forwarded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// Whether that can change by itself: [`Cause::Resources`] or [`Cause::Config`].
+    pub cause: Cause,
+    /// The port's label and address, and what the operator can do.
+    pub reason: String,
+}
+
 impl Addresses {
-    /// The addresses of this host. Sends no packets.
-    pub fn of_this_host() -> Self {
-        let mut all: Vec<IpAddr> = nix::ifaddrs::getifaddrs()
-            .into_iter()
-            .flatten()
-            .filter_map(|interface| ip(interface.address.as_ref()?))
-            .filter(|address| !address.is_loopback() && !is_link_local(*address))
-            .collect();
-        all.sort();
-        all.dedup();
+    /// The addresses of this host. Sends no packets. Fails if the host is short of memory or descriptors.
+    pub fn of_this_host() -> io::Result<Self> {
+        let mut found = Self::default();
+        for interface in nix::ifaddrs::getifaddrs()? {
+            let Some(address) = interface.address.as_ref().and_then(ip) else {
+                continue;
+            };
+            if address.is_loopback() || is_link_local(address) {
+                continue;
+            }
+            let list = match is_for_containers(&interface.interface_name, "/sys/class/net".as_ref())
+            {
+                true => &mut found.container,
+                false => &mut found.all,
+            };
+            list.push(address);
+        }
+        for list in [&mut found.all, &mut found.container] {
+            list.sort();
+            list.dedup();
+        }
         // Addresses reserved for documentation, which only a default route leads to. Connecting a datagram socket
         // queries the routing table and sends nothing.
         let outside = [
             IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)),
             IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
         ];
-        Self {
-            all,
-            default: outside.into_iter().filter_map(source_for).collect(),
+        for destination in outside {
+            found
+                .default
+                .extend(none_without_route(source_for(destination))?);
         }
+        Ok(found)
     }
+}
+
+/// Whether an interface leads only to containers of this host: a container's veth pair, or a bridge without any other
+/// member. `interfaces` is `/sys/class/net`.
+fn is_for_containers(interface: &str, interfaces: &Path) -> bool {
+    let is_link = |name: &str| CONTAINER_LINKS.iter().any(|begin| name.starts_with(begin));
+    // Only a bridge has this directory.
+    let Ok(members) = fs::read_dir(interfaces.join(interface).join("brif")) else {
+        return is_link(interface);
+    };
+    members
+        .map(|member| member.map(|member| member.file_name()))
+        .all(|name| name.is_ok_and(|name| name.to_str().is_some_and(is_link)))
 }
 
 fn ip(address: &nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {
@@ -54,18 +100,28 @@ fn is_link_local(address: IpAddr) -> bool {
 }
 
 /// The source address that this host would use for a destination.
-fn source_for(destination: IpAddr) -> Option<IpAddr> {
+fn source_for(destination: IpAddr) -> io::Result<IpAddr> {
     let any: IpAddr = match destination {
         IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    let socket = UdpSocket::bind(SocketAddr::new(any, 0)).ok()?;
-    socket.connect(SocketAddr::new(destination, 9)).ok()?;
-    Some(socket.local_addr().ok()?.ip())
+    let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+    socket.connect(SocketAddr::new(destination, 9))?;
+    Ok(socket.local_addr()?.ip())
+}
+
+/// `None` if the error says that there is no route or no such address family, in one of the several ways in which the
+/// kernel says so. An error for lack of memory or descriptors says nothing about routes.
+fn none_without_route(source: io::Result<IpAddr>) -> io::Result<Option<IpAddr>> {
+    match source {
+        Ok(address) => Ok(Some(address)),
+        Err(error) if cause_of_host_error(&error) == Cause::Unknown => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Notes for the user about these ports, one sentence each, or why one of them can't be forwarded.
-pub fn check(ports: &[PortForward], host: &Addresses) -> Result<Vec<String>, String> {
+pub fn check(ports: &[PortForward], host: &Addresses) -> Result<Vec<String>, Refused> {
     let result = ports.iter().map(|port| check_one(port, host));
     Ok(result
         .collect::<Result<Vec<_>, _>>()?
@@ -74,42 +130,82 @@ pub fn check(ports: &[PortForward], host: &Addresses) -> Result<Vec<String>, Str
         .collect())
 }
 
-fn check_one(port: &PortForward, host: &Addresses) -> Result<Option<String>, String> {
+fn check_one(port: &PortForward, host: &Addresses) -> Result<Option<String>, Refused> {
     let Some(address) = port.address else {
         return Ok(None);
     };
-    let (label, number) = (&port.label, port.host);
     let others: Vec<&IpAddr> = host.all.iter().filter(|other| **other != address).collect();
-    let alone = others.is_empty() && host.all.contains(&address);
-    if address.is_loopback() || !(alone || host.default.contains(&address)) {
-        let reach = match address.is_loopback() {
-            true => "any address of this host except loopback ones",
-            false => "any address of this host, of which this is not the default one",
-        };
-        return Err(format!(
-            "port {label:?} is allotted on {address}, and systemd-nspawn can't forward a port on one address: it would be reached on {reach}. \
-             Use a group network in mode \"bridge\", in which Nomad forwards it; or leave it out of config.ports and config.port_map and let the \
-             task listen on that address in the host's network; or remove host_network from the port"
-        ));
+    let of_this_host = host.all.contains(&address) || host.container.contains(&address);
+    if address.is_loopback() {
+        return Err(refused_for_good(port, address));
     }
-    if alone {
+    if !of_this_host {
+        let what = "which is not an address of this host now";
+        return Err(refused_for_now(port, address, what));
+    }
+    if others.is_empty() {
         return Ok(None);
     }
+    if host.default.is_empty() || host.default.contains(&address) {
+        return Ok(Some(note(port, address, &others)));
+    }
+    let same_family = |other: &IpAddr| other.is_ipv4() == address.is_ipv4();
+    if !host.default.iter().any(same_family) {
+        let what = "and this host has no default route of that address family now, which would show whether that is its default address";
+        return Err(refused_for_now(port, address, what));
+    }
+    Err(refused_for_good(port, address))
+}
+
+fn note(port: &PortForward, address: IpAddr, others: &[&IpAddr]) -> String {
+    let (label, number) = (&port.label, port.host);
     let shown: Vec<String> = others.iter().take(3).map(ToString::to_string).collect();
     let more = match others.len().saturating_sub(shown.len()) {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    Ok(Some(format!(
+    format!(
         "port {label:?} ({number}) is allotted on {address}, but it can be reached on every address of this host, also on {}{more}: \
          systemd-nspawn can't forward a port on one address. To restrict it, use a group network in mode \"bridge\" or a firewall",
         shown.join(", ")
-    )))
+    )
+}
+
+/// Another attempt may succeed: an interface or a route that is missing may come back.
+fn refused_for_now(port: &PortForward, address: IpAddr, what: &str) -> Refused {
+    let label = &port.label;
+    Refused {
+        cause: Cause::Resources,
+        reason: format!(
+            "port {label:?} is allotted on {address}, {what}. Check the host's interfaces and routes; if they are as they should be, \
+             correct network_interface or host_network in the agent's client block, or use a group network in mode \"bridge\""
+        ),
+    }
+}
+
+fn refused_for_good(port: &PortForward, address: IpAddr) -> Refused {
+    let label = &port.label;
+    let (reach, remedy) = match address.is_loopback() {
+        true => ("any address of this host except loopback ones", ""),
+        false => (
+            "any address of this host, of which this is not the default one",
+            ", or set network_interface in the agent's client block to the interface with the default route if all ports are allotted there",
+        ),
+    };
+    Refused {
+        cause: Cause::Config,
+        reason: format!(
+            "port {label:?} is allotted on {address}, and systemd-nspawn can't forward a port on one address: it would be reached on {reach}. \
+             Use a group network in mode \"bridge\", in which Nomad forwards it; or leave it out of config.ports and config.port_map and let the \
+             task listen on that address in the host's network; or remove host_network from the port{remedy}"
+        ),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::errno::Errno;
     use rstest::rstest;
 
     fn addresses(list: &[&str]) -> Vec<IpAddr> {
@@ -121,7 +217,7 @@ mod tests {
         address: Option<&str>,
         all: &[&str],
         default: &[&str],
-    ) -> Result<Vec<String>, String> {
+    ) -> Result<Vec<String>, Refused> {
         let port = PortForward {
             label: "http".to_owned(),
             address: address.map(|text| text.parse().unwrap()),
@@ -130,6 +226,7 @@ mod tests {
         };
         let host = Addresses {
             all: addresses(all),
+            container: addresses(&["172.17.0.1"]),
             default: addresses(default),
         };
         check(&[port], &host)
@@ -150,8 +247,7 @@ mod tests {
     #[rstest]
     #[case::a_private_interface("10.0.0.5", &["10.0.0.5", "192.0.2.2"], &["192.0.2.2"])]
     #[case::a_private_address_of_the_default_interface("10.0.0.5", &["10.0.0.5", "192.0.2.2", "fd00::2"], &["192.0.2.2", "fd00::2"])]
-    #[case::no_default("10.0.0.5", &["10.0.0.5", "192.0.2.2"], &[])]
-    #[case::not_of_this_host("203.0.113.7", &["192.0.2.2"], &["192.0.2.2"])]
+    #[case::a_bridge_of_containers("172.17.0.1", &["192.0.2.2"], &["192.0.2.2"])]
     #[case::loopback("127.0.0.1", &["192.0.2.2"], &["192.0.2.2"])]
     #[case::loopback_alone("::1", &[], &[])]
     fn a_port_that_more_could_reach_is_refused(
@@ -159,15 +255,80 @@ mod tests {
         #[case] all: &[&str],
         #[case] default: &[&str],
     ) {
-        let refusal = checked(Some(address), all, default).unwrap_err();
+        let Refused { cause, reason } = checked(Some(address), all, default).unwrap_err();
+        assert_eq!(cause, Cause::Config);
         for part in ["\"http\"", address, "bridge", "host_network"] {
-            assert!(refusal.contains(part), "{refusal}");
+            assert!(reason.contains(part), "{reason}");
+        }
+        // On a loopback address, only an agent with -dev has allotted it.
+        let loopback = address.parse::<IpAddr>().unwrap().is_loopback();
+        assert_eq!(reason.contains("network_interface"), !loopback, "{reason}");
+    }
+
+    #[rstest]
+    #[case::not_of_this_host("203.0.113.7", &["192.0.2.2"], &["192.0.2.2"])]
+    #[case::no_address_at_all("192.0.2.2", &[], &[])]
+    #[case::no_route_of_its_family("192.0.2.2", &["192.0.2.2", "fd00::2"], &["fd00::2"])]
+    fn what_may_come_back_is_no_final_refusal(
+        #[case] address: &str,
+        #[case] all: &[&str],
+        #[case] default: &[&str],
+    ) {
+        let Refused { cause, reason } = checked(Some(address), all, default).unwrap_err();
+        assert!(cause.is_recoverable(), "{cause:?}");
+        for part in ["\"http\"", address, "network_interface", "host_network"] {
+            assert!(reason.contains(part), "{reason}");
         }
     }
 
     #[test]
+    fn without_a_default_route_a_port_is_forwarded_with_an_event() {
+        let result = checked(Some("10.0.0.5"), &["10.0.0.5", "192.0.2.2"], &[]).unwrap();
+        let [result] = result.as_slice() else {
+            panic!("{result:?}")
+        };
+        assert!(result.contains("also on 192.0.2.2:"), "{result}");
+    }
+
+    #[rstest]
+    #[case::descriptors(Errno::EMFILE, false)]
+    #[case::memory(Errno::ENOMEM, false)]
+    #[case::no_route(Errno::ENETUNREACH, true)]
+    #[case::a_route_that_rejects(Errno::EHOSTUNREACH, true)]
+    #[case::no_such_family(Errno::EAFNOSUPPORT, true)]
+    #[case::no_address(Errno::EADDRNOTAVAIL, true)]
+    fn an_error_is_no_missing_route(#[case] errno: Errno, #[case] no_route: bool) {
+        let result = none_without_route(Err(errno.into()));
+        assert_eq!(result.ok(), no_route.then_some(None));
+    }
+
+    #[rstest]
+    #[case::systemd_nspawn("ve-web", false, &[], true)]
+    #[case::a_zone("vz-web", true, &["vb-a", "vb-b"], true)]
+    #[case::without_containers("docker0", true, &[], true)]
+    #[case::of_containers("nomad", true, &["veth1a2b"], true)]
+    #[case::with_an_uplink("br0", true, &["veth1a2b", "eth0"], false)]
+    #[case::a_card("eth0", false, &[], false)]
+    fn interfaces_for_containers_are_recognized(
+        #[case] name: &str,
+        #[case] is_bridge: bool,
+        #[case] members: &[&str],
+        #[case] expected: bool,
+    ) {
+        let interfaces = tempfile::tempdir().unwrap();
+        let members_of = interfaces.path().join(name).join("brif");
+        if is_bridge {
+            fs::create_dir_all(&members_of).unwrap();
+        }
+        for member in members {
+            fs::create_dir(members_of.join(member)).unwrap();
+        }
+        assert_eq!(is_for_containers(name, interfaces.path()), expected);
+    }
+
+    #[test]
     fn a_port_on_the_default_address_is_forwarded_and_the_event_names_who_else_reaches_it() {
-        let all = ["10.0.0.5", "172.17.0.1", "192.0.2.2", "fd00::2", "fd00::3"];
+        let all = ["10.0.0.5", "10.0.1.5", "192.0.2.2", "fd00::2", "fd00::3"];
         let result = checked(Some("192.0.2.2"), &all, &["192.0.2.2"]).unwrap();
         let [result] = result.as_slice() else {
             panic!("{result:?}")
@@ -175,7 +336,7 @@ mod tests {
         for part in [
             "\"http\" (25000)",
             "allotted on 192.0.2.2",
-            "also on 10.0.0.5, 172.17.0.1, fd00::2 and 1 more",
+            "also on 10.0.0.5, 10.0.1.5, fd00::2 and 1 more",
         ] {
             assert!(result.contains(part), "{result}");
         }
@@ -183,7 +344,7 @@ mod tests {
 
     #[test]
     fn the_default_address_is_one_of_the_host_s() {
-        let host = Addresses::of_this_host();
+        let host = Addresses::of_this_host().unwrap();
         for address in &host.default {
             assert!(host.all.contains(address), "{host:?}");
         }

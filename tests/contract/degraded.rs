@@ -1,6 +1,6 @@
 //! Cases in which a container would get less than the job asks for: the start is refused, or a note with the start reports it.
 
-use nomad_driver_nspawn::container::{Mount, PortForward};
+use nomad_driver_nspawn::container::{Cause, Mount, PortForward};
 use nomad_driver_nspawn::nspawn::ports::{self, Addresses};
 
 use super::*;
@@ -38,18 +38,16 @@ fn about<'a>(notes: &'a [String], what: &str) -> Vec<&'a String> {
 }
 
 #[rstest]
-#[case::loopback("127.0.0.1")]
-#[case::not_of_this_host("203.0.113.7")]
+#[case::loopback("127.0.0.1", Cause::Config)]
+#[case::not_of_this_host("203.0.113.7", Cause::Resources)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_port_of_an_address_that_is_not_the_default_is_refused(
     world: World,
     #[case] address: &str,
+    #[case] cause: Cause,
 ) {
     let error = world.refused(with_port(&world, Some(address))).await;
-    assert!(
-        matches!(error, BackendError::Unsupported { .. }),
-        "{error:?}"
-    );
+    assert_eq!(error.cause(), cause, "{error:?}");
     let text = error.to_string();
     for part in ["\"http\"", address, "bridge", "host_network"] {
         assert!(text.contains(part), "{text}");
@@ -61,7 +59,7 @@ async fn a_port_of_an_address_that_is_not_the_default_is_refused(
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_port_of_a_default_address_is_forwarded_and_reported(world: World) {
-    let host = Addresses::of_this_host();
+    let host = Addresses::of_this_host().unwrap();
     let address = host.default.first().map(ToString::to_string);
     let spec = with_port(&world, address.as_deref());
     let Network::Private { ports, .. } = &spec.network else {

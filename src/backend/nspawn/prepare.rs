@@ -7,11 +7,12 @@ use std::path::PathBuf;
 use super::{acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPath, Layout};
-use crate::container::{ContainerSpec, Mount, Network, Root};
+use crate::container::{Cause, ContainerSpec, Mount, Network, Root};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::Resource;
 use crate::nspawn::argv::{self, CommandLine, Target};
 use crate::nspawn::ports::{self, Addresses};
+use crate::nspawn::refusal::cause_of_host_error;
 use crate::nspawn::version;
 use crate::nspawn::{idmap, ownership, skeleton};
 use crate::state::{LaunchSpec, Pid1, TaskDir};
@@ -138,7 +139,24 @@ fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
     let Network::Private { ports, .. } = &spec.network else {
         return Ok(Vec::new());
     };
-    ports::check(ports, &Addresses::of_this_host()).map_err(|reason| unsupported(spec, reason))
+    // Without addresses there is nothing to check that could fail.
+    if ports.iter().all(|port| port.address.is_none()) {
+        return Ok(Vec::new());
+    }
+    let failed = |cause, reason| match cause {
+        Cause::Config => unsupported(spec, reason),
+        cause => BackendError::Start {
+            machine: spec.machine.clone(),
+            step: "checking the addresses of its ports",
+            reason,
+            cause,
+        },
+    };
+    let host = Addresses::of_this_host().map_err(|error| {
+        let reason = format!("the addresses of this host can't be read: {error}");
+        failed(cause_of_host_error(&error), reason)
+    })?;
+    ports::check(ports, &host).map_err(|refused| failed(refused.cause, refused.reason))
 }
 
 fn unsupported(spec: &ContainerSpec, reason: String) -> BackendError {

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::NspawnBackend;
 use crate::backend::{BackendError, chain};
+use crate::blocking;
 use crate::cleanup::orphans::{self, Scan, SupervisorProcess};
 use crate::state::lock::TryLock;
 use crate::state::owner::{self, Owner};
@@ -88,7 +89,7 @@ impl NspawnBackend {
             }
         };
         let owned = task_dir.clone();
-        let (what, task) = crate::blocking::run(move || {
+        let (what, task) = blocking::run(move || {
             let launch_spec = owned.launch_spec();
             let task = launch_spec.map(|launch_spec| launch_spec.id);
             (describe(&owned), task.unwrap_or_default())
