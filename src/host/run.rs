@@ -227,6 +227,10 @@ impl Drive<'_> {
             Ok(handle) => handle,
             Err(error) => {
                 copies.iter().for_each(JoinHandle::abort);
+                // A plugin that dies may leave a container that it has not reported.
+                if !matches!(error, HostError::Stopped) {
+                    self.destroy(plugin, &id).await;
+                }
                 return Err(error);
             }
         };
@@ -374,7 +378,7 @@ impl Drive<'_> {
         }
     }
 
-    /// Destroys the task; if the plugin has crashed meanwhile, with a new one.
+    /// Destroys the task; if the plugin has crashed, with a new one. Succeeds if there is no such task.
     async fn destroy(&self, plugin: &mut Plugin, id: &str) {
         let Err(error) = plugin.destroy(id, true).await else {
             return;

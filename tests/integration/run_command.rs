@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -69,6 +70,15 @@ impl<'a> RunCommand<'a> {
             .process_group(0)
             .kill_on_drop(true);
         Self { host, command }
+    }
+
+    /// With this state directory in place of the one that `run` creates.
+    pub(crate) fn state_dir(self, path: &Path) -> Self {
+        let file = self.host.join("plugin.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        config["state_dir"] = json!(path);
+        fs::write(file, config.to_string()).unwrap();
+        self
     }
 
     /// With this variable.

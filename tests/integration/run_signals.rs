@@ -4,10 +4,12 @@ use std::fs;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
 use rstest::rstest;
 use serde_json::json;
+use support::trap::Trap;
 
-use crate::harness::{Host, eventually};
+use crate::harness::{Host, eventually, within};
 use crate::run_command::{RunCommand, job, refused_without_root};
 
 const LONG: Duration = Duration::from_secs(600);
@@ -191,4 +193,24 @@ async fn a_signal_before_the_task_is_started_ends_the_run() {
         text.contains("stopped before the task was started"),
         "{text}"
     );
+}
+
+/// The container is up and recorded, but StartTask has not been answered.
+#[tokio::test]
+async fn a_plugin_that_dies_before_the_start_is_answered_leaves_no_task() {
+    let host = Host::new();
+    let mut trap = Trap::at(&host.state(), Failpoint::Recorded);
+    let mut run = RunCommand::new(&host, &job(&host, DEAF, LONG))
+        .state_dir(&host.state())
+        .start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    within("the recorded start", trap.reached()).await;
+    kill(run.plugin(), Signal::SIGKILL).unwrap();
+    drop(trap);
+    run.ends_with(125).await;
+    let text = run.stderr.text();
+    assert!(text.contains("error: StartTask"), "{text}");
+    assert!(!text.contains("left"), "{text}");
 }
