@@ -2,6 +2,8 @@
 //! removed at the end, by the plugin if `run` was killed.
 
 use std::fs;
+use std::io;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::unistd::mkdtemp;
@@ -75,11 +77,32 @@ impl Drop for Directory {
         // The state directory is the plugin's, and empty once every task is destroyed. The allocation is gone unless
         // something is mounted in it, and then nothing may be deleted.
         drop(fs::remove_dir(self.state()));
+        // A plugin that was killed leaves its socket.
+        drop(remove_sockets(self.sockets()));
         for path in self.paths() {
-            if let Err(error) = fs::remove_dir(path) {
+            if let Err(error) = remove_if_exists(path) {
                 say::line(&format!("warning: {} is left: {error}", path.display()));
             }
         }
+    }
+}
+
+/// Removes the sockets in a directory, and nothing else.
+fn remove_sockets(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_socket() {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes an empty directory. The plugin may have removed it already, because its standard input was closed.
+fn remove_if_exists(directory: &Path) -> io::Result<()> {
+    match fs::remove_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -93,5 +116,32 @@ pub fn remove_directories<'a>(paths: impl Iterator<Item = &'a Path>) {
         {
             tracing::warn!(%error, path = %path.display(), "the directory of a run is left");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_that_is_already_gone_is_not_left() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = make_in(parent.path()).unwrap();
+        remove_if_exists(&directory).unwrap();
+        remove_if_exists(&directory).unwrap();
+        fs::create_dir_all(directory.join("more")).unwrap();
+        assert!(remove_if_exists(&directory).is_err());
+    }
+
+    #[test]
+    fn only_sockets_are_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("plugin");
+        drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+        fs::write(directory.path().join("file"), "").unwrap();
+        fs::create_dir(directory.path().join("directory")).unwrap();
+        remove_sockets(directory.path()).unwrap();
+        assert!(!socket.exists());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
     }
 }
