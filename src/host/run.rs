@@ -25,7 +25,7 @@ use crate::proto::driver::{
 const DRAIN: Duration = Duration::from_secs(2);
 /// How often a plugin that crashes while a task runs is started again.
 const RESTARTS: usize = 3;
-/// How long to wait until a start that is given up has been destroyed.
+/// How long to wait until the task of a start that failed or was given up has been destroyed.
 const GIVE_UP: Duration = Duration::from_secs(10);
 
 /// One run of one task.
@@ -227,10 +227,7 @@ impl Drive<'_> {
             Ok(handle) => handle,
             Err(error) => {
                 copies.iter().for_each(JoinHandle::abort);
-                // A plugin that dies may leave a container that it has not reported.
-                if !matches!(error, HostError::Stopped) {
-                    self.destroy(plugin, &id).await;
-                }
+                self.undo_start(plugin, &id, &error).await;
                 return Err(error);
             }
         };
@@ -254,14 +251,13 @@ impl Drive<'_> {
     }
 
     /// Starts the task. A stop request that comes meanwhile takes effect once the task runs; a second one, or the end
-    /// of the kill timeout, gives up the start.
+    /// of the kill timeout, gives up the start with [`HostError::Stopped`].
     async fn start(
         &mut self,
         plugin: &Plugin,
         task: TaskConfig,
         events: &mut Streaming<DriverTaskEvent>,
     ) -> Result<TaskHandle, HostError> {
-        let id = task.id.clone();
         let start = plugin.start(task);
         tokio::pin!(start);
         loop {
@@ -276,12 +272,28 @@ impl Drive<'_> {
                 started = &mut start => return Ok(started?.handle),
                 Ok(Some(event)) = events.message() => self.task_event(&event),
                 _ = self.stops.next() => {}
-                () = late => {
-                    // The driver destroys the task when the start has completed.
-                    drop(timeout(GIVE_UP, plugin.destroy(&id, true)).await);
-                    return Err(HostError::Stopped);
-                }
+                () = late => return Err(HostError::Stopped),
             }
+        }
+    }
+
+    /// Removes what a start left that failed or was given up.
+    async fn undo_start(&self, plugin: &mut Plugin, id: &str, error: &HostError) {
+        let undo = async {
+            if matches!(error, HostError::Stopped) {
+                self.step("the start is given up".to_owned());
+                // The driver destroys a task only when its start is over, which may take long. A start whose plugin is
+                // gone is undone at once.
+                plugin.kill().await;
+            }
+            // A plugin that died may have left a container that it did not report.
+            self.destroy(plugin, id).await;
+        };
+        if timeout(GIVE_UP, undo).await.is_err() {
+            let seconds = GIVE_UP.as_secs();
+            self.warn(format!(
+                "the task may be left over: it was not destroyed in {seconds} s"
+            ));
         }
     }
 

@@ -214,3 +214,26 @@ async fn a_plugin_that_dies_before_the_start_is_answered_leaves_no_task() {
     assert!(text.contains("error: StartTask"), "{text}");
     assert!(!text.contains("left"), "{text}");
 }
+
+/// systemd-nspawn has been started and does not report the container.
+#[tokio::test]
+async fn a_second_signal_during_a_start_gives_it_up() {
+    let host = Host::new();
+    let mut trap = Trap::named(&host.state(), "pause_before_notify");
+    host.scenario(&json!({"calls": [{"pause_before_notify": trap.socket()}]}));
+    let mut run = RunCommand::new(&host, &job(&host, DEAF, LONG)).start();
+    if refused_without_root(&mut run).await {
+        return;
+    }
+    within("the start", trap.reached()).await;
+    // Two different signals, because two pending ones of the same number are one.
+    run.signal(Signal::SIGTERM);
+    run.signal(Signal::SIGINT);
+    run.ends_with(125).await;
+    let text = run.stderr.text();
+    assert!(
+        text.contains("stopped before the task was started"),
+        "{text}"
+    );
+    assert!(!text.contains("left"), "{text}");
+}
