@@ -1,5 +1,4 @@
-//! Compiles `proto/` to Rust with protox, so that the build machine needs no `protoc`, and builds `init/`, the program that runs
-//! inside containers, so that it can be embedded and the driver ships as one file.
+//! Builds `init/`, the program that runs inside containers, so that it can be embedded and the driver ships as one file.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,18 +7,6 @@ use std::{env, fs};
 use anyhow::{Context, ensure};
 
 fn main() -> anyhow::Result<()> {
-    println!("cargo::rerun-if-changed=proto");
-    let files = [
-        "base.proto",
-        "driver.proto",
-        "go_plugin.proto",
-        "rpc_status.proto",
-    ];
-    let descriptors = protox::compile(files, ["proto"])?;
-    tonic_prost_build::configure()
-        .build_transport(false)
-        .codec_path("crate::proto::codec::SmallBuffers")
-        .compile_fds(descriptors)?;
     init().context("building init/, the program that runs inside containers")
 }
 

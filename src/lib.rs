@@ -19,13 +19,14 @@
 //! for people. No other module uses these two. `docs/architecture.md` follows one task through the modules and lists the files it
 //! leaves on disk.
 
-pub mod proto;
+// The lowest modules are crates, which the development agent uses too.
+pub use job_values::signal;
+pub use nomad_proto as proto;
 
 pub mod blocking;
 pub mod container;
 pub mod failpoint;
 pub mod rootfs_path;
-pub mod signal;
 pub mod sys;
 
 pub mod go_plugin;

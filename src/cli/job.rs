@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use job_values::duration;
 use serde_json::Value;
 
 use super::tree::{Entry, JobError, Thing, stored};
 use super::{hcl, json};
-use crate::config::duration;
 use crate::host::TaskSpec;
 use crate::signal::Signal;
 

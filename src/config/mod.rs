@@ -11,7 +11,6 @@ use crate::container::ContainerSpec;
 use crate::proto::hclspec;
 
 mod decode;
-pub mod duration;
 mod environment;
 mod identity;
 mod mounts;

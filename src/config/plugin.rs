@@ -1,9 +1,11 @@
 //! Validates the agent's `plugin` block. Does not look at the host: whether a program exists is checked by the
 //! fingerprint.
 
+use job_values::duration;
+
 use super::options::PluginOptions;
 use super::paths::inside;
-use super::{ConfigError, PluginConfig, duration};
+use super::{ConfigError, PluginConfig};
 
 /// The longest state directory, in bytes: sockets lie below it, and the kernel limits the path of a socket to 107
 /// bytes. A task directory and the name of the socket in it need up to 43.

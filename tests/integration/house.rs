@@ -105,6 +105,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
 ];
 
+/// The modules that are crates, under the name that the driver has for them.
+const CRATES: &[(&str, &str)] = &[
+    ("proto", "proto/src/lib.rs"),
+    ("signal", "values/src/signal.rs"),
+];
+
+/// The directories with product code.
+const PRODUCT: &[&str] = &["src/", "proto/", "values/"];
+
 #[test]
 fn no_import_goes_left() {
     let rooms: BTreeMap<_, _> = MAY_USE.iter().copied().collect();
@@ -172,11 +181,15 @@ fn document(name: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
 }
 
-/// The parts of the text that are between backquotes on one line and begin with `src/`.
+/// The parts of the text that are between backquotes on one line and begin with a directory of product code.
 fn sources(text: &str) -> impl Iterator<Item = &str> {
     text.lines()
         .flat_map(|line| line.split('`').skip(1).step_by(2))
-        .filter(|quoted| quoted.starts_with("src/"))
+        .filter(|quoted| {
+            PRODUCT
+                .iter()
+                .any(|directory| quoted.starts_with(directory))
+        })
 }
 
 #[test]
@@ -194,10 +207,13 @@ fn the_architecture_names_files_that_exist() {
 fn every_room_has_a_line_in_the_architecture() {
     let text = document("docs/architecture.md");
     for (room, _) in MAY_USE {
-        let lines = [
-            format!("| `src/{room}/` | "),
-            format!("| `src/{room}.rs` | "),
-        ];
+        let lines = match CRATES.iter().find(|(name, _)| name == room) {
+            Some((_, path)) => vec![format!("| `{path}` | ")],
+            None => vec![
+                format!("| `src/{room}/` | "),
+                format!("| `src/{room}.rs` | "),
+            ],
+        };
         assert!(
             lines.iter().any(|line| text.contains(line)),
             "{room} has no line"
@@ -236,7 +252,8 @@ fn no_file_of_tests_is_longer_than_600_lines() {
     let top = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut seen = 0;
     let mut long = Vec::new();
-    for directory in ["tests", "src", "init", "fake-nspawn"] {
+    let others = ["tests", "init", "fake-nspawn"];
+    for directory in others.iter().chain(PRODUCT) {
         visit(&top.join(directory), &mut |path, text| {
             let path = path.strip_prefix(top).unwrap();
             let is_test = |part: &str| part == "tests" || part.ends_with("tests.rs");
@@ -267,9 +284,9 @@ const KEPT: &[&str] = &["\"end_told\""];
 #[test]
 fn no_word_of_the_old_vocabulary_is_used() {
     let mut found = Vec::new();
-    visit(
-        &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
-        &mut |path, text| {
+    for directory in PRODUCT {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join(directory);
+        visit(&directory, &mut |path, text| {
             for (index, line) in text.lines().enumerate() {
                 let line = KEPT
                     .iter()
@@ -283,8 +300,8 @@ fn no_word_of_the_old_vocabulary_is_used() {
                     }
                 }
             }
-        },
-    );
+        });
+    }
     assert!(
         found.is_empty(),
         "{} words of the old vocabulary:\n{}",

@@ -1,10 +1,11 @@
-//! The generated protobuf types under short names. The only file that names generated code; it adds no behaviour.
+//! The protocol between a Nomad agent and a task driver: the generated protobuf types under short names. The only file that names
+//! generated code; it adds no behaviour.
 //!
 //! The module tree below follows the proto packages, because the generated code refers to other packages by relative paths.
 #![expect(
     missing_docs,
     unreachable_pub,
-    reason = "the wire types are documented where they are transcribed, in proto/"
+    reason = "the wire types are documented where they are transcribed, in the .proto files"
 )]
 #![expect(clippy::allow_attributes, reason = "generated code brings its own")]
 
