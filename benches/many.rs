@@ -12,9 +12,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use dev_agent::{Allocation, Launch, Plugin, TaskSpec};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nomad_driver_nspawn::cleanup;
-use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
 use nomad_driver_nspawn::proto::driver::{CapabilitiesRequest, TaskHandle, TaskStatsRequest};
 use nomad_driver_nspawn::state::task_dir::TaskDir;
 use serde_json::json;
@@ -264,7 +264,7 @@ struct Task {
     id: String,
     handle: TaskHandle,
     supervisor: i32,
-    _logs: nomad_driver_nspawn::host::Logs,
+    _logs: dev_agent::Logs,
 }
 
 /// Starts tasks: some sequentially, [`AT_ONCE`] simultaneously, then the rest.

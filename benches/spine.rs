@@ -11,8 +11,8 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use dev_agent::{Allocation, Launch, Plugin, TaskSpec};
 use nomad_driver_nspawn::cgroup::{Group, Layout};
-use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
 use nomad_driver_nspawn::state::task_dir::TaskDir;
 use nomad_driver_nspawn::sys::process::ProcessHandle;
 use serde_json::json;

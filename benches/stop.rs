@@ -13,7 +13,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
-use nomad_driver_nspawn::host::{Allocation, Launch, Plugin, TaskSpec};
+use dev_agent::{Allocation, Launch, Plugin, TaskSpec};
 use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::state::task_dir::{Running, TaskDir};
 use nomad_driver_nspawn::sys::process::{ProcessHandle, first_child};

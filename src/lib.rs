@@ -15,9 +15,8 @@
 //! | [`lease`] | one resource of a start | it released |
 //! | [`nspawn`], [`cgroup`] | plain values | argv, parsed tool output, readings |
 //!
-//! Outside this order are [`host`], a small Nomad-like host that starts a plugin the way Nomad does, and [`cli`], the commands
-//! for people. No other module uses these two. `docs/architecture.md` follows one task through the modules and lists the files it
-//! leaves on disk.
+//! The commands for people are in the crate `dev-agent`, with a small Nomad-like host that starts a plugin the way Nomad does; only
+//! `main` and the tests use it. `docs/architecture.md` follows one task through the modules and lists the files it leaves on disk.
 
 // The lowest modules are crates, which the development agent uses too.
 pub use job_values::signal;
@@ -49,7 +48,3 @@ pub mod lease;
 
 pub mod cgroup;
 pub mod nspawn;
-
-pub mod host;
-
-pub mod cli;

@@ -9,13 +9,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use dev_agent::cli;
 use nomad_driver_nspawn::backend::NspawnBackend;
 use nomad_driver_nspawn::backend::nspawn::Settings;
-use nomad_driver_nspawn::config::{ImageSearchPath, PluginConfig};
+use nomad_driver_nspawn::config::{ImageSearchPath, MAX_STATE_DIR_BYTES, PluginConfig};
+use nomad_driver_nspawn::container::UNKNOWN_END;
 use nomad_driver_nspawn::driver::Driver;
 use nomad_driver_nspawn::go_plugin::{self, HandshakeEnv, HandshakeError, Owner};
+use nomad_driver_nspawn::supervisor;
 use nomad_driver_nspawn::sys::process::stay_out_of_core_dumps;
-use nomad_driver_nspawn::{cli, supervisor};
 
 /// Where systemd itself looks for registered images, in its order.
 const MACHINES: &[&str] = &[
@@ -26,6 +28,13 @@ const MACHINES: &[&str] = &[
     "/usr/local/lib/machines",
     "/usr/lib/machines",
 ];
+
+/// What the commands need to know about this driver.
+const COMMANDS: cli::Driver = cli::Driver {
+    version: env!("CARGO_PKG_VERSION"),
+    max_state_dir: MAX_STATE_DIR_BYTES,
+    unknown_end: UNKNOWN_END,
+};
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();
@@ -46,7 +55,7 @@ fn main() -> ExitCode {
                 }
                 _ => serve(handshake_env, None),
             },
-            Err(HandshakeError::NotAHost) => cli::main(arguments),
+            Err(HandshakeError::NotAHost) => cli::main(arguments, COMMANDS),
             Err(error) => fail(&error.into()),
         },
     }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nomad_driver_nspawn::host::Plugin;
+use dev_agent::Plugin;
 use serde_json::{Value, json};
 
 use crate::harness::{Host, Running, eventually};

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use nomad_driver_nspawn::host::{HostError, Run, RunEvent, TaskExit, run_task};
+use dev_agent::{HostError, Run, RunEvent, TaskExit, run_task};
 use rstest::rstest;
 use serde_json::json;
 use tokio::sync::mpsc;

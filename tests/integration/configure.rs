@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use nomad_driver_nspawn::host::Plugin;
+use dev_agent::Plugin;
 use nomad_driver_nspawn::proto::base::{ConfigSchemaRequest, PluginInfoRequest, PluginType};
 use nomad_driver_nspawn::proto::driver::fingerprint_response::HealthState;
 use nomad_driver_nspawn::proto::driver::{CapabilitiesRequest, PortMapping, TaskConfig};
@@ -225,7 +225,7 @@ async fn start_with_number(
     host: &Host,
     plugin: &Plugin,
     number: &[u8],
-) -> Result<Running, nomad_driver_nspawn::host::HostError> {
+) -> Result<Running, dev_agent::HostError> {
     let config = with_number(host, number);
     let edit = |task: &mut TaskConfig| {
         task.msgpack_driver_config = config;

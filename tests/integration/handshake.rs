@@ -5,10 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
+use dev_agent::Plugin;
+use dev_agent::handshake::{COOKIE_KEY, COOKIE_VALUE};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use nomad_driver_nspawn::host::Plugin;
-use nomad_driver_nspawn::host::handshake::{COOKIE_KEY, COOKIE_VALUE};
 use nomad_driver_nspawn::proto::plugin::grpc_broker_client::GrpcBrokerClient;
 use nomad_driver_nspawn::proto::plugin::grpc_stdio_client::GrpcStdioClient;
 use rstest::rstest;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use nomad_driver_nspawn::host::Plugin;
+use dev_agent::Plugin;
 use nomad_driver_nspawn::proto::driver::{Mount, TaskConfig, TaskState};
 use nomad_driver_nspawn::sys::process::{ProcessHandle, children};
 use rstest::rstest;

@@ -11,6 +11,7 @@ mod configure;
 mod contract;
 mod docs;
 mod events;
+mod examples;
 mod fake;
 mod faults;
 mod handshake;

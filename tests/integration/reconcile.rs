@@ -4,9 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use dev_agent::Plugin;
 use nomad_driver_nspawn::cgroup::{Group, Layout};
 use nomad_driver_nspawn::failpoint::Failpoint;
-use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskState};
 use nomad_driver_nspawn::state::TaskDir;
 use serde_json::json;

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use nomad_driver_nspawn::host::Plugin;
+use dev_agent::Plugin;
 use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskHandle, TaskState};
 use nomad_driver_nspawn::state::task_dir::TaskDir;
 use rstest::rstest;

@@ -8,10 +8,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use dev_agent::Plugin;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nomad_driver_nspawn::failpoint::Failpoint;
-use nomad_driver_nspawn::host::Plugin;
 use serde_json::json;
 use support::not_applicable;
 use support::trap::Trap;

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nomad_driver_nspawn::supervisor::failpoint::Failpoint;
+use nomad_driver_nspawn::failpoint::Failpoint;
 use rstest::rstest;
 use serde_json::json;
 use support::trap::Trap;

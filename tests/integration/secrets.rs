@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dev_agent::{Allocation, HostError, Launch, Plugin};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nomad_driver_nspawn::failpoint::Failpoint;
-use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin};
 use nomad_driver_nspawn::proto::driver::fingerprint_response::HealthState;
 use nomad_driver_nspawn::proto::driver::{DriverTaskEvent, FingerprintRequest};
 use nomad_driver_nspawn::sys::process::first_child;

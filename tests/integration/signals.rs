@@ -4,8 +4,8 @@ use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dev_agent::Plugin;
 use nomad_driver_nspawn::failpoint::{Failpoint, OLD_KERNEL};
-use nomad_driver_nspawn::host::Plugin;
 use nomad_driver_nspawn::proto::driver::InspectTaskRequest;
 use nomad_driver_nspawn::state::TaskDir;
 use nomad_driver_nspawn::sys::process::handles_signal;

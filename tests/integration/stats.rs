@@ -3,7 +3,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use nomad_driver_nspawn::host::Plugin;
+use dev_agent::Plugin;
 use nomad_driver_nspawn::proto::base::{
     ClientTopology, ClientTopologyCore, NomadConfig, NomadDriverConfig, SetConfigRequest,
 };

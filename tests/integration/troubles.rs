@@ -13,10 +13,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dev_agent::calls::StartedTask;
+use dev_agent::{Allocation, HostError, Launch, Logs, Plugin};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nomad_driver_nspawn::failpoint::Failpoint;
-use nomad_driver_nspawn::host::calls::StartedTask;
-use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Logs, Plugin};
 use nomad_driver_nspawn::state::task_dir::TaskDir;
 use rstest::rstest;
 use serde_json::{Value, json};

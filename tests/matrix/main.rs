@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use nomad_driver_nspawn::host::{Plugin, TaskSpec};
+use dev_agent::{Plugin, TaskSpec};
 use nomad_driver_nspawn::sys::process::first_child;
 use serde_json::{Value, json};
 

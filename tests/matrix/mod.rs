@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use dev_agent::{Plugin, TaskSpec};
 use libtest_mimic::{Arguments, Failed, Trial};
-use nomad_driver_nspawn::host::{Plugin, TaskSpec};
 use serde_json::Value;
 
 mod plan;

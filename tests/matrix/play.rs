@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dev_agent::calls::StartedTask;
+use dev_agent::{Allocation, HostError, Plugin, TaskExit};
 use nomad_driver_nspawn::container::Process;
 use nomad_driver_nspawn::failpoint::Failpoint;
-use nomad_driver_nspawn::host::calls::StartedTask;
-use nomad_driver_nspawn::host::{Allocation, HostError, Plugin, TaskExit};
 use nomad_driver_nspawn::proto::driver::{
     InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, TaskConfig, TaskState,
 };

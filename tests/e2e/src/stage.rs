@@ -9,8 +9,8 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use nomad_driver_nspawn::host::calls::StartedTask;
-use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
+use dev_agent::calls::StartedTask;
+use dev_agent::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
 use nomad_driver_nspawn::proto::driver;
 use serde_json::{Value, json};
 use support::Output;

@@ -7,10 +7,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use dev_agent::{Launch, Plugin};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
-use nomad_driver_nspawn::host::{Launch, Plugin};
 use serde_json::Value;
 
 use crate::stage::Stage;

@@ -5,8 +5,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use dev_agent::{Plugin, TaskSpec};
 use e2e::stage::{Stage, within};
-use nomad_driver_nspawn::host::{Plugin, TaskSpec};
 use serde_json::{Value, json};
 
 #[path = "../../matrix/mod.rs"]

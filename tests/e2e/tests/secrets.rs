@@ -9,13 +9,13 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dev_agent::{Allocation, Plugin};
 use e2e::agent::Agent;
 use e2e::stage::{Running, Stage, Task, end, within};
 use e2e::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nomad_driver_nspawn::failpoint::Failpoint;
-use nomad_driver_nspawn::host::{Allocation, Plugin};
 use nomad_driver_nspawn::sys::process::first_child;
 use serde_json::{Value, json};
 

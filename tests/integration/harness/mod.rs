@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use dev_agent::calls::StartedTask;
+use dev_agent::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nomad_driver_nspawn::cgroup::Group;
-use nomad_driver_nspawn::host::calls::StartedTask;
-use nomad_driver_nspawn::host::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
 use nomad_driver_nspawn::proto::driver::{
     InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, TaskConfig, TaskHandle,
 };

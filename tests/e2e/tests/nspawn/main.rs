@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use dev_agent::{Plugin, TaskExit};
 use e2e::stage::{Namespace, Running, Stage, end, within};
 use e2e::{debian, until};
-use nomad_driver_nspawn::host::{Plugin, TaskExit};
 use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::state::TaskDir;
 use nomad_driver_nspawn::sys::process::ProcessHandle;

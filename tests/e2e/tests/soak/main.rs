@@ -15,11 +15,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use dev_agent::{HostError, Plugin, TaskExit};
 use e2e::stage::{Namespace, Stage, Task, end, within};
 use e2e::udev::Udev;
 use nomad_driver_nspawn::cgroup::Layout;
 use nomad_driver_nspawn::cleanup::orphans::supervisors;
-use nomad_driver_nspawn::host::{HostError, Plugin, TaskExit};
 use nomad_driver_nspawn::proto::driver::TaskHandle;
 use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::state::TaskDir;

@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use nix::unistd::mkdtemp;
 
 use super::say;
-use crate::config::MAX_STATE_DIR_BYTES;
 
 /// The prefix of their names.
 const PREFIX: &str = "nomad-driver-nspawn-";
@@ -25,17 +24,17 @@ pub(super) struct Directory {
 impl Directory {
     /// Creates them below `TMPDIR`, or `/tmp` if that is not set, with access for this user only. The paths of the
     /// plugin's sockets must be short: if `TMPDIR` is too long, sockets and state are in a directory in `/tmp` or
-    /// `/run`.
-    pub(super) fn create() -> Result<Self, String> {
+    /// `/run`. `max_state_dir` is the longest path of a state directory, in bytes.
+    pub(super) fn create(max_state_dir: usize) -> Result<Self, String> {
         let parent = std::env::temp_dir();
         let mut made = Self {
             allocations: make_in(&parent)?,
             short: None,
         };
-        if made.state().as_os_str().len() > MAX_STATE_DIR_BYTES {
+        if made.state().as_os_str().len() > max_state_dir {
             let short = make_in(Path::new("/tmp")).or_else(|_| make_in(Path::new("/run")));
             made.short = Some(short.map_err(|error| {
-                let beyond = made.state().as_os_str().len() - MAX_STATE_DIR_BYTES;
+                let beyond = made.state().as_os_str().len() - max_state_dir;
                 format!(
                     "TMPDIR: {} is {beyond} bytes too long for sockets below it, and neither /tmp nor /run can be used instead: {error}",
                     parent.display()
@@ -112,7 +111,7 @@ pub fn remove_directories<'a>(paths: impl Iterator<Item = &'a Path>) {
     for path in paths {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if name.starts_with(PREFIX)
-            && let Err(error) = crate::host::allocation::remove_unmounted(path)
+            && let Err(error) = crate::allocation::remove_unmounted(path)
         {
             tracing::warn!(%error, path = %path.display(), "the directory of a run is left");
         }

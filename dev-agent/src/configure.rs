@@ -11,7 +11,7 @@ use rmpv::Value as Packed;
 use serde_json::{Map, Value};
 
 use super::variables::Variables;
-use crate::proto::hclspec::{self, spec::Block as Arm};
+use nomad_proto::hclspec::{self, spec::Block as Arm};
 
 /// Why a configuration does not fit its schema.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

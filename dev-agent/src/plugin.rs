@@ -22,10 +22,10 @@ use tonic_health::pb::health_client::HealthClient;
 
 use super::error::HostError;
 use super::handshake;
-use crate::proto::base::base_plugin_client::BasePluginClient;
-use crate::proto::driver::driver_client::DriverClient;
-use crate::proto::plugin::grpc_controller_client::GrpcControllerClient;
-use crate::proto::{driver, plugin as wire};
+use nomad_proto::base::base_plugin_client::BasePluginClient;
+use nomad_proto::driver::driver_client::DriverClient;
+use nomad_proto::plugin::grpc_controller_client::GrpcControllerClient;
+use nomad_proto::{driver, plugin as wire};
 
 /// How long Nomad waits for the handshake line.
 pub const START_TIMEOUT: Duration = Duration::from_secs(60);

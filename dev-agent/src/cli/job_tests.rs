@@ -4,10 +4,6 @@ use rstest::rstest;
 use serde_json::json;
 
 use super::*;
-use crate::config::{self, ImageSearchPath, TaskContext};
-use crate::container::ContainerSpec;
-use crate::host::Allocation;
-use crate::host::configure::encode;
 
 fn pick(source: &str) -> Result<Picked, JobError> {
     Job::read(source)?.pick(None, &BTreeMap::new())
@@ -291,70 +287,4 @@ fn the_json_of_a_job_is_refused_alike() {
     ]}], "ID": "j"});
     let error = pick(&source.to_string()).unwrap_err();
     assert!(error.reason.contains("task.template"), "{error}");
-}
-
-/// Everything between a file and the container: operators try the examples first. Whether a cluster has the volumes and
-/// ports of an example is not checked.
-#[test]
-fn every_example_becomes_a_container() {
-    let mut seen = Vec::new();
-    let examples = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
-    for entry in std::fs::read_dir(examples).unwrap() {
-        let path = entry.unwrap().path();
-        let source = std::fs::read_to_string(&path).unwrap();
-        let job = Job::read(&source).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        for task in job.groups.iter().flat_map(|group| &group.tasks) {
-            assert_eq!(task.driver, DRIVER, "{}", path.display());
-            container(&task.spec).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        }
-        seen.push(path.file_name().unwrap().to_owned());
-    }
-    seen.sort();
-    assert_eq!(
-        seen,
-        [
-            "boot.nomad.hcl",
-            "hello.nomad.hcl",
-            "service.nomad.hcl",
-            "volume.nomad.hcl"
-        ]
-    );
-}
-
-/// Encodes a task's `config` block by the schema and validates it as a container, on a machine with the image `debian`.
-fn container(spec: &TaskSpec) -> Result<ContainerSpec, String> {
-    let machine = tempfile::tempdir().unwrap();
-    let image = machine.path().join("machines/debian");
-    for directory in ["etc", "usr/lib/systemd", "sbin"] {
-        std::fs::create_dir_all(image.join(directory)).unwrap();
-    }
-    for file in ["etc/os-release", "usr/lib/systemd/systemd"] {
-        std::fs::write(image.join(file), "").unwrap();
-    }
-    let allocation = Allocation::create(machine.path(), spec.clone()).unwrap();
-    let schema = config::task_schema();
-    let bytes = encode(
-        Some(&schema),
-        &spec.config,
-        allocation.variables(),
-        "config",
-    )
-    .map_err(|error| error.to_string())?;
-    let context = TaskContext {
-        id: format!("{}/{}/00000000", allocation.id(), spec.task),
-        task: spec.task.clone(),
-        alloc_id: allocation.id().to_owned(),
-        alloc_dir: allocation.dir().to_owned(),
-        environment: allocation.variables().environment.clone(),
-        ..TaskContext::default()
-    };
-    let plugin_config = config::PluginConfig::decode(&[]).map_err(|error| error.to_string())?;
-    let search_path = ImageSearchPath {
-        plugin_dir: machine.path().to_owned(),
-        machine_dirs: vec![machine.path().join("machines")],
-    };
-    let validated = config::container(&bytes, &context, &plugin_config, &search_path);
-    validated
-        .map(|validated| validated.spec)
-        .map_err(|error| error.to_string())
 }

@@ -1,6 +1,6 @@
 //! A small stand-alone plugin host: it starts a plugin as Nomad's agent does, encodes configuration by the plugin's own
-//! schema, creates an allocation directory, and drives one task from start to exit. `cli run` and the integration tests
-//! use it. It schedules nothing, stores nothing between two runs, and knows nothing of containers: it only sees what
+//! schema, creates an allocation directory, and drives one task from start to exit. The `run` command in [`cli`] and the
+//! integration tests use it. It does not depend on the driver. It schedules nothing, stores nothing between two runs, and knows nothing of containers: it only sees what
 //! the plugin reports.
 //!
 //! ```text
@@ -11,6 +11,7 @@
 
 pub mod allocation;
 pub mod calls;
+pub mod cli;
 pub mod configure;
 pub mod error;
 pub mod handshake;

@@ -13,10 +13,10 @@ use tokio::sync::mpsc;
 use super::directory::Directory;
 use super::job::Job;
 use super::tree::stored;
-use super::{FAILED, hcl, say, signals};
-use crate::host::log::Level;
-use crate::host::run::chain;
-use crate::host::{HostError, Launch, LogLine, Run, RunEvent, TaskExit, TaskSpec, run_task};
+use super::{Driver, FAILED, hcl, say, signals};
+use crate::log::Level;
+use crate::run::chain;
+use crate::{HostError, Launch, LogLine, Run, RunEvent, TaskExit, TaskSpec, run_task};
 
 /// The first argument of a plugin that exits together with its `run`; the directories of that `run` follow.
 pub const BOUND_PLUGIN: &str = "plugin-of-run";
@@ -54,14 +54,14 @@ fn pair(text: &str) -> Result<(String, String), String> {
 }
 
 /// Runs the task, reports, and returns the exit status.
-pub(super) fn main(arguments: &Arguments) -> ExitCode {
+pub(super) fn main(arguments: &Arguments, driver: Driver) -> ExitCode {
     let code = prepare(arguments).and_then(|(spec, config)| {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
             .map_err(|error| format!("can't start: {error}"))?;
-        let code = runtime.block_on(run(spec, config));
+        let code = runtime.block_on(run(spec, config, driver));
         // Do not wait for a pending write to a pipe that has no active reader.
         runtime.shutdown_background();
         code
@@ -130,10 +130,10 @@ fn plugin_config(source: &str) -> Result<Value, String> {
     Ok(stored(&entries))
 }
 
-async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<u8, String> {
+async fn run(task: TaskSpec, mut plugin_config: Value, driver: Driver) -> Result<u8, String> {
     // Before anything exists that a signal could leave behind.
     let stops = signals::stops().map_err(|error| format!("can't watch for signals: {error}"))?;
-    let directory = Directory::create()?;
+    let directory = Directory::create(driver.max_state_dir)?;
     // Never the state directory of a Nomad agent on this machine, because its plugin cleans up tasks that it does not
     // know. If the user sets that directory all the same, this plugin must not clean up the agent's tasks, which it
     // does not know either.
@@ -173,9 +173,9 @@ async fn run(task: TaskSpec, mut plugin_config: Value) -> Result<u8, String> {
     });
     let end = run_task(run, io::stdout(), io::stderr(), stops, &report).await;
     // The channel closes with the plugin's stderr, which another process may still hold open after a kill.
-    drop(tokio::time::timeout(crate::host::plugin::GRACE, printer).await);
+    drop(tokio::time::timeout(crate::plugin::GRACE, printer).await);
     match end {
-        Ok(exit) => status(exit),
+        Ok(exit) => status(exit, driver.unknown_end),
         Err(HostError::Output { source, .. }) if source.kind() == io::ErrorKind::BrokenPipe => {
             Ok(OUTPUT_CLOSED)
         }
@@ -191,9 +191,9 @@ fn report(event: RunEvent) {
     }
 }
 
-fn status(exit: TaskExit) -> Result<u8, String> {
+fn status(exit: TaskExit, unknown_end: &str) -> Result<u8, String> {
     if let Some(error) = &exit.error {
-        if !exit.is_known() {
+        if !exit.is_known(unknown_end) {
             return Err(error.clone());
         }
         say::line(&format!("run: {error}"));

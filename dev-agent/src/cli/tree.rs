@@ -28,11 +28,11 @@ pub(super) enum Thing {
 /// What is wrong with a job file, and where.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}{reason}", place(*.line))]
-pub(super) struct JobError {
+pub struct JobError {
     /// The line, counted from 1, if it is known.
-    pub(super) line: Option<usize>,
+    pub line: Option<usize>,
     /// What is wrong.
-    pub(super) reason: String,
+    pub reason: String,
 }
 
 impl JobError {

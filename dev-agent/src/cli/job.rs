@@ -9,11 +9,11 @@ use serde_json::Value;
 
 use super::tree::{Entry, JobError, Thing, stored};
 use super::{hcl, json};
-use crate::host::TaskSpec;
-use crate::signal::Signal;
+use crate::TaskSpec;
+use job_values::signal::Signal;
 
 /// The driver whose tasks can be run.
-pub(super) const DRIVER: &str = "nspawn";
+const DRIVER: &str = "nspawn";
 
 /// What happens to an entry that is not used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,7 +102,7 @@ const RESOURCES: &[(&str, Verdict)] = &[
 
 /// A parsed job file.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Job {
+pub struct Job {
     id: String,
     name: Option<String>,
     region: Option<String>,
@@ -150,7 +150,7 @@ pub(super) struct Picked {
 
 impl Job {
     /// Parses a job file in either notation: a file that starts with `{` is JSON.
-    pub(super) fn read(source: &str) -> Result<Self, JobError> {
+    pub fn read(source: &str) -> Result<Self, JobError> {
         let entries = if source.trim_start().starts_with('{') {
             json::read(source)?
         } else {
@@ -210,6 +210,14 @@ impl Job {
             }
         }
         Ok(job)
+    }
+
+    /// All its tasks of the driver, also those that can't be run here.
+    pub fn tasks(&self) -> impl Iterator<Item = &TaskSpec> {
+        let tasks = self.groups.iter().flat_map(|group| &group.tasks);
+        tasks
+            .filter(|task| task.driver == DRIVER)
+            .map(|task| &task.spec)
     }
 
     /// Selects the task to run: the named one, as `TASK` or `GROUP/TASK`, or the only one with this driver. `meta`

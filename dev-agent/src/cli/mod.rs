@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches as _, Parser, Subcommand};
 
 mod directory;
 mod hcl;
@@ -16,17 +16,30 @@ mod signals;
 mod tree;
 
 pub use directory::remove_directories;
+pub use job::Job;
 pub use run::BOUND_PLUGIN;
+pub use tree::JobError;
 
 /// The exit code when the task could not be run, as in docker: it differs from the codes that tasks use.
 const FAILED: u8 = 125;
+
+/// What the commands need to know about the driver that they are built into.
+#[derive(Debug, Clone, Copy)]
+pub struct Driver {
+    /// The version that `--version` prints.
+    pub version: &'static str,
+    /// The longest path of its state directory, in bytes.
+    pub max_state_dir: usize,
+    /// How the error of an exit begins whose code and signal the driver did not see.
+    pub unknown_end: &'static str,
+}
 
 /// Runs Nomad tasks in systemd-nspawn containers.
 ///
 /// Nomad's agent starts this program itself: put it into the agent's plugin_dir. The commands below are for interactive
 /// use.
 #[derive(Debug, Parser)]
-#[command(name = "nomad-driver-nspawn", version)]
+#[command(name = "nomad-driver-nspawn")]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -39,8 +52,12 @@ enum Command {
 }
 
 /// Parses the arguments, the first of which is the program, and runs the subcommand.
-pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args) {
+pub fn main(args: impl IntoIterator<Item = OsString>, driver: Driver) -> ExitCode {
+    let parsed = Cli::command()
+        .version(driver.version)
+        .try_get_matches_from(args)
+        .and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => {
             // Fails if the terminal is gone, and then there is no other place to report to.
@@ -52,7 +69,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     match cli.command {
-        Some(Command::Run(arguments)) => run::main(&arguments),
+        Some(Command::Run(arguments)) => run::main(&arguments, driver),
         None => {
             let help = Cli::command().render_help();
             say::line(&format!(

@@ -17,7 +17,7 @@ use super::allocation::{Allocation, TaskSpec};
 use super::calls::TaskExit;
 use super::error::HostError;
 use super::plugin::{Launch, Plugin};
-use crate::proto::driver::{
+use nomad_proto::driver::{
     DriverTaskEvent, StopTaskRequest, StopTaskResponse, TaskConfig, TaskHandle,
 };
 

@@ -16,7 +16,7 @@ use tokio::net::unix::pipe;
 
 use super::error::HostError;
 use super::variables::Variables;
-use crate::proto::driver;
+use nomad_proto::driver;
 
 /// The owner that Nomad gives the directories of an allocation.
 const NOBODY: u32 = 65534;

@@ -11,17 +11,16 @@ use super::configure;
 use super::error::HostError;
 use super::plugin::Plugin;
 use super::variables::Variables;
-use crate::container::UNKNOWN_END;
-use crate::proto::base::{
+use nomad_proto::base::{
     ConfigSchemaRequest, PluginInfoRequest, PluginInfoResponse, PluginType, SetConfigRequest,
 };
-use crate::proto::driver::fingerprint_response::HealthState;
-use crate::proto::driver::{
+use nomad_proto::driver::fingerprint_response::HealthState;
+use nomad_proto::driver::{
     DestroyTaskRequest, DriverTaskEvent, ExitResult, FingerprintRequest, FingerprintResponse,
     NetworkOverride, RecoverTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfig,
     TaskConfigSchemaRequest, TaskEventsRequest, TaskHandle, WaitTaskRequest,
 };
-use crate::proto::{base, hclspec};
+use nomad_proto::{base, hclspec};
 
 /// The plugin API version that every Nomad supports.
 pub const API_VERSION: &str = "v0.1.0";
@@ -252,9 +251,10 @@ impl TaskExit {
         }
     }
 
-    /// Whether code and signal are the task's own, rather than placeholders for an exit that the driver did not see.
-    pub fn is_known(&self) -> bool {
-        let unknown = |error: &String| error.starts_with(UNKNOWN_END);
+    /// Whether code and signal are the task's own, rather than placeholders for an exit that the driver did not see: the
+    /// error of such an exit begins with `unknown_end`.
+    pub fn is_known(&self, unknown_end: &str) -> bool {
+        let unknown = |error: &String| error.starts_with(unknown_end);
         !self.error.as_ref().is_some_and(unknown)
     }
 }
