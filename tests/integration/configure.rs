@@ -237,7 +237,7 @@ async fn start_with_number(
     };
     let allocation =
         Arc::new(host.allocation(host.shell("").with("user_namespacing", json!(false))));
-    host.start_edited(plugin, allocation, edit).await
+    Ok(host.start_edited(plugin, allocation, edit).await?)
 }
 
 #[rstest] // Conformance check 23.

@@ -5,8 +5,6 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use nomad_driver_nspawn::failpoint::OLD_KERNEL;
 use nomad_driver_nspawn::proto::driver::{InspectTaskRequest, StartTaskRequest};
 use nomad_driver_nspawn::proto::rpc;
@@ -134,59 +132,6 @@ async fn a_start_that_no_one_waits_for_any_more_is_undone() {
     nothing_left(&host, &plugin).await;
     assert!(plugin.wait(&id).await.is_err());
     drop(logs);
-}
-
-#[rstest]
-#[case(9, "SIGKILL")]
-// A real-time signal, which has no name among the standard ones: its status must not be lost.
-#[case(40, "SIGRTMIN+6")]
-#[tokio::test]
-async fn a_killed_systemd_nspawn_ends_its_task_with_a_reason(
-    #[case] number: i32,
-    #[case] words: &str,
-) {
-    let host = Host::new();
-    let plugin = host.plugin().await;
-    let task = host
-        .start(&plugin, host.shell("echo up; exec sleep 1000"))
-        .await;
-    task.stdout.contains("up").await;
-    let nspawn = host.starts()[0]["pid"].as_i64().unwrap();
-    // nix's wrapper of kill(2) does not know real-time signals; the shell does.
-    let sent = std::process::Command::new("/bin/sh")
-        .args(["-c", &format!("kill -{number} {nspawn}")])
-        .status();
-    assert!(sent.unwrap().success());
-    let exit = task.wait(&plugin).await;
-    assert_eq!((exit.code, exit.signal), (128 + number, number));
-    assert!(
-        exit.error.as_ref().is_some_and(|text| text.contains(words)),
-        "{exit:?}"
-    );
-    task.destroy(&plugin).await;
-    nothing_left(&host, &plugin).await;
-}
-
-#[tokio::test]
-async fn a_killed_supervisor_ends_its_task_with_a_reason() {
-    let host = Host::new();
-    let plugin = host.plugin().await;
-    let task = host
-        .start(&plugin, host.shell("echo up; exec sleep 1000"))
-        .await;
-    task.stdout.contains("up").await;
-    let pid = i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap();
-    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-    let exit = task.wait(&plugin).await;
-    assert_ne!(exit.code, 0);
-    assert!(
-        exit.error
-            .as_ref()
-            .is_some_and(|text| text.contains("supervisor")),
-        "{exit:?}"
-    );
-    task.destroy(&plugin).await;
-    nothing_left(&host, &plugin).await;
 }
 
 #[tokio::test]

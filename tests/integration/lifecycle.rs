@@ -5,12 +5,11 @@ use std::time::Duration;
 
 use dev_agent::Plugin;
 use nomad_driver_nspawn::proto::driver::{Mount, TaskConfig, TaskState};
-use nomad_driver_nspawn::sys::process::{ProcessHandle, children};
 use rstest::rstest;
 use serde_json::json;
 use tonic::Code;
 
-use crate::harness::{DEADLINE, Host, Running, argv, environment, eventually, refusal, within};
+use crate::harness::{Host, Running, World as _, argv, environment, refusal, within};
 
 mod arguments;
 
@@ -51,36 +50,6 @@ async fn an_id_is_started_once() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test] // Conformance check 36.
-async fn an_exit_status() {
-    let host = Host::new();
-    let plugin = host.plugin().await;
-    let task = host.start(&plugin, host.shell("exit 7")).await;
-    let exit = task.wait(&plugin).await;
-    assert_eq!(
-        (exit.code, exit.signal, exit.oom_killed, exit.error),
-        (7, 0, false, None)
-    );
-    task.destroy(&plugin).await;
-}
-
-#[rstest] // Conformance check 37.
-#[case(false)]
-#[case(true)]
-#[tokio::test]
-async fn death_by_kill(#[case] process_two: bool) {
-    let host = Host::new();
-    let plugin = host.plugin().await;
-    let job = host
-        .shell("echo up; exec sleep 1000")
-        .with("process_two", json!(process_two));
-    let task = host.up(&plugin, job).await;
-    task.signal(&plugin, "SIGKILL").await.unwrap();
-    let exit = task.wait(&plugin).await;
-    assert_eq!((exit.code, exit.signal, exit.error), (137, 9, None));
-    task.destroy(&plugin).await;
-}
-
 #[tokio::test] // Conformance check 38.
 async fn everyone_who_waits_receives_it() {
     let host = Host::new();
@@ -108,44 +77,6 @@ async fn a_wait_that_is_given_up() {
         task.inspect(&plugin).await.unwrap().task.unwrap().state(),
         TaskState::Running
     );
-    task.destroy(&plugin).await;
-}
-
-/// Starts a task that ignores SIGTERM, stops it with this grace period, and checks that none of its processes is left.
-async fn stopped_by_force(grace: Duration) {
-    let host = Host::new();
-    let plugin = host.plugin().await;
-    let task = host.up(&plugin, host.shell(DEAF)).await;
-    let payload: Vec<ProcessHandle> = children(task.leader())
-        .into_iter()
-        .filter_map(|pid| ProcessHandle::open(pid).ok())
-        .collect();
-    assert!(!payload.is_empty());
-    let exit = task.stop(&plugin, grace, "SIGTERM").await;
-    assert_eq!((exit.code, exit.signal, exit.error), (137, 9, None));
-    assert!(payload.iter().all(|process| process.wait(DEADLINE)));
-    task.destroy(&plugin).await;
-}
-
-#[tokio::test] // Conformance check 40.
-async fn what_ignores_the_signal_is_killed_after_the_grace() {
-    stopped_by_force(Duration::from_millis(300)).await;
-}
-
-#[tokio::test] // Conformance check 41.
-async fn no_grace_is_force_at_once() {
-    stopped_by_force(Duration::ZERO).await;
-}
-
-#[tokio::test]
-async fn a_graceful_stop_has_the_tasks_own_end() {
-    let host = Host::new();
-    let plugin = host.plugin().await;
-    let job = host.shell("trap 'echo bye; exit 3' USR1; echo up; while :; do sleep 0.05; done");
-    let task = host.up(&plugin, job).await;
-    let exit = task.stop(&plugin, DEADLINE, "SIGUSR1").await;
-    assert_eq!((exit.code, exit.signal), (3, 0));
-    assert_eq!(task.stdout.all().await, "up\nbye\n");
     task.destroy(&plugin).await;
 }
 
@@ -228,12 +159,7 @@ async fn destroying_what_runs_takes_force() {
 
 /// Checks that only the plugin still runs, and that its state directory is empty.
 pub(crate) async fn nothing_left(host: &Host, plugin: &Plugin) {
-    host.quiet(&[plugin.pid()]).await;
-    let empty = || std::fs::read_dir(host.state()).unwrap().next().is_none();
-    eventually("the state directory is empty", empty).await;
-    for group in host.groups() {
-        eventually("the control group is gone", || !group.exists()).await;
-    }
+    host.is_clean(plugin).await;
 }
 
 #[tokio::test] // Conformance check 67.
@@ -284,39 +210,6 @@ async fn mounts() {
     task.wait(&plugin).await;
     task.destroy(&plugin).await;
     assert!(volume.exists());
-}
-
-#[tokio::test] // Conformance check 71.
-async fn environment_values_arrive_unchanged() {
-    let host = Host::new();
-    let plugin = host.plugin().await;
-    let values = [
-        ("LINES2", "a\nb\n"),
-        ("QUOTES", "it's \"so\" \\n $X"),
-        ("EQUALS", "a=b=c"),
-        ("OTHER", " ü ☃ "),
-        ("EMPTY", ""),
-    ];
-    // Shells drop such names; a command executed directly has it.
-    let dotted = host.task(&["env"]).env("with.dot", "x");
-    let script =
-        "for n in LINES2 QUOTES EQUALS OTHER EMPTY; do eval printf '%s=%s\\;' $n '\"$'$n'\"'; done";
-    let job = values
-        .iter()
-        .fold(host.shell(script), |job, (name, value)| {
-            job.env(name, value)
-        });
-    let task = host.start(&plugin, job).await;
-    let want: String = values
-        .iter()
-        .map(|(name, value)| format!("{name}={value};"))
-        .collect();
-    assert_eq!(task.stdout.all().await, want);
-    task.destroy(&plugin).await;
-    let task = host.start(&plugin, dotted).await;
-    let all = task.stdout.all().await;
-    assert!(all.lines().any(|line| line == "with.dot=x"), "{all}");
-    task.destroy(&plugin).await;
 }
 
 #[tokio::test] // Conformance check 72.

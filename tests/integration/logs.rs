@@ -48,23 +48,6 @@ async fn no_output_is_wanted(#[case] path: &str) {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test] // Conformance check 75.
-async fn output_flows_on_without_a_plugin() {
-    let host = Host::new();
-    let mut plugin = host.plugin().await;
-    let script =
-        "i=0; while [ $i -lt 400 ]; do i=$((i+1)); echo line-$i; sleep 0.002; done; exit 3";
-    let task = host.start(&plugin, host.shell(script)).await;
-    task.stdout.contains("line-20\n").await;
-    plugin.kill().await;
-    let all = task.stdout.all().await;
-    let want: String = (1..=400).map(|number| format!("line-{number}\n")).collect();
-    assert_eq!(all, want);
-    let plugin = host.recovered(&task).await;
-    assert_eq!(task.wait(&plugin).await.code, 3);
-    task.destroy(&plugin).await;
-}
-
 #[rstest] // Conformance check 76.
 #[case("stdout")]
 #[case("stderr")]

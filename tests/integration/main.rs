@@ -35,4 +35,5 @@ mod shutdown;
 mod signals;
 mod start_failures;
 mod stats;
+mod suite;
 mod troubles;

@@ -3,7 +3,6 @@
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::Duration;
 
 use dev_agent::Plugin;
 use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskHandle, TaskState};
@@ -22,42 +21,6 @@ async fn orphan(host: &Host, script: &str) -> Running {
     task.stdout.contains("up").await;
     plugin.kill().await;
     task
-}
-
-#[tokio::test] // Conformance check 77.
-async fn a_new_plugin_takes_over() {
-    let host = Host::new();
-    let task = orphan(&host, TRAPS).await;
-    assert!(
-        task.stored()
-            .config
-            .unwrap()
-            .msgpack_driver_config
-            .is_empty()
-    );
-    let plugin = host.recovered(&task).await;
-    let inspected = task.inspect(&plugin).await.unwrap();
-    assert_eq!(inspected.task.unwrap().state(), TaskState::Running);
-    assert_eq!(
-        inspected.driver.unwrap().attributes["pid"],
-        task.leader().to_string()
-    );
-    let mut stats = crate::stats::stream(&plugin, &task.id, Duration::from_secs(10)).await;
-    assert!(within("a sample", stats.message()).await.unwrap().is_some());
-    task.signal(&plugin, "SIGUSR1").await.unwrap();
-    assert_eq!(task.wait(&plugin).await.code, 12);
-    assert_eq!(task.stdout.all().await, "up\ngot\n");
-    task.destroy(&plugin).await;
-    // The same for a task that is stopped instead.
-    let task = orphan(
-        &host,
-        "trap '' TERM INT; echo up; while :; do sleep 0.05; done",
-    )
-    .await;
-    let plugin = host.recovered(&task).await;
-    let exit = task.stop(&plugin, Duration::from_millis(100), "").await;
-    assert_eq!((exit.code, exit.signal), (137, 9));
-    task.destroy(&plugin).await;
 }
 
 #[tokio::test] // Conformance check 78.
@@ -79,23 +42,6 @@ async fn recovering_twice() {
     task.destroy(&plugin).await;
 }
 
-#[tokio::test] // Conformance check 79.
-async fn an_end_while_no_plugin_ran() {
-    let host = Host::new();
-    let gate = host.join("gate");
-    let script = format!(
-        "echo up; while ! test -e {}; do sleep 0.01; done; exit 21",
-        gate.display()
-    );
-    let task = orphan(&host, &script).await;
-    std::fs::write(gate, "").unwrap();
-    host.quiet(&[]).await;
-    let plugin = host.recovered(&task).await;
-    let exit = task.wait(&plugin).await;
-    assert_eq!((exit.code, exit.signal, exit.error), (21, 0, None));
-    task.destroy(&plugin).await;
-}
-
 /// A handle with a modified driver state.
 fn changed(task: &Running, change: impl FnOnce(&mut Value)) -> TaskHandle {
     let mut handle = task.stored();
@@ -111,42 +57,6 @@ async fn refused(host: &Host, handle: TaskHandle, words: &str) -> Plugin {
     let status = refusal(within("RecoverTask", plugin.recover(handle)).await);
     assert!(status.message().contains(words), "{}", status.message());
     plugin
-}
-
-#[tokio::test] // Conformance check 80.
-async fn another_boot_and_another_process() {
-    let host = Host::new();
-    let task = orphan(&host, TRAPS).await;
-    let boot = changed(&task, |started| {
-        started["boot"] = json!("00000000-0000-0000-0000-000000000000")
-    });
-    drop(refused(&host, boot, "started anew").await);
-    let reused = changed(&task, |started| {
-        let start = started["leader"]["start"].as_u64().unwrap();
-        started["leader"]["start"] = json!(start + 1);
-    });
-    drop(refused(&host, reused, "another one's").await);
-    let elsewhere = changed(&task, |started| {
-        started["state"] = json!(host.state().join("gone"))
-    });
-    drop(refused(&host, elsewhere, "another one's place").await);
-    // As if the operator had used another state directory before.
-    let own = TaskDir::for_task(&host.state(), &task.id);
-    let name = own.path().file_name().unwrap();
-    let gone = changed(&task, |started| {
-        started["state"] = json!(host.join("old").join(name))
-    });
-    let plugin = refused(&host, gone, "no record").await;
-    // The unrelated task was not affected.
-    plugin.recover(task.stored()).await.unwrap();
-    assert_eq!(
-        task.inspect(&plugin).await.unwrap().task.unwrap().state(),
-        TaskState::Running
-    );
-    task.destroy(&plugin).await;
-    within("DestroyTask", plugin.destroy(&task.id, true))
-        .await
-        .unwrap();
 }
 
 /// A user who can change what Nomad stores must not be able to direct the driver to forged records.
@@ -178,21 +88,6 @@ async fn records_where_others_can_write_are_not_believed() {
     plugin.recover(task.stored()).await.unwrap();
     task.destroy(&plugin).await;
     assert!(forged.join("running").exists(), "it was touched");
-}
-
-#[tokio::test] // Conformance check 80.
-async fn what_was_refused_can_be_destroyed() {
-    let host = Host::new();
-    let task = orphan(&host, TRAPS).await;
-    let boot = changed(&task, |started| {
-        started["boot"] = json!("00000000-0000-0000-0000-000000000000")
-    });
-    let plugin = refused(&host, boot, "started anew").await;
-    within("DestroyTask", plugin.destroy(&task.id, true))
-        .await
-        .unwrap();
-    host.quiet(&[plugin.pid()]).await;
-    assert_eq!(std::fs::read_dir(host.state()).unwrap().count(), 0);
 }
 
 #[rstest] // Conformance check 81.

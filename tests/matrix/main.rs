@@ -18,7 +18,7 @@ mod harness;
 #[path = "mod.rs"]
 mod suite;
 
-use harness::{Host, eventually};
+use harness::{Fixture, Host, eventually};
 use suite::{Moment, World};
 use support::trap::Trap;
 
@@ -27,7 +27,7 @@ const AT_ONCE: usize = 6;
 
 impl World for Host {
     fn state(&self) -> PathBuf {
-        Self::state(self)
+        Fixture::state(self)
     }
 
     fn allocations(&self) -> PathBuf {
@@ -35,11 +35,11 @@ impl World for Host {
     }
 
     fn config(&self) -> Value {
-        Self::config(self)
+        Fixture::config(self)
     }
 
     async fn plugin(&self) -> Plugin {
-        Self::plugin(self).await
+        Fixture::plugin(self).await
     }
 
     fn task(&self, text: &str, process_two: bool) -> TaskSpec {
@@ -58,7 +58,7 @@ impl World for Host {
             Moment::BeforeNotify => "pause_before_notify",
             Moment::BeforeExit => "pause_before_exit",
         };
-        let trap = Trap::named(&Self::state(self), word);
+        let trap = Trap::named(&Fixture::state(self), word);
         self.scenario(&json!({"calls": [{word: trap.socket()}, {}]}));
         trap
     }
@@ -69,7 +69,7 @@ impl World for Host {
     }
 
     fn log(&self) -> String {
-        Self::log(self).text().join("\n")
+        Fixture::log(self).text().join("\n")
     }
 
     async fn assert_clean(&self, plugin: i32) {

@@ -56,6 +56,17 @@ pub fn driver() -> PathBuf {
     built
 }
 
+/// The version of the installed systemd-nspawn.
+pub fn nspawn_version() -> u32 {
+    let output = std::process::Command::new("systemd-nspawn")
+        .arg("--version")
+        .output()
+        .expect("systemd-nspawn --version");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let digits = |word: &str| word.parse().ok();
+    text.split_whitespace().find_map(digits).expect("a version")
+}
+
 /// Real containers need root.
 pub fn needs_root() {
     assert!(

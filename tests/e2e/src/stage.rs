@@ -4,31 +4,103 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::ops::Deref;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use dev_agent::calls::StartedTask;
-use dev_agent::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
-use nomad_driver_nspawn::proto::driver;
+use dev_agent::{Allocation, Launch, Plugin, TaskSpec};
+use nomad_driver_nspawn::proto::driver::TaskConfig;
 use serde_json::{Value, json};
-use support::Output;
+use support::not_applicable;
+pub use support::wire::{Ended, Fixture, Need, Refused, Running, Task, World, end};
 pub use support::within;
-use tempfile::TempDir;
-use tokio::sync::mpsc;
 
 use crate::leftovers::Marks;
 
 /// The environment of one test.
 #[derive(Debug)]
 pub struct Stage {
-    dir: TempDir,
+    fixture: Fixture,
     marks: Marks,
     name: String,
-    log: Mutex<mpsc::UnboundedReceiver<String>>,
-    sender: mpsc::UnboundedSender<String>,
     left: bool,
+}
+
+impl Deref for Stage {
+    type Target = Fixture;
+
+    fn deref(&self) -> &Fixture {
+        &self.fixture
+    }
+}
+
+impl World for Stage {
+    fn lacks(&self, need: Need) -> Option<&'static str> {
+        match need {
+            // A stage can't be made without root.
+            Need::Root | Need::MountNamespace => None,
+        }
+    }
+
+    fn tree(&self, name: &str) -> PathBuf {
+        Self::tree(self, name)
+    }
+
+    fn use_version(&self, version: u32, all: &[u32]) -> Result<u32, String> {
+        let installed = crate::nspawn_version();
+        let counts_as = all.iter().rfind(|one| **one <= installed);
+        if counts_as == Some(&version) {
+            return Ok(installed);
+        }
+        Err(format!(
+            "needs systemd-nspawn {version}, this is {installed}"
+        ))
+    }
+
+    fn use_init(&self, _: u32, ends: &Value) -> bool {
+        if !ends.is_null() {
+            not_applicable("a first process can't be made to end by any code and signal");
+            return false;
+        }
+        let init = self.join("tree/sbin/init");
+        fs::create_dir_all(self.join("tree/sbin")).expect("a directory");
+        fs::write(&init, "#!/bin/sh\nexec sleep 1000\n").expect("an init");
+        fs::set_permissions(init, fs::Permissions::from_mode(0o755)).expect("an init");
+        true
+    }
+
+    fn gate(&self) -> (PathBuf, String) {
+        (self.join("tree/srv/gate"), "/srv/gate".to_owned())
+    }
+
+    async fn is_clean(&self, plugin: &Plugin) {
+        let own = format!("process {} ", plugin.pid());
+        let is_left = || {
+            let recorded = fs::read_dir(self.state()).is_ok_and(|all| all.count() > 0);
+            let mut left = self.marks.left();
+            left.retain(|line| !line.starts_with(&own));
+            recorded || !left.is_empty()
+        };
+        within("an empty machine", async {
+            while is_left() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+
+    fn unused(self) {
+        Self::leave(self);
+    }
+
+    async fn leave(self, plugin: Plugin) {
+        self.is_clean(&plugin).await;
+        end(plugin).await;
+        Self::leave(self);
+    }
 }
 
 impl Stage {
@@ -43,28 +115,25 @@ impl Stage {
         for name in ["state", "plugins", "alloc"] {
             fs::create_dir(dir.path().join(name)).expect("a directory");
         }
-        fs::copy(
-            crate::driver(),
-            dir.path().join("plugins/nomad-driver-nspawn"),
-        )
-        .expect("a copy of the driver");
+        let plugin = dir.path().join("plugins/nomad-driver-nspawn");
+        fs::copy(crate::driver(), &plugin).expect("a copy of the driver");
         let name = format!("t{}", crate::unique());
-        let (sender, log) = mpsc::unbounded_channel();
+        let task = json!({
+            "image": dir.path().join("tree"),
+            "boot": false,
+            "user_namespacing": false,
+            "resolv_conf": "off",
+        });
+        let config = json!({ "state_dir": dir.path().join("state") });
         let stage = Self {
             marks: Marks::new(dir.path()).named(&name),
-            dir,
+            fixture: Fixture::new(dir, Launch::new(plugin), config, TaskSpec::new(&name, task))
+                .healthy(),
             name,
-            log: Mutex::new(log),
-            sender,
             left: false,
         };
         stage.tree("tree");
         stage
-    }
-
-    /// A path in its directory.
-    pub fn join(&self, path: impl AsRef<Path>) -> PathBuf {
-        self.dir.path().join(path)
     }
 
     /// A name that only this stage uses: the name of its tasks and the prefix of their machine names.
@@ -92,23 +161,13 @@ impl Stage {
         path
     }
 
-    /// A plugin with this stage's state directory.
-    pub async fn plugin(&self) -> Plugin {
-        self.plugin_with(json!({})).await
-    }
-
-    /// A plugin with these additional options.
-    pub async fn plugin_with(&self, options: Value) -> Plugin {
-        let launch = Launch::new(self.join("plugins/nomad-driver-nspawn"));
-        self.launch(launch, options).await
-    }
-
     /// A plugin that runs, with all its containers, in a network namespace other than the machine's.
     pub async fn plugin_in(&self, namespace: &Namespace) -> Plugin {
         // Interfaces are also looked up in /sys, so /sys must show the namespace; the cgroup mounts are kept.
         const SCRIPT: &str = "set -e; mkdir \"$1\"; mount --rbind /sys/fs/cgroup \"$1\"; \
             mount -t sysfs sysfs /sys; mount --rbind \"$1\" /sys/fs/cgroup; umount -l \"$1\"; rmdir \"$1\"; exec \"$2\"";
-        let mut launch = Launch::new("nsenter");
+        let mut launch = self.fixture.launch();
+        launch.binary = "nsenter".into();
         let mut file = OsString::from("--net=");
         file.push(namespace.path());
         launch.args = vec![file];
@@ -119,70 +178,17 @@ impl Stage {
             self.join("cgroup").into(),
             self.join("plugins/nomad-driver-nspawn").into(),
         ]);
-        self.launch(launch, json!({})).await
-    }
-
-    /// A plugin started by this shell script, which ends in `exec "$0"`.
-    pub async fn plugin_by(&self, script: &str) -> Plugin {
-        let mut launch = Launch::new("/bin/sh");
-        launch.args = ["-c", script].map(Into::into).into();
-        launch
-            .args
-            .push(self.join("plugins/nomad-driver-nspawn").into());
-        self.launch(launch, json!({})).await
-    }
-
-    pub(crate) async fn launch(&self, launch: Launch, mut options: Value) -> Plugin {
-        options["state_dir"] = json!(self.join("state"));
-        let mut launch = launch.set("TMPDIR", self.dir.path());
-        launch.log = Some(self.sender.clone());
-        within("the plugin's start", async {
-            let plugin = Plugin::launch(launch).await.expect("the plugin starts");
-            plugin.configure(&options).await.expect("its configuration");
-            plugin.healthy().await.expect("a healthy driver");
-            plugin
-        })
-        .await
+        self.launched(launch, &json!({})).await
     }
 
     /// A task in the small tree that runs this command as PID 1.
     pub fn words(&self, words: &[&str]) -> Task {
-        let config = json!({
-            "image": self.join("tree"),
-            "boot": false,
-            "user_namespacing": false,
-            "resolv_conf": "off",
-            "command": words,
-        });
-        Task {
-            spec: TaskSpec::new(&self.name, config),
-            network: None,
-        }
-    }
-
-    /// A task that runs this shell script.
-    pub fn shell(&self, text: &str) -> Task {
-        self.words(&["/bin/sh", "-c", text])
+        self.task(words)
     }
 
     /// A new allocation for this task.
     pub fn allocation(&self, task: &Task) -> Arc<Allocation> {
-        self.allocation_of(&task.spec)
-    }
-
-    /// A new allocation for this specification.
-    pub fn allocation_of(&self, spec: &TaskSpec) -> Arc<Allocation> {
-        let parent = self.join("alloc");
-        Arc::new(Allocation::create(&parent, spec.clone()).expect("an allocation"))
-    }
-
-    /// Starts a task in an allocation of its own; the start must succeed.
-    pub async fn start(&self, plugin: &Plugin, task: Task) -> Running {
-        let allocation = self.allocation(&task);
-        match self.start_in(plugin, &task, allocation).await {
-            Ok(running) => running,
-            Err(refused) => panic!("{refused:?}\nplugin's log:\n{}", self.log()),
-        }
+        Arc::new(self.fixture.allocation(task.clone()))
     }
 
     /// Starts a task that must be refused; returns the error.
@@ -201,24 +207,8 @@ impl Stage {
         task: &Task,
         allocation: Arc<Allocation>,
     ) -> Result<Running, Refused> {
-        let logs = allocation.open_logs().expect("the logs");
-        let (stdout, stderr) = (Output::collect(logs.stdout), Output::collect(logs.stderr));
-        let mut config = match plugin.task_config(&allocation).await {
-            Ok(config) => config,
-            Err(error) => return Err(Refused { error, stderr }),
-        };
-        config.network_isolation_spec = task.isolation();
-        let id = config.id.clone();
-        match within("StartTask", plugin.start(config)).await {
-            Ok(started) => Ok(Running {
-                id,
-                started,
-                stdout,
-                stderr,
-                allocation,
-            }),
-            Err(error) => Err(Refused { error, stderr }),
-        }
+        let edit = |config: &mut TaskConfig| config.network_isolation_spec = task.isolation();
+        self.start_edited(plugin, allocation, edit).await
     }
 
     /// Runs a task that exits by itself, on a plugin of its own.
@@ -235,15 +225,9 @@ impl Stage {
         running.finish(plugin).await
     }
 
-    /// Everything that the plugins have logged since the last call.
+    /// Everything that the plugins have logged so far.
     pub fn log(&self) -> String {
-        let mut text = String::new();
-        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Ok(line) = log.try_recv() {
-            text.push_str(&line);
-            text.push('\n');
-        }
-        text
+        self.fixture.log().text().join("\n")
     }
 
     /// Ends a test: nothing may be left.
@@ -258,7 +242,7 @@ impl Stage {
         assert!(state.is_empty(), "left in the state directory: {state:?}");
         let plugins = fs::read_dir(self.join("plugins")).expect("the plugin directory");
         assert_eq!(plugins.count(), 1, "something was put beside the plugin");
-        let copies: Vec<_> = fs::read_dir(self.dir.path())
+        let copies: Vec<_> = fs::read_dir(self.path())
             .expect("the stage")
             .flatten()
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
@@ -281,174 +265,6 @@ impl Drop for Stage {
         } else {
             assert!(self.left, "the test has to end with Stage::leave");
         }
-    }
-}
-
-/// Shuts a plugin down as Nomad does; it must exit without being killed.
-pub async fn end(plugin: Plugin) {
-    let stopped = within("Shutdown", plugin.shutdown()).await;
-    assert!(!stopped.killed, "the plugin had to be killed: {stopped:?}");
-}
-
-/// A task to start.
-#[derive(Debug, Clone)]
-pub struct Task {
-    /// Its specification.
-    pub spec: TaskSpec,
-    /// The group's network namespace.
-    pub network: Option<PathBuf>,
-}
-
-impl Task {
-    /// With this option in the `config` block.
-    #[must_use]
-    pub fn with(mut self, option: &str, value: impl Into<Value>) -> Self {
-        self.spec.config[option] = value.into();
-        self
-    }
-
-    /// With this variable in the job's `env` block.
-    #[must_use]
-    pub fn env(mut self, name: &str, value: &str) -> Self {
-        self.spec.env.insert(name.to_owned(), value.to_owned());
-        self
-    }
-
-    /// As this user.
-    #[must_use]
-    pub fn user(mut self, name: &str) -> Self {
-        self.spec.user = name.to_owned();
-        self
-    }
-
-    /// In this network namespace of the group.
-    #[must_use]
-    pub fn network(mut self, path: &Path) -> Self {
-        self.network = Some(path.to_owned());
-        self
-    }
-
-    /// Nomad's message for the network namespace.
-    pub fn isolation(&self) -> Option<driver::NetworkIsolationSpec> {
-        let path = self.network.as_ref()?;
-        Some(driver::NetworkIsolationSpec {
-            mode: driver::network_isolation_spec::NetworkIsolationMode::Group.into(),
-            path: path.to_string_lossy().into_owned(),
-            ..driver::NetworkIsolationSpec::default()
-        })
-    }
-}
-
-/// A task whose start failed.
-#[derive(Debug)]
-pub struct Refused {
-    /// The error.
-    pub error: HostError,
-    /// The stderr of systemd-nspawn.
-    pub stderr: Output,
-}
-
-/// A started task.
-#[derive(Debug)]
-pub struct Running {
-    /// The id of this start.
-    pub id: String,
-    /// The response to StartTask.
-    pub started: StartedTask,
-    /// Its stdout.
-    pub stdout: Output,
-    /// Its stderr.
-    pub stderr: Output,
-    /// Its directories.
-    pub allocation: Arc<Allocation>,
-}
-
-impl Running {
-    /// The driver's state in its handle.
-    pub fn state(&self) -> Value {
-        let state: Value =
-            serde_json::from_slice(&self.started.handle.driver_state).expect("the driver's state");
-        state["started"].clone()
-    }
-
-    /// The pid of the container's PID 1.
-    pub fn leader(&self) -> i64 {
-        self.state()["leader"]["pid"].as_i64().expect("a pid")
-    }
-
-    /// Waits for its exit.
-    pub async fn wait(&self, plugin: &Plugin) -> TaskExit {
-        within("WaitTask", plugin.wait(&self.id))
-            .await
-            .expect("an exit")
-    }
-
-    /// Sends it a signal.
-    pub async fn signal(&self, plugin: &Plugin, signal: &str) {
-        let request = driver::SignalTaskRequest {
-            task_id: self.id.clone(),
-            signal: signal.to_owned(),
-        };
-        let mut client = plugin.driver();
-        within("SignalTask", client.signal_task(request))
-            .await
-            .expect("the signal is sent");
-    }
-
-    /// Stops it and waits for its exit.
-    pub async fn stop(&self, plugin: &Plugin, grace: Duration, signal: &str) -> TaskExit {
-        within("StopTask", plugin.stop(&self.id, grace, signal))
-            .await
-            .expect("a stop");
-        self.wait(plugin).await
-    }
-
-    /// Waits until it has exited by itself and removes it.
-    pub async fn finish(self, plugin: &Plugin) -> Ended {
-        let exit = self.wait(plugin).await;
-        let (stdout, mut stderr) = (self.stdout.all().await, self.stderr.all().await);
-        // systemd-nspawn prints this at the end if /run is not a tmpfs.
-        if let Some(start) = stderr.find("Attempted to remove disk file system") {
-            let length = stderr[start..].find('\n').map_or(0, |end| end + 1);
-            stderr.replace_range(start..start + length, "");
-        }
-        self.destroy(plugin).await;
-        Ended {
-            stdout,
-            stderr,
-            exit,
-            allocation: self.allocation,
-        }
-    }
-
-    /// Destroys it.
-    pub async fn destroy(&self, plugin: &Plugin) {
-        within("DestroyTask", plugin.destroy(&self.id, true))
-            .await
-            .expect("it is destroyed");
-    }
-}
-
-/// A task that has exited by itself and was removed.
-#[derive(Debug)]
-pub struct Ended {
-    /// Everything it printed on stdout.
-    pub stdout: String,
-    /// Everything it printed on stderr.
-    pub stderr: String,
-    /// Its exit.
-    pub exit: TaskExit,
-    /// Its directories.
-    pub allocation: Arc<Allocation>,
-}
-
-impl Ended {
-    /// Its stdout; fails unless it exited successfully.
-    #[track_caller]
-    pub fn said(&self) -> &str {
-        assert_eq!(self.exit.code, 0, "{self:?}");
-        assert_eq!(self.exit.error, None, "{self:?}");
-        &self.stdout
     }
 }
 

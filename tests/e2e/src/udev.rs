@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use dev_agent::{Launch, Plugin};
+use dev_agent::Plugin;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
@@ -71,18 +71,14 @@ impl Stage {
     /// eight arenas per processor, one for each new thread, and each grows for a while, which would hide how much memory the plugin itself
     /// keeps.
     pub async fn plugin_for_images(&self, udev: &Udev, options: Value) -> Plugin {
-        let plugin = self.join("plugins/nomad-driver-nspawn");
-        let launch = if udev.listener.is_some() {
-            let mut launch = Launch::new("/bin/sh");
+        let mut launch = self.launch().set("MALLOC_ARENA_MAX", "1");
+        if udev.listener.is_some() {
+            let plugin = std::mem::replace(&mut launch.binary, "/bin/sh".into());
             launch.args = ["-c", SCRIPT].map(Into::into).into();
             let places = [plugin, self.join("udev"), self.join("run")];
             launch.args.extend(places.map(Into::into));
-            launch
-        } else {
-            Launch::new(plugin)
-        };
-        self.launch(launch.set("MALLOC_ARENA_MAX", "1"), options)
-            .await
+        }
+        self.launched(launch, &options).await
     }
 
     /// A disk image of a small tree, without partitions.

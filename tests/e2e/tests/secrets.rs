@@ -1,39 +1,23 @@
-//! Secrets on the real systemd-nspawn, and with a real agent: `tests/integration/secrets.rs` checks the behaviour of every systemd version
-//! on the fake, this file that of the installed one.
+//! Secrets on the real systemd-nspawn, and with a real agent, beyond `tests/suite/secrets.rs`: `tests/integration/secrets.rs` checks every
+//! version on the fake, this file the installed one.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
 
-use dev_agent::{Allocation, Plugin};
+use dev_agent::Allocation;
 use e2e::agent::Agent;
-use e2e::stage::{Running, Stage, Task, end, within};
+use e2e::stage::{Running, Stage, Task, end};
 use e2e::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use nomad_driver_nspawn::failpoint::Failpoint;
-use nomad_driver_nspawn::sys::process::first_child;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use support::secrecy::{
     self, Marker, Mode, ancestry, descriptors, environment, open_to_others, shown,
 };
-use support::trap::Trap;
-
-/// The version of the installed systemd-nspawn.
-fn version() -> u32 {
-    let output = Command::new("systemd-nspawn")
-        .arg("--version")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let digits = |word: &str| word.parse().ok();
-    text.split_whitespace().find_map(digits).unwrap()
-}
 
 /// Searches the whole machine. `nspawn` and its descendants may have the secret in their environment, and the files with the names
 /// `on_disk` may have it in the task directory. Returns how many files have it.
@@ -46,7 +30,7 @@ fn search(
     on_disk: &[&str],
     since: i64,
 ) -> usize {
-    let expects = shown(mode, version(), false).is_some();
+    let expects = shown(mode, e2e::nspawn_version(), false).is_some();
     let expected: Vec<i32> = nspawn.into_iter().filter(|_| expects).collect();
     let lines = marker.in_command_lines();
     let seen: Vec<i32> = lines.keys().copied().collect();
@@ -74,12 +58,6 @@ fn search(
     files.len()
 }
 
-/// Not a valid variable name.
-const NO_NAME: &str = "no=name";
-
-/// The files that contain the secrets until the start has read them.
-const ON_DISK: [&str; 2] = ["environment", "init"];
-
 const ON_AND_ON: &str = "echo up; exec sleep 1000";
 
 /// A stage with secrets.
@@ -88,20 +66,6 @@ struct Case {
     marker: Marker,
     mode: Mode,
     since: i64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Death {
-    Exit(i32),
-    Signal(i32),
-    Stop,
-    /// The container's PID 1: the command, the driver's init, or the image's init.
-    Leader,
-    /// The command if it is PID 2.
-    Second,
-    Nspawn,
-    Supervisor,
-    Plugin,
 }
 
 impl Case {
@@ -161,127 +125,8 @@ impl Case {
     }
 
     fn nspawn(&self, running: &Running) -> i32 {
-        let state = running.state()["state"].as_str().unwrap().to_owned();
-        let record = fs::read(Path::new(&state).join("running")).unwrap();
-        let record: Value = serde_json::from_slice(&record).unwrap();
-        i32::try_from(record["nspawn"]["pid"].as_i64().unwrap()).unwrap()
+        running.nspawn()
     }
-
-    async fn dies(&self, plugin: Plugin, death: Death) -> Plugin {
-        let task = match death {
-            Death::Exit(code) => self.task(&format!("echo up; exit {code}")),
-            Death::Signal(number) => self.task(&format!("echo up; kill -{number} $$")),
-            _ => self.task(ON_AND_ON),
-        };
-        // No program can get this variable: an event reports it.
-        let task = task.env(NO_NAME, &self.marker.secret("event"));
-        let allocation = self.allocation(&task);
-        let running = self.stage.start_in(&plugin, &task, allocation).await;
-        let running = running.unwrap_or_else(|refused| panic!("{refused:?}"));
-        self.marker
-            .not_in("the state that Nomad keeps", &running.state().to_string());
-        if self.mode != Mode::Boot {
-            running.stdout.contains("up").await;
-        }
-        let plugin = match death {
-            Death::Exit(_) | Death::Signal(_) => plugin,
-            other => {
-                let leader = i32::try_from(running.leader()).unwrap();
-                until("the payload has its secrets", || {
-                    let found = self.marker.in_environments();
-                    let inside = found.keys().any(|pid| ancestry(*pid).contains(&leader));
-                    inside.then_some(())
-                });
-                let nspawn = self.nspawn(&running);
-                self.search("while it runs", Some(nspawn));
-                self.strike(plugin, &running, other).await
-            }
-        };
-        let exit = running.wait(&plugin).await;
-        self.marker.not_in("the exit", &format!("{exit:?}"));
-        self.search(&format!("after {death:?}"), None);
-        running.destroy(&plugin).await;
-        let said = running.stdout.all().await + &running.stderr.all().await;
-        self.marker.not_in("the task's log", &said);
-        self.search(&format!("destroyed after {death:?}"), None);
-        self.marker.not_in("the plugin's log", &self.stage.log());
-        plugin
-    }
-
-    async fn strike(&self, mut plugin: Plugin, running: &Running, death: Death) -> Plugin {
-        let end = |pid: i32| kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-        let pid = |who: &str| i32::try_from(running.state()[who]["pid"].as_i64().unwrap()).unwrap();
-        match death {
-            Death::Exit(_) | Death::Signal(_) => {}
-            Death::Stop => {
-                running.stop(&plugin, Duration::from_millis(200), "").await;
-            }
-            Death::Leader => end(pid("leader")),
-            Death::Second => end(first_child(pid("leader")).expect("a second process")),
-            Death::Nspawn => end(self.nspawn(running)),
-            Death::Supervisor => end(pid("supervisor")),
-            Death::Plugin => {
-                plugin.kill().await;
-                let nspawn = self.nspawn(running);
-                self.search("without a plugin", Some(nspawn));
-                plugin = self.stage.plugin().await;
-                let handle = running.started.handle.clone();
-                within("RecoverTask", plugin.recover(handle)).await.unwrap();
-                self.search("recovered", Some(nspawn));
-                running.stop(&plugin, Duration::ZERO, "").await;
-            }
-        }
-        plugin
-    }
-}
-
-async fn every_death(mode: Mode, deaths: &[Death]) {
-    let case = Case::new(mode);
-    let mut plugin = case.stage.plugin().await;
-    let mut events = plugin.events().await.unwrap();
-    let reported = tokio::spawn(async move {
-        let mut reported = String::new();
-        while let Ok(Some(event)) = events.message().await {
-            reported += &format!("{event:?}\n");
-        }
-        reported
-    });
-    for death in deaths {
-        plugin = case.dies(plugin, *death).await;
-    }
-    end(plugin).await;
-    // The event stream ends with its plugin.
-    let reported = within("the end of the events", reported).await.unwrap();
-    assert!(reported.contains(NO_NAME), "{reported}");
-    case.marker.not_in("an event", &reported);
-    case.stage.leave();
-}
-
-const FROM_OUTSIDE: [Death; 5] = [
-    Death::Stop,
-    Death::Leader,
-    Death::Nspawn,
-    Death::Supervisor,
-    Death::Plugin,
-];
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_secret_of_a_plain_task_shows() {
-    every_death(Mode::Plain, &[Death::Exit(0), Death::Exit(3)]).await;
-    every_death(Mode::Plain, &FROM_OUTSIDE).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_secret_of_a_second_process_shows() {
-    let by_itself = [Death::Exit(0), Death::Exit(3), Death::Signal(11)];
-    every_death(Mode::ProcessTwo, &by_itself).await;
-    every_death(Mode::ProcessTwo, &[Death::Second]).await;
-    every_death(Mode::ProcessTwo, &FROM_OUTSIDE).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_secret_of_a_booted_task_shows() {
-    every_death(Mode::Boot, &FROM_OUTSIDE).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -347,45 +192,6 @@ async fn failed_starts_show_no_secret(mode: Mode) {
     case.stage.leave();
 }
 
-/// While the secrets are in files on disk, and while they are handed over: no other process has them at these moments.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_secret_shows_while_a_start_stands_still() {
-    for mode in [Mode::Plain, Mode::ProcessTwo, Mode::Boot] {
-        for point in [
-            Failpoint::OrderWritten,
-            Failpoint::Entered,
-            Failpoint::Spawned,
-        ] {
-            let case = Case::new(mode);
-            let plugin = Arc::new(case.stage.plugin().await);
-            let mut trap = Trap::at(&case.stage.join("state"), point);
-            let allocation = case.allocation(&case.task(ON_AND_ON));
-            let _logs = allocation.open_logs().unwrap();
-            let config = plugin.task_config(&allocation).await.unwrap();
-            let (id, line) = (config.id.clone(), Arc::clone(&plugin));
-            let start = tokio::spawn(async move { line.start(config).await });
-            let (_, held) = within("the step", trap.reached()).await;
-            let (nspawn, on_disk): (_, &[&str]) = match point {
-                Failpoint::Entered => (Some(held), &[]),
-                // The process continues meanwhile and may or may not have read them.
-                Failpoint::Spawned => (first_child(held), &ON_DISK),
-                _ => (None, &ON_DISK),
-            };
-            let found = case.search_but(&format!("{mode:?} at {point:?}"), nspawn, on_disk);
-            let lie_there = point == Failpoint::OrderWritten;
-            assert!(!lie_there || found > 0, "nothing was there to be found");
-            drop(trap);
-            within("StartTask", start).await.unwrap().unwrap();
-            within("DestroyTask", plugin.destroy(&id, true))
-                .await
-                .unwrap();
-            case.search("destroyed", None);
-            end(Arc::into_inner(plugin).unwrap()).await;
-            case.stage.leave();
-        }
-    }
-}
-
 /// The variables in systemd-nspawn's own environment in addition to the task's.
 const NSPAWN_KNOWS: &[&str] = &[
     "LANG",
@@ -441,7 +247,7 @@ async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
         .env("OF_THE_JOB", "x");
     let running = case.stage.start(&plugin, task).await;
     running.stdout.contains("up").await;
-    let state = running.state();
+    let state = running.state(&[]);
     let pid = |who: &str| i32::try_from(state[who]["pid"].as_i64().unwrap()).unwrap();
     let nspawn = case.nspawn(&running);
     assert_eq!(environment(pid("supervisor")).unwrap(), [].into());

@@ -56,7 +56,7 @@ async fn the_bridge_of_a_zone_stays_while_its_lock_is_held() {
         .with("image", json!(stage.tree("one")));
     let running = stage.start(&plugin, task).await;
     running.stdout.contains("up").await;
-    let task_dir = TaskDir::new(running.state()["state"].as_str().unwrap());
+    let task_dir = TaskDir::new(running.state(&["state"]).as_str().unwrap());
     let started = task_dir.running().unwrap();
 
     let lock = locked();

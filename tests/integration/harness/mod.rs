@@ -4,28 +4,25 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dev_agent::calls::StartedTask;
-use dev_agent::{Allocation, HostError, Launch, Plugin, TaskExit, TaskSpec};
+use dev_agent::{Launch, Plugin, TaskSpec};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nomad_driver_nspawn::cgroup::Group;
-use nomad_driver_nspawn::proto::driver::{
-    InspectTaskRequest, InspectTaskResponse, SignalTaskRequest, TaskConfig, TaskHandle,
-};
+use nomad_driver_nspawn::proto::driver::TaskConfig;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
-use tempfile::TempDir;
-use tokio::sync::{mpsc, watch};
 
 mod output;
 
-pub(crate) use output::{Lines, Written};
-pub(crate) use support::{DEADLINE, Output, eventually, within};
+pub(crate) use output::Written;
+pub(crate) use support::wire::{Fixture, Need, Refused, Running, Task, World, end, refusal};
+pub(crate) use support::{DEADLINE, eventually, within};
 
 /// How long processes that are about to exit may take before they count as leftovers.
 const OUTGOING: Duration = Duration::from_secs(20);
@@ -33,14 +30,6 @@ const OUTGOING: Duration = Duration::from_secs(20);
 /// Whether the tests run as root. Without root there are no cgroups, and the driver's fingerprint is "undetected".
 pub(crate) fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
-}
-
-/// The status of a call that failed.
-pub(crate) fn refusal<T: std::fmt::Debug>(result: Result<T, HostError>) -> tonic::Status {
-    match result.unwrap_err() {
-        HostError::Call { status, .. } => *status,
-        other => panic!("not refused by the plugin: {other}"),
-    }
 }
 
 /// The arguments of a call in the call log.
@@ -51,8 +40,59 @@ pub(crate) fn argv(start: &Value) -> Vec<String> {
 /// The machine of one test.
 #[derive(Debug)]
 pub(crate) struct Host {
-    dir: TempDir,
-    log: Lines,
+    fixture: Fixture,
+}
+
+impl Deref for Host {
+    type Target = Fixture;
+
+    fn deref(&self) -> &Fixture {
+        &self.fixture
+    }
+}
+
+impl World for Host {
+    fn lacks(&self, need: Need) -> Option<&'static str> {
+        match need {
+            Need::Root => (!is_root()).then_some("needs root"),
+            Need::MountNamespace => Some("needs a real container: the fake mounts nothing"),
+        }
+    }
+
+    fn tree(&self, name: &str) -> PathBuf {
+        Self::tree(self, name)
+    }
+
+    fn use_version(&self, version: u32, _: &[u32]) -> Result<u32, String> {
+        self.scenario(&json!({ "version": version }));
+        Ok(version)
+    }
+
+    fn use_init(&self, version: u32, ends: &Value) -> bool {
+        self.scenario(&json!({ "version": version, "calls": [{ "instead": ends }] }));
+        true
+    }
+
+    fn gate(&self) -> (PathBuf, String) {
+        let gate = self.join("gate");
+        (gate.clone(), gate.display().to_string())
+    }
+
+    async fn is_clean(&self, plugin: &Plugin) {
+        self.quiet(&[plugin.pid()]).await;
+        let empty = || fs::read_dir(self.state()).unwrap().next().is_none();
+        eventually("the state directory is empty", empty).await;
+        for group in self.groups() {
+            eventually("the control group is gone", || !group.exists()).await;
+        }
+    }
+
+    fn unused(self) {}
+
+    async fn leave(self, plugin: Plugin) {
+        self.is_clean(&plugin).await;
+        end(plugin).await;
+    }
 }
 
 impl Host {
@@ -67,29 +107,24 @@ impl Host {
             let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
             fs::set_permissions(path, mode).unwrap();
         }
-        let link = dir.path().join("bin/systemd-nspawn");
-        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_fake-nspawn"), link).unwrap();
+        let bin = dir.path().join("bin");
+        let nspawn = bin.join("systemd-nspawn");
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_fake-nspawn"), &nspawn).unwrap();
+        let path = format!("{}:/usr/bin:/bin", bin.display());
+        let mut launch = Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn")).set("PATH", path);
+        launch.start_timeout = DEADLINE;
+        let config = json!({ "state_dir": dir.path().join("state"), "nspawn_path": nspawn });
+        let task = json!({
+            "image": dir.path().join("root"),
+            "boot": false,
+            "user_namespacing": false,
+        });
+        let task = TaskSpec::new("web", task);
         let host = Self {
-            dir,
-            log: Lines::default(),
+            fixture: Fixture::new(dir, launch, config, task),
         };
         host.tree("root");
         host
-    }
-
-    /// The directory that contains everything.
-    pub(crate) fn path(&self) -> &Path {
-        self.dir.path()
-    }
-
-    /// A path in it.
-    pub(crate) fn join(&self, path: impl AsRef<Path>) -> PathBuf {
-        self.path().join(path)
-    }
-
-    /// The plugin's state directory.
-    pub(crate) fn state(&self) -> PathBuf {
-        self.join("state")
     }
 
     /// The root tree of tasks that name no other.
@@ -131,149 +166,16 @@ impl Host {
         events
     }
 
-    /// The plugin configuration: this test's directories and tools.
-    pub(crate) fn config(&self) -> Value {
-        json!({
-            "state_dir": self.state(),
-            "nspawn_path": self.join("bin/systemd-nspawn"),
-        })
-    }
-
-    /// How the plugin is started here.
-    pub(crate) fn launch(&self) -> Launch {
-        let mut launch = Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))
-            .set(
-                "PATH",
-                format!("{}:/usr/bin:/bin", self.join("bin").display()),
-            )
-            .set("TMPDIR", self.path());
-        launch.start_timeout = DEADLINE;
-        launch.log = Some(self.log.sender());
-        launch
-    }
-
-    /// A plugin, launched and configured with [`config`](Self::config).
-    pub(crate) async fn plugin(&self) -> Plugin {
-        self.plugin_with(&json!({})).await
-    }
-
-    /// A plugin configured with [`config`](Self::config) and these options.
-    pub(crate) async fn plugin_with(&self, options: &Value) -> Plugin {
-        let mut config = self.config();
-        for (key, value) in options.as_object().unwrap() {
-            config[key] = value.clone();
-        }
-        within("the plugin's start", async {
-            let plugin = Plugin::launch(self.launch()).await.unwrap();
-            plugin.configure(&config).await.unwrap();
-            plugin
-        })
-        .await
-    }
-
-    /// The log lines of all plugins, as they arrive.
-    pub(crate) fn log(&self) -> &Lines {
-        &self.log
-    }
-
-    /// A task in the small root tree that runs this command as PID 1.
-    pub(crate) fn task(&self, command: &[&str]) -> Task {
-        let config = json!({
-            "image": self.root(),
-            "boot": false,
-            "user_namespacing": false,
-            "command": command,
-        });
-        Task {
-            spec: TaskSpec::new("web", config),
-        }
-    }
-
-    /// A task that runs this shell script.
-    pub(crate) fn shell(&self, text: &str) -> Task {
-        self.task(&["/bin/sh", "-c", text])
-    }
-
-    /// A new allocation for this task.
-    pub(crate) fn allocation(&self, task: Task) -> Allocation {
-        Allocation::create(&self.join("alloc"), task.spec).unwrap()
-    }
-
-    /// Starts a task in an allocation of its own; the start must succeed.
-    pub(crate) async fn start(&self, plugin: &Plugin, task: Task) -> Running {
-        match self.try_start(plugin, task).await {
-            Ok(running) => running,
-            Err(error) => panic!("{error}\nplugin's log:\n{}", self.log.text().join("\n")),
-        }
-    }
-
-    /// The same for a task that prints `up` when it is ready.
-    pub(crate) async fn up(&self, plugin: &Plugin, task: Task) -> Running {
-        let running = self.start(plugin, task).await;
-        running.stdout.contains("up").await;
-        running
-    }
-
-    /// Starts a task in an allocation of its own.
-    pub(crate) async fn try_start(
-        &self,
-        plugin: &Plugin,
-        task: Task,
-    ) -> Result<Running, HostError> {
-        self.start_in(plugin, Arc::new(self.allocation(task))).await
-    }
-
-    /// Starts the task of an allocation, for the first time or again, with a new id.
-    pub(crate) async fn start_in(
-        &self,
-        plugin: &Plugin,
-        allocation: Arc<Allocation>,
-    ) -> Result<Running, HostError> {
-        self.start_edited(plugin, allocation, |_| {}).await
-    }
-
-    /// The same with a change to the request.
-    pub(crate) async fn start_edited(
-        &self,
-        plugin: &Plugin,
-        allocation: Arc<Allocation>,
-        edit: impl FnOnce(&mut TaskConfig),
-    ) -> Result<Running, HostError> {
-        let logs = allocation.open_logs()?;
-        let (stdout, stderr) = (Output::collect(logs.stdout), Output::collect(logs.stderr));
-        let mut task = plugin.task_config(&allocation).await?;
-        edit(&mut task);
-        let id = task.id.clone();
-        let started = within("StartTask", plugin.start(task)).await?;
-        Ok(Running {
-            id,
-            started,
-            stdout,
-            stderr,
-            allocation,
-        })
-    }
-
     /// Starts this task with these bytes as its `config` block.
     pub(crate) async fn start_packed(
         &self,
         plugin: &Plugin,
         task: Task,
         config: Vec<u8>,
-    ) -> Result<Running, HostError> {
+    ) -> Result<Running, Refused> {
         let allocation = Arc::new(self.allocation(task));
         let edit = |task: &mut TaskConfig| task.msgpack_driver_config = config;
         self.start_edited(plugin, allocation, edit).await
-    }
-
-    /// A new plugin after the last one has exited, with the task recovered from what Nomad would have stored: the handle without the driver
-    /// configuration and without an id next to it.
-    pub(crate) async fn recovered(&self, running: &Running) -> Plugin {
-        let plugin = self.plugin().await;
-        within("RecoverTask", plugin.recover(running.stored()))
-            .await
-            .unwrap();
-        plugin
     }
 
     /// Waits until no process of this test is left, except the pids in `spared`.
@@ -383,7 +285,7 @@ impl Drop for Host {
             left.is_empty() || std::thread::panicking(),
             "processes were left:\n{}\nplugin's log:\n{}",
             left.join("\n"),
-            self.log.text().join("\n")
+            self.log().text().join("\n")
         );
     }
 }
@@ -423,122 +325,6 @@ impl Found {
         let wait = PollTimeout::try_from(wait).unwrap();
         let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
         matches!(poll(&mut fds, wait), Ok(1..))
-    }
-}
-
-/// A task to start.
-#[derive(Debug, Clone)]
-pub(crate) struct Task {
-    /// Its specification.
-    pub(crate) spec: TaskSpec,
-}
-
-impl Task {
-    /// With this option in the `config` block.
-    pub(crate) fn with(mut self, option: &str, value: Value) -> Self {
-        self.spec.config[option] = value;
-        self
-    }
-
-    /// With this variable in the job's `env` block.
-    pub(crate) fn env(mut self, name: &str, value: &str) -> Self {
-        self.spec.env.insert(name.to_owned(), value.to_owned());
-        self
-    }
-
-    /// With this task name.
-    pub(crate) fn named(mut self, name: &str) -> Self {
-        self.spec.task = name.to_owned();
-        self
-    }
-}
-
-/// A started task.
-#[derive(Debug)]
-pub(crate) struct Running {
-    /// The id of this start.
-    pub(crate) id: String,
-    /// The response to StartTask.
-    pub(crate) started: StartedTask,
-    /// Its stdout.
-    pub(crate) stdout: Output,
-    /// Its stderr.
-    pub(crate) stderr: Output,
-    /// Its directories.
-    pub(crate) allocation: Arc<Allocation>,
-}
-
-impl Running {
-    /// Waits for its exit.
-    pub(crate) async fn wait(&self, plugin: &Plugin) -> TaskExit {
-        within("WaitTask", plugin.wait(&self.id)).await.unwrap()
-    }
-
-    /// What Nomad would have stored about it.
-    pub(crate) fn stored(&self) -> TaskHandle {
-        let mut handle = self.started.handle.clone();
-        handle
-            .config
-            .as_mut()
-            .unwrap()
-            .msgpack_driver_config
-            .clear();
-        handle
-    }
-
-    /// A value of the driver state in its handle: `["leader", "pid"]` and the like.
-    pub(crate) fn state(&self, path: &[&str]) -> Value {
-        let state: Value = serde_json::from_slice(&self.started.handle.driver_state).unwrap();
-        path.iter()
-            .fold(state["started"].clone(), |value, key| value[*key].clone())
-    }
-
-    /// The pid of the container's PID 1.
-    pub(crate) fn leader(&self) -> i32 {
-        i32::try_from(self.state(&["leader", "pid"]).as_i64().unwrap()).unwrap()
-    }
-
-    /// The response to InspectTask.
-    pub(crate) async fn inspect(
-        &self,
-        plugin: &Plugin,
-    ) -> Result<InspectTaskResponse, tonic::Status> {
-        let request = InspectTaskRequest {
-            task_id: self.id.clone(),
-        };
-        let answer = within("InspectTask", async {
-            plugin.driver().inspect_task(request).await
-        })
-        .await;
-        answer.map(tonic::Response::into_inner)
-    }
-
-    /// Sends it a signal by name.
-    pub(crate) async fn signal(&self, plugin: &Plugin, signal: &str) -> Result<(), tonic::Status> {
-        let request = SignalTaskRequest {
-            task_id: self.id.clone(),
-            signal: signal.to_owned(),
-        };
-        let answer = within("SignalTask", async {
-            plugin.driver().signal_task(request).await
-        })
-        .await;
-        answer.map(drop)
-    }
-
-    /// Stops it and waits for its exit.
-    pub(crate) async fn stop(&self, plugin: &Plugin, grace: Duration, signal: &str) -> TaskExit {
-        within("StopTask", plugin.stop(&self.id, grace, signal))
-            .await
-            .unwrap();
-        self.wait(plugin).await
-    }
-
-    /// Destroys it by force.
-    pub(crate) async fn destroy(&self, plugin: &Plugin) {
-        within("DestroyTask", plugin.destroy(&self.id, true))
-            .await
-            .unwrap();
     }
 }
 

@@ -1,60 +1,11 @@
-//! The output of the plugins, and of a `run` inside the test process.
+//! The output of a `run` inside the test process.
 
-use super::*;
+use std::io::{self, Write};
+use std::sync::Arc;
 
-/// The log lines of this test's plugins.
-#[derive(Debug)]
-pub(crate) struct Lines {
-    sender: mpsc::UnboundedSender<String>,
-    state: Arc<Mutex<(mpsc::UnboundedReceiver<String>, Vec<String>)>>,
-}
+use tokio::sync::watch;
 
-impl Default for Lines {
-    fn default() -> Self {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        Self {
-            sender,
-            state: Arc::new(Mutex::new((receiver, Vec::new()))),
-        }
-    }
-}
-
-impl Lines {
-    pub(super) fn sender(&self) -> mpsc::UnboundedSender<String> {
-        self.sender.clone()
-    }
-
-    /// All raw lines so far.
-    pub(crate) fn text(&self) -> Vec<String> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (receiver, lines) = &mut *state;
-        while let Ok(line) = receiver.try_recv() {
-            lines.push(line);
-        }
-        lines.clone()
-    }
-
-    /// Waits for a line that contains this text and returns it.
-    pub(crate) async fn contains(&self, text: &str) -> String {
-        let wait = async {
-            let mut seen = 0;
-            loop {
-                let lines = self.text();
-                if let Some(line) = lines[seen..].iter().find(|line| line.contains(text)) {
-                    return line.clone();
-                }
-                seen = lines.len();
-                std::future::poll_fn(|context| {
-                    let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-                    let (receiver, lines) = &mut *state;
-                    receiver.poll_recv(context).map(|line| lines.extend(line))
-                })
-                .await;
-            }
-        };
-        within(text, wait).await
-    }
-}
+use super::within;
 
 /// A writer that keeps what is written, for a `run` inside the test process.
 #[derive(Debug, Clone)]

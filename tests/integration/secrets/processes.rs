@@ -34,7 +34,7 @@ async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
         token = marker.secret("token"),
         precious = host.join("precious").display()
     );
-    let plugin = plugin_by(&host, &script).await;
+    let plugin = host.plugin_by(&script).await;
     for number in [7, 8, 9] {
         let inherited = descriptors(plugin.pid());
         // Only root can inspect a process that has disabled core dumps.
@@ -103,10 +103,10 @@ async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need() {
 /// systemd-nspawn in `/`, where other programs may leave theirs, so that only the marker identifies them.
 #[tokio::test]
 async fn who_holds_secrets_dumps_no_core() {
-    let mut case = Case::new(Mode::Boot, 252);
+    let mut case = case(Mode::Boot);
     let unlimited = format!(
         "cd {}; ulimit -S -c $(ulimit -H -c); ",
-        case.host.path().display()
+        case.world.path().display()
     );
     // Whether this host writes core dumps at all: if it does not, the search for core files proves nothing, and the checks of limits and
     // status below have to.
@@ -123,21 +123,24 @@ async fn who_holds_secrets_dumps_no_core() {
         control.core_dumped() || !to_file || pattern.starts_with('/'),
         "{pattern:?} is a file, and yet there is no core dump of a shell"
     );
-    for entry in fs::read_dir(case.host.path()).unwrap().flatten() {
+    for entry in fs::read_dir(case.world.path()).unwrap().flatten() {
         if entry.file_name().to_string_lossy().starts_with("core") {
             fs::remove_file(entry.path()).unwrap();
         }
     }
     case.since = secrecy::now();
-    let mut plugin = plugin_by(&case.host, &format!("{unlimited} exec \"$0\"")).await;
+    let mut plugin = case
+        .world
+        .plugin_by(&format!("{unlimited} exec \"$0\""))
+        .await;
     for who in ["supervisor", "nspawn", "plugin"] {
         let allocation = case.allocation(case.task(ON_AND_ON));
-        let task = case.host.start_in(&plugin, allocation).await.unwrap();
+        let task = case.world.start_in(&plugin, allocation).await.unwrap();
         case.is_up(&task).await;
         let supervisor = task.state(&["supervisor", "pid"]).as_i64().unwrap();
         let pid = match who {
             "supervisor" => i32::try_from(supervisor).unwrap(),
-            "nspawn" => case.nspawn(),
+            "nspawn" => task.nspawn(),
             _ => plugin.pid(),
         };
         if who == "nspawn" {
@@ -154,7 +157,7 @@ async fn who_holds_secrets_dumps_no_core() {
         if who == "plugin" {
             let status = within("its end", plugin.gone()).await.unwrap();
             assert_eq!((status.signal(), status.core_dumped()), (Some(6), false));
-            plugin = case.host.recovered(&task).await;
+            plugin = case.world.recovered(&task).await;
         } else if who == "supervisor" {
             // It blocks all signals, so the SIGABRT has no effect.
             kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
@@ -165,7 +168,7 @@ async fn who_holds_secrets_dumps_no_core() {
         task.destroy(&plugin).await;
         case.search(&format!("after the {who}'s abort"), None);
     }
-    let dumped: Vec<_> = fs::read_dir(case.host.path())
+    let dumped: Vec<_> = fs::read_dir(case.world.path())
         .unwrap()
         .flatten()
         .map(|entry| entry.file_name().to_string_lossy().into_owned())

@@ -140,12 +140,12 @@ async fn a_readable_state_directory_holds_closed_ones() {
 #[tokio::test]
 async fn more_than_the_kernel_takes_is_an_error_that_names_the_limit() {
     let host = Host::new();
-    let plugin = plugin_by(&host, "ulimit -S -s 2048; exec \"$0\"").await;
+    let plugin = host.plugin_by("ulimit -S -s 2048; exec \"$0\"").await;
     let job = host.task(&[]).with("boot", json!(true));
     let job = (0..6).fold(job.with("command", json!([])), |job, number| {
         job.env(&format!("BIG{number}"), &"x".repeat(100_000))
     });
-    let status: Result<_, HostError> = host.try_start(&plugin, job).await;
+    let status = host.try_start(&plugin, job).await;
     let text = refusal(status).message().to_owned();
     for words in ["524288", "LimitSTACK=", "can't execute"] {
         assert!(text.contains(words), "{text}");

@@ -97,7 +97,7 @@ impl Counted {
 
     async fn start(&self, text: &str) -> Result<Running, HostError> {
         let allocation = Arc::new(self.allocation(text));
-        self.host.start_in(&self.plugin, allocation).await
+        Ok(self.host.start_in(&self.plugin, allocation).await?)
     }
 
     fn trap(&self, point: Failpoint) -> Trap {

@@ -9,9 +9,13 @@ use std::future::Future;
 use std::io::Write as _;
 use std::time::Duration;
 
+mod lines;
 mod output;
 pub mod secrecy;
+pub mod trap;
+pub mod wire;
 
+pub use lines::Lines;
 pub use output::Output;
 
 /// How long a test waits for anything before it fails. Only a broken test ever waits this long.
@@ -34,8 +38,6 @@ pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
     };
     within(what, looking).await;
 }
-
-pub mod trap;
 
 /// Reports that this host can't run the current test. The test runner has no such result and counts the test as passed, so the caller
 /// returns afterwards; `ci/rerun-failed` collects the lines, and `.ci/run` prints and counts them at the end.

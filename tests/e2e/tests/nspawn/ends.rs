@@ -42,7 +42,7 @@ async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_root() {
         .with("read_only", true);
     let running = stage.start(&plugin, task).await;
     running.stdout.contains("up").await;
-    let own = running.state()["state"].as_str().map(PathBuf::from);
+    let own = running.state(&["state"]).as_str().map(PathBuf::from);
     let roots = [own.unwrap().join("root"), stage.join("tree")];
     let held: Vec<PathBuf> = roots
         .iter()
@@ -61,7 +61,7 @@ async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_root() {
 
 /// Kills the systemd-nspawn of a container, as an operator could; the task's exit is reported.
 async fn kill_nspawn(running: &Running, plugin: &Plugin) {
-    let state = running.state()["state"].as_str().map(PathBuf::from);
+    let state = running.state(&["state"]).as_str().map(PathBuf::from);
     let nspawn = TaskDir::new(state.unwrap()).running().unwrap().nspawn;
     ProcessHandle::open_checked(nspawn)
         .unwrap()
@@ -161,7 +161,7 @@ async fn a_kill_for_want_of_memory_is_reported() {
         let task = stage.shell(hungry).with("process_two", two);
         let running = stage.start(&plugin, task).await;
         running.stdout.contains("up").await;
-        let own = running.state()["cgroup"].as_str().map(PathBuf::from);
+        let own = running.state(&["cgroup"]).as_str().map(PathBuf::from);
         let own = own.filter(|group| group.join("memory.max").exists());
         let other = Path::new("/sys/fs/cgroup/memory").join(format!("nde-{}", e2e::unique()));
         if let Some(group) = &own {
@@ -187,7 +187,7 @@ async fn a_kill_for_want_of_memory_is_reported() {
 }
 
 /// The command's pid on the host: PID 1 of the container, or its child.
-fn command(running: &Running) -> i64 {
+fn command(running: &Running) -> i32 {
     let leader = running.leader();
     let children = fs::read_to_string(format!("/proc/{leader}/task/{leader}/children")).unwrap();
     children

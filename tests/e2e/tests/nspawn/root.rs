@@ -250,7 +250,7 @@ async fn binds_show_host_paths_with_and_without_user_namespaces() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_volumes_only_the_allocation_can_be_shown() {
     let stage = Stage::new();
-    let plugin = stage.plugin_with(json!({ "volumes": false })).await;
+    let plugin = stage.plugin_with(&json!({ "volumes": false })).await;
     let task = stage
         .shell("exit 0")
         .with("bind", bind(&stage.join("tree"), "/mnt"));

@@ -93,7 +93,7 @@ async fn a_named_signal_is_what_the_init_gets() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_signal_reaches_the_init() {
     let ended = shut_down("true", async |plugin, running| {
-        running.signal(plugin, "SIGRTMIN+4").await;
+        running.signal(plugin, "SIGRTMIN+4").await.unwrap();
         running.wait(plugin).await
     });
     assert_eq!(ended.await, (0, 0, "started\nstopping\n".to_owned()));
@@ -113,7 +113,7 @@ async fn what_is_sent_right_after_the_start_reaches_the_init() {
         let exit = match signal {
             None => running.stop(&plugin, AMPLE, "").await,
             Some(name) => {
-                running.signal(&plugin, name).await;
+                running.signal(&plugin, name).await.unwrap();
                 running.wait(&plugin).await
             }
         };

@@ -187,7 +187,7 @@ impl Arena {
     async fn clear_away(&self) {
         let plugin = self
             .stage
-            .plugin_with(json!({ "reconcile_after": "100ms" }))
+            .plugin_with(&json!({ "reconcile_after": "100ms" }))
             .await;
         // The first task of its agent shows the plugin which leftovers belong to this agent.
         let task = self.stage.start(&plugin, self.stage.shell("exit 0")).await;
