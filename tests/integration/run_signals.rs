@@ -128,6 +128,8 @@ async fn a_plugin_that_dies_twice_is_replaced_twice() {
         return;
     }
     run.prints("up").await;
+    // Before the start is answered, the death of the plugin would end it.
+    run.stderr.contains("runs").await;
     for count in 1..=2 {
         kill(run.plugin(), Signal::SIGKILL).unwrap();
         let text = "found the task again";
