@@ -83,7 +83,7 @@ pub fn release(
     let context = Context {
         task_dir: task_dir.path(),
         skeleton: &task_dir.skeleton(),
-        ordered_at: task_dir.ordered_at()?,
+        ordered_at: task_dir.ordered_at().ok(),
         machine: &launch_spec.machine,
         first_uid: running.and_then(|running| running.uids),
         copy: running.and_then(|running| running.copy.as_deref()),

@@ -39,7 +39,7 @@ impl EphemeralCopy {
     /// Removes the copy of a systemd-nspawn that was killed before it reported the copy's name. systemd-nspawn locks the name
     /// before it copies anything, and the lock ends with it. So a copy in this directory that was begun after the launch spec was
     /// written, and whose lock no process holds, is a leftover.
-    fn remove_nameless(&self, ordered_at: SystemTime) -> io::Result<()> {
+    fn remove_nameless(&self, ordered_at: Option<SystemTime>) -> io::Result<()> {
         let dead = lock_file::dead(ordered_at, &self.directory, |name| {
             let copy = name.strip_prefix(".#")?.strip_suffix(".lck")?;
             is_random(copy).then(|| copy.to_owned())

@@ -11,7 +11,7 @@ use super::nspawn_lock;
 /// The lock files in a directory that were created after the launch spec (`ordered_at`), that no process holds, and for whose name `meaning`
 /// returns a value. Their locks are held as long as the returned files are open.
 pub(super) fn dead<T>(
-    ordered_at: SystemTime,
+    ordered_at: Option<SystemTime>,
     directory: &Path,
     meaning: impl Fn(&str) -> Option<T>,
 ) -> io::Result<Vec<(fs::File, PathBuf, T)>> {
@@ -20,6 +20,10 @@ pub(super) fn dead<T>(
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries?,
     };
+    let ordered_at = ordered_at.ok_or_else(|| {
+        let text = "the launch spec is gone, so locks of this start can't be told from older ones";
+        io::Error::new(io::ErrorKind::NotFound, text)
+    })?;
     let dead = entries.flatten().filter_map(|entry| {
         let meaning = meaning(entry.file_name().to_str()?)?;
         let made = entry.metadata().and_then(|about| about.modified()).ok()?;

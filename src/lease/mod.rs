@@ -65,8 +65,8 @@ pub struct Context<'a> {
     pub task_dir: &'a Path,
     /// The skeleton of its root, if it needed one.
     pub skeleton: &'a Path,
-    /// When its launch spec was written.
-    pub ordered_at: SystemTime,
+    /// When its launch spec was written, if it still exists.
+    pub ordered_at: Option<SystemTime>,
     /// Its machine name, which has been validated.
     pub machine: &'a str,
     /// The first host uid of the container's uid range, if the container came up and has a range of its own.
@@ -167,7 +167,7 @@ mod tests {
     pub(super) struct Start {
         pub(super) temp: tempfile::TempDir,
         pub(super) task_dir: PathBuf,
-        pub(super) ordered_at: SystemTime,
+        pub(super) ordered_at: Option<SystemTime>,
     }
 
     impl Start {
@@ -175,7 +175,7 @@ mod tests {
             let temp = tempfile::tempdir().unwrap();
             let task_dir = temp.path().join("records");
             fs::create_dir(&task_dir).unwrap();
-            let ordered_at = fs::metadata(&task_dir).unwrap().modified().unwrap();
+            let ordered_at = fs::metadata(&task_dir).unwrap().modified().ok();
             Self {
                 temp,
                 task_dir,

@@ -33,7 +33,7 @@ impl Lease for UidRange {
 
 /// Removes the lock of a systemd-nspawn that was killed before its range was known: a lock file created after the launch spec was
 /// written, and held by no process, is a leftover.
-fn remove_nameless(ordered_at: SystemTime, locks: &Path) -> io::Result<()> {
+fn remove_nameless(ordered_at: Option<SystemTime>, locks: &Path) -> io::Result<()> {
     let dead = lock_file::dead(ordered_at, locks, |name| name.parse::<u32>().ok())?;
     for (_held, lock, _) in dead {
         let _ = fs::remove_file(lock);
