@@ -21,7 +21,7 @@ pub(super) fn dead<T>(
         entries => entries?,
     };
     let ordered_at = ordered_at.ok_or_else(|| {
-        let text = "the launch spec is gone, so locks of this start can't be told from older ones";
+        let text = "the launch spec is gone, so its locks can't be distinguished from older ones";
         io::Error::new(io::ErrorKind::NotFound, text)
     })?;
     let dead = entries.flatten().filter_map(|entry| {
