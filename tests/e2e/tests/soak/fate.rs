@@ -1,4 +1,6 @@
-//! What happens to a task, chosen by a reproducible random sequence.
+//! What happens to a task, chosen by a reproducible random sequence: it is done by `strike`, and its exit is checked by `judge`.
+
+use super::*;
 
 /// Reproducible pseudo-random numbers (splitmix64).
 #[derive(Debug)]
@@ -86,4 +88,40 @@ impl Fate {
             _ => "trap '' TERM INT; echo up; while :; do sleep 0.05; done".to_owned(),
         }
     }
+}
+
+/// Kills one of a task's processes, if it exists.
+pub(super) fn strike(stage: &Stage, id: &str, role: Role, two: bool) {
+    let state_dir = stage.join("state");
+    let task_dir = TaskDir::for_task(&state_dir, id);
+    let found = supervisors(&state_dir)
+        .into_iter()
+        .find(|supervisor| supervisor.directory == task_dir.path());
+    let Some(supervisor) = found.map(|found| found.handle) else {
+        return;
+    };
+    let nspawn = || first_child(supervisor.process().pid);
+    let leader = || first_child(nspawn()?);
+    let target = match role {
+        Role::Supervisor => Some(supervisor.process().pid),
+        Role::Nspawn => nspawn(),
+        Role::Leader => leader(),
+        // The command is the leader itself, except with `process_two`.
+        Role::Payload if two => leader().and_then(first_child),
+        Role::Payload => leader(),
+    };
+    if let Some(held) = target.and_then(|pid| ProcessHandle::open(pid).ok()) {
+        held.signal(Signal::KILL).unwrap();
+    }
+}
+
+/// Checks that this exit is correct for this fate.
+pub(super) fn judge(fate: Fate, exit: &TaskExit, config: &Value) {
+    let fine = match fate {
+        Fate::Ends(code) => exit.code == code && exit.error.is_none(),
+        Fate::Stopped(20_000) => exit.code == 9 || exit.code == 137,
+        Fate::Struck(Role::Supervisor | Role::Nspawn) => exit.code != 0 && exit.error.is_some(),
+        _ => exit.code != 0,
+    };
+    assert!(fine, "{fate:?}: {exit:?} of {config}");
 }

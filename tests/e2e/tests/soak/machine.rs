@@ -21,6 +21,17 @@ pub(super) fn holds(pid: i32, what: &str) -> usize {
     entries.count()
 }
 
+/// Waits until a process has no more than this many threads. The stacks of idle threads count as its memory, and how many there are depends
+/// on how many lives met; they end after some seconds.
+pub(super) async fn idle_threads_end(pid: i32, most: usize) {
+    within("the threads that it had", async {
+        while holds(pid, "task") > most {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
 /// The kernel resources in use on the whole machine.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Machine {

@@ -30,11 +30,11 @@ use tokio::sync::watch;
 
 mod fate;
 
-use fate::{Dice, Fate, Role};
+use fate::{Dice, Fate, Role, judge, strike};
 
 mod machine;
 
-use machine::{Machine, holds, own_memory};
+use machine::{Machine, holds, idle_threads_end, own_memory};
 
 const LIVES: usize = 500;
 /// The number of concurrent tasks.
@@ -431,42 +431,6 @@ async fn start(
     }
 }
 
-/// Kills one of a task's processes, if it exists.
-fn strike(stage: &Stage, id: &str, role: Role, two: bool) {
-    let state_dir = stage.join("state");
-    let task_dir = TaskDir::for_task(&state_dir, id);
-    let found = supervisors(&state_dir)
-        .into_iter()
-        .find(|supervisor| supervisor.directory == task_dir.path());
-    let Some(supervisor) = found.map(|found| found.handle) else {
-        return;
-    };
-    let nspawn = || first_child(supervisor.process().pid);
-    let leader = || first_child(nspawn()?);
-    let target = match role {
-        Role::Supervisor => Some(supervisor.process().pid),
-        Role::Nspawn => nspawn(),
-        Role::Leader => leader(),
-        // The command is the leader itself, except with `process_two`.
-        Role::Payload if two => leader().and_then(first_child),
-        Role::Payload => leader(),
-    };
-    if let Some(held) = target.and_then(|pid| ProcessHandle::open(pid).ok()) {
-        held.signal(Signal::KILL).unwrap();
-    }
-}
-
-/// Checks that this exit is correct for this fate.
-fn judge(fate: Fate, exit: &TaskExit, config: &Value) {
-    let fine = match fate {
-        Fate::Ends(code) => exit.code == code && exit.error.is_none(),
-        Fate::Stopped(20_000) => exit.code == 9 || exit.code == 137,
-        Fate::Struck(Role::Supervisor | Role::Nspawn) => exit.code != 0 && exit.error.is_some(),
-        _ => exit.code != 0,
-    };
-    assert!(fine, "{fate:?}: {exit:?} of {config}");
-}
-
 async fn crowd(arena: &Arc<Arena>, lives: usize, seed: u64, plugin_may_die: bool) {
     let left = Arc::new(AtomicUsize::new(lives));
     let workers: Vec<_> = (0..WORKERS)
@@ -531,13 +495,7 @@ async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
         let seed = seed.wrapping_add(u64::try_from(number).unwrap());
         crowd(&arena, part, seed, false).await;
         if [PARTS / 2, PARTS].contains(&number) {
-            // The stacks of idle threads are not growth. Their number depends on how many lives met; they end after some seconds.
-            within("the threads that it had", async {
-                while holds(pid, "task") > threads {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
-            })
-            .await;
+            idle_threads_end(pid, threads).await;
         }
         memory.push(own_memory(pid));
         machine.push(Machine::now());
