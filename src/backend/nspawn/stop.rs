@@ -68,7 +68,7 @@ impl NspawnBackend {
         {
             return Ok(());
         }
-        // Kill a supervisor that does not answer. Its exit kills the container, see `supervisor`.
+        // Kill a supervisor that does not answer. Its exit kills the container, see `supervisor::client`.
         client::kill_supervisor(started.supervisor).await;
         let stuck = || BackendError::Stuck {
             machine: started.machine.clone(),

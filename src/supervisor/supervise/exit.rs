@@ -1,5 +1,5 @@
 //! The exit of a container: detected, recorded, reported, and its resources released, in this order. Runs in the supervisor
-//! process. Does not interpret the evidence; `supervisor::exit_status` does.
+//! process. Does not interpret the evidence; `exit_status` does.
 
 use std::io::{self, Write};
 use std::os::fd::AsFd;
