@@ -18,6 +18,7 @@ use nomad_driver_nspawn::driver::Driver;
 use nomad_driver_nspawn::go_plugin::{self, HandshakeEnv, HandshakeError, Owner};
 use nomad_driver_nspawn::supervisor;
 use nomad_driver_nspawn::sys::process::stay_out_of_core_dumps;
+use nomad_driver_nspawn::sys::share_malloc_arena;
 
 /// Where systemd itself looks for registered images, in its order.
 const MACHINES: &[&str] = &[
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
 
 fn serve(handshake_env: HandshakeEnv, owner: Option<&Owner>) -> ExitCode {
     stay_out_of_core_dumps();
+    share_malloc_arena();
     match driver() {
         Ok(driver) => go_plugin::run(handshake_env, driver, owner),
         Err(error) => fail(&error),

@@ -18,6 +18,7 @@ use crate::proto::driver::driver_server::DriverServer;
 use crate::proto::plugin::grpc_broker_server::GrpcBrokerServer;
 use crate::proto::plugin::grpc_controller_server::GrpcControllerServer;
 use crate::proto::plugin::grpc_stdio_server::GrpcStdioServer;
+use crate::sys;
 
 mod controller;
 mod handshake;
@@ -141,10 +142,10 @@ async fn serve_and_print(
 }
 
 /// tokio's blocking threads exit after ten idle seconds, and tokio panics if it then can't spawn a new one (EAGAIN). Keeps one
-/// alive so that a host at its process limit does not crash the plugin.
+/// alive so that a host at its process limit does not crash the plugin, and uses it to return the memory of calls that are over.
 async fn keep_blocking_thread_alive() {
     loop {
-        let _ = tokio::task::spawn_blocking(|| ()).await;
+        let _ = tokio::task::spawn_blocking(sys::return_free_memory).await;
         tokio::time::sleep(KEEPALIVE_INTERVAL).await;
     }
 }

@@ -1,6 +1,9 @@
-//! What the kernel knows: processes by pidfd, `/proc`, mount tables, its version and boot id. Knows nothing of tasks.
+//! What the kernel knows: processes by pidfd, `/proc`, mount tables, its version and boot id; and the C library's malloc settings. Knows
+//! nothing of tasks.
 
+mod ffi;
 pub mod kernel;
-mod pidfd;
 pub mod process;
 pub mod procfs;
+
+pub use ffi::{return_free_memory, share_malloc_arena};

@@ -64,7 +64,7 @@ impl ProcessHandle {
     /// Its wait status, as its parent would get it from `wait(2)`. `None` while it is alive or not reaped yet, and on kernels
     /// that do not report it to other processes (before 6.15).
     pub fn raw_status(&self) -> Option<i32> {
-        super::pidfd::exit_status(self.descriptor.as_fd())
+        super::ffi::exit_status(self.descriptor.as_fd())
     }
 
     /// Waits until it has exited, at most `limit`; returns whether it has.

@@ -23,6 +23,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "blocking",
             "container",
             "signal",
+            "sys",
         ],
     ),
     (

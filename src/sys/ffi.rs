@@ -1,9 +1,9 @@
-//! The one ioctl that no safe crate offers: the exit status of the process of a pidfd, for processes other than its parent. Needs
-//! Linux 6.15; on older kernels the status is not known.
+//! The calls that no safe crate offers: the ioctl for the exit status of the process of a pidfd, for processes other than its parent
+//! (needs Linux 6.15; on older kernels the status is not known), and two settings of malloc.
 
 #![expect(
     unsafe_code,
-    reason = "an ioctl is a call with a raw pointer, and neither nix nor rustix has this one"
+    reason = "neither nix nor rustix has this ioctl, which takes a raw pointer, or malloc's settings, which are foreign functions"
 )]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -36,6 +36,31 @@ pub(super) fn exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
     unsafe { pidfd_get_info(pidfd.as_fd().as_raw_fd(), &raw mut info) }.ok()?;
     (info.mask & EXIT != 0).then_some(info.exit_code)
 }
+
+/// Limits malloc to one arena, which all threads share. By default glibc gives up to eight arenas per processor to threads as they
+/// come, and each keeps what it once needed: the memory of a process with many short-lived threads grows until all of them have been
+/// used. Must be called before the process has a second thread.
+#[cfg(target_env = "gnu")]
+pub fn share_malloc_arena() {
+    // SAFETY: takes two numbers and changes only malloc's own settings.
+    unsafe { nix::libc::mallopt(nix::libc::M_ARENA_MAX, 1) };
+}
+
+/// Returns free memory to the kernel. By itself glibc returns only what lies above everything in use, so after many starts the free
+/// memory between what the tasks keep would stay.
+#[cfg(target_env = "gnu")]
+pub fn return_free_memory() {
+    // SAFETY: takes a number and changes only malloc's own memory, under its locks.
+    unsafe { nix::libc::malloc_trim(0) };
+}
+
+/// Other C libraries have no arenas per thread.
+#[cfg(not(target_env = "gnu"))]
+pub fn share_malloc_arena() {}
+
+/// Other C libraries return free memory by themselves.
+#[cfg(not(target_env = "gnu"))]
+pub fn return_free_memory() {}
 
 #[cfg(test)]
 mod tests {
