@@ -1,214 +1,187 @@
-//! Secrets: no value of a variable, no template's content and no token is visible on the host, neither while a task with them runs nor
-//! after it has died in any way; and no process gets a descriptor or a variable that it does not need. Uses the fake, which takes values in
-//! the same way as each version of systemd-nspawn.
+//! Secrets, beyond `tests/suite/`: what of the environment is refused or left out, a state directory that others can reach, and the
+//! fingerprint. Only the fake has every version, takes requests that no agent sends, and needs no root.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::time::Duration;
 
 use dev_agent::Plugin;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nomad_driver_nspawn::proto::driver::FingerprintRequest;
 use nomad_driver_nspawn::proto::driver::fingerprint_response::HealthState;
-use nomad_driver_nspawn::proto::driver::{DriverTaskEvent, FingerprintRequest};
 use rstest::rstest;
 use serde_json::json;
 use support::not_applicable;
+use support::secrecy::{Mode, open_to_others, shown};
 
-use crate::harness::{Host, argv, is_root, refusal, within};
+use crate::harness::{Host, is_root, refusal, within};
 use crate::lifecycle::nothing_left;
-use crate::suite::scenarios::secrets::Case;
 
-use support::secrecy::{self, Marker, Mode, descriptors, open_to_others, shown};
-
-mod processes;
-mod refusals;
-
-const ON_AND_ON: &str = "echo up; exec sleep 1000";
-
-/// A task with secrets on the fake of version 252.
-fn case(mode: Mode) -> Case<Host> {
-    Case::new(Host::new(), mode, 252).expect("the fake has every version")
-}
-
-/// Names that systemd-nspawn or one of its libraries would act on.
-#[rstest]
-#[case(Mode::Plain)]
-#[case(Mode::ProcessTwo)]
-#[case(Mode::Boot)]
+/// Names that come from Nomad and that no program can get.
 #[tokio::test]
-async fn names_that_systemd_reads_never_reach_its_environment(#[case] mode: Mode) {
-    let case = case(mode);
-    let plugin = case.world.plugin().await;
-    let names = ["LD_PRELOAD", "SYSTEMD_LOG_LEVEL", "PKCS11_PIN"];
-    let job = names.iter().fold(case.world.shell("exit 0"), |job, name| {
-        job.env(name, &case.marker.secret(name))
-    });
-    let job = match mode {
-        Mode::Plain => job,
-        Mode::ProcessTwo => job.with("process_two", json!(true)),
-        Mode::Boot => job.with("boot", json!(true)).with("command", json!([])),
-    };
-    let task = case.world.start(&plugin, job).await;
-    let start = &case.world.starts()[0];
-    let environment = crate::harness::environment(start);
-    let shows = shown(mode, 252, true).is_some();
-    for name in names {
-        let secret = case.marker.secret(name);
-        assert!(
-            !environment.values().any(|value| *value == secret),
-            "{name}"
-        );
-        let word = format!("--setenv={name}={secret}");
-        assert_eq!(argv(start).contains(&word), shows, "{name}");
+async fn names_that_can_not_be_are_left_out_by_name_and_long_ones_arrive() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let mut events = plugin.events().await.unwrap();
+    let long = "L".repeat(4096);
+    let job = ["", "a=b", "a\0b"]
+        .iter()
+        .fold(host.shell("env | grep -c '^L*=arrived$'"), |job, name| {
+            job.env(name, "s3cret-value")
+        });
+    let task = host.start(&plugin, job.env(&long, "arrived")).await;
+    assert_eq!(task.stdout.all().await, "1\n");
+    let event = within("an event", events.message()).await.unwrap().unwrap();
+    for name in [r#""""#, r#""a=b""#, r#""a\0b""#] {
+        assert!(event.message.contains(name), "{name}: {}", event.message);
     }
+    assert!(!event.message.contains("s3cret"), "{}", event.message);
     task.destroy(&plugin).await;
 }
 
-/// The cause of a failed start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    NoImage,
-    ImageIsNoTree,
-    BadOption,
-    OptionWithASecret,
-    LongOptionWithASecret,
-    ValueWithNul,
-    ValueTooLong,
-    BadName,
-    NspawnRefuses,
-    NspawnDies,
-    NoNspawn,
-    NoStateDir,
+/// A job's own option can contain what Nomad's messages can't: bytes that are not UTF-8.
+#[rstest]
+// environment = [{"A": <ff fe>}], as str and as bin.
+#[case::text(&[0xa2, 0xff, 0xfe])]
+#[case::binary(&[0xc4, 0x02, 0xff, 0xfe])]
+#[tokio::test]
+async fn a_value_that_is_no_text_is_refused_by_name(#[case] value: &[u8]) {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let mut config = vec![0x83];
+    let text = |bytes: &mut Vec<u8>, text: &str| {
+        bytes.extend([0xd9, u8::try_from(text.len()).unwrap()]);
+        bytes.extend(text.as_bytes());
+    };
+    text(&mut config, "image");
+    text(&mut config, host.root().to_str().unwrap());
+    text(&mut config, "boot");
+    config.push(0xc2);
+    text(&mut config, "environment");
+    config.extend([0x91, 0x81]);
+    text(&mut config, "NOT_TEXT");
+    config.extend(value);
+    let job = host.shell("exit 0");
+    let status = refusal(host.start_packed(&plugin, job, config).await);
+    let message = status.message();
+    assert!(
+        message.contains("config.environment[\"NOT_TEXT\"]"),
+        "{message}"
+    );
+    assert_eq!(host.starts().len(), 0);
+}
+
+/// The first fingerprint of a node.
+async fn health(plugin: &Plugin) -> (HealthState, String) {
+    let mut stream = plugin
+        .driver()
+        .fingerprint(FingerprintRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    let first = within("a fingerprint", stream.message())
+        .await
+        .unwrap()
+        .unwrap();
+    (first.health(), first.health_description)
 }
 
 #[rstest]
+#[case::a_link("is a link")]
+#[case::writable("can be written by others (mode 0777)")]
+#[case::in_a_writable_one("can be written by others (mode 0777)")]
+#[case::a_file("is not a directory")]
 #[tokio::test]
-async fn no_failed_start_shows_a_secret(
-    #[values(
-        Fault::NoImage,
-        Fault::ImageIsNoTree,
-        Fault::BadOption,
-        Fault::OptionWithASecret,
-        Fault::LongOptionWithASecret,
-        Fault::ValueWithNul,
-        Fault::ValueTooLong,
-        Fault::BadName,
-        Fault::NspawnRefuses,
-        Fault::NspawnDies,
-        Fault::NoNspawn,
-        Fault::NoStateDir
-    )]
-    fault: Fault,
-    #[values(Mode::Plain, Mode::ProcessTwo, Mode::Boot)] mode: Mode,
-) {
-    let case = case(mode);
-    let secret = case.marker.secret("value");
-    let (task, words) = match fault {
-        Fault::NoImage => {
-            let missing = case.world.join("missing");
-            (
-                case.task(ON_AND_ON).with("image", json!(missing)),
-                "config.image",
-            )
-        }
-        Fault::ImageIsNoTree => {
-            let empty = case.world.join("empty");
-            fs::create_dir(&empty).unwrap();
-            (case.task(ON_AND_ON).with("image", json!(empty)), "")
-        }
-        Fault::BadOption => {
-            let task = case.task(ON_AND_ON).with("volatile", json!("maybe"));
-            (task, "config.volatile: \"maybe\"")
-        }
-        Fault::OptionWithASecret => {
-            let task = case.task(ON_AND_ON).with("volatile", json!(secret));
-            (task, "config.volatile: \"${DB_PASSWORD}\"")
-        }
-        Fault::LongOptionWithASecret => {
-            let long = format!("{}{}", "x".repeat(190), secret);
-            let task = case.task(ON_AND_ON).with("bind", json!([{(long): "/srv"}]));
-            (task, "config.bind")
-        }
-        Fault::ValueWithNul => {
-            let task = case.task(ON_AND_ON).env("OTHER", &format!("{secret}\0"));
-            (task, "task.env[\"OTHER\"]: a NUL")
-        }
-        Fault::ValueTooLong => {
-            let task = case.task(ON_AND_ON).env("OTHER", &secret.repeat(8000));
-            (task, "task.env[\"OTHER\"]: has ")
-        }
-        Fault::BadName => {
-            let task = case
-                .task(ON_AND_ON)
-                .with("environment", json!([{"a=b": secret.clone()}]));
-            (task, "config.environment[\"a=b\"]")
-        }
-        Fault::NspawnRefuses => {
-            let call = json!({"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}});
-            case.world.scenario(&json!({"calls": [call]}));
-            (case.task(ON_AND_ON), "status 1")
-        }
-        Fault::NspawnDies => {
-            case.world
-                .scenario(&json!({"calls": [{"die_before_notify": 11}]}));
-            (case.task(ON_AND_ON), "SIGSEGV")
-        }
-        Fault::NoNspawn | Fault::NoStateDir => (case.task(ON_AND_ON), "plugin."),
+async fn a_state_directory_that_others_reach_is_refused_by_name(#[case] words: &str) {
+    let host = Host::new();
+    let real = host.join("real");
+    let inner = real.join("inner");
+    fs::create_dir_all(&inner).unwrap();
+    let mode = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     };
-    let options = match fault {
-        Fault::NoNspawn => json!({"nspawn_path": "/proc/self/mem"}),
-        Fault::NoStateDir => json!({"state_dir": "/proc/self/mem"}),
-        _ => json!({}),
+    mode(&real, 0o700);
+    mode(&inner, 0o700);
+    let state = match words {
+        "is a link" => {
+            symlink(&real, host.join("link")).unwrap();
+            host.join("link")
+        }
+        "is not a directory" => {
+            fs::write(host.join("file"), "").unwrap();
+            host.join("file")
+        }
+        _ => {
+            mode(&real, 0o777);
+            real.clone()
+        }
     };
-    let words = if fault == Fault::NoNspawn {
-        "nspawn_path"
-    } else {
-        words
-    };
-    let plugin = case.world.plugin_with(&options).await;
-    let mut events = plugin.events().await.unwrap();
-    let error = case.world.start_in(&plugin, case.allocation(task)).await;
-    let text = refusal(error).message().to_owned();
+    let plugin = host.plugin_with(&json!({"state_dir": state})).await;
+    let status = refusal(host.try_start(&plugin, host.shell("exit 0")).await);
+    let text = status.message();
     assert!(text.contains(words), "{text}");
-    case.marker.not_in("the error", &text);
-    case.search(&format!("after {fault:?}"), None);
-    // A last task that starts emits the last event of the stream.
-    case.world.scenario(&json!({}));
-    plugin.configure(&case.world.config()).await.unwrap();
-    let last = case.world.shell("exit 0").env("last=one", "x");
-    let last = case.world.start(&plugin, last).await;
-    loop {
-        let event: DriverTaskEvent = within("an event", events.message()).await.unwrap().unwrap();
-        case.marker.not_in("an event", &format!("{event:?}"));
-        if event.task_id == last.id {
-            break;
-        }
+    assert!(text.contains("plugin.state_dir"), "{text}");
+    assert!(text.contains(state.to_str().unwrap()), "{text}");
+    assert!(status.details().is_empty(), "trying again changes nothing");
+    if is_root() {
+        let (state, description) = health(&plugin).await;
+        assert_eq!(state, HealthState::Unhealthy);
+        assert!(description.contains(words), "{description}");
     }
-    last.destroy(&plugin).await;
+    assert_eq!(fs::read_dir(&inner).unwrap().count(), 0);
+    assert_eq!(host.starts().len(), 0);
 }
 
-/// The start has succeeded before this failure is known, so it is reported as an exit.
-#[rstest]
-#[case("/no/such/program")]
-#[case("/etc/passwd")]
+/// A state directory that an operator has created beforehand is used as it is; its contents are closed all the same.
 #[tokio::test]
-async fn a_command_that_can_not_run_shows_no_secret(#[case] command: &str) {
-    for mode in [Mode::Plain, Mode::ProcessTwo] {
-        let case = case(mode);
-        let plugin = case.world.plugin().await;
-        let task = case.task(ON_AND_ON).with("command", json!([command]));
-        let task = case.world.start_in(&plugin, case.allocation(task)).await;
-        let task = task.unwrap();
-        let exit = task.wait(&plugin).await;
-        assert_ne!(exit.code, 0);
-        case.marker.not_in("the exit", &format!("{exit:?}"));
-        case.search("after the end", None);
-        let said = task.stdout.all().await + &task.stderr.all().await;
-        case.marker.not_in("the task's log", &said);
-        task.destroy(&plugin).await;
+async fn a_readable_state_directory_holds_closed_ones() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let task = host
+        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .await;
+    task.stdout.contains("up").await;
+    let mode = fs::metadata(host.state()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o755);
+    assert_eq!(fs::read_dir(host.state()).unwrap().count(), 1);
+    assert_eq!(open_to_others(&host.state()), Vec::<String>::new());
+    task.stop(&plugin, Duration::ZERO, "").await;
+    assert_eq!(open_to_others(&host.state()), Vec::<String>::new());
+    task.destroy(&plugin).await;
+}
+
+/// With a small stack limit in the agent's unit the kernel accepts little; the message names what to change. In `boot` mode, where
+/// systemd-nspawn itself passes the environment.
+#[tokio::test]
+async fn more_than_the_kernel_takes_is_an_error_that_names_the_limit() {
+    let host = Host::new();
+    let plugin = host.plugin_by("ulimit -S -s 2048; exec \"$0\"").await;
+    let job = host.task(&[]).with("boot", json!(true));
+    let job = (0..6).fold(job.with("command", json!([])), |job, number| {
+        job.env(&format!("BIG{number}"), &"x".repeat(100_000))
+    });
+    let status = host.try_start(&plugin, job).await;
+    let text = refusal(status).message().to_owned();
+    for words in ["524288", "LimitSTACK=", "can't execute"] {
+        assert!(text.contains(words), "{text}");
     }
+    nothing_left(&host, &plugin).await;
+}
+
+#[rstest]
+#[case(249, false)]
+#[case(250, true)]
+#[tokio::test]
+async fn the_fingerprint_says_where_boot_shows_values(#[case] version: u32, #[case] hidden: bool) {
+    let host = Host::new();
+    host.scenario(&json!({"version": version}));
+    let plugin = host.plugin().await;
+    let (state, description) = health(&plugin).await;
+    if !is_root() {
+        assert_eq!(state, HealthState::Undetected);
+        return not_applicable("the fingerprint of systemd-nspawn needs root");
+    }
+    assert_eq!(state, HealthState::Healthy);
+    assert_eq!(description == "Healthy", hidden, "{description}");
+    assert_eq!(shown(Mode::Boot, version, false).is_none(), hidden);
 }

@@ -3,7 +3,7 @@
 use super::harness::Host;
 
 #[path = "../suite/mod.rs"]
-pub(crate) mod scenarios;
+mod scenarios;
 
 #[rstest::fixture]
 fn world() -> Host {

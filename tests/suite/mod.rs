@@ -14,9 +14,11 @@ use super::world;
 
 mod ends;
 mod environment;
+mod failed_starts;
 mod killed;
+mod processes;
 mod recover;
-pub(crate) mod secrets;
+mod secrets;
 
 /// Prints `up` and runs until it is ended.
 const ON_AND_ON: &str = "echo up; exec sleep 1000";

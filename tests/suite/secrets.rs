@@ -2,8 +2,7 @@
 //! after it has died in any way. The fake takes values in the same way as each version of systemd-nspawn; a real one as its own.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use dev_agent::Allocation;
@@ -13,7 +12,7 @@ use nomad_driver_nspawn::failpoint::Failpoint;
 use nomad_driver_nspawn::state::TaskDir;
 use nomad_driver_nspawn::sys::process::first_child;
 use serde_json::{Value, json};
-use support::secrecy::{self, Marker, Mode, ancestry, open_to_others, shown};
+use support::secrecy::{self, Marker, Mode, Search, ancestry, shown};
 use support::trap::Trap;
 use support::wire::Task;
 use support::{eventually, not_applicable};
@@ -35,12 +34,12 @@ const ON_DISK: [&str; 2] = ["environment", "init"];
 const VERSIONS: [u32; 5] = [247, 249, 250, 252, 257];
 
 /// One task with secrets, and where they may be.
-pub(crate) struct Case<W> {
-    pub(crate) world: W,
-    pub(crate) marker: Marker,
+pub(super) struct Case<W> {
+    pub(super) world: W,
+    pub(super) marker: Marker,
     mode: Mode,
-    version: u32,
-    pub(crate) since: i64,
+    pub(super) version: u32,
+    pub(super) since: i64,
 }
 
 /// How a task with secrets ends.
@@ -71,7 +70,7 @@ const DEATHS: [Death; 9] = [
 
 impl<W: World> Case<W> {
     /// A task in this world, whose systemd-nspawn is one of this version. `None`, after a report, if it is another one.
-    pub(crate) fn new(world: W, mode: Mode, version: u32) -> Option<Self> {
+    pub(super) fn new(world: W, mode: Mode, version: u32) -> Option<Self> {
         let version = match world.use_version(version, &VERSIONS) {
             Ok(version) => version,
             Err(reason) => {
@@ -93,20 +92,24 @@ impl<W: World> Case<W> {
     }
 
     /// A task of this mode with secrets in its environment.
-    pub(crate) fn task(&self, script: &str) -> Task {
-        let task = self.world.shell(script);
-        let task = match self.mode {
-            Mode::Plain => task,
-            Mode::ProcessTwo => task.with("process_two", true),
-            Mode::Boot => task.with("boot", true).with("command", json!([])),
-        };
-        task.env(SECRET, &self.marker.secret("value"))
+    pub(super) fn task(&self, script: &str) -> Task {
+        self.in_mode(self.world.shell(script))
+            .env(SECRET, &self.marker.secret("value"))
             .env("NOMAD_TOKEN", &self.marker.secret("token"))
             .env("LINES", &format!("a\n{}\n", self.marker.secret("lines")))
     }
 
+    /// A task in this mode.
+    pub(super) fn in_mode(&self, task: Task) -> Task {
+        match self.mode {
+            Mode::Plain => task,
+            Mode::ProcessTwo => task.with("process_two", true),
+            Mode::Boot => task.with("boot", true).with("command", json!([])),
+        }
+    }
+
     /// An allocation as Nomad creates it, with the files of a template and a token.
-    pub(crate) fn allocation(&self, task: Task) -> Arc<Allocation> {
+    pub(super) fn allocation(&self, task: Task) -> Arc<Allocation> {
         let allocation = self.world.allocation(task);
         let secrets = allocation.task_dir().join("secrets");
         for name in ["file.env", "nomad_token"] {
@@ -123,48 +126,24 @@ impl<W: World> Case<W> {
     }
 
     /// Searches the whole host. `nspawn` is the running systemd-nspawn.
-    pub(crate) fn search(&self, when: &str, nspawn: Option<i32>) {
+    pub(super) fn search(&self, when: &str, nspawn: Option<i32>) {
         self.search_but(when, nspawn, &[]);
     }
 
     /// The same, but files with these names in the task directory may contain the secrets. Returns how many files do.
     fn search_but(&self, when: &str, nspawn: Option<i32>, on_disk: &[&str]) -> usize {
-        let lines = self.marker.in_command_lines();
-        // If the arguments contain them, so does the launch spec, which only root can read.
-        let expects = shown(self.mode, self.version, false).is_some();
-        let expected: Vec<i32> = nspawn.into_iter().filter(|_| expects).collect();
-        let seen: Vec<i32> = lines.keys().copied().collect();
-        assert_eq!(seen, expected, "{when}: command lines: {lines:?}");
-        for (pid, name) in self.marker.in_environments() {
-            let inside = nspawn.is_some_and(|nspawn| ancestry(pid).contains(&nspawn));
-            assert!(inside, "{when}: the environment of {name} ({pid}) has it");
-            // Owned by root, or in a private user namespace by the container's user, who has the secret anyway.
-            if self.world.lacks(Need::Root).is_none()
-                && let Ok(about) = fs::metadata(format!("/proc/{pid}/environ"))
-            {
-                assert_eq!(about.mode() & 0o777, 0o400, "{when}: {name}");
-                assert!(about.uid() == 0 || Some(pid) != nspawn, "{when}: {name}");
-            }
+        let found = Search {
+            marker: &self.marker,
+            in_arguments: shown(self.mode, self.version, false).is_some(),
+            own: self.world.path(),
+            state: &self.world.state(),
+            spared: &self.spared(),
+            since: self.since,
         }
-        let mut places = secrecy::places();
-        places.push((self.world.path(), usize::MAX));
-        let files = self.marker.in_files(&places, &self.spared(), self.since);
-        let kept = |path: &&PathBuf| {
-            let of_a_start =
-                path.parent().and_then(Path::parent) == Some(self.world.state().as_path());
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap();
-            of_a_start && (on_disk.contains(&name) || (expects && name == "order"))
-        };
-        let others: Vec<&PathBuf> = files.iter().filter(|path| !kept(path)).collect();
-        assert_eq!(others, Vec::<&PathBuf>::new(), "{when}: files have it");
-        assert_eq!(
-            open_to_others(&self.world.state()),
-            Vec::<String>::new(),
-            "{when}"
-        );
+        .run(when, nspawn, on_disk);
         let log = self.world.log().text().join("\n");
         self.marker.not_in("the plugin's log", &log);
-        files.len()
+        found
     }
 
     async fn dies(&self, plugin: Plugin, death: Death) -> Plugin {
@@ -215,7 +194,7 @@ impl<W: World> Case<W> {
     }
 
     /// Waits until the payload runs and has the secrets, so that the search has something to find.
-    pub(crate) async fn is_up(&self, running: &Running) {
+    pub(super) async fn is_up(&self, running: &Running) {
         if self.mode != Mode::Boot {
             running.stdout.contains("up").await;
         }

@@ -76,6 +76,20 @@ impl World for Stage {
         (self.join("tree/srv/gate"), "/srv/gate".to_owned())
     }
 
+    fn nspawn_opens(&self, target: &str) -> bool {
+        const KINDS: &[&str] = &[
+            "socket",
+            "eventpoll",
+            "signalfd",
+            "eventfd",
+            "pipe",
+            "pidfd",
+        ];
+        KINDS.contains(&target)
+            || Path::new(target) == self.join(".#tree.lck")
+            || target.starts_with("/run/systemd/nspawn/locks/")
+    }
+
     async fn is_clean(&self, plugin: &Plugin) {
         let own = format!("process {} ", plugin.pid());
         let is_left = || {

@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 
 use e2e::agent::{Agent, Allocation};
 use e2e::{debian, until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
+use support::secrecy::{self, Marker, Search, ancestry, environment};
 
 fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -361,5 +364,56 @@ fn a_debian_system_is_booted_and_shut_down_in_order() {
     until("the unit's start", || (read() == "started\n").then_some(()));
     assert_eq!(task.stop(), [0]);
     assert_eq!(read(), "started\nstopped\n");
+    agent.leave();
+}
+
+/// At log level `info`: at `debug` the agent's own log contains the text of templates, which no driver can prevent.
+#[test]
+fn no_secret_shows_with_a_real_agent() {
+    let agent = Agent::logging("INFO");
+    let marker = Marker::new();
+    let since = secrecy::now();
+    let variables = [
+        ("image", &*image(&agent, "tree")),
+        ("secret", &*marker.secret("x")),
+    ];
+    let task = agent.run(&file("secrets"), &variables);
+    task.printed("up");
+    let token = fs::read_to_string(task.dir().join("secrets/nomad_token")).unwrap();
+    let token = Marker::from(token.trim().to_owned());
+    let leader = i32::try_from(task.leader()).unwrap();
+    let inside = environment(leader).unwrap();
+    assert!(marker.is_in(inside["DB_PASSWORD"].as_bytes()));
+    assert!(marker.is_in(inside["FROM_TEMPLATE"].as_bytes()));
+    assert!(token.is_in(inside["NOMAD_TOKEN"].as_bytes()));
+    // The leader is systemd-nspawn's child.
+    let nspawn = ancestry(leader)[1];
+    // Nomad's own data, which contains the job.
+    let spared = [agent.join("data"), agent.join("plugins")];
+    let look = |when: &str, nspawn: Option<i32>| {
+        for marker in [&marker, &token] {
+            let search = Search {
+                marker,
+                in_arguments: false,
+                own: &agent.join(""),
+                state: &agent.join("state"),
+                spared: &spared,
+                since,
+            };
+            search.run(when, nspawn, &[]);
+        }
+    };
+    look("while it runs", Some(nspawn));
+    let plugin = agent.plugin();
+    kill(Pid::from_raw(plugin), Signal::SIGKILL).unwrap();
+    until("another plugin", || {
+        (agent.plugin() != plugin).then_some(())
+    });
+    look("recovered", Some(nspawn));
+    assert_eq!(task.stop(), [0]);
+    look("after the end", None);
+    let reported = task.task().to_string();
+    marker.not_in("what Nomad tells of the task", &reported);
+    token.not_in("what Nomad tells of the task", &reported);
     agent.leave();
 }

@@ -119,8 +119,61 @@ impl Marker {
     }
 }
 
+/// A search of the whole host for a marker: every process, and the files that were written lately.
+#[derive(Debug)]
+pub struct Search<'a> {
+    /// What to search for.
+    pub marker: &'a Marker,
+    /// Whether the arguments of systemd-nspawn contain it ([`shown`]), and with them the launch spec, which only root can read.
+    pub in_arguments: bool,
+    /// The directory of the test, which is searched completely.
+    pub own: &'a Path,
+    /// The plugin's state directory in it.
+    pub state: &'a Path,
+    /// The directories in it that may contain the marker.
+    pub spared: &'a [PathBuf],
+    /// Older files are not searched (seconds since the epoch).
+    pub since: i64,
+}
+
+impl Search<'_> {
+    /// Fails if the marker is anywhere but in the environment of this `nspawn` and its descendants, and in the files of these names in a
+    /// task directory; or if others could read a task directory. Returns how many files have it.
+    #[track_caller]
+    pub fn run(&self, when: &str, nspawn: Option<i32>, on_disk: &[&str]) -> usize {
+        let lines = self.marker.in_command_lines();
+        let expected: Vec<i32> = nspawn.into_iter().filter(|_| self.in_arguments).collect();
+        let seen: Vec<i32> = lines.keys().copied().collect();
+        assert_eq!(seen, expected, "{when}: command lines: {lines:?}");
+        for (pid, name) in self.marker.in_environments() {
+            let inside = nspawn.is_some_and(|nspawn| ancestry(pid).contains(&nspawn));
+            assert!(inside, "{when}: the environment of {name} ({pid}) has it");
+            // Owned by root, or in a private user namespace by the container's user, who has the secret anyway.
+            if nix::unistd::geteuid().is_root()
+                && let Ok(about) = fs::metadata(format!("/proc/{pid}/environ"))
+            {
+                assert_eq!(about.mode() & 0o777, 0o400, "{when}: {name}");
+                assert!(about.uid() == 0 || Some(pid) != nspawn, "{when}: {name}");
+            }
+        }
+        let mut places = places();
+        places.push((self.own, usize::MAX));
+        let files = self.marker.in_files(&places, self.spared, self.since);
+        let kept = |path: &&PathBuf| {
+            let of_a_start = path.parent().and_then(Path::parent) == Some(self.state);
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap();
+            of_a_start && (on_disk.contains(&name) || (self.in_arguments && name == "order"))
+        };
+        let others: Vec<&PathBuf> = files.iter().filter(|path| !kept(path)).collect();
+        assert_eq!(others, Vec::<&PathBuf>::new(), "{when}: files have it");
+        let open = open_to_others(self.state);
+        assert_eq!(open, Vec::<String>::new(), "{when}: others can read it");
+        files.len()
+    }
+}
+
 /// Where systemd-nspawn, the driver and core dumps leave files, and how many levels to search.
-pub fn places() -> Vec<(&'static Path, usize)> {
+fn places() -> Vec<(&'static Path, usize)> {
     [
         ("/", 1),
         ("/run", 6),

@@ -49,6 +49,10 @@ pub trait World: Deref<Target = Fixture> {
     /// A file that does not exist and that tasks can see: its path on the host, and its path in the container.
     fn gate(&self) -> (PathBuf, String);
 
+    /// Whether systemd-nspawn opens this target of a descriptor itself while a container runs: its event loop, the channels to its children,
+    /// the locks of the first root tree.
+    fn nspawn_opens(&self, target: &str) -> bool;
+
     /// Waits until nothing of the tasks is left while this plugin still runs: no process, no cgroup and no record.
     fn is_clean(&self, plugin: &Plugin) -> impl Future<Output = ()>;
 
