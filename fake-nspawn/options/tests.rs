@@ -1,0 +1,93 @@
+//! Command lines, and what is refused.
+
+use super::*;
+use rstest::rstest;
+
+fn read(version: u32, words: &[&str]) -> Result<Parsed, Refusal> {
+    let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+    parse(version, &words, |name| {
+        (name == "SET").then(|| "from outside".to_owned())
+    })
+}
+
+fn run(words: &[&str]) -> Options {
+    match read(252, words) {
+        Ok(Parsed::Run(options)) => *options,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refused(version: u32, words: &[&str]) -> String {
+    read(version, words).expect_err("was taken").message
+}
+
+#[test]
+fn both_spellings_of_a_value_and_the_short_one_are_read() {
+    for words in [
+        &["--directory=/a"][..],
+        &["--directory", "/a"],
+        &["-D", "/a"],
+        &["-D/a"],
+        &["--dir=/a"],
+    ] {
+        assert_eq!(run(words).directory.as_deref(), Some("/a"), "{words:?}");
+    }
+}
+
+#[test]
+fn reading_stops_at_the_first_word_that_is_no_option() {
+    assert_eq!(
+        run(&["-q", "echo", "--nope", "--", "-D"]).command,
+        ["echo", "--nope", "--", "-D"]
+    );
+    assert_eq!(run(&["-q", "--", "--nope"]).command, ["--nope"]);
+}
+
+#[test]
+fn the_help_lists_what_the_version_has() {
+    assert!(help(258).contains("--cleanup") && !help(257).contains("--cleanup"));
+    assert!(help(250).contains("--suppress-sync=") && !help(249).contains("--suppress-sync"));
+}
+
+#[test]
+fn the_last_setting_of_a_variable_wins_and_a_bare_name_is_copied() {
+    let options = run(&["-EA=1", "--setenv", "A=2=3", "-E", "SET", "-E", "UNSET"]);
+    let wanted = [("A", "2=3"), ("SET", "from outside"), ("UNSET", "")];
+    let wanted: Vec<_> = wanted
+        .iter()
+        .map(|(n, v)| (n.to_string(), v.to_string()))
+        .collect();
+    assert_eq!(options.environment, wanted);
+}
+
+#[rstest]
+#[case(252, &["--x"], "systemd-nspawn: unrecognized option '--x'")]
+#[case(252, &["-Y"], "systemd-nspawn: invalid option -- 'Y'")]
+#[case(252, &["--directory"], "systemd-nspawn: option '--directory' requires an argument")]
+#[case(252, &["--read-only=yes"], "systemd-nspawn: option '--read-only' doesn't allow an argument")]
+#[case(
+    252,
+    &["--no"],
+    "systemd-nspawn: option '--no' is ambiguous; possibilities: '--no-new-privileges' '--notify-ready' '--no-pager'"
+)]
+#[case(253, &["--image-policy=x"], "systemd-nspawn: unrecognized option '--image-policy=x'")]
+#[case(249, &["--suppress-sync=yes"], "systemd-nspawn: unrecognized option '--suppress-sync=yes'")]
+#[case(249, &["-E", "SET"], "Environment variable assignment 'SET' is not valid.")]
+#[case(252, &["-b", "-a"], "--boot and --as-pid2 may not be combined.")]
+#[case(252, &["--volatile", "--private-users-ownership=chown"],
+    "--read-only and --private-users-ownership=chown may not be combined.")]
+#[case(252, &["-E", "1X="], "Cannot assign environment variable 1X=: Invalid argument")]
+#[case(252, &["-E", "X=\u{fffe}"], "Cannot assign environment variable X=\u{fffe}: Invalid argument")]
+#[case(247, &["-E", "X=\u{1b}"], "Environment variable assignment 'X=\u{1b}' is not valid.")]
+#[case(252, &["-p", "80"], "Cannot use --port= without private networking.")]
+#[case(252, &["-n", "-p80", "-p", "tcp:80"], "Duplicate port specification: tcp:80")]
+#[case(252, &["-D", "/a", "-i", "/b"], "--directory= and --image= may not be combined.")]
+#[case(252, &["--ambient-capability=CAP_NET_ADMIN"],
+    "AmbientCapability= setting is not fully covered by Capability= setting.")]
+fn what_the_real_one_refuses_is_refused(
+    #[case] version: u32,
+    #[case] words: &[&str],
+    #[case] message: &str,
+) {
+    assert_eq!(refused(version, words), message);
+}
