@@ -2,103 +2,18 @@
 //! cluster can do is reported as ignored if the task works without it, and rejected otherwise.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
-use job_values::duration;
+use job_values::signal::Signal;
 use serde_json::Value;
 
-use super::tree::{Entry, JobError, Thing, stored};
+use super::read::{config, integer, label, nested, string, strings, time};
+use super::tree::{Entry, JobError, Thing};
+use super::verdict::{GROUP, JOB, RESOURCES, SET_BY_SERVER, TASK, Verdict};
 use super::{hcl, json};
 use crate::TaskSpec;
-use job_values::signal::Signal;
 
 /// The driver whose tasks can be run.
 const DRIVER: &str = "nspawn";
-
-/// What happens to an entry that is not used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Verdict {
-    /// It has no meaning for a single run.
-    Quiet,
-    /// The task runs without it, and the user is informed.
-    Ignored,
-    /// The task would behave differently without it.
-    Refused(&'static str),
-}
-
-use Verdict::{Ignored, Quiet, Refused};
-
-const JOB: &[(&str, Verdict)] = &[
-    ("affinity", Ignored),
-    ("all_at_once", Quiet),
-    ("constraint", Ignored),
-    ("migrate", Ignored),
-    ("multiregion", Ignored),
-    ("node_pool", Quiet),
-    ("parameterized", Ignored),
-    ("periodic", Ignored),
-    ("priority", Quiet),
-    ("reschedule", Ignored),
-    ("spread", Ignored),
-    ("type", Quiet),
-    ("ui", Quiet),
-    ("update", Ignored),
-];
-
-const GROUP: &[(&str, Verdict)] = &[
-    ("affinity", Ignored),
-    ("constraint", Ignored),
-    ("consul", Refused("there is no Consul")),
-    ("disconnect", Ignored),
-    ("ephemeral_disk", Ignored),
-    ("max_client_disconnect", Ignored),
-    ("migrate", Ignored),
-    ("prevent_reschedule_on_lost", Ignored),
-    ("reschedule", Ignored),
-    ("restart", Ignored),
-    ("scaling", Ignored),
-    ("service", Ignored),
-    ("shutdown_delay", Ignored),
-    ("spread", Ignored),
-    ("stop_after_client_disconnect", Ignored),
-    ("update", Ignored),
-    ("vault", Refused("there is no Vault")),
-    ("volume", Refused("there are no volumes; use bind")),
-];
-
-const TASK: &[(&str, Verdict)] = &[
-    ("action", Ignored),
-    ("affinity", Ignored),
-    ("artifact", Refused("nothing is downloaded")),
-    ("constraint", Ignored),
-    ("consul", Refused("there is no Consul")),
-    ("csi_plugin", Refused("there is no cluster")),
-    ("dispatch_payload", Refused("there is no payload")),
-    ("identity", Refused("there is no server to sign a token")),
-    ("kind", Ignored),
-    ("leader", Quiet),
-    ("lifecycle", Ignored),
-    ("logs", Ignored),
-    ("restart", Ignored),
-    ("scaling", Ignored),
-    ("schedule", Ignored),
-    ("secret", Refused("there is no store of secrets")),
-    ("service", Ignored),
-    ("shutdown_delay", Ignored),
-    ("template", Refused("templates are not rendered")),
-    ("vault", Refused("there is no Vault")),
-    ("volume_mount", Refused("there are no volumes; use bind")),
-];
-
-const RESOURCES: &[(&str, Verdict)] = &[
-    ("cores", Ignored),
-    ("device", Refused("there are no device plugins")),
-    ("disk", Quiet),
-    ("iops", Quiet),
-    ("network", Refused("no ports are allocated")),
-    ("numa", Ignored),
-    ("secrets", Quiet),
-];
 
 /// A parsed job file.
 #[derive(Debug, Clone, PartialEq)]
@@ -417,23 +332,13 @@ fn note(
 ) -> Result<(), JobError> {
     let verdict = verdicts.iter().find(|(name, _)| *name == entry.name);
     match verdict.map(|(_, verdict)| verdict) {
-        Some(Quiet) => {}
-        Some(Ignored) => notes.push(Note::new(entry, level, None)),
-        Some(Refused(why)) => notes.push(Note::new(entry, level, Some(why))),
+        Some(Verdict::Quiet) => {}
+        Some(Verdict::Ignored) => notes.push(Note::new(entry, level, None)),
+        Some(Verdict::Refused(why)) => notes.push(Note::new(entry, level, Some(why))),
         // Unknown JSON keys are tolerated if the API may have added them: the API grows, and a server adds keys to a
         // job that were never in its file. HCL is written by hand, so there an unknown key is a mistake.
         None if entry.line.is_none() => {
-            if ![
-                "create_index",
-                "modify_index",
-                "job_modify_index",
-                "submit_time",
-                "version",
-                "status",
-                "stable",
-            ]
-            .contains(&entry.name.as_str())
-            {
+            if !SET_BY_SERVER.contains(&entry.name.as_str()) {
                 notes.push(Note::new(entry, level, None));
             }
         }
@@ -496,127 +401,6 @@ fn resources(entry: &Entry, spec: &mut TaskSpec, notes: &mut Vec<Note>) -> Resul
         ));
     }
     Ok(())
-}
-
-/// The entries of a block, or of an object in JSON.
-fn nested(entry: &Entry) -> Result<Vec<Entry>, JobError> {
-    match &entry.thing {
-        Thing::Block { body, .. } => Ok(body.clone()),
-        Thing::Value {
-            value: Value::Object(object),
-            ..
-        } => Ok(object
-            .iter()
-            .filter(|(_, value)| !matches!(value, Value::Null))
-            .map(|(key, value)| Entry {
-                name: json::hcl_name(key),
-                line: entry.line,
-                thing: Thing::Value {
-                    value: value.clone(),
-                    literal: false,
-                },
-            })
-            .collect()),
-        Thing::Value { .. } => Err(JobError::new(
-            entry.line,
-            format!("{} is no block", entry.name),
-        )),
-    }
-}
-
-/// The tree that Nomad stores for `config`.
-fn config(thing: &Thing) -> Option<Value> {
-    match thing {
-        Thing::Block { body, .. } => Some(stored(body)),
-        Thing::Value {
-            value: value @ Value::Object(_),
-            ..
-        } => Some(value.clone()),
-        Thing::Value { .. } => None,
-    }
-}
-
-fn label(entry: &Entry, labels: &[String]) -> Result<String, JobError> {
-    match labels {
-        [one] if !one.is_empty() => Ok(one.clone()),
-        _ => Err(JobError::new(
-            entry.line,
-            format!("{} has one label, its name", entry.name),
-        )),
-    }
-}
-
-fn scalar(value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
-        _ => None,
-    }
-}
-
-fn string(entry: &Entry) -> Result<String, JobError> {
-    let text = match &entry.thing {
-        Thing::Value {
-            value: Value::Null, ..
-        } => Some(String::new()),
-        Thing::Value { value, .. } => scalar(value),
-        Thing::Block { .. } => None,
-    };
-    text.ok_or_else(|| JobError::new(entry.line, format!("{} is not a string", entry.name)))
-}
-
-fn integer(entry: &Entry) -> Result<i64, JobError> {
-    let number = match &entry.thing {
-        Thing::Value {
-            value: Value::String(text),
-            ..
-        } => text.parse().ok(),
-        Thing::Value { value, .. } => value.as_i64(),
-        Thing::Block { .. } => None,
-    };
-    number.ok_or_else(|| JobError::new(entry.line, format!("{} is not a whole number", entry.name)))
-}
-
-/// A duration: Go's notation in HCL, nanoseconds in JSON.
-fn time(entry: &Entry) -> Result<Duration, JobError> {
-    if let Thing::Value { value, .. } = &entry.thing
-        && let Some(nanoseconds) = value.as_u64()
-    {
-        return Ok(Duration::from_nanos(nanoseconds));
-    }
-    let text = string(entry)?;
-    duration::parse(&text)
-        .map_err(|error| JobError::new(entry.line, format!("{}: {error}", entry.name)))
-}
-
-/// A block or object whose values are strings.
-fn strings(entry: &Entry) -> Result<BTreeMap<String, String>, JobError> {
-    let pairs: Vec<(String, Option<usize>, Option<String>)> = match &entry.thing {
-        Thing::Block { body, .. } => body
-            .iter()
-            .map(|entry| (entry.name.clone(), entry.line, string(entry).ok()))
-            .collect(),
-        Thing::Value {
-            value: Value::Object(object),
-            ..
-        } => object
-            .iter()
-            .map(|(key, value)| (key.clone(), entry.line, scalar(value)))
-            .collect(),
-        Thing::Value { .. } => {
-            return Err(JobError::new(
-                entry.line,
-                format!("{} is no block", entry.name),
-            ));
-        }
-    };
-    pairs
-        .into_iter()
-        .map(|(key, line, value)| {
-            let reason = || JobError::new(line, format!("{}.{key} is not a string", entry.name));
-            Ok((key.clone(), value.ok_or_else(reason)?))
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Job files in both notations: what is used, what is reported as ignored, and what is rejected, with its line.
 
+use std::time::Duration;
+
 use rstest::rstest;
 use serde_json::json;
 

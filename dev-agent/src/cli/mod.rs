@@ -10,10 +10,12 @@ mod directory;
 mod hcl;
 mod job;
 mod json;
+mod read;
 mod run;
 mod say;
 mod signals;
 mod tree;
+mod verdict;
 
 pub use directory::remove_directories;
 pub use job::Job;
