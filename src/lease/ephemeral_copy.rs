@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Context, Lease, lock_file};
+use super::{Context, Lease, nspawn_lock};
 use crate::sys::procfs;
 
 /// A copy whose name systemd-nspawn makes up. The name is known once the container has started.
@@ -40,7 +40,7 @@ impl EphemeralCopy {
     /// before it copies anything, and the lock ends with it. So a copy in this directory that was begun after the launch spec was
     /// written, and whose lock no process holds, is a leftover.
     fn remove_nameless(&self, ordered_at: Option<SystemTime>) -> io::Result<()> {
-        let dead = lock_file::dead(ordered_at, &self.directory, |name| {
+        let dead = nspawn_lock::dead(ordered_at, &self.directory, |name| {
             let copy = name.strip_prefix(".#")?.strip_suffix(".lck")?;
             is_random(copy).then(|| copy.to_owned())
         })?;

@@ -15,13 +15,11 @@ use serde_json::Value;
 
 mod cgroup;
 mod ephemeral_copy;
-mod lock_file;
 mod nspawn_lock;
 mod nspawn_mounts;
 mod skeleton;
 mod tree_lock;
 mod uid_range;
-mod zone;
 mod zone_bridge;
 
 pub use cgroup::{Cgroup, CgroupMirror};

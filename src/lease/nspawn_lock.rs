@@ -8,7 +8,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -28,7 +28,7 @@ const SHARED: i16 = nix::libc::F_RDLCK as i16;
 
 /// An exclusive lock.
 #[expect(clippy::cast_possible_truncation, reason = "the constant is 1")]
-const EXCLUSIVE: i16 = nix::libc::F_WRLCK as i16;
+pub(super) const EXCLUSIVE: i16 = nix::libc::F_WRLCK as i16;
 
 /// Locks that are shared with other containers of the same tree. Dropping them releases them as systemd-nspawn does: the last
 /// holder removes the files.
@@ -98,7 +98,9 @@ fn errno(error: io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
-fn lock(file: &File, kind: i16) -> Result<(), Errno> {
+/// Locks a whole file, for its open file description (`F_OFD_SETLK`), as systemd-nspawn does. Fails with `EAGAIN` or `EACCES` if another
+/// process holds a lock that excludes this one.
+pub(super) fn lock(file: &File, kind: i16) -> Result<(), Errno> {
     let whole = nix::libc::flock {
         l_type: kind,
         l_whence: 0,
@@ -148,6 +150,32 @@ pub(super) fn take(path: &Path) -> Option<File> {
     lock(&file, EXCLUSIVE).ok()?;
     // Its last holder may have removed it before this lock was granted; the file at this path may be another one's by now.
     (file.metadata().ok()?.nlink() > 0).then_some(file)
+}
+
+/// The lock files in a directory that were created after the launch spec (`ordered_at`), that no process holds, and for whose name `meaning`
+/// returns a value. Their locks are held as long as the returned files are open. The kernel drops a lock with the process that held it, so
+/// a file whose lock can be taken belongs to a process that is gone.
+pub(super) fn dead<T>(
+    ordered_at: Option<SystemTime>,
+    directory: &Path,
+    meaning: impl Fn(&str) -> Option<T>,
+) -> io::Result<Vec<(File, PathBuf, T)>> {
+    let entries = match fs::read_dir(directory) {
+        // With the directory its lock files are gone too.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let ordered_at = ordered_at.ok_or_else(|| {
+        let text = "the launch spec is gone, so its locks can't be distinguished from older ones";
+        io::Error::new(io::ErrorKind::NotFound, text)
+    })?;
+    let dead = entries.flatten().filter_map(|entry| {
+        let meaning = meaning(entry.file_name().to_str()?)?;
+        let made = entry.metadata().and_then(|about| about.modified()).ok()?;
+        let held = (made >= ordered_at).then(|| take(&entry.path()))??;
+        Some((held, entry.path(), meaning))
+    });
+    Ok(dead.collect())
 }
 
 #[cfg(test)]

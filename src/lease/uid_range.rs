@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Context, Lease, lock_file, nspawn_lock};
+use super::{Context, Lease, nspawn_lock};
 
 /// Where systemd-nspawn keeps these locks.
 const LOCKS: &str = "/run/systemd/nspawn-uid";
@@ -34,7 +34,7 @@ impl Lease for UidRange {
 /// Removes the lock of a systemd-nspawn that was killed before its range was known: a lock file created after the launch spec was
 /// written, and held by no process, is a leftover.
 fn remove_nameless(ordered_at: Option<SystemTime>, locks: &Path) -> io::Result<()> {
-    let dead = lock_file::dead(ordered_at, locks, |name| name.parse::<u32>().ok())?;
+    let dead = nspawn_lock::dead(ordered_at, locks, |name| name.parse::<u32>().ok())?;
     for (_held, lock, _) in dead {
         let _ = fs::remove_file(lock);
     }
