@@ -139,12 +139,11 @@ async fn a_tool_that_vanishes_is_an_error_of_the_next_task() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
-        .start(
+        .up(
             &plugin,
             host.shell("trap 'exit 4' USR1; echo up; while :; do sleep 0.05; done"),
         )
         .await;
-    task.stdout.contains("up").await;
     std::fs::remove_file(host.join("bin/systemd-nspawn")).unwrap();
     let status = refusal(host.try_start(&plugin, host.shell("exit 0")).await);
     assert!(

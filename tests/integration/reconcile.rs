@@ -33,11 +33,8 @@ async fn reconciling(host: &Host) -> Plugin {
 /// A task with its own tree, so that several can run at once.
 async fn started(host: &Host, plugin: &Plugin, name: &str, script: &str) -> Running {
     let task = host.shell(script).named(name);
-    let task = host
-        .start(plugin, task.with("image", json!(host.tree(name))))
-        .await;
-    task.stdout.contains("up").await;
-    task
+    host.up(plugin, task.with("image", json!(host.tree(name))))
+        .await
 }
 
 fn directory(task: &Running) -> PathBuf {

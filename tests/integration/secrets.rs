@@ -138,9 +138,8 @@ async fn a_readable_state_directory_holds_closed_ones() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
-        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .up(&plugin, host.shell("echo up; exec sleep 1000"))
         .await;
-    task.stdout.contains("up").await;
     let mode = fs::metadata(host.state()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o755);
     assert_eq!(fs::read_dir(host.state()).unwrap().count(), 1);

@@ -15,8 +15,7 @@ const TRAPS: &str = "trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"
 async fn an_end_with_everything_open() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
-    let task = host.start(&plugin, host.shell(TRAPS)).await;
-    task.stdout.contains("up").await;
+    let task = host.up(&plugin, host.shell(TRAPS)).await;
     let (_print, _fingerprints) = plugin.fingerprint().await.unwrap();
     let _events = plugin.events().await.unwrap();
     let _stdio = GrpcStdioClient::new(plugin.channel())
@@ -49,8 +48,7 @@ async fn an_end_with_everything_open() {
 async fn a_terminated_plugin_ends_well_and_leaves_its_tasks() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
-    let task = host.start(&plugin, host.shell(TRAPS)).await;
-    task.stdout.contains("up").await;
+    let task = host.up(&plugin, host.shell(TRAPS)).await;
     let socket = plugin.address().to_owned();
     kill(Pid::from_raw(plugin.pid()), Signal::SIGTERM).unwrap();
     assert!(
@@ -70,8 +68,7 @@ async fn init_and_shutdown_are_answered() {
     let plugin = host.plugin().await;
     let mut driver = plugin.driver();
     driver.init(proto::InitRequest {}).await.unwrap();
-    let task = host.start(&plugin, host.shell(TRAPS)).await;
-    task.stdout.contains("up").await;
+    let task = host.up(&plugin, host.shell(TRAPS)).await;
     driver.shutdown(proto::ShutdownRequest {}).await.unwrap();
     let status = refusal(host.try_start(&plugin, host.shell("exit 0")).await);
     assert!(

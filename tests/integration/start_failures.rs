@@ -147,12 +147,11 @@ async fn a_start_of_a_later_driver_is_not_ended() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let first = host
-        .start(
+        .up(
             &plugin,
             host.shell("trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done"),
         )
         .await;
-    first.stdout.contains("up").await;
     let order = directory_of(&first).join("order");
     let text = fs::read(&order).unwrap();
     let mut later: Value = serde_json::from_slice(&text).unwrap();

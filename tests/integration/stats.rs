@@ -118,9 +118,8 @@ async fn the_first_sample() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
-        .start(&plugin, host.shell("echo up; exec sleep 1000"))
+        .up(&plugin, host.shell("echo up; exec sleep 1000"))
         .await;
-    task.stdout.contains("up").await;
     let before = SystemTime::now();
     // The interval is longer than any test, so this is the sample that is sent immediately.
     let mut stats = stream(&plugin, &task.id, Duration::from_secs(1000)).await;
@@ -149,12 +148,11 @@ async fn the_samples_end_with_the_task() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
-        .start(
+        .up(
             &plugin,
             host.shell("trap 'exit 0' USR1; echo up; while :; do sleep 0.05; done"),
         )
         .await;
-    task.stdout.contains("up").await;
     let mut stats = stream(&plugin, &task.id, Duration::from_secs(1000)).await;
     sample(&mut stats).await;
     task.signal(&plugin, "SIGUSR1").await.unwrap();

@@ -3,13 +3,11 @@
 //! that is impossible gives a reason. [`plan`] defines the expected result of each cell, [`play`] runs it.
 
 use std::io::Write as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use dev_agent::{Plugin, TaskSpec};
 use libtest_mimic::{Arguments, Failed, Trial};
-use serde_json::Value;
+use support::wire;
 
 mod plan;
 mod play;
@@ -18,30 +16,12 @@ mod table;
 use plan::{Again, Step, Victim};
 pub(crate) use plan::{Cell, cells};
 
-/// The machine of one cell: its own state directory and tree, and a systemd-nspawn.
-pub(crate) trait World {
-    /// The plugin's state directory.
-    fn state(&self) -> PathBuf;
-    /// An existing directory for allocations.
-    fn allocations(&self) -> PathBuf;
-    /// The plugin configuration.
-    fn config(&self) -> Value;
-    /// Starts and configures a plugin as Nomad does.
-    fn plugin(&self) -> impl Future<Output = Plugin>;
-    /// A task that runs this shell script, as PID 1 or as PID 2.
-    fn task(&self, text: &str, process_two: bool) -> TaskSpec;
-    /// A file that the payload can see: its path on the host, and its path in the container.
-    fn gate(&self) -> (PathBuf, String);
+/// The machine of one cell: what every test of the plugin has, and what only the matrix needs.
+pub(crate) trait World: wire::World {
     /// A trap for the next systemd-nspawn at this moment.
     fn hold_nspawn(&self, moment: Moment) -> support::trap::Trap;
     /// The driver's own init in the container with this leader.
     fn init(&self, leader: i32) -> Option<i32>;
-    /// The plugins' log so far.
-    fn log(&self) -> String;
-    /// Fails if a process, a mount or a file is left while only this plugin still runs.
-    fn assert_clean(&self, plugin: i32) -> impl Future<Output = ()>;
-    /// Cleans up after a finished cell; its plugin has exited too.
-    fn leave(self);
 }
 
 /// The points at which a systemd-nspawn can be held.

@@ -1,26 +1,22 @@
 //! RecoverTask: a plugin recovers the tasks that an earlier one has started, and nothing else.
 
-use nomad_driver_nspawn::proto::driver::{TaskHandle, TaskState};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use nomad_driver_nspawn::proto::driver::{TaskConfig, TaskHandle, TaskState};
 use nomad_driver_nspawn::state::TaskDir;
 use nomad_driver_nspawn::sys::process::ProcessHandle;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::*;
 
 const TRAPS: &str = "trap 'echo got; exit 12' USR1; echo up; while :; do sleep 0.05; done";
 
-/// A started task whose plugin is dead.
-async fn orphan(world: &impl World, script: &str) -> Running {
-    let mut plugin = world.plugin().await;
-    let task = world.up(&plugin, world.shell(script)).await;
-    plugin.kill().await;
-    task
-}
-
 #[rstest] // Conformance check 77.
 #[tokio::test]
 async fn a_new_plugin_takes_over(world: impl World) {
-    let task = orphan(&world, TRAPS).await;
+    let task = world.orphan(TRAPS).await;
     assert!(
         task.stored()
             .config
@@ -48,7 +44,7 @@ async fn a_new_plugin_takes_over(world: impl World) {
 #[rstest]
 #[tokio::test]
 async fn a_new_plugin_stops_what_it_took_over(world: impl World) {
-    let task = orphan(&world, DEAF).await;
+    let task = world.orphan(DEAF).await;
     let plugin = world.recovered(&task).await;
     let exit = task.stop(&plugin, Duration::from_millis(100), "").await;
     assert_eq!((exit.code, exit.signal), (137, 9));
@@ -85,9 +81,9 @@ async fn output_flows_on_without_a_plugin(world: impl World) {
 async fn an_end_while_no_plugin_ran(world: impl World) {
     let (gate, inside) = world.gate();
     let script = format!("echo up; until test -e {inside}; do sleep 0.01; done; echo bye; exit 21");
-    let task = orphan(&world, &script).await;
+    let task = world.orphan(&script).await;
     let supervisor = ProcessHandle::open(task.supervisor()).unwrap();
-    std::fs::write(gate, "").unwrap();
+    fs::write(gate, "").unwrap();
     assert_eq!(task.stdout.all().await, "up\nbye\n");
     assert!(supervisor.wait(DEADLINE), "the supervisor is still there");
     let plugin = world.recovered(&task).await;
@@ -97,52 +93,39 @@ async fn an_end_while_no_plugin_ran(world: impl World) {
     world.leave(plugin).await;
 }
 
-/// A handle with a modified driver state.
-fn changed(task: &Running, change: impl FnOnce(&mut Value)) -> TaskHandle {
-    let mut handle = task.stored();
-    let mut state: Value = serde_json::from_slice(&handle.driver_state).unwrap();
-    change(&mut state["started"]);
-    handle.driver_state = serde_json::to_vec(&state).unwrap();
-    handle
-}
-
 /// The handle as it would be after a reboot.
 fn of_another_boot(task: &Running) -> TaskHandle {
-    changed(task, |started| {
+    task.changed(|started| {
         started["boot"] = json!("00000000-0000-0000-0000-000000000000");
     })
-}
-
-/// A plugin that refuses this handle in these words.
-async fn refused(world: &impl World, handle: TaskHandle, words: &str) -> Plugin {
-    let plugin = world.plugin().await;
-    let status = refusal(within("RecoverTask", plugin.recover(handle)).await);
-    assert!(status.message().contains(words), "{}", status.message());
-    plugin
 }
 
 /// The task that the handle does not belong to is not affected.
 #[rstest] // Conformance check 80.
 #[tokio::test]
 async fn another_boot_and_another_process(world: impl World) {
-    let task = orphan(&world, TRAPS).await;
-    drop(refused(&world, of_another_boot(&task), "started anew").await);
-    let reused = changed(&task, |started| {
+    let task = world.orphan(TRAPS).await;
+    drop(
+        world
+            .not_recovered(of_another_boot(&task), "started anew")
+            .await,
+    );
+    let reused = task.changed(|started| {
         let start = started["leader"]["start"].as_u64().unwrap();
         started["leader"]["start"] = json!(start + 1);
     });
-    drop(refused(&world, reused, "another one's").await);
-    let elsewhere = changed(&task, |started| {
+    drop(world.not_recovered(reused, "another one's").await);
+    let elsewhere = task.changed(|started| {
         started["state"] = json!(world.state().join("gone"));
     });
-    drop(refused(&world, elsewhere, "another one's place").await);
+    drop(world.not_recovered(elsewhere, "another one's place").await);
     // As if the operator had used another state directory before.
     let own = TaskDir::for_task(&world.state(), &task.id);
     let name = own.path().file_name().unwrap();
-    let gone = changed(&task, |started| {
+    let gone = task.changed(|started| {
         started["state"] = json!(world.join("old").join(name));
     });
-    let plugin = refused(&world, gone, "no record").await;
+    let plugin = world.not_recovered(gone, "no record").await;
     plugin.recover(task.stored()).await.unwrap();
     assert_eq!(
         task.inspect(&plugin).await.unwrap().task.unwrap().state(),
@@ -158,8 +141,198 @@ async fn another_boot_and_another_process(world: impl World) {
 #[rstest] // Conformance check 80.
 #[tokio::test]
 async fn what_was_refused_can_be_destroyed(world: impl World) {
-    let task = orphan(&world, TRAPS).await;
-    let plugin = refused(&world, of_another_boot(&task), "started anew").await;
+    let task = world.orphan(TRAPS).await;
+    let plugin = world
+        .not_recovered(of_another_boot(&task), "started anew")
+        .await;
+    task.destroy(&plugin).await;
+    world.leave(plugin).await;
+}
+
+#[rstest] // Conformance check 78.
+#[tokio::test]
+async fn recovering_twice(world: impl World) {
+    let plugin = world.plugin().await;
+    let task = world.up(&plugin, world.shell(TRAPS)).await;
+    for _ in 0..3 {
+        plugin.recover(task.stored()).await.unwrap();
+    }
+    let (one, two) = tokio::join!(task.wait(&plugin), async {
+        task.signal(&plugin, "SIGUSR1").await.unwrap();
+        task.wait(&plugin).await
+    });
+    assert_eq!((one.code, two.code), (12, 12));
+    plugin.recover(task.stored()).await.unwrap();
+    assert_eq!(task.wait(&plugin).await.code, 12);
+    task.destroy(&plugin).await;
+    world.leave(plugin).await;
+}
+
+/// A user who can change what Nomad stores must not be able to direct the driver to forged records.
+#[rstest]
+#[tokio::test]
+async fn records_where_others_can_write_are_not_believed(world: impl World) {
+    let task = world.orphan(TRAPS).await;
+    let own = TaskDir::for_task(&world.state(), &task.id);
+    let theirs = world.join("theirs");
+    let forged = theirs.join(own.path().file_name().unwrap());
+    fs::create_dir_all(&forged).unwrap();
+    for name in ["order", "running"] {
+        fs::copy(own.path().join(name), forged.join(name)).unwrap();
+    }
+    let open = |path: &Path, mode| {
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    };
+    let handle = || {
+        task.changed(|started| {
+            started["state"] = json!(forged);
+        })
+    };
+    open(&forged, 0o700);
+    open(&theirs, 0o777);
+    drop(
+        world
+            .not_recovered(handle(), "can be written by others (mode 0777)")
+            .await,
+    );
+    open(&theirs, 0o700);
+    open(&forged, 0o770);
+    let plugin = world
+        .not_recovered(handle(), "not for the driver's own user alone")
+        .await;
+    plugin.recover(task.stored()).await.unwrap();
+    task.destroy(&plugin).await;
+    assert!(forged.join("running").exists(), "it was touched");
+    world.leave(plugin).await;
+}
+
+#[rstest] // Conformance check 81.
+#[case::version_0(0, None, "handle version 0 is not known")]
+#[case::later(3, None, "handle version 3 is not known")]
+#[case::empty(2, Some(&b""[..]), "can't be read")]
+#[case::nonsense(2, Some(&b"\xff\x00{"[..]), "can't be read")]
+#[case::later_form(2, Some(&br#"{"schema":99}"#[..]), "schema 99 is newer")]
+#[case::half(2, Some(&br#"{"schema":1,"started":{"id":"x"}}"#[..]), "can't be read")]
+#[tokio::test]
+async fn handles_that_can_not_be_read(
+    world: impl World,
+    #[case] version: i32,
+    #[case] state: Option<&[u8]>,
+    #[case] words: &str,
+) {
+    let handle = TaskHandle {
+        version,
+        config: Some(TaskConfig {
+            id: "a/t/1".to_owned(),
+            name: "t".to_owned(),
+            alloc_id: "a".to_owned(),
+            ..TaskConfig::default()
+        }),
+        state: TaskState::Running.into(),
+        driver_state: state.unwrap_or_default().to_vec(),
+    };
+    let plugin = world.not_recovered(handle, words).await;
+    within("DestroyTask", plugin.destroy("a/t/1", true))
+        .await
+        .unwrap();
+    let status = refusal(plugin.recover(TaskHandle::default()).await);
+    assert!(
+        status.message().contains("no handle.config"),
+        "{}",
+        status.message()
+    );
+    assert!(!plugin.has_exited());
+    world.leave(plugin).await;
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_handle_of_the_go_driver_is_refused_by_name(world: impl World) {
+    const STATE: &str = "83ab4d616368696e654e616d65a87765622d30663165ae5265617474616368436f6e66696784a441646472ae2f746d702f706c7567696e313233a74e6574776f726ba4756e6978a3506964d11092a850726f746f636f6ca467727063a9537461727465644174af010000000edce5e8000754d4c0ffff";
+    let bytes = (0..STATE.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&STATE[at..at + 2], 16).unwrap());
+    let id = "0f1e2d3c-4b5a-6978-8796-a5b4c3d2e1f0/web/00c0ffee";
+    let handle = TaskHandle {
+        version: 1,
+        config: Some(TaskConfig {
+            id: id.to_owned(),
+            name: "web".to_owned(),
+            ..TaskConfig::default()
+        }),
+        state: TaskState::Running.into(),
+        driver_state: bytes.collect(),
+    };
+    let plugin = world.not_recovered(handle, "Go driver").await;
+    within("DestroyTask", plugin.destroy(id, true))
+        .await
+        .unwrap();
+    assert!(!plugin.has_exited());
+    world.leave(plugin).await;
+}
+
+#[rstest] // Conformance check 82.
+#[tokio::test]
+async fn a_second_connection_is_served_fully(world: impl World) {
+    let plugin = world.plugin().await;
+    let task = world.up(&plugin, world.shell(TRAPS)).await;
+    let mut events = plugin.events().await.unwrap();
+    // The agent was killed: its connection is closed and another agent connects to the same plugin.
+    let again = Plugin::reattach(plugin.address(), plugin.pid())
+        .await
+        .unwrap();
+    again.configure(&world.config()).await.unwrap();
+    again.recover(task.stored()).await.unwrap();
+    let mut received = again.events().await.unwrap();
+    let second = world
+        .start(
+            &again,
+            world
+                .shell("exit 2")
+                .named("second")
+                .with("image", json!(world.tree("other")))
+                .env("a=b", ""),
+        )
+        .await;
+    for stream in [&mut events, &mut received] {
+        let hear = async {
+            loop {
+                let event = stream.message().await.unwrap().unwrap();
+                if event.task_name == "second" {
+                    return;
+                }
+            }
+        };
+        within("the event of the second task", hear).await;
+    }
+    assert_eq!(second.wait(&again).await.code, 2);
+    second.destroy(&again).await;
+    task.signal(&again, "SIGUSR1").await.unwrap();
+    assert_eq!(task.wait(&again).await.code, 12);
+    task.destroy(&again).await;
+    drop((events, received, again));
+    world.leave(plugin).await;
+}
+
+#[rstest] // Conformance check 83.
+#[tokio::test]
+async fn ten_deaths_and_the_same_task(world: impl World) {
+    let mut plugin = world.plugin().await;
+    let task = world.up(&plugin, world.shell(TRAPS)).await;
+    for _ in 0..10 {
+        plugin.kill().await;
+        plugin = world.recovered(&task).await;
+        let attributes = task
+            .inspect(&plugin)
+            .await
+            .unwrap()
+            .driver
+            .unwrap()
+            .attributes;
+        assert_eq!(attributes["pid"], task.leader().to_string());
+    }
+    task.signal(&plugin, "SIGUSR1").await.unwrap();
+    assert_eq!(task.wait(&plugin).await.code, 12);
     task.destroy(&plugin).await;
     world.leave(plugin).await;
 }

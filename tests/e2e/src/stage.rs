@@ -11,7 +11,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use dev_agent::{Allocation, Launch, Plugin, TaskSpec};
+use dev_agent::{Allocation, Launch, Plugin};
 use nomad_driver_nspawn::proto::driver::TaskConfig;
 use serde_json::{Value, json};
 use support::not_applicable;
@@ -121,28 +121,15 @@ impl Stage {
     /// A stage with the driver, a small tree and no running process.
     pub fn new() -> Self {
         crate::needs_root();
-        // Short, because it contains sockets and their paths are limited.
-        let dir = tempfile::Builder::new()
-            .prefix("nde-")
-            .tempdir()
-            .expect("a directory");
-        for name in ["state", "plugins", "alloc"] {
-            fs::create_dir(dir.path().join(name)).expect("a directory");
-        }
+        let dir = Fixture::directory("nde-", &[]);
         let plugin = dir.path().join("plugins/nomad-driver-nspawn");
         fs::copy(crate::driver(), &plugin).expect("a copy of the driver");
         let name = format!("t{}", crate::unique());
-        let task = json!({
-            "image": dir.path().join("tree"),
-            "boot": false,
-            "user_namespacing": false,
-            "resolv_conf": "off",
-        });
-        let config = json!({ "state_dir": dir.path().join("state") });
+        let marks = Marks::new(dir.path()).named(&name);
+        let fixture = Fixture::new(dir, Launch::new(plugin), &name, "tree");
         let stage = Self {
-            marks: Marks::new(dir.path()).named(&name),
-            fixture: Fixture::new(dir, Launch::new(plugin), config, TaskSpec::new(&name, task))
-                .healthy(),
+            marks,
+            fixture: fixture.for_every_task("resolv_conf", "off").healthy(),
             name,
             left: false,
         };

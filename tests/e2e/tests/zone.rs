@@ -54,8 +54,7 @@ async fn the_bridge_of_a_zone_stays_while_its_lock_is_held() {
     let task = task
         .with("network_zone", zone.as_str())
         .with("image", json!(stage.tree("one")));
-    let running = stage.start(&plugin, task).await;
-    running.stdout.contains("up").await;
+    let running = stage.up(&plugin, task).await;
     let task_dir = TaskDir::new(running.state(&["state"]).as_str().unwrap());
     let started = task_dir.running().unwrap();
 

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dev_agent::{Launch, Plugin, TaskSpec};
+use dev_agent::{Launch, Plugin};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nomad_driver_nspawn::cgroup::Group;
 use nomad_driver_nspawn::proto::driver::TaskConfig;
@@ -106,30 +106,16 @@ impl World for Host {
 impl Host {
     /// A healthy machine with an image named `root`.
     pub(crate) fn new() -> Self {
-        // Short, because it contains sockets and their paths are limited.
-        let dir = tempfile::Builder::new().prefix("nd-").tempdir().unwrap();
-        for name in ["bin", "state", "plugins", "alloc"] {
-            let path = dir.path().join(name);
-            fs::create_dir(&path).unwrap();
-            // The mode of an operator's mkdir, whatever the umask of the test is.
-            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-            fs::set_permissions(path, mode).unwrap();
-        }
+        let dir = Fixture::directory("nd-", &["bin"]);
         let bin = dir.path().join("bin");
         let nspawn = bin.join("systemd-nspawn");
         std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_fake-nspawn"), &nspawn).unwrap();
         let path = format!("{}:/usr/bin:/bin", bin.display());
         let mut launch = Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn")).set("PATH", path);
         launch.start_timeout = DEADLINE;
-        let config = json!({ "state_dir": dir.path().join("state"), "nspawn_path": nspawn });
-        let task = json!({
-            "image": dir.path().join("root"),
-            "boot": false,
-            "user_namespacing": false,
-        });
-        let task = TaskSpec::new("web", task);
+        let fixture = Fixture::new(dir, launch, "web", "root");
         let host = Self {
-            fixture: Fixture::new(dir, launch, config, task),
+            fixture: fixture.configured("nspawn_path", json!(nspawn)),
         };
         host.tree("root");
         host

@@ -3,7 +3,9 @@
 //! systemd-nspawn; the suite in `tests/suite/` is generic over it.
 
 use std::fmt;
+use std::fs;
 use std::ops::Deref;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -81,18 +83,52 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// A fixture in this directory. `launch` and `config` start and configure a plugin; every task is this one with another command.
-    pub fn new(dir: TempDir, mut launch: Launch, config: Value, task: TaskSpec) -> Self {
+    /// A fixture in this directory, whose plugins are started by `launch`. Every task has this name and uses the tree `image` in the
+    /// directory.
+    pub fn new(dir: TempDir, mut launch: Launch, task: &str, image: &str) -> Self {
         let log = Lines::default();
         launch.log = Some(log.sender());
+        let config = json!({
+            "image": dir.path().join(image),
+            "boot": false,
+            "user_namespacing": false,
+        });
         Self {
             launch: launch.set("TMPDIR", dir.path()),
+            config: json!({ "state_dir": dir.path().join("state") }),
+            task: TaskSpec::new(task, config),
             dir,
-            config,
-            task,
             log,
             must_be_healthy: false,
         }
+    }
+
+    /// A temporary directory with these directories in it, and those that every fixture needs: for the plugin's state and program, and for
+    /// allocations.
+    pub fn directory(prefix: &str, others: &[&str]) -> TempDir {
+        // Short, because it contains sockets and their paths are limited.
+        let dir = tempfile::Builder::new().prefix(prefix).tempdir().unwrap();
+        for name in ["state", "plugins", "alloc"].iter().chain(others) {
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            // The mode of an operator's mkdir, whatever the umask of the test is.
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        dir
+    }
+
+    /// The same with this option in the configuration of every plugin.
+    #[must_use]
+    pub fn configured(mut self, option: &str, value: impl Into<Value>) -> Self {
+        self.config[option] = value.into();
+        self
+    }
+
+    /// The same with this option in the `config` block of every task.
+    #[must_use]
+    pub fn for_every_task(mut self, option: &str, value: impl Into<Value>) -> Self {
+        self.task.config[option] = value.into();
+        self
     }
 
     /// The same, where every plugin must report a healthy driver before it is used.
@@ -251,6 +287,22 @@ impl Fixture {
         }
     }
 
+    /// A started task that has printed `up` and whose plugin is dead.
+    pub async fn orphan(&self, script: &str) -> Running {
+        let mut plugin = self.plugin().await;
+        let task = self.up(&plugin, self.shell(script)).await;
+        plugin.kill().await;
+        task
+    }
+
+    /// A new plugin that refuses to recover this handle, with these words.
+    pub async fn not_recovered(&self, handle: TaskHandle, words: &str) -> Plugin {
+        let plugin = self.plugin().await;
+        let status = refusal(within("RecoverTask", plugin.recover(handle)).await);
+        assert!(status.message().contains(words), "{}", status.message());
+        plugin
+    }
+
     /// A new plugin after the last one has exited, with the task recovered from what Nomad would have stored: the handle without the driver
     /// configuration and without an id next to it.
     pub async fn recovered(&self, running: &Running) -> Plugin {
@@ -379,6 +431,15 @@ impl Running {
         let mut handle = self.started.handle.clone();
         let config = handle.config.as_mut().unwrap();
         config.msgpack_driver_config.clear();
+        handle
+    }
+
+    /// The same with a modified driver state.
+    pub fn changed(&self, change: impl FnOnce(&mut Value)) -> TaskHandle {
+        let mut handle = self.stored();
+        let mut state: Value = serde_json::from_slice(&handle.driver_state).unwrap();
+        change(&mut state["started"]);
+        handle.driver_state = serde_json::to_vec(&state).unwrap();
         handle
     }
 

@@ -40,8 +40,7 @@ async fn a_killed_systemd_nspawn_leaves_no_lock_of_its_root() {
     let task = stage
         .shell("echo up; exec sleep 1000")
         .with("read_only", true);
-    let running = stage.start(&plugin, task).await;
-    running.stdout.contains("up").await;
+    let running = stage.up(&plugin, task).await;
     let own = running.state(&["state"]).as_str().map(PathBuf::from);
     let roots = [own.unwrap().join("root"), stage.join("tree")];
     let held: Vec<PathBuf> = roots
@@ -83,8 +82,7 @@ async fn a_systemd_nspawn_killed_on_a_disk_image_leaves_nothing() {
         let task = task
             .with("image", json!(image))
             .with("ephemeral", ephemeral);
-        let running = stage.start(&plugin, task).await;
-        running.stdout.contains("up").await;
+        let running = stage.up(&plugin, task).await;
         let held = stage.marks().left();
         assert!(
             held.iter().any(|line| line.starts_with("loop device")),
@@ -104,8 +102,7 @@ async fn a_systemd_nspawn_killed_in_a_user_namespace_leaves_no_lock_of_its_ids()
     let task = stage
         .shell("echo up; exec sleep 1000")
         .with("user_namespacing", true);
-    let running = stage.start(&plugin, task).await;
-    running.stdout.contains("up").await;
+    let running = stage.up(&plugin, task).await;
     let map = fs::read_to_string(format!("/proc/{}/uid_map", running.leader())).unwrap();
     let first = map.split_whitespace().nth(1).unwrap();
     let lock = Path::new("/run/systemd/nspawn-uid").join(first);
@@ -133,8 +130,7 @@ async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed()
         let task = task
             .with("network_zone", zone.as_str())
             .with("image", json!(tree));
-        let running = stage.start(&plugin, task).await;
-        running.stdout.contains("up").await;
+        let running = stage.up(&plugin, task).await;
         all.push(running);
     }
     for running in all {
@@ -159,8 +155,7 @@ async fn a_kill_for_want_of_memory_is_reported() {
         exec dd if=/dev/zero of=/dev/null bs=64M count=100";
     for two in [false, true] {
         let task = stage.shell(hungry).with("process_two", two);
-        let running = stage.start(&plugin, task).await;
-        running.stdout.contains("up").await;
+        let running = stage.up(&plugin, task).await;
         let own = running.state(&["cgroup"]).as_str().map(PathBuf::from);
         let own = own.filter(|group| group.join("memory.max").exists());
         let other = Path::new("/sys/fs/cgroup/memory").join(format!("nde-{}", e2e::unique()));
