@@ -1,7 +1,10 @@
-//! Checks the module order given in `src/lib.rs`: no module uses one to its left.
+//! Checks the module order given in `src/lib.rs`: no module uses one that comes before it; the documents that name the modules; and the length
+//! of files.
 
 use std::collections::BTreeMap;
 use std::path::Path;
+
+use rstest::rstest;
 
 /// The modules that each module may use besides itself. `main` may use all.
 const MAY_USE: &[(&str, &[&str])] = &[
@@ -100,55 +103,150 @@ const CRATES: &[(&str, &str)] = &[
 /// The directories with product code.
 const PRODUCT: &[&str] = &["src/", "dev-agent/", "proto/", "values/"];
 
+/// The crates of the workspace that ship, and those of them that each may depend on.
+const CRATES_MAY_USE: &[(&str, &[&str])] = &[
+    (".", &["dev-agent", "proto", "values", "init"]),
+    ("dev-agent", &["proto", "values"]),
+    ("proto", &[]),
+    ("values", &[]),
+    ("init", &[]),
+];
+
+/// What `text` imports from a module that the module of this file may not use, or in a way that this test can't read. `file` is relative
+/// to `src/`.
+fn wrong_imports(file: &Path, text: &str) -> Vec<String> {
+    let parts: Vec<_> = file
+        .with_extension("")
+        .iter()
+        .map(|part| part.to_string_lossy().into_owned())
+        .collect();
+    let room = &parts[0];
+    if ["main", "lib"].contains(&room.as_str()) {
+        return Vec::new();
+    }
+    let Some((_, allowed)) = MAY_USE.iter().find(|(name, _)| name == room) else {
+        return vec![format!("{room} is not in the list of modules")];
+    };
+    // How often `super` leads from here to the root of the crate.
+    let depth = parts.len() - usize::from(parts.last().is_some_and(|last| last == "mod"));
+    let up = "super::".repeat(depth);
+    let mut wrong = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let code = line.split("//").next().unwrap_or_default();
+        let used = after(code, "crate::").chain(after(code, "nomad_driver_nspawn::"));
+        for used in used.filter(|used| *used != room.as_str() && !allowed.contains(used)) {
+            wrong.push(format!("{}:{}: {used}", file.display(), index + 1));
+        }
+        // Not a module of the same name in this one.
+        let is_own = |used: &str| text.contains(&format!("mod {used}"));
+        let is_room = |used: &str| MAY_USE.iter().any(|(name, _)| *name == used);
+        if after(code, &up).any(|used| is_room(used) && !is_own(used)) {
+            wrong.push(format!("{}:{}: {up}", file.display(), index + 1));
+        }
+        let crates = CRATES
+            .iter()
+            .map(|(name, _)| *name)
+            .zip(["nomad_proto::", "job_values::"]);
+        for (name, path) in crates.filter(|(name, _)| !allowed.contains(name)) {
+            if code.contains(path) {
+                wrong.push(format!("{}:{}: {name}", file.display(), index + 1));
+            }
+        }
+        if code.contains("dev_agent::") {
+            wrong.push(format!("{}:{}: dev_agent", file.display(), index + 1));
+        }
+    }
+    wrong
+}
+
+/// The names that follow this path in a line; `{` for several in braces, which this test does not read.
+fn after<'a>(line: &'a str, path: &'a str) -> impl Iterator<Item = &'a str> {
+    let longer = |before: char| before.is_alphanumeric() || [':', '_'].contains(&before);
+    line.match_indices(path)
+        .filter(move |(at, _)| !line[..*at].ends_with(longer))
+        .filter_map(move |(at, _)| {
+            let rest = &line[at + path.len()..];
+            let end = rest.find(|char: char| !char.is_alphanumeric() && char != '_');
+            match end {
+                Some(0) if rest.starts_with('{') => Some("{"),
+                Some(0) => None,
+                Some(end) => Some(&rest[..end]),
+                None => Some(rest),
+            }
+        })
+}
+
 #[test]
-fn no_import_goes_left() {
-    let rooms: BTreeMap<_, _> = MAY_USE.iter().copied().collect();
+fn no_import_goes_backward() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut seen = 0;
     let mut wrong = Vec::new();
-    visit(
-        &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
-        &mut |path, text| {
-            let src = path
-                .strip_prefix(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))
-                .unwrap();
-            let first = src
-                .components()
-                .next()
-                .unwrap()
-                .as_os_str()
-                .to_str()
-                .unwrap();
-            let room = first.trim_end_matches(".rs");
-            if ["main", "lib"].contains(&room) {
-                return;
-            }
-            let allowed = rooms
-                .get(room)
-                .unwrap_or_else(|| panic!("{room} is not in the floor plan"));
-            seen += 1;
-            for used in rooms
-                .keys()
-                .filter(|used| **used != room && !allowed.contains(used))
-            {
-                if text.contains(&format!("crate::{used}::"))
-                    || text.contains(&format!("crate::{used};"))
-                {
-                    wrong.push(format!("{} uses {used}", src.display()));
-                }
-            }
-            assert!(
-                !text.contains("crate::{"),
-                "{}: one `use` for each room, so that this test can read them",
-                src.display()
-            );
-        },
-    );
-    assert!(seen >= rooms.len(), "only {seen} files were read");
+    visit(&source, &mut |path, text| {
+        seen += 1;
+        wrong.extend(wrong_imports(path.strip_prefix(&source).unwrap(), text));
+    });
+    assert!(seen >= MAY_USE.len(), "only {seen} files were read");
     assert!(
         wrong.is_empty(),
-        "imports that go left:\n{}",
+        "imports that are not allowed:\n{}",
         wrong.join("\n")
     );
+}
+
+/// The test above finds every form of an import that the compiler accepts.
+#[rstest]
+#[case::path("state/lock.rs", "use crate::backend::Backend;", 1)]
+#[case::whole_module("state/lock.rs", "use crate::task;", 1)]
+#[case::renamed("state/lock.rs", "use crate::task as lower;", 1)]
+#[case::from_the_root_of_a_module("state/mod.rs", "use super::task::Task;", 1)]
+#[case::a_module_in_it("task/mod.rs", "mod state;\nuse super::state::State;", 0)]
+#[case::in_an_expression("cgroup.rs", "    let x = crate::lease::release();", 1)]
+#[case::several("state/lock.rs", "use crate::{lease, task};", 1)]
+#[case::from_the_root("state/lock.rs", "use super::super::task::Task;", 1)]
+#[case::by_the_name_of_the_crate("state/lock.rs", "use nomad_driver_nspawn::task::Task;", 1)]
+#[case::protobuf("lease/mod.rs", "use nomad_proto::driver::TaskConfig;", 1)]
+#[case::values("lease/mod.rs", "use job_values::duration;", 1)]
+#[case::the_development_agent("backend/mod.rs", "use dev_agent::Plugin;", 1)]
+#[case::no_module("elsewhere.rs", "", 1)]
+#[case::forward("state/lock.rs", "use crate::lease::Resource;", 0)]
+#[case::itself("state/lock.rs", "use crate::state::TaskDir;\nuse super::TaskDir;", 0)]
+#[case::a_comment("state/lock.rs", "// crate::task starts it", 0)]
+#[case::any(
+    "main.rs",
+    "use nomad_driver_nspawn::task::Task;\nuse dev_agent::cli;",
+    0
+)]
+fn what_goes_backward_is_found(#[case] file: &str, #[case] text: &str, #[case] count: usize) {
+    let wrong = wrong_imports(Path::new(file), text);
+    assert_eq!(wrong.len(), count, "{wrong:?}");
+}
+
+/// Otherwise the list itself would allow what it is there to prevent.
+#[test]
+fn the_list_of_modules_has_no_cycle() {
+    let mut left: BTreeMap<_, _> = MAY_USE.iter().copied().collect();
+    while !left.is_empty() {
+        let before = left.len();
+        let names: Vec<_> = left.keys().copied().collect();
+        left.retain(|_, uses| uses.iter().any(|used| names.contains(used)));
+        assert!(left.len() < before, "a cycle: {names:?}");
+    }
+}
+
+#[test]
+fn a_crate_depends_only_on_those_below_it() {
+    for (name, allowed) in CRATES_MAY_USE {
+        let manifest = document(&format!("{name}/Cargo.toml"));
+        let (_, rest) = manifest.split_once("\n[dependencies]\n").unwrap();
+        let section = rest.split("\n[").next().unwrap();
+        let paths = section
+            .lines()
+            .filter_map(|line| line.split_once("path = \"")?.1.split('"').next());
+        for path in paths {
+            let used = path.trim_start_matches("../");
+            assert!(allowed.contains(&used), "{name} depends on {used}");
+        }
+    }
 }
 
 fn visit(dir: &Path, see: &mut impl FnMut(&Path, &str)) {
