@@ -173,7 +173,7 @@ pub(crate) fn is_container(bytes: &[u8]) -> bool {
     };
     match config::container(bytes, &context, &plugin_config, &search_path) {
         Ok(validated) => {
-            assert_eq!(validated.spec.id, "a/t/1");
+            assert_eq!(validated.spec.identity.id, "a/t/1");
             true
         }
         Err(error) => {

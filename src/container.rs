@@ -9,27 +9,44 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-/// A container as the job requests it, with every value checked and every host path resolved.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub mod testing;
+
+/// A container as the job requests it, with every value checked and every host path resolved. Each capability of the driver has one
+/// part; a function that needs one part takes that part.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContainerSpec {
+    /// Which start of which task this is.
+    pub identity: Identity,
+    /// The root file system.
+    pub rootfs: Rootfs,
+    /// What runs in the container.
+    pub payload: Payload,
+    /// The user namespace, or none.
+    pub users: Users,
+    /// Host directories and files mounted in the container: Nomad's own, host volumes, the job's binds. In mount order.
+    pub mounts: Vec<Mount>,
+    /// The network.
+    pub network: Network,
+    /// What the container may use of the host.
+    pub resources: Resources,
+}
+
+/// Which start of which task a container belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
     /// Nomad's id of this start: `<allocation id>/<task name>/<8 hex digits>`. New for every start.
     pub id: String,
     /// The directory of the allocation, absolute, as the agent names it.
     pub alloc_dir: PathBuf,
     /// The machine name: unique per allocation and task, valid as a host name, at most 64 characters.
     pub machine: String,
-    /// Where the root file system comes from.
-    pub root: Root,
-    /// What the container's first process is.
-    pub mode: Mode,
-    /// The command and its arguments, or the arguments of the image's init in [`Mode::Boot`]. May be empty.
-    pub command: Vec<String>,
-    /// The complete environment of the payload. Values are secrets.
-    pub environment: BTreeMap<String, String>,
-    /// Absolute directory inside the container in which the command starts.
-    pub working_directory: Option<String>,
-    /// The user that the command runs as, from the container's own user database.
-    pub user: Option<String>,
+}
+
+/// The root file system of a container, and what becomes of changes to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rootfs {
+    /// Where it comes from.
+    pub source: Root,
     /// Run on a temporary copy of the root.
     pub ephemeral: bool,
     /// Mount the root read-only.
@@ -38,29 +55,50 @@ pub struct ContainerSpec {
     pub volatile: Volatile,
     /// `NEW[:OLD]`, both absolute inside the container.
     pub pivot_root: Option<String>,
-    /// How the container's `/etc/resolv.conf` is set up: a value of systemd-nspawn's `--resolv-conf`. `None` leaves it to
-    /// systemd-nspawn.
-    pub resolv_conf: Option<String>,
-    /// How the container's console is connected.
-    pub console: Console,
-    /// The user namespace, or none.
-    pub users: Users,
-    /// Host directories and files mounted in the container: Nomad's own, host volumes, the job's binds. In mount order.
-    pub mounts: Vec<Mount>,
+}
+
+/// What runs in a container: the command, its environment, its privileges and its standard streams.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Payload {
+    /// What the container's first process is.
+    pub mode: Mode,
+    /// The command and its arguments, or the arguments of the image's init in [`Mode::Boot`]. May be empty.
+    pub command: Vec<String>,
+    /// The complete environment. Values are secrets.
+    pub environment: BTreeMap<String, String>,
+    /// Absolute directory inside the container in which the command starts.
+    pub working_directory: Option<String>,
+    /// The user that the command runs as, from the container's own user database.
+    pub user: Option<String>,
     /// Capabilities added to the bounding set, as `CAP_…`.
     pub capabilities: Vec<String>,
-    /// The network of the container.
-    pub network: Network,
+    /// How the container's console is connected.
+    pub console: Console,
     /// The file or FIFO for stdout; `None` discards it.
     pub stdout: Option<PathBuf>,
     /// The file or FIFO for stderr; `None` discards it.
     pub stderr: Option<PathBuf>,
+}
+
+/// The network of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// The network namespace.
+    pub namespace: NetworkNamespace,
+    /// How the container's `/etc/resolv.conf` is set up: a value of systemd-nspawn's `--resolv-conf`. `None` leaves it to
+    /// systemd-nspawn.
+    pub resolv_conf: Option<String>,
+}
+
+/// What a container may use of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resources {
     /// The cgroup that Nomad created for this task, absolute. It may not exist.
     pub cgroup: Option<PathBuf>,
 }
 
 /// Where a root file system comes from. The paths are absolute host paths that existed when they were checked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Root {
     /// A directory tree.
     Directory(PathBuf),
@@ -80,7 +118,7 @@ pub enum Mode {
 }
 
 /// Which part of the root is thrown away at the end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Volatile {
     /// Nothing.
     No,
@@ -93,7 +131,7 @@ pub enum Volatile {
 }
 
 /// How the container's console is connected.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the words of the option, explained with it")]
 pub enum Console {
     Interactive,
@@ -104,7 +142,7 @@ pub enum Console {
 }
 
 /// The user namespace of a container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Users {
     /// None: root in the container is root on the host.
     Host,
@@ -118,7 +156,7 @@ pub enum Users {
 }
 
 /// A host directory or file mounted in the container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
     /// Absolute host path; it existed when it was checked.
     pub source: PathBuf,
@@ -128,9 +166,9 @@ pub struct Mount {
     pub read_only: bool,
 }
 
-/// The network of a container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Network {
+/// The network namespace of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetworkNamespace {
     /// The host's network.
     Host,
     /// An existing network namespace: the path of its file.
@@ -149,7 +187,7 @@ pub enum Network {
 }
 
 /// A host port forwarded to a port of the container, TCP and UDP.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortForward {
     /// The label of the port in the job.
     pub label: String,

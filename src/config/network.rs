@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::container::{Network, PortForward};
+use crate::container::{NetworkNamespace, PortForward};
 
 use super::decode::{Number, entry, quoted};
 use super::options::TaskOptions;
@@ -20,7 +20,7 @@ const ZONE: &str = "config.network_zone";
 pub(super) fn network(
     options: &TaskOptions,
     context: &TaskContext,
-) -> Result<(Network, Vec<String>), ConfigError> {
+) -> Result<(NetworkNamespace, Vec<String>), ConfigError> {
     names(options)?;
     let ports = forwards(options, context)?;
     let attached = [
@@ -43,11 +43,11 @@ pub(super) fn network(
             return Err(ConfigError::new(option, reason));
         }
         let notes = joined(options, context)?;
-        return Ok((Network::Join(namespace.clone()), notes));
+        return Ok((NetworkNamespace::Join(namespace.clone()), notes));
     }
     let wanted = options.network_veth == Some(true);
     if attached.is_none() && ports.is_empty() && !wanted {
-        return Ok((Network::Host, Vec::new()));
+        return Ok((NetworkNamespace::Host, Vec::new()));
     }
     if options.network_veth == Some(false) && attached.is_none() {
         let reason = format!(
@@ -55,7 +55,7 @@ pub(super) fn network(
         );
         return Err(ConfigError::new(VETH, reason));
     }
-    let private = Network::Private {
+    let private = NetworkNamespace::Private {
         veth: wanted || attached.is_none(),
         zone: options.network_zone.clone(),
         bridge: options.network_bridge.clone(),
@@ -65,8 +65,8 @@ pub(super) fn network(
 }
 
 /// Nomad's port variables as the container needs them: where ports are forwarded, with the port number inside.
-pub(super) fn variables(network: &Network) -> BTreeMap<String, String> {
-    let Network::Private { ports, .. } = network else {
+pub(super) fn variables(network: &NetworkNamespace) -> BTreeMap<String, String> {
+    let NetworkNamespace::Private { ports, .. } = network else {
         return BTreeMap::new();
     };
     let name = |label: &str| {

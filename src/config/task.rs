@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::{FsFlags, statvfs};
 
-use crate::container::{ContainerSpec, Mode, Network, Root, Users, Volatile};
+use crate::container::{
+    ContainerSpec, Identity, Mode, Network, NetworkNamespace, Payload, Resources, Root, Rootfs,
+    Users, Volatile,
+};
 use crate::rootfs_path::{copy_place, existing_path};
 
 use super::decode::quoted;
@@ -56,15 +59,15 @@ pub(super) fn check(
     )?;
     let command = options.command.clone().unwrap_or_default();
     command_words(&command)?;
-    let (network, mut notes) = network::network(&options, context)?;
-    let users = users(&options, volatile, &network, &mut notes)?;
+    let (namespace, mut notes) = network::network(&options, context)?;
+    let users = users(&options, volatile, &namespace, &mut notes)?;
     let transport = match mode {
         Mode::Boot => environment::EnvTransport::Nspawn,
         Mode::ProcessTwo | Mode::Plain => environment::EnvTransport::Init,
     };
     let (environment, note) = environment::environment(
         &context.environment,
-        network::variables(&network),
+        network::variables(&namespace),
         options.environment.as_ref(),
         transport,
     )?;
@@ -87,28 +90,38 @@ pub(super) fn check(
         validate_root(path, &options, mode, volatile, &users, pivot.as_deref())?;
     }
     let spec = ContainerSpec {
-        id: context.id.clone(),
-        alloc_dir: context.alloc_dir.clone(),
-        machine: identity::machine(&context.task, &context.alloc_id),
-        root,
-        mode,
-        command,
-        environment,
+        identity: Identity {
+            id: context.id.clone(),
+            alloc_dir: context.alloc_dir.clone(),
+            machine: identity::machine(&context.task, &context.alloc_id),
+        },
         mounts: mounts::mounts(&options, context, plugin_config, &allocation)?,
-        working_directory: options.working_directory,
-        user,
-        ephemeral: options.ephemeral,
-        read_only: options.read_only,
-        volatile,
-        pivot_root: options.pivot_root,
-        resolv_conf: options.resolv_conf,
-        console,
+        rootfs: Rootfs {
+            source: root,
+            ephemeral: options.ephemeral,
+            read_only: options.read_only,
+            volatile,
+            pivot_root: options.pivot_root,
+        },
+        payload: Payload {
+            mode,
+            command,
+            environment,
+            working_directory: options.working_directory,
+            user,
+            capabilities,
+            console,
+            stdout,
+            stderr,
+        },
         users,
-        capabilities,
-        network,
-        stdout,
-        stderr,
-        cgroup: context.cgroup.clone(),
+        network: Network {
+            namespace,
+            resolv_conf: options.resolv_conf,
+        },
+        resources: Resources {
+            cgroup: context.cgroup.clone(),
+        },
     };
     Ok(Validated { spec, notes })
 }
@@ -199,7 +212,7 @@ fn command_words(command: &[String]) -> Result<(), ConfigError> {
 fn users(
     options: &TaskOptions,
     volatile: Volatile,
-    network: &Network,
+    network: &NetworkNamespace,
     notes: &mut Vec<String>,
 ) -> Result<Users, ConfigError> {
     let range = options.private_users.as_deref();
@@ -230,7 +243,7 @@ fn users(
     if range == "no" {
         return Ok(Users::Host);
     }
-    if range == "managed" && !matches!(network, Network::Private { .. }) {
+    if range == "managed" && !matches!(network, NetworkNamespace::Private { .. }) {
         let reason = "\"managed\" needs a private network: set config.network_veth, network_zone or network_bridge";
         return Err(ConfigError::new(PRIVATE_USERS, reason));
     }

@@ -10,7 +10,8 @@ use std::time::Duration;
 use super::testing::{ALLOC, TestHost, encode};
 use super::*;
 use crate::container::{
-    Console, ContainerSpec, Mode, Mount, Network, PortForward, Root, Users, Volatile,
+    Console, ContainerSpec, Identity, Mode, Mount, NetworkNamespace, PortForward, Root, Users,
+    Volatile,
 };
 
 mod bytes;
@@ -39,37 +40,25 @@ fn the_smallest_job_has_the_defaults() {
         target: target.into(),
         read_only: false,
     };
-    let expected = ContainerSpec {
-        id: format!("{ALLOC}/web/00c0ffee"),
-        alloc_dir: host.context.alloc_dir.clone(),
-        machine: format!("web-{ALLOC}"),
-        root: Root::Directory(host.path("plugins/system")),
-        mode: Mode::Boot,
-        command: vec![],
-        environment: BTreeMap::new(),
-        working_directory: None,
-        user: None,
-        ephemeral: false,
-        read_only: false,
-        volatile: Volatile::No,
-        pivot_root: None,
-        resolv_conf: None,
-        console: Console::Pipe,
-        users: Users::Private {
+    let root = host.path("plugins/system");
+    let expected = ContainerSpec::for_test("web", root).with(|spec| {
+        spec.identity = Identity {
+            id: format!("{ALLOC}/web/00c0ffee"),
+            alloc_dir: host.context.alloc_dir.clone(),
+            machine: format!("web-{ALLOC}"),
+        };
+        spec.payload.mode = Mode::Boot;
+        spec.payload.command = vec![];
+        spec.users = Users::Private {
             range: "pick".into(),
             ownership: Some("auto".into()),
-        },
-        mounts: vec![
+        };
+        spec.mounts = vec![
             own("alloc", "/alloc"),
             own("web/local", "/local"),
             own("web/secrets", "/secrets"),
-        ],
-        capabilities: vec![],
-        network: Network::Host,
-        stdout: None,
-        stderr: None,
-        cgroup: None,
-    };
+        ];
+    });
     assert_eq!(validated.spec, expected);
     assert_eq!(validated.notes, Vec::<String>::new());
 }
@@ -98,18 +87,21 @@ fn a_job_with_many_words() {
         private_users = "65536:131072"
         "#,
     );
-    assert_eq!(spec.mode, Mode::ProcessTwo);
-    assert_eq!(spec.command, ["/bin/sh", "-c", "true", ""]);
-    assert!(spec.ephemeral && spec.read_only);
-    assert_eq!(spec.console, Console::Autopipe);
-    assert_eq!(spec.volatile, Volatile::Overlay);
-    assert_eq!(spec.resolv_conf.as_deref(), Some("bind-stub"));
-    assert_eq!(spec.user.as_deref(), Some("www"));
-    assert_eq!(spec.working_directory.as_deref(), Some("/srv/x"));
-    assert_eq!(spec.pivot_root.as_deref(), Some("/new:/old"));
-    assert_eq!(spec.capabilities, ["CAP_NET_ADMIN", "CAP_BPF", "all"]);
-    assert_eq!(spec.stdout, Some("/logs/out".into()));
-    assert_eq!(spec.stderr, None);
+    assert_eq!(spec.payload.mode, Mode::ProcessTwo);
+    assert_eq!(spec.payload.command, ["/bin/sh", "-c", "true", ""]);
+    assert!(spec.rootfs.ephemeral && spec.rootfs.read_only);
+    assert_eq!(spec.payload.console, Console::Autopipe);
+    assert_eq!(spec.rootfs.volatile, Volatile::Overlay);
+    assert_eq!(spec.network.resolv_conf.as_deref(), Some("bind-stub"));
+    assert_eq!(spec.payload.user.as_deref(), Some("www"));
+    assert_eq!(spec.payload.working_directory.as_deref(), Some("/srv/x"));
+    assert_eq!(spec.rootfs.pivot_root.as_deref(), Some("/new:/old"));
+    assert_eq!(
+        spec.payload.capabilities,
+        ["CAP_NET_ADMIN", "CAP_BPF", "all"]
+    );
+    assert_eq!(spec.payload.stdout, Some("/logs/out".into()));
+    assert_eq!(spec.payload.stderr, None);
     let users = Users::Private {
         range: "65536:131072".into(),
         ownership: Some("auto".into()),
@@ -366,7 +358,8 @@ fn images_are_found_where_they_are() {
         host.check(&body)
             .unwrap_or_else(|e| panic!("{e}"))
             .spec
-            .root
+            .rootfs
+            .source
     };
     let directory = |path: &str| Root::Directory(host.path(path.replace("ALLOC", ALLOC)));
     assert_eq!(root("disk"), Root::Image(host.path("machines/disk.raw")));
@@ -436,8 +429,11 @@ fn without_volumes_only_the_allocation_is_shown() {
 fn the_tasks_user_is_used_and_named() {
     let mut host = TestHost::new();
     host.context.user = "job".into();
-    assert_eq!(plain(&host, "").user.as_deref(), Some("job"));
-    assert_eq!(plain(&host, "user = \"\"").user.as_deref(), Some("job"));
+    assert_eq!(plain(&host, "").payload.user.as_deref(), Some("job"));
+    assert_eq!(
+        plain(&host, "user = \"\"").payload.user.as_deref(),
+        Some("job")
+    );
     assert_eq!(
         host.refusal("image = \"system\""),
         r#"task.user: "job" can't be combined with config.boot, which is true unless it is set to false"#

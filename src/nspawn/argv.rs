@@ -8,7 +8,8 @@ use std::path::Path;
 use super::env_filter::safe_for_nspawn_env;
 use super::version::Feature;
 use crate::container::{
-    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, Root, Users, Volatile,
+    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, NetworkNamespace, Payload, Root,
+    Rootfs, Users, Volatile,
 };
 
 /// The properties of the host that the command line depends on.
@@ -84,28 +85,27 @@ pub fn command_line(
     builder.flag("--link-journal", "no");
     // systemd-nspawn itself inherits the supervisor's protection from the OOM killer; what it starts must not.
     builder.flag("--oom-score-adjust", "0");
-    builder.flag("--machine", &spec.machine);
+    builder.flag("--machine", &spec.identity.machine);
     match root {
         Root::Directory(path) => builder.flag("--directory", &text(path)),
         Root::Image(path) => builder.flag("--image", &text(path)),
     }
-    builder.disk(spec);
+    builder.rootfs(&spec.rootfs);
     builder.users(&spec.users)?;
     builder.network(&spec.network);
     for bind in binds {
         builder.bind(bind);
     }
-    if !spec.capabilities.is_empty() {
-        builder.flag("--capability", &spec.capabilities.join(","));
-    }
-    builder.payload(spec);
-    let init = init(spec);
+    builder.payload(&spec.payload);
+    let init = init(&spec.payload);
     if init.is_none() {
-        builder.variables(&spec.environment)?;
+        builder.variables(&spec.payload.environment)?;
     }
     builder.arguments.push("--".to_owned());
     match &init {
-        None => builder.arguments.extend(spec.command.iter().cloned()),
+        None => builder
+            .arguments
+            .extend(spec.payload.command.iter().cloned()),
         Some(_) => builder.arguments.push(nspawn_init::PROGRAM.to_owned()),
     }
     Ok(CommandLine {
@@ -117,22 +117,22 @@ pub fn command_line(
 
 /// The spec of the driver's container init: the command and everything else that systemd-nspawn would show to the whole
 /// host.
-fn init(spec: &ContainerSpec) -> Option<nspawn_init::InitSpec> {
-    let mode = match spec.mode {
+fn init(payload: &Payload) -> Option<nspawn_init::InitSpec> {
+    let mode = match payload.mode {
         Mode::Boot => return None,
         Mode::ProcessTwo => nspawn_init::InitMode::Init,
         Mode::Plain => nspawn_init::InitMode::Launcher,
     };
-    let variables = spec.environment.iter();
+    let variables = payload.environment.iter();
     Some(nspawn_init::InitSpec {
         mode,
-        command: spec.command.clone(),
+        command: payload.command.clone(),
         environment: variables
             .map(|(name, value)| (name.clone(), value.clone()))
             .collect(),
-        directory: spec.working_directory.clone(),
+        directory: payload.working_directory.clone(),
         // With a terminal, systemd-nspawn copies the command's output from there.
-        streams: matches!(spec.console, Console::Pipe | Console::Autopipe),
+        streams: matches!(payload.console, Console::Pipe | Console::Autopipe),
         filters: Vec::new(),
     })
 }
@@ -178,20 +178,17 @@ impl CommandBuilder {
         }
     }
 
-    fn disk(&mut self, spec: &ContainerSpec) {
-        self.switch("--ephemeral", spec.ephemeral);
-        self.switch("--read-only", spec.read_only);
-        match spec.volatile {
+    fn rootfs(&mut self, rootfs: &Rootfs) {
+        self.switch("--ephemeral", rootfs.ephemeral);
+        self.switch("--read-only", rootfs.read_only);
+        match rootfs.volatile {
             Volatile::No => {}
             Volatile::Yes => self.flag("--volatile", "yes"),
             Volatile::State => self.flag("--volatile", "state"),
             Volatile::Overlay => self.flag("--volatile", "overlay"),
         }
-        if let Some(roots) = &spec.pivot_root {
+        if let Some(roots) = &rootfs.pivot_root {
             self.flag("--pivot-root", roots);
-        }
-        if let Some(mode) = &spec.resolv_conf {
-            self.flag("--resolv-conf", mode);
         }
     }
 
@@ -233,14 +230,17 @@ impl CommandBuilder {
     }
 
     fn network(&mut self, network: &Network) {
+        if let Some(mode) = &network.resolv_conf {
+            self.flag("--resolv-conf", mode);
+        }
         // systemd-nspawn must not join the namespace: it rejects one together with a user namespace. It is started
         // inside the namespace and does not know about it.
-        let Network::Private {
+        let NetworkNamespace::Private {
             veth,
             zone,
             bridge,
             ports,
-        } = network
+        } = &network.namespace
         else {
             return;
         };
@@ -282,9 +282,12 @@ impl CommandBuilder {
         self.flag(flag, &format!("{paths}{mapping}"));
     }
 
-    fn payload(&mut self, spec: &ContainerSpec) {
-        self.switch("--boot", spec.mode == Mode::Boot);
-        let console = match spec.console {
+    fn payload(&mut self, payload: &Payload) {
+        if !payload.capabilities.is_empty() {
+            self.flag("--capability", &payload.capabilities.join(","));
+        }
+        self.switch("--boot", payload.mode == Mode::Boot);
+        let console = match payload.console {
             Console::Interactive => "interactive",
             Console::ReadOnly => "read-only",
             Console::Passive => "passive",
@@ -293,10 +296,10 @@ impl CommandBuilder {
         };
         self.flag("--console", console);
         self.switch("--quiet", true);
-        if let (Mode::Boot, Some(directory)) = (spec.mode, &spec.working_directory) {
+        if let (Mode::Boot, Some(directory)) = (payload.mode, &payload.working_directory) {
             self.flag("--chdir", directory);
         }
-        if let Some(user) = &spec.user {
+        if let Some(user) = &payload.user {
             // Not --user: the meaning of that option changed in 261.
             self.arguments.extend(["-u".to_owned(), user.clone()]);
         }

@@ -7,34 +7,11 @@ const HOST: Target = Target {
 };
 
 fn spec() -> ContainerSpec {
-    ContainerSpec {
-        id: "0f1e/web/abcd".into(),
-        alloc_dir: "/alloc/0f1e".into(),
-        machine: "web-0f1e".into(),
-        root: Root::Directory("/srv/root".into()),
-        mode: Mode::Plain,
-        command: vec!["/bin/sh".into(), "-c".into(), "true".into()],
-        environment: BTreeMap::new(),
-        working_directory: None,
-        user: None,
-        ephemeral: false,
-        read_only: false,
-        volatile: Volatile::No,
-        pivot_root: None,
-        resolv_conf: None,
-        console: Console::Pipe,
-        users: Users::Host,
-        mounts: Vec::new(),
-        capabilities: Vec::new(),
-        network: Network::Host,
-        stdout: None,
-        stderr: None,
-        cgroup: None,
-    }
+    ContainerSpec::for_test("web", "/srv/root")
 }
 
 fn line(spec: &ContainerSpec, host: Target) -> CommandLine {
-    command_line(spec, &spec.root, &[], host).unwrap()
+    command_line(spec, &spec.rootfs.source, &[], host).unwrap()
 }
 
 #[test]
@@ -57,22 +34,22 @@ fn the_plainest_container() {
 
 #[test]
 fn every_option_has_its_word() {
-    let full = ContainerSpec {
-        root: Root::Image("/srv/disk.raw".into()),
-        mode: Mode::ProcessTwo,
-        working_directory: Some("/srv".into()),
-        user: Some("bob".into()),
-        ephemeral: true,
-        read_only: true,
-        volatile: Volatile::Overlay,
-        pivot_root: Some("/a:/b".into()),
-        resolv_conf: Some("copy-host".into()),
-        users: Users::Private {
+    let full = spec().with(|spec| {
+        spec.rootfs.source = Root::Image("/srv/disk.raw".into());
+        spec.payload.mode = Mode::ProcessTwo;
+        spec.payload.working_directory = Some("/srv".into());
+        spec.payload.user = Some("bob".into());
+        spec.rootfs.ephemeral = true;
+        spec.rootfs.read_only = true;
+        spec.rootfs.volatile = Volatile::Overlay;
+        spec.rootfs.pivot_root = Some("/a:/b".into());
+        spec.network.resolv_conf = Some("copy-host".into());
+        spec.users = Users::Private {
             range: "pick".into(),
             ownership: Some("auto".into()),
-        },
-        capabilities: vec!["CAP_SYS_TIME".into(), "CAP_NET_ADMIN".into()],
-        network: Network::Private {
+        };
+        spec.payload.capabilities = vec!["CAP_SYS_TIME".into(), "CAP_NET_ADMIN".into()];
+        spec.network.namespace = NetworkNamespace::Private {
             veth: true,
             zone: None,
             bridge: None,
@@ -82,9 +59,8 @@ fn every_option_has_its_word() {
                 host: 25000,
                 container: 80,
             }],
-        },
-        ..spec()
-    };
+        };
+    });
     insta::assert_snapshot!(line(&full, HOST).arguments.join("\n"), @r"
     --settings=no
     --keep-unit
@@ -97,9 +73,9 @@ fn every_option_has_its_word() {
     --read-only
     --volatile=overlay
     --pivot-root=/a:/b
-    --resolv-conf=copy-host
     --private-users=pick
     --private-users-ownership=auto
+    --resolv-conf=copy-host
     --network-veth
     --port=tcp:25000:80
     --port=udp:25000:80
@@ -113,19 +89,18 @@ fn every_option_has_its_word() {
     ");
     let init = line(&full, HOST).init.unwrap();
     assert_eq!(init.mode, nspawn_init::InitMode::Init);
-    assert_eq!(init.command, full.command);
+    assert_eq!(init.command, full.payload.command);
     assert_eq!(init.directory.as_deref(), Some("/srv"));
     assert!(init.streams);
 }
 
 #[test]
 fn an_image_s_own_init_is_given_everything_by_systemd_nspawn() {
-    let spec = ContainerSpec {
-        mode: Mode::Boot,
-        working_directory: Some("/srv".into()),
-        command: vec!["systemd.unit=rescue.target".into()],
-        ..spec()
-    };
+    let spec = spec().with(|spec| {
+        spec.payload.mode = Mode::Boot;
+        spec.payload.working_directory = Some("/srv".into());
+        spec.payload.command = vec!["systemd.unit=rescue.target".into()];
+    });
     let line = line(&spec, HOST);
     assert_eq!(line.init, None);
     insta::assert_snapshot!(line.arguments[7..].join("\n"), @r"
@@ -145,7 +120,7 @@ fn an_image_s_own_init_is_given_everything_by_systemd_nspawn() {
 #[case(Console::ReadOnly, false)]
 #[case(Console::Interactive, false)]
 fn on_a_terminal_systemd_nspawn_copies_the_output(#[case] console: Console, #[case] streams: bool) {
-    let init = line(&ContainerSpec { console, ..spec() }, HOST).init;
+    let init = line(&spec().with(|spec| spec.payload.console = console), HOST).init;
     assert_eq!(init.unwrap().streams, streams);
 }
 
@@ -154,7 +129,7 @@ fn on_a_terminal_systemd_nspawn_copies_the_output(#[case] console: Console, #[ca
 #[case(Mode::ProcessTwo, None)]
 #[case(Mode::Plain, None)]
 fn a_mode_has_its_word(#[case] mode: Mode, #[case] word: Option<&str>) {
-    let arguments = line(&ContainerSpec { mode, ..spec() }, HOST).arguments;
+    let arguments = line(&spec().with(|spec| spec.payload.mode = mode), HOST).arguments;
     let found: Vec<_> = arguments
         .iter()
         .filter(|word| ["--boot", "--as-pid2"].contains(&word.as_str()))
@@ -163,13 +138,13 @@ fn a_mode_has_its_word(#[case] mode: Mode, #[case] word: Option<&str>) {
 }
 
 #[rstest]
-#[case(Network::Private { veth: false, zone: None, bridge: None, ports: vec![] }, &["--private-network"])]
-#[case(Network::Private { veth: true, zone: Some("z".into()), bridge: None, ports: vec![] }, &["--network-zone=z"])]
-#[case(Network::Private { veth: false, zone: None, bridge: Some("br0".into()), ports: vec![] }, &["--network-bridge=br0"])]
-#[case(Network::Join("/run/netns/a".into()), &[])]
-#[case(Network::Host, &[])]
-fn a_network_has_its_words(#[case] network: Network, #[case] words: &[&str]) {
-    let arguments = line(&ContainerSpec { network, ..spec() }, HOST).arguments;
+#[case(NetworkNamespace::Private { veth: false, zone: None, bridge: None, ports: vec![] }, &["--private-network"])]
+#[case(NetworkNamespace::Private { veth: true, zone: Some("z".into()), bridge: None, ports: vec![] }, &["--network-zone=z"])]
+#[case(NetworkNamespace::Private { veth: false, zone: None, bridge: Some("br0".into()), ports: vec![] }, &["--network-bridge=br0"])]
+#[case(NetworkNamespace::Join("/run/netns/a".into()), &[])]
+#[case(NetworkNamespace::Host, &[])]
+fn a_network_has_its_words(#[case] network: NetworkNamespace, #[case] words: &[&str]) {
+    let arguments = line(&spec().with(|spec| spec.network.namespace = network), HOST).arguments;
     let found: Vec<_> = arguments
         .iter()
         .filter(|word| word.contains("network") || word.contains("--port"))
@@ -188,7 +163,7 @@ fn colons_and_backslashes_in_paths_are_escaped() {
         idmap,
     };
     let binds = [bind("/a:b\\c", false, false), bind("/plain", true, true)];
-    let arguments = command_line(&spec(), &spec().root, &binds, HOST)
+    let arguments = command_line(&spec(), &spec().rootfs.source, &binds, HOST)
         .unwrap()
         .arguments;
     assert!(
@@ -206,11 +181,10 @@ fn secretive(mode: Mode) -> ContainerSpec {
         ("TOKEN".to_owned(), "s3cret\nline".to_owned()),
         ("LD_PRELOAD".to_owned(), "/evil.so".to_owned()),
     ]);
-    ContainerSpec {
-        mode,
-        environment,
-        ..spec()
-    }
+    spec().with(|spec| {
+        spec.payload.mode = mode;
+        spec.payload.environment = environment;
+    })
 }
 
 #[rstest]
@@ -226,7 +200,7 @@ fn systemd_nspawn_never_sees_a_value(#[case] version: u32, #[case] mode: Mode) {
         assert!(!seen.contains(word), "{seen}");
     }
     let result = line.init.unwrap().environment;
-    assert_eq!(result, Vec::from_iter(spec.environment));
+    assert_eq!(result, Vec::from_iter(spec.payload.environment));
 }
 
 #[test]
@@ -273,12 +247,11 @@ fn what_an_argument_can_not_carry_is_refused_by_name(
     #[case] value: &str,
     #[case] why: Option<&str>,
 ) {
-    let spec = ContainerSpec {
-        mode: Mode::Boot,
-        environment: BTreeMap::from([(name.to_owned(), value.to_owned())]),
-        ..spec()
-    };
-    let result = command_line(&spec, &spec.root, &[], Target { version, ..HOST });
+    let spec = spec().with(|spec| {
+        spec.payload.mode = Mode::Boot;
+        spec.payload.environment = BTreeMap::from([(name.to_owned(), value.to_owned())]);
+    });
+    let result = command_line(&spec, &spec.rootfs.source, &[], Target { version, ..HOST });
     let Some(why) = why else {
         result.unwrap();
         return;
@@ -302,12 +275,12 @@ fn how_long_a_variable_may_be_depends_on_its_way(#[case] version: u32, #[case] l
     };
     let most = 128 * 1024 - 1 - less;
     for (length, fits) in [(most, true), (most + 1, less == 0)] {
-        let spec = ContainerSpec {
-            mode: Mode::Boot,
-            environment: BTreeMap::from([(name.to_owned(), "x".repeat(length - name.len() - 1))]),
-            ..spec()
-        };
-        let result = command_line(&spec, &spec.root, &[], Target { version, ..HOST });
+        let spec = spec().with(|spec| {
+            spec.payload.mode = Mode::Boot;
+            spec.payload.environment =
+                BTreeMap::from([(name.to_owned(), "x".repeat(length - name.len() - 1))]);
+        });
+        let result = command_line(&spec, &spec.rootfs.source, &[], Target { version, ..HOST });
         match fits {
             true => assert!(result.is_ok(), "{:?}", result.map(drop)),
             false => {
@@ -348,8 +321,9 @@ fn what_a_version_lacks_is_refused(
         range: range.into(),
         ownership: ownership.map(Into::into),
     };
-    let spec = ContainerSpec { users, ..spec() };
-    let error = command_line(&spec, &spec.root, &[], Target { version, ..HOST }).unwrap_err();
+    let spec = spec().with(|spec| spec.users = users);
+    let error =
+        command_line(&spec, &spec.rootfs.source, &[], Target { version, ..HOST }).unwrap_err();
     assert_eq!(error.to_string(), text);
 }
 
@@ -360,7 +334,7 @@ fn before_249_a_picked_range_changes_owners_by_itself() {
         ownership: Some("auto".into()),
     };
     let arguments = line(
-        &ContainerSpec { users, ..spec() },
+        &spec().with(|spec| spec.users = users),
         Target {
             version: 247,
             ..HOST

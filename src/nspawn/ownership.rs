@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use super::idmap::{FileSystem, Kernel};
 use super::version::Feature;
-use crate::container::{ContainerSpec, Root, Users, Volatile};
+use crate::container::{Root, Rootfs, Users, Volatile};
 
 /// The maximum number of files to examine. systemd-nspawn is about to visit all of them, so this adds little to a
 /// start.
@@ -20,13 +20,13 @@ const IDS: u32 = 65536;
 
 /// Notes for the user about the owners of this image's files, one sentence each. Empty where the owners are mapped or
 /// not changed.
-pub fn notes(spec: &ContainerSpec, version: u32, kernel: Kernel) -> Vec<String> {
-    let (Users::Private { range, ownership }, Root::Directory(tree)) = (&spec.users, &spec.root)
+pub fn notes(rootfs: &Rootfs, users: &Users, version: u32, kernel: Kernel) -> Vec<String> {
+    let (Users::Private { range, ownership }, Root::Directory(tree)) = (users, &rootfs.source)
     else {
         return Vec::new();
     };
     let file_system = FileSystem::under(tree, kernel);
-    let in_memory = spec.volatile == Volatile::Overlay;
+    let in_memory = rootfs.volatile == Volatile::Overlay;
     let changed = match ownership.as_deref() {
         Some("chown") => true,
         Some("auto") if Feature::Ownership.is_in(version) => in_memory || !file_system.maps,

@@ -16,7 +16,7 @@ use nix::dir::Dir;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2};
 use nix::sys::stat::{Mode, mkdirat};
 
-use crate::container::{ContainerSpec, Mount, Root, Volatile};
+use crate::container::{Mount, Root, Rootfs, Volatile};
 use crate::rootfs_path::{self, Resolved};
 
 /// An os-release file is a few hundred bytes long.
@@ -33,11 +33,11 @@ pub struct MountPoint {
 
 /// The mount points that the image lacks, if the root will not be writable: those of mounts, and the directories that
 /// systemd-nspawn itself mounts over. If the result is empty, the image can be used as it is.
-pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<MountPoint> {
-    let Root::Directory(image) = &spec.root else {
+pub fn missing_mount_points(rootfs: &Rootfs, mounts: &[Mount]) -> Vec<MountPoint> {
+    let Root::Directory(image) = &rootfs.source else {
         return Vec::new();
     };
-    if !spec.read_only && spec.volatile != Volatile::State {
+    if !rootfs.read_only && rootfs.volatile != Volatile::State {
         return Vec::new();
     }
     let missing = |target: &Path| match rootfs_path::resolve_in_root(image, target) {
@@ -46,14 +46,14 @@ pub fn missing_mount_points(spec: &ContainerSpec) -> Vec<MountPoint> {
         // A loop of links. systemd-nspawn reports it.
         None => None,
     };
-    let is_mounted_over = |below: &Path| mounted_over(spec.volatile, below).is_some();
-    let targets = spec.mounts.iter().filter_map(|mount| {
+    let is_mounted_over = |below: &Path| mounted_over(rootfs.volatile, below).is_some();
+    let targets = mounts.iter().filter_map(|mount| {
         let below =
             missing(&mount.target).filter(|_| !is_mounted_over(below_root(&mount.target)))?;
         let file = mount.source.is_file();
         (!is_mounted_over(&below)).then_some(MountPoint { below, file })
     });
-    let bases = always_mounted(spec.volatile).filter_map(|name| {
+    let bases = always_mounted(rootfs.volatile).filter_map(|name| {
         let below = missing(Path::new(name))?;
         Some(MountPoint { below, file: false })
     });
@@ -265,10 +265,8 @@ fn below_root(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
-    use crate::container::{self, Console, Network, Users};
+    use crate::container::ContainerSpec;
 
     fn mount(target: &str, source: &Path) -> Mount {
         Mount {
@@ -285,32 +283,11 @@ mod tests {
         }
     }
 
-    /// The spec of a read-only container with this image.
-    fn read_only(image: &Path, mounts: Vec<Mount>) -> ContainerSpec {
-        ContainerSpec {
-            id: "0f1e/web/abcd".into(),
-            alloc_dir: "/alloc/0f1e".into(),
-            machine: "web-0f1e".into(),
-            root: Root::Directory(image.to_owned()),
-            mode: container::Mode::Plain,
-            command: vec!["/bin/true".into()],
-            environment: BTreeMap::new(),
-            working_directory: None,
-            user: None,
-            ephemeral: false,
-            read_only: true,
-            volatile: Volatile::No,
-            pivot_root: None,
-            resolv_conf: None,
-            console: Console::Pipe,
-            users: Users::Host,
-            mounts,
-            capabilities: Vec::new(),
-            network: Network::Host,
-            stdout: None,
-            stderr: None,
-            cgroup: None,
-        }
+    /// The root file system of a read-only container with this image.
+    fn read_only(image: &Path) -> Rootfs {
+        ContainerSpec::for_test("web", image)
+            .with(|spec| spec.rootfs.read_only = true)
+            .rootfs
     }
 
     struct Resolved {
@@ -357,17 +334,14 @@ mod tests {
         fs::write(image.join("usr/bin/sh"), "").unwrap();
         fs::write(image.join("note"), "").unwrap();
         symlink("usr/bin", image.join("bin")).unwrap();
-        let spec = read_only(
-            image,
-            vec![
-                mount("/alloc", image),
-                mount("/srv/more/deep", image),
-                mount("/etc-file", &image.join("note")),
-                mount("/tmp/new", image),
-                mount("/srv/data", image),
-            ],
-        );
-        let missing = missing_mount_points(&spec);
+        let mounts = [
+            mount("/alloc", image),
+            mount("/srv/more/deep", image),
+            mount("/etc-file", &image.join("note")),
+            mount("/tmp/new", image),
+            mount("/srv/data", image),
+        ];
+        let missing = missing_mount_points(&read_only(image), &mounts);
         let wanted = [
             ("alloc", false),
             ("srv/more/deep", false),
@@ -415,15 +389,9 @@ mod tests {
         symlink("usr/lib", place.image.join("lib")).unwrap();
         symlink("/elsewhere/../other", place.image.join("data")).unwrap();
         symlink("/run", place.image.join("var-run")).unwrap();
-        let mounts = ["/lib/new", "/data/x", "/var-run/new"];
-        let spec = read_only(
-            &place.image,
-            mounts
-                .iter()
-                .map(|target| mount(target, &place.image))
-                .collect(),
-        );
-        let missing = missing_mount_points(&spec);
+        let mounts =
+            ["/lib/new", "/data/x", "/var-run/new"].map(|target| mount(target, &place.image));
+        let missing = missing_mount_points(&read_only(&place.image), &mounts);
         let wanted = ["usr/lib/new", "other/x"];
         assert_eq!(missing, wanted.map(|below| point(below, false)));
         build(&place.image, &place.skeleton, &missing, Volatile::No).unwrap();

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::backend::MockContainerBackend;
-use crate::container::{Console, Mode, Network, Probe, Process, Root, Users, Volatile};
+use crate::container::{Mode, Probe, Process};
 
 const ID: &str = "a/t/1";
 const LIMIT: Duration = Duration::from_secs(20);
@@ -133,35 +133,13 @@ pub(crate) fn info(id: &str) -> TaskInfo {
 }
 
 pub(crate) fn spec(id: &str) -> ContainerSpec {
-    ContainerSpec {
-        id: id.to_owned(),
-        alloc_dir: "/alloc/a".into(),
-        machine: "t-a".to_owned(),
-        root: Root::Directory("/".into()),
-        mode: Mode::Plain,
-        command: vec!["true".to_owned()],
-        environment: std::collections::BTreeMap::new(),
-        working_directory: None,
-        user: None,
-        ephemeral: false,
-        read_only: false,
-        volatile: Volatile::No,
-        pivot_root: None,
-        resolv_conf: None,
-        console: Console::Pipe,
-        users: Users::Host,
-        mounts: Vec::new(),
-        capabilities: Vec::new(),
-        network: Network::Host,
-        stdout: None,
-        stderr: None,
-        cgroup: None,
-    }
+    ContainerSpec::for_test("t", "/").with(|spec| id.clone_into(&mut spec.identity.id))
 }
 
 pub(crate) fn starts() -> MockContainerBackend {
     let mut mock = MockContainerBackend::new();
-    mock.expect_start().returning(|spec| Ok(started(&spec.id)));
+    mock.expect_start()
+        .returning(|spec| Ok(started(&spec.identity.id)));
     mock
 }
 
@@ -200,7 +178,7 @@ async fn a_second_start_of_an_id_leaves_the_first_alone() {
     let mut mock = MockContainerBackend::new();
     mock.expect_start()
         .times(1)
-        .returning(|spec| Ok(started(&spec.id)));
+        .returning(|spec| Ok(started(&spec.identity.id)));
     let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
     tasks
@@ -218,7 +196,7 @@ async fn after_a_failed_start_the_id_is_free() {
     mock.expect_start().times(1).returning(|_| Err(trouble()));
     mock.expect_start()
         .times(1)
-        .returning(|spec| Ok(started(&spec.id)));
+        .returning(|spec| Ok(started(&spec.identity.id)));
     let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
     let first = tasks.start(stage.clone(), info(ID), spec(ID)).await;
@@ -379,11 +357,11 @@ async fn a_removal_that_never_works_is_given_up() {
 async fn a_panic_is_an_error_of_this_task_alone() {
     let mut mock = MockContainerBackend::new();
     mock.expect_start()
-        .withf(|spec| spec.id == "bad")
+        .withf(|spec| spec.identity.id == "bad")
         .returning(|_| panic!("on purpose"));
     mock.expect_start()
-        .withf(|spec| spec.id == ID)
-        .returning(|spec| Ok(started(&spec.id)));
+        .withf(|spec| spec.identity.id == ID)
+        .returning(|spec| Ok(started(&spec.identity.id)));
     let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
     let bad = tasks.start(stage.clone(), info("bad"), spec("bad")).await;

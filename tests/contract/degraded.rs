@@ -21,15 +21,14 @@ fn with_port(world: &World, address: Option<&str>) -> ContainerSpec {
         host: 25_917,
         container: 80,
     };
-    ContainerSpec {
-        network: Network::Private {
+    world.spec(DEAF).with(|spec| {
+        spec.network.namespace = NetworkNamespace::Private {
             veth: true,
             zone: None,
             bridge: None,
             ports: vec![port],
-        },
-        ..world.spec(DEAF)
-    }
+        }
+    })
 }
 
 /// The notes that contain `what`.
@@ -62,7 +61,7 @@ async fn a_port_of_a_default_address_is_forwarded_and_reported(world: World) {
     let host = Addresses::of_this_host().unwrap();
     let address = host.default.first().map(ToString::to_string);
     let spec = with_port(&world, address.as_deref());
-    let Network::Private { ports, .. } = &spec.network else {
+    let NetworkNamespace::Private { ports, .. } = &spec.network.namespace else {
         unreachable!()
     };
     let wanted = ports::check(ports, &host).unwrap();
@@ -81,10 +80,11 @@ async fn a_mount_without_an_id_mapping_is_reported(world: World) {
         target: "/mnt".into(),
         read_only: true,
     }];
-    let spec = |users| ContainerSpec {
-        mounts: mounts.clone(),
-        users,
-        ..world.spec(DEAF)
+    let spec = |users| {
+        world.spec(DEAF).with(|spec| {
+            spec.mounts = mounts.clone();
+            spec.users = users;
+        })
     };
     let started = world.up(spec(by_default())).await;
     let reported = about(&started.notes, "id mapping");
@@ -105,11 +105,10 @@ async fn a_mount_without_an_id_mapping_is_reported(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_root_of_several_mounts_cannot_be_mapped(world: World) {
     let error = world
-        .refused(ContainerSpec {
-            users: by_default(),
-            volatile: Volatile::State,
-            ..world.spec("exit 0")
-        })
+        .refused(world.spec("exit 0").with(|spec| {
+            spec.users = by_default();
+            spec.rootfs.volatile = Volatile::State;
+        }))
         .await;
     let text = error.to_string();
     assert!(text.contains("Failed to set up ID mapped mounts"), "{text}");
@@ -137,12 +136,13 @@ async fn what_a_change_of_owner_loses_is_reported(world: World) {
         let flags = rustix::fs::XattrFlags::empty();
         rustix::fs::setxattr(&program, "security.capability", &capability, flags).unwrap();
     }
-    let spec = || ContainerSpec {
-        users: Users::Private {
-            range: "1048576:65536".to_owned(),
-            ownership: Some("chown".to_owned()),
-        },
-        ..world.spec(DEAF)
+    let spec = || {
+        world.spec(DEAF).with(|spec| {
+            spec.users = Users::Private {
+                range: "1048576:65536".to_owned(),
+                ownership: Some("chown".to_owned()),
+            }
+        })
     };
     let started = world.up(spec()).await;
     let reported = about(&started.notes, "change of owner");

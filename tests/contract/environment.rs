@@ -23,11 +23,14 @@ fn values() -> BTreeMap<String, String> {
 async fn says(world: World, environment: BTreeMap<String, String>, script: &str, want: &str) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let started = world
-            .start(ContainerSpec {
-                mode,
-                environment: environment.clone(),
-                ..world.named(&format!("{mode:?}").to_lowercase(), script)
-            })
+            .start(
+                world
+                    .named(&format!("{mode:?}").to_lowercase(), script)
+                    .with(|spec| {
+                        spec.payload.mode = mode;
+                        spec.payload.environment = environment.clone();
+                    }),
+            )
             .await;
         world.end(&started).await;
         assert_eq!(world.said("stdout"), want, "{mode:?}");
@@ -62,12 +65,11 @@ async fn a_booted_container_has_its_variables_and_is_stopped_in_order(world: Wor
     let mut environment = values();
     environment.insert("BIG".to_owned(), longest());
     let started = world
-        .start(ContainerSpec {
-            mode: Mode::Boot,
-            command: Vec::new(),
-            environment: environment.clone(),
-            ..world.spec("")
-        })
+        .start(world.spec("").with(|spec| {
+            spec.payload.mode = Mode::Boot;
+            spec.payload.command = Vec::new();
+            spec.payload.environment = environment.clone();
+        }))
         .await;
     let leader = started.leader.pid;
     let call_log = world.scratch.path().join("bin/ledger.jsonl");
@@ -128,8 +130,8 @@ async fn words_arrive_unchanged(world: World) {
         "%s",
     ];
     let mut spec = world.spec("for a; do printf '<%s>' \"$a\"; done");
-    spec.command.push("sh".into());
-    spec.command.extend(words.map(String::from));
+    spec.payload.command.push("sh".into());
+    spec.payload.command.extend(words.map(String::from));
     let started = world.start(spec).await;
     world.end(&started).await;
     assert_eq!(
@@ -143,10 +145,11 @@ async fn words_arrive_unchanged(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_working_directory_is_where_it_starts(world: World) {
     let started = world
-        .start(ContainerSpec {
-            working_directory: Some("/usr".into()),
-            ..world.spec("basename $(pwd)")
-        })
+        .start(
+            world
+                .spec("basename $(pwd)")
+                .with(|spec| spec.payload.working_directory = Some("/usr".into())),
+        )
         .await;
     world.end(&started).await;
     assert_eq!(world.said("stdout"), "usr\n");
@@ -175,11 +178,10 @@ async fn a_large_environment_arrives(world: World) {
         let script = "n=0; i=0; while [ $i -lt 14 ]; do eval \"v=\\$BIG$i\"; n=$((n+${#v})); i=$((i+1)); done; echo $n";
         let task = format!("{mode:?}").to_lowercase();
         let started = world
-            .start(ContainerSpec {
-                mode,
-                environment,
-                ..world.named(&task, script)
-            })
+            .start(world.named(&task, script).with(|spec| {
+                spec.payload.mode = mode;
+                spec.payload.environment = environment;
+            }))
             .await;
         world.end(&started).await;
         assert_eq!(world.said("stdout"), format!("{}\n", 14 * EACH), "{mode:?}");
@@ -194,10 +196,11 @@ async fn a_large_environment_arrives(world: World) {
 async fn a_name_of_4_kib_arrives(world: World) {
     let environment = BTreeMap::from([("N".repeat(4096), "arrived".to_owned())]);
     let started = world
-        .start(ContainerSpec {
-            environment,
-            ..world.spec("env | grep -c '^NNNN*=arrived$'")
-        })
+        .start(
+            world
+                .spec("env | grep -c '^NNNN*=arrived$'")
+                .with(|spec| spec.payload.environment = environment),
+        )
         .await;
     world.end(&started).await;
     assert_eq!(world.said("stdout"), "1\n");
@@ -216,12 +219,11 @@ async fn more_than_the_kernel_takes_is_refused_with_the_limit(world: World) {
         .map(|number| (format!("BIG{number}"), "s3cret-".repeat(18_714)))
         .collect();
     let error = world
-        .refused(ContainerSpec {
-            mode: Mode::Boot,
-            command: Vec::new(),
-            environment,
-            ..world.spec("")
-        })
+        .refused(world.spec("").with(|spec| {
+            spec.payload.mode = Mode::Boot;
+            spec.payload.command = Vec::new();
+            spec.payload.environment = environment;
+        }))
         .await;
     let text = error.to_string();
     assert!(text.contains(&limit.to_string()), "{text}");
@@ -235,12 +237,11 @@ async fn more_than_the_kernel_takes_is_refused_with_the_limit(world: World) {
 async fn a_value_that_would_be_printed_is_refused_by_name(world: World) {
     let environment = BTreeMap::from([("LANG".to_owned(), "s3cret\u{fffe}".to_owned())]);
     let error = world
-        .refused(ContainerSpec {
-            mode: Mode::Boot,
-            command: Vec::new(),
-            environment,
-            ..world.spec("")
-        })
+        .refused(world.spec("").with(|spec| {
+            spec.payload.mode = Mode::Boot;
+            spec.payload.command = Vec::new();
+            spec.payload.environment = environment;
+        }))
         .await;
     assert!(!error.is_transient(), "{error}");
     let text = error.to_string();
@@ -268,10 +269,11 @@ async fn names_that_systemd_reads_arrive(world: World) {
         .collect();
     let script = format!("for n in {}; do eval \"echo \\$$n\"; done", names.join(" "));
     let started = world
-        .start(ContainerSpec {
-            environment,
-            ..world.spec(&script)
-        })
+        .start(
+            world
+                .spec(&script)
+                .with(|spec| spec.payload.environment = environment),
+        )
         .await;
     world.end(&started).await;
     let want: String = names
@@ -291,11 +293,10 @@ async fn a_value_stands_in_no_command_line(world: World) {
         let environment = BTreeMap::from([("DB_PASSWORD".to_owned(), secret.clone())]);
         let task = format!("{mode:?}").to_lowercase();
         let started = world
-            .start(ContainerSpec {
-                mode,
-                environment,
-                ..world.named(&task, DEAF)
-            })
+            .start(world.named(&task, DEAF).with(|spec| {
+                spec.payload.mode = mode;
+                spec.payload.environment = environment;
+            }))
             .await;
         world.received("up").await;
         let shown = processes_that_name(&secret);
@@ -315,10 +316,11 @@ async fn a_command_has_three_descriptors(world: World) {
         let script = "for d in /proc/$$/fd/*; do test -e $d && echo ${d##*/}; done";
         let task = format!("{mode:?}").to_lowercase();
         let started = world
-            .start(ContainerSpec {
-                mode,
-                ..world.named(&task, script)
-            })
+            .start(
+                world
+                    .named(&task, script)
+                    .with(|spec| spec.payload.mode = mode),
+            )
             .await;
         world.end(&started).await;
         assert_eq!(world.said("stdout"), "0\n1\n2\n", "{mode:?}");

@@ -63,10 +63,11 @@ async fn a_code_of_133_is_reported(world: World) {
 
 async fn code(world: World, mode: Mode, code: i32, reported: i32) {
     let started = world
-        .start(ContainerSpec {
-            mode,
-            ..world.spec(&format!("exit {code}"))
-        })
+        .start(
+            world
+                .spec(&format!("exit {code}"))
+                .with(|spec| spec.payload.mode = mode),
+        )
         .await;
     let exit = world.end(&started).await;
     assert_eq!(
@@ -109,14 +110,13 @@ async fn all(world: World, rows: Vec<Row>) {
             }) = rows.next()
         {
             let world = Arc::clone(&world);
-            let spec = ContainerSpec {
-                read_only: true,
-                stdout: None,
-                stderr: None,
-                ..spec
-            };
+            let spec = spec.with(|spec| {
+                spec.rootfs.read_only = true;
+                spec.payload.stdout = None;
+                spec.payload.stderr = None;
+            });
             under_way.spawn(async move {
-                let (mode, command) = (spec.mode, spec.command.clone());
+                let (mode, command) = (spec.payload.mode, spec.payload.command.clone());
                 let started = world.start(spec).await;
                 if let Some(signal) = sent {
                     within(world.backend.signal(&started, signal))
@@ -142,10 +142,9 @@ async fn all(world: World, rows: Vec<Row>) {
 }
 
 fn spec(world: &World, mode: Mode, name: &str, script: &str) -> ContainerSpec {
-    ContainerSpec {
-        mode,
-        ..world.named(&format!("{mode:?}-{name}").to_lowercase(), script)
-    }
+    world
+        .named(&format!("{mode:?}-{name}").to_lowercase(), script)
+        .with(|spec| spec.payload.mode = mode)
 }
 
 #[rstest]
@@ -202,7 +201,7 @@ async fn every_signal_is_reported(world: World) {
         let mut spec = spec(&world, Mode::ProcessTwo, &number.to_string(), &script);
         let mut sent = None;
         if number == QUIT {
-            spec.command = vec!["/bin/sleep".into(), "1000".into()];
+            spec.payload.command = vec!["/bin/sleep".into(), "1000".into()];
             sent = Signal::from_number(QUIT);
         }
         rows.push(Row {
@@ -306,15 +305,14 @@ const FAULTS: &[(i32, &[u8])] = &[
 /// same path.
 fn with_programs(world: &World, spec: ContainerSpec) -> ContainerSpec {
     let programs = programs(world);
-    ContainerSpec {
-        mounts: vec![Mount {
+    spec.with(|spec| {
+        spec.mounts = vec![Mount {
             source: programs.clone(),
             target: programs.clone(),
             read_only: false,
-        }],
-        working_directory: Some(programs.to_string_lossy().into_owned()),
-        ..spec
-    }
+        }];
+        spec.payload.working_directory = Some(programs.to_string_lossy().into_owned());
+    })
 }
 
 fn programs(world: &World) -> PathBuf {

@@ -221,10 +221,9 @@ async fn a_stopped_first_process_is_ended_too(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_second_process_is_ended_too(world: World) {
     let started = world
-        .up(ContainerSpec {
-            mode: Mode::ProcessTwo,
-            ..world.spec(DEAF)
-        })
+        .up(world
+            .spec(DEAF)
+            .with(|spec| spec.payload.mode = Mode::ProcessTwo))
         .await;
     within(world.backend.signal(&started, signal("SIGSTOP")))
         .await

@@ -25,11 +25,10 @@ async fn a_command_that_cannot_be_executed_fails_by_name(world: World) {
 
 async fn no_command(world: &World, mode: Mode, command: &str, code: i32) {
     let started = world
-        .start(ContainerSpec {
-            mode,
-            command: vec![command.into()],
-            ..world.spec("")
-        })
+        .start(world.spec("").with(|spec| {
+            spec.payload.mode = mode;
+            spec.payload.command = vec![command.into()];
+        }))
         .await;
     let exit = world.end(&started).await;
     assert_eq!(ended(&exit), (code, 0), "{mode:?} {command}");
@@ -44,10 +43,11 @@ async fn no_command(world: &World, mode: Mode, command: &str, code: i32) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_command_that_ends_at_once_has_started(world: World) {
     let started = world
-        .start(ContainerSpec {
-            command: vec!["/bin/true".into()],
-            ..world.spec("")
-        })
+        .start(
+            world
+                .spec("")
+                .with(|spec| spec.payload.command = vec!["/bin/true".into()]),
+        )
         .await;
     assert!(started.leader.pid > 0);
     assert_eq!(ended(&world.end(&started).await), (0, 0));
@@ -110,10 +110,11 @@ async fn a_failed_start_can_be_repeated(world: World) {
     let empty = world.scratch.path().join("empty");
     fs::create_dir(&empty).unwrap();
     world
-        .refused(ContainerSpec {
-            root: Root::Directory(empty),
-            ..world.spec("exit 0")
-        })
+        .refused(
+            world
+                .spec("exit 0")
+                .with(|spec| spec.rootfs.source = Root::Directory(empty)),
+        )
         .await;
     let started = world.start(world.spec("exit 14")).await;
     assert_eq!(ended(&world.end(&started).await), (14, 0));
@@ -141,7 +142,7 @@ async fn several_run_side_by_side(world: World) {
             &format!("t{number}"),
             &format!("trap 'exit {number}' TERM; echo up{number}; while :; do sleep 0.05; done"),
         );
-        spec.volatile = Volatile::Overlay;
+        spec.rootfs.volatile = Volatile::Overlay;
         all.push(world.start(spec).await);
     }
     for (number, started) in (0..).zip(&all) {

@@ -23,11 +23,10 @@ async fn stdout_and_stderr_stay_apart(world: World) {
 async fn no_output_is_wanted(world: World) {
     let missing = world.scratch.path().join("missing");
     let started = world
-        .start(ContainerSpec {
-            stdout: None,
-            stderr: Some(missing),
-            ..world.spec("echo x; echo y >&2; exit 16")
-        })
+        .start(world.spec("echo x; echo y >&2; exit 16").with(|spec| {
+            spec.payload.stdout = None;
+            spec.payload.stderr = Some(missing);
+        }))
         .await;
     assert_eq!(ended(&world.end(&started).await), (16, 0));
     world.leave(&[&started]).await;
@@ -41,10 +40,11 @@ async fn a_link_for_a_log_is_refused(world: World) {
     let elsewhere = world.file("elsewhere");
     std::os::unix::fs::symlink(&elsewhere, &link).unwrap();
     let error = world
-        .refused(ContainerSpec {
-            stdout: Some(link),
-            ..world.spec("echo x")
-        })
+        .refused(
+            world
+                .spec("echo x")
+                .with(|spec| spec.payload.stdout = Some(link)),
+        )
         .await;
     assert!(error.to_string().contains("log"), "{error}");
     assert_eq!(fs::read_to_string(elsewhere).unwrap(), "");
@@ -58,10 +58,11 @@ async fn a_fifo_gets_everything_and_its_end(world: World) {
     let reader = read_all(fifo.clone());
     let script = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo line-$i; done; printf last";
     let started = world
-        .start(ContainerSpec {
-            stdout: Some(fifo),
-            ..world.spec(script)
-        })
+        .start(
+            world
+                .spec(script)
+                .with(|spec| spec.payload.stdout = Some(fifo)),
+        )
         .await;
     world.end(&started).await;
     let text = within(reader).await.unwrap();
@@ -80,10 +81,11 @@ async fn dev_stdout_can_be_opened_again(world: World) {
     let reader = read_all(fifo.clone());
     let script = "echo first; echo second > /proc/self/fd/1; echo third";
     let started = world
-        .start(ContainerSpec {
-            stdout: Some(fifo),
-            ..world.spec(script)
-        })
+        .start(
+            world
+                .spec(script)
+                .with(|spec| spec.payload.stdout = Some(fifo)),
+        )
         .await;
     assert_eq!(ended(&world.end(&started).await), (0, 0));
     assert_eq!(within(reader).await.unwrap(), "first\nsecond\nthird\n");

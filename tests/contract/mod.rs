@@ -11,7 +11,7 @@ use std::time::Duration;
 use nomad_driver_nspawn::backend::nspawn::Settings;
 use nomad_driver_nspawn::backend::{BackendError, ContainerBackend, NspawnBackend};
 use nomad_driver_nspawn::container::{
-    Console, ContainerSpec, Exit, Mode, Network, Root, Started, Users, Volatile,
+    ContainerSpec, Exit, Identity, Mode, NetworkNamespace, Root, Started, Users, Volatile,
 };
 use nomad_driver_nspawn::failpoint::OLD_KERNEL;
 use nomad_driver_nspawn::signal::Signal;
@@ -117,30 +117,17 @@ impl World {
             .unwrap()
             .to_string_lossy()
             .replace(|c: char| !c.is_ascii_alphanumeric(), "");
-        ContainerSpec {
-            id: format!("alloc-{unique}/{task}/00000001"),
-            alloc_dir: self.scratch.path().join("allocations").join("alloc"),
-            machine: format!("{task}-{unique}"),
-            root: Root::Directory(self.tree.clone()),
-            mode: Mode::Plain,
-            command: vec!["/bin/sh".into(), "-c".into(), script.into()],
-            environment: BTreeMap::new(),
-            working_directory: None,
-            user: None,
-            ephemeral: false,
-            read_only: false,
-            volatile: Volatile::No,
-            pivot_root: None,
-            resolv_conf: Some("off".into()),
-            console: Console::Pipe,
-            users: Users::Host,
-            mounts: Vec::new(),
-            capabilities: Vec::new(),
-            network: Network::Host,
-            stdout: Some(self.file("stdout")),
-            stderr: Some(self.file("stderr")),
-            cgroup: None,
-        }
+        ContainerSpec::for_test(task, &self.tree).with(|spec| {
+            spec.identity = Identity {
+                id: format!("alloc-{unique}/{task}/00000001"),
+                alloc_dir: self.scratch.path().join("allocations").join("alloc"),
+                machine: format!("{task}-{unique}"),
+            };
+            spec.payload.command = vec!["/bin/sh".into(), "-c".into(), script.into()];
+            spec.payload.stdout = Some(self.file("stdout"));
+            spec.payload.stderr = Some(self.file("stderr"));
+            spec.network.resolv_conf = Some("off".into());
+        })
     }
 
     /// The allocation root of its agent.
@@ -150,7 +137,7 @@ impl World {
 
     /// The task directory of the start with this task name.
     pub(crate) fn task_dir(&self, task: &str) -> TaskDir {
-        TaskDir::for_task(&self.settings.state_dir, &self.named(task, "").id)
+        TaskDir::for_task(&self.settings.state_dir, &self.named(task, "").identity.id)
     }
 
     /// Copies a task directory for another task, as a dead plugin would have left it; `change` can modify every file.
@@ -160,7 +147,7 @@ impl World {
         task: &str,
         change: impl Fn(&mut serde_json::Value),
     ) -> TaskDir {
-        let id = self.named(task, "").id;
+        let id = self.named(task, "").identity.id;
         let task_dir = self.task_dir(task);
         task_dir.create().unwrap();
         for name in ["order", "running", "exit"] {

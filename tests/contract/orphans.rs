@@ -26,9 +26,10 @@ async fn cleared(world: &World, all: &[&Started]) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_no_one_locks_is_cleared_away(world: World) {
-    let beside = |task: &str, script: &str| ContainerSpec {
-        volatile: Volatile::Overlay,
-        ..world.named(task, script)
+    let beside = |task: &str, script: &str| {
+        world
+            .named(task, script)
+            .with(|spec| spec.rootfs.volatile = Volatile::Overlay)
     };
     let deaf = abandoned(&world, beside("deaf", DEAF)).await;
     world.received("up").await;
@@ -85,10 +86,7 @@ async fn an_end_that_someone_may_ask_for_is_kept(world: World) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_copy_that_no_one_locks_is_cleared_away(world: World) {
-    let spec = ContainerSpec {
-        ephemeral: true,
-        ..world.spec(DEAF)
-    };
+    let spec = world.spec(DEAF).with(|spec| spec.rootfs.ephemeral = true);
     let started = abandoned(&world, spec).await;
     world.received("up").await;
     cleared(&world, &[&started]).await;
@@ -187,7 +185,7 @@ async fn no_one_is_mistaken_for_a_process_of_another_boot(world: World) {
     };
     let (reconciled, removed) = (old("reconciled"), old("removed"));
     let found = Started {
-        id: world.named("removed", "").id,
+        id: world.named("removed", "").identity.id,
         state: removed.path().to_owned(),
         boot: removed.launch_spec().unwrap().boot,
         ..innocent.clone()

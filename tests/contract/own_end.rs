@@ -23,16 +23,15 @@ impl Gate {
 
     /// A container whose script runs in the directory of the gate.
     fn spec(&self, world: &World, mode: Mode, script: &str) -> ContainerSpec {
-        ContainerSpec {
-            mode,
-            mounts: vec![Mount {
+        world.spec(script).with(|spec| {
+            spec.payload.mode = mode;
+            spec.mounts = vec![Mount {
                 source: self.directory.clone(),
                 target: self.directory.clone(),
                 read_only: false,
-            }],
-            working_directory: Some(self.directory.to_string_lossy().into_owned()),
-            ..world.spec(script)
-        }
+            }];
+            spec.payload.working_directory = Some(self.directory.to_string_lossy().into_owned());
+        })
     }
 
     /// Lets the payload continue. Waits until it reads.

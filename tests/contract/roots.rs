@@ -10,10 +10,11 @@ async fn a_tree_that_is_none_is_refused(world: World) {
     let empty = world.scratch.path().join("empty");
     fs::create_dir(&empty).unwrap();
     let error = world
-        .refused(ContainerSpec {
-            root: Root::Directory(empty),
-            ..world.spec("exit 0")
-        })
+        .refused(
+            world
+                .spec("exit 0")
+                .with(|spec| spec.rootfs.source = Root::Directory(empty)),
+        )
         .await;
     assert!(matches!(error, BackendError::Start { .. }), "{error:?}");
     assert!(error.to_string().contains("status 1"), "{error}");
@@ -30,10 +31,7 @@ async fn a_mount_without_a_source_is_refused(world: World) {
         read_only: false,
     }];
     let error = world
-        .refused(ContainerSpec {
-            mounts,
-            ..world.spec("exit 0")
-        })
+        .refused(world.spec("exit 0").with(|spec| spec.mounts = mounts))
         .await;
     assert!(matches!(error, BackendError::Start { .. }), "{error:?}");
     world.leave(&[]).await;
@@ -43,10 +41,7 @@ async fn a_mount_without_a_source_is_refused(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ephemeral_root_leaves_no_copy(world: World) {
     let started = world
-        .up(ContainerSpec {
-            ephemeral: true,
-            ..world.spec(DEAF)
-        })
+        .up(world.spec(DEAF).with(|spec| spec.rootfs.ephemeral = true))
         .await;
     within(world.backend.stop(&started, None, Duration::ZERO))
         .await
@@ -66,11 +61,10 @@ async fn a_read_only_root_needs_no_mount_points(world: World) {
         read_only: false,
     }];
     let started = world
-        .start(ContainerSpec {
-            read_only: true,
-            mounts,
-            ..world.spec("exit 17")
-        })
+        .start(world.spec("exit 17").with(|spec| {
+            spec.rootfs.read_only = true;
+            spec.mounts = mounts;
+        }))
         .await;
     assert_eq!(ended(&world.end(&started).await), (17, 0));
     assert!(!world.tree.join("no").exists(), "the image was written");
@@ -93,11 +87,10 @@ async fn an_identity_mapping_needs_no_mapped_mounts(world: World) {
         ownership: None,
     };
     let started = world
-        .start(ContainerSpec {
-            users,
-            mounts,
-            ..world.spec("exit 19")
-        })
+        .start(world.spec("exit 19").with(|spec| {
+            spec.users = users;
+            spec.mounts = mounts;
+        }))
         .await;
     assert_eq!(ended(&world.end(&started).await), (19, 0));
     world.leave(&[&started]).await;
@@ -111,10 +104,11 @@ async fn a_read_only_root_without_base_directories_starts(world: World) {
         let _ = fs::remove_dir_all(world.tree.join(base));
     }
     let started = world
-        .start(ContainerSpec {
-            read_only: true,
-            ..world.spec("exit 20")
-        })
+        .start(
+            world
+                .spec("exit 20")
+                .with(|spec| spec.rootfs.read_only = true),
+        )
         .await;
     assert_eq!(ended(&world.end(&started).await), (20, 0));
     world.leave(&[&started]).await;

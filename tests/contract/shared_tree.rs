@@ -12,10 +12,9 @@ const UP: &str = "echo up; exec sleep 1000";
 
 /// A container that does not write to its tree.
 fn shares(world: &World, task: &str, script: &str) -> ContainerSpec {
-    ContainerSpec {
-        volatile: Volatile::Overlay,
-        ..world.named(task, script)
-    }
+    world
+        .named(task, script)
+        .with(|spec| spec.rootfs.volatile = Volatile::Overlay)
 }
 
 #[rstest]

@@ -41,10 +41,9 @@ async fn a_signal_without_a_handler_spares_the_first_process(world: World) {
 async fn a_signal_reaches_a_second_process(world: World) {
     let script = "trap 'echo got; exit 11' USR1; echo up; while :; do sleep 0.05; done";
     let started = world
-        .up(ContainerSpec {
-            mode: Mode::ProcessTwo,
-            ..world.spec(script)
-        })
+        .up(world
+            .spec(script)
+            .with(|spec| spec.payload.mode = Mode::ProcessTwo))
         .await;
     within(world.backend.signal(&started, signal("SIGUSR1")))
         .await
@@ -127,10 +126,9 @@ async fn a_payload_is_stopped_and_goes_on(world: World) {
 async fn a_signal_to_kill_is_reported_as_137(world: World) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let started = world
-            .up(ContainerSpec {
-                mode,
-                ..world.named(&format!("{mode:?}").to_lowercase(), HEARS_TERM)
-            })
+            .up(world
+                .named(&format!("{mode:?}").to_lowercase(), HEARS_TERM)
+                .with(|spec| spec.payload.mode = mode))
             .await;
         within(world.backend.signal(&started, Signal::KILL))
             .await

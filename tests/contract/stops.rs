@@ -51,10 +51,7 @@ async fn stopped(
     want: (i32, i32),
 ) {
     let started = world
-        .up(ContainerSpec {
-            mode,
-            ..world.spec(script)
-        })
+        .up(world.spec(script).with(|spec| spec.payload.mode = mode))
         .await;
     if mode == Mode::Plain {
         world.handles(&started, handled).await;
@@ -71,10 +68,9 @@ async fn stopped(
 async fn a_deaf_payload_is_ended_after_the_grace(world: World) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let started = world
-            .up(ContainerSpec {
-                mode,
-                ..world.named(&format!("{mode:?}").to_lowercase(), DEAF)
-            })
+            .up(world
+                .named(&format!("{mode:?}").to_lowercase(), DEAF)
+                .with(|spec| spec.payload.mode = mode))
             .await;
         within(
             world
@@ -250,10 +246,7 @@ async fn removing_overtakes_a_patient_stop(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_ephemeral_root_that_is_ended_by_force_is_reported_once(world: World) {
     let started = world
-        .up(ContainerSpec {
-            ephemeral: true,
-            ..world.spec(DEAF)
-        })
+        .up(world.spec(DEAF).with(|spec| spec.rootfs.ephemeral = true))
         .await;
     let inner = offspring(started.leader.pid);
     ended_by_force(&world, &started, inner).await;

@@ -1,7 +1,7 @@
 //! Lists what a start will acquire on the host, derived from its container spec before anything is acquired.
 
 use crate::cgroup::CgroupPath;
-use crate::container::{ContainerSpec, Network, Root, Users, Volatile};
+use crate::container::{ContainerSpec, NetworkNamespace, Root, Users, Volatile};
 use crate::lease::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
     ZoneBridge,
@@ -20,9 +20,9 @@ pub(super) fn resources(
         resources.push(Resource::Cgroup(Cgroup { group }));
         resources.extend(mirror.map(|group| Resource::CgroupMirror(CgroupMirror { group })));
     }
-    if let Network::Private {
+    if let NetworkNamespace::Private {
         zone: Some(zone), ..
-    } = &spec.network
+    } = &spec.network.namespace
     {
         let zone = zone.clone();
         resources.push(Resource::ZoneBridge(ZoneBridge { zone }));
@@ -30,18 +30,19 @@ pub(super) fn resources(
     if matches!(&spec.users, Users::Private { range, .. } if range == "pick") {
         resources.push(Resource::UidRange(UidRange {}));
     }
-    if *used != spec.root {
+    if *used != spec.rootfs.source {
         resources.push(Resource::Skeleton(Skeleton {}));
     }
-    let (Root::Directory(image) | Root::Image(image)) = &spec.root;
-    resources.push(match spec.ephemeral {
+    let (Root::Directory(image) | Root::Image(image)) = &spec.rootfs.source;
+    resources.push(match spec.rootfs.ephemeral {
         true => Resource::EphemeralCopy(EphemeralCopy {
             directory: copy_place(image),
         }),
         false => Resource::TreeLock(TreeLock {
             tree: image.clone(),
             // A skeleton is used, and locked, by this container only.
-            shared: (spec.read_only || spec.volatile != Volatile::No) && *used == spec.root,
+            shared: (spec.rootfs.read_only || spec.rootfs.volatile != Volatile::No)
+                && *used == spec.rootfs.source,
         }),
     });
     resources.push(Resource::NspawnMounts(NspawnMounts {}));

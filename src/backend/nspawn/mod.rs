@@ -112,7 +112,10 @@ impl ContainerBackend for NspawnBackend {
 
     async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
         self.remove_earlier(&spec).await?;
-        let (machine, task_dir) = (spec.machine.clone(), self.task_dir(&spec.id));
+        let (machine, task_dir) = (
+            spec.identity.machine.clone(),
+            self.task_dir(&spec.identity.id),
+        );
         let started = self.start_new(spec).await;
         if started.is_err()
             && let Err(error) = self.remove_start(&task_dir).await

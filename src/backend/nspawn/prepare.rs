@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::{acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPath, Layout};
-use crate::container::{Cause, ContainerSpec, Mount, Network, Root};
+use crate::container::{Cause, ContainerSpec, Mount, NetworkNamespace, Root};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::Resource;
 use crate::nspawn::argv::{self, CommandLine, Target};
@@ -46,7 +46,12 @@ pub(super) fn prepare(
         "NOTIFY_SOCKET".to_owned(),
         task_dir.notify_socket().to_string_lossy().into_owned(),
     );
-    notes.extend(ownership::notes(spec, host.version, host.kernel));
+    notes.extend(ownership::notes(
+        &spec.rootfs,
+        &spec.users,
+        host.version,
+        host.kernel,
+    ));
     if cgroup.is_none() {
         notes.push(NO_CGROUPS.to_owned());
     }
@@ -89,20 +94,20 @@ fn launch_spec(
     notes: Vec<String>,
 ) -> Result<LaunchSpec, BackendError> {
     Ok(LaunchSpec {
-        id: spec.id.clone(),
-        alloc_dir: Some(spec.alloc_dir.clone()),
-        machine: spec.machine.clone(),
-        mode: spec.mode,
+        id: spec.identity.id.clone(),
+        alloc_dir: Some(spec.identity.alloc_dir.clone()),
+        machine: spec.identity.machine.clone(),
+        mode: spec.payload.mode,
         boot: boot_id()?,
         program,
         arguments: std::mem::take(&mut line.arguments),
         first: line.init.as_ref().map_or(Pid1::Image, |init| Pid1::Driver {
             streams: init.streams,
         }),
-        stdout: spec.stdout.clone(),
-        stderr: spec.stderr.clone(),
-        network_namespace: match &spec.network {
-            Network::Join(path) => Some(path.clone()),
+        stdout: spec.payload.stdout.clone(),
+        stderr: spec.payload.stderr.clone(),
+        network_namespace: match &spec.network.namespace {
+            NetworkNamespace::Join(path) => Some(path.clone()),
             _ => None,
         },
         resources,
@@ -114,21 +119,21 @@ fn launch_spec(
 fn cgroup(spec: &ContainerSpec, task_dir: &TaskDir, layout: &Layout) -> Option<CgroupPath> {
     let leaf = task_dir.path().file_name()?.to_str()?;
     layout
-        .path_for(spec.cgroup.as_deref(), leaf)
+        .path_for(spec.resources.cgroup.as_deref(), leaf)
         .filter(|_| nix::unistd::geteuid().is_root())
 }
 
 fn root(spec: &ContainerSpec, task_dir: &TaskDir) -> Result<(Root, Vec<Mount>), BackendError> {
-    let missing = skeleton::missing_mount_points(spec);
-    let Root::Directory(image) = &spec.root else {
-        return Ok((spec.root.clone(), Vec::new()));
+    let missing = skeleton::missing_mount_points(&spec.rootfs, &spec.mounts);
+    let Root::Directory(image) = &spec.rootfs.source else {
+        return Ok((spec.rootfs.source.clone(), Vec::new()));
     };
     if missing.is_empty() {
-        return Ok((spec.root.clone(), Vec::new()));
+        return Ok((spec.rootfs.source.clone(), Vec::new()));
     }
     let skeleton = task_dir.skeleton();
     let made = fs::create_dir(&skeleton)
-        .and_then(|()| skeleton::build(image, &skeleton, &missing, spec.volatile));
+        .and_then(|()| skeleton::build(image, &skeleton, &missing, spec.rootfs.volatile));
     let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
     Ok((Root::Directory(skeleton), binds))
 }
@@ -136,7 +141,7 @@ fn root(spec: &ContainerSpec, task_dir: &TaskDir) -> Result<(Root, Vec<Mount>), 
 /// What the user should know about the ports of a container. A port that would be reachable on more addresses than it was
 /// allocated on is refused.
 fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
-    let Network::Private { ports, .. } = &spec.network else {
+    let NetworkNamespace::Private { ports, .. } = &spec.network.namespace else {
         return Ok(Vec::new());
     };
     // Without addresses there is nothing to check that could fail.
@@ -146,7 +151,7 @@ fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
     let failed = |cause, reason| match cause {
         Cause::Config => unsupported(spec, reason),
         cause => BackendError::Start {
-            machine: spec.machine.clone(),
+            machine: spec.identity.machine.clone(),
             step: "checking the addresses of its ports",
             reason,
             cause,
@@ -160,6 +165,6 @@ fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
 }
 
 fn unsupported(spec: &ContainerSpec, reason: String) -> BackendError {
-    let machine = spec.machine.clone();
+    let machine = spec.identity.machine.clone();
     BackendError::Unsupported { machine, reason }
 }

@@ -30,20 +30,20 @@ impl NspawnBackend {
         secured.map_err(|error| match error {
             StateDirError::Io { path, source } => io_error("making the directory", &path, source),
             refused => BackendError::Unsupported {
-                machine: spec.machine.clone(),
+                machine: spec.identity.machine.clone(),
                 reason: refused.to_string(),
             },
         })?;
-        let (settings, id) = (Arc::clone(&self.settings), spec.id.clone());
+        let (settings, id) = (Arc::clone(&self.settings), spec.identity.id.clone());
         let earlier =
             blocking::run_start(move || TaskDir::previous_starts(&settings.state_dir, &id)).await;
         let earlier = earlier.map_err(|source| {
             let place = &self.settings.state_dir;
             io_error("looking for earlier starts in", place, source)
         })?;
-        let mut occupied = vec![self.task_dir(&spec.id)];
+        let mut occupied = vec![self.task_dir(&spec.identity.id)];
         occupied.extend(earlier);
-        refuse_later_form(&occupied, &spec.machine).await?;
+        refuse_later_form(&occupied, &spec.identity.machine).await?;
         for earlier in occupied {
             self.remove_start(&earlier).await?;
         }
@@ -52,7 +52,10 @@ impl NspawnBackend {
 
     /// Starts a container that has no leftovers. After an error the caller removes what is there of it.
     pub(super) async fn start_new(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
-        let (machine, task_dir) = (spec.machine.clone(), self.task_dir(&spec.id));
+        let (machine, task_dir) = (
+            spec.identity.machine.clone(),
+            self.task_dir(&spec.identity.id),
+        );
         let installed = self.installed.get(&self.settings).await;
         let (program, version) = installed.map_err(|error| error.of_start(&machine))?;
         let host = Host {

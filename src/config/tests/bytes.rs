@@ -90,12 +90,15 @@ fn every_shape_of_the_wire_is_read() {
         ),
     ]);
     let spec = host.raw(&encode(&body)).unwrap().spec;
-    assert_eq!(spec.command, ["a", "b"]);
+    assert_eq!(spec.payload.command, ["a", "b"]);
     assert_eq!(
-        (&*spec.environment["A"], &*spec.environment["B"]),
+        (
+            &*spec.payload.environment["A"],
+            &*spec.payload.environment["B"]
+        ),
         ("1", "2")
     );
-    let Network::Private { ports, .. } = spec.network else {
+    let NetworkNamespace::Private { ports, .. } = spec.network.namespace else {
         panic!("ports make a private network");
     };
     let inside: Vec<_> = ports.iter().map(|port| port.container).collect();

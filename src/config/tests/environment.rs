@@ -36,7 +36,7 @@ fn the_jobs_environment_wins_and_odd_names_are_noted() {
         let expected = expected
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value.to_owned()));
-        assert_eq!(validated.spec.environment, expected.collect());
+        assert_eq!(validated.spec.payload.environment, expected.collect());
         assert_eq!(validated.notes, notes);
     }
     assert_eq!(

@@ -46,7 +46,9 @@ fn a_root_of_several_mounts_is_not_mapped(#[case] options: &str, #[case] refused
 fn the_address_of_a_port_travels_along() {
     let mut host = with_ports();
     host.context.ports[0].address = Some("10.0.0.1".parse().unwrap());
-    let Network::Private { ports, .. } = plain(&host, r#"ports = ["web", "raw"]"#).network else {
+    let NetworkNamespace::Private { ports, .. } =
+        plain(&host, r#"ports = ["web", "raw"]"#).network.namespace
+    else {
         panic!("no private network")
     };
     assert_eq!(ports[0].address, Some("10.0.0.1".parse().unwrap()));
@@ -57,24 +59,24 @@ fn the_address_of_a_port_travels_along() {
 fn ports_lead_inside() {
     let host = with_ports();
     let spec = plain(&host, r#"ports = ["web", "raw"]"#);
-    let private = |ports| Network::Private {
+    let private = |ports| NetworkNamespace::Private {
         veth: true,
         zone: None,
         bridge: None,
         ports,
     };
     let expected = vec![forward("web", 18080, 80), forward("raw", 19000, 19000)];
-    assert_eq!(spec.network, private(expected));
-    assert_eq!(spec.environment["NOMAD_PORT_web"], "80");
+    assert_eq!(spec.network.namespace, private(expected));
+    assert_eq!(spec.payload.environment["NOMAD_PORT_web"], "80");
     let spec = plain(&host, "port_map = { old = 80, web = 81 }");
     let expected = vec![
         forward("old", 20001, 80),
         forward("web", 18080, 81),
         forward("same", 20002, 20002),
     ];
-    assert_eq!(spec.network, private(expected));
-    assert_eq!(spec.environment["NOMAD_PORT_old"], "80");
-    assert_eq!(plain(&host, "").network, Network::Host);
+    assert_eq!(spec.network.namespace, private(expected));
+    assert_eq!(spec.payload.environment["NOMAD_PORT_old"], "80");
+    assert_eq!(plain(&host, "").network.namespace, NetworkNamespace::Host);
 }
 
 #[rstest]
@@ -124,10 +126,10 @@ fn a_network_of_the_group_is_joined() {
     let mut host = with_ports();
     host.context.network_namespace = Some("/var/run/netns/x".into());
     let body = "image = \"tree\"\nboot = false\n";
-    let join = Network::Join("/var/run/netns/x".into());
+    let join = NetworkNamespace::Join("/var/run/netns/x".into());
     let validated = host.check(body).unwrap();
     assert_eq!(
-        (validated.spec.network, validated.notes),
+        (validated.spec.network.namespace, validated.notes),
         (join.clone(), vec![])
     );
     let validated = host
@@ -135,8 +137,11 @@ fn a_network_of_the_group_is_joined() {
             "{body}network_veth = true\nport_map = {{ web = 80 }}"
         ))
         .unwrap();
-    assert_eq!(validated.spec.network, join);
-    assert_eq!(validated.spec.environment["NOMAD_PORT_web"], "18080");
+    assert_eq!(validated.spec.network.namespace, join);
+    assert_eq!(
+        validated.spec.payload.environment["NOMAD_PORT_web"],
+        "18080"
+    );
     assert_eq!(
         validated.notes,
         [
@@ -170,11 +175,11 @@ fn private_networks(
     #[case] zone: Option<&str>,
     #[case] bridge: Option<&str>,
 ) {
-    let expected = Network::Private {
+    let expected = NetworkNamespace::Private {
         veth,
         zone: zone.map(Into::into),
         bridge: bridge.map(Into::into),
         ports: vec![],
     };
-    assert_eq!(plain(&TestHost::new(), extra).network, expected);
+    assert_eq!(plain(&TestHost::new(), extra).network.namespace, expected);
 }
