@@ -34,10 +34,10 @@ impl EnvTransport {
     fn refusal(self) -> &'static str {
         match self {
             Self::Nspawn => {
-                "is not the name of a variable that a booted container can be given: give letters, digits and _, no digit first"
+                "is not a valid variable name in a booted container: use letters, digits and _, and no digit first"
             }
             Self::Init => {
-                "is not the name of a variable: give at least one character, and neither = nor NUL"
+                "is not a valid variable name: use at least one character, and neither = nor NUL"
             }
         }
     }
@@ -80,7 +80,7 @@ fn check(option: &str, name: &str, value: &str) -> Result<(), ConfigError> {
     let length = name.len() + 1 + value.len();
     if length > STRING_MAX {
         let reason =
-            format!("has {length} bytes with its name; a program takes at most {STRING_MAX}");
+            format!("has {length} bytes including its name; at most {STRING_MAX} are allowed");
         return Err(ConfigError::new(option, reason));
     }
     Ok(())
@@ -144,9 +144,9 @@ fn note(left_out: &[String], transport: EnvTransport) -> Option<String> {
     if left_out.is_empty() {
         return None;
     }
-    let whose = match transport {
-        EnvTransport::Nspawn => "systemd-nspawn",
-        EnvTransport::Init => "a program",
+    let rejected = match transport {
+        EnvTransport::Nspawn => "systemd-nspawn does not accept",
+        EnvTransport::Init => "a program can't be given",
     };
     let shown = left_out.get(..SHOWN).unwrap_or(left_out).join(", ");
     let more = match left_out.len().saturating_sub(SHOWN) {
@@ -154,7 +154,7 @@ fn note(left_out: &[String], transport: EnvTransport) -> Option<String> {
         count => format!(" and {count} more"),
     };
     Some(format!(
-        "environment variables left out, {whose} can't take their names: {shown}{more}"
+        "environment variables left out, because {rejected} their names: {shown}{more}. Rename them in the env block"
     ))
 }
 
@@ -179,7 +179,7 @@ pub(super) fn check_total_size(
         OPTION
     };
     let reason = format!(
-        "command and environment have {} bytes together; a program takes at most {TOTAL_MAX}",
+        "command and environment have {} bytes in total; at most {TOTAL_MAX} are allowed",
         words + variables
     );
     Err(ConfigError::new(option, reason))

@@ -32,7 +32,7 @@ pub(super) fn check(context: &TaskContext) -> Result<(), ConfigError> {
             return fault(
                 option,
                 name,
-                "can't be the name of a directory: give 1 to 255 bytes without / and control characters such as a tab, and not . or ..",
+                "is not a valid directory name: use 1 to 255 bytes without / and control characters such as a tab, and not . or ..",
             );
         }
     }
@@ -41,7 +41,7 @@ pub(super) fn check(context: &TaskContext) -> Result<(), ConfigError> {
         return fault(
             "task.id",
             id,
-            "is not an id: give names with / between them, none of them . or .., without control characters, at most 512 bytes",
+            "is not a valid id: use names separated by /, none of them . or .., without control characters, at most 512 bytes in all",
         );
     }
     Ok(())

@@ -36,7 +36,7 @@ pub use plugin::MAX_STATE_DIR_BYTES;
 /// The validated agent's `plugin` block, as the operator set it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PluginConfig {
-    /// Whether tasks may be placed on this node at all.
+    /// Whether tasks may be placed on this node.
     pub enabled: bool,
     /// Whether jobs may mount host paths from outside their allocation.
     pub volumes: bool,

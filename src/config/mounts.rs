@@ -55,7 +55,7 @@ fn volumes(
         let target = volume.target.to_string_lossy();
         let option = entry("task.volume_mount", &target);
         if !plugin_config.volumes {
-            let reason = "volumes are off on this node (plugin.volumes = false)";
+            let reason = "volumes are disabled on this node (plugin.volumes = false)";
             return Err(ConfigError::new(option, reason));
         }
         let text = volume.source.to_string_lossy();
@@ -67,7 +67,7 @@ fn volumes(
                 return Err(ConfigError::new(option, reason));
             }
             Err(error) => {
-                let reason = format!("the source {} can't be looked up: {error}", quoted(&text));
+                let reason = format!("the source {} can't be resolved: {error}", quoted(&text));
                 return Err(ConfigError::new(option, reason));
             }
         };
@@ -90,7 +90,7 @@ fn bind_source(
     let source = allocation.source(option, text)?;
     if !plugin_config.volumes && !allocation.contains(&source) {
         let reason = format!(
-            "{} is outside the allocation, and volumes are off on this node (plugin.volumes = false)",
+            "{} is outside the allocation, and volumes are disabled on this node (plugin.volumes = false)",
             quoted(text)
         );
         return Err(ConfigError::new(option, reason));
@@ -104,7 +104,7 @@ fn bind_target(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
         && last.split(',').all(|word| BIND_OPTIONS.contains(&word))
     {
         let reason = format!(
-            "{} ends in mount options, which can't be given here",
+            "{} ends in mount options, which are not supported",
             quoted(text)
         );
         return Err(ConfigError::new(option, reason));
@@ -124,7 +124,7 @@ fn mount_point(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
 fn add(mounts: &mut Vec<Mount>, option: &str, mount: Mount) -> Result<(), ConfigError> {
     if let Some(earlier) = mounts.iter().find(|earlier| earlier.target == mount.target) {
         let reason = format!(
-            "the target {} is taken already by {}",
+            "the target {} is already used by {}",
             quoted(&mount.target.to_string_lossy()),
             quoted(&earlier.source.to_string_lossy())
         );

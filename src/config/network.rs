@@ -51,7 +51,7 @@ pub(super) fn network(
     }
     if options.network_veth == Some(false) && attached.is_none() {
         let reason = format!(
-            "false can't be combined with {PORTS} or {PORT_MAP}: ports lead into a network of its own"
+            "false can't be combined with {PORTS} or {PORT_MAP}: ports are forwarded into a private network"
         );
         return Err(ConfigError::new(VETH, reason));
     }
@@ -88,7 +88,7 @@ fn names(options: &TaskOptions) -> Result<(), ConfigError> {
         && !is_interface_name(&format!("vz-{zone}"))
     {
         let reason = format!(
-            "{} is not the name of a zone: give 1 to 12 printable characters without space, :, / and %",
+            "{} is not a valid zone name: use 1 to 12 printable characters other than space, :, / and %",
             quoted(zone)
         );
         return Err(ConfigError::new(ZONE, reason));
@@ -98,7 +98,7 @@ fn names(options: &TaskOptions) -> Result<(), ConfigError> {
     };
     if !is_interface_name(bridge) {
         let reason = format!(
-            "{} is not the name of an interface: give 1 to 15 printable characters without space, :, / and %, not digits alone",
+            "{} is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits",
             quoted(bridge)
         );
         return Err(ConfigError::new(BRIDGE, reason));
@@ -118,7 +118,7 @@ fn joined(options: &TaskOptions, context: &TaskContext) -> Result<Vec<String>, C
         let nomads = inside_port(port);
         if inside != nomads {
             let reason = format!(
-                "{inside} is not {nomads}, the port that the network of the group leads to: set to = {inside} in its port block"
+                "{inside} is not {nomads}, the port to which the group network forwards: set to = {inside} in the port block of the group"
             );
             return Err(ConfigError::new(entry(PORT_MAP, label), reason));
         }
@@ -132,7 +132,7 @@ fn joined(options: &TaskOptions, context: &TaskContext) -> Result<Vec<String>, C
         .into_iter()
         .filter(|(_, set)| *set)
         .map(|(option, _)| {
-            format!("{option} has no effect: the task is in the network of its group")
+            format!("{option} has no effect, because the task is in the network of its group. Remove it from the task, or the network mode from the group")
         })
         .collect())
 }
@@ -177,12 +177,12 @@ fn add(
 ) -> Result<(), ConfigError> {
     let label = quoted(&port.label);
     if port.host == 0 {
-        let reason = format!("{label} has no port on the host");
+        let reason = format!("{label} has no host port");
         return Err(ConfigError::new(option, reason));
     }
     if let Some(earlier) = forwards.iter().find(|earlier| earlier.host == port.host) {
         let reason = format!(
-            "{label} has the host port {} that {} has already",
+            "{label} has the host port {}, which {} already uses",
             port.host,
             quoted(&earlier.label)
         );
@@ -244,7 +244,7 @@ fn find<'a>(
                 [] => "the job has no ports".to_owned(),
                 known => format!("the job's ports are {}", known.join(", ")),
             };
-            let reason = format!("{} is not the label of a port: {known}", quoted(label));
+            let reason = format!("{} is not a port label: {known}", quoted(label));
             ConfigError::new(option, reason)
         })
 }

@@ -18,7 +18,7 @@ pub(super) struct OptionSpec {
     /// One or two sentences.
     #[cfg_attr(
         not(test),
-        expect(dead_code, reason = "read by the test of the documentation")
+        expect(dead_code, reason = "read by the test that checks the documentation")
     )]
     pub(super) doc: &'static str,
 }
@@ -111,15 +111,15 @@ macro_rules! options {
 options! {
     /// The agent's `plugin` block as the operator wrote it.
     struct PluginOptions {
-        /// Whether tasks may be placed on this node at all.
+        /// Whether tasks may be placed on this node.
         "enabled" => enabled: bool [true],
         /// Whether jobs may mount host paths from outside their allocation.
         "volumes" => volumes: bool [true],
-        /// The directory in which the state of running tasks lies.
+        /// The directory that holds the state of running tasks.
         "state_dir" => state_dir: String ["/run/nomad-driver-nspawn"],
-        /// The systemd-nspawn program to use instead of the one along `PATH`.
+        /// The systemd-nspawn program to use instead of the one found in `PATH`.
         "nspawn_path" => nspawn_path: String [],
-        /// How long the agent may take to ask for its tasks before what it did not ask for is ended and cleared away.
+        /// How long to wait for the agent to recover its tasks before those it did not ask for are killed and removed.
         "reconcile_after" => reconcile_after: String ["10m"],
     }
 }
@@ -129,17 +129,17 @@ options! {
     struct TaskOptions {
         /// Run the image's own init as the first process.
         "boot" => boot: bool [true],
-        /// Work on a copy of the image that is thrown away at the end.
+        /// Run on a copy of the image, which is deleted when the task ends.
         "ephemeral" => ephemeral: bool [false],
         /// Run the command as process 2, below a small init.
         "process_two" => process_two: bool [false],
         /// Mount the root file system read-only.
         "read_only" => read_only: bool [false],
-        /// Run the container in a user namespace of its own.
+        /// Run the container in its own user namespace.
         "user_namespacing" => user_namespacing: bool [true],
         /// The range of user ids of the user namespace.
         "private_users" => private_users: String [],
-        /// How the files of the image come to belong to that range.
+        /// How the files of the image get owners in that range.
         "private_users_ownership" => private_users_ownership: String [],
         /// The command and its arguments, or arguments for the image's init.
         "command" => command: Vec<String> [],
@@ -149,31 +149,31 @@ options! {
         "image" => image: String [required],
         /// Where to download the image from.
         "image_download" => image_download: ImageDownload [],
-        /// A directory of the image that becomes the root, and where the old root goes.
+        /// A directory of the image that becomes the root, and where the old root is put.
         "pivot_root" => pivot_root: String [],
-        /// How the container's `/etc/resolv.conf` is made.
+        /// How the container gets its `/etc/resolv.conf`.
         "resolv_conf" => resolv_conf: String [],
-        /// The user of the container's own database that runs the command.
+        /// The user that runs the command, from the container's own user database.
         "user" => user: String [],
-        /// Which part of the root file system is thrown away at the end.
+        /// Which part of the root file system is discarded when the task ends.
         "volatile" => volatile: String [],
-        /// The directory inside in which the command starts.
+        /// The directory inside the container in which the command starts.
         "working_directory" => working_directory: String [],
-        /// Host files and directories to show inside, as source = target.
+        /// Host files and directories to mount in the container, as source = target.
         "bind" => bind: BTreeMap<String, String> [],
         /// The same, read-only.
         "bind_read_only" => bind_read_only: BTreeMap<String, String> [],
-        /// Environment variables; they win over those of Nomad and of the job.
+        /// Environment variables; they override those of Nomad and of the job.
         "environment" => environment: BTreeMap<String, String> [],
         /// Container ports by port label, for ports of the task's own `network` block.
         "port_map" => port_map: BTreeMap<String, Number> [],
-        /// Labels of the group's ports that lead into the container.
+        /// Labels of the group's ports that are forwarded into the container.
         "ports" => ports: Vec<String> [],
-        /// Capabilities to add to those a container has.
+        /// Capabilities to add to the default set of a container.
         "capability" => capability: Vec<String> [],
-        /// Give the container a network of its own, with a virtual cable to the host.
+        /// Give the container its own network, with a veth pair to the host.
         "network_veth" => network_veth: bool [],
-        /// Join a zone: a bridge that containers of the same zone share.
+        /// Join a zone: a bridge shared by the containers of the same zone.
         "network_zone" => network_zone: String [],
         /// Join an existing bridge of the host.
         "network_bridge" => network_bridge: String [],
@@ -185,9 +185,9 @@ options! {
     struct ImageDownload {
         /// The URL, or an image reference for the type `docker`.
         "url" => url: String [required],
-        /// What lies there.
+        /// The type of the download.
         "type" => kind: String ["tar"],
-        /// Download again although the image is there.
+        /// Download again even if the image exists.
         "force" => force: bool [false],
         /// How the download is checked.
         "verify" => verify: String ["no"],

@@ -47,11 +47,11 @@ impl PathError {
                 )
             }
             Self::Leaves(base) => {
-                format!("{text} leads out of {}", quoted(&base.to_string_lossy()))
+                format!("{text} leads outside {}", quoted(&base.to_string_lossy()))
             }
             Self::Unreadable(path, error) => {
                 format!(
-                    "{text} can't be looked up at {}: {error}",
+                    "{text} can't be examined at {}: {error}",
                     quoted(&path.to_string_lossy())
                 )
             }
@@ -149,7 +149,7 @@ impl Allocation {
             return Ok(());
         }
         let reason = format!(
-            "{} is or holds a directory that Nomad keeps from the task",
+            "{} is or contains a directory that Nomad hides from tasks",
             quoted(text)
         );
         Err(ConfigError::new(option, reason))
@@ -255,9 +255,9 @@ pub(super) fn validate_path_text(option: &str, text: &str) -> Result<(), ConfigE
     let fault = if text.is_empty() {
         "is empty"
     } else if has_control(text) {
-        "has a control character"
+        "contains a control character"
     } else if text.len() > PATH_MAX {
-        "is longer than a path can be (4095 bytes)"
+        "is longer than 4095 bytes"
     } else {
         return Ok(());
     };
@@ -276,7 +276,7 @@ pub(super) fn inside(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
         return Err(ConfigError::new(option, reason));
     }
     if path.components().any(|part| part == Component::ParentDir) {
-        let reason = format!("{} has a .. in it", quoted(text));
+        let reason = format!("{} contains ..", quoted(text));
         return Err(ConfigError::new(option, reason));
     }
     Ok(path.components().collect())

@@ -15,7 +15,7 @@ pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError>
     let state_dir = inside("plugin.state_dir", &options.state_dir)?;
     if state_dir.as_os_str().len() > MAX_STATE_DIR_BYTES {
         let reason = format!(
-            "{state_dir:?} is longer than {MAX_STATE_DIR_BYTES} bytes, which sockets below it can't be"
+            "{state_dir:?} is longer than {MAX_STATE_DIR_BYTES} bytes: the paths of sockets in it would be too long"
         );
         return Err(ConfigError::new("plugin.state_dir", reason));
     }

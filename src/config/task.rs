@@ -130,7 +130,7 @@ fn mode(options: &TaskOptions) -> Result<Mode, ConfigError> {
     match (options.boot, options.process_two) {
         (true, true) => Err(ConfigError::new(
             "config.process_two",
-            "true can't be combined with config.boot, which is true unless it is set to false",
+            "true can't be combined with config.boot, which is true by default: set config.boot = false",
         )),
         (true, false) => Ok(Mode::Boot),
         (false, true) => Ok(Mode::ProcessTwo),
@@ -151,15 +151,15 @@ fn user(
         None => ("task.user", &context.user),
     };
     let fault = if values::has_control(name) {
-        "has a control character"
+        "contains a control character"
     } else if name.starts_with('-') {
         "begins with -"
     } else if name.contains(':') {
-        "has a : in it; systemd-nspawn takes the name of a user and finds its groups itself"
+        "contains a :, but a group can't be given; systemd-nspawn looks up the groups of the user"
     } else if name.len() > NAME_MAX {
         "is longer than 256 bytes"
     } else if mode == Mode::Boot {
-        "can't be combined with config.boot, which is true unless it is set to false"
+        "can't be combined with config.boot, which is true by default: set config.boot = false"
     } else {
         return Ok(Some(name.clone()));
     };
@@ -183,7 +183,10 @@ fn pivot_root(text: &str) -> Result<PathBuf, ConfigError> {
             return Err(ConfigError::new(PIVOT_ROOT, reason));
         }
         if inside(PIVOT_ROOT, old)? == new {
-            let reason = format!("{} puts the old root where the new one is", quoted(text));
+            let reason = format!(
+                "{} names the same path for the new and the old root",
+                quoted(text)
+            );
             return Err(ConfigError::new(PIVOT_ROOT, reason));
         }
     }
@@ -201,7 +204,7 @@ fn command_words(command: &[String]) -> Result<(), ConfigError> {
         Some(index) => Err(ConfigError::new(
             format!("config.command[{index}]"),
             format!(
-                "has {} bytes; a program takes at most {STRING_MAX}",
+                "has {} bytes; at most {STRING_MAX} are allowed",
                 command[index].len()
             ),
         )),
@@ -233,7 +236,7 @@ fn users(
         for (option, set) in [(PRIVATE_USERS, range), (OWNERSHIP, ownership)] {
             if set.is_some_and(|word| word != "no") {
                 notes.push(format!(
-                    "{option} has no effect: config.user_namespacing is false"
+                    "{option} has no effect, because config.user_namespacing is false. Remove it, or set config.user_namespacing = true"
                 ));
             }
         }
@@ -315,7 +318,7 @@ fn download_error(download: &ImageDownload) -> ConfigError {
     }
     let again = if download.force { " again" } else { "" };
     let reason = format!(
-        "downloading{again} is not built yet: use a directory or a disk image on the client, or fetch a disk image in one file with an artifact block"
+        "downloading{again} is not implemented: use a directory or a disk image on the client, or fetch a disk image in one file with an artifact block"
     );
     ConfigError::new("config.image_download", reason)
 }
@@ -330,7 +333,7 @@ fn root(
     let kind = path
         .metadata()
         .map_err(|error| {
-            let reason = format!("{} can't be looked at: {error}", quoted(image));
+            let reason = format!("{} can't be examined: {error}", quoted(image));
             ConfigError::new(IMAGE, reason)
         })?
         .file_type();
@@ -404,7 +407,7 @@ fn validate_root(
             Mode::ProcessTwo | Mode::Plain => "",
         };
         let reason = format!(
-            "{} holds no operating system: it lacks {missing}{hint}",
+            "{} contains no operating system: it lacks {missing}{hint}",
             quoted(&top.to_string_lossy())
         );
         return Err(ConfigError::new(IMAGE, reason));
@@ -415,7 +418,8 @@ fn validate_root(
             .is_ok_and(|bin| bin.is_dir())
     };
     if volatile == Volatile::Yes && unmerged() {
-        let reason = "\"yes\" needs an image whose /bin is a link into /usr; use state or overlay";
+        let reason =
+            "\"yes\" needs an image whose /bin is a symbolic link into /usr; use state or overlay";
         return Err(ConfigError::new(VOLATILE, reason));
     }
     Ok(())

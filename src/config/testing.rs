@@ -216,7 +216,7 @@ impl TestHost {
     pub(super) fn refusal(&self, body: &str) -> String {
         let top = self.path("");
         let message = match self.check(body) {
-            Ok(validated) => panic!("{body} was taken: {validated:?}"),
+            Ok(validated) => panic!("{body} was accepted: {validated:?}"),
             Err(error) => error.to_string(),
         };
         message

@@ -119,16 +119,19 @@ fn a_job_with_many_words() {
     r#"config.console: "tty" is not one of interactive, read-only, passive, pipe, autopipe"#
 )]
 #[case(r#"resolv_conf = "copy""#, r#"config.resolv_conf: "copy" is not one of off, copy-host, copy-static, copy-uplink, copy-stub, replace-host, replace-static, replace-uplink, replace-stub, bind-host, bind-static, bind-uplink, bind-stub, delete, auto"#)]
-#[case(r#"private_users = "some""#, r#"config.private_users: "some" is not one of yes, no, pick, identity, managed, and not UID[:COUNT]"#)]
-#[case(r#"private_users = "1:2:3""#, r#"config.private_users: "1:2:3" is not one of yes, no, pick, identity, managed, and not UID[:COUNT]"#)]
-#[case(r#"private_users = "+1""#, r#"config.private_users: "+1" is not one of yes, no, pick, identity, managed, and not UID[:COUNT]"#)]
+#[case(r#"private_users = "some""#, r#"config.private_users: "some" is not one of yes, no, pick, identity, managed, UID, UID:COUNT"#)]
+#[case(r#"private_users = "1:2:3""#, r#"config.private_users: "1:2:3" is not one of yes, no, pick, identity, managed, UID, UID:COUNT"#)]
+#[case(
+    r#"private_users = "+1""#,
+    r#"config.private_users: "+1" is not one of yes, no, pick, identity, managed, UID, UID:COUNT"#
+)]
 #[case(
     r#"private_users = "65535""#,
-    r#"config.private_users: "65535" begins with a user id that the kernel keeps for itself"#
+    r#"config.private_users: "65535" begins with a user id that the kernel reserves"#
 )]
 #[case(
     r#"private_users = "0:0""#,
-    r#"config.private_users: "0:0" is a range of no user ids"#
+    r#"config.private_users: "0:0" is an empty range of user ids"#
 )]
 #[case(
     r#"private_users = "4294967294""#,
@@ -147,7 +150,7 @@ fn a_job_with_many_words() {
     "private_users_ownership = \"chown\"\nvolatile = \"state\"",
     r#"config.private_users_ownership: "chown" can't be combined with config.volatile"#
 )]
-#[case(r#"capability = ["CAP_BPF", "NET_ADMIN"]"#, r#"config.capability: "NET_ADMIN" is not a capability: give names such as CAP_NET_ADMIN, or all"#)]
+#[case(r#"capability = ["CAP_BPF", "NET_ADMIN"]"#, r#"config.capability: "NET_ADMIN" is not a capability: use names such as CAP_NET_ADMIN, or all"#)]
 #[case(
     r#"working_directory = "srv""#,
     r#"config.working_directory: "srv" is not an absolute path"#
@@ -167,17 +170,20 @@ fn a_job_with_many_words() {
 )]
 #[case(
     r#"pivot_root = "/a:/a/""#,
-    r#"config.pivot_root: "/a:/a/" puts the old root where the new one is"#
+    r#"config.pivot_root: "/a:/a/" names the same path for the new and the old root"#
 )]
 #[case(
     r#"pivot_root = "/nowhere""#,
     r#"config.pivot_root: "/nowhere" is not a directory of the image"#
 )]
 #[case(r#"user = "-x""#, r#"config.user: "-x" begins with -"#)]
-#[case(r#"user = "a\nb""#, r#"config.user: "a\nb" has a control character"#)]
-#[case(r#"user = "www:www""#, r#"config.user: "www:www" has a : in it; systemd-nspawn takes the name of a user and finds its groups itself"#)]
-#[case(r#"environment = { "a=b" = "1" }"#, r#"config.environment["a=b"]: is not the name of a variable: give at least one character, and neither = nor NUL"#)]
-#[case(r#"environment = { "" = "1" }"#, r#"config.environment[""]: is not the name of a variable: give at least one character, and neither = nor NUL"#)]
+#[case(
+    r#"user = "a\nb""#,
+    r#"config.user: "a\nb" contains a control character"#
+)]
+#[case(r#"user = "www:www""#, r#"config.user: "www:www" contains a :, but a group can't be given; systemd-nspawn looks up the groups of the user"#)]
+#[case(r#"environment = { "a=b" = "1" }"#, r#"config.environment["a=b"]: is not a valid variable name: use at least one character, and neither = nor NUL"#)]
+#[case(r#"environment = { "" = "1" }"#, r#"config.environment[""]: is not a valid variable name: use at least one character, and neither = nor NUL"#)]
 #[case(
     r#"environment = { X = "a\u0000b" }"#,
     r#"config.environment["X"]: a NUL character is not allowed"#
@@ -186,20 +192,20 @@ fn a_job_with_many_words() {
     r#"command = ["a", "b\u0000c"]"#,
     "config.command[1]: a NUL character is not allowed"
 )]
-#[case(r#"network_zone = "thirteenchars""#, r#"config.network_zone: "thirteenchars" is not the name of a zone: give 1 to 12 printable characters without space, :, / and %"#)]
-#[case(r#"network_bridge = "br 0""#, r#"config.network_bridge: "br 0" is not the name of an interface: give 1 to 15 printable characters without space, :, / and %, not digits alone"#)]
-#[case(r#"network_bridge = "17""#, r#"config.network_bridge: "17" is not the name of an interface: give 1 to 15 printable characters without space, :, / and %, not digits alone"#)]
+#[case(r#"network_zone = "thirteenchars""#, r#"config.network_zone: "thirteenchars" is not a valid zone name: use 1 to 12 printable characters other than space, :, / and %"#)]
+#[case(r#"network_bridge = "br 0""#, r#"config.network_bridge: "br 0" is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits"#)]
+#[case(r#"network_bridge = "17""#, r#"config.network_bridge: "17" is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits"#)]
 #[case(
     "network_zone = \"a\"\nnetwork_bridge = \"b\"",
     r#"config.network_bridge: "b" can't be combined with config.network_zone"#
 )]
 #[case(
     r#"ports = ["http"]"#,
-    r#"config.ports[0]: "http" is not the label of a port: the job has no ports"#
+    r#"config.ports[0]: "http" is not a port label: the job has no ports"#
 )]
 #[case(
     r#"image_download { url = "https://x/y" }"#,
-    "config.image_download: downloading is not built yet: use a directory or a disk image on the client, or fetch a disk image in one file with an artifact block"
+    "config.image_download: downloading is not implemented: use a directory or a disk image on the client, or fetch a disk image in one file with an artifact block"
 )]
 #[case(
     "image_download {\n url = \"ftp://x/y\"\n}",
@@ -227,7 +233,7 @@ fn a_job_with_many_words() {
 )]
 #[case(
     r#"bind = { "TOP/data" = "/x\ny" }"#,
-    r#"config.bind["TOP/data"]: "/x\ny" has a control character"#
+    r#"config.bind["TOP/data"]: "/x\ny" contains a control character"#
 )]
 #[case(
     r#"bind = { "TOP/data" = "" }"#,
@@ -240,37 +246,40 @@ fn a_job_with_many_words() {
 )]
 #[case(
     r#"bind = { "TOP/data" = "/a/../b" }"#,
-    r#"config.bind["TOP/data"]: "/a/../b" has a .. in it"#
+    r#"config.bind["TOP/data"]: "/a/../b" contains .."#
 )]
-#[case(r#"bind = { "TOP/data" = "/x:norbind,idmap" }"#, r#"config.bind["TOP/data"]: "/x:norbind,idmap" ends in mount options, which can't be given here"#)]
-#[case(r#"bind = { "TOP/data" = "/local/" }"#, r#"config.bind["TOP/data"]: the target "/local" is taken already by "TOP/alloc/ALLOC/web/local""#)]
+#[case(
+    r#"bind = { "TOP/data" = "/x:norbind,idmap" }"#,
+    r#"config.bind["TOP/data"]: "/x:norbind,idmap" ends in mount options, which are not supported"#
+)]
+#[case(r#"bind = { "TOP/data" = "/local/" }"#, r#"config.bind["TOP/data"]: the target "/local" is already used by "TOP/alloc/ALLOC/web/local""#)]
 #[case(
     "bind = { \"TOP/data\" = \"/x\" }\nbind_read_only = { \"TOP/data\" = \"//x/.\" }",
-    r#"config.bind_read_only["TOP/data"]: the target "/x" is taken already by "TOP/data""#
+    r#"config.bind_read_only["TOP/data"]: the target "/x" is already used by "TOP/data""#
 )]
 #[case(
     r#"bind = { "../db/local" = "/x" }"#,
-    r#"config.bind["../db/local"]: "../db/local" leads out of "TOP/alloc/ALLOC/web""#
+    r#"config.bind["../db/local"]: "../db/local" leads outside "TOP/alloc/ALLOC/web""#
 )]
 #[case(
     r#"bind = { "local/link" = "/x" }"#,
-    r#"config.bind["local/link"]: "local/link" leads out of "TOP/alloc/ALLOC/web""#
+    r#"config.bind["local/link"]: "local/link" leads outside "TOP/alloc/ALLOC/web""#
 )]
 #[case(
     r#"bind = { "/local/link" = "/x" }"#,
-    r#"config.bind["/local/link"]: "/local/link" leads out of "TOP/alloc/ALLOC/web/local""#
+    r#"config.bind["/local/link"]: "/local/link" leads outside "TOP/alloc/ALLOC/web/local""#
 )]
-#[case(r#"bind = { "TOP/alloc/ALLOC/web/local/link" = "/x" }"#, r#"config.bind["TOP/alloc/ALLOC/web/local/link"]: "TOP/alloc/ALLOC/web/local/link" leads out of "TOP/alloc/ALLOC/web""#)]
+#[case(r#"bind = { "TOP/alloc/ALLOC/web/local/link" = "/x" }"#, r#"config.bind["TOP/alloc/ALLOC/web/local/link"]: "TOP/alloc/ALLOC/web/local/link" leads outside "TOP/alloc/ALLOC/web""#)]
 #[case(
     r#"bind = { "private" = "/x" }"#,
-    r#"config.bind["private"]: "private" is or holds a directory that Nomad keeps from the task"#
+    r#"config.bind["private"]: "private" is or contains a directory that Nomad hides from tasks"#
 )]
 #[case(
     r#"bind = { "." = "/x" }"#,
-    r#"config.bind["."]: "." is or holds a directory that Nomad keeps from the task"#
+    r#"config.bind["."]: "." is or contains a directory that Nomad hides from tasks"#
 )]
-#[case(r#"bind = { "TOP/alloc/ALLOC/db/secrets" = "/x" }"#, r#"config.bind["TOP/alloc/ALLOC/db/secrets"]: "TOP/alloc/ALLOC/db/secrets" is or holds a directory that Nomad keeps from the task"#)]
-#[case(r#"bind = { "TOP/alloc/ALLOC" = "/x" }"#, r#"config.bind["TOP/alloc/ALLOC"]: "TOP/alloc/ALLOC" is or holds a directory that Nomad keeps from the task"#)]
+#[case(r#"bind = { "TOP/alloc/ALLOC/db/secrets" = "/x" }"#, r#"config.bind["TOP/alloc/ALLOC/db/secrets"]: "TOP/alloc/ALLOC/db/secrets" is or contains a directory that Nomad hides from tasks"#)]
+#[case(r#"bind = { "TOP/alloc/ALLOC" = "/x" }"#, r#"config.bind["TOP/alloc/ALLOC"]: "TOP/alloc/ALLOC" is or contains a directory that Nomad hides from tasks"#)]
 fn what_is_wrong_is_said(#[case] extra: &str, #[case] message: &str) {
     let host = TestHost::new();
     host.link(&format!("alloc/{ALLOC}/web/local/link"), "/etc");
@@ -283,15 +292,15 @@ fn what_is_wrong_is_said(#[case] extra: &str, #[case] message: &str) {
 #[case(r#"image = """#, "config.image: is required")]
 #[case(
     "image = \"system\"\nprocess_two = true",
-    "config.process_two: true can't be combined with config.boot, which is true unless it is set to false"
+    "config.process_two: true can't be combined with config.boot, which is true by default: set config.boot = false"
 )]
-#[case("image = \"system\"\nuser = \"www\"", r#"config.user: "www" can't be combined with config.boot, which is true unless it is set to false"#)]
-#[case(r#"image = "tree""#, r#"config.image: "TOP/plugins/tree" holds no operating system: it lacks etc/os-release and usr/lib/os-release; to run a command instead of an init, set config.boot = false"#)]
+#[case("image = \"system\"\nuser = \"www\"", r#"config.user: "www" can't be combined with config.boot, which is true by default: set config.boot = false"#)]
+#[case(r#"image = "tree""#, r#"config.image: "TOP/plugins/tree" contains no operating system: it lacks etc/os-release and usr/lib/os-release; to run a command instead of an init, set config.boot = false"#)]
 #[case(
     "image = \"empty\"\nboot = false",
-    r#"config.image: "TOP/plugins/empty" holds no operating system: it lacks the directory usr"#
+    r#"config.image: "TOP/plugins/empty" contains no operating system: it lacks the directory usr"#
 )]
-#[case(r#"image = "noinit""#, r#"config.image: "TOP/plugins/noinit" holds no operating system: it lacks an init (usr/lib/systemd/systemd, lib/systemd/systemd or sbin/init); to run a command instead of an init, set config.boot = false"#)]
+#[case(r#"image = "noinit""#, r#"config.image: "TOP/plugins/noinit" contains no operating system: it lacks an init (usr/lib/systemd/systemd, lib/systemd/systemd or sbin/init); to run a command instead of an init, set config.boot = false"#)]
 #[case(r#"image = "web""#, r#"config.image: "web" does not exist; looked at "TOP/plugins/web", "TOP/machines/web", "TOP/machines/web.raw""#)]
 #[case(
     r#"image = "a/web""#,
@@ -299,11 +308,11 @@ fn what_is_wrong_is_said(#[case] extra: &str, #[case] message: &str) {
 )]
 #[case(
     r#"image = "../machines""#,
-    r#"config.image: "../machines" leads out of "TOP/plugins""#
+    r#"config.image: "../machines" leads outside "TOP/plugins""#
 )]
 #[case(
     r#"image = "out""#,
-    r#"config.image: "out" leads out of "TOP/plugins""#
+    r#"config.image: "out" leads outside "TOP/plugins""#
 )]
 #[case(
     r#"image = "/local/none""#,
@@ -327,7 +336,7 @@ fn what_is_wrong_is_said(#[case] extra: &str, #[case] message: &str) {
 )]
 #[case(
     "image = \"unmerged\"\nboot = false\nvolatile = \"yes\"\nuser_namespacing = false",
-    r#"config.volatile: "yes" needs an image whose /bin is a link into /usr; use state or overlay"#
+    r#"config.volatile: "yes" needs an image whose /bin is a symbolic link into /usr; use state or overlay"#
 )]
 fn what_is_wrong_with_an_image_is_said(#[case] body: &str, #[case] message: &str) {
     let host = TestHost::new();
@@ -412,7 +421,7 @@ fn without_volumes_only_the_allocation_is_shown() {
     assert_eq!(plain(&host, r#"bind = { "local" = "/x" }"#).mounts.len(), 4);
     assert_eq!(
         host.refusal(&format!("{body}bind = {{ \"TOP/data\" = \"/x\" }}")),
-        r#"config.bind["TOP/data"]: "TOP/data" is outside the allocation, and volumes are off on this node (plugin.volumes = false)"#
+        r#"config.bind["TOP/data"]: "TOP/data" is outside the allocation, and volumes are disabled on this node (plugin.volumes = false)"#
     );
     host.context.mounts = vec![VolumeMount {
         source: host.path("data"),
@@ -421,7 +430,7 @@ fn without_volumes_only_the_allocation_is_shown() {
     }];
     assert_eq!(
         host.refusal(body),
-        r#"task.volume_mount["/v"]: volumes are off on this node (plugin.volumes = false)"#
+        r#"task.volume_mount["/v"]: volumes are disabled on this node (plugin.volumes = false)"#
     );
 }
 
@@ -436,7 +445,7 @@ fn the_tasks_user_is_used_and_named() {
     );
     assert_eq!(
         host.refusal("image = \"system\""),
-        r#"task.user: "job" can't be combined with config.boot, which is true unless it is set to false"#
+        r#"task.user: "job" can't be combined with config.boot, which is true by default: set config.boot = false"#
     );
 }
 

@@ -133,7 +133,7 @@ pub(super) fn capabilities(option: &str, list: &[String]) -> Result<Vec<String>,
                 .find(|known| **known == upper)
                 .ok_or_else(|| {
                     let reason = format!(
-                        "{} is not a capability: give names such as CAP_NET_ADMIN, or all",
+                        "{} is not a capability: use names such as CAP_NET_ADMIN, or all",
                         quoted(name)
                     );
                     ConfigError::new(option, reason)
@@ -176,13 +176,13 @@ pub(super) fn uid_range_error(range: &str) -> Option<&'static str> {
         false => None,
     };
     let (Some(first), Some(count)) = (number(uid), number(count)) else {
-        return Some("is not one of yes, no, pick, identity, managed, and not UID[:COUNT]");
+        return Some("is not one of yes, no, pick, identity, managed, UID, UID:COUNT");
     };
     if [0xFFFF, u32::MAX].contains(&first) {
-        return Some("begins with a user id that the kernel keeps for itself");
+        return Some("begins with a user id that the kernel reserves");
     }
     if count == 0 {
-        return Some("is a range of no user ids");
+        return Some("is an empty range of user ids");
     }
     // The last id means "no user" and can't be in a range.
     if first > u32::MAX - count {

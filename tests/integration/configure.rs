@@ -438,7 +438,7 @@ async fn a_driver_that_is_switched_off_says_so() {
 
 #[rstest]
 #[case("image", json!("no-such/image"), "config.image: \"no-such/image\" does not exist; looked at ")]
-#[case("image", json!("../state"), "config.image: \"../state\" leads out of ")]
+#[case("image", json!("../state"), "config.image: \"../state\" leads outside ")]
 #[case("image", json!(true), "config.image: ")]
 #[case("volatile", json!("maybe"), "config.volatile: \"maybe\" is not one of yes, state, overlay, no")]
 #[case("console", json!("tty"), "config.console: \"tty\" is not one of interactive, read-only, passive, pipe, autopipe")]
@@ -450,15 +450,15 @@ async fn a_driver_that_is_switched_off_says_so() {
 #[case("working_directory", json!("srv"), "config.working_directory: \"srv\" is not an absolute path")]
 #[case("pivot_root", json!("new"), "config.pivot_root: \"new\" is not an absolute path")]
 #[case("user", json!("-x"), "config.user: \"-x\" begins with -")]
-#[case("private_users", json!("some"), "config.private_users: \"some\" is not one of yes, no, pick, identity, managed, and not UID[:COUNT]")]
-#[case("environment", json!([{"a=b": "1"}]), "config.environment[\"a=b\"]: is not the name of a variable")]
+#[case("private_users", json!("some"), "config.private_users: \"some\" is not one of yes, no, pick, identity, managed, UID, UID:COUNT")]
+#[case("environment", json!([{"a=b": "1"}]), "config.environment[\"a=b\"]: is not a valid variable name")]
 #[case("bind", json!([{"/no/such/place": "/x"}]), "config.bind[\"/no/such/place\"]: \"/no/such/place\" does not exist")]
-#[case("bind", json!([{"../../x": "/x"}]), "config.bind[\"../../x\"]: \"../../x\" leads out of ")]
-#[case("bind", json!([{"local": "/x\ny"}]), "config.bind[\"local\"]: \"/x\\ny\" has a control character")]
-#[case("bind", json!([{"private": "/x"}]), "config.bind[\"private\"]: \"private\" is or holds a directory that Nomad keeps from the task")]
-#[case("network_zone", json!("thirteenchars"), "config.network_zone: \"thirteenchars\" is not the name of a zone")]
-#[case("network_bridge", json!("br 0"), "config.network_bridge: \"br 0\" is not the name of an interface")]
-#[case("ports", json!(["http"]), "config.ports[0]: \"http\" is not the label of a port: the job has no ports")]
+#[case("bind", json!([{"../../x": "/x"}]), "config.bind[\"../../x\"]: \"../../x\" leads outside ")]
+#[case("bind", json!([{"local": "/x\ny"}]), "config.bind[\"local\"]: \"/x\\ny\" contains a control character")]
+#[case("bind", json!([{"private": "/x"}]), "config.bind[\"private\"]: \"private\" is or contains a directory that Nomad hides from tasks")]
+#[case("network_zone", json!("thirteenchars"), "config.network_zone: \"thirteenchars\" is not a valid zone name")]
+#[case("network_bridge", json!("br 0"), "config.network_bridge: \"br 0\" is not a valid interface name")]
+#[case("ports", json!(["http"]), "config.ports[0]: \"http\" is not a port label: the job has no ports")]
 #[case("process_two", json!(3), "config.process_two: ")]
 #[case("image_download", json!({"url": "https://x/y"}), "config.image_download: ")]
 #[tokio::test]
@@ -548,7 +548,7 @@ async fn volumes_can_be_switched_off() {
         assert!(
             status
                 .message()
-                .contains("volumes are off on this node (plugin.volumes = false)"),
+                .contains("volumes are disabled on this node (plugin.volumes = false)"),
             "{}",
             status.message()
         );
@@ -565,7 +565,7 @@ async fn volumes_can_be_switched_off() {
     assert!(
         status
             .message()
-            .starts_with("task.volume_mount[\"/v\"]: volumes are off"),
+            .starts_with("task.volume_mount[\"/v\"]: volumes are disabled"),
         "{}",
         status.message()
     );

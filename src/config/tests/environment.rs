@@ -28,7 +28,7 @@ fn the_jobs_environment_wins_and_odd_names_are_noted() {
         vec![],
     );
     let booted = ("boot = true", vec![("A", "nomad"), ("B", "job\nline")], vec![
-            "environment variables left out, systemd-nspawn can't take their names: \"a.b\", \"my-key\"".to_owned()
+            "environment variables left out, because systemd-nspawn does not accept their names: \"a.b\", \"my-key\". Rename them in the env block".to_owned()
     ]);
     for (mode, expected, notes) in [own, booted] {
         let body = format!("image = \"tree\"\n{mode}\nenvironment = {{ B = \"job\\nline\" }}");
@@ -41,7 +41,7 @@ fn the_jobs_environment_wins_and_odd_names_are_noted() {
     }
     assert_eq!(
         host.refusal("image = \"tree\"\nenvironment = { \"a-b\" = \"1\" }"),
-        "config.environment[\"a-b\"]: is not the name of a variable that a booted container can be given: give letters, digits and _, no digit first"
+        "config.environment[\"a-b\"]: is not a valid variable name in a booted container: use letters, digits and _, and no digit first"
     );
 }
 
@@ -50,11 +50,11 @@ fn what_no_program_can_get_is_refused_by_name() {
     let long = "x".repeat(128 * 1024);
     assert_eq!(
         refusal(&format!("command = [\"a\", \"{long}\"]")),
-        "config.command[1]: has 131072 bytes; a program takes at most 131071"
+        "config.command[1]: has 131072 bytes; at most 131071 are allowed"
     );
     assert_eq!(
         refusal(&format!("environment = {{ A = \"{long}\" }}")),
-        r#"config.environment["A"]: has 131074 bytes with its name; a program takes at most 131071"#
+        r#"config.environment["A"]: has 131074 bytes including its name; at most 131071 are allowed"#
     );
     let many = format!("\"{}\",", &long[1..]).repeat(16);
     let message = refusal(&format!("command = [{many}]"));

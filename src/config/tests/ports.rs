@@ -84,8 +84,11 @@ fn ports_lead_inside() {
     r#"ports = ["web", "web"]"#,
     r#"config.ports[1]: "web" is listed twice"#
 )]
-#[case(r#"ports = ["x"]"#, r#"config.ports[0]: "x" is not the label of a port: the job's ports are "old", "raw", "same", "web""#)]
-#[case("port_map = { x = 1 }", r#"config.port_map["x"]: "x" is not the label of a port: the job's ports are "old", "raw", "same", "web""#)]
+#[case(
+    r#"ports = ["x"]"#,
+    r#"config.ports[0]: "x" is not a port label: the job's ports are "old", "raw", "same", "web""#
+)]
+#[case("port_map = { x = 1 }", r#"config.port_map["x"]: "x" is not a port label: the job's ports are "old", "raw", "same", "web""#)]
 #[case(
     "port_map = { old = 0 }",
     r#"config.port_map["old"]: 0 is not a port number from 1 to 65535"#
@@ -104,7 +107,7 @@ fn ports_lead_inside() {
 )]
 #[case(
     "ports = [\"web\"]\nnetwork_veth = false",
-    "config.network_veth: false can't be combined with config.ports or config.port_map: ports lead into a network of its own"
+    "config.network_veth: false can't be combined with config.ports or config.port_map: ports are forwarded into a private network"
 )]
 fn what_is_wrong_with_ports_is_said(#[case] extra: &str, #[case] message: &str) {
     let body = format!("image = \"tree\"\nboot = false\n{extra}");
@@ -117,7 +120,7 @@ fn two_labels_with_one_host_port_are_refused() {
     host.context.ports[1].host = 18080;
     assert_eq!(
         host.refusal("image = \"tree\"\nboot = false\nports = [\"web\", \"raw\"]"),
-        r#"config.ports[1]: "raw" has the host port 18080 that "web" has already"#
+        r#"config.ports[1]: "raw" has the host port 18080, which "web" already uses"#
     );
 }
 
@@ -145,13 +148,13 @@ fn a_network_of_the_group_is_joined() {
     assert_eq!(
         validated.notes,
         [
-            "config.network_veth has no effect: the task is in the network of its group",
-            "config.port_map has no effect: the task is in the network of its group",
+            "config.network_veth has no effect, because the task is in the network of its group. Remove it from the task, or the network mode from the group",
+            "config.port_map has no effect, because the task is in the network of its group. Remove it from the task, or the network mode from the group",
         ]
     );
     assert_eq!(
         host.refusal(&format!("{body}port_map = {{ web = 81 }}")),
-        r#"config.port_map["web"]: 81 is not 80, the port that the network of the group leads to: set to = 81 in its port block"#
+        r#"config.port_map["web"]: 81 is not 80, the port to which the group network forwards: set to = 81 in the port block of the group"#
     );
     assert_eq!(
         host.refusal(&format!("{body}network_zone = \"z\"")),
