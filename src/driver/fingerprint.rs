@@ -133,7 +133,8 @@ mod tests {
     }
 
     const TOO_OLD: &str = "systemd-nspawn 246 is too old: 247 or later is needed";
-    const TOO_NEW: &str = "systemd-nspawn 258 needs a host with control groups version 2 alone, mounted at /sys/fs/cgroup";
+    const TOO_NEW: &str =
+        "systemd-nspawn 258 needs a host with cgroup v2 only, mounted at /sys/fs/cgroup";
     const SHOWS: &str = "Healthy; systemd-nspawn 247 shows the environment of booted tasks in the process list, \
         250 and later do not";
     const OFF: &str = "disabled by the plugin configuration (enabled = false)";

@@ -58,7 +58,7 @@ pub enum Unsupported {
     /// This version can pass a variable only as an argument, which can't carry this value. systemd-nspawn would reject
     /// the argument and print the value.
     #[error(
-        "the environment variable {name} of a booted container is an argument of systemd-nspawn {version}, and its value {why}"
+        "the environment variable {name} of a booted container has to be passed as an argument to systemd-nspawn {version}, and its value {why}"
     )]
     Value {
         /// The name of the variable.
@@ -336,12 +336,12 @@ fn unfit_argument(assignment: &str, value: &str, version: u32) -> Option<String>
         let most = ARGUMENT_MAX - "--setenv=".len();
         let has = assignment.len();
         return Some(format!(
-            "has {has} bytes with its name; at most {most} are allowed"
+            "has {has} bytes including its name; at most {most} are allowed"
         ));
     }
     if value.chars().any(is_noncharacter) {
         return Some(
-            "has a character that Unicode keeps free of meaning (such as U+FFFE); all others are allowed"
+            "contains a Unicode noncharacter (such as U+FFFE); all other characters are allowed"
                 .to_owned(),
         );
     }
@@ -349,7 +349,7 @@ fn unfit_argument(assignment: &str, value: &str, version: u32) -> Option<String>
     if !Feature::ControlCharacters.is_in(version) && value.chars().any(control) {
         let since = Feature::ControlCharacters.since();
         return Some(format!(
-            "has a control character; before systemd-nspawn {since} only tab and newline are allowed"
+            "contains a control character; before systemd-nspawn {since} only tab and newline are allowed"
         ));
     }
     None

@@ -97,11 +97,11 @@ pub fn binds(
             idmap = able && found.maps;
             let why = match able {
                 true => format!(
-                    "the file system {} can't carry one on this kernel",
+                    "the file system {} does not support it on this kernel",
                     found.name
                 ),
                 false => format!(
-                    "systemd-nspawn {version} can't make one, {} and later can",
+                    "systemd-nspawn {version} does not support it, {} and later do",
                     Feature::MappedBinds.since()
                 ),
             };
@@ -130,8 +130,8 @@ fn unmapped(why: &str, targets: &[String]) -> String {
         more => format!(" and {more} more"),
     };
     format!(
-        "mounted without an id mapping, because {why}: {}{more}. In the container their files belong to nobody, and its root may do there what \
-         others may. Set config.user_namespacing = false, or keep what is mounted there on ext4, xfs or btrfs",
+        "mounted without an id mapping, because {why}: {}{more}. In the container their files belong to nobody, and root has only the \
+         access of other users. Set config.user_namespacing = false, or keep the sources on ext4, xfs or btrfs",
         shown.join(", ")
     )
 }

@@ -43,13 +43,13 @@ pub fn notes(rootfs: &Rootfs, users: &Users, version: u32, kernel: Kernel) -> Ve
             Some("volatile = \"overlay\" in a user namespace copies the whole image into memory")
         }
         (_, true) => Some(
-            "the image lies on an overlay, and a change of owner copies its whole tree into the upper layer",
+            "the image is on overlayfs, and changing the owners of its files copies the whole tree into the upper layer",
         ),
         _ => None,
     };
     let by_itself = (ownership.as_deref() == Some("auto")).then(|| {
         format!(
-            "the file system of the image ({}) can't carry an id mapping, so the owners of its files are changed",
+            "the file system of the image ({}) does not support id mapping, so the owners of its files are changed",
             file_system.name
         )
     });
@@ -141,14 +141,14 @@ impl Survey {
         let what = what.map(|what| format!("{what}: {least}{files} files, {mib} MiB. {REMEDY}"));
         let capable = self.first_capable.as_ref().map(|first| {
             format!(
-                "the change of owner removes the file capabilities of {least}{} files, the first is {}. {REMEDY}",
+                "changing the owners removes the file capabilities of {least}{} files, the first is {}. {REMEDY}",
                 self.capable,
                 first.display()
             )
         });
         let high = self.first_high.as_ref().map(|(first, id)| {
             format!(
-                "the change of owner cuts ids above {} to their remainder in {least}{} files: {} belongs to {id}, which becomes {}. {REMEDY}",
+                "changing the owners truncates ids above {} to 16 bits in {least}{} files: {} belongs to {id}, which becomes {}. {REMEDY}",
                 IDS - 1,
                 self.high,
                 first.display(),

@@ -140,7 +140,7 @@ fn check_one(port: &PortForward, host: &Addresses) -> Result<Option<String>, Ref
         return Err(refused_for_good(port, address));
     }
     if !of_this_host {
-        let what = "which is not an address of this host now";
+        let what = "which this host does not have at the moment";
         return Err(refused_for_now(port, address, what));
     }
     if others.is_empty() {
@@ -151,7 +151,7 @@ fn check_one(port: &PortForward, host: &Addresses) -> Result<Option<String>, Ref
     }
     let same_family = |other: &IpAddr| other.is_ipv4() == address.is_ipv4();
     if !host.default.iter().any(same_family) {
-        let what = "and this host has no default route of that address family now, which would show whether that is its default address";
+        let what = "and at the moment this host has no default route of that address family, which would show its default address";
         return Err(refused_for_now(port, address, what));
     }
     Err(refused_for_good(port, address))
@@ -165,8 +165,9 @@ fn note(port: &PortForward, address: IpAddr, others: &[&IpAddr]) -> String {
         more => format!(" and {more} more"),
     };
     format!(
-        "port {label:?} ({number}) is allotted on {address}, but it can be reached on every address of this host, also on {}{more}: \
-         systemd-nspawn can't forward a port on one address. To restrict it, use a group network in mode \"bridge\" or a firewall",
+        "port {label:?} ({number}) is allocated on {address}, but it can be reached on all addresses of this host, also on {}{more}: \
+         systemd-nspawn can't restrict a forwarded port to one address. To restrict it, use a group network in mode \"bridge\" \
+         or a firewall",
         shown.join(", ")
     )
 }
@@ -177,7 +178,7 @@ fn refused_for_now(port: &PortForward, address: IpAddr, what: &str) -> Refused {
     Refused {
         cause: Cause::Resources,
         reason: format!(
-            "port {label:?} is allotted on {address}, {what}. Check the host's interfaces and routes; if they are as they should be, \
+            "port {label:?} is allocated on {address}, {what}. Check the host's interfaces and routes; if they are correct, \
              correct network_interface or host_network in the agent's client block, or use a group network in mode \"bridge\""
         ),
     }
@@ -186,18 +187,19 @@ fn refused_for_now(port: &PortForward, address: IpAddr, what: &str) -> Refused {
 fn refused_for_good(port: &PortForward, address: IpAddr) -> Refused {
     let label = &port.label;
     let (reach, remedy) = match address.is_loopback() {
-        true => ("any address of this host except loopback ones", ""),
+        true => ("all addresses of this host except loopback ones", ""),
         false => (
-            "any address of this host, of which this is not the default one",
-            ", or set network_interface in the agent's client block to the interface with the default route if all ports are allotted there",
+            "all addresses of this host, and this is not the default one",
+            ", or set network_interface in the agent's client block to the interface with the default route, if all ports are allocated on that address",
         ),
     };
     Refused {
         cause: Cause::Config,
         reason: format!(
-            "port {label:?} is allotted on {address}, and systemd-nspawn can't forward a port on one address: it would be reached on {reach}. \
-             Use a group network in mode \"bridge\", in which Nomad forwards it; or leave it out of config.ports and config.port_map and let the \
-             task listen on that address in the host's network; or remove host_network from the port{remedy}"
+            "port {label:?} is allocated on {address}, and systemd-nspawn can't restrict a forwarded port to one address: \
+             the port would be reachable on {reach}. Use a group network in mode \"bridge\", in which Nomad forwards the port; or remove it \
+             from config.ports and config.port_map and let the task listen on that address in the host's network; or remove host_network \
+             from the port{remedy}"
         ),
     }
 }
@@ -335,7 +337,7 @@ mod tests {
         };
         for part in [
             "\"http\" (25000)",
-            "allotted on 192.0.2.2",
+            "allocated on 192.0.2.2",
             "also on 10.0.0.5, 10.0.1.5, fd00::2 and 1 more",
         ] {
             assert!(result.contains(part), "{result}");

@@ -62,7 +62,7 @@ pub fn unusable(version: u32, cgroup: CgroupLayout) -> Option<String> {
     }
     if Feature::UnifiedOnly.is_in(version) && cgroup != CgroupLayout::V2 {
         return Some(format!(
-            "systemd-nspawn {version} needs a host with control groups version 2 alone, mounted at /sys/fs/cgroup"
+            "systemd-nspawn {version} needs a host with cgroup v2 only, mounted at /sys/fs/cgroup"
         ));
     }
     None
@@ -86,16 +86,12 @@ mod tests {
     #[case(
         258,
         CgroupLayout::Hybrid,
-        Some(
-            "systemd-nspawn 258 needs a host with control groups version 2 alone, mounted at /sys/fs/cgroup"
-        )
+        Some("systemd-nspawn 258 needs a host with cgroup v2 only, mounted at /sys/fs/cgroup")
     )]
     #[case(
         262,
         CgroupLayout::None,
-        Some(
-            "systemd-nspawn 262 needs a host with control groups version 2 alone, mounted at /sys/fs/cgroup"
-        )
+        Some("systemd-nspawn 262 needs a host with cgroup v2 only, mounted at /sys/fs/cgroup")
     )]
     fn what_cannot_be_used_says_why(
         #[case] version: u32,

@@ -145,7 +145,7 @@ async fn what_a_change_of_owner_loses_is_reported(world: World) {
         })
     };
     let started = world.up(spec()).await;
-    let reported = about(&started.notes, "change of owner");
+    let reported = about(&started.notes, "changing the owners");
     let said = |part: &str| reported.iter().any(|note| note.contains(part));
     assert_eq!(reported.len(), if root { 2 } else { 0 }, "{reported:?}");
     for part in [

@@ -103,7 +103,7 @@ async fn an_image_on_an_overlay_is_copied_and_an_event_says_so() {
     let event = within("an event", events.message()).await.unwrap().unwrap();
     for part in [
         "overlay",
-        "copies its whole tree",
+        "copies the whole tree",
         " files, ",
         " MiB",
         "user_namespacing",
