@@ -18,7 +18,11 @@ pub fn kill_group(group: &Path, remove: bool) -> io::Result<()> {
     let group = Group::new(group);
     group.kill();
     if !group.wait_empty(KILL_TIMEOUT) {
-        let text = format!("processes {:?} do not die", group.processes());
+        let text = format!(
+            "processes {:?} did not exit within {} s after SIGKILL; check what they wait for (state D)",
+            group.processes(),
+            KILL_TIMEOUT.as_secs()
+        );
         return Err(io::Error::new(io::ErrorKind::TimedOut, text));
     }
     if remove { group.remove() } else { Ok(()) }

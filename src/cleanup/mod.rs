@@ -141,7 +141,7 @@ mod tests {
         let error = release(&task_dir, &launch_spec, None).unwrap_err();
         let text = error.to_string();
         assert!(
-            text.contains("address: a newer driver") && text.contains("cgroup: "),
+            text.contains("address: acquired by a newer driver") && text.contains("cgroup: "),
             "{text}"
         );
         assert!(!task_dir.is_freed());

@@ -71,24 +71,24 @@ fn verify(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
     let reason_not_ours = |reason: &str| Ok(Some(reason.to_owned()));
     let name = path.file_name().and_then(|name| name.to_str());
     if !name.is_some_and(TaskDir::is_name) {
-        return reason_not_ours("it is not called like a start");
+        return reason_not_ours("its name is not that of a task directory");
     }
     let about = path.symlink_metadata()?;
     if !about.is_dir() {
         return reason_not_ours("it is not a directory");
     }
     if about.uid() != nix::unistd::geteuid().as_raw() || about.mode() & 0o077 != 0 {
-        return reason_not_ours("it is not for the driver's own user alone");
+        return reason_not_ours("its owner is not the driver's user, or other users can access it");
     }
     let task_dir = TaskDir::new(path);
     match task_dir.launch_spec() {
         Ok(launch_spec) if TaskDir::for_task(state_dir, &launch_spec.id) != task_dir => {
-            reason_not_ours("its order is another start's")
+            reason_not_ours("its launch spec belongs to another start")
         }
         // Made by a newer driver, perhaps with a container that this one must not touch.
         Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(Some(error.to_string())),
         Ok(launch_spec) if !is_valid(&launch_spec, &task_dir) => {
-            reason_not_ours("its order names what is not its own")
+            reason_not_ours("its launch spec names a machine or cgroup of another start")
         }
         Ok(_) => Ok(None),
         Err(error)
@@ -99,7 +99,12 @@ fn verify(state_dir: &Path, path: &Path) -> io::Result<Option<String>> {
         {
             // Only the name suggests that it is the driver's, so it must not contain anything else.
             let unexpected_entry = task_dir.unexpected_entry()?;
-            Ok(unexpected_entry.map(|name| format!("{} lies in it", name.display())))
+            Ok(unexpected_entry.map(|name| {
+                format!(
+                    "it contains {}, which is not a file of the driver",
+                    name.display()
+                )
+            }))
         }
         Err(error) => Err(error),
     }

@@ -126,7 +126,7 @@ impl Resource {
             Some(lease) => lease.release(context),
             None => Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "a newer driver has acquired it, and only a driver that knows this kind can release it",
+                "acquired by a newer driver; only a driver that knows this kind can release it, so install the newer driver",
             )),
         }
     }

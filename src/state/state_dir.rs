@@ -17,7 +17,7 @@ const STICKY: u32 = 0o1000;
 #[derive(Debug, thiserror::Error)]
 pub enum StateDirError {
     /// It is a symlink.
-    #[error("plugin.state_dir: {link} is a link, give the directory it leads to")]
+    #[error("plugin.state_dir: {link} is a symbolic link; set it to the directory itself")]
     Link {
         /// The symlink.
         link: PathBuf,
@@ -30,7 +30,7 @@ pub enum StateDirError {
     },
     /// It belongs to another user.
     #[error(
-        "plugin.state_dir: {path} belongs to user {owner}, only root may own it and what it lies in"
+        "plugin.state_dir: {path} belongs to user {owner}; it and the directories above it must belong to root"
     )]
     Foreign {
         /// The directory, or one above it.
@@ -40,7 +40,7 @@ pub enum StateDirError {
     },
     /// Others can write it.
     #[error(
-        "plugin.state_dir: {path} can be written by others (mode {mode:04o}), only root may write it and what it lies in"
+        "plugin.state_dir: {path} is writable by other users (mode {mode:04o}); only root may write to it and the directories above it"
     )]
     Writable {
         /// The directory, or one above it.

@@ -540,7 +540,7 @@ pub fn decode<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
     let Form { form } = read(text)?;
     if form > FORMAT_VERSION {
         let text = format!(
-            "the record has form {form}, which is newer than this driver; it writes form {FORMAT_VERSION}"
+            "the record has format {form}, which is newer than format {FORMAT_VERSION} of this driver"
         );
         return Err(io::Error::new(io::ErrorKind::Unsupported, text));
     }
@@ -557,7 +557,7 @@ pub fn is_of_later_form(error: &io::Error) -> bool {
 fn read<T: DeserializeOwned>(text: &[u8]) -> io::Result<T> {
     serde_json::from_slice(text).map_err(|error| {
         invalid(format!(
-            "no record of this driver, as line {} column {} shows",
+            "not a record of this driver (line {} column {})",
             error.line(),
             error.column()
         ))

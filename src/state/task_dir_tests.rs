@@ -342,7 +342,7 @@ fn records_of_another_age() {
     let newer = changed(&|value| value["form"] = (FORMAT_VERSION + 1).into()).unwrap_err();
     assert_eq!(newer.kind(), io::ErrorKind::Unsupported);
     assert!(
-        newer.to_string().contains("form 2, which is newer"),
+        newer.to_string().contains("format 2, which is newer"),
         "{newer}"
     );
     for nonsense in ["x".into(), (-1).into(), serde_json::Value::Null] {

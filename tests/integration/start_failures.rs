@@ -134,7 +134,7 @@ async fn a_record_of_a_later_driver_is_final_and_named() {
     assert!(!is_recoverable(&status), "{status:?}");
     for words in [
         directory.to_str().unwrap(),
-        "form 2",
+        "format 2",
         "remove the directory",
     ] {
         assert!(status.message().contains(words), "{}", status.message());
@@ -159,7 +159,11 @@ async fn a_start_of_a_later_driver_is_not_ended() {
     fs::write(&order, later.to_string()).unwrap();
     let status = refusal(host.start_in(&plugin, Arc::clone(&first.allocation)).await);
     assert!(!is_recoverable(&status), "{status:?}");
-    assert!(status.message().contains("form 2"), "{}", status.message());
+    assert!(
+        status.message().contains("format 2"),
+        "{}",
+        status.message()
+    );
     first.signal(&plugin, "SIGUSR1").await.unwrap();
     assert_eq!(first.wait(&plugin).await.code, 12, "it was ended");
     fs::write(&order, text).unwrap();
