@@ -63,19 +63,24 @@ pub(super) fn ignored_settings(task: &proto::TaskConfig) -> Vec<String> {
         .dns
         .as_ref()
         .filter(|dns| **dns != proto::DnsConfig::default());
-    let dns = dns
-        .map(|_| "the dns block of the network is not applied: the task has the host's".to_owned());
-    let devices = task
-        .devices
-        .iter()
-        .map(|device| format!("the device {} is not passed on", device.host_path));
+    let dns = dns.map(|_| {
+        "the dns block of the network is not applied. Put a resolv.conf into the image and set config.resolv_conf = \"off\"".to_owned()
+    });
+    let devices = task.devices.iter().map(|device| {
+        format!(
+            "the device {} is not passed to the task: devices of device plugins are not supported. Remove the device block",
+            device.host_path
+        )
+    });
     let modes = task
         .mounts
         .iter()
         .filter(|mount| !matches!(mount.propagation_mode.as_str(), "" | "private"));
     let modes = modes.map(|mount| {
         let (target, mode) = (&mount.task_path, &mount.propagation_mode);
-        format!("the volume at {target} is mounted without propagation_mode {mode:?}")
+        format!(
+            "the volume at {target} is mounted without propagation_mode {mode:?}, which is not supported. Remove it from the volume_mount block"
+        )
     });
     dns.into_iter().chain(devices).chain(modes).collect()
 }

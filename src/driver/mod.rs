@@ -108,7 +108,10 @@ impl Driver {
             self.destroy_all().await;
         });
         if ended.await.is_err() {
-            tracing::warn!("not every task could be ended in {} s", limit.as_secs());
+            tracing::warn!(
+                "some tasks could not be removed within {} s: look for their task directories",
+                limit.as_secs()
+            );
         }
     }
 

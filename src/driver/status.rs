@@ -32,11 +32,11 @@ pub(super) enum CallError {
     Handle(#[from] HandleError),
     #[error(transparent)]
     Task(#[from] TaskError),
-    #[error("the plugin is shutting down and starts no more tasks")]
+    #[error("the plugin is shutting down and does not start tasks")]
     Closing,
     #[error("{0} is not supported by this driver")]
     Unsupported(&'static str),
-    #[error("internal error, see the client's log")]
+    #[error("internal error, see the agent's log")]
     Panicked,
 }
 
@@ -158,9 +158,9 @@ mod tests {
 
     #[rstest]
     #[case(TaskError::Unknown.into(), Code::NotFound, "task not found for given id")]
-    #[case(TaskError::AlreadyKnown("i".into()).into(), Code::AlreadyExists, "task \"i\" is already known")]
+    #[case(TaskError::AlreadyKnown("i".into()).into(), Code::AlreadyExists, "task \"i\" already exists")]
     #[case(TaskError::NotRunning.into(), Code::FailedPrecondition, "the task is not running")]
-    #[case(HandleError::Version(9).into(), Code::FailedPrecondition, "handle version 9 is not known to this driver, which writes version 2")]
+    #[case(HandleError::Version(9).into(), Code::FailedPrecondition, "handle version 9 is not supported: this driver reads version 2")]
     #[case(
         CallError::Missing("task"),
         Code::InvalidArgument,

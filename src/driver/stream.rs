@@ -101,9 +101,12 @@ impl Driver {
         match timeout(PROBE_TIMEOUT, probe).await {
             Ok(Ok(probe)) => Fingerprint::of(&config.plugin_config, &probe),
             Ok(Err(_)) => Fingerprint::undetected(
-                "the host could not be examined: internal error, see the client's log",
+                "probing the host failed: internal error, see the agent's log",
             ),
-            Err(_) => Fingerprint::undetected("the host could not be examined in time"),
+            Err(_) => Fingerprint::undetected(&format!(
+                "probing the host did not finish within {} s: look for file systems that hang, and at the load of the host",
+                PROBE_TIMEOUT.as_secs()
+            )),
         }
     }
 
@@ -148,7 +151,7 @@ impl Driver {
                 Ok(usage) => usage,
                 Err(error) => {
                     let error = crate::backend::chain(&error);
-                    tracing::debug!(task = task.id(), error, "no statistics this time");
+                    tracing::debug!(task = task.id(), error, "the statistics can't be read");
                     continue;
                 }
             };

@@ -149,7 +149,7 @@ async fn a_large_request_is_taken() {
         .unwrap_err();
     assert_eq!(
         refused.message(),
-        "the plugin is shutting down and starts no more tasks"
+        "the plugin is shutting down and does not start tasks"
     );
 }
 

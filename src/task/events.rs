@@ -60,7 +60,7 @@ impl EventBus {
             if subscriber.try_send(event.clone()).is_err() {
                 tracing::warn!(
                     task = event.task.id,
-                    "a listener is too slow for the task's event"
+                    "a task event is dropped: the agent does not read events fast enough"
                 );
             }
         }

@@ -18,17 +18,17 @@ const SCHEMA: u32 = 1;
 pub enum HandleError {
     /// A handle of the Go driver.
     #[error(
-        "the task was started by the Go driver for systemd-nspawn (handle version 1) and can't be recovered; Nomad starts it anew"
+        "the task was started by the Go driver for systemd-nspawn (handle version 1) and can't be recovered; Nomad starts it again"
     )]
     GoDriver,
     /// A version that no released driver wrote, or a later one.
-    #[error("handle version {0} is not known to this driver, which writes version {VERSION}")]
+    #[error("handle version {0} is not supported: this driver reads version {VERSION}")]
     Version(i32),
     /// A later schema of the state.
-    #[error("state schema {0} is newer than this driver, which writes schema {SCHEMA}")]
+    #[error("state schema {0} is newer than schema {SCHEMA} of this driver")]
     Schema(u32),
     /// The state can't be parsed. Reports the position but not the content, which may be anything.
-    #[error("the stored state can't be read, as line {line} column {column} shows")]
+    #[error("the stored state can't be parsed (line {line} column {column})")]
     Damaged {
         /// From 1; 0 if unknown.
         line: usize,
@@ -44,7 +44,7 @@ pub enum HandleError {
         handle: String,
     },
     /// The state can't be serialized.
-    #[error("the state can't be written")]
+    #[error("the state can't be encoded")]
     Unwritable(#[source] serde_json::Error),
 }
 

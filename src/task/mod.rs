@@ -43,7 +43,7 @@ pub struct TaskInfo {
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
     /// A task with this id exists already.
-    #[error("task {0:?} is already known")]
+    #[error("task {0:?} already exists")]
     AlreadyKnown(String),
     /// There is no task with this id, or no longer. The message is the one Nomad's own drivers use.
     #[error("task not found for given id")]
@@ -55,13 +55,13 @@ pub enum TaskError {
     #[error("cannot destroy running task without force")]
     StillRunning,
     /// The container was not found in time on recovery.
-    #[error("the container could not be found again within {} s", .0.as_secs())]
+    #[error("the container could not be recovered within {} s", .0.as_secs())]
     AttachTimeout(Duration),
     /// This process is shutting down, and ends its actors but no container. Says nothing about the task.
     #[error("the plugin is shutting down")]
     ShuttingDown,
     /// A bug in this program; the log has the details.
-    #[error("internal error, see the client's log")]
+    #[error("internal error, see the agent's log")]
     Panicked,
     /// The backend failed.
     #[error(transparent)]
