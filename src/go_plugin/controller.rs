@@ -21,7 +21,7 @@ pub(super) struct Controller {
 #[tonic::async_trait]
 impl GrpcController for Controller {
     async fn shutdown(&self, _: Request<Empty>) -> Result<Response<Empty>, Status> {
-        tracing::debug!("asked to shut down; tasks keep running");
+        tracing::debug!("shutdown requested; tasks keep running");
         self.root.cancel();
         Ok(Response::new(Empty {}))
     }

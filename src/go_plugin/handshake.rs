@@ -27,7 +27,7 @@ pub enum HandshakeError {
     ClientCertificate,
     /// The host supports other versions only.
     #[error(
-        "PLUGIN_PROTOCOL_VERSIONS: {0:?} does not contain {APP_VERSION}, the only version spoken here"
+        "PLUGIN_PROTOCOL_VERSIONS: {0:?} does not contain {APP_VERSION}, the only version that is supported"
     )]
     Versions(String),
     /// The handshake line can't contain the socket directory.
@@ -35,7 +35,7 @@ pub enum HandshakeError {
     SocketDirectory(PathBuf),
     /// The socket directory is too long for a unix socket path.
     #[error(
-        "PLUGIN_UNIX_SOCKET_DIR: {0:?} is longer than {LONGEST_DIR} bytes, which sockets below it can't be"
+        "PLUGIN_UNIX_SOCKET_DIR: {0:?} is longer than {LONGEST_DIR} bytes: the paths of sockets in it would be too long"
     )]
     LongDirectory(PathBuf),
 }
@@ -57,7 +57,7 @@ impl HandshakeEnv {
     /// Reads the handshake from this process's environment.
     #[expect(
         clippy::disallowed_methods,
-        reason = "a host's invitation is in the environment"
+        reason = "a go-plugin host passes its handshake in the environment"
     )]
     pub fn from_environment() -> Result<Self, HandshakeError> {
         Self::read(|name| std::env::var_os(name))

@@ -37,7 +37,7 @@ pub enum ListenError {
         source: io::Error,
     },
     /// The group that the host named does not exist.
-    #[error("PLUGIN_UNIX_SOCKET_GROUP: {0:?} is neither a group nor a number")]
+    #[error("PLUGIN_UNIX_SOCKET_GROUP: {0:?} is not the name or the number of a group")]
     UnknownGroup(String),
 }
 
@@ -74,7 +74,7 @@ pub(super) fn listen(
     let template = dir.join(format!("{PREFIX}XXXXXX"));
     let private = nix::unistd::mkdtemp(&template)
         .map_err(io::Error::from)
-        .map_err(failed("make a directory like", &template))?;
+        .map_err(failed("create a directory from the template", &template))?;
     let inside = private.join("s");
     let made = (|| {
         let listener = UnixListener::bind(&inside).map_err(failed("bind", &inside))?;
@@ -112,7 +112,7 @@ pub(super) fn connections(
                         }
                     }
                     Err(error) => {
-                        tracing::warn!(%error, "nobody can be let in");
+                        tracing::warn!(%error, "a connection can't be accepted: check the limit of open files");
                         tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                     }
                 },
@@ -146,7 +146,9 @@ pub(super) fn remove_stale_sockets(dir: &Path) {
         let path = path.display();
         match removed {
             Ok(()) => tracing::info!(%path, "removed the socket of a plugin that was killed"),
-            Err(error) => tracing::warn!(%path, %error, "the socket of a dead plugin is left over"),
+            Err(error) => {
+                tracing::warn!(%path, %error, "the socket of a killed plugin can't be removed")
+            }
         }
     }
 }

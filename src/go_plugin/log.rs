@@ -86,7 +86,7 @@ fn write_entries(mut out: impl Write, entries: &Receiver<Entry>, dropped: &Atomi
         if lost > 0 {
             let mut fields = Map::new();
             fields.insert("lines".to_owned(), lost.into());
-            let text = "log lines were dropped: the reader of stderr is too slow";
+            let text = "log lines were dropped: stderr is not read fast enough";
             let _ = out.write_all(line("warn", "log", text, fields).as_bytes());
         }
     }

@@ -134,7 +134,7 @@ async fn serve_and_print(
     };
     drop(socket);
     if owner.is_some_and(Owner::is_gone) {
-        tracing::warn!("the process that started this plugin is gone: its tasks are ended");
+        tracing::warn!("the process that started this plugin has exited: killing its tasks");
         driver.end_tasks(OWNER_GONE).await;
     }
     driver.close(SHUTDOWN_TIMEOUT).await;
@@ -169,7 +169,7 @@ pub fn run(handshake_env: HandshakeEnv, driver: Driver, owner: Option<&Owner>) -
             report(served)
         }
         Err(error) => {
-            tracing::error!(%error, "no threads can be started");
+            tracing::error!(%error, "threads can't be started: check the limit of processes");
             ExitCode::FAILURE
         }
     };
@@ -184,7 +184,7 @@ fn raise_descriptor_limit() {
         return;
     };
     if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, most, most) {
-        tracing::debug!(%error, "the limit of open files stays as it is");
+        tracing::debug!(%error, "the limit of open files can't be raised");
     }
 }
 
@@ -193,7 +193,7 @@ fn report(served: Result<(), ServeError>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let error = crate::backend::chain(&error);
-            tracing::error!(error, "the plugin can't serve");
+            tracing::error!(error, "the plugin's socket can't be served");
             ExitCode::FAILURE
         }
     }
