@@ -17,7 +17,7 @@ const LARGEST_INIT: usize = 1536 * 1024;
 /// that waits for this script.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a build script, and no room of the house"
+    reason = "a build script, not a module of the driver"
 )]
 fn init() -> anyhow::Result<()> {
     for input in [
@@ -65,7 +65,7 @@ fn take(built: &Path, to: &Path) -> anyhow::Result<()> {
     );
     ensure!(
         is_static(&bytes).context("not a 64-bit little-endian ELF file")?,
-        "it asks for a loader: the C library was not linked statically"
+        "it needs a dynamic loader: the C library was not linked statically"
     );
     Ok(fs::write(to, bytes)?)
 }
@@ -97,7 +97,7 @@ fn is_static(bytes: &[u8]) -> Option<bool> {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "cargo speaks to build scripts by the environment"
+    reason = "cargo passes its settings to build scripts in the environment"
 )]
 fn variable(name: &str) -> anyhow::Result<String> {
     env::var(name).with_context(|| format!("cargo sets no {name}"))

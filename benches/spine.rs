@@ -230,7 +230,7 @@ fn bare_container(scratch: &Path, tree: &Path) -> anyhow::Result<Run> {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "what the driver is compared with is started by hand"
+    reason = "the baseline is started without the driver"
 )]
 fn spawn_bare(socket: &Path, group: &Path, tree: &Path, alloc: &Path) -> anyhow::Result<Child> {
     let enter = "echo 0 > \"$1\"/cgroup.procs; shift; exec systemd-nspawn \"$@\"";

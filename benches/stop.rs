@@ -258,7 +258,7 @@ fn median(mut all: Vec<f64>) -> (f64, f64) {
 /// Milliseconds from the end of a container to the exit of its systemd-nspawn, which was called by hand.
 #[expect(
     clippy::disallowed_methods,
-    reason = "what the driver is compared with"
+    reason = "the baseline is started without the driver"
 )]
 fn bare(tree: &Path) -> anyhow::Result<f64> {
     let mut nspawn = Command::new("systemd-nspawn")

@@ -7,7 +7,7 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "a tool reads its environment and starts what it is told"
+    reason = "systemd-nspawn reads its environment and starts programs"
 )]
 
 use std::ffi::OsString;
@@ -30,7 +30,7 @@ mod values;
 /// The exit status for errors of the fake itself, for example a scenario that it can't read.
 const OWN_FAULT: u8 = 70;
 
-#[expect(clippy::print_stderr, reason = "there is nobody else to tell")]
+#[expect(clippy::print_stderr, reason = "errors of the fake go to stderr")]
 fn main() -> ExitCode {
     let words: Vec<OsString> = std::env::args_os().collect();
     match run(&words) {

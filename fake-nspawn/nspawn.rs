@@ -57,7 +57,7 @@ pub(crate) fn run(directory: &Path, words: &[OsString]) -> anyhow::Result<i32> {
 }
 
 /// Prints on stdout and returns the status of success.
-#[expect(clippy::print_stdout, reason = "the tool's own words")]
+#[expect(clippy::print_stdout, reason = "the messages of systemd-nspawn")]
 fn say(text: &str) -> i32 {
     print!("{text}");
     0
@@ -75,7 +75,7 @@ fn version(number: u32) -> String {
     )
 }
 
-#[expect(clippy::print_stderr, reason = "the tool's own words")]
+#[expect(clippy::print_stderr, reason = "the messages of systemd-nspawn")]
 fn refuse(version: u32, refusal: &Refusal) -> i32 {
     eprintln!("{refusal}");
     notify_end(version, 1, Some(refusal.errno));
@@ -98,7 +98,7 @@ fn notify_end(version: u32, status: i32, errno: Option<i32>) {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "the tool's own words")]
+#[expect(clippy::print_stderr, reason = "the messages of systemd-nspawn")]
 fn container(
     scenario: &Scenario,
     call: &Call,
@@ -373,7 +373,7 @@ impl Nspawn<'_> {
         Ok(asked)
     }
 
-    #[expect(clippy::print_stderr, reason = "the tool's own words")]
+    #[expect(clippy::print_stderr, reason = "the messages of systemd-nspawn")]
     fn end_leader(&mut self) {
         let Some(leader) = self.leader else { return };
         match self.options.kill_signal.filter(|_| !self.asked) {
@@ -389,7 +389,7 @@ impl Nspawn<'_> {
     }
 
     /// The real tool's exit status and messages for this end of PID 1.
-    #[expect(clippy::print_stderr, reason = "the tool's own words")]
+    #[expect(clippy::print_stderr, reason = "the messages of systemd-nspawn")]
     fn status(&self, machine: &str, end: End) -> (i32, Option<i32>) {
         let quiet = self.options.quiet || self.options.pipe;
         let say = |words: String| {

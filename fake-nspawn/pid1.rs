@@ -179,7 +179,7 @@ fn close_all_but(keep: &File, passed: i32) -> anyhow::Result<()> {
 }
 
 /// Failures between the announcement and the first instruction of the command.
-#[expect(clippy::print_stderr, reason = "the tool's own words")]
+#[expect(clippy::print_stderr, reason = "the messages of systemd-nspawn")]
 fn early_end(plan: &Plan) -> Option<End> {
     if let Err(message) = &plan.cwd {
         eprintln!("{message}");
@@ -368,7 +368,7 @@ impl Pid1 {
 }
 
 /// Runs the payload's role up to exec. Returns only if the command could not be executed.
-#[expect(clippy::print_stderr, reason = "the tool's own words")]
+#[expect(clippy::print_stderr, reason = "the messages of systemd-nspawn")]
 pub(crate) fn become_payload(plan: &Plan) -> anyhow::Result<i32> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     if getppid().as_raw() != plan.leader {

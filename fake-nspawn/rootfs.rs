@@ -143,7 +143,7 @@ fn root(options: &Options) -> Result<Option<PathBuf>, Refusal> {
         .map_err(|_| missing("Failed to determine current directory"))
 }
 
-#[expect(clippy::print_stderr, reason = "the tool's own words")]
+#[expect(clippy::print_stderr, reason = "the messages of systemd-nspawn")]
 fn notice(words: &str) {
     eprintln!("{words}");
 }

@@ -470,7 +470,10 @@ mod tests {
         assert_eq!(found, [granted, own]);
     }
 
-    #[expect(clippy::disallowed_methods, reason = "processes to kill")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test needs processes to kill"
+    )]
     #[test]
     fn without_the_kernel_s_help_members_are_killed_and_no_one_else() {
         use std::os::unix::process::ExitStatusExt;

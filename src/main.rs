@@ -88,7 +88,7 @@ fn serve_owner(handshake_env: HandshakeEnv, directories: &[&OsStr]) -> ExitCode 
 /// The production driver: containers by systemd-nspawn, supervisors started from this same binary.
 #[expect(
     clippy::disallowed_methods,
-    reason = "the door hands `PATH` to the room that searches it"
+    reason = "`PATH` is read here and passed to the module that searches it"
 )]
 fn driver() -> anyhow::Result<Driver> {
     let binary = std::env::current_exe().context("find this program's own path")?;

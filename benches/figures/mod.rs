@@ -3,7 +3,7 @@
 #![allow(
     dead_code,
     clippy::allow_attributes,
-    reason = "each benchmark uses the figures that it needs"
+    reason = "each benchmark uses some of the functions"
 )]
 
 use std::fs;

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 /// The severity of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(missing_docs, reason = "the words of the format")]
+#[expect(missing_docs, reason = "the levels of the format")]
 pub enum Level {
     Trace,
     Debug,

@@ -85,7 +85,10 @@ impl Launch {
         self
     }
 
-    #[expect(clippy::disallowed_methods, reason = "a host starts plugins")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is where plugins are started"
+    )]
     fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);
         command

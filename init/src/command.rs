@@ -31,7 +31,7 @@ const MAX_NAME_BYTES: usize = 4096;
 pub(crate) fn environment(over: Vec<(String, String)>) -> Environment {
     #[expect(
         clippy::disallowed_methods,
-        reason = "what systemd-nspawn gives is the command's"
+        reason = "the command inherits what systemd-nspawn sets"
     )]
     let given = std::env::vars_os();
     let mut environment: Environment = given.collect();
@@ -158,7 +158,7 @@ impl Invocation<'_> {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "the container's command is what this program is for"
+    reason = "this program starts the container's command"
 )]
 fn command(file: &Path, environment: &Environment) -> Command {
     let mut command = Command::new(file);

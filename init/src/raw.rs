@@ -3,7 +3,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "descriptors known by number only, a system call that nobody wraps without setting no_new_privs, a step before exec"
+    reason = "descriptors that are known only by number, seccomp(2) without no_new_privs, which no crate wraps, and a step before exec"
 )]
 
 use std::io;

@@ -5,9 +5,9 @@
 #![expect(
     missing_docs,
     unreachable_pub,
-    reason = "the wire types are documented where they are transcribed, in the .proto files"
+    reason = "the messages are documented in the .proto files"
 )]
-#![expect(clippy::allow_attributes, reason = "generated code brings its own")]
+#![expect(clippy::allow_attributes, reason = "generated code contains its own")]
 
 mod codec;
 

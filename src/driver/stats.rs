@@ -135,7 +135,7 @@ fn measured(fields: &[(i32, bool)]) -> Vec<i32> {
 
 #[expect(
     clippy::cast_precision_loss,
-    reason = "figures for people; exact below 104 days of nanoseconds"
+    reason = "shown to people; exact below 104 days of nanoseconds"
 )]
 fn float(number: u64) -> f64 {
     number as f64

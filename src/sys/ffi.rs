@@ -74,7 +74,10 @@ mod tests {
         crate::sys::kernel::version() >= (6, 15)
     }
 
-    #[expect(clippy::disallowed_methods, reason = "a process to ask about")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test needs a process to query"
+    )]
     #[test]
     fn a_reaped_process_has_a_status_for_everyone() {
         for script in ["exit 133", "kill -KILL $$", "kill -34 $$"] {

@@ -237,7 +237,10 @@ mod tests {
     }
 
     /// After its command has exited, the first child of an init is an orphan that it has adopted.
-    #[expect(clippy::disallowed_methods, reason = "processes to look for")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test needs processes to find"
+    )]
     #[test]
     fn a_child_is_found_by_its_own_pid_and_never_another_one() {
         let script = "sleep 600 & first=$!; echo $first; sleep 600 & second=$!; echo $second; \
@@ -273,7 +276,10 @@ mod tests {
         }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "a process to hold")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the test needs a process to hold"
+    )]
     #[test]
     fn a_process_is_held_signalled_and_seen_to_end() {
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();

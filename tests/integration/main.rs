@@ -2,7 +2,7 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "the tests start the programs they are about"
+    reason = "the tests start the programs under test"
 )]
 
 mod agents;

@@ -89,7 +89,7 @@ async fn a_signal_that_is_none_is_named_and_does_nothing() {
             (status.code(), status.message()),
             (
                 Code::InvalidArgument,
-                "\"SIGNOPE\" is not a signal: give a name such as SIGHUP, SIGRTMIN+3, or a number from 0 to 64"
+                "\"SIGNOPE\" is not a signal: use a name such as SIGHUP, SIGRTMIN+3, or a number from 0 to 64"
             )
         );
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 /// A text that is not a duration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a duration: give a number with a unit, such as 30s, 1m30s or 500ms")]
+#[error("{0:?} is not a duration: use a number with a unit, such as 30s, 1m30s or 500ms")]
 pub struct NotADuration(String);
 
 const UNITS: [(&str, u64); 8] = [

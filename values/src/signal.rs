@@ -44,14 +44,14 @@ impl Signal {
 
 /// A text that does not name a signal that can be sent.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[expect(missing_docs, reason = "the message says it")]
+#[expect(missing_docs, reason = "the message describes it")]
 pub enum UnknownSignal {
     #[error(
-        "{0:?} is not a signal: give a name such as SIGHUP, SIGRTMIN+3, or a number from 0 to 64"
+        "{0:?} is not a signal: use a name such as SIGHUP, SIGRTMIN+3, or a number from 0 to 64"
     )]
     None(String),
     #[error(
-        "{0:?} can't be sent: the C library keeps 32 and 33 to itself; real-time signals begin with SIGRTMIN, which is 34"
+        "{0:?} can't be sent: the C library reserves 32 and 33; real-time signals begin with SIGRTMIN, which is 34"
     )]
     Kept(String),
 }

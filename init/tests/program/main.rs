@@ -1,9 +1,6 @@
 //! Tests of the real init as an ordinary process, without a container and without root. As a subreaper it gets its orphans, as PID 1 would.
 
-#![expect(
-    clippy::disallowed_methods,
-    reason = "what the program does is seen by starting it"
-)]
+#![expect(clippy::disallowed_methods, reason = "the tests start the program")]
 
 mod confinement;
 mod ending;

@@ -63,7 +63,7 @@ fn the_time_before_reconciling(#[case] text: &str, #[case] milliseconds: Option<
 )]
 #[case(
     b"\x81\xafreconcile_after\xa2-1",
-    r#"plugin.reconcile_after: "-1" is not a duration: give a number with a unit, such as 30s, 1m30s or 500ms"#
+    r#"plugin.reconcile_after: "-1" is not a duration: use a number with a unit, such as 30s, 1m30s or 500ms"#
 )]
 #[case(b"\x90", "plugin.*: a list is not a block")]
 fn plugin_configurations_that_are_wrong(#[case] bytes: &[u8], #[case] message: &str) {

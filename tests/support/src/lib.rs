@@ -2,7 +2,7 @@
 
 #![expect(
     clippy::disallowed_methods,
-    reason = "the test runner says in the environment which test this is"
+    reason = "the test runner passes the name of the test in the environment"
 )]
 
 use std::future::Future;

@@ -46,7 +46,10 @@ impl From<String> for Marker {
 
 impl Marker {
     /// A new random marker.
-    #[expect(clippy::new_without_default, reason = "each is another one")]
+    #[expect(
+        clippy::new_without_default,
+        reason = "each call returns a different value"
+    )]
     pub fn new() -> Self {
         let mut bytes = [0; 12];
         let mut random = fs::File::open("/dev/urandom").unwrap();

@@ -4,7 +4,7 @@
 
 #![expect(
     clippy::print_stdout,
-    reason = "the figures and the seed of a run are for its reader"
+    reason = "the run prints its figures and its seed"
 )]
 
 use std::ffi::OsString;
