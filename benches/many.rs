@@ -136,7 +136,7 @@ async fn measure(count: usize) -> anyhow::Result<bool> {
             some => format!("{some} together"),
         };
         report.say(&format!(
-            "{count} tasks found again, {how}: {:.0} ms, ratio {:.1} to calls that do nothing",
+            "{count} tasks recovered, {how}: {:.0} ms, ratio {:.1} to calls that do nothing",
             ms(took),
             took.as_secs_f64() / floor.as_secs_f64()
         ));
@@ -146,14 +146,14 @@ async fn measure(count: usize) -> anyhow::Result<bool> {
     }
     let budget = RECOVERED * count as f64 / 1000.0;
     report.judge(
-        "finding all again one after the other, ms, the better of two",
+        "recovery of all one after the other, ms, the better of two",
         best,
         budget,
         budget * NOISE,
     );
     let mut waits = self::waits(&plugin, &tasks);
     tokio::time::sleep(SETTLED).await;
-    held(&plugin, count, "all found again", &mut report);
+    held(&plugin, count, "all recovered", &mut report);
     waits.abort_all();
 
     destroy(&plugin, &tasks, &mut report).await?;
@@ -242,13 +242,13 @@ impl Report {
         let verdict = if figure <= budget {
             "met"
         } else if figure <= limit {
-            "exceeded within what noise may do"
+            "exceeded, but within the tolerated noise"
         } else {
             self.met = false;
             "NOT MET"
         };
         let noise = if limit > budget {
-            format!(" ({limit:.0} pass for noise)")
+            format!(" ({limit:.0} tolerated)")
         } else {
             String::new()
         };
@@ -382,7 +382,7 @@ async fn statistics(plugin: &Plugin, tasks: &[Task]) -> anyhow::Result<JoinSet<(
 /// The usage of all processes while idle.
 async fn idle(plugin: &Plugin, tasks: &[Task], report: &mut Report) -> anyhow::Result<()> {
     let count = tasks.len();
-    held(plugin, count, "each waited for", report);
+    held(plugin, count, "with a WaitTask each", report);
     let all = |of: fn(i32) -> anyhow::Result<u64>| -> anyhow::Result<u64> {
         tasks.iter().map(|task| of(task.supervisor)).sum()
     };

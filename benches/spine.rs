@@ -94,7 +94,7 @@ async fn compare() -> anyhow::Result<bool> {
     )?;
     writeln!(
         out,
-        "StartTask to its answer                      {}   {}",
+        "StartTask to its response                    {}   {}",
         driven.up(),
         reported(driven.against(&bare, |run| run.up))
     )?;
@@ -103,19 +103,19 @@ async fn compare() -> anyhow::Result<bool> {
     let met = more <= budget;
     writeln!(
         out,
-        "    budget of a start, ms more than by hand: {budget:+.1} ({SLOWER:.0} more than the spine's {:+.1} to {:+.1}), is {more:+.1}: {}",
+        "    budget of a start, ms more than the direct call: {budget:+.1} ({SLOWER:.0} more than the core start path's {:+.1} to {:+.1}), is {more:+.1}: {}",
         SPINE.0,
         SPINE.1,
         if met { "met" } else { "NOT MET" }
     )?;
     writeln!(
         out,
-        "payload's end to nspawn's end, bare          {}",
+        "payload exit to systemd-nspawn exit, bare     {}",
         bare.down()
     )?;
     writeln!(
         out,
-        "payload's end to WaitTask's answer           {}   {}",
+        "payload exit to WaitTask response            {}   {}",
         driven.down(),
         reported(driven.against(&bare, |run| run.down))
     )?;
@@ -201,7 +201,7 @@ fn bare_container(scratch: &Path, tree: &Path) -> anyhow::Result<Run> {
     let go = fifo(&alloc)?;
     let place = Layout::of_this_host()
         .path_for(None, "bench")
-        .context("no control groups")?;
+        .context("no cgroups")?;
     let group = Group::new(&place.group);
     group.create()?;
     let socket = scratch.join("notify");
@@ -214,7 +214,7 @@ fn bare_container(scratch: &Path, tree: &Path) -> anyhow::Result<Run> {
     let up = begun.elapsed();
     let held = ProcessHandle::open(leader)?;
     fs::write(&go, "go\n")?;
-    ensure!(held.wait(LONG), "the payload does not end");
+    ensure!(held.wait(LONG), "the payload does not exit");
     let ended = Instant::now();
     child.wait()?;
     let down = ended.elapsed();

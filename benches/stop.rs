@@ -190,7 +190,7 @@ async fn measure(names: &[String]) -> anyhow::Result<bool> {
     let mut out = std::io::stdout().lock();
     writeln!(
         out,
-        "systemd-nspawn by hand ends {bare:.1} ms after its container\n\
+        "systemd-nspawn alone exits {bare:.1} ms after its container\n\
          {ROUNDS} stops each, medians in ms (largest in brackets)\n{:34}{:>20}{:>20}{:>20}",
         "", "until it is gone", "then StopTask", "then WaitTask"
     )?;
@@ -236,10 +236,10 @@ async fn measure(names: &[String]) -> anyhow::Result<bool> {
         let (_, most) = median(held);
         writeln!(
             out,
-            "the first program with process_two: {most:.0} KiB of anonymous memory, budget {HELD:.0}"
+            "the container init with process_two: {most:.0} KiB of anonymous memory, budget {HELD:.0}"
         )?;
         if most > HELD {
-            missed.push(format!("the first program holds {most:.0} KiB"));
+            missed.push(format!("the container init uses {most:.0} KiB"));
         }
     }
     for miss in &missed {
@@ -284,7 +284,7 @@ fn bare(tree: &Path) -> anyhow::Result<f64> {
     let leader = first_child(i32::try_from(nspawn.id())?).context("the leader")?;
     let leader = ProcessHandle::open(leader)?;
     leader.signal(Signal::KILL)?;
-    ensure!(leader.wait(LONG), "it does not end");
+    ensure!(leader.wait(LONG), "it does not exit");
     let gone = Instant::now();
     nspawn.wait()?;
     Ok(ms(gone, Instant::now()))
@@ -322,7 +322,7 @@ async fn stop(
     (case.before)(&running)?;
     // PID 1 of a pid namespace is the last process to exit.
     let gone = tokio::task::spawn_blocking(move || {
-        ensure!(held.wait(LONG), "it does not end");
+        ensure!(held.wait(LONG), "it does not exit");
         Ok(Instant::now())
     });
     let begun = Instant::now();
