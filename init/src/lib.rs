@@ -225,11 +225,11 @@ impl StartError {
 impl std::fmt::Display for StartError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let what = match self.step {
-            Step::Order => "the container's first program can't read its order",
+            Step::Order => "the container init can't read its init spec",
             Step::Streams => "stdout and stderr can't be connected",
             Step::Directory => "working directory",
             Step::Filters => "seccomp programs can't be installed",
-            Step::Fork => "no process for the command",
+            Step::Fork => "the command's process can't be created",
             Step::Execute | Step::Interpreter => "command",
         };
         let error = std::io::Error::from_raw_os_error(self.errno);
@@ -238,7 +238,7 @@ impl std::fmt::Display for StartError {
             (Step::Execute, _) => write!(f, "command {:?} can't be executed: {error}", self.file),
             (Step::Interpreter, _) => write!(
                 f,
-                "command {:?} names an interpreter or loader that is not there",
+                "command {:?} needs an interpreter or loader that does not exist",
                 self.file
             ),
             _ if self.file.is_empty() => write!(f, "{what}: {error}"),
@@ -283,7 +283,7 @@ pub struct Malformed {
 
 impl std::fmt::Display for Malformed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "no message, as byte {} shows", self.column)
+        write!(f, "not a message (byte {})", self.column)
     }
 }
 
@@ -435,7 +435,7 @@ mod tests {
                 "/it",
                 2,
                 127,
-                "command \"/it\" names an interpreter or loader that is not there",
+                "command \"/it\" needs an interpreter or loader that does not exist",
             ),
             (
                 Step::Directory,
@@ -449,7 +449,7 @@ mod tests {
                 "",
                 11,
                 126,
-                "no process for the command: Resource temporarily unavailable (os error 11)",
+                "the command's process can't be created: Resource temporarily unavailable (os error 11)",
             ),
         ];
         for (step, file, errno, status, text) in rows {

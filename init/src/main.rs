@@ -45,7 +45,9 @@ fn main() -> ExitCode {
     } = match raw::inherited() {
         Ok(inherited) => inherited,
         Err(_) => {
-            print_error("this is the first program of a container, and starts there only");
+            print_error(
+                "this program is the first process of a container and is started only by systemd-nspawn",
+            );
             return status(NOT_EXECUTABLE);
         }
     };
