@@ -144,7 +144,7 @@ impl Allocation {
         directory(&task.join("tmp"), 0o1777, true)?;
         for fifo in [self.stdout_path(), self.stderr_path()] {
             mkfifo(&fifo, Mode::S_IRUSR | Mode::S_IWUSR)
-                .map_err(|errno| HostError::io("make the FIFO", fifo)(errno.into()))?;
+                .map_err(|errno| HostError::io("create the FIFO", fifo)(errno.into()))?;
         }
         Ok(())
     }
@@ -305,7 +305,7 @@ fn directory(path: &Path, mode: u32, nobody: bool) -> Result<(), HostError> {
             Some(Uid::from_raw(NOBODY)),
             Some(Gid::from_raw(NOBODY)),
         )
-        .map_err(|errno| HostError::io("give away", path)(errno.into()))?;
+        .map_err(|errno| HostError::io("change the owner of", path)(errno.into()))?;
     }
     Ok(())
 }

@@ -42,7 +42,7 @@ pub fn encode(
             None => Ok(Vec::new()),
             Some(key) => Err(error(
                 root,
-                format!("{key:?} is given, but no option is accepted"),
+                format!("{key:?} is set, but no option is accepted"),
             )),
         };
     };
@@ -70,7 +70,7 @@ impl Encoder<'_> {
             let known = known.join(", ");
             return Err(error(
                 path,
-                format!("there is no option {key:?}; known are {known}"),
+                format!("unknown option {key:?}; known options are {known}"),
             ));
         }
         self.part(spec, "", body, path)
@@ -101,7 +101,7 @@ impl Encoder<'_> {
                     [] if block.required => Err(error(&path, "is required".to_owned())),
                     [] => Ok(Packed::Nil),
                     [one] => self.body(nested(block.nested.as_deref(), &path)?, one, &path),
-                    _ => Err(error(&path, "is given more than once".to_owned())),
+                    _ => Err(error(&path, "is set more than once".to_owned())),
                 }
             }
             Arm::BlockList(list) => {
@@ -113,7 +113,7 @@ impl Encoder<'_> {
                     let (min, max) = (list.min_items, list.max_items);
                     return Err(error(
                         &path,
-                        format!("is given {count} times; between {min} and {max} are allowed"),
+                        format!("occurs {count} times; between {min} and {max} are allowed"),
                     ));
                 }
                 let spec = nested(list.nested.as_deref(), &path)?;
@@ -129,7 +129,7 @@ impl Encoder<'_> {
                     [] if attrs.required => Err(error(&path, "is required".to_owned())),
                     [] => Ok(Packed::Nil),
                     [one] => self.map(one, &kind, &path),
-                    _ => Err(error(&path, "is given more than once".to_owned())),
+                    _ => Err(error(&path, "is set more than once".to_owned())),
                 }
             }
             Arm::Default(choice) => {
@@ -297,7 +297,7 @@ fn nested<'a>(
     spec: Option<&'a hclspec::Spec>,
     path: &str,
 ) -> Result<&'a hclspec::Spec, ConfigureError> {
-    spec.ok_or_else(|| error(path, "the schema has nothing nested here".to_owned()))
+    spec.ok_or_else(|| error(path, "the schema has no nested block here".to_owned()))
 }
 
 fn named<'a>(name: &'a str, key: &'a str) -> &'a str {

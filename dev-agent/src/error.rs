@@ -19,7 +19,7 @@ pub enum HostError {
         source: io::Error,
     },
     /// The plugin's handshake does not follow the protocol.
-    #[error("handshake of the plugin: {reason}{}", last_words(.stderr))]
+    #[error("plugin handshake: {reason}{}", last_words(.stderr))]
     Handshake {
         /// What was wrong.
         reason: String,
@@ -128,5 +128,5 @@ fn last_words(lines: &[String]) -> String {
         .iter()
         .map(|line| LogLine::parse(line).to_string())
         .collect();
-    format!("; its last words: {}", lines.join(" | "))
+    format!("; the last lines of its stderr: {}", lines.join(" | "))
 }

@@ -182,11 +182,16 @@ impl Plugin {
         let heard = timeout(launch.start_timeout, stdout.read_line(&mut line)).await;
         let mut own = Own::watch(child, (pid, pidfd), stdout, stderr_open);
         let address = match heard {
-            Ok(Ok(0)) => Err("it ended without one".to_owned()),
-            Ok(Ok(_)) if !line.ends_with('\n') => Err(format!("it ended within the line {line:?}")),
+            Ok(Ok(0)) => Err("the plugin exited without a handshake line".to_owned()),
+            Ok(Ok(_)) if !line.ends_with('\n') => Err(format!(
+                "the plugin exited in the middle of the line {line:?}"
+            )),
             Ok(Ok(_)) => handshake::read(&line),
             Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("none in {} s", launch.start_timeout.as_secs_f64())),
+            Err(_) => Err(format!(
+                "no handshake line within {} s",
+                launch.start_timeout.as_secs_f64()
+            )),
         };
         let address = match address {
             Ok(address) => address,
@@ -306,7 +311,7 @@ impl Plugin {
             Ok(Ok(_)) => None,
             Ok(Err(status)) if status.code() == tonic::Code::Unimplemented => None,
             Ok(Err(status)) => Some(status),
-            Err(_) => Some(tonic::Status::deadline_exceeded("no answer in 2 s")),
+            Err(_) => Some(tonic::Status::deadline_exceeded("no answer within 2 s")),
         };
         // The plugin may exit before it has sent the response, so the result is ignored.
         let asked = self.controller().shutdown(wire::Empty {}).await;

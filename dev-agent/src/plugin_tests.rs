@@ -67,10 +67,10 @@ async fn a_launched_plugin_has_nomads_environment_and_its_lines_are_received() {
 #[rstest]
 #[case(
     "echo oh no >&2; exit 3",
-    "it ended without one (exit status: 3); its last words: oh no"
+    "the plugin exited without a handshake line (exit status: 3); the last lines of its stderr: oh no"
 )]
 #[case("echo hello", "not a handshake line")]
-#[case("printf '1|2|unix|/s|grpc|'", "within the line")]
+#[case("printf '1|2|unix|/s|grpc|'", "in the middle of the line")]
 #[tokio::test]
 async fn a_bad_handshake_ends_the_process_and_says_why(#[case] text: &str, #[case] part: &str) {
     let error = Plugin::launch(script(text)).await.unwrap_err().to_string();
@@ -82,7 +82,10 @@ async fn a_plugin_that_says_nothing_is_killed() {
     let mut launch = script("exec tail -f /dev/null");
     launch.start_timeout = Duration::from_millis(50);
     let error = Plugin::launch(launch).await.unwrap_err().to_string();
-    assert!(error.contains("none in 0.05 s (killed)"), "{error}");
+    assert!(
+        error.contains("no handshake line within 0.05 s (killed)"),
+        "{error}"
+    );
 }
 
 #[tokio::test]

@@ -92,7 +92,7 @@ where
     let stopped = plugin.shutdown().await;
     if stopped.killed {
         report(RunEvent::Warning(
-            "the plugin did not end in 2 s and was killed".to_owned(),
+            "the plugin did not exit within 2 s and was killed".to_owned(),
         ));
     }
     if let Err(error) = allocation.remove() {
@@ -231,7 +231,7 @@ impl Drive<'_> {
                 return Err(error);
             }
         };
-        self.step(format!("task {} runs", self.run.task.task));
+        self.step(format!("task {} is running", self.run.task.task));
         let mut end = self.follow(plugin, &id, &mut events, &mut failures).await;
         for _ in 0..RESTARTS {
             if end.is_ok() || timeout(DRAIN, plugin.gone()).await.is_err() {
@@ -281,7 +281,7 @@ impl Drive<'_> {
     async fn undo_start(&self, plugin: &mut Plugin, id: &str, error: &HostError) {
         let undo = async {
             if matches!(error, HostError::Stopped) {
-                self.step("the start is given up".to_owned());
+                self.step("the start is cancelled".to_owned());
                 // The driver destroys a task only when its start is over, which may take long. A start whose plugin is
                 // gone is undone at once.
                 plugin.kill().await;
@@ -292,7 +292,7 @@ impl Drive<'_> {
         if timeout(GIVE_UP, undo).await.is_err() {
             let seconds = GIVE_UP.as_secs();
             self.warn(format!(
-                "the task may be left over: it was not destroyed in {seconds} s"
+                "the task may still exist: it was not destroyed within {seconds} s"
             ));
         }
     }
@@ -319,7 +319,7 @@ impl Drive<'_> {
                 grace = self.stops.next() => self.stop(plugin, id, grace, &mut stopping),
                 Some(broken) = failures.recv() => {
                     let Broken { stream, source } = &broken;
-                    self.warn(format!("{stream} can't be written ({source}): the task is stopped"));
+                    self.warn(format!("{stream} can't be written ({source}): stopping the task"));
                     if self.broken.is_none() && self.stops.count == 0 {
                         self.broken = Some(broken);
                         let grace = self.stops.request();
@@ -358,11 +358,11 @@ impl Drive<'_> {
         plugin: &mut Plugin,
         handle: TaskHandle,
     ) -> Result<Streaming<DriverTaskEvent>, HostError> {
-        self.warn("the plugin died; another one is started to find the task again".to_owned());
+        self.warn("the plugin died; starting another one to recover the task".to_owned());
         *plugin = prepare(self.run, self.report, std::future::pending()).await?;
         plugin.recover(handle).await?;
         let events = plugin.events().await?;
-        self.step("found the task again".to_owned());
+        self.step("recovered the task".to_owned());
         Ok(events)
     }
 
@@ -376,7 +376,7 @@ impl Drive<'_> {
                 Err(_) => {
                     abort.abort();
                     self.warn(
-                        "the task has ended, but its output is not read or still held open; the rest is cut off"
+                        "the task has exited, but its output is not read or is still held open; the rest of it is lost"
                             .to_owned(),
                     );
                 }
@@ -403,7 +403,7 @@ impl Drive<'_> {
             plugin.destroy(id, true).await
         };
         if let Err(error) = again.await {
-            self.warn(format!("the task may be left over: {}", chain(&error)));
+            self.warn(format!("the task may still exist: {}", chain(&error)));
         }
     }
 

@@ -95,7 +95,7 @@ impl Variables {
                 || name.starts_with("attr.")
                 || name.starts_with("meta.")
             {
-                "; there is no client node whose properties it could be"
+                "; there is no client node that has such a property"
             } else {
                 ""
             };

@@ -15,8 +15,8 @@ const LONG: Duration = Duration::from_secs(600);
 #[case::missing(json!(["/no/such/program"]), 127, "/no/such/program")]
 #[case::not_executable(json!(["/proc/version"]), 126, "/proc/version")]
 #[case::a_directory(json!(["/proc"]), 126, "/proc")]
-#[case::a_code(json!(["/bin/sh", "-c", "exit 125"]), 125, "the task ended with 125")]
-#[case::a_fault(json!(["/bin/sh", "-c", "ulimit -c unlimited; kill -ABRT $$"]), 134, "the task ended with 134")]
+#[case::a_code(json!(["/bin/sh", "-c", "exit 125"]), 125, "the task exited with code 125")]
+#[case::a_fault(json!(["/bin/sh", "-c", "ulimit -c unlimited; kill -ABRT $$"]), 134, "the task exited with code 134")]
 #[tokio::test]
 async fn the_status_is_that_of_the_task(
     #[case] command: Value,

@@ -111,7 +111,7 @@ async fn a_stop_is_repeated_when_the_plugin_dies(
     }
     run.prints("up").await;
     // The task may print before the plugin has answered StartTask.
-    run.stderr.contains("runs").await;
+    run.stderr.contains("is running").await;
     let plugin = run.plugin();
     kill(plugin, Signal::SIGSTOP).unwrap();
     run.signal(Signal::SIGTERM);
@@ -129,10 +129,10 @@ async fn a_plugin_that_dies_twice_is_replaced_twice() {
     }
     run.prints("up").await;
     // Before the start is answered, the death of the plugin would end it.
-    run.stderr.contains("runs").await;
+    run.stderr.contains("is running").await;
     for count in 1..=2 {
         kill(run.plugin(), Signal::SIGKILL).unwrap();
-        let text = "found the task again";
+        let text = "recovered the task";
         eventually(text, || run.stderr.text().matches(text).count() == count).await;
     }
     run.signal(Signal::SIGTERM);

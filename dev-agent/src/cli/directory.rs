@@ -36,7 +36,7 @@ impl Directory {
             made.short = Some(short.map_err(|error| {
                 let beyond = made.state().as_os_str().len() - max_state_dir;
                 format!(
-                    "TMPDIR: {} is {beyond} bytes too long for sockets below it, and neither /tmp nor /run can be used instead: {error}",
+                    "TMPDIR: {} is {beyond} bytes too long for the sockets in it, and neither /tmp nor /run can be used instead: {error}",
                     parent.display()
                 )
             })?);
@@ -80,7 +80,10 @@ impl Drop for Directory {
         drop(remove_sockets(self.sockets()));
         for path in self.paths() {
             if let Err(error) = remove_if_exists(path) {
-                say::line(&format!("warning: {} is left: {error}", path.display()));
+                say::line(&format!(
+                    "warning: {} is not removed: {error}",
+                    path.display()
+                ));
             }
         }
     }
@@ -113,7 +116,7 @@ pub fn remove_directories<'a>(paths: impl Iterator<Item = &'a Path>) {
         if name.starts_with(PREFIX)
             && let Err(error) = crate::allocation::remove_unmounted(path)
         {
-            tracing::warn!(%error, path = %path.display(), "the directory of a run is left");
+            tracing::warn!(%error, path = %path.display(), "the directory of a run can't be removed");
         }
     }
 }

@@ -193,9 +193,10 @@ impl Reader<'_> {
                     Value::String(text) => out.push_str(&text),
                     value @ (Value::Number(_) | Value::Bool(_)) => out.push_str(&value.to_string()),
                     _ => {
-                        return Err(
-                            self.error(at, "only a string, number or bool can stand within a text")
-                        );
+                        return Err(self.error(
+                            at,
+                            "only a string, number or bool can be used inside a string",
+                        ));
                     }
                 },
                 Element::Directive(_) => {
@@ -255,7 +256,7 @@ impl Reader<'_> {
                 Some(None) => {
                     return Err(self.error(
                         at,
-                        format!("var.{name} has no default, and `run` takes no values"),
+                        format!("var.{name} has no default, and `run` can't set variables"),
                     ));
                 }
                 None => return Err(self.error(at, format!("there is no variable block {name:?}"))),
@@ -279,7 +280,7 @@ impl Reader<'_> {
                 },
                 _ => None,
             };
-            value = next.ok_or_else(|| self.error(at, format!("{text} leads to nothing")))?;
+            value = next.ok_or_else(|| self.error(at, format!("{text} does not exist")))?;
         }
         Ok(value)
     }

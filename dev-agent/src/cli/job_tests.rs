@@ -159,10 +159,10 @@ fn what_is_not_literal_is_named_with_its_line(
 }
 
 #[rstest]
-#[case("template { data = \"x\" }", "`run` can't do task.template")]
+#[case("template { data = \"x\" }", "`run` does not support task.template")]
 #[case("artifact { source = \"x\" }", "task.artifact")]
 #[case("volume_mount { volume = \"x\" }", "task.volume_mount")]
-#[case("vault {}", "there is no Vault")]
+#[case("vault {}", "Vault is not available")]
 #[case("resources {\ndevice \"gpu\" {}\n}", "resources.device")]
 #[case("kill_timeout = \"soon\"", "kill_timeout: \"soon\" is not a duration")]
 #[case(
@@ -172,7 +172,7 @@ fn what_is_not_literal_is_named_with_its_line(
 #[case("env { A = [1] }", "env.A is not a string")]
 #[case("resources { memory = \"lots\" }", "memory is not a whole number")]
 #[case("comand = 1", "\"comand\" is not known in a task")]
-#[case("config {}\nconfig {}", "config is given twice")]
+#[case("config {}\nconfig {}", "config is set twice")]
 fn what_a_task_needs_and_can_not_have_is_refused(#[case] body: &str, #[case] part: &str) {
     let error = pick(&with_task(body)).unwrap_err();
     assert!(error.reason.contains(part), "{error}");
@@ -182,10 +182,13 @@ fn what_a_task_needs_and_can_not_have_is_refused(#[case] body: &str, #[case] par
 #[rstest]
 #[case("network {}", None)]
 #[case("network { mode = \"host\" }", None)]
-#[case("network { mode = \"bridge\" }", Some("no network namespace"))]
+#[case(
+    "network { mode = \"bridge\" }",
+    Some("network namespaces are not created")
+)]
 #[case("network {\n port \"http\" {}\n }", Some("no ports"))]
-#[case("volume \"v\" {}", Some("no volumes"))]
-fn a_groups_network_is_the_hosts(#[case] body: &str, #[case] part: Option<&str>) {
+#[case("volume \"v\" {}", Some("volumes are not supported"))]
+fn a_group_network_is_the_host_network(#[case] body: &str, #[case] part: Option<&str>) {
     let source = format!(
         "job \"j\" {{\ngroup \"g\" {{\n{body}\ntask \"t\" {{\ndriver = \"nspawn\"\n}}\n}}\n}}\n"
     );
@@ -203,7 +206,7 @@ const TWO: &str = "job \"j\" {\n group \"g\" {\n task \"a\" {\n driver = \"nspaw
                    task \"c\" {\n driver = \"exec\"\n }\n }\n}\n";
 
 #[rstest]
-#[case(None, "give --task, one of g/a, g/b")]
+#[case(None, "use --task with one of g/a, g/b")]
 #[case(Some("x"), "there is no task \"x\"; the job has g/a, g/b, g/c")]
 #[case(Some("c"), "the driver \"exec\" is not nspawn")]
 fn which_task_must_be_clear(#[case] wanted: Option<&str>, #[case] part: &str) {
@@ -228,10 +231,10 @@ fn a_task_is_picked_by_name_and_the_others_are_reported(#[case] wanted: &str) {
 
 #[rstest]
 #[case("", "there is no job block")]
-#[case("job \"a\" {}\njob \"b\" {}", "one job")]
+#[case("job \"a\" {}\njob \"b\" {}", "exactly one job")]
 #[case("jobs \"a\" {}", "\"jobs\" is not known outside")]
 #[case("job {}", "job has one label")]
-#[case("job \"j\" {\n task \"a/b\" {}\n}", "\"a/b\" can't be the name")]
+#[case("job \"j\" {\n task \"a/b\" {}\n}", "\"a/b\" is not a valid task name")]
 #[case("{", "not JSON")]
 #[case("{\"x\": 1}", "there are no TaskGroups")]
 fn what_is_no_job_says_so(#[case] source: &str, #[case] part: &str) {

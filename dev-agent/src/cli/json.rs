@@ -41,12 +41,12 @@ pub(super) fn read(source: &str) -> Result<Vec<Entry>, JobError> {
     let Value::Object(mut file) = value else {
         return Err(JobError::new(
             None,
-            "not a job: the file holds no JSON object",
+            "not a job: the file contains no JSON object",
         ));
     };
     let job = match file.remove("Job").or_else(|| file.remove("job")) {
         Some(Value::Object(job)) => job,
-        Some(_) => return Err(JobError::new(None, "not a job: Job is no object")),
+        Some(_) => return Err(JobError::new(None, "not a job: Job is not an object")),
         None => file,
     };
     if !job.contains_key("TaskGroups") {
@@ -81,7 +81,10 @@ fn block(name: &str, label: String, object: &Map<String, Value>) -> Result<Entry
         for item in value.as_array().into_iter().flatten() {
             let object = item.as_object();
             let object = object.ok_or_else(|| {
-                JobError::new(None, format!("{key} holds something that is no object"))
+                JobError::new(
+                    None,
+                    format!("{key} contains a value that is not an object"),
+                )
             })?;
             let label = object
                 .get("Name")

@@ -26,12 +26,12 @@ const OUTPUT_CLOSED: u8 = 128 + 13;
 /// The arguments of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Exit status: the task's own; 128 + n when signal n ended it; 127 when its command is missing, 126 when that can't be \
-executed; 141 when standard output or error was closed and the task therefore stopped; 125 when the task could not be run or \
-how it ended is not known; 2 for wrong arguments.
+Exit status: that of the task; 128 + n if signal n ended it; 127 if its command does not exist, 126 if it can't be \
+executed; 141 if standard output or error was closed and the task was stopped for that reason; 125 if the task could not be \
+run or its exit status is not known; 2 for wrong arguments.
 
-SIGINT, SIGTERM and SIGHUP stop the task with its kill_timeout and kill_signal; a second one kills it. When `run` itself is \
-killed, the task is killed too.")]
+SIGINT, SIGTERM and SIGHUP stop the task with its kill_timeout and kill_signal; a second one kills it. If `run` itself is \
+killed, its task is killed too.")]
 pub(super) struct Arguments {
     /// The job file: HCL, or the JSON that `nomad job run -output` prints; - is standard input
     jobfile: PathBuf,
@@ -49,7 +49,7 @@ pub(super) struct Arguments {
 fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("it is not KEY=VALUE".to_owned()),
+        _ => Err("expected KEY=VALUE".to_owned()),
     }
 }
 
@@ -87,7 +87,7 @@ fn prepare(arguments: &Arguments) -> Result<(TaskSpec, Value), String> {
         .map_err(|error| named(file, error.to_string()))?;
     if !picked.ignored.is_empty() {
         say::line(&format!(
-            "warning: `run` does not do {}",
+            "warning: `run` ignores {}",
             picked.ignored.join(", ")
         ));
     }
@@ -199,13 +199,14 @@ fn status(exit: TaskExit, unknown_end: &str) -> Result<u8, String> {
         say::line(&format!("run: {error}"));
     }
     if exit.oom_killed {
-        say::line("run: the task was killed for want of memory");
+        say::line("run: the task was killed by the OOM killer");
     }
     let code = if exit.signal > 0 {
         128 + exit.signal
     } else {
         exit.code
     };
-    say::line(&format!("run: the task ended with {code}"));
-    u8::try_from(code).map_err(|_| format!("the task's code {code} is no exit status"))
+    say::line(&format!("run: the task exited with code {code}"));
+    u8::try_from(code)
+        .map_err(|_| format!("the task's exit code {code} is not a valid exit status"))
 }
