@@ -124,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_call_serves_all_further_ones() {
+    fn the_last_call_is_used_for_all_further_ones() {
         let scenario: Scenario =
             serde_json::from_str(r#"{"calls": [{"exit_status": 1}, {"exit_status": 2}]}"#).unwrap();
         let seen: Vec<_> = (0..4).map(|n| scenario.call(n).exit_status).collect();
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_that_is_not_known_is_an_error() {
+    fn an_unknown_key_is_an_error() {
         assert!(serde_json::from_str::<Scenario>(r#"{"verison": 257}"#).is_err());
         assert!(serde_json::from_str::<Scenario>(r#"{"calls": [{"exit": 1}]}"#).is_err());
     }

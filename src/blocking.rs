@@ -68,14 +68,14 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_is_the_caller_s() {
+    fn a_panic_is_returned_to_the_caller() {
         let runtime = runtime();
         let call = runtime.spawn(run(|| panic!("on purpose")));
         assert!(runtime.block_on(call).unwrap_err().is_panic());
     }
 
     #[test]
-    fn starts_that_hang_leave_threads_to_others() {
+    fn hanging_starts_leave_threads_for_other_calls() {
         let runtime = runtime();
         let (release, released) = mpsc::channel::<()>();
         let released = std::sync::Arc::new(std::sync::Mutex::new(released));
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_statistics_are_read_at_once_than_allowed() {
+    fn concurrent_reads_of_statistics_are_limited() {
         use std::sync::atomic::{AtomicUsize, Ordering};
         static NOW: AtomicUsize = AtomicUsize::new(0);
         static MOST: AtomicUsize = AtomicUsize::new(0);

@@ -391,14 +391,14 @@ mod tests {
     #[case::unified(&[UNIFIED], CgroupLayout::V2, Some(UNIFIED), None)]
     #[case::stray_after(&[UNIFIED, STRAY], CgroupLayout::V2, Some(UNIFIED), None)]
     #[case::stray_before(&[STRAY, UNIFIED], CgroupLayout::V2, Some(UNIFIED), None)]
-    #[case::on_top_of_a_hybrid(&[TMPFS, MEMORY, NAMED, BESIDE, UNIFIED], CgroupLayout::V2, Some(UNIFIED), None)]
+    #[case::mounted_over_a_hybrid(&[TMPFS, MEMORY, NAMED, BESIDE, UNIFIED], CgroupLayout::V2, Some(UNIFIED), None)]
     #[case::below_a_tmpfs(&[UNIFIED, TMPFS, NAMED, BESIDE], CgroupLayout::Hybrid, Some(BESIDE), Some(NAMED))]
     #[case::hybrid(&[TMPFS, MEMORY, NAMED, BESIDE], CgroupLayout::Hybrid, Some(BESIDE), Some(NAMED))]
     #[case::version_2_elsewhere(&[("/mnt", "2")], CgroupLayout::Hybrid, Some(("/mnt", "2")), None)]
     #[case::version_1(&[TMPFS, MEMORY, NAMED], CgroupLayout::V1, Some(NAMED), None)]
     #[case::without_a_name(&[TMPFS, MEMORY], CgroupLayout::V1, None, None)]
     #[case::none(&[TMPFS], CgroupLayout::None, None, None)]
-    fn layouts_are_reported_apart(
+    fn layouts_are_distinguished(
         #[case] mounts: &[(&str, &str)],
         #[case] kind: CgroupLayout,
         #[case] tracking: Option<(&str, &str)>,
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_with_a_blank_is_found() {
+    fn a_mount_point_with_a_space_is_found() {
         let layout = layout(&[(r"/my\040groups", "2")]);
         assert_eq!(layout.tracking, Some("/my groups".into()));
     }
@@ -475,7 +475,7 @@ mod tests {
         reason = "the test needs processes to kill"
     )]
     #[test]
-    fn without_the_kernel_s_help_members_are_killed_and_no_one_else() {
+    fn without_cgroup_kill_only_members_are_killed() {
         use std::os::unix::process::ExitStatusExt;
         let sleep = || {
             std::process::Command::new("sleep")

@@ -421,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn the_directories_are_nomads() {
+    fn the_directories_are_those_of_nomad() {
         let parent = tempfile::tempdir().unwrap();
         let allocation = Allocation::create(parent.path(), spec()).unwrap();
         let mode = |path: &str| {
@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn the_task_on_the_wire_carries_names_environment_and_a_new_id_each_time() {
+    fn a_task_config_has_names_environment_and_a_new_id_each_time() {
         let parent = tempfile::tempdir().unwrap();
         let allocation = Allocation::create(parent.path(), spec()).unwrap();
         let first = allocation.task_config(vec![0x80]).unwrap();
@@ -485,7 +485,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn logs_wait_for_a_writer_and_end_with_the_last() {
+    async fn logs_wait_for_a_writer_and_end_with_the_last_one() {
         let parent = tempfile::tempdir().unwrap();
         let allocation = Allocation::create(parent.path(), spec()).unwrap();
         let mut logs = allocation.open_logs().unwrap();

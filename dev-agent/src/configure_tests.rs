@@ -130,7 +130,7 @@ fn hex(spec: &hclspec::Spec, body: &Value) -> Result<String, String> {
 #[case(object(&[("a", default(attr("a", "string", false), "5"))]), json!({}), "81a16105")]
 #[case(object(&[("a", default(attr("a", "number", false), "-5"))]), json!({}), "81a161fb")]
 #[case(object(&[("a", attr("", "string", true))]), json!({"a": null}), "81a161c0")]
-fn what_nomad_encodes_is_encoded_alike(
+fn values_are_encoded_as_nomad_encodes_them(
     #[case] spec: hclspec::Spec,
     #[case] body: Value,
     #[case] bytes: &str,
@@ -156,7 +156,7 @@ fn what_nomad_encodes_is_encoded_alike(
 #[case(a("any"), json!({}), "not supported by this host")]
 #[case(a("string"), json!({"a": "${NOPE}"}), "config.a: ${NOPE} is not known")]
 #[case(object(&[("a", literal("upper(\"x\")"))]), json!({}), "not supported by this host")]
-fn what_does_not_fit_is_named(
+fn a_value_that_does_not_fit_the_schema_is_named(
     #[case] spec: hclspec::Spec,
     #[case] body: Value,
     #[case] part: &str,
@@ -166,7 +166,7 @@ fn what_does_not_fit_is_named(
 }
 
 #[test]
-fn variables_are_put_in_before_the_conversion() {
+fn variables_are_replaced_before_the_conversion() {
     let spec = object(&[
         ("a", attr("", "string", false)),
         ("n", attr("", "number", false)),
@@ -183,7 +183,7 @@ fn variables_are_put_in_before_the_conversion() {
 }
 
 #[test]
-fn without_a_schema_nothing_fits() {
+fn without_a_schema_no_option_is_accepted() {
     let variables = Variables::default();
     assert_eq!(
         encode(None, &json!({}), &variables, "plugin"),

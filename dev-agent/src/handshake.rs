@@ -62,7 +62,7 @@ mod tests {
     #[case("1|2|unix|/tmp/plugin1|grpc")]
     #[case("1|2|unix|/tmp/plugin1|grpc|")]
     #[case("  1|2|unix|/tmp/plugin1|grpc|\r\n")]
-    fn what_nomad_accepts(#[case] line: &str) {
+    fn lines_that_nomad_accepts_are_accepted(#[case] line: &str) {
         assert_eq!(read(line), Ok(PathBuf::from("/tmp/plugin1")));
     }
 
@@ -77,7 +77,7 @@ mod tests {
     #[case("1|2|unix|s|grpc|", "not absolute")]
     #[case("1|2|unix|/s|grpc|abc", "certificate")]
     #[case("1|2|unix|/s|grpc||true", "more than six")]
-    fn what_is_refused_says_why(#[case] line: &str, #[case] part: &str) {
+    fn a_bad_line_is_refused_with_a_reason(#[case] line: &str, #[case] part: &str) {
         let reason = read(line).unwrap_err();
         assert!(reason.contains(part), "{reason}");
     }

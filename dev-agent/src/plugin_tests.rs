@@ -34,7 +34,7 @@ fn greeting(dir: &TempDir) -> String {
 }
 
 #[tokio::test]
-async fn a_launched_plugin_has_nomads_environment_and_its_lines_are_received() {
+async fn a_launched_plugin_has_nomads_environment_and_its_log_is_received() {
     let dir = server().await;
     let (sender, mut lines) = mpsc::unbounded_channel();
     let text = format!(
@@ -72,13 +72,16 @@ async fn a_launched_plugin_has_nomads_environment_and_its_lines_are_received() {
 #[case("echo hello", "not a handshake line")]
 #[case("printf '1|2|unix|/s|grpc|'", "in the middle of the line")]
 #[tokio::test]
-async fn a_bad_handshake_ends_the_process_and_says_why(#[case] text: &str, #[case] part: &str) {
+async fn a_bad_handshake_kills_the_process_and_is_explained(
+    #[case] text: &str,
+    #[case] part: &str,
+) {
     let error = Plugin::launch(script(text)).await.unwrap_err().to_string();
     assert!(error.contains(part), "{error}");
 }
 
 #[tokio::test]
-async fn a_plugin_that_says_nothing_is_killed() {
+async fn a_plugin_without_a_handshake_is_killed() {
     let mut launch = script("exec tail -f /dev/null");
     launch.start_timeout = Duration::from_millis(50);
     let error = Plugin::launch(launch).await.unwrap_err().to_string();
@@ -89,7 +92,7 @@ async fn a_plugin_that_says_nothing_is_killed() {
 }
 
 #[tokio::test]
-async fn a_socket_that_is_not_there_is_named() {
+async fn a_missing_socket_is_named() {
     let error = Plugin::launch(script(
         "echo '1|2|unix|/nonexistent/s|grpc|'; exec tail -f /dev/null",
     ))
@@ -99,7 +102,7 @@ async fn a_socket_that_is_not_there_is_named() {
 }
 
 #[tokio::test]
-async fn who_does_not_end_is_killed() {
+async fn a_plugin_that_does_not_exit_is_killed() {
     let dir = server().await;
     let plugin = Plugin::launch(script(&format!(
         "{}; exec tail -f /dev/null",
@@ -118,7 +121,7 @@ async fn who_does_not_end_is_killed() {
 }
 
 #[tokio::test]
-async fn a_running_plugin_is_found_again() {
+async fn a_plugin_can_be_reattached() {
     let dir = server().await;
     let first = Plugin::launch(script(&format!(
         "{}; exec tail -f /dev/null",

@@ -175,13 +175,13 @@ mod tests {
     #[case("${1 + 1}", "can't be evaluated")]
     #[case("%{ if true }x%{ endif }", "directives")]
     #[case("${", "not a template")]
-    fn what_is_not_a_name_is_refused(#[case] text: &str, #[case] part: &str) {
+    fn an_expression_other_than_a_name_is_refused(#[case] text: &str, #[case] part: &str) {
         let error = variables().evaluate(text).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     }
 
     #[test]
-    fn outside_of_config_unknown_names_stay() {
+    fn outside_of_config_unknown_names_are_kept() {
         let out = variables().replace("${NOMAD_TASK_NAME} ${NOPE} ${env[\"ODD.KEY\"]} ${");
         assert_eq!(out, "web ${NOPE} odd ${");
     }

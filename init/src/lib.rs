@@ -351,20 +351,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(spec in specs(), request in requests()) {
+        fn a_message_is_read_back(spec in specs(), request in requests()) {
             prop_assert_eq!(parse_spec(&packet(&spec)).unwrap(), spec);
             prop_assert_eq!(message::<Request>(&packet(&request)).unwrap(), request);
         }
 
         #[test]
-        fn no_bytes_do_harm(bytes in any::<Vec<u8>>()) {
+        fn arbitrary_bytes_are_no_panic(bytes in any::<Vec<u8>>()) {
             let _ = parse_spec(&bytes);
             let _ = message::<Request>(&bytes);
             let _ = message::<InitEvent>(&bytes);
         }
 
         #[test]
-        fn no_damage_does_harm(
+        fn damaged_messages_are_no_panic(
             spec in specs(),
             request in requests(),
             at in any::<prop::sample::Index>(),
@@ -377,14 +377,14 @@ mod tests {
     }
 
     #[test]
-    fn an_order_without_filters_can_be_read() {
+    fn an_init_spec_without_filters_can_be_read() {
         let text =
             br#"{"life":"init","command":[],"environment":[],"directory":null,"streams":false}"#;
         assert!(parse_spec(text).unwrap().filters.is_empty());
     }
 
     #[test]
-    fn what_is_too_long_is_no_message() {
+    fn a_packet_that_is_too_long_is_refused() {
         let running = InitEvent::Running { pid: 2 };
         let event = packet(&running);
         let padded = [&event[..], &vec![b' '; MAX_PACKET_BYTES - event.len()]].concat();
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn troubles_read_well_and_have_their_status() {
+    fn start_errors_have_a_message_and_an_exit_code() {
         let rows = [
             (Step::Execute, "it", 2, 127, "command \"it\" not found"),
             (

@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_released_is_an_error_until_it_is_gone() {
+    fn an_unreleased_resource_is_an_error_until_it_is_gone() {
         let temp = tempfile::tempdir().unwrap();
         let group = temp.path().join("group");
         fs::create_dir(&group).unwrap();
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn no_secrets_stay_where_a_resource_does() {
+    fn secrets_are_removed_even_if_a_resource_stays() {
         let (_temp, task_dir, _) = ordered(vec![newer()]);
         let environment = task_dir.path().join("environment");
         assert!(environment.exists());
@@ -159,7 +159,7 @@ mod tests {
     /// Otherwise every task of the newer driver would stay for ever after a downgrade. Its supervisor knows the kind and has
     /// released it.
     #[test]
-    fn what_its_supervisor_has_released_is_not_released_again() {
+    fn resources_released_by_the_supervisor_are_not_released_again() {
         let (_temp, task_dir, _) = ordered(vec![newer()]);
         kill_and_release(&task_dir).unwrap_err();
         task_dir.write_freed().unwrap();

@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_the_driver_made_counts_as_a_start() {
+    fn only_task_directories_of_the_driver_are_starts() {
         let temp = tempfile::tempdir().unwrap();
         let dir = temp.path();
         let group = |task_dir: &TaskDir, above: &str| {
@@ -347,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_others_can_write_is_not_looked_through() {
+    fn a_state_directory_writable_by_others_is_not_scanned() {
         let temp = tempfile::tempdir().unwrap();
         assert!(scan(&temp.path().join("none")).unwrap().starts.is_empty());
         fs::set_permissions(temp.path(), fs::Permissions::from_mode(0o777)).unwrap();

@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn two_port_maps_in_one() {
+    fn port_map_blocks_are_merged() {
         let expected: BTreeMap<_, _> = [("http", "8080"), ("s", "53")]
             .map(|(label, port)| (label.to_owned(), Number(port.to_owned())))
             .into();

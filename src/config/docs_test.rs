@@ -26,7 +26,7 @@ fn described(option: &OptionSpec) -> String {
 #[case("Plugin options", PluginOptions::OPTIONS)]
 #[case("Task options", TaskOptions::OPTIONS)]
 #[case("The `image_download` block", ImageDownload::OPTIONS)]
-fn every_option_is_described_as_it_is(#[case] title: &str, #[case] options: &[OptionSpec]) {
+fn every_option_is_documented(#[case] title: &str, #[case] options: &[OptionSpec]) {
     let mut sections = chapter(title).split("\n### `").skip(1);
     for option in options {
         let section = sections.next().unwrap_or_default();
@@ -47,7 +47,7 @@ fn every_option_is_described_as_it_is(#[case] title: &str, #[case] options: &[Op
 }
 
 #[test]
-fn every_example_can_be_used() {
+fn every_example_is_valid() {
     let examples: Vec<_> = TEXT.split("```hcl\n").skip(1).collect();
     let mut blocks = 0;
     for example in &examples {

@@ -206,7 +206,7 @@ mod tests {
     #[case::nomads_own("/secrets/file", "/secrets/file")]
     #[case::nomads_token("eyJhbGciOi", "${NOMAD_TOKEN}")]
     #[case::short("yes", "yes")]
-    fn no_message_has_a_variables_value(#[case] value: &str, #[case] shown: &str) {
+    fn no_message_contains_the_value_of_a_variable(#[case] value: &str, #[case] shown: &str) {
         let all = variables(&[
             ("TOKEN", "hunter2hunter2"),
             ("NOMAD_TOKEN", "eyJhbGciOi"),
@@ -226,7 +226,7 @@ mod tests {
         /// For any value and any cut-off point of the quotation, the message shows no more of the value than would be
         /// too short to be a secret.
         #[test]
-        fn no_length_and_no_character_shows_a_value(
+        fn values_of_any_length_and_character_are_redacted(
             before in "[a-z ]{0,220}",
             secret in "[A-Z\n\"\\\\ü☃\t]{8,400}",
         ) {

@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn long_names_that_begin_alike_stay_apart() {
+    fn long_names_with_a_common_prefix_stay_distinct() {
         let (one, two) = ("a".repeat(60) + "1", "a".repeat(60) + "2");
         assert_eq!(machine(&one, ALLOC).len(), MACHINE_MAX);
         assert_ne!(machine(&one, ALLOC), machine(&two, ALLOC));
@@ -125,7 +125,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_names_make_a_host_name(task in ".*", alloc in ".*") {
+        fn any_name_becomes_a_valid_host_name(task in ".*", alloc in ".*") {
             let name = machine(&task, &alloc);
             prop_assert!((1..=MACHINE_MAX).contains(&name.len()), "{name}");
             for part in name.split('.') {
@@ -148,7 +148,7 @@ mod tests {
     #[case("a", "x/y", ALLOC, "task.name")]
     #[case("a", "web", "", "task.alloc_id")]
     #[case("a", "web", "../x", "task.alloc_id")]
-    fn names_that_leave_their_place_are_refused(
+    fn names_that_leave_their_directory_are_refused(
         #[case] id: &str,
         #[case] task: &str,
         #[case] alloc_id: &str,

@@ -64,7 +64,7 @@ fn the_smallest_job_has_the_defaults() {
 }
 
 #[test]
-fn a_job_with_many_words() {
+fn a_job_with_many_options() {
     let mut host = TestHost::new();
     host.context.stdout = "/logs/out".into();
     host.context.stderr = "/dev/null".into();
@@ -338,7 +338,7 @@ fn what_is_wrong_is_said(#[case] extra: &str, #[case] message: &str) {
     "image = \"unmerged\"\nboot = false\nvolatile = \"yes\"\nuser_namespacing = false",
     r#"config.volatile: "yes" needs an image whose /bin is a symbolic link into /usr; use state or overlay"#
 )]
-fn what_is_wrong_with_an_image_is_said(#[case] body: &str, #[case] message: &str) {
+fn a_bad_image_is_refused_with_a_reason(#[case] body: &str, #[case] message: &str) {
     let host = TestHost::new();
     host.make("plugins/noinit/etc/os-release");
     host.make("plugins/unmerged/usr/.");
@@ -351,7 +351,7 @@ fn what_is_wrong_with_an_image_is_said(#[case] body: &str, #[case] message: &str
 }
 
 #[test]
-fn images_are_found_where_they_are() {
+fn images_are_found_in_the_search_path() {
     let host = TestHost::new();
     host.make("machines/disk.raw");
     host.make("plugins/both/usr/.");
@@ -414,7 +414,7 @@ fn mounts_have_nomads_first_and_binds_last() {
 }
 
 #[test]
-fn without_volumes_only_the_allocation_is_shown() {
+fn without_volumes_only_the_allocation_can_be_mounted() {
     let mut host = TestHost::new();
     host.plugin_config.volumes = false;
     let body = "image = \"tree\"\nboot = false\n";
@@ -496,7 +496,7 @@ fn with_ports() -> TestHost {
 #[rstest]
 #[case::no_directory("nothing", "task.alloc_dir")]
 #[case::relative("", "task.alloc_dir")]
-fn an_allocation_that_is_not_there(#[case] path: &str, #[case] option: &str) {
+fn a_missing_allocation_is_an_error(#[case] path: &str, #[case] option: &str) {
     let mut host = TestHost::new();
     host.context.alloc_dir = match path {
         "" => "relative".into(),

@@ -61,7 +61,7 @@ mod tests {
     use prost::Message as _;
 
     #[test]
-    fn the_answer_has_the_golden_bytes() {
+    fn the_response_has_the_golden_bytes() {
         let golden = "0802120676302e312e301a05302e312e3022066e737061776e";
         assert_eq!(hex(&info("0.1.0").encode_to_vec()), golden);
     }

@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_have_the_golden_bytes() {
+    fn responses_have_the_golden_bytes() {
         assert_eq!(
             hex(&wait_response(&exit(1, 9)).encode_to_vec()),
             "0a0408011009"
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_passed_on_is_said() {
+    fn ignored_settings_are_reported() {
         let mount = |mode: &str| proto::Mount {
             task_path: "/data".to_owned(),
             propagation_mode: mode.to_owned(),
@@ -371,7 +371,7 @@ mod tests {
     #[case("::ffff:10.0.0.1", Ok(Some("10.0.0.1")))]
     #[case("fd00::1", Ok(Some("fd00::1")))]
     #[case("10.0.0.0/8", Err("port \"x\": \"10.0.0.0/8\" is not an IP address"))]
-    fn a_port_keeps_the_address_on_which_it_is_allotted(
+    fn a_port_keeps_the_address_on_which_it_is_allocated(
         #[case] host_ip: &str,
         #[case] wanted: Result<Option<&str>, &str>,
     ) {
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_durations_are_zero() {
+    fn negative_and_missing_durations_are_zero() {
         let given = |seconds, nanos| Some(prost_types::Duration { seconds, nanos });
         assert_eq!(duration(given(2, 500_000_000)), Duration::from_millis(2500));
         assert_eq!(duration(given(-1, 0)), Duration::ZERO);

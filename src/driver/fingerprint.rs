@@ -197,7 +197,10 @@ mod tests {
     #[case(249, false)]
     #[case(250, true)]
     #[case(252, true)]
-    fn jobs_can_ask_for_a_node_that_hides_what_boots(#[case] version: u32, #[case] hidden: bool) {
+    fn an_attribute_shows_whether_boot_hides_the_environment(
+        #[case] version: u32,
+        #[case] hidden: bool,
+    ) {
         let (plugin_config, probe) = host(|_, probe| probe.nspawn = Ok(version));
         let print = Fingerprint::of(&plugin_config, &probe);
         assert_eq!(
@@ -207,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn what_vanishes_is_said_to_be_empty() {
+    fn an_attribute_that_disappears_is_sent_as_empty() {
         let mut published = BTreeSet::new();
         let first = Fingerprint::of(&plugin_config(), &probe()).response(&mut published);
         assert_eq!(

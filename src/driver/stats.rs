@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_locked_that_was_not_measured() {
+    fn only_measured_values_are_reported() {
         let read = UsageSampler::default().read(Instant::now(), Usage::default(), None);
         assert!(read.cpu.unwrap().measured_fields.is_empty());
         assert!(read.memory.unwrap().measured_fields.is_empty());
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn clocks_that_stand_still_or_run_back_do_no_harm() {
+    fn clocks_that_stop_or_run_backwards_are_harmless() {
         let (mut sampler, now) = (UsageSampler::default(), Instant::now());
         sampler.read(now, used(100, 100), None);
         let same = sampler.read(now, used(200, 200), None).cpu.unwrap();

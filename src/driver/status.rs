@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_may_pass_by_itself_may_be_retried() {
+    fn only_transient_failures_are_recoverable() {
         let transient = Status::from(start(Cause::Busy));
         assert_eq!(transient.code(), Code::FailedPrecondition);
         let details = rpc::Status::decode(transient.details()).unwrap();
@@ -171,7 +171,7 @@ mod tests {
         Code::Unimplemented,
         "exec is not supported by this driver"
     )]
-    fn every_refusal_has_its_code(
+    fn every_error_has_its_code(
         #[case] error: CallError,
         #[case] code: Code,
         #[case] message: &str,

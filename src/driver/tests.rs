@@ -175,7 +175,7 @@ fn the_transcribed_messages_have_the_golden_bytes() {
 }
 
 #[tokio::test]
-async fn a_kept_handle_alone_finds_the_task_again() {
+async fn a_stored_handle_is_enough_to_recover_the_task() {
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .times(1)
@@ -195,7 +195,7 @@ async fn a_kept_handle_alone_finds_the_task_again() {
 }
 
 #[tokio::test]
-async fn a_handle_that_is_not_ours_is_refused_and_can_be_destroyed() {
+async fn a_foreign_handle_is_refused_and_can_be_destroyed() {
     let mut mock = MockContainerBackend::new();
     mock.expect_remove()
         .with(eq(ID))
@@ -220,7 +220,7 @@ async fn a_handle_that_is_not_ours_is_refused_and_can_be_destroyed() {
 }
 
 #[tokio::test]
-async fn a_recovery_that_fails_leaves_nothing_known() {
+async fn a_failed_recovery_leaves_no_task() {
     let mut mock = MockContainerBackend::new();
     mock.expect_attach().returning(|_| {
         Err(BackendError::Lost {
@@ -241,7 +241,7 @@ async fn a_recovery_that_fails_leaves_nothing_known() {
 }
 
 #[tokio::test]
-async fn inspection_is_complete_at_every_moment() {
+async fn inspection_is_complete_in_every_state() {
     let (driver, end) = running(starts()).await;
     let look = async || {
         driver
@@ -272,7 +272,7 @@ async fn inspection_is_complete_at_every_moment() {
 }
 
 #[tokio::test]
-async fn a_lost_watch_is_an_answer_with_an_error_text() {
+async fn a_lost_supervisor_is_a_result_with_an_error() {
     let (driver, end) = running(starts()).await;
     end.send_replace(Some(Exit {
         error: Some("the watch was lost".to_owned()),
@@ -288,7 +288,7 @@ async fn a_lost_watch_is_an_answer_with_an_error_text() {
 }
 
 #[tokio::test]
-async fn unknown_ids_are_answered_as_nomad_needs_it() {
+async fn unknown_ids_are_answered_as_nomad_expects() {
     let driver = driver(Arc::new(MockContainerBackend::new()));
     driver
         .stop_task(stop_request("nobody", "SIGNOPE", 5))
@@ -322,7 +322,7 @@ async fn unknown_ids_are_answered_as_nomad_needs_it() {
 }
 
 #[tokio::test]
-async fn a_stop_hands_over_signal_and_patience() {
+async fn a_stop_passes_signal_and_timeout() {
     let mut mock = starts();
     mock.expect_stop()
         .with(always(), eq(Some(Signal::TERM)), eq(Duration::from_secs(9)))
@@ -391,7 +391,7 @@ async fn only_force_destroys_a_running_task() {
 }
 
 #[tokio::test]
-async fn statistics_come_at_once_and_end_with_the_task() {
+async fn statistics_start_immediately_and_end_with_the_task() {
     let mut mock = starts();
     mock.expect_usage().returning(|_| {
         Ok(Usage {
@@ -427,7 +427,7 @@ async fn statistics_come_at_once_and_end_with_the_task() {
 }
 
 #[tokio::test]
-async fn events_carry_what_nomad_routes_them_by() {
+async fn events_have_the_fields_by_which_nomad_routes_them() {
     let driver = driver(Arc::new(MockContainerBackend::new()));
     driver.events.publish(&info(ID), "early");
     let mut events = driver
@@ -453,7 +453,7 @@ async fn events_carry_what_nomad_routes_them_by() {
 }
 
 #[tokio::test]
-async fn what_is_not_built_says_so() {
+async fn unimplemented_calls_are_reported_as_such() {
     let driver = driver(Arc::new(MockContainerBackend::new()));
     let exec = driver
         .exec_task(Request::new(proto::ExecTaskRequest::default()))
@@ -477,7 +477,7 @@ async fn what_is_not_built_says_so() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_first_task_after_it_shows_whose_allocations_are_whose_and_it_is_done_again() {
+async fn reconciliation_is_repeated_after_the_first_task_of_the_agent() {
     let (asked, mut received) = tokio::sync::mpsc::unbounded_channel();
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()

@@ -148,7 +148,7 @@ mod tests {
     #[case::none(&[])]
     #[case::empty(&[(COOKIE, "")])]
     #[case::wrong(&[(COOKIE, "e4327c2e")])]
-    fn without_the_cookie_no_one_is_served(#[case] pairs: &[(&str, &str)]) {
+    fn without_the_cookie_nothing_is_served(#[case] pairs: &[(&str, &str)]) {
         assert_eq!(read(pairs), Err(HandshakeError::NotAHost));
     }
 
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seventh_field_only_for_those_who_ask() {
+    fn the_seventh_field_is_sent_only_on_request() {
         let asked = with_cookie(&[("PLUGIN_MULTIPLEX_GRPC", "true")]).unwrap();
         assert_eq!(asked.line(Path::new("/s")), "1|2|unix|/s|grpc||false\n");
         let not = with_cookie(&[("PLUGIN_MULTIPLEX_GRPC", "")]).unwrap();
@@ -188,7 +188,10 @@ mod tests {
     #[case(&[], "/tmp")]
     #[case(&[("TMPDIR", "/var/tmp")], "/var/tmp")]
     #[case(&[("TMPDIR", "/var/tmp"), ("PLUGIN_UNIX_SOCKET_DIR", "/run/x")], "/run/x")]
-    fn the_socket_goes_where_the_host_wants(#[case] pairs: &[(&str, &str)], #[case] dir: &str) {
+    fn the_socket_is_in_the_directory_of_the_host(
+        #[case] pairs: &[(&str, &str)],
+        #[case] dir: &str,
+    ) {
         assert_eq!(with_cookie(pairs).unwrap().socket_dir, Path::new(dir));
     }
 
@@ -197,7 +200,7 @@ mod tests {
     #[case("0", None)]
     #[case("many", None)]
     #[case("", None)]
-    fn tokio_s_own_variable_sets_the_number_of_workers(
+    fn tokio_worker_threads_sets_the_number_of_workers(
         #[case] text: &str,
         #[case] workers: Option<usize>,
     ) {
@@ -224,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_breaks_the_line_is_refused() {
+    fn a_directory_that_breaks_the_handshake_line_is_refused() {
         let error = with_cookie(&[("PLUGIN_UNIX_SOCKET_DIR", "/run/a|b")]).unwrap_err();
         assert_eq!(error, HandshakeError::SocketDirectory("/run/a|b".into()));
     }

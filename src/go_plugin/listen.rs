@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_group_may_connect_when_the_host_says_so() {
+    async fn a_group_may_connect_if_the_host_names_it() {
         let dir = tempfile::tempdir().unwrap();
         let own = nix::unistd::getgid().to_string();
         let (_listener, place) = listen(dir.path(), Some(&own)).unwrap();
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_the_dead_sockets_of_this_driver_are_swept() {
+    async fn only_stale_sockets_of_this_driver_are_removed() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let dead = |name: &str| drop(std::os::unix::net::UnixListener::bind(at(name)).unwrap());
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_fails_leaves_nothing() {
+    async fn a_failed_listen_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let unknown = listen(dir.path(), Some("no such group")).unwrap_err();
         assert!(matches!(unknown, ListenError::UnknownGroup(_)));

@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_has_the_agents_form() {
+    fn a_line_has_the_agents_format() {
         let lines =
             logged(|| tracing::info!(task = "a/b/c", count = 3, up = true, "it {}", "runs"));
         let [line] = lines.as_slice() else {
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn no_field_takes_the_place_of_an_own_key() {
+    fn no_field_replaces_a_reserved_key() {
         let lines = logged(|| {
             tracing::warn!({ "@level" = 7, "@message" = true, "@timestamp" = 1.5 }, "text\nwith \"quotes\"");
         });
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_never_grows_past_the_readers_buffer() {
+    fn a_line_never_exceeds_the_readers_buffer() {
         let long = "\u{1}ä".repeat(100_000);
         let text = line("info", "m", &long, Map::new());
         assert!(text.len() <= MAX_LINE_BYTES, "{}", text.len());
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_pipe_is_no_ones_concern() {
+    fn a_broken_pipe_is_ignored() {
         struct Broken;
         impl Write for Broken {
             fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stuck_reader_stalls_no_one_and_is_reported_what_it_missed() {
+    fn a_stuck_reader_blocks_nothing_and_dropped_lines_are_counted() {
         struct Stuck(mpsc::Receiver<()>, Paper);
         impl Write for Stuck {
             fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {

@@ -69,7 +69,7 @@ impl Served {
 }
 
 #[tokio::test]
-async fn health_is_reported_of_the_plugin_and_of_no_one_in_particular() {
+async fn health_is_reported_for_the_plugin_and_the_server() {
     let served = served(MockContainerBackend::new()).await;
     let mut health = HealthClient::new(served.connect().await);
     for service in ["plugin", ""] {
@@ -85,7 +85,7 @@ async fn health_is_reported_of_the_plugin_and_of_no_one_in_particular() {
 }
 
 #[tokio::test]
-async fn shutdown_waits_for_no_stream_and_removes_the_socket() {
+async fn shutdown_does_not_wait_for_streams_and_removes_the_socket() {
     let served = served(MockContainerBackend::new()).await;
     let channel = served.connect().await;
     let mut stdio = GrpcStdioClient::new(channel.clone())
@@ -122,7 +122,7 @@ async fn shutdown_waits_for_no_stream_and_removes_the_socket() {
 }
 
 #[tokio::test]
-async fn a_connection_without_a_word_harms_no_one() {
+async fn a_silent_connection_is_harmless() {
     let served = served(MockContainerBackend::new()).await;
     drop(UnixStream::connect(&served.socket).await.unwrap());
     let mut driver = DriverClient::new(served.connect().await);
@@ -135,7 +135,7 @@ async fn a_connection_without_a_word_harms_no_one() {
 }
 
 #[tokio::test]
-async fn a_large_request_is_taken() {
+async fn a_large_request_is_accepted() {
     let served = served(MockContainerBackend::new()).await;
     let mut driver = DriverClient::new(served.connect().await);
     driver.shutdown(wire::ShutdownRequest {}).await.unwrap();
@@ -154,7 +154,7 @@ async fn a_large_request_is_taken() {
 }
 
 #[tokio::test]
-async fn a_panic_costs_one_call() {
+async fn a_panic_fails_only_its_call() {
     let mut mock = MockContainerBackend::new();
     mock.expect_remove().returning(|_| panic!("on purpose"));
     let served = served(mock).await;

@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn where_the_place_of_the_copies_is_gone_there_is_nothing_to_remove() {
+    fn without_the_directory_of_the_copies_nothing_is_removed() {
         let start = Start::new();
         let directory = start.temp.path().join("gone");
         EphemeralCopy { directory }
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn of_copies_without_a_name_those_go_that_are_dead_and_later_than_the_order() {
+    fn unrecorded_copies_are_removed_if_unlocked_and_newer_than_the_launch_spec() {
         let start = Start::new();
         let copies = start.directory("images");
         let lease = EphemeralCopy {

@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_released_keeps_no_other_from_it() {
+    fn a_resource_that_cannot_be_released_does_not_block_others() {
         let start = Start::new();
         let group = start.directory("group");
         // A real cgroup directory contains no regular files. With one in it, this directory can't be removed.
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kind_of_a_newer_driver_is_kept_as_it_is() {
+    fn a_kind_of_a_newer_driver_is_kept_unchanged() {
         let text = r#"[{"kind":"zone_bridge","zone":"web"},{"kind":"address","number":7}]"#;
         let resources: Vec<Resource> = serde_json::from_str(text).unwrap();
         let zone = "web".to_owned();

@@ -183,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_that_shares_a_lock_removes_it() {
+    fn the_last_holder_of_a_shared_lock_removes_it() {
         let temp = tempfile::tempdir().unwrap();
         let tree = temp.path().join("tree");
         fs::create_dir(&tree).unwrap();
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_held_by_one_alone_is_not_shared() {
+    fn an_exclusive_lock_is_not_shared() {
         let temp = tempfile::tempdir().unwrap();
         let tree = temp.path().join("tree");
         fs::create_dir(&tree).unwrap();

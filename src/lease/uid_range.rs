@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_of_user_ids_is_reported_by_its_first_outside() {
+    fn the_first_uid_outside_is_read_from_the_uid_map() {
         assert_eq!(
             first_uid("         0  403111936      65536\n"),
             Some(403_111_936)
@@ -68,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn of_locks_of_user_ids_those_go_that_are_dead_and_later_than_the_order() {
+    fn unrecorded_uid_locks_are_removed_if_unlocked_and_newer_than_the_launch_spec() {
         let start = Start::new();
         let locks = start.directory("locks");
         let make = |name: &str| {

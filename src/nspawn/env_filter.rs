@@ -83,7 +83,7 @@ mod tests {
     #[case("NOMAD_TOKEN")]
     #[case("VAULT_TOKEN")]
     #[case("PASSWORD")]
-    fn secrets_pass_hidden(#[case] name: &str) {
+    fn secrets_are_passed_in_the_environment(#[case] name: &str) {
         assert!(safe_for_nspawn_env(name));
     }
 
@@ -95,7 +95,7 @@ mod tests {
     #[case("OPENSSL_CONF")]
     #[case("PATH")]
     #[case("LISTEN_FDS")]
-    fn a_job_cannot_steer_the_root_process(#[case] name: &str) {
+    fn a_job_cannot_control_systemd_nspawn_by_its_environment(#[case] name: &str) {
         assert!(!safe_for_nspawn_env(name));
     }
 }

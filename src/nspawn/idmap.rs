@@ -158,7 +158,7 @@ mod tests {
     #[case(OVERLAY, (6, 18), "overlay", false)]
     #[case(0x6969, (6, 18), "nfs", false)]
     #[case(0x1234, (6, 18), "of type 0x1234", false)]
-    fn file_systems_are_known(
+    fn file_systems_are_identified(
         #[case] magic: u32,
         #[case] kernel: Kernel,
         #[case] name: &str,
@@ -210,7 +210,7 @@ mod tests {
     #[case(Users::Host)]
     #[case(private("identity"))]
     #[case(private("0:65536"))]
-    fn where_ids_are_the_same_nothing_is_mapped_and_nothing_reported(#[case] users: Users) {
+    fn identical_ids_need_no_mapping_and_no_event(#[case] users: Users) {
         let (binds, notes) = super::binds(vec![mount("/proc", "/data")], &users, 252, (6, 18));
         assert!(!binds[0].idmap && notes.is_empty(), "{notes:?}");
     }

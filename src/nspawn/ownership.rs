@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_without_losses_says_nothing() {
+    fn an_image_without_losses_has_no_event() {
         let mut survey = Survey::default();
         survey.count(Path::new("/etc"), [65_535, 65_535], false);
         assert_eq!(survey.result(None), Vec::<String>::new());

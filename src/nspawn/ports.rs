@@ -238,7 +238,7 @@ mod tests {
     #[case::no_address(None, &["192.0.2.2", "10.0.0.5"], &["192.0.2.2"])]
     #[case::the_only_one(Some("192.0.2.2"), &["192.0.2.2"], &["192.0.2.2"])]
     #[case::the_only_one_without_a_route(Some("10.0.0.5"), &["10.0.0.5"], &[])]
-    fn a_port_that_is_forwarded_as_it_was_allotted_needs_no_event(
+    fn a_port_forwarded_as_allocated_needs_no_event(
         #[case] address: Option<&str>,
         #[case] all: &[&str],
         #[case] default: &[&str],
@@ -252,7 +252,7 @@ mod tests {
     #[case::a_bridge_of_containers("172.17.0.1", &["192.0.2.2"], &["192.0.2.2"])]
     #[case::loopback("127.0.0.1", &["192.0.2.2"], &["192.0.2.2"])]
     #[case::loopback_alone("::1", &[], &[])]
-    fn a_port_that_more_could_reach_is_refused(
+    fn a_port_reachable_on_more_addresses_is_refused(
         #[case] address: &str,
         #[case] all: &[&str],
         #[case] default: &[&str],
@@ -271,7 +271,7 @@ mod tests {
     #[case::not_of_this_host("203.0.113.7", &["192.0.2.2"], &["192.0.2.2"])]
     #[case::no_address_at_all("192.0.2.2", &[], &[])]
     #[case::no_route_of_its_family("192.0.2.2", &["192.0.2.2", "fd00::2"], &["fd00::2"])]
-    fn what_may_come_back_is_no_final_refusal(
+    fn a_missing_address_or_route_is_recoverable(
         #[case] address: &str,
         #[case] all: &[&str],
         #[case] default: &[&str],
@@ -299,7 +299,7 @@ mod tests {
     #[case::a_route_that_rejects(Errno::EHOSTUNREACH, true)]
     #[case::no_such_family(Errno::EAFNOSUPPORT, true)]
     #[case::no_address(Errno::EADDRNOTAVAIL, true)]
-    fn an_error_is_no_missing_route(#[case] errno: Errno, #[case] no_route: bool) {
+    fn an_error_is_not_taken_for_a_missing_route(#[case] errno: Errno, #[case] no_route: bool) {
         let result = none_without_route(Err(errno.into()));
         assert_eq!(result.ok(), no_route.then_some(None));
     }
@@ -310,7 +310,7 @@ mod tests {
     #[case::without_containers("docker0", true, &[], true)]
     #[case::of_containers("nomad", true, &["veth1a2b"], true)]
     #[case::with_an_uplink("br0", true, &["veth1a2b", "eth0"], false)]
-    #[case::a_card("eth0", false, &[], false)]
+    #[case::a_network_card("eth0", false, &[], false)]
     fn interfaces_for_containers_are_recognized(
         #[case] name: &str,
         #[case] is_bridge: bool,
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_on_the_default_address_is_forwarded_and_the_event_names_who_else_reaches_it() {
+    fn a_port_on_the_default_address_is_forwarded_and_the_event_lists_the_other_addresses() {
         let all = ["10.0.0.5", "10.0.1.5", "192.0.2.2", "fd00::2", "fd00::3"];
         let result = checked(Some("192.0.2.2"), &all, &["192.0.2.2"]).unwrap();
         let [result] = result.as_slice() else {

@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_program_s_error_names_the_places() {
+    fn a_missing_programs_error_lists_the_searched_directories() {
         let empty = tempfile::tempdir().unwrap();
         let error = find("no-such-tool", empty.path().as_os_str()).unwrap_err();
         assert!(

@@ -182,7 +182,7 @@ mod tests {
     )]
     #[case("Failed to fork: out of luck", Cause::Unknown)]
     #[case("", Cause::Unknown)]
-    fn messages_have_a_cause(#[case] messages: &str, #[case] cause: Cause) {
+    fn messages_are_classified(#[case] messages: &str, #[case] cause: Cause) {
         assert_eq!(cause_of_messages(messages), cause);
     }
 
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_of_the_drivers_own_is_no_fault_of_the_job() {
+    fn a_failed_step_of_the_driver_is_not_the_jobs_fault() {
         let missing = io::Error::from(Errno::ENOENT);
         assert_eq!(cause_of_exec_error(&missing), Cause::Config);
         assert_eq!(cause_of_host_error(&missing), Cause::Unknown);

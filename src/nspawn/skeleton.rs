@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_mount_points_stand_between_the_image_s_own_directories() {
+    fn missing_mount_points_are_added_to_the_images_directories() {
         let place = place(&["usr/bin", "etc", "srv/data", "proc", "tmp"]);
         let (image, target) = (&place.image, &place.skeleton);
         fs::write(image.join("usr/bin/sh"), "").unwrap();
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mount_point_behind_a_link_is_made_where_the_link_leads_inside() {
+    fn a_mount_point_behind_a_link_is_created_at_the_links_target_in_the_image() {
         let place = place(&["usr/lib", "tmp", "proc", "dev", "sys", "run"]);
         symlink("usr/lib", place.image.join("lib")).unwrap();
         symlink("/elsewhere/../other", place.image.join("data")).unwrap();
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_for_an_os_release_holds_up_no_one() {
+    fn a_fifo_as_os_release_does_not_block() {
         let place = place(&["etc", "usr/lib"]);
         let fifo = place.image.join("etc/os-release");
         nix::unistd::mkfifo(&fifo, Mode::from_bits_truncate(0o644)).unwrap();
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_takes_the_place_of_a_directory_is_not_written_through() {
+    fn a_link_that_replaces_a_directory_is_not_followed() {
         let place = place(&["srv"]);
         symlink(&place.host, place.image.join("data")).unwrap();
         // As if it had been a directory when the mount points were determined.

@@ -93,7 +93,7 @@ mod tests {
         CgroupLayout::None,
         Some("systemd-nspawn 262 needs a host with cgroup v2 only, mounted at /sys/fs/cgroup")
     )]
-    fn what_cannot_be_used_says_why(
+    fn an_unusable_version_is_explained(
         #[case] version: u32,
         #[case] cgroup: CgroupLayout,
         #[case] text: Option<&str>,

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_locked_can_not_be_seized_until_it_is_given_up() {
+    fn a_locked_directory_cannot_be_seized_until_it_is_released() {
         let (_temp, task_dir) = task_dir();
         let first = TaskLock::create(&task_dir).unwrap();
         let second = TaskLock::lock_shared(&task_dir).unwrap().unwrap();
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_waits_for_whoever_clears_away_and_then_finds_nothing() {
+    fn a_lock_waits_for_a_removal_and_then_finds_nothing() {
         let (_temp, task_dir) = task_dir();
         task_dir.create().unwrap();
         let locked = locked(&task_dir);
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_or_is_a_link_is_not_locked() {
+    fn a_missing_directory_or_a_link_is_not_locked() {
         let (temp, task_dir) = task_dir();
         assert!(TaskLock::lock_shared(&task_dir).unwrap().is_none());
         assert!(matches!(
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_successor_in_the_same_place_is_another_one() {
+    fn a_new_directory_at_the_same_path_is_another_one() {
         let (_temp, task_dir) = task_dir();
         let old = TaskLock::create(&task_dir).unwrap();
         task_dir.remove().unwrap();

@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_start_belongs_to_the_agent_whose_allocations_lie_beside_its_own() {
+    fn a_start_belongs_to_the_agent_with_its_directory_of_allocations() {
         let start = recorded();
         assert_eq!(start.owner(), start.agent());
         assert_eq!(of(&start.task_dir, "another boot"), Owner::Nobody);
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn an_allocation_that_was_removed_has_no_owner_but_one_that_is_not_mounted_has() {
+    fn a_removed_allocation_has_no_owner_and_an_unmounted_one_has() {
         let start = recorded();
         fs::remove_dir(start.temp.path().join("allocs/a")).unwrap();
         assert_eq!(start.owner(), Owner::Nobody);
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_order_names_its_agent_by_the_log_fifos() {
+    fn an_older_launch_spec_names_its_agent_by_the_log_fifos() {
         let older = |stdout: Option<&str>, stderr: Option<&str>| {
             start(|launch_spec, root| {
                 launch_spec.stdout = stdout.map(|path| root.join(path));

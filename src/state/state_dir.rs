@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_made_for_root_alone() {
+    fn a_missing_state_directory_is_created_for_root_only() {
         let place = place();
         let state = place.path().join("a/b");
         secure(&state).unwrap();
@@ -165,9 +165,12 @@ mod tests {
     #[rstest]
     #[case::private(0o700, true)]
     #[case::readable(0o755, true)]
-    #[case::everybodys(0o777, false)]
-    #[case::everybodys_and_sticky(0o1777, false)]
-    fn the_mode_of_one_that_exists_counts_and_stays(#[case] given: u32, #[case] good: bool) {
+    #[case::writable_by_all(0o777, false)]
+    #[case::writable_by_all_and_sticky(0o1777, false)]
+    fn the_mode_of_an_existing_directory_is_checked_and_kept(
+        #[case] given: u32,
+        #[case] good: bool,
+    ) {
         let place = place();
         let state = place.path().join("state");
         fs::create_dir(&state).unwrap();
@@ -185,7 +188,7 @@ mod tests {
     #[rstest]
     #[case::open(0o777, false)]
     #[case::open_and_sticky(0o1777, true)]
-    fn what_it_lies_in_counts_too(#[case] given: u32, #[case] good: bool) {
+    fn the_directories_above_are_checked_too(#[case] given: u32, #[case] good: bool) {
         let place = place();
         let above = place.path().join("above");
         fs::create_dir_all(above.join("state")).unwrap();
@@ -196,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_refused_and_one_above_is_followed() {
+    fn a_link_is_refused_and_a_link_above_is_followed() {
         let place = place();
         let real = place.path().join("real");
         fs::create_dir_all(real.join("state")).unwrap();
@@ -218,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn links_that_lead_in_circles_end() {
+    fn circular_links_are_an_error() {
         let place = place();
         symlink("b", place.path().join("a")).unwrap();
         symlink("a", place.path().join("b")).unwrap();
@@ -227,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn someone_elses_is_refused() {
+    fn a_directory_of_another_user_is_refused() {
         let place = place();
         let state = place.path().join("state");
         fs::create_dir(&state).unwrap();

@@ -69,7 +69,7 @@ fn some() -> (tempfile::TempDir, TaskDir) {
 }
 
 #[test]
-fn what_is_written_is_read_and_is_root_s_alone() {
+fn files_are_read_back_and_accessible_to_root_only() {
     let temp = tempfile::tempdir().unwrap();
     let task_dir = TaskDir::for_task(&temp.path().join("state"), "alloc/web/0a1b2c3d");
     task_dir.create().unwrap();
@@ -85,7 +85,7 @@ fn what_is_written_is_read_and_is_root_s_alone() {
 }
 
 #[test]
-fn starts_of_one_task_are_found_by_each_other_alone() {
+fn starts_of_a_task_find_only_each_other() {
     let temp = tempfile::tempdir().unwrap();
     let of = |id| TaskDir::for_task(temp.path(), id);
     for id in ["a/web/1", "a/web/2", "a/web/3", "a/other/1", "b/web/1"] {
@@ -103,7 +103,7 @@ fn starts_of_one_task_are_found_by_each_other_alone() {
 }
 
 #[test]
-fn a_lock_on_the_log_is_a_watch() {
+fn a_lock_on_the_log_shows_a_supervisor() {
     let temp = tempfile::tempdir().unwrap();
     let task_dir = TaskDir::new(temp.path());
     assert!(!task_dir.has_supervisor());
@@ -116,7 +116,7 @@ fn a_lock_on_the_log_is_a_watch() {
 }
 
 #[test]
-fn a_log_that_is_a_link_is_no_watch() {
+fn a_log_that_is_a_link_shows_no_supervisor() {
     let (temp, task_dir) = some();
     let elsewhere = File::create(temp.path().join("elsewhere")).unwrap();
     elsewhere.try_lock().unwrap();
@@ -126,7 +126,7 @@ fn a_log_that_is_a_link_is_no_watch() {
 
 /// A plugin that has lost its supervisor writes the exit record while the supervisor may be writing it too.
 #[test]
-fn two_who_write_the_same_record_do_not_meet() {
+fn concurrent_writes_of_a_record_do_not_collide() {
     let (_temp, task_dir) = some();
     // Temporary files that another process, or an earlier one with this pid, has begun.
     let begun = task_dir
@@ -157,7 +157,7 @@ fn two_who_write_the_same_record_do_not_meet() {
 
 /// A process that is being forked inherits its parent's descriptors, and so the shared lock of a probe.
 #[test]
-fn who_looks_for_a_watch_is_not_taken_for_one() {
+fn looking_for_a_supervisor_is_not_taken_for_one() {
     let temp = tempfile::tempdir().unwrap();
     let task_dir = TaskDir::new(temp.path());
     let looking = File::create(task_dir.log()).unwrap();
@@ -175,7 +175,7 @@ fn a_link_is_not_followed() {
 }
 
 #[test]
-fn secrets_can_be_taken_once() {
+fn secrets_can_be_read_once() {
     let temp = tempfile::tempdir().unwrap();
     let task_dir = TaskDir::new(temp.path());
     task_dir.write("environment", br#"{"A":"b"}"#).unwrap();
@@ -190,7 +190,7 @@ fn secrets_can_be_taken_once() {
 }
 
 #[test]
-fn of_many_words_the_last_are_kept() {
+fn only_the_end_of_long_output_is_kept() {
     let temp = tempfile::tempdir().unwrap();
     let task_dir = TaskDir::new(temp.path());
     assert_eq!(task_dir.nspawn_stderr_tail(), "");
@@ -206,7 +206,7 @@ fn of_many_words_the_last_are_kept() {
 }
 
 #[test]
-fn an_error_says_nothing_of_what_was_read() {
+fn an_error_does_not_show_the_content() {
     let (_temp, task_dir) = some();
     task_dir
         .write("environment", br#"{"A":{"marker\n":"marker"}}"#)
@@ -221,7 +221,7 @@ fn an_error_says_nothing_of_what_was_read() {
 }
 
 #[test]
-fn what_is_too_large_is_refused_and_not_cut() {
+fn an_oversized_record_is_refused_and_not_truncated() {
     let (_temp, task_dir) = some();
     task_dir.write_exit(&an_exit()).unwrap();
     let place = task_dir.path().join("exit");
@@ -243,7 +243,7 @@ fn a_log_that_is_a_link_is_not_opened() {
 }
 
 #[test]
-fn what_is_damaged_is_not_repeated() {
+fn damaged_content_is_not_shown_in_errors() {
     let (_temp, task_dir) = some();
     fs::write(task_dir.path().join("environment"), "\"s3cret\"").unwrap();
     let error = task_dir.take_environment().unwrap_err().to_string();
@@ -267,7 +267,7 @@ fn is_frozen<T: Serialize + DeserializeOwned>(lines: &str) {
 }
 
 #[test]
-fn what_was_ever_released_is_read_and_the_last_is_written() {
+fn every_released_format_is_read_and_the_latest_is_written() {
     is_frozen::<LaunchSpec>(ORDERS);
     is_frozen::<Running>(RUNNING);
     is_frozen::<Exit>(EXITS);
@@ -275,7 +275,7 @@ fn what_was_ever_released_is_read_and_the_last_is_written() {
 
 /// Drivers from before the list of resources release what they find in separate fields.
 #[test]
-fn what_older_orders_name_is_a_resource_and_still_named_as_before() {
+fn fields_of_older_launch_specs_become_resources_and_are_kept() {
     const OLDER: [&str; 6] = ["place", "locks", "shares", "copies", "picks", "zone"];
     let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
     for line in ORDERS.lines() {
@@ -328,7 +328,7 @@ fn what_older_orders_name_is_a_resource_and_still_named_as_before() {
 }
 
 #[test]
-fn records_of_another_age() {
+fn records_of_other_versions_are_read_or_refused() {
     let last = EXITS.lines().last().unwrap();
     let exit: Exit = decode(last.as_bytes()).unwrap();
     let changed = |change: &dyn Fn(&mut serde_json::Value)| {
@@ -454,7 +454,7 @@ pub(crate) fn started() -> impl Strategy<Value = Started> {
 
 proptest! {
     #[test]
-    fn no_id_leads_out_of_the_state_directory(id in "\\PC{0,200}") {
+    fn no_id_leaves_the_state_directory(id in "\\PC{0,200}") {
         let task_dir = TaskDir::for_task(Path::new("/state"), &id);
         prop_assert_eq!(task_dir.path().parent(), Some(Path::new("/state")));
         prop_assert!(TaskDir::is_name(task_dir.path().file_name().unwrap().to_str().unwrap()));
@@ -475,7 +475,7 @@ proptest! {
     }
 
     #[test]
-    fn every_record_is_read_as_it_was_written(
+    fn every_record_is_read_back(
         launch_spec in launch_spec(),
         environment in proptest::collection::btree_map(any::<String>(), any::<String>(), 0..4),
         exit in exit(),
@@ -497,7 +497,7 @@ proptest! {
     }
 
     #[test]
-    fn half_a_record_is_none(cut: prop::sample::Index) {
+    fn a_truncated_record_is_refused(cut: prop::sample::Index) {
         for lines in [ORDERS, RUNNING, EXITS] {
             let whole = lines.lines().last().unwrap().as_bytes();
             let half = &whole[..cut.index(whole.len())];

@@ -79,7 +79,7 @@ mod tests {
         reason = "the test needs a process to query"
     )]
     #[test]
-    fn a_reaped_process_has_a_status_for_everyone() {
+    fn a_reaped_process_still_has_a_status() {
         for script in ["exit 133", "kill -KILL $$", "kill -34 $$"] {
             let mut child = Command::new("sh")
                 .args(["-c", &format!("read line; {script}")])

@@ -226,7 +226,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn a_number_that_is_no_pid_is_no_one() {
+    fn an_invalid_pid_is_no_process() {
         for pid in [0, -1, i32::MIN, i32::MAX] {
             let nobody = Process { pid, start: 0 };
             ProcessHandle::open(pid).unwrap_err();
@@ -242,7 +242,7 @@ mod tests {
         reason = "the test needs processes to find"
     )]
     #[test]
-    fn a_child_is_found_by_its_own_pid_and_never_another_one() {
+    fn a_child_is_found_by_its_pid_only() {
         let script = "sleep 600 & first=$!; echo $first; sleep 600 & second=$!; echo $second; \
             read line; kill $second; wait $second; echo gone; read line; kill $first";
         let mut shell = Command::new("sh")
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn every_signal_there_is_can_be_sent() {
+    fn every_signal_can_be_sent() {
         for number in 1..=64 {
             if let Some(signal) = Signal::from_number(number) {
                 assert!(to_rustix(signal).is_some(), "{signal}");
@@ -281,7 +281,7 @@ mod tests {
         reason = "the test needs a process to hold"
     )]
     #[test]
-    fn a_process_is_held_signalled_and_seen_to_end() {
+    fn a_process_is_opened_signalled_and_awaited() {
         let mut child = Command::new("sleep").arg("600").spawn().unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let handle = ProcessHandle::open(pid).unwrap();

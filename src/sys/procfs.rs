@@ -103,7 +103,7 @@ mod tests {
     use std::os::unix::ffi::OsStrExt as _;
 
     #[test]
-    fn a_line_is_read_whatever_tags_it_has() {
+    fn a_line_is_parsed_with_any_optional_fields() {
         let table = b"24 30 0:22 / /sys/fs/cgroup/systemd rw,nosuid shared:9 master:2 - cgroup cgroup rw,xattr,name=systemd\n\
             36 35 98:0 /mnt1 /mnt2 rw,noatime - ext3 /dev/root rw,errors=continue\n\
             nonsense\n";
@@ -125,7 +125,7 @@ mod tests {
     #[case(br"/cut\04", br"/cut\04")]
     #[case(br"/no\999digits\", br"/no\999digits\")]
     #[case(b"/\xff\xfe", b"/\xff\xfe")]
-    fn escapes_are_undone(#[case] written: &[u8], #[case] plain: &[u8]) {
+    fn escapes_are_decoded(#[case] written: &[u8], #[case] plain: &[u8]) {
         let line = [b"1 2 0:1 / ", written, b" rw - tmpfs none rw"].concat();
         let mounts = parse_mountinfo(&line);
         assert_eq!(mounts[0].target.as_os_str().as_bytes(), plain);

@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn everyone_receives_and_the_first_receives_what_was_said_before() {
+    fn every_subscriber_receives_and_the_first_gets_the_backlog() {
         let events = EventBus::default();
         events.publish(&task(), "early");
         let mut first = events.subscribe();
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn with_all_listeners_gone_events_are_kept_again() {
+    fn without_subscribers_events_are_kept_again() {
         let events = EventBus::default();
         drop(events.subscribe());
         events.publish(&task(), "kept");
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn neither_the_backlog_nor_a_slow_listener_grows() {
+    fn neither_the_backlog_nor_a_slow_subscriber_grows() {
         let events = EventBus::default();
         for number in 0..BACKLOG_EVENTS * 2 {
             events.publish(&task(), number.to_string());

@@ -111,7 +111,7 @@ mod tests {
     use std::time::{Duration, SystemTime};
 
     #[test]
-    fn what_is_written_is_read_back() {
+    fn a_handle_is_read_back() {
         let started = started("a/t/1");
         let bytes = encode(&started).unwrap();
         assert_eq!(decode(VERSION, &bytes, "a/t/1").unwrap(), started);
@@ -123,7 +123,7 @@ mod tests {
     ];
 
     #[test]
-    fn what_was_ever_released_is_read_and_the_last_is_written() {
+    fn every_released_format_is_read_and_the_latest_is_written() {
         for state in RELEASED {
             let read = decode(VERSION, state.as_bytes(), "a/t/1").unwrap();
             assert_eq!(read, started("a/t/1"));
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn a_field_of_a_later_driver_does_no_harm() {
+    fn a_field_of_a_later_driver_is_ignored() {
         let mut value: serde_json::Value =
             serde_json::from_slice(&encode(&started("i")).unwrap()).unwrap();
         value["later"] = 1.into();
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_ours_is_refused_by_name() {
+    fn a_foreign_handle_is_refused_by_name() {
         let bytes = encode(&started("a/t/1")).unwrap();
         assert!(matches!(
             decode(1, &bytes, "a/t/1"),
@@ -195,7 +195,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_written_is_read_back(started in any_started()) {
+        fn every_handle_is_read_back(started in any_started()) {
             let bytes = encode(&started).unwrap();
             let id = started.id.clone();
             prop_assert_eq!(decode(VERSION, &bytes, &id).unwrap(), started);

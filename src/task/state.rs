@@ -178,7 +178,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_order_of_events_breaks_the_rules(steps in proptest::collection::vec(step(), 0..60)) {
+        fn no_sequence_of_events_breaks_the_rules(steps in proptest::collection::vec(step(), 0..60)) {
             let mut state = State::Starting;
             for step in steps {
                 let before = state;
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn the_usual_life() {
+    fn the_usual_lifecycle() {
         let mut state = State::Starting;
         state.apply(Event::Up);
         assert_eq!(

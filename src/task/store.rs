@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_ends_late_does_not_strike_off_its_successor() {
+    fn a_late_exit_does_not_remove_the_next_task_of_the_id() {
         let store = TaskStore::default();
         let (first, second) = (task(), task());
         store.insert(first.clone()).unwrap();

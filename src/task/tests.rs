@@ -159,7 +159,7 @@ async fn in_time<T>(work: impl Future<Output = T>) -> T {
 }
 
 #[tokio::test]
-async fn everyone_early_or_late_receives_the_same_end() {
+async fn every_waiter_gets_the_same_exit() {
     let (stage, end) = TestBackend::new(starts());
     let tasks = tasks();
     tasks.start(stage, info(ID), spec(ID)).await.unwrap();
@@ -174,7 +174,7 @@ async fn everyone_early_or_late_receives_the_same_end() {
 }
 
 #[tokio::test]
-async fn a_second_start_of_an_id_leaves_the_first_alone() {
+async fn a_second_start_of_an_id_is_refused() {
     let mut mock = MockContainerBackend::new();
     mock.expect_start()
         .times(1)
@@ -205,7 +205,7 @@ async fn after_a_failed_start_the_id_is_free() {
 }
 
 #[tokio::test]
-async fn a_stop_returns_after_the_end_and_may_be_repeated() {
+async fn a_stop_returns_after_the_exit_and_may_be_repeated() {
     let mut mock = starts();
     let (ends, heard) = std::sync::mpsc::channel::<watch::Sender<Option<Exit>>>();
     mock.expect_stop()
@@ -233,7 +233,7 @@ async fn a_stop_returns_after_the_end_and_may_be_repeated() {
 }
 
 #[tokio::test]
-async fn a_failed_stop_is_reported_and_may_be_tried_again() {
+async fn a_failed_stop_is_reported_and_may_be_retried() {
     let mut mock = starts();
     mock.expect_stop()
         .times(2)
@@ -251,7 +251,7 @@ async fn a_failed_stop_is_reported_and_may_be_tried_again() {
 }
 
 #[tokio::test]
-async fn force_ends_a_running_task_and_reports_its_true_end() {
+async fn force_kills_a_running_task_and_reports_its_real_exit() {
     let mut mock = starts();
     let (ends, heard) = std::sync::mpsc::channel::<watch::Sender<Option<Exit>>>();
     mock.expect_stop()
@@ -294,7 +294,7 @@ async fn force_ends_a_running_task_and_reports_its_true_end() {
 }
 
 #[tokio::test]
-async fn destroying_an_unknown_id_clears_leftovers_away() {
+async fn destroying_an_unknown_id_removes_leftovers() {
     let mut mock = MockContainerBackend::new();
     mock.expect_remove()
         .with(eq("x/y/z"))
@@ -310,7 +310,7 @@ async fn destroying_an_unknown_id_clears_leftovers_away() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_removal_that_fails_is_reported_once_and_tried_again() {
+async fn a_failed_removal_is_reported_once_and_retried() {
     let mut mock = starts();
     mock.expect_remove().times(3).returning(|_| Err(trouble()));
     mock.expect_remove().times(1).returning(|_| Ok(()));
@@ -340,7 +340,7 @@ async fn a_removal_that_fails_is_reported_once_and_tried_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_removal_that_never_works_is_given_up() {
+async fn a_removal_that_keeps_failing_is_abandoned() {
     let mut mock = MockContainerBackend::new();
     mock.expect_remove().times(6).returning(|_| Err(trouble()));
     let (stage, _end) = TestBackend::new(mock);
@@ -370,7 +370,7 @@ async fn a_panic_is_an_error_of_this_task_alone() {
 }
 
 #[tokio::test]
-async fn recovering_what_is_known_attaches_once() {
+async fn recovering_a_known_task_attaches_once() {
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .times(1)
@@ -390,7 +390,7 @@ async fn recovering_what_is_known_attaches_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn recovering_never_takes_long() {
+async fn recovery_has_a_time_limit() {
     let (stage, _end) = TestBackend::new(MockContainerBackend::new());
     stage.gate.forget_permits(usize::MAX);
     let tasks = tasks();
@@ -404,7 +404,7 @@ async fn recovering_never_takes_long() {
 }
 
 #[tokio::test]
-async fn requests_during_the_start_wait_for_it() {
+async fn requests_during_a_start_wait_for_it() {
     let mut mock = starts();
     mock.expect_signal()
         .with(always(), eq(Signal::INT))
@@ -432,7 +432,7 @@ async fn requests_during_the_start_wait_for_it() {
 }
 
 #[tokio::test]
-async fn the_end_of_the_process_is_no_end_of_a_task() {
+async fn the_exit_of_the_plugin_ends_no_task() {
     let (stage, _end) = TestBackend::new(starts());
     let tasks = tasks();
     tasks.start(stage, info(ID), spec(ID)).await.unwrap();
@@ -443,7 +443,7 @@ async fn the_end_of_the_process_is_no_end_of_a_task() {
 
 /// Nomad takes an error of StartTask for the failure of the task, and one of StopTask or RecoverTask for an answer about it.
 #[tokio::test]
-async fn a_call_that_a_shutdown_interrupts_says_nothing_about_the_task() {
+async fn a_call_interrupted_by_a_shutdown_is_not_reported_as_unknown_task() {
     let (stage, _end) = TestBackend::new(starts());
     stage.gate.forget_permits(usize::MAX);
     let tasks = tasks();

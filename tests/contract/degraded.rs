@@ -118,7 +118,7 @@ async fn a_root_of_several_mounts_cannot_be_mapped(world: World) {
 /// Only root can create files of other users and file capabilities; without root nothing can be lost and nothing is reported.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_a_change_of_owner_loses_is_reported(world: World) {
+async fn losses_from_changing_owners_are_reported(world: World) {
     let root = nix::unistd::geteuid().is_root();
     let file = world.tree.join("etc/high");
     fs::write(&file, "").unwrap();

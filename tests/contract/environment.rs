@@ -116,7 +116,7 @@ fn longest() -> String {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn words_arrive_unchanged(world: World) {
+async fn arguments_arrive_unchanged(world: World) {
     let words = [
         "two words",
         "",
@@ -143,7 +143,7 @@ async fn words_arrive_unchanged(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_working_directory_is_where_it_starts(world: World) {
+async fn the_command_starts_in_the_working_directory(world: World) {
     let started = world
         .start(
             world
@@ -210,7 +210,7 @@ async fn a_name_of_4_kib_arrives(world: World) {
 /// In `boot` mode, where systemd-nspawn itself has to pass everything on. The start fails before any init runs.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn more_than_the_kernel_takes_is_refused_with_the_limit(world: World) {
+async fn more_than_the_kernel_accepts_is_refused_with_the_limit(world: World) {
     let (stack, _) =
         nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_STACK).unwrap();
     let limit = (stack / 4).clamp(128 * 1024, 6 * 1024 * 1024);
@@ -286,7 +286,7 @@ async fn names_that_systemd_reads_arrive(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_value_stands_in_no_command_line(world: World) {
+async fn no_value_is_in_a_command_line(world: World) {
     let scratch = world.scratch.path().to_string_lossy().into_owned();
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let secret = format!("s3cret-{}-{mode:?}", scratch.replace('/', "_"));

@@ -49,7 +49,7 @@ async fn a_code_of_255_is_255(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_code_of_a_second_process_is_its_own(world: World) {
+async fn the_code_of_a_second_process_is_reported(world: World) {
     code(world, Mode::ProcessTwo, 7, 7).await;
 }
 

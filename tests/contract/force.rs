@@ -6,7 +6,7 @@ use super::*;
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_process_is_ended_too(world: World) {
+async fn a_stopped_process_is_killed_too(world: World) {
     let started = world
         .up(world.spec("trap '' TERM INT; sleep 600 & kill -STOP $!; echo up; wait"))
         .await;
@@ -28,7 +28,7 @@ async fn a_stopped_process_is_ended_too(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_forked_twice_is_ended_too(world: World) {
+async fn a_daemon_is_killed_too(world: World) {
     let started = world
         .up(world.spec(
             "(sleep 600 & sleep 601 &) ; trap '' TERM INT; echo up; while :; do sleep 0.05; done",
@@ -69,7 +69,7 @@ async fn a_payload_has_a_group_of_its_own(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_new_session_is_ended_too(world: World) {
+async fn a_new_session_is_killed_too(world: World) {
     let script = "setsid sh -c 'trap \"\" TERM HUP; sleep 600 & setsid sleep 601 & wait' & trap '' TERM INT; echo up; while :; do sleep 0.05; done";
     let started = world.up(world.spec(script)).await;
     let inner = offspring(started.leader.pid);
@@ -81,7 +81,7 @@ async fn a_new_session_is_ended_too(world: World) {
 /// The processes fork faster than a list of them can be read.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_storm_of_forks_is_ended_too(world: World) {
+async fn a_fork_bomb_is_killed_too(world: World) {
     let script = "trap '' TERM INT; i=0; while [ $i -lt 20 ]; do (while :; do (:); done) & i=$((i+1)); done; echo up; wait";
     let started = world.up(world.spec(script)).await;
     let inner = offspring(started.leader.pid);
@@ -93,7 +93,7 @@ async fn a_storm_of_forks_is_ended_too(world: World) {
 /// Such as those of a payload that runs containers itself.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn groups_made_below_are_ended_and_removed(world: World) {
+async fn nested_cgroups_are_killed_and_removed(world: World) {
     if !has_groups() {
         return world.leave(&[]).await;
     }
@@ -113,7 +113,7 @@ async fn groups_made_below_are_ended_and_removed(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_frozen_payload_is_ended_too(world: World) {
+async fn a_frozen_payload_is_killed_too(world: World) {
     if !has_groups() {
         return world.leave(&[]).await;
     }
@@ -127,7 +127,7 @@ async fn a_frozen_payload_is_ended_too(world: World) {
 /// systemd-nspawn is frozen too and can't clean up.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_container_frozen_as_a_whole_is_ended_too(world: World) {
+async fn a_frozen_container_is_killed_too(world: World) {
     if !has_groups() {
         return world.leave(&[]).await;
     }
@@ -174,7 +174,7 @@ async fn freeze(started: &Started, file: &str) {
 /// Even SIGKILL has no effect on a process in a frozen v1 freezer.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_container_in_a_freezer_of_version_1_is_ended_too(world: World) {
+async fn a_container_in_a_v1_freezer_is_killed_too(world: World) {
     let top = Path::new("/sys/fs/cgroup/freezer");
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let is_freezer = |line: &str| {
@@ -209,7 +209,7 @@ async fn a_container_in_a_freezer_of_version_1_is_ended_too(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_first_process_is_ended_too(world: World) {
+async fn a_stopped_first_process_is_killed_too(world: World) {
     let started = world.up(world.spec(DEAF)).await;
     strike(started.leader.pid, signal("SIGSTOP"));
     let inner = offspring(started.leader.pid);
@@ -219,7 +219,7 @@ async fn a_stopped_first_process_is_ended_too(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_second_process_is_ended_too(world: World) {
+async fn a_stopped_second_process_is_killed_too(world: World) {
     let started = world
         .up(world
             .spec(DEAF)
@@ -235,7 +235,7 @@ async fn a_stopped_second_process_is_ended_too(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_nspawn_is_ended_too(world: World) {
+async fn a_stopped_nspawn_is_killed_too(world: World) {
     let started = world.up(world.spec(DEAF)).await;
     let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
     strike(nspawn.pid, signal("SIGSTOP"));
@@ -247,7 +247,7 @@ async fn a_stopped_nspawn_is_ended_too(world: World) {
 /// systemd-nspawn must be continued to notice the end.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_nspawn_hides_no_graceful_end(world: World) {
+async fn a_stopped_nspawn_does_not_hide_a_graceful_exit(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     world.handles(&started, "TERM").await;
     let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
@@ -258,7 +258,7 @@ async fn a_stopped_nspawn_hides_no_graceful_end(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_supervisor_still_carries_out_a_stop(world: World) {
+async fn a_stop_works_with_a_stopped_supervisor(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     world.handles(&started, "TERM").await;
     strike(started.supervisor.pid, signal("SIGSTOP"));
@@ -277,7 +277,7 @@ async fn a_stopped_supervisor_can_be_removed(world: World) {
 /// The supervisor is killed and systemd-nspawn is stopped: neither can clean up.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_nspawn_without_a_supervisor_is_ended(world: World) {
+async fn a_stopped_nspawn_without_a_supervisor_is_killed(world: World) {
     let started = world.up(world.spec(DEAF)).await;
     let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
     let mut all = offspring(started.leader.pid);

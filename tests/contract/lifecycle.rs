@@ -5,7 +5,7 @@ use super::*;
 /// The start succeeds before the command is executed, so this is an exit, not a failed start.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_command_that_is_not_there_fails_by_name(world: World) {
+async fn a_missing_command_fails_by_name(world: World) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         no_command(&world, mode, "/no/such/program", 127).await;
         no_command(&world, mode, "no-such-program", 127).await;
@@ -41,7 +41,7 @@ async fn no_command(world: &World, mode: Mode, command: &str, code: i32) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_command_that_ends_at_once_has_started(world: World) {
+async fn a_command_that_exits_immediately_has_started(world: World) {
     let started = world
         .start(
             world
@@ -56,7 +56,7 @@ async fn a_command_that_ends_at_once_has_started(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_wait_early_and_late(world: World) {
+async fn many_waiters_get_the_exit(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     let wait = || world.end(&started);
     // All three waits are pending before the stop is requested: `join!` polls in this order.
@@ -74,7 +74,7 @@ async fn many_wait_early_and_late(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wait_given_up_changes_nothing(world: World) {
+async fn a_cancelled_wait_changes_nothing(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
     let given_up =
         tokio::time::timeout(Duration::from_millis(50), world.backend.wait(&started)).await;
@@ -85,7 +85,7 @@ async fn a_wait_given_up_changes_nothing(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn removing_ends_what_runs(world: World) {
+async fn removing_kills_a_running_container(world: World) {
     let started = world.up(world.spec(DEAF)).await;
     world.leave(&[&started]).await;
 }
@@ -135,7 +135,7 @@ async fn a_second_start_of_an_id_replaces_the_first(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn several_run_side_by_side(world: World) {
+async fn several_containers_run_side_by_side(world: World) {
     let mut all = Vec::new();
     for number in 0..5 {
         let mut spec = world.named(
@@ -167,7 +167,7 @@ async fn usage_can_be_read(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_listener_that_talks_nonsense_is_dropped(world: World) {
+async fn a_client_that_sends_garbage_is_disconnected(world: World) {
     use std::io::{Read, Write};
     let started = world
         .up(world.spec("trap 'exit 18' TERM; echo up; while :; do sleep 0.05; done"))

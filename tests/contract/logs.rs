@@ -4,7 +4,7 @@ use super::*;
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn stdout_and_stderr_stay_apart(world: World) {
+async fn stdout_and_stderr_stay_separate(world: World) {
     let started = world
         .start(world.spec("echo to-out; echo to-err >&2"))
         .await;
@@ -20,7 +20,7 @@ async fn stdout_and_stderr_stay_apart(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_output_is_wanted(world: World) {
+async fn output_can_be_disabled(world: World) {
     let missing = world.scratch.path().join("missing");
     let started = world
         .start(world.spec("echo x; echo y >&2; exit 16").with(|spec| {
@@ -53,7 +53,7 @@ async fn a_link_for_a_log_is_refused(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_fifo_gets_everything_and_its_end(world: World) {
+async fn a_fifo_gets_everything_and_end_of_file(world: World) {
     let fifo = fifo(&world);
     let reader = read_all(fifo.clone());
     let script = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo line-$i; done; printf last";

@@ -47,7 +47,7 @@ impl Gate {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_nspawn_hides_no_own_end(world: World) {
+async fn a_stopped_nspawn_does_not_hide_an_exit(world: World) {
     let gate = Gate::new(&world);
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         fs::write(world.file("stdout"), "").unwrap();

@@ -6,13 +6,13 @@ use super::*;
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_backend_finds_it_again(world: World) {
+async fn another_backend_recovers_a_container(world: World) {
     found_again(world, |_| {}).await;
 }
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_supervisor_is_found_again(world: World) {
+async fn a_container_with_a_stopped_supervisor_is_recovered(world: World) {
     found_again(world, |started| {
         strike(started.supervisor.pid, signal("SIGSTOP"));
     })
@@ -46,7 +46,7 @@ async fn found_again(world: World, meanwhile: impl FnOnce(&Started)) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_end_in_the_meantime_is_known(world: World) {
+async fn an_exit_in_the_meantime_is_known(world: World) {
     let started = world.start(world.spec("exit 13")).await;
     world.end(&started).await;
     let other = NspawnBackend::new(world.settings.clone());
@@ -57,7 +57,7 @@ async fn an_end_in_the_meantime_is_known(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_removed_is_lost(world: World) {
+async fn a_removed_container_is_lost(world: World) {
     let started = world.start(world.spec("exit 0")).await;
     within(world.backend.remove(&started.id)).await.unwrap();
     lost(&world, &started).await;
@@ -66,7 +66,7 @@ async fn what_was_removed_is_lost(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_boot_is_lost(world: World) {
+async fn a_container_of_another_boot_is_lost(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
     lost(
         &world,
@@ -82,7 +82,7 @@ async fn another_boot_is_lost(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn another_process_is_lost(world: World) {
+async fn a_handle_of_another_process_is_lost(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
     let leader = Process {
         start: started.leader.start + 1,

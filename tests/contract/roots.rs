@@ -6,7 +6,7 @@ use super::*;
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_tree_that_is_none_is_refused(world: World) {
+async fn a_tree_without_an_operating_system_is_refused(world: World) {
     let empty = world.scratch.path().join("empty");
     fs::create_dir(&empty).unwrap();
     let error = world

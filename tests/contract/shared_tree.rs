@@ -19,7 +19,7 @@ fn shares(world: &World, task: &str, script: &str) -> ContainerSpec {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_tree_that_another_container_writes_is_busy(world: World) {
+async fn a_tree_written_by_another_container_is_busy(world: World) {
     let writes = world.up(world.named("writes", UP)).await;
     for spec in [
         world.named("writes-too", "exit 0"),
@@ -36,7 +36,7 @@ async fn a_tree_that_another_container_writes_is_busy(world: World) {
 /// A killed systemd-nspawn leaves its lock file. The process that removes it holds the lock for a moment.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clearing_a_killed_container_keeps_no_other_from_its_tree(world: World) {
+async fn removing_a_killed_container_does_not_block_others_of_the_tree(world: World) {
     let state = world.settings.state_dir.clone();
     let killed = world.up(shares(&world, "killed", UP)).await;
     let mut locked = Trap::at(&state, Failpoint::TreeLocked);

@@ -21,7 +21,7 @@ async fn a_signal_reaches_its_handler(world: World) {
 /// The kernel drops signals to PID 1 of a pid namespace that it has no handler for.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_signal_without_a_handler_spares_the_first_process(world: World) {
+async fn an_unhandled_signal_does_not_end_the_first_process(world: World) {
     let started = world
         .up(world.spec("trap 'echo hup' HUP; echo up; while :; do sleep 0.05; done"))
         .await;
@@ -54,7 +54,7 @@ async fn a_signal_reaches_a_second_process(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_supervisor_still_passes_signals_on(world: World) {
+async fn a_signal_is_delivered_with_a_stopped_supervisor(world: World) {
     let started = world
         .up(world.spec("trap 'echo usr' USR1; echo up; while :; do sleep 0.05; done"))
         .await;
@@ -69,7 +69,7 @@ async fn a_stopped_supervisor_still_passes_signals_on(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_signal_right_after_the_start_harms_no_one(world: World) {
+async fn a_signal_right_after_the_start_is_harmless(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
     for name in ["SIGHUP", "SIGUSR1", "SIGRTMIN+5", "SIGWINCH"] {
         within(world.backend.signal(&started, signal(name)))
@@ -99,7 +99,7 @@ async fn a_signal_arrives_as_often_as_it_is_sent(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_payload_is_stopped_and_goes_on(world: World) {
+async fn a_payload_can_be_stopped_and_continued(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     world.handles(&started, "TERM").await;
     let send = async |name| {
@@ -123,7 +123,7 @@ async fn a_payload_is_stopped_and_goes_on(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_signal_to_kill_is_reported_as_137(world: World) {
+async fn a_sigkill_is_reported_as_137(world: World) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let started = world
             .up(world

@@ -4,13 +4,13 @@ use super::*;
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_reaches_a_handler_of_term(world: World) {
+async fn a_stop_reaches_a_sigterm_handler(world: World) {
     stopped(world, Mode::Plain, HEARS_TERM, "TERM", None, (3, 0)).await;
 }
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_reaches_a_handler_of_int(world: World) {
+async fn a_stop_reaches_a_sigint_handler(world: World) {
     stopped(
         world,
         Mode::Plain,
@@ -65,7 +65,7 @@ async fn stopped(
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_deaf_payload_is_ended_after_the_grace(world: World) {
+async fn a_payload_that_ignores_signals_is_killed_after_the_timeout(world: World) {
     for mode in [Mode::Plain, Mode::ProcessTwo] {
         let started = world
             .up(world
@@ -89,7 +89,7 @@ async fn a_deaf_payload_is_ended_after_the_grace(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_grace_is_force_at_once(world: World) {
+async fn no_timeout_means_an_immediate_kill(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     within(world.backend.stop(&started, None, Duration::ZERO))
         .await
@@ -101,7 +101,7 @@ async fn no_grace_is_force_at_once(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_after_the_end_is_fine(world: World) {
+async fn a_stop_after_the_exit_succeeds(world: World) {
     let started = world.start(world.spec("exit 9")).await;
     world.end(&started).await;
     within(world.backend.stop(&started, None, AMPLE))
@@ -140,7 +140,7 @@ async fn a_stop_right_after_the_start_is_carried_out(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_stops_at_once_end_once(world: World) {
+async fn concurrent_stops_all_succeed(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     world.handles(&started, "TERM").await;
     let stop = || stopped_politely(&world.backend, &started, (3, 0));
@@ -150,7 +150,7 @@ async fn two_stops_at_once_end_once(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn force_overtakes_a_patient_stop(world: World) {
+async fn a_kill_overtakes_a_graceful_stop(world: World) {
     let started = world.up(world.spec(DEAF)).await;
     let patient = world.backend.stop(&started, None, Duration::MAX);
     let force = world.backend.stop(&started, None, Duration::ZERO);
@@ -163,7 +163,7 @@ async fn force_overtakes_a_patient_stop(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_endless_grace_ends_with_the_task(world: World) {
+async fn an_unlimited_timeout_ends_with_the_task(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     world.handles(&started, "TERM").await;
     stopped_politely(&world.backend, &started, (3, 0)).await;
@@ -172,7 +172,7 @@ async fn an_endless_grace_ends_with_the_task(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_end_during_the_grace_has_its_own_code(world: World) {
+async fn an_exit_during_the_timeout_keeps_its_code(world: World) {
     let script = "trap 'heard=1' TERM; echo up; while [ -z \"$heard\" ]; do sleep 0.02; done; sleep 0.1; exit 24";
     let started = world.up(world.spec(script)).await;
     world.handles(&started, "TERM").await;
@@ -182,7 +182,7 @@ async fn an_end_during_the_grace_has_its_own_code(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn signals_during_a_stop_are_no_error(world: World) {
+async fn signals_during_a_stop_succeed(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
     world.handles(&started, "TERM").await;
     let signals = async {
@@ -200,7 +200,7 @@ async fn signals_during_a_stop_are_no_error(world: World) {
 /// The payload's handlers are considered only if the job names no signal.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_named_signal_is_sent_though_another_is_handled(world: World) {
+async fn a_named_signal_is_sent_even_if_another_is_handled(world: World) {
     let script = "trap 'exit 22' INT; trap 'exit 23' TERM; echo up; while :; do sleep 0.05; done";
     stopped(world, Mode::Plain, script, "INT", Some("SIGINT"), (22, 0)).await;
 }
@@ -218,7 +218,7 @@ async fn another_backend_stops_it_gracefully(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_of_what_was_removed_is_an_error(world: World) {
+async fn a_stop_of_a_removed_container_is_an_error(world: World) {
     let started = world.start(world.spec("exit 0")).await;
     within(world.backend.remove(&started.id)).await.unwrap();
     let stopped = within(world.backend.stop(&started, None, AMPLE)).await;
@@ -231,7 +231,7 @@ async fn a_stop_of_what_was_removed_is_an_error(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn removing_overtakes_a_patient_stop(world: World) {
+async fn removal_overtakes_a_graceful_stop(world: World) {
     let started = world.up(world.spec(DEAF)).await;
     let patient = world.backend.stop(&started, None, Duration::MAX);
     let removed = world.backend.remove(&started.id);
@@ -244,7 +244,7 @@ async fn removing_overtakes_a_patient_stop(world: World) {
 /// The exit is known before systemd-nspawn has removed the root.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_ephemeral_root_that_is_ended_by_force_is_reported_once(world: World) {
+async fn a_killed_container_with_an_ephemeral_root_is_reported_once(world: World) {
     let started = world
         .up(world.spec(DEAF).with(|spec| spec.rootfs.ephemeral = true))
         .await;

@@ -88,7 +88,7 @@ async fn a_second_agent_on_the_state_directory_ends_no_task_of_the_first() {
 }
 
 #[tokio::test]
-async fn before_the_first_task_no_leftover_is_taken_for_the_agents_own() {
+async fn before_its_first_task_an_agent_removes_no_leftovers() {
     let host = Host::new();
     let task = left(&host).await;
     let plugin = reconciling(&host, &host.state()).await;
@@ -105,7 +105,7 @@ async fn before_the_first_task_no_leftover_is_taken_for_the_agents_own() {
 }
 
 #[tokio::test]
-async fn a_task_whose_allocation_was_removed_is_no_ones() {
+async fn a_task_whose_allocation_was_removed_belongs_to_no_agent() {
     let (first, second) = (Host::new(), Host::new());
     let task = left(&first).await;
     fs::remove_dir_all(task.allocation.dir()).unwrap();
@@ -116,7 +116,7 @@ async fn a_task_whose_allocation_was_removed_is_no_ones() {
 }
 
 #[tokio::test]
-async fn orders_of_older_drivers_belong_to_the_agent_whose_fifos_they_name() {
+async fn launch_specs_of_older_drivers_belong_to_the_agent_of_their_fifos() {
     let (first, second) = (Host::new(), Host::new());
     let task = left(&first).await;
     edit_order(&task, |order| {
@@ -139,7 +139,7 @@ async fn orders_of_older_drivers_belong_to_the_agent_whose_fifos_they_name() {
 }
 
 #[tokio::test]
-async fn an_order_that_names_no_agent_is_left_alone() {
+async fn a_launch_spec_without_an_agent_is_left_alone() {
     let host = Host::new();
     let task = left(&host).await;
     edit_order(&task, |order| {

@@ -23,7 +23,7 @@ fn person(host: &Host, words: &[&str]) -> Output {
 }
 
 #[test]
-fn without_words_it_says_what_it_is() {
+fn without_arguments_the_help_is_printed() {
     let output = person(&Host::new(), &[]);
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(
@@ -49,7 +49,7 @@ fn it_reports_its_version() {
 #[case(&["run", "job.hcl", "--meta", "x"], 2, "KEY=VALUE")]
 #[case(&["run", "nope.hcl"], 125, "error: nope.hcl: No such file")]
 #[case(&["run", "job.hcl"], 125, "error: job.hcl: line 5: the function upper(…) can't be evaluated here")]
-fn what_can_not_be_run_is_refused_before_anything_is_started(
+fn an_unsupported_job_is_refused_before_anything_is_started(
     #[case] words: &[&str],
     #[case] status: i32,
     #[case] part: &str,
@@ -121,7 +121,7 @@ fn as_root(ran: &Ran) -> Option<&TaskExit> {
 }
 
 #[tokio::test]
-async fn a_run_passes_on_output_and_exit_and_leaves_nothing() {
+async fn a_run_forwards_output_and_exit_code_and_leaves_nothing() {
     let host = Host::new();
     let task = host
         .shell("echo out $X; echo err >&2; exit 42")
@@ -144,7 +144,7 @@ async fn a_run_passes_on_output_and_exit_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn a_run_that_is_reported_to_stop_stops_the_task() {
+async fn a_stopped_run_stops_the_task() {
     let host = Host::new();
     let mut task =
         host.shell("trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.05; done");
@@ -161,7 +161,7 @@ async fn a_run_that_is_reported_to_stop_stops_the_task() {
 }
 
 #[tokio::test]
-async fn a_task_that_is_refused_ends_the_run_with_the_reason() {
+async fn a_refused_task_ends_the_run_with_the_reason() {
     let host = Host::new();
     let ran = run(
         &host,
@@ -182,7 +182,7 @@ async fn a_task_that_is_refused_ends_the_run_with_the_reason() {
 }
 
 #[tokio::test]
-async fn the_harness_starts_watches_and_clears_a_task() {
+async fn the_harness_starts_watches_and_removes_a_task() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host

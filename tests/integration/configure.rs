@@ -250,7 +250,7 @@ async fn start_with_number(
 #[case::float64(&[0xcb, 0x40, 0xbf, 0x90, 0, 0, 0, 0, 0], 8080)]
 #[case::string(b"\xa48080", 8080)]
 #[tokio::test]
-async fn numbers_come_in_many_forms(#[case] number: &[u8], #[case] port: u16) {
+async fn numbers_come_in_many_encodings(#[case] number: &[u8], #[case] port: u16) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let started = start_with_number(&host, &plugin, number).await.unwrap();
@@ -332,7 +332,7 @@ async fn a_required_key_that_is_null() {
 }
 
 #[tokio::test] // Conformance check 27.
-async fn what_is_not_known_is_passed_over() {
+async fn unknown_keys_are_ignored() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let config = json!({
@@ -348,7 +348,7 @@ async fn what_is_not_known_is_passed_over() {
 }
 
 #[tokio::test] // Conformance check 28.
-async fn the_first_fingerprint_comes_at_once() {
+async fn the_first_fingerprint_is_sent_immediately() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let (first, mut stream) = plugin.fingerprint().await.unwrap();
@@ -424,7 +424,7 @@ async fn capabilities_never_change() {
 }
 
 #[tokio::test]
-async fn a_driver_that_is_switched_off_says_so() {
+async fn a_disabled_driver_is_undetected() {
     let host = Host::new();
     let plugin = host.plugin_with(&json!({"enabled": false})).await;
     let (print, _stream) = plugin.fingerprint().await.unwrap();
@@ -462,7 +462,7 @@ async fn a_driver_that_is_switched_off_says_so() {
 #[case("process_two", json!(3), "config.process_two: ")]
 #[case("image_download", json!({"url": "https://x/y"}), "config.image_download: ")]
 #[tokio::test]
-async fn what_is_wrong_is_refused_before_anything_is_started(
+async fn invalid_options_are_refused_before_anything_is_started(
     #[case] option: &str,
     #[case] value: Value,
     #[case] start: &str,
@@ -492,7 +492,7 @@ async fn what_is_wrong_is_refused_before_anything_is_started(
 }
 
 #[tokio::test]
-async fn bytes_that_are_no_configuration_are_refused() {
+async fn invalid_msgpack_is_refused() {
     let host = Host::new();
     let plugin = host.plugin().await;
     for bytes in [
@@ -516,7 +516,7 @@ async fn bytes_that_are_no_configuration_are_refused() {
 }
 
 #[tokio::test]
-async fn names_that_lead_elsewhere_are_refused() {
+async fn names_that_lead_outside_are_refused() {
     type Edit = fn(&mut TaskConfig);
     let host = Host::new();
     let plugin = host.plugin().await;
@@ -535,7 +535,7 @@ async fn names_that_lead_elsewhere_are_refused() {
 }
 
 #[tokio::test]
-async fn volumes_can_be_switched_off() {
+async fn volumes_can_be_disabled() {
     let host = Host::new();
     let plugin = host.plugin_with(&json!({"volumes": false})).await;
     let outside = host.join("plugins");
@@ -577,7 +577,7 @@ async fn volumes_can_be_switched_off() {
 }
 
 #[tokio::test]
-async fn a_jobs_environment_wins_over_all() {
+async fn a_jobs_environment_overrides_all() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let job = host

@@ -82,7 +82,7 @@ fn the_table_has_every_check_once() {
 }
 
 #[test]
-fn every_test_that_the_table_names_exists_and_every_check_stands_in_it() {
+fn the_table_names_existing_tests_and_every_check() {
     let top = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut functions_found = BTreeSet::new();
     for directory in ["tests", "src"] {

@@ -29,7 +29,7 @@ async fn the_stream_stays_open() {
 }
 
 #[tokio::test] // Conformance check 60.
-async fn an_event_says_whose_it_is() {
+async fn an_event_names_its_task() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let (mut one, mut two) = (

@@ -166,7 +166,7 @@ const TRAP: &str = "trap 'exit 42' TERM";
 #[case(&["-a"], "exit 7", 7)]
 #[case(&["-a"], "exit 133", 1)]
 #[case(&["-a"], "kill -9 $$", 255)]
-fn a_payloads_end_becomes_the_status(
+fn the_exit_of_a_payload_becomes_the_status(
     #[case] mode: &[&str],
     #[case] script: &str,
     #[case] status: i32,
@@ -184,7 +184,7 @@ fn a_payloads_end_becomes_the_status(
 #[case(&["-a"], TRAP, &[2], 133)]
 #[case(&["-a"], TRAP, &[15, 37], 0)]
 #[case(&["-a"], ":", &[38], 0)]
-fn a_leader_takes_signals_as_a_first_process_does(
+fn a_leader_handles_signals_like_a_first_process(
     #[case] mode: &[&str],
     #[case] script: &str,
     #[case] signals: &[i32],
@@ -208,7 +208,7 @@ fn a_leader_takes_signals_as_a_first_process_does(
 #[case(&[], TRAP, &[15], 1)]
 #[case(&["--kill-signal=TERM"], TRAP, &[15], 42)]
 #[case(&["--kill-signal=TERM"], ":", &[15, 15], 1)]
-fn nspawn_ends_its_container_when_reported(
+fn nspawn_stops_its_container_on_sigterm(
     #[case] mode: &[&str],
     #[case] script: &str,
     #[case] signals: &[i32],
@@ -302,7 +302,7 @@ fn a_tree_has_one_writer() {
 }
 
 #[test]
-fn a_scenario_goes_call_by_call() {
+fn a_scenario_applies_call_by_call() {
     let bench = Bench::with(
         r#"{"calls": [{"refuse": {"status": 3, "stderr": "out of luck"}}, {"instead": {"signal": 11}}, {"exit_status": 9}]}"#,
     );
@@ -333,7 +333,7 @@ fn a_scenario_goes_call_by_call() {
 }
 
 #[test]
-fn what_cannot_be_started_is_refused_before_it_is_announced() {
+fn a_failed_start_is_refused_before_it_is_announced() {
     let bench = Bench::new();
     let output = bench.run(&["--read-only", "--bind=/tmp:/data", "/bin/true"]);
     assert_eq!(output.status.code(), Some(1));

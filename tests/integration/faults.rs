@@ -19,7 +19,7 @@ use support::trap::Trap;
 #[rstest] // Conformance check 34.
 #[case::refused(json!({"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}}), "status 1")]
 #[case::killed(json!({"die_before_notify": 9}), "SIGKILL")]
-#[case::silent_and_over(json!({"never_notify": true, "instead": {"exit": 3}}), "status 3")]
+#[case::exits_without_notify(json!({"never_notify": true, "instead": {"exit": 3}}), "status 3")]
 #[tokio::test]
 async fn a_start_that_fails(#[case] call: Value, #[case] words: &str) {
     let host = Host::new();
@@ -45,7 +45,7 @@ async fn a_start_that_fails(#[case] call: Value, #[case] words: &str) {
 }
 
 #[tokio::test]
-async fn what_the_tool_said_is_in_the_error() {
+async fn the_output_of_systemd_nspawn_is_in_the_error() {
     let host = Host::new();
     host.scenario(
         &json!({"calls": [{"refuse": {"status": 1, "stderr": "Failed to fork: out of luck"}}]}),
@@ -65,7 +65,7 @@ async fn what_the_tool_said_is_in_the_error() {
 }
 
 #[tokio::test] // Conformance check 35.
-async fn only_what_may_pass_by_itself_may_be_retried() {
+async fn only_transient_failures_are_recoverable() {
     let host = Host::new();
     // A state directory that can't be created, as when a disk is not mounted yet.
     std::fs::write(host.join("occupied"), "").unwrap();
@@ -100,7 +100,7 @@ async fn only_what_may_pass_by_itself_may_be_retried() {
 }
 
 #[tokio::test]
-async fn a_start_that_no_one_waits_for_any_more_is_undone() {
+async fn an_abandoned_start_is_undone() {
     let host = Host::new();
     let mut trap = Trap::named(&host.state(), "pause_before_notify");
     host.scenario(&json!({"calls": [{"pause_before_notify": trap.socket()}]}));
@@ -135,7 +135,7 @@ async fn a_start_that_no_one_waits_for_any_more_is_undone() {
 }
 
 #[tokio::test]
-async fn a_tool_that_vanishes_is_an_error_of_the_next_task() {
+async fn a_missing_systemd_nspawn_fails_the_next_task() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
@@ -163,7 +163,7 @@ async fn a_tool_that_vanishes_is_an_error_of_the_next_task() {
 
 /// A kernel that does not report the leader's exit status leaves it to systemd-nspawn, which may need long to clean up.
 #[tokio::test]
-async fn a_systemd_nspawn_that_cleans_up_for_long_reports_its_exit() {
+async fn a_slow_cleanup_of_systemd_nspawn_keeps_the_exit_status() {
     let host = Host::new();
     let mut directory = host.state().into_os_string();
     directory.push(".pause");

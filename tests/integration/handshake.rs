@@ -81,7 +81,7 @@ fn without_a_cookie_there_is_a_notice() {
 }
 
 #[test] // Conformance check 2.
-fn a_wrong_cookie_is_no_cookie() {
+fn a_wrong_cookie_counts_as_none() {
     let output = bare(&Host::new())
         .env(
             COOKIE_KEY,
@@ -107,7 +107,7 @@ fn handshake_line() {
 }
 
 #[tokio::test] // Conformance check 4.
-async fn it_serves_at_once() {
+async fn it_serves_immediately() {
     let host = Host::new();
     let raw = Raw::launch(&host, &[]);
     // The connection speaks HTTP/2 with prior knowledge and the authority "unused", as Nomad's does.
@@ -118,7 +118,7 @@ async fn it_serves_at_once() {
 }
 
 #[test] // Conformance check 5.
-fn the_socket_lies_where_the_host_says() {
+fn the_socket_is_where_the_host_says() {
     let host = Host::new();
     let dir = host.join("alloc").display().to_string();
     let raw = Raw::launch(&host, &[("PLUGIN_UNIX_SOCKET_DIR", &dir)]);
@@ -137,7 +137,7 @@ fn version_2_is_announced(#[case] environment: &[(&str, &str)]) {
 #[rstest] // Conformance check 7.
 #[case(&[], None)]
 #[case(&[("PLUGIN_MULTIPLEX_GRPC", "true")], Some("false"))]
-fn a_seventh_field_only_for_those_who_ask(
+fn the_seventh_field_is_sent_only_on_request(
     #[case] environment: &[(&str, &str)],
     #[case] field: Option<&str>,
 ) {
@@ -147,7 +147,7 @@ fn a_seventh_field_only_for_those_who_ask(
 }
 
 #[tokio::test] // Conformance check 8.
-async fn an_empty_connection_harms_no_one() {
+async fn an_empty_connection_is_harmless() {
     let host = Host::new();
     let plugin = host.plugin().await;
     for _ in 0..20 {
@@ -205,7 +205,7 @@ async fn stdio_and_broker_stay_open() {
 }
 
 #[tokio::test] // Conformance check 12.
-async fn the_terminals_interrupt_is_not_for_the_plugin() {
+async fn the_plugin_ignores_sigint() {
     let host = Host::new();
     let plugin = host.plugin().await;
     for _ in 0..3 {
@@ -216,7 +216,7 @@ async fn the_terminals_interrupt_is_not_for_the_plugin() {
 }
 
 #[tokio::test] // Conformance check 13.
-async fn no_one_reads_what_it_says() {
+async fn closed_output_pipes_do_not_end_the_plugin() {
     let host = Host::new();
     let mut raw = Raw::launch(&host, &[]);
     drop((raw.child.stdout.take(), raw.child.stderr.take()));

@@ -16,7 +16,7 @@ mod arguments;
 const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
 
 #[tokio::test] // Conformance check 32.
-async fn what_a_start_answers() {
+async fn the_response_of_a_start() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = Arc::new(host.allocation(host.shell("exec sleep 1000")));
@@ -51,7 +51,7 @@ async fn an_id_is_started_once() {
 }
 
 #[tokio::test] // Conformance check 38.
-async fn everyone_who_waits_receives_it() {
+async fn every_waiter_receives_the_exit() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell("exit 9")).await;
@@ -62,7 +62,7 @@ async fn everyone_who_waits_receives_it() {
 }
 
 #[tokio::test] // Conformance check 39.
-async fn a_wait_that_is_given_up() {
+async fn a_wait_can_be_cancelled() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
@@ -81,7 +81,7 @@ async fn a_wait_that_is_given_up() {
 }
 
 #[tokio::test] // Conformance check 42.
-async fn stopping_and_destroying_what_is_not_there() {
+async fn stopping_and_destroying_unknown_ids_succeeds() {
     let host = Host::new();
     let plugin = host.plugin().await;
     for id in ["", "never/was/there", "../../etc"] {
@@ -112,7 +112,7 @@ async fn stopping_and_destroying_what_is_not_there() {
 }
 
 #[tokio::test] // Conformance check 62.
-async fn what_inspect_says() {
+async fn the_response_of_inspect() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
@@ -142,7 +142,7 @@ async fn what_inspect_says() {
 }
 
 #[tokio::test] // Conformance check 63.
-async fn destroying_what_runs_takes_force() {
+async fn destroying_a_running_task_needs_force() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell(DEAF)).await;
@@ -330,7 +330,7 @@ async fn futures_of<F: Future>(all: impl Iterator<Item = F>) -> Vec<F::Output> {
 }
 
 #[tokio::test]
-async fn nothing_is_left_after_a_whole_life() {
+async fn nothing_is_left_after_a_full_lifecycle() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let job = host.shell("(sleep 1000 & sleep 1001 &); echo up; exit 0");

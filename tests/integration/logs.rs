@@ -8,7 +8,7 @@ use rstest::rstest;
 use crate::harness::{Host, refusal};
 
 #[tokio::test] // Conformance check 73.
-async fn both_streams_apart_and_whole() {
+async fn both_streams_are_separate_and_complete() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let script = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo out-$i; echo err-$i >&2; done; printf last; printf LAST >&2";
@@ -29,7 +29,7 @@ async fn both_streams_apart_and_whole() {
 #[case("/dev/null")]
 #[case("")]
 #[tokio::test]
-async fn no_output_is_wanted(#[case] path: &str) {
+async fn output_can_be_disabled(#[case] path: &str) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = Arc::new(host.allocation(host.shell("echo x; echo y >&2; exit 4")));

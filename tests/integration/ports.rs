@@ -26,7 +26,7 @@ fn allotted(host_ip: &str) -> impl FnOnce(&mut TaskConfig) {
 #[case("127.0.0.1")]
 #[case("203.0.113.7")]
 #[tokio::test]
-async fn a_port_of_one_address_is_not_forwarded_from_all(#[case] host_ip: &str) {
+async fn a_port_of_one_address_is_refused(#[case] host_ip: &str) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.shell("exit 0").with("ports", json!(["http"]));
@@ -66,7 +66,7 @@ async fn a_port_of_every_address_is_forwarded(#[case] host_ip: &str) {
 
 /// The command itself listens on the address that Nomad passes to it.
 #[tokio::test]
-async fn in_the_host_s_network_no_port_is_forwarded_and_none_refused() {
+async fn in_the_host_network_no_port_is_forwarded_or_refused() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = Arc::new(host.allocation(host.shell("exit 0")));

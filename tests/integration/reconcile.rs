@@ -91,7 +91,7 @@ fn state_is_empty(host: &Host) -> bool {
 }
 
 #[tokio::test]
-async fn a_task_that_no_one_asks_for_is_ended_and_one_that_is_recovered_stays() {
+async fn an_unclaimed_task_is_removed_and_a_recovered_one_stays() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let wanted = started(&host, &plugin, "wanted", TRAPS).await;
@@ -122,7 +122,7 @@ async fn a_task_that_no_one_asks_for_is_ended_and_one_that_is_recovered_stays() 
 }
 
 #[tokio::test]
-async fn the_record_of_an_end_that_no_one_asks_for_is_removed() {
+async fn an_unclaimed_exit_record_is_removed() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = started(&host, &plugin, "over", "echo up; exit 4").await;
@@ -136,7 +136,7 @@ async fn the_record_of_an_end_that_no_one_asks_for_is_removed() {
 }
 
 #[tokio::test]
-async fn of_two_plugins_neither_ends_the_others_tasks() {
+async fn two_plugins_leave_each_others_tasks_alone() {
     let host = Host::new();
     let first = reconciling(&host).await;
     let running = started(&host, &first, "running", TRAPS).await;
@@ -164,7 +164,7 @@ async fn of_two_plugins_neither_ends_the_others_tasks() {
 }
 
 #[tokio::test]
-async fn a_container_whose_supervisor_was_killed_is_ended() {
+async fn a_container_whose_supervisor_was_killed_is_removed() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = started(&host, &plugin, "task", DEAF).await;
@@ -176,7 +176,7 @@ async fn a_container_whose_supervisor_was_killed_is_ended() {
 }
 
 #[tokio::test]
-async fn a_supervisor_whose_records_were_deleted_is_ended() {
+async fn a_supervisor_without_records_is_killed() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = started(&host, &plugin, "task", DEAF).await;
@@ -195,7 +195,7 @@ async fn a_supervisor_whose_records_were_deleted_is_ended() {
 
 /// Only the command line of the supervisor shows which task it belongs to.
 #[tokio::test]
-async fn a_stopped_supervisor_that_is_not_on_record_can_be_destroyed() {
+async fn an_unrecorded_stopped_supervisor_can_be_destroyed() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let mut trap = Trap::at(&host.state(), Failpoint::CgroupMade);
@@ -222,7 +222,7 @@ async fn a_stopped_supervisor_that_is_not_on_record_can_be_destroyed() {
 
 /// Only the kernel still knows about the container.
 #[tokio::test]
-async fn a_container_without_supervisor_and_records_is_ended() {
+async fn a_container_without_supervisor_and_records_is_killed() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = started(&host, &plugin, "task", DEAF).await;
@@ -244,7 +244,7 @@ async fn a_container_without_supervisor_and_records_is_ended() {
 
 /// The same below a cgroup that Nomad has created for the task, where other cgroups exist too.
 #[tokio::test]
-async fn a_container_without_records_is_ended_in_a_granted_group_too() {
+async fn a_container_without_records_is_killed_in_nomads_cgroup_too() {
     let Some(tracking) = Layout::of_this_host().tracking.filter(|_| is_root()) else {
         return not_applicable("a control group needs root");
     };
@@ -274,7 +274,7 @@ async fn a_container_without_records_is_ended_in_a_granted_group_too() {
 }
 
 #[tokio::test]
-async fn an_order_that_can_not_be_read_is_cleared_with_its_container() {
+async fn an_unreadable_launch_spec_is_removed_with_its_container() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = started(&host, &plugin, "task", DEAF).await;
@@ -288,7 +288,7 @@ async fn an_order_that_can_not_be_read_is_cleared_with_its_container() {
 }
 
 #[tokio::test]
-async fn a_start_of_another_boot_is_cleared_away() {
+async fn a_start_of_another_boot_is_removed() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = started(&host, &plugin, "task", "echo up; exit 6").await;
@@ -305,7 +305,7 @@ async fn a_start_of_another_boot_is_cleared_away() {
 }
 
 #[tokio::test]
-async fn what_the_driver_did_not_make_is_named_once_and_stays() {
+async fn foreign_files_are_reported_once_and_kept() {
     let host = Host::new();
     let outside = host.join("outside");
     fs::create_dir(&outside).unwrap();
@@ -348,7 +348,7 @@ async fn what_the_driver_did_not_make_is_named_once_and_stays() {
 }
 
 #[tokio::test]
-async fn a_plugin_that_is_to_reconcile_never_does_not() {
+async fn reconcile_after_0_disables_reconciliation() {
     let host = Host::new();
     let half = half_made(&host);
     let never = host.plugin_with(&json!({"reconcile_after": "0"})).await;
@@ -383,7 +383,7 @@ async fn the_socket_of_a_killed_plugin_is_removed() {
 
 /// Of the driver's cgroups without records only those are removed that are empty and old.
 #[tokio::test]
-async fn an_empty_group_is_removed_when_it_is_old() {
+async fn an_old_empty_cgroup_is_removed() {
     if !is_root() {
         return not_applicable("a control group needs root");
     }

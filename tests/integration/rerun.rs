@@ -63,7 +63,7 @@ fn a_test_that_passes_the_second_time_is_flaky() {
     "test -p e2e --no-fail-fast -- --skip x",
     "test -p e2e --no-fail-fast -- --skip x"
 )]
-fn cargo_gets_names_behind_its_dashes(
+fn cargo_gets_test_names_after_the_dashes(
     #[case] words: &[&str],
     #[case] first: &str,
     #[case] second: &str,
@@ -85,7 +85,11 @@ fn cargo_gets_names_behind_its_dashes(
 #[case::nothing_executed(NONE_PASSES, ONE_PASSES, 1)]
 #[case::no_name("exit 101", ONE_PASSES, 1)]
 #[case::a_build_failed("echo 'error: could not compile'; exit 101", ONE_PASSES, 1)]
-fn what_is_no_flakiness_fails(#[case] first: &str, #[case] second: &str, #[case] times: usize) {
+fn a_persistent_failure_is_not_flaky(
+    #[case] first: &str,
+    #[case] second: &str,
+    #[case] times: usize,
+) {
     let directory = tempfile::tempdir().unwrap();
     let toy = toy(directory.path(), "toy", first, second);
     let (passed, notes, calls) = rerun(directory.path(), &[&toy]);
@@ -108,7 +112,7 @@ fn a_test_process_that_died_beside_a_failed_test_fails() {
 }
 
 #[test]
-fn many_failures_are_no_flakiness() {
+fn many_failures_are_not_flaky() {
     let directory = tempfile::tempdir().unwrap();
     let many = "echo failures:; for n in 1 2 3 4 5 6 7 8 9 10 11; do echo \"    t$n\"; done; echo 'test result: FAILED. 0 passed; 11 failed'; exit 101";
     let toy = toy(directory.path(), "toy", many, ONE_PASSES);

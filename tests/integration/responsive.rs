@@ -112,7 +112,7 @@ async fn four_hung_starts_hinder_no_one<R: FnOnce()>(
 }
 
 #[tokio::test]
-async fn starts_that_hang_while_they_are_prepared_hinder_no_other_task() {
+async fn starts_that_hang_in_preparation_do_not_block_other_tasks() {
     let host = Host::new();
     let task = host.shell("sleep 60");
     four_hung_starts_hinder_no_one(&host, task, async |host: &Host| {
@@ -127,7 +127,7 @@ async fn starts_that_hang_while_they_are_prepared_hinder_no_other_task() {
 
 /// In a thread of its own, because the mount is in a private mount namespace.
 #[test]
-fn starts_on_a_mount_whose_statfs_never_returns_hinder_no_other_task() {
+fn starts_with_a_hanging_statfs_do_not_block_other_tasks() {
     if !is_root() {
         let refused = unshare(CloneFlags::CLONE_NEWNS).unwrap_err();
         assert_eq!(refused, nix::Error::EPERM);

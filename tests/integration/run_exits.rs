@@ -43,7 +43,7 @@ fn process(host: &Host, word: &str) -> Pid {
 }
 
 #[tokio::test]
-async fn an_end_that_was_not_seen_is_no_status_of_the_task() {
+async fn an_unknown_exit_is_not_the_status_of_the_task() {
     let host = Host::new();
     let mut run = RunCommand::new(&host, &job(&host, "echo up; exec sleep 1000", LONG)).start();
     if refused_without_root(&mut run).await {

@@ -28,7 +28,7 @@ async fn a_job_file_may_come_from_standard_input() {
 }
 
 #[tokio::test]
-async fn a_byte_order_mark_is_no_part_of_a_job_file() {
+async fn a_byte_order_mark_is_ignored() {
     let host = Host::new();
     let job = format!("\u{feff}{}", job(&host, "exit 7", LONG));
     let mut run = RunCommand::new(&host, &job).start();

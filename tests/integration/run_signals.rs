@@ -23,7 +23,7 @@ const DEAF: &str = "trap '' TERM; echo up; while :; do sleep 0.05; done";
 /// A lost ssh session sends SIGHUP; `timeout`, CI runners and Ctrl-C signal the whole process group.
 #[rstest]
 #[case::terminated(Signal::SIGTERM)]
-#[case::hung_up(Signal::SIGHUP)]
+#[case::sighup(Signal::SIGHUP)]
 #[case::interrupted(Signal::SIGINT)]
 #[tokio::test]
 async fn a_signal_to_the_process_group_stops_the_task(#[case] signal: Signal) {
@@ -82,7 +82,7 @@ async fn a_hangup_that_nohup_ignores_stays_ignored() {
 }
 
 #[tokio::test]
-async fn a_killed_run_takes_its_task_along() {
+async fn a_killed_run_kills_its_task() {
     let host = Host::new();
     let mut run = RunCommand::new(&host, &job(&host, DEAF, LONG)).start();
     if refused_without_root(&mut run).await {
@@ -96,7 +96,7 @@ async fn a_killed_run_takes_its_task_along() {
 
 /// The stop request is in the socket of a stopped plugin, which then dies.
 #[rstest]
-#[case::asked(ASKED, LONG, 7)]
+#[case::graceful(ASKED, LONG, 7)]
 #[case::forced(DEAF, SHORT, 137)]
 #[tokio::test]
 async fn a_stop_is_repeated_when_the_plugin_dies(
@@ -121,7 +121,7 @@ async fn a_stop_is_repeated_when_the_plugin_dies(
 }
 
 #[tokio::test]
-async fn a_plugin_that_dies_twice_is_replaced_twice() {
+async fn a_plugin_that_dies_twice_is_replaced_each_time() {
     let host = Host::new();
     let mut run = RunCommand::new(&host, &job(&host, ASKED, LONG)).start();
     if refused_without_root(&mut run).await {
@@ -141,7 +141,7 @@ async fn a_plugin_that_dies_twice_is_replaced_twice() {
 
 /// As in `run x | head`: shells report 141 for a process killed by SIGPIPE.
 #[rstest]
-#[case::asked("trap 'exit 7' TERM; trap '' PIPE; while :; do echo up; sleep 0.05; done")]
+#[case::graceful("trap 'exit 7' TERM; trap '' PIPE; while :; do echo up; sleep 0.05; done")]
 #[case::silent("trap '' PIPE; while :; do echo up 2>/dev/null; sleep 0.05; done")]
 #[tokio::test]
 async fn a_closed_output_stops_the_task(#[case] script: &str) {
@@ -157,7 +157,7 @@ async fn a_closed_output_stops_the_task(#[case] script: &str) {
 
 /// Output waiting in a full pipe delays neither the stop nor the exit.
 #[tokio::test]
-async fn a_stop_does_not_wait_for_who_reads_the_output() {
+async fn a_stop_does_not_wait_for_the_reader_of_the_output() {
     let host = Host::new();
     let script = "trap 'exit 7' TERM; echo up; while :; do echo 0123456789012345678901234567890123456789; done";
     let mut run = RunCommand::new(&host, &job(&host, script, SHORT)).start();
@@ -219,7 +219,7 @@ async fn a_plugin_that_dies_before_the_start_is_answered_leaves_no_task() {
 
 /// systemd-nspawn has been started and does not report the container.
 #[tokio::test]
-async fn a_second_signal_during_a_start_gives_it_up() {
+async fn a_second_signal_during_a_start_cancels_it() {
     let host = Host::new();
     let mut trap = Trap::named(&host.state(), "pause_before_notify");
     host.scenario(&json!({"calls": [{"pause_before_notify": trap.socket()}]}));

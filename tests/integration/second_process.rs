@@ -51,7 +51,7 @@ fn strike(pid: i32, signal: Signal) {
 
 /// The command has been reaped, and a process that it leaves behind becomes the init's first child.
 #[tokio::test]
-async fn a_signal_in_flight_does_not_reach_what_the_command_leaves_behind() {
+async fn a_signal_in_flight_does_not_reach_leftover_processes() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let [gate, hit, daemon] = ["gate", "hit", "daemon"].map(|name| host.join(name));

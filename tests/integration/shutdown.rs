@@ -12,7 +12,7 @@ use crate::harness::{Host, refusal, within};
 const TRAPS: &str = "trap 'exit 12' USR1; echo up; while :; do sleep 0.05; done";
 
 #[tokio::test] // Conformance check 11.
-async fn an_end_with_everything_open() {
+async fn a_shutdown_with_everything_open() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell(TRAPS)).await;
@@ -45,7 +45,7 @@ async fn an_end_with_everything_open() {
 }
 
 #[tokio::test]
-async fn a_terminated_plugin_ends_well_and_leaves_its_tasks() {
+async fn a_terminated_plugin_exits_cleanly_and_keeps_its_tasks() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell(TRAPS)).await;
@@ -63,7 +63,7 @@ async fn a_terminated_plugin_ends_well_and_leaves_its_tasks() {
 }
 
 #[tokio::test]
-async fn init_and_shutdown_are_answered() {
+async fn init_and_shutdown_succeed() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let mut driver = plugin.driver();
@@ -97,7 +97,7 @@ async fn init_and_shutdown_are_answered() {
 }
 
 #[tokio::test]
-async fn what_is_not_built_says_so() {
+async fn unimplemented_calls_are_reported_as_such() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let mut driver = plugin.driver();
@@ -146,7 +146,7 @@ async fn what_is_not_built_says_so() {
 }
 
 #[tokio::test]
-async fn requests_without_their_parts_are_refused() {
+async fn incomplete_requests_are_refused() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let mut driver = plugin.driver();

@@ -59,7 +59,7 @@ async fn unknown_names_and_ids_are_errors() {
 }
 
 #[tokio::test]
-async fn a_task_that_has_ended_takes_no_signal() {
+async fn an_exited_task_takes_no_signal() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.start(&plugin, host.shell("exit 0")).await;
@@ -78,7 +78,7 @@ const DEAF: &str = "trap '' TERM INT; echo up; while :; do sleep 0.05; done";
 const ENDLESS: Duration = Duration::from_secs(i64::MAX.cast_unsigned());
 
 #[tokio::test]
-async fn a_signal_that_is_none_is_named_and_does_nothing() {
+async fn an_invalid_signal_is_named_and_does_nothing() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell(HEARS_TERM)).await;
@@ -111,7 +111,7 @@ async fn a_signal_that_is_none_is_named_and_does_nothing() {
 #[case::a_number("10", 1)]
 #[case::real_time("SIGRTMIN+2", 4)]
 #[tokio::test]
-async fn a_stop_sends_what_the_job_names(#[case] name: &str, #[case] code: i32) {
+async fn a_stop_sends_the_jobs_kill_signal(#[case] name: &str, #[case] code: i32) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let script = "trap 'exit 1' USR1; trap 'exit 2' INT; trap 'exit 3' TERM; trap 'exit 4' 36; echo up; while :; do sleep 0.05; done";
@@ -128,7 +128,7 @@ async fn a_stop_sends_what_the_job_names(#[case] name: &str, #[case] code: i32) 
 }
 
 #[tokio::test]
-async fn stops_that_meet_all_end_with_the_task() {
+async fn concurrent_stops_all_end_with_the_task() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell(DEAF)).await;
@@ -143,7 +143,7 @@ async fn stops_that_meet_all_end_with_the_task() {
 }
 
 #[tokio::test]
-async fn a_destroy_by_force_overtakes_a_stop() {
+async fn a_forced_destroy_overtakes_a_stop() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell(DEAF)).await;
@@ -156,7 +156,7 @@ async fn a_destroy_by_force_overtakes_a_stop() {
 }
 
 #[tokio::test]
-async fn a_stop_during_the_start_ends_what_comes_up() {
+async fn a_stop_during_the_start_ends_the_new_container() {
     let host = Host::new();
     let mut trap = Trap::named(&host.state(), "pause_before_notify");
     host.scenario(&json!({"calls": [{"pause_before_notify": trap.socket()}]}));
@@ -207,7 +207,7 @@ async fn booting(host: &Host) -> (Plugin, Running, Trap) {
 #[case::a_stop(None)]
 #[case::a_signal(Some("SIGRTMIN+4"))]
 #[tokio::test]
-async fn what_an_init_does_not_take_yet_is_kept_for_it(#[case] signal: Option<&str>) {
+async fn a_signal_that_an_init_does_not_handle_yet_is_kept(#[case] signal: Option<&str>) {
     let host = Host::new();
     let (plugin, task, early) = booting(&host).await;
     let mut asked = Trap::at(&host.state(), Failpoint::Signalled);
@@ -237,7 +237,7 @@ async fn what_an_init_does_not_take_yet_is_kept_for_it(#[case] signal: Option<&s
 
 /// For an init that never handles the signal there is the grace period.
 #[tokio::test]
-async fn a_stop_that_an_init_never_takes_ends_with_the_grace() {
+async fn a_stop_that_an_init_never_handles_ends_at_the_timeout() {
     let host = Host::new();
     let (plugin, task, _early) = booting(&host).await;
     let exit = task.stop(&plugin, Duration::from_millis(300), "").await;
@@ -253,7 +253,7 @@ async fn a_stop_that_an_init_never_takes_ends_with_the_grace() {
 #[case::with_a_copy(true, false)]
 #[case::with_a_copy_on_an_older_kernel(true, true)]
 #[tokio::test]
-async fn force_that_comes_too_late_changes_no_end(#[case] ephemeral: bool, #[case] old: bool) {
+async fn a_late_kill_does_not_change_the_exit(#[case] ephemeral: bool, #[case] old: bool) {
     let host = Host::new();
     let mut clearing = Trap::named(&host.state(), "before_exit");
     let mut force = Trap::at(&host.state(), Failpoint::Killing);
@@ -293,7 +293,7 @@ async fn force_that_comes_too_late_changes_no_end(#[case] ephemeral: bool, #[cas
 #[case::a_code_of_a_second_process(true, 7)]
 #[case::success_of_a_second_process(true, 0)]
 #[tokio::test]
-async fn an_end_is_reported_before_an_ephemeral_root_is_thrown_away(
+async fn an_exit_is_reported_before_an_ephemeral_root_is_deleted(
     #[case] two: bool,
     #[case] code: i32,
 ) {

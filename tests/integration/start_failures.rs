@@ -38,7 +38,7 @@ fn says(text: &str) -> Value {
 )]
 #[case::memory(says("Failed to fork inner child: Cannot allocate memory"), true)]
 #[case::processes(says("Failed to fork: Resource temporarily unavailable"), true)]
-#[case::never_heard_of(says("Failed to fork: out of luck"), true)]
+#[case::an_unknown_message(says("Failed to fork: out of luck"), true)]
 #[case::killed(json!({"die_before_notify": 9}), true)]
 #[case::silent(json!({"never_notify": true, "instead": {"exit": 3}}), true)]
 #[case::option(says("systemd-nspawn: unrecognized option '--frobnicate'"), false)]
@@ -48,7 +48,7 @@ fn says(text: &str) -> Value {
     false
 )]
 #[tokio::test]
-async fn a_refusal_may_be_retried_if_it_can_pass(#[case] call: Value, #[case] recoverable: bool) {
+async fn a_transient_refusal_is_recoverable(#[case] call: Value, #[case] recoverable: bool) {
     let host = Host::new();
     host.scenario(&json!({"calls": [call, {}]}));
     let plugin = host.plugin().await;
@@ -60,7 +60,7 @@ async fn a_refusal_may_be_retried_if_it_can_pass(#[case] call: Value, #[case] re
 }
 
 #[tokio::test]
-async fn a_version_that_is_not_reported_in_time_may_be_retried() {
+async fn a_version_that_is_not_reported_in_time_is_recoverable() {
     let host = Host::new();
     host.scenario(&json!({"version_hangs": true}));
     let plugin = host.plugin().await;
@@ -115,7 +115,7 @@ fn directory_of(task: &Running) -> std::path::PathBuf {
 }
 
 #[tokio::test]
-async fn an_earlier_start_that_is_not_cleared_may_be_retried() {
+async fn an_earlier_start_that_is_not_removed_is_recoverable() {
     let host = Host::new();
     let occupied = host.join("occupied");
     fs::write(&occupied, "").unwrap();

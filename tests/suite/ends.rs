@@ -22,7 +22,7 @@ async fn an_exit_status(world: impl World) {
 #[case(false)]
 #[case(true)]
 #[tokio::test]
-async fn death_by_kill(world: impl World, #[case] process_two: bool) {
+async fn death_by_sigkill(world: impl World, #[case] process_two: bool) {
     let plugin = world.plugin().await;
     let job = world.shell(ON_AND_ON).with("process_two", process_two);
     let task = world.up(&plugin, job).await;
@@ -52,19 +52,19 @@ async fn stopped_by_force(world: impl World, grace: Duration) {
 
 #[rstest] // Conformance check 40.
 #[tokio::test]
-async fn what_ignores_the_signal_is_killed_after_the_grace(world: impl World) {
+async fn a_task_that_ignores_the_signal_is_killed_after_the_timeout(world: impl World) {
     stopped_by_force(world, Duration::from_millis(300)).await;
 }
 
 #[rstest] // Conformance check 41.
 #[tokio::test]
-async fn no_grace_is_force_at_once(world: impl World) {
+async fn no_timeout_means_an_immediate_kill(world: impl World) {
     stopped_by_force(world, Duration::ZERO).await;
 }
 
 #[rstest]
 #[tokio::test]
-async fn a_graceful_stop_has_the_tasks_own_end(world: impl World) {
+async fn a_graceful_stop_keeps_the_tasks_exit_code(world: impl World) {
     let plugin = world.plugin().await;
     let job = world.shell("trap 'echo bye; exit 3' USR1; echo up; while :; do sleep 0.05; done");
     let task = world.up(&plugin, job).await;

@@ -7,7 +7,7 @@ use super::*;
 
 #[rstest]
 #[tokio::test]
-async fn the_words_of_the_command_arrive_unchanged(world: impl World) {
+async fn the_arguments_of_the_command_arrive_unchanged(world: impl World) {
     let plugin = world.plugin().await;
     let words = [
         "/bin/sh",
@@ -71,7 +71,7 @@ async fn environment_values_arrive_unchanged(world: impl World) {
 
 #[rstest]
 #[tokio::test]
-async fn the_environment_of_the_config_wins_over_the_job_and_over_nomad(world: impl World) {
+async fn the_environment_option_overrides_the_job_and_nomad(world: impl World) {
     let plugin = world.plugin().await;
     let job = world
         .shell("printf '%s\\n' \"$A\" \"$B\" \"$NOMAD_TASK_NAME\" \"$NOMAD_TASK_DIR\"")

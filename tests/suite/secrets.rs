@@ -232,7 +232,7 @@ impl<W: World> Case<W> {
 
 #[rstest]
 #[tokio::test]
-async fn no_secret_shows_whatever_a_task_dies_of(
+async fn no_exit_of_a_task_shows_a_secret(
     world: impl World,
     #[values(Mode::Plain, Mode::ProcessTwo, Mode::Boot)] mode: Mode,
     #[values(247, 249, 250, 252, 257)] version: u32,
@@ -269,7 +269,7 @@ async fn events(plugin: &Plugin) -> JoinHandle<String> {
 /// While the secrets are in files on disk, and while they are handed over: no other process has them at these moments.
 #[rstest]
 #[tokio::test]
-async fn no_secret_shows_while_a_start_stands_still(
+async fn a_paused_start_shows_no_secret(
     world: impl World,
     #[values(Mode::Plain, Mode::ProcessTwo, Mode::Boot)] mode: Mode,
     #[values(

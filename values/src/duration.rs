@@ -79,7 +79,7 @@ mod tests {
     #[case(".5s", 500)]
     #[case("0", 0)]
     #[case("0s", 0)]
-    fn what_go_writes_is_read(#[case] text: &str, #[case] milliseconds: u64) {
+    fn durations_as_go_writes_them_are_read(#[case] text: &str, #[case] milliseconds: u64) {
         assert_eq!(parse(text), Ok(Duration::from_millis(milliseconds)));
     }
 
@@ -92,7 +92,7 @@ mod tests {
     #[case("5x")]
     #[case("1.2.3s")]
     #[case("99999999999999999999s")]
-    fn the_rest_is_named(#[case] text: &str) {
+    fn other_texts_are_refused_by_name(#[case] text: &str) {
         assert_eq!(parse(text), Err(NotADuration(text.to_owned())));
     }
 }

@@ -169,13 +169,13 @@ mod tests {
     #[case("SIGRTMIN-1")]
     #[case("32")]
     #[case("33")]
-    fn what_is_none_is_named(#[case] text: &str) {
+    fn an_invalid_signal_is_refused_by_name(#[case] text: &str) {
         let error = text.parse::<Signal>().unwrap_err().to_string();
         assert!(error.contains(&format!("{text:?}")), "{error}");
     }
 
     #[test]
-    fn what_the_c_library_keeps_is_no_signal() {
+    fn reserved_signals_are_refused() {
         for number in [-1, 32, 33, 65] {
             assert_eq!(Signal::from_number(number), None);
         }
@@ -185,7 +185,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_shown_is_read_back(number in 0..=64i32) {
+        fn a_displayed_signal_is_read_back(number in 0..=64i32) {
             prop_assume!(!KEPT.contains(&number));
             let signal = Signal::from_number(number).unwrap();
             prop_assert_eq!(signal.to_string().parse(), Ok(signal));

@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_that_is_already_gone_is_not_left() {
+    fn removing_a_missing_directory_succeeds() {
         let parent = tempfile::tempdir().unwrap();
         let directory = make_in(parent.path()).unwrap();
         remove_if_exists(&directory).unwrap();

@@ -23,7 +23,7 @@ fn config(body: &str) -> Result<Value, JobError> {
 }
 
 #[test]
-fn a_whole_job_is_taken() {
+fn a_complete_job_is_accepted() {
     let source = r#"
 variable "image" {
   type    = string
@@ -131,7 +131,7 @@ job "web" {
 #[case("a = node.datacenter", json!({"a": "${node.datacenter}"}))]
 #[case("a = (1)", json!({"a": 1}))]
 #[case("a = !false", json!({"a": true}))]
-fn what_is_literal_becomes_the_tree_that_nomad_stores(#[case] body: &str, #[case] tree: Value) {
+fn literals_become_the_tree_that_nomad_stores(#[case] body: &str, #[case] tree: Value) {
     assert_eq!(config(body), Ok(tree));
 }
 
@@ -148,7 +148,7 @@ fn what_is_literal_becomes_the_tree_that_nomad_stores(#[case] body: &str, #[case
 #[case("b {\n  a = foo.bar\n}", 6, "foo.bar")]
 #[case("dynamic \"x\" {}", 5, "dynamic blocks")]
 #[case("a = [\n1,\n", 8, "not HCL")]
-fn what_is_not_literal_is_named_with_its_line(
+fn an_unsupported_expression_is_named_with_its_line(
     #[case] body: &str,
     #[case] line: usize,
     #[case] part: &str,
@@ -173,7 +173,7 @@ fn what_is_not_literal_is_named_with_its_line(
 #[case("resources { memory = \"lots\" }", "memory is not a whole number")]
 #[case("comand = 1", "\"comand\" is not known in a task")]
 #[case("config {}\nconfig {}", "config is set twice")]
-fn what_a_task_needs_and_can_not_have_is_refused(#[case] body: &str, #[case] part: &str) {
+fn blocks_that_run_cannot_provide_are_refused(#[case] body: &str, #[case] part: &str) {
     let error = pick(&with_task(body)).unwrap_err();
     assert!(error.reason.contains(part), "{error}");
     assert!(matches!(error.line, Some(4 | 5)), "{error}");
@@ -187,7 +187,7 @@ fn what_a_task_needs_and_can_not_have_is_refused(#[case] body: &str, #[case] par
     Some("network namespaces are not created")
 )]
 #[case("network {\n port \"http\" {}\n }", Some("no ports"))]
-#[case("volume \"v\" {}", Some("volumes are not supported"))]
+#[case("volume \"v\" {}", Some("no volumes"))]
 fn a_group_network_is_the_host_network(#[case] body: &str, #[case] part: Option<&str>) {
     let source = format!(
         "job \"j\" {{\ngroup \"g\" {{\n{body}\ntask \"t\" {{\ndriver = \"nspawn\"\n}}\n}}\n}}\n"
@@ -209,7 +209,7 @@ const TWO: &str = "job \"j\" {\n group \"g\" {\n task \"a\" {\n driver = \"nspaw
 #[case(None, "use --task with one of g/a, g/b")]
 #[case(Some("x"), "there is no task \"x\"; the job has g/a, g/b, g/c")]
 #[case(Some("c"), "the driver \"exec\" is not nspawn")]
-fn which_task_must_be_clear(#[case] wanted: Option<&str>, #[case] part: &str) {
+fn the_task_to_run_must_be_unambiguous(#[case] wanted: Option<&str>, #[case] part: &str) {
     let error = Job::read(TWO)
         .unwrap()
         .pick(wanted, &BTreeMap::new())
@@ -237,7 +237,7 @@ fn a_task_is_picked_by_name_and_the_others_are_reported(#[case] wanted: &str) {
 #[case("job \"j\" {\n task \"a/b\" {}\n}", "\"a/b\" is not a valid task name")]
 #[case("{", "not JSON")]
 #[case("{\"x\": 1}", "there are no TaskGroups")]
-fn what_is_no_job_says_so(#[case] source: &str, #[case] part: &str) {
+fn a_file_without_a_job_is_refused_with_a_reason(#[case] source: &str, #[case] part: &str) {
     let error = pick(source).unwrap_err();
     assert!(error.to_string().contains(part), "{error}");
 }
@@ -245,7 +245,7 @@ fn what_is_no_job_says_so(#[case] source: &str, #[case] part: &str) {
 #[rstest]
 #[case(true)]
 #[case(false)]
-fn the_json_of_a_job_means_the_same(#[case] wrapped: bool) {
+fn the_json_of_a_job_equals_its_hcl(#[case] wrapped: bool) {
     let job = json!({
         "ID": "web", "Name": "web", "Region": null, "Type": "batch", "Stop": false, "ModifyIndex": 12,
         "Datacenters": ["*"], "Constraints": null, "Meta": {"a": "1"},
@@ -286,7 +286,7 @@ fn the_json_of_a_job_means_the_same(#[case] wrapped: bool) {
 }
 
 #[test]
-fn the_json_of_a_job_is_refused_alike() {
+fn the_json_of_a_job_is_refused_like_its_hcl() {
     let source = json!({"TaskGroups": [{"Name": "g", "Tasks": [
         {"Name": "t", "Driver": "nspawn", "Templates": [{"EmbeddedTmpl": "x"}]},
     ]}], "ID": "j"});

@@ -79,7 +79,7 @@ fn run_with_right(spec: &InitSpec) -> Option<Left> {
 }
 
 #[test]
-fn filters_hold_for_the_command() {
+fn filters_apply_to_the_command() {
     let place = directory();
     let made = place.path().join("made");
     for mode in MODES {
@@ -94,7 +94,7 @@ fn filters_hold_for_the_command() {
 }
 
 #[test]
-fn filters_are_all_there_is_to_it() {
+fn only_the_given_filters_are_installed() {
     for mode in MODES {
         let mut spec = spec(mode, &["/bin/cat", "/proc/self/status"]);
         spec.filters = vec![no_directories(), no_directories()];
@@ -111,7 +111,7 @@ fn filters_are_all_there_is_to_it() {
 }
 
 #[test]
-fn filters_that_are_none_are_refused() {
+fn invalid_filters_are_refused() {
     let endless = Filter(vec![(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW); 4097]);
     let astray = Filter(vec![(EQUAL, 9, 9, 0), (RETURN, 0, 0, 0)]);
     let nonsense = Filter(vec![(0xffff, 0, 0, 0)]);
@@ -141,7 +141,7 @@ fn core_limits(pid: i32) -> (String, String) {
 
 /// The init's memory contains the init spec and the command's variables, which are secrets.
 #[test]
-fn it_leaves_no_core_dump_and_the_command_may() {
+fn the_init_dumps_no_core_and_the_command_may() {
     let (soft, hard) = core_limits(std::process::id().cast_signed());
     let none = if hard == "0" { "0" } else { "1" };
     for mode in MODES {

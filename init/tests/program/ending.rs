@@ -29,7 +29,7 @@ fn ran_and_ended(words: &[InitEvent], raw: i32) {
 }
 
 #[test]
-fn every_exit_code_is_reported_as_it_is() {
+fn every_exit_code_is_reported_unchanged() {
     for code in 0..=255 {
         let left = run(&shell(InitMode::Init, &format!("exit {code}")));
         let status = code << 8;
@@ -39,7 +39,7 @@ fn every_exit_code_is_reported_as_it_is() {
 }
 
 #[test]
-fn every_exit_code_of_a_launched_command_is_its_own() {
+fn a_launched_command_keeps_its_exit_code() {
     for code in [0, 1, 2, 7, 126, 127, 128, 133, 137, 143, 255] {
         let left = run(&shell(InitMode::Launcher, &format!("exit {code}")));
         assert_eq!(left.words, [InitEvent::Ready]);
@@ -48,7 +48,7 @@ fn every_exit_code_of_a_launched_command_is_its_own() {
 }
 
 #[test]
-fn death_by_every_signal_is_reported_as_it_is() {
+fn every_fatal_signal_is_reported() {
     let place = directory();
     for number in (1..=64).filter(|number| !HARMLESS.contains(number)) {
         let script = format!("ulimit -c 0; kill -{number} $$");
@@ -64,7 +64,7 @@ fn death_by_every_signal_is_reported_as_it_is() {
 }
 
 #[test]
-fn a_core_dump_is_reported_as_the_kernel_reported_it() {
+fn a_core_dump_is_reported_with_its_signal() {
     let place = directory();
     let script = "ulimit -S -c $(ulimit -H -c); kill -QUIT $$";
     let (_, status) = directly(&["/bin/sh", "-c", script], place.path());
@@ -99,7 +99,7 @@ fn start_error(step: Step, file: &str, errno: i32) -> StartError {
 }
 
 #[test]
-fn a_command_that_does_not_run_says_why_and_with_which_file() {
+fn a_command_that_cannot_run_is_reported_with_its_file() {
     let place = directory();
     let here = place.path().to_str().unwrap();
     let in_here = |name: &str| format!("{here}/{name}");
@@ -163,7 +163,7 @@ fn a_command_that_does_not_run_says_why_and_with_which_file() {
 }
 
 #[test]
-fn a_file_that_may_not_be_executed_does_not_hide_one_further_along_the_path() {
+fn a_file_that_is_not_executable_does_not_hide_a_later_one_in_path() {
     let first = directory();
     let second = directory();
     executable(&first.path().join("it"), b"#!/bin/sh\n", 0o644);
@@ -177,7 +177,7 @@ fn a_file_that_may_not_be_executed_does_not_hide_one_further_along_the_path() {
 }
 
 #[test]
-fn a_script_without_a_first_line_is_the_shells() {
+fn a_script_without_an_interpreter_line_runs_in_the_shell() {
     let place = directory();
     let script = place.path().join("script");
     executable(&script, b"echo \"$0 $*\"; exit 3\n", 0o755);
@@ -190,7 +190,7 @@ fn a_script_without_a_first_line_is_the_shells() {
 }
 
 #[test]
-fn no_command_is_a_login_shell() {
+fn without_a_command_a_login_shell_runs() {
     let home = directory();
     for mode in [InitMode::Launcher, InitMode::Init] {
         let mut spec = spec(mode, &[]);

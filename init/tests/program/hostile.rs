@@ -17,7 +17,7 @@ fn is_refused(bytes: Vec<u8>, errno: i32) {
 }
 
 #[test]
-fn what_is_no_order_is_refused() {
+fn an_invalid_init_spec_is_refused() {
     is_refused(Vec::new(), libc::EBADMSG);
     is_refused(b"{}".into(), libc::EBADMSG);
     is_refused(b"[".repeat(100_000), libc::EBADMSG);
@@ -58,7 +58,7 @@ fn lives(program: &Program, id: u64) {
 }
 
 #[test]
-fn what_is_no_request_is_survived_and_answered_where_it_has_a_number() {
+fn an_invalid_request_is_answered_if_it_has_an_id() {
     let program = Launch::new(&shell(InitMode::Init, "read line")).start();
     program.expect_running();
     for nonsense in [
@@ -90,7 +90,7 @@ fn what_is_no_request_is_survived_and_answered_where_it_has_a_number() {
 }
 
 #[test]
-fn no_packets_end_it() {
+fn arbitrary_packets_do_not_end_the_init() {
     let program = Launch::new(&shell(InitMode::Init, "read line")).start();
     program.expect_running();
     let null = std::fs::File::open("/dev/null").unwrap();
@@ -110,7 +110,7 @@ fn no_packets_end_it() {
 }
 
 #[test]
-fn no_order_makes_it_fail_otherwise() {
+fn an_arbitrary_init_spec_fails_only_in_the_documented_ways() {
     let whole = packet(&spec(InitMode::Init, &["/bin/true"]));
     proptest!(ProptestConfig::with_cases(100), |(
         at in any::<prop::sample::Index>(),

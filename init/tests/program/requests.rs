@@ -53,7 +53,7 @@ fn refused(program: &Program, number: u64) -> StartError {
 }
 
 #[test]
-fn a_further_command_has_its_own_streams_and_end() {
+fn a_further_command_has_its_own_streams_and_exit() {
     let program = program();
     let script = "cat; echo \"$TASK $FURTHER\" >&2; exit 7";
     let (stdin, mut stdout, mut stderr) = ask(&program, &exec(1, &["sh", "-c", script]));
@@ -70,7 +70,7 @@ fn a_further_command_has_its_own_streams_and_end() {
 }
 
 #[test]
-fn many_run_at_once_and_are_reported_apart() {
+fn many_commands_run_at_once_and_are_reported_separately() {
     let program = program();
     let mut streams: Vec<_> = (1..=20)
         .map(|id| ask(&program, &exec(id, &["sh", "-c", "read x; exit $x"])))
@@ -149,7 +149,7 @@ fn a_further_command_starts_where_it_was_reported_or_where_the_command_did() {
 }
 
 #[test]
-fn what_does_not_run_says_why() {
+fn a_further_command_that_cannot_run_is_reported() {
     let program = program();
     let _streams = ask(&program, &exec(1, &["nothing-like-it"]));
     let start_error = refused(&program, 1);
@@ -162,7 +162,7 @@ fn what_does_not_run_says_why() {
 }
 
 #[test]
-fn a_number_that_is_taken_is_refused_and_the_first_runs_on() {
+fn a_duplicate_id_is_refused_and_the_first_command_keeps_running() {
     let program = program();
     let (stdin, _stdout, _stderr) = ask(&program, &exec(1, &["cat"]));
     running(&program, 1);
@@ -176,7 +176,7 @@ fn a_number_that_is_taken_is_refused_and_the_first_runs_on() {
 }
 
 #[test]
-fn it_takes_three_descriptors_and_keeps_none() {
+fn a_request_carries_three_descriptors_and_none_is_kept() {
     let program = program();
     let held = || {
         std::fs::read_dir(format!("/proc/{}/fd", program.pid()))
@@ -205,7 +205,7 @@ fn it_takes_three_descriptors_and_keeps_none() {
 }
 
 #[test]
-fn the_commands_end_is_the_last_word() {
+fn the_exit_of_the_command_is_the_last_event() {
     let mut program = program();
     let _streams = ask(&program, &exec(1, &["sleep", "1000"]));
     let exec_sessions = running(&program, 1);
@@ -218,7 +218,7 @@ fn the_commands_end_is_the_last_word() {
 }
 
 #[test]
-fn a_supervisor_that_reads_nothing_stops_no_one() {
+fn a_supervisor_that_does_not_read_blocks_nothing() {
     let script = format!("trap 'echo hup' HUP; echo ready; {UNTIL_END}");
     let mut program = Launch::new(&shell(InitMode::Init, &script))
         .with_little_room()
@@ -247,7 +247,7 @@ fn a_supervisor_that_reads_nothing_stops_no_one() {
 }
 
 #[test]
-fn requests_that_come_too_late_do_not_hide_the_end() {
+fn late_requests_do_not_hide_the_exit() {
     for _ in 0..20 {
         let program = Launch::new(&shell(InitMode::Init, "exit 5")).start();
         program.expect_running();

@@ -9,7 +9,7 @@ use crate::harness::{Launch, UNTIL_END, eventually, shell};
 const KEPT: [i32; 5] = [libc::SIGKILL, libc::SIGSTOP, libc::SIGCHLD, 32, 33];
 
 #[test]
-fn every_signal_is_passed_on() {
+fn every_signal_is_forwarded() {
     let numbers: Vec<i32> = (1..=64).filter(|number| !KEPT.contains(number)).collect();
     let mut script = String::new();
     for number in &numbers {
@@ -45,7 +45,7 @@ fn the_supervisor_learns_which_process_the_command_is() {
 }
 
 #[test]
-fn a_signal_to_which_the_command_has_no_answer_ends_it() {
+fn an_unhandled_signal_ends_the_command() {
     for number in [libc::SIGTERM, libc::SIGINT, libc::SIGPIPE, 34, 64] {
         let program = Launch::new(&shell(InitMode::Init, "read line")).start();
         program.expect_running();
@@ -56,7 +56,7 @@ fn a_signal_to_which_the_command_has_no_answer_ends_it() {
 }
 
 #[test]
-fn a_signal_that_comes_early_is_not_lost() {
+fn an_early_signal_is_not_lost() {
     for _ in 0..20 {
         let program = Launch::new(&shell(InitMode::Init, "read line")).start();
         let pid = program.pid();
@@ -75,7 +75,7 @@ fn a_signal_that_comes_early_is_not_lost() {
 }
 
 #[test]
-fn a_stopped_command_is_not_taken_for_one_that_ended() {
+fn a_stopped_command_is_not_reported_as_exited() {
     let mut program =
         Launch::new(&shell(InitMode::Init, "kill -STOP $$; echo on; read line")).start();
     program.expect_running();
@@ -106,7 +106,7 @@ fn orphans_are_reaped() {
 }
 
 #[test]
-fn the_supervisors_death_is_no_one_elses() {
+fn the_init_survives_the_death_of_its_supervisor() {
     let script = format!("trap 'echo term; exit 8' TERM; echo ready; {UNTIL_END}");
     let mut program = Launch::new(&shell(InitMode::Init, &script)).start();
     program.expect_running();

@@ -20,7 +20,7 @@ fn variables(text: &str) -> BTreeMap<&str, &str> {
 }
 
 #[test]
-fn variables_arrive_unchanged_and_those_that_were_ours_do_not() {
+fn variables_arrive_unchanged_and_those_of_the_init_are_removed() {
     let large = "x".repeat(LONGEST_VARIABLE - "LARGE=\0".len());
     let over = [
         ("LINES", "a\nb\n"),
@@ -52,7 +52,7 @@ fn variables_arrive_unchanged_and_those_that_were_ours_do_not() {
 }
 
 #[test]
-fn variables_of_ours_that_the_order_sets_are_set() {
+fn variables_of_the_init_that_the_spec_sets_are_set() {
     let mut spec = spec(InitMode::Init, &["/bin/cat", "/proc/self/environ"]);
     spec.environment = vec![("LISTEN_FDS".into(), "0".into())];
     let left = Launch::new(&spec).environment("LISTEN_FDS", "5").run();
@@ -87,7 +87,7 @@ fn the_directory_is_entered() {
 }
 
 #[test]
-fn a_directory_that_can_not_be_entered_is_named() {
+fn a_directory_that_cannot_be_entered_is_named() {
     for mode in MODES {
         for (directory, errno) in [("/nowhere", libc::ENOENT), ("/dev/null", libc::ENOTDIR)] {
             let mut spec = spec(mode, &["/bin/true"]);
@@ -124,7 +124,7 @@ fn an_init_does_not_keep_the_directory_busy() {
 }
 
 #[test]
-fn only_the_standard_descriptors_are_passed_on() {
+fn only_the_standard_descriptors_are_inherited() {
     let list = ["/bin/ls", "/proc/self/fd"];
     let (expected, _) = directly(&list, Path::new("/"));
     for mode in MODES {
@@ -133,7 +133,7 @@ fn only_the_standard_descriptors_are_passed_on() {
 }
 
 #[test]
-fn streams_are_those_of_the_order() {
+fn streams_are_those_of_the_spec() {
     let script = "echo out; echo err >&2";
     for mode in MODES {
         let mut spec = shell(mode, script);
@@ -150,7 +150,7 @@ fn streams_are_those_of_the_order() {
 }
 
 #[test]
-fn a_launcher_is_gone_and_its_channel_closed_once_the_command_runs() {
+fn a_launcher_becomes_the_command_and_closes_its_channel() {
     let program = Launch::new(&shell(InitMode::Launcher, "read line")).start();
     assert_eq!(program.event(), Some(InitEvent::Ready));
     assert_eq!(program.event(), None, "closed by the command's start");
@@ -178,14 +178,14 @@ fn no_signal_is_blocked_or_ignored() {
 }
 
 #[test]
-fn the_command_of_an_init_leads_a_group_of_its_own() {
+fn the_command_of_an_init_leads_its_own_process_group() {
     let left = run(&spec(InitMode::Init, &["/bin/cat", "/proc/self/stat"]));
     let fields: Vec<_> = left.stdout.split(' ').collect();
     assert_eq!(fields[4], fields[0]);
 }
 
 #[test]
-fn an_init_is_called_so() {
+fn the_init_has_a_process_name() {
     let mut program = Launch::new(&shell(InitMode::Init, "read line; exit 4")).start();
     program.expect_running();
     let name = std::fs::read_to_string(format!("/proc/{}/comm", program.pid())).unwrap();
@@ -195,7 +195,7 @@ fn an_init_is_called_so() {
 }
 
 #[test]
-fn nothing_runs_before_it_may() {
+fn nothing_runs_before_go() {
     let place = directory();
     let made = place.path().join("made");
     for mode in MODES {

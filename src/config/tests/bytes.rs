@@ -36,7 +36,7 @@ use super::*;
 #[case::not_utf8(b"\x81\xa5image\xa1\xff", "config.image: the text is not UTF-8")]
 #[case::not_a_block(&[0x05], "config.*: a number is not a block")]
 #[case::more(&[0x80, 0x80], "config.*: 1 bytes follow the end of the block")]
-fn bytes_are_refused_by_name(#[case] bytes: &[u8], #[case] message: &str) {
+fn a_value_of_the_wrong_type_is_refused_by_name(#[case] bytes: &[u8], #[case] message: &str) {
     assert_eq!(TestHost::new().raw(bytes).unwrap_err().to_string(), message);
 }
 
@@ -53,7 +53,7 @@ fn deep_and_broken_bytes_are_errors() {
 }
 
 #[test]
-fn every_shape_of_the_wire_is_read() {
+fn every_encoding_of_a_value_is_decoded() {
     let host = with_ports();
     let text = |text: &str| Value::from(text);
     let map = |pairs: &[(&str, Value)]| {

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn the_jobs_environment_wins_and_odd_names_are_noted() {
+fn the_jobs_environment_wins_and_invalid_names_are_reported() {
     let mut host = TestHost::new();
     host.context.environment = [
         ("A", "nomad"),
@@ -46,7 +46,7 @@ fn the_jobs_environment_wins_and_odd_names_are_noted() {
 }
 
 #[test]
-fn what_no_program_can_get_is_refused_by_name() {
+fn oversized_commands_and_variables_are_refused_by_name() {
     let long = "x".repeat(128 * 1024);
     assert_eq!(
         refusal(&format!("command = [\"a\", \"{long}\"]")),

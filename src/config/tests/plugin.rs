@@ -18,7 +18,7 @@ use super::*;
     "/run/nomad-driver-nspawn",
     None
 )]
-fn plugin_configurations(
+fn valid_plugin_configurations_are_decoded(
     #[case] bytes: &[u8],
     #[case] enabled: bool,
     #[case] volumes: bool,
@@ -41,7 +41,7 @@ fn plugin_configurations(
 #[case("250ms", Some(250))]
 #[case("0", None)]
 #[case("0s", None)]
-fn the_time_before_reconciling(#[case] text: &str, #[case] milliseconds: Option<u64>) {
+fn reconcile_after_is_decoded(#[case] text: &str, #[case] milliseconds: Option<u64>) {
     let options = std::collections::BTreeMap::from([("reconcile_after", text)]);
     let decoded = PluginConfig::decode(&rmp_serde::to_vec_named(&options).unwrap()).unwrap();
     let want = milliseconds.map(Duration::from_millis);
@@ -66,7 +66,7 @@ fn the_time_before_reconciling(#[case] text: &str, #[case] milliseconds: Option<
     r#"plugin.reconcile_after: "-1" is not a duration: use a number with a unit, such as 30s, 1m30s or 500ms"#
 )]
 #[case(b"\x90", "plugin.*: a list is not a block")]
-fn plugin_configurations_that_are_wrong(#[case] bytes: &[u8], #[case] message: &str) {
+fn invalid_plugin_configurations_are_refused(#[case] bytes: &[u8], #[case] message: &str) {
     assert_eq!(
         PluginConfig::decode(bytes).unwrap_err().to_string(),
         message

@@ -27,7 +27,7 @@ fn forward(label: &str, host: u16, container: u16) -> PortForward {
 )]
 #[case("volatile = \"state\"\nprivate_users = \"no\"", false)]
 #[case("volatile = \"state\"\nuser_namespacing = false", false)]
-fn a_root_of_several_mounts_is_not_mapped(#[case] options: &str, #[case] refused: bool) {
+fn a_root_of_several_mounts_is_not_id_mapped(#[case] options: &str, #[case] refused: bool) {
     let host = TestHost::new();
     let body = format!("image = \"tree\"\nboot = false\n{options}");
     match host.check(&body) {
@@ -43,7 +43,7 @@ fn a_root_of_several_mounts_is_not_mapped(#[case] options: &str, #[case] refused
 }
 
 #[test]
-fn the_address_of_a_port_travels_along() {
+fn a_port_keeps_its_address() {
     let mut host = with_ports();
     host.context.ports[0].address = Some("10.0.0.1".parse().unwrap());
     let NetworkNamespace::Private { ports, .. } =
@@ -56,7 +56,7 @@ fn the_address_of_a_port_travels_along() {
 }
 
 #[test]
-fn ports_lead_inside() {
+fn ports_are_forwarded_into_the_container() {
     let host = with_ports();
     let spec = plain(&host, r#"ports = ["web", "raw"]"#);
     let private = |ports| NetworkNamespace::Private {
@@ -109,7 +109,7 @@ fn ports_lead_inside() {
     "ports = [\"web\"]\nnetwork_veth = false",
     "config.network_veth: false can't be combined with config.ports or config.port_map: ports are forwarded into a private network"
 )]
-fn what_is_wrong_with_ports_is_said(#[case] extra: &str, #[case] message: &str) {
+fn bad_ports_are_refused_with_a_reason(#[case] extra: &str, #[case] message: &str) {
     let body = format!("image = \"tree\"\nboot = false\n{extra}");
     assert_eq!(with_ports().refusal(&body), message);
 }

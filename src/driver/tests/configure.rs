@@ -33,7 +33,7 @@ async fn an_unchanged_configuration_keeps_its_backend() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_fingerprint_comes_at_once_on_change_and_now_and_then() {
+async fn a_fingerprint_is_sent_at_once_on_change_and_periodically() {
     let mut mock = MockContainerBackend::new();
     mock.expect_probe().returning(probe);
     let driver = driver(Arc::new(mock));
@@ -78,7 +78,7 @@ async fn a_fingerprint_comes_at_once_on_change_and_now_and_then() {
 }
 
 #[tokio::test]
-async fn a_host_that_can_not_be_examined_is_reported_not_dropped() {
+async fn a_failed_probe_is_reported_and_does_not_end_the_stream() {
     let mut mock = MockContainerBackend::new();
     mock.expect_probe().returning(|| panic!("on purpose"));
     let driver = driver(Arc::new(mock));
@@ -96,7 +96,7 @@ async fn a_host_that_can_not_be_examined_is_reported_not_dropped() {
 }
 
 #[tokio::test]
-async fn after_the_goodbye_nothing_starts_until_a_new_welcome() {
+async fn after_shutdown_nothing_starts_until_the_next_set_config() {
     let driver = driver(Arc::new(MockContainerBackend::new()));
     driver
         .shutdown(Request::new(proto::ShutdownRequest {}))
@@ -120,7 +120,7 @@ async fn after_the_goodbye_nothing_starts_until_a_new_welcome() {
 }
 
 #[tokio::test]
-async fn a_configuration_may_come_twice_without_nomads_part() {
+async fn a_second_configuration_may_lack_nomads_part() {
     use crate::proto::base;
     use crate::proto::base::base_plugin_server::BasePlugin as _;
     let driver = driver(Arc::new(MockContainerBackend::new()));
@@ -168,7 +168,7 @@ async fn a_configuration_may_come_twice_without_nomads_part() {
 }
 
 #[tokio::test]
-async fn before_any_configuration_the_defaults_hold() {
+async fn before_any_configuration_the_defaults_apply() {
     let search_path = ImageSearchPath {
         plugin_dir: "/".into(),
         machine_dirs: Vec::new(),
@@ -217,7 +217,7 @@ async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) ->
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_no_one_asked_for_is_cleared_once_the_agent_had_time_to_ask() {
+async fn unclaimed_tasks_are_removed_after_reconcile_after() {
     let minute = Duration::from_secs(60);
     assert_eq!(reconciled(Some(minute), async |_| {}).await, Some(minute));
     assert_eq!(reconciled(None, async |_| {}).await, None);

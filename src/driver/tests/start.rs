@@ -56,7 +56,7 @@ fn start_request(task: &proto::TaskConfig) -> Request<proto::StartTaskRequest> {
 }
 
 #[tokio::test]
-async fn a_start_gives_a_handle_that_finds_the_task_again() {
+async fn a_start_returns_a_handle_that_recovers_the_task() {
     let (stage, _end) = TestBackend::new(starts());
     let first = driver(stage);
     let task = Allocation::new().task(&[]);
@@ -127,7 +127,7 @@ async fn a_start_gives_a_handle_that_finds_the_task_again() {
 }
 
 #[tokio::test]
-async fn the_same_id_twice_leaves_the_first_alone() {
+async fn a_second_start_of_an_id_does_not_affect_the_first() {
     let (stage, _end) = TestBackend::new(starts());
     let driver = driver(stage);
     let allocation = Allocation::new();
@@ -139,7 +139,7 @@ async fn the_same_id_twice_leaves_the_first_alone() {
 }
 
 #[tokio::test]
-async fn a_wrong_option_starts_nothing_and_is_named() {
+async fn an_invalid_option_starts_nothing_and_is_named() {
     let driver = driver(Arc::new(MockContainerBackend::new()));
     let allocation = Allocation::new();
     let task = allocation.task(&[("volatile", "maybe".into())]);
@@ -154,7 +154,7 @@ async fn a_wrong_option_starts_nothing_and_is_named() {
 }
 
 #[tokio::test]
-async fn a_transient_failure_of_the_host_may_be_retried() {
+async fn a_transient_failure_is_recoverable() {
     let mut mock = MockContainerBackend::new();
     mock.expect_start().returning(|_| {
         Err(BackendError::Start {
@@ -179,7 +179,7 @@ async fn a_transient_failure_of_the_host_may_be_retried() {
 }
 
 #[tokio::test]
-async fn a_start_whose_caller_died_is_finished_and_taken_back() {
+async fn a_start_whose_caller_died_is_completed_and_undone() {
     let mut mock = starts();
     mock.expect_stop().times(1).returning(|_, _, _| Ok(()));
     let (tell, removed) = tokio::sync::oneshot::channel();

@@ -84,7 +84,7 @@ fn a_batch_task_has_the_exit_code_of_its_command() {
 
 /// What a Nomad user sees of an exit: `Exit Code`, `Signal`, and a message if there is more to report.
 #[test]
-fn nomad_shows_how_a_task_ended() {
+fn nomad_shows_the_exit_of_a_task() {
     let agent = Agent::new();
     let shell = "/bin/sh";
     let rows = [
@@ -138,7 +138,7 @@ fn nomad_shows_how_a_task_ended() {
 
 /// The same for ends that are caused from outside.
 #[test]
-fn nomad_shows_what_ended_a_task() {
+fn nomad_shows_exits_caused_from_outside() {
     let agent = Agent::new();
     let run = |name: &str, script: &str| {
         let image = image(&agent, name);
@@ -218,7 +218,7 @@ fn nomad_shows_what_ended_a_task() {
 }
 
 #[test]
-fn a_service_that_fails_is_started_again_as_its_policy_says() {
+fn a_failed_service_is_restarted_by_its_policy() {
     let agent = Agent::new();
     let task = run(&agent, "restart");
     assert_eq!(task.dead(), [11, 12, 13]);
@@ -227,7 +227,7 @@ fn a_service_that_fails_is_started_again_as_its_policy_says() {
 }
 
 #[test]
-fn a_stop_is_graceful_and_forced_at_the_timeout() {
+fn a_stop_is_graceful_and_kills_at_the_timeout() {
     let agent = Agent::new();
     let stop = |name: &str, handler: &str| {
         let image = image(&agent, name);
@@ -257,7 +257,7 @@ fn a_signal_reaches_the_command() {
 }
 
 #[test]
-fn a_template_that_changes_is_signalled_to_the_command() {
+fn a_changed_template_signals_the_command() {
     let agent = Agent::new();
     let set = |word: &str| {
         let items = json!({ "Path": "nomad/jobs", "Items": { "word": word } });
@@ -304,7 +304,7 @@ fn a_task_survives_a_killed_agent() {
 }
 
 #[test]
-fn a_task_survives_an_orderly_restart_of_the_agent() {
+fn a_task_survives_a_restart_of_the_agent() {
     survives(|agent| {
         agent.stop();
         agent.start();
@@ -349,7 +349,7 @@ fn a_task_that_ended_while_the_agent_was_down_has_its_true_exit_code() {
 }
 
 #[test]
-fn a_debian_system_is_booted_and_shut_down_in_order() {
+fn a_debian_system_boots_and_shuts_down_cleanly() {
     let agent = Agent::new();
     let tree = agent.join("debian");
     debian::copy(

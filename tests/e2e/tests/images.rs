@@ -61,7 +61,7 @@ async fn an_ephemeral_image_that_is_mounted_read_only_is_refused_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_image_on_an_overlay_is_copied_and_an_event_says_so() {
+async fn an_image_on_overlayfs_is_copied_and_reported() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let lower = stage.tree("lower");

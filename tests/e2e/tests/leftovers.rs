@@ -49,7 +49,7 @@ fn finish(mut child: Child) {
 }
 
 #[test]
-fn a_process_is_found_by_its_words_environment_and_directory() {
+fn a_process_is_found_by_its_arguments_environment_and_directory() {
     let ground = ground();
     let sleep = || {
         let mut command = Command::new("sleep");
@@ -104,7 +104,7 @@ fn a_payload_is_found_by_its_mounts() {
 }
 
 #[test]
-fn a_mount_a_control_group_and_a_namespace_are_found() {
+fn a_mount_a_cgroup_and_a_namespace_are_found() {
     let ground = ground();
     let point = ground.dir.path().join("point");
     fs::create_dir(&point).unwrap();
@@ -146,7 +146,7 @@ fn a_lock_of_a_tree_is_found() {
 }
 
 #[test]
-fn a_lock_of_user_ids_is_found_once_no_one_holds_it() {
+fn an_unheld_uid_lock_is_found() {
     let ground = ground();
     let locks = Path::new("/run/systemd/nspawn-uid");
     fs::create_dir_all(locks).unwrap();

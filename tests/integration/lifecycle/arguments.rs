@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test]
-async fn systemd_nspawn_gets_nothing_of_the_plugins_own() {
+async fn systemd_nspawn_inherits_nothing_from_the_plugin() {
     let host = Host::new();
     let plugin = Plugin::launch(host.launch().set("OPERATORS_OWN", "marker-of-the-agent"))
         .await
@@ -78,7 +78,7 @@ async fn systemd_nspawn_gets_nothing_of_the_plugins_own() {
     "--setenv=WHO=me"
 )]
 #[tokio::test]
-async fn an_old_systemd_nspawn_gets_words_that_it_knows(
+async fn an_old_systemd_nspawn_gets_only_its_own_options(
     #[case] version: u32,
     #[case] has: &str,
     #[case] has_too: &str,
@@ -119,7 +119,7 @@ async fn an_old_systemd_nspawn_gets_words_that_it_knows(
 }
 
 #[tokio::test]
-async fn what_the_installed_version_lacks_is_refused_by_name() {
+async fn an_option_that_the_installed_version_lacks_is_refused_by_name() {
     let host = Host::new();
     host.scenario(&json!({"version": 248}));
     let plugin = host.plugin().await;

@@ -81,7 +81,7 @@ impl Small {
 }
 
 #[tokio::test]
-async fn a_start_on_a_full_disk_may_be_tried_again() {
+async fn a_start_on_a_full_disk_is_recoverable() {
     let Some(small) = Small::new().await else {
         return;
     };
@@ -100,7 +100,7 @@ async fn a_start_on_a_full_disk_may_be_tried_again() {
 }
 
 #[tokio::test]
-async fn a_start_that_can_not_be_recorded_is_undone() {
+async fn a_start_that_cannot_be_recorded_is_undone() {
     let Some(small) = Small::new().await else {
         return;
     };
@@ -127,7 +127,7 @@ async fn a_start_that_can_not_be_recorded_is_undone() {
 }
 
 #[tokio::test]
-async fn an_end_on_a_full_disk_is_reported() {
+async fn an_exit_on_a_full_disk_is_reported() {
     let Some(small) = Small::new().await else {
         return;
     };
@@ -143,7 +143,7 @@ async fn an_end_on_a_full_disk_is_reported() {
 }
 
 #[tokio::test]
-async fn a_state_directory_that_takes_nothing_fails_starts_for_the_time_being() {
+async fn a_read_only_state_directory_fails_starts_as_recoverable() {
     let Some(small) = Small::new().await else {
         return;
     };
@@ -165,7 +165,7 @@ async fn a_state_directory_that_takes_nothing_fails_starts_for_the_time_being() 
 }
 
 #[tokio::test]
-async fn a_state_directory_that_is_gone_is_made_again() {
+async fn a_removed_state_directory_is_created_again() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let gate = host.join("gate");
@@ -184,7 +184,7 @@ async fn a_state_directory_that_is_gone_is_made_again() {
 #[case::before_systemd_nspawn(Failpoint::CgroupMade)]
 #[case::before_the_start_is_on_record(Failpoint::Heard)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn records_that_vanish_during_a_start_fail_it(#[case] point: Failpoint) {
+async fn records_removed_during_a_start_fail_it(#[case] point: Failpoint) {
     let host = Host::new();
     let plugin = Arc::new(host.plugin().await);
     let mut trap = Trap::at(&host.state(), point);

@@ -174,7 +174,7 @@ fn is_of_age(pid: i32, seconds: f64) -> bool {
 }
 
 #[tokio::test]
-async fn a_plugin_that_may_start_no_process_says_so_and_lives_on() {
+async fn a_plugin_at_the_process_limit_reports_it_and_keeps_running() {
     let counted = Counted::new().await;
     let plugin = &counted.plugin;
     let gate = counted.host.join("gate");
@@ -201,7 +201,7 @@ async fn a_plugin_that_may_start_no_process_says_so_and_lives_on() {
 }
 
 #[tokio::test]
-async fn a_supervisor_that_may_start_no_process_says_so() {
+async fn a_supervisor_at_the_process_limit_reports_it() {
     let counted = Counted::new().await;
     let mut trap = counted.trap(Failpoint::CgroupMade);
     let start = starting(&counted.plugin, counted.allocation("exit 5")).await;
@@ -227,7 +227,7 @@ fn is_asleep(pid: i32) -> bool {
 }
 
 #[tokio::test]
-async fn a_plugin_without_descriptors_says_so_and_lives_on() {
+async fn a_plugin_without_descriptors_reports_it_and_keeps_running() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let gate = host.join("gate");
@@ -259,7 +259,7 @@ async fn a_plugin_without_descriptors_says_so_and_lives_on() {
 }
 
 #[tokio::test]
-async fn a_supervisor_without_descriptors_says_so() {
+async fn a_supervisor_without_descriptors_reports_it() {
     let host = Host::new();
     let plugin = Arc::new(host.plugin().await);
     let mut trap = Trap::at(&host.state(), Failpoint::CgroupMade);
@@ -277,7 +277,7 @@ async fn a_supervisor_without_descriptors_says_so() {
 }
 
 #[tokio::test]
-async fn a_supervisor_that_can_let_no_one_in_keeps_its_task_and_takes_no_time() {
+async fn a_supervisor_that_cannot_accept_keeps_its_task_and_uses_no_cpu() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let gate = host.join("gate");
@@ -314,7 +314,7 @@ async fn a_supervisor_that_can_let_no_one_in_keeps_its_task_and_takes_no_time() 
 #[case::for_a_moment(true)]
 #[case::for_good(false)]
 #[tokio::test]
-async fn a_supervisor_that_may_not_wait_watches_all_the_same(#[case] passes: bool) {
+async fn a_supervisor_that_cannot_poll_retries_before_it_kills(#[case] passes: bool) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let gate = host.join("gate");
@@ -348,7 +348,7 @@ async fn a_supervisor_that_may_not_wait_watches_all_the_same(#[case] passes: boo
 
 /// Without a pidfd of PID 1 the container would run unsupervised.
 #[tokio::test]
-async fn a_supervisor_that_can_not_hold_the_first_process_fails_the_start() {
+async fn a_supervisor_without_a_pidfd_of_the_leader_fails_the_start() {
     let host = Host::new();
     let plugin = Arc::new(host.plugin().await);
     let mut announced = Trap::named(&host.state(), "before_notify");

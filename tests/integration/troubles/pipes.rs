@@ -3,7 +3,7 @@
 use super::*;
 
 #[tokio::test]
-async fn a_pipe_that_no_one_reads_fails_the_start_in_words() {
+async fn a_log_pipe_without_a_reader_fails_the_start_with_a_reason() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = host.allocation(host.shell("exit 5"));
@@ -15,7 +15,7 @@ async fn a_pipe_that_no_one_reads_fails_the_start_in_words() {
 }
 
 #[tokio::test]
-async fn a_reader_that_comes_late_gets_everything() {
+async fn a_late_reader_gets_everything() {
     let host = Host::new();
     let plugin = Arc::new(host.plugin().await);
     let allocation = host.allocation(host.shell("echo said; exit 5"));
@@ -50,7 +50,7 @@ async fn a_reader_that_comes_late_gets_everything() {
 #[case::stopped(true)]
 #[case::destroyed(false)]
 #[tokio::test]
-async fn a_reader_that_is_stuck_holds_up_its_own_task_alone(#[case] stopped: bool) {
+async fn a_stuck_reader_blocks_only_its_own_task(#[case] stopped: bool) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let allocation = host.allocation(host.shell("exec cat /dev/zero"));

@@ -3,13 +3,11 @@
 use super::*;
 
 #[rstest]
-#[case::half(|text: &str| text[..text.len() / 2].to_owned())]
+#[case::truncated(|text: &str| text[..text.len() / 2].to_owned())]
 #[case::empty(|_: &str| String::new())]
 #[case::of_a_later_driver(|text: &str| text.replacen("\"form\":1", "\"form\":99", 1))]
 #[tokio::test]
-async fn a_record_that_can_not_be_read_is_refused_and_can_be_destroyed(
-    #[case] spoil: fn(&str) -> String,
-) {
+async fn an_unreadable_record_is_refused_and_can_be_destroyed(#[case] spoil: fn(&str) -> String) {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = host
@@ -32,7 +30,7 @@ async fn a_record_that_can_not_be_read_is_refused_and_can_be_destroyed(
 }
 
 #[tokio::test]
-async fn the_record_of_an_end_that_can_not_be_read_is_called_that() {
+async fn an_unreadable_exit_record_is_reported() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let task = host.up(&plugin, host.shell("echo up; exit 5")).await;
@@ -57,7 +55,7 @@ async fn the_record_of_an_end_that_can_not_be_read_is_called_that() {
 }
 
 #[tokio::test]
-async fn a_clock_that_was_set_back_changes_no_end() {
+async fn a_clock_set_back_does_not_change_an_exit() {
     let host = Host::new();
     let mut plugin = host.plugin().await;
     let gate = host.join("gate");

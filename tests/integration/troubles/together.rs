@@ -28,7 +28,7 @@ async fn a_destroy_during_a_recovery_ends_the_task() {
 }
 
 #[tokio::test]
-async fn three_plugins_of_one_state_directory_harm_no_task() {
+async fn three_plugins_can_share_a_state_directory() {
     let host = Host::new();
     let (one, two, three) = tokio::join!(host.plugin(), host.plugin(), host.plugin());
     let plugins = [one, two, three];

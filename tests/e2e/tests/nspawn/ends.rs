@@ -5,7 +5,7 @@ use super::*;
 /// If reboot(2) is called in a pid namespace, the kernel kills its PID 1 by a signal that identifies the request. Real only: pid
 /// namespaces.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_asked_of_reboot_from_inside_is_reported() {
+async fn a_reboot_call_in_the_container_is_reported() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let init = stage.join("tree/sbin/init");
@@ -147,7 +147,7 @@ async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed()
 /// A kill by the OOM killer. With cgroup v2 the task's own cgroup is limited, as an operator could; with v1 the command is moved to a
 /// limited cgroup. Real only: the kernel's limits, which need root.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_kill_for_want_of_memory_is_reported() {
+async fn an_oom_kill_is_reported() {
     const LIMIT: &str = "16777216";
     let stage = Stage::new();
     let plugin = stage.plugin().await;
@@ -193,7 +193,7 @@ fn command(running: &Running) -> i32 {
 
 /// The error contains the reason from the stderr of systemd-nspawn. Real only: its stderr.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broken_disk_image_is_refused_in_systemd_nspawns_words() {
+async fn a_broken_disk_image_is_refused_with_systemd_nspawns_message() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let image = stage.file("broken.raw", &"no file system\n".repeat(4096));

@@ -74,7 +74,7 @@ fn bare(words: &[&str]) -> Output {
 
 /// Real only: a pseudo terminal of systemd-nspawn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn only_the_console_pipe_keeps_the_streams_apart_and_unchanged() {
+async fn only_console_pipe_keeps_the_streams_separate_and_unchanged() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let text = "echo out; echo err >&2; test -t 1 && echo terminal; exit 3";

@@ -4,7 +4,7 @@ use super::*;
 
 /// Real only: mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_read_only_root_can_not_be_written_and_the_allocation_can() {
+async fn a_read_only_root_is_not_writable_and_the_allocation_is() {
     let stage = Stage::new();
     let text = "touch /x /etc/x 2>/dev/null && echo written; \
         for d in /local /alloc /secrets; do echo $d > $d/x && cat $d/x; done";
@@ -23,7 +23,7 @@ async fn a_read_only_root_can_not_be_written_and_the_allocation_can() {
 
 /// Real only: systemd-nspawn creates and removes the copy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_ephemeral_root_can_be_written_and_nothing_stays() {
+async fn an_ephemeral_root_is_writable_and_discarded() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let text = "echo x > /etc/x && cat /etc/x";
@@ -43,7 +43,7 @@ async fn an_ephemeral_root_can_be_written_and_nothing_stays() {
 
 /// Real only: mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_volatile_is_thrown_away() {
+async fn volatile_changes_are_discarded() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let tree = merged_tree(&stage, "merged");
@@ -188,7 +188,7 @@ async fn pivot_root_makes_a_directory_of_the_image_the_root() {
 
 /// Real only: systemd-nspawn creates the file.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn resolv_conf_is_made_as_it_is_asked_for() {
+async fn resolv_conf_follows_the_option() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let host = fs::read_to_string("/etc/resolv.conf").unwrap();
@@ -211,7 +211,7 @@ async fn resolv_conf_is_made_as_it_is_asked_for() {
 
 /// Real only: id-mapped mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn binds_show_host_paths_with_and_without_user_namespaces() {
+async fn binds_mount_host_paths_with_and_without_user_namespaces() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     for (number, users) in [false, true].into_iter().enumerate() {
@@ -248,7 +248,7 @@ async fn binds_show_host_paths_with_and_without_user_namespaces() {
 
 /// Real only: mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_volumes_only_the_allocation_can_be_shown() {
+async fn without_volumes_only_the_allocation_can_be_bound() {
     let stage = Stage::new();
     let plugin = stage.plugin_with(&json!({ "volumes": false })).await;
     let task = stage

@@ -4,7 +4,7 @@ use super::*;
 
 /// Real only: a real init.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_debian_tree_boots_in_a_user_namespace_and_is_stopped_in_order() {
+async fn a_debian_tree_boots_in_a_user_namespace_and_stops_cleanly() {
     let stage = Stage::new();
     let tree = stage.join("debian");
     debian::copy(
@@ -70,7 +70,7 @@ async fn shut_down(
 
 /// Real only: a real init.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_shutdown_that_hangs_is_ended_after_the_grace() {
+async fn a_hanging_shutdown_is_killed_after_the_timeout() {
     let grace = Duration::from_secs(4);
     let ended = shut_down("sleep 600", async |plugin, running| {
         running.stop(plugin, grace, "").await
@@ -80,7 +80,7 @@ async fn a_shutdown_that_hangs_is_ended_after_the_grace() {
 
 /// The job's own signal replaces the signal for power-off: this one makes systemd re-execute itself. Real only: a real init.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_named_signal_is_what_the_init_gets() {
+async fn the_init_gets_a_named_signal() {
     let ended = shut_down("true", async |plugin, running| {
         running
             .stop(plugin, Duration::from_secs(2), "SIGTERM")
@@ -102,7 +102,7 @@ async fn a_signal_reaches_the_init() {
 /// systemd-nspawn reports the start while PID 1 is still systemd-nspawn's own child process, and the kernel drops signals to it that it has
 /// no handler for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_sent_right_after_the_start_reaches_the_init() {
+async fn a_signal_right_after_the_start_reaches_the_init() {
     let stage = Stage::new();
     let tree = stage.join("debian");
     debian::copy(&tree, "[Service]\nType=oneshot\nExecStart=true\n");

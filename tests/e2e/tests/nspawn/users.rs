@@ -29,7 +29,7 @@ async fn a_user_namespace_hides_root_and_keeps_the_allocation_usable() {
 
 /// Real only: user namespaces, and ownership changes by systemd-nspawn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn private_users_and_their_ownership_are_what_was_asked_for() {
+async fn private_users_and_ownership_follow_the_options() {
     let stage = Stage::new();
     let plugin = stage.plugin().await;
     let task = |tree: &Path, range: &str| {

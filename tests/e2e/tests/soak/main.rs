@@ -452,7 +452,7 @@ async fn crowd(arena: &Arc<Arena>, lives: usize, seed: u64, plugin_may_die: bool
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn after_hundreds_of_lives_and_deaths_nothing_is_left() {
+async fn hundreds_of_tasks_leave_nothing_behind() {
     let number = |name: &str| {
         std::env::var(name)
             .ok()
