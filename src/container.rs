@@ -132,7 +132,7 @@ pub enum Volatile {
 
 /// How the container's console is connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the words of the option, explained with it")]
+#[expect(missing_docs, reason = "the values of the option, documented there")]
 pub enum Console {
     Interactive,
     ReadOnly,

@@ -22,7 +22,7 @@ fn refused(version: u32, words: &[&str]) -> String {
 }
 
 #[test]
-fn both_spellings_of_a_value_and_the_short_one_are_read() {
+fn long_and_short_options_are_parsed() {
     for words in [
         &["--directory=/a"][..],
         &["--directory", "/a"],
@@ -35,7 +35,7 @@ fn both_spellings_of_a_value_and_the_short_one_are_read() {
 }
 
 #[test]
-fn reading_stops_at_the_first_word_that_is_no_option() {
+fn parsing_stops_at_the_first_operand() {
     assert_eq!(
         run(&["-q", "echo", "--nope", "--", "-D"]).command,
         ["echo", "--nope", "--", "-D"]
@@ -44,7 +44,7 @@ fn reading_stops_at_the_first_word_that_is_no_option() {
 }
 
 #[test]
-fn the_help_lists_what_the_version_has() {
+fn the_help_lists_the_options_of_the_version() {
     assert!(help(258).contains("--cleanup") && !help(257).contains("--cleanup"));
     assert!(help(250).contains("--suppress-sync=") && !help(249).contains("--suppress-sync"));
 }
@@ -84,7 +84,7 @@ fn the_last_setting_of_a_variable_wins_and_a_bare_name_is_copied() {
 #[case(252, &["-D", "/a", "-i", "/b"], "--directory= and --image= may not be combined.")]
 #[case(252, &["--ambient-capability=CAP_NET_ADMIN"],
     "AmbientCapability= setting is not fully covered by Capability= setting.")]
-fn what_the_real_one_refuses_is_refused(
+fn what_systemd_nspawn_refuses_is_refused(
     #[case] version: u32,
     #[case] words: &[&str],
     #[case] message: &str,

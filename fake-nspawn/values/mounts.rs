@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn mapping_words_came_one_after_the_other() {
+    fn bind_mapping_options_depend_on_the_version() {
         assert!(mount(249, "bind", "/a:/b:idmap").is_err());
         assert!(mount(255, "bind", "/a:/b:owneridmap").is_err());
         assert!(mount(256, "bind", "/a:/b:owneridmap").is_ok());

@@ -86,7 +86,7 @@ fn remove_if_empty(zone: &str, leaving: Option<&str>) -> io::Result<()> {
     // the bridge.
     let _lock = ZoneLock::acquire(Path::new(LOCK_PATH), LOCK_TIMEOUT).map_err(|error| {
         let text = format!(
-            "the bridge {link} of the task's zone stays, because {LOCK_PATH} can't be locked: {error}"
+            "the bridge {link} of the task's zone is not removed, because {LOCK_PATH} can't be locked: {error}"
         );
         io::Error::new(error.kind(), text)
     })?;
@@ -124,7 +124,7 @@ impl ZoneLock {
                 .open(path)?;
             while !try_lock(&file)? {
                 if Instant::now() >= end {
-                    let text = format!("another process has held the lock for {timeout:?}");
+                    let text = format!("another process held the lock for {timeout:?}");
                     return Err(io::Error::new(io::ErrorKind::TimedOut, text));
                 }
                 std::thread::sleep(LOCK_INTERVAL);
@@ -224,7 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_is_of_the_container_it_is_called_after() {
+    fn a_bridge_port_belongs_to_the_container_it_is_named_after() {
         let long = "averyveryverylongmachinename";
         for (port, machine) in [("vb-web", "web"), ("vb-averyvermBQ8", long)] {
             assert!(is_of(port, machine), "{port}");
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_zone_that_is_not_there_or_is_no_name_is_fine() {
+    fn a_missing_or_invalid_zone_is_released() {
         for zone in [
             "",
             "nobody-here",
@@ -262,7 +262,7 @@ mod tests {
 
     /// The next holder creates a new file; a lock on the old one would exclude no one.
     #[test]
-    fn a_lock_on_a_file_that_has_lost_its_name_counts_for_nothing() {
+    fn a_lock_on_an_unlinked_file_is_not_enough() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("zone");
         let held = ZoneLock::acquire(&path, Duration::ZERO).unwrap();
@@ -278,7 +278,7 @@ mod tests {
         };
         let end = Instant::now() + Duration::from_secs(60);
         while opened() < 2 {
-            assert!(Instant::now() < end, "nobody waits for the lock");
+            assert!(Instant::now() < end, "no process waits for the lock");
             std::thread::sleep(LOCK_INTERVAL);
         }
         drop(held);
@@ -290,14 +290,14 @@ mod tests {
 
     /// The kernel understands the request: it answers that there is no such link, or that privileges are missing.
     #[test]
-    fn the_kernel_says_what_is_wrong() {
+    fn a_netlink_error_is_reported() {
         let error = delete_link("vz-nobodyhere").unwrap_err();
         let want = [nix::Error::ENODEV, nix::Error::EPERM].map(|error| Some(error as i32));
         assert!(want.contains(&error.raw_os_error()), "{error}");
     }
 
     #[test]
-    fn an_answer_that_is_none_is_an_error() {
+    fn an_invalid_netlink_response_is_an_error() {
         for answer in [&[][..], &[0; 20], &[2; 7]] {
             assert_eq!(
                 outcome(answer).unwrap_err().kind(),

@@ -15,7 +15,7 @@ fn line(spec: &ContainerSpec, host: Target) -> CommandLine {
 }
 
 #[test]
-fn the_plainest_container() {
+fn a_minimal_container_has_the_basic_arguments() {
     insta::assert_snapshot!(line(&spec(), HOST).arguments.join("\n"), @r"
     --settings=no
     --keep-unit
@@ -33,7 +33,7 @@ fn the_plainest_container() {
 }
 
 #[test]
-fn every_option_has_its_word() {
+fn every_option_has_its_argument() {
     let full = spec().with(|spec| {
         spec.rootfs.source = Root::Image("/srv/disk.raw".into());
         spec.payload.mode = Mode::ProcessTwo;
@@ -95,7 +95,7 @@ fn every_option_has_its_word() {
 }
 
 #[test]
-fn an_image_s_own_init_is_given_everything_by_systemd_nspawn() {
+fn a_booted_container_gets_everything_from_systemd_nspawn() {
     let spec = spec().with(|spec| {
         spec.payload.mode = Mode::Boot;
         spec.payload.working_directory = Some("/srv".into());
@@ -128,7 +128,7 @@ fn on_a_terminal_systemd_nspawn_copies_the_output(#[case] console: Console, #[ca
 #[case(Mode::Boot, Some("--boot"))]
 #[case(Mode::ProcessTwo, None)]
 #[case(Mode::Plain, None)]
-fn a_mode_has_its_word(#[case] mode: Mode, #[case] word: Option<&str>) {
+fn a_mode_has_its_arguments(#[case] mode: Mode, #[case] word: Option<&str>) {
     let arguments = line(&spec().with(|spec| spec.payload.mode = mode), HOST).arguments;
     let found: Vec<_> = arguments
         .iter()
@@ -192,7 +192,7 @@ fn secretive(mode: Mode) -> ContainerSpec {
 #[case(247, Mode::ProcessTwo)]
 #[case(252, Mode::Plain)]
 #[case(262, Mode::ProcessTwo)]
-fn systemd_nspawn_never_sees_a_value(#[case] version: u32, #[case] mode: Mode) {
+fn values_are_not_passed_to_systemd_nspawn(#[case] version: u32, #[case] mode: Mode) {
     let spec = secretive(mode);
     let line = line(&spec, Target { version, ..HOST });
     let seen = format!("{:?} {:?}", line.arguments, line.environment);
@@ -204,7 +204,7 @@ fn systemd_nspawn_never_sees_a_value(#[case] version: u32, #[case] mode: Mode) {
 }
 
 #[test]
-fn in_a_booted_container_values_stay_out_of_the_arguments_where_the_version_can() {
+fn booted_values_are_not_arguments_if_the_version_supports_it() {
     let spec = secretive(Mode::Boot);
     let new = line(&spec, HOST);
     assert!(new.arguments.contains(&"--setenv=TOKEN".to_owned()));
@@ -241,7 +241,7 @@ fn in_a_booted_container_values_stay_out_of_the_arguments_where_the_version_can(
 #[case::tab_and_newline(247, "TOKEN", "s3cret\t\n", None)]
 #[case::control_later(248, "TOKEN", "s3cret\u{1b}\u{7f}", None)]
 #[case::other_planes(249, "TOKEN", "s3cret\u{10fffd}\u{fdcf}\u{fdf0}", None)]
-fn what_an_argument_can_not_carry_is_refused_by_name(
+fn a_value_that_cannot_be_an_argument_is_refused_by_name(
     #[case] version: u32,
     #[case] name: &str,
     #[case] value: &str,
@@ -311,7 +311,7 @@ fn how_long_a_variable_may_be_depends_on_its_way(#[case] version: u32, #[case] l
     247,
     "private_users_ownership = \"map\" needs systemd-nspawn 249 or later, and this host has 247"
 )]
-fn what_a_version_lacks_is_refused(
+fn an_option_that_the_version_lacks_is_refused(
     #[case] range: &str,
     #[case] ownership: Option<&str>,
     #[case] version: u32,
@@ -328,7 +328,7 @@ fn what_a_version_lacks_is_refused(
 }
 
 #[test]
-fn before_249_a_picked_range_changes_owners_by_itself() {
+fn before_249_a_picked_range_implies_chown() {
     let users = Users::Private {
         range: "pick".into(),
         ownership: Some("auto".into()),

@@ -25,7 +25,7 @@ async fn cleared(world: &World, all: &[&Started]) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_no_one_locks_is_cleared_away(world: World) {
+async fn unlocked_starts_are_removed(world: World) {
     let beside = |task: &str, script: &str| {
         world
             .named(task, script)
@@ -43,7 +43,7 @@ async fn what_no_one_locks_is_cleared_away(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_another_backend_started_is_spared(world: World) {
+async fn starts_of_another_backend_are_left_alone(world: World) {
     let started = world.start(world.spec(HEARS_TERM)).await;
     world.received("up").await;
     let other = NspawnBackend::new(world.settings.clone());
@@ -58,7 +58,7 @@ async fn what_another_backend_started_is_spared(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_found_again_is_spared(world: World) {
+async fn recovered_starts_are_left_alone(world: World) {
     let started = abandoned(&world, world.spec(HEARS_TERM)).await;
     world.received("up").await;
     within(world.backend.attach(&started)).await.unwrap();
@@ -73,7 +73,7 @@ async fn what_was_found_again_is_spared(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_end_that_someone_may_ask_for_is_kept(world: World) {
+async fn an_exit_record_that_may_be_asked_for_is_kept(world: World) {
     let started = world.start(world.spec("exit 22")).await;
     world.end(&started).await;
     let other = NspawnBackend::new(world.settings.clone());
@@ -85,7 +85,7 @@ async fn an_end_that_someone_may_ask_for_is_kept(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_copy_that_no_one_locks_is_cleared_away(world: World) {
+async fn an_unlocked_copy_is_removed(world: World) {
     let spec = world.spec(DEAF).with(|spec| spec.rootfs.ephemeral = true);
     let started = abandoned(&world, spec).await;
     world.received("up").await;
@@ -96,7 +96,7 @@ async fn a_copy_that_no_one_locks_is_cleared_away(world: World) {
 /// The leftovers of a plugin that is killed before it has started the supervisor.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn half_made_starts_are_cleared_away(world: World) {
+async fn unfinished_starts_are_removed(world: World) {
     let bare = world.task_dir("bare");
     bare.create().unwrap();
     let secret = world.task_dir("secret");
@@ -117,7 +117,7 @@ async fn half_made_starts_are_cleared_away(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_order_that_can_not_be_read_hides_no_container(world: World) {
+async fn an_unreadable_launch_spec_does_not_hide_a_container(world: World) {
     let started = abandoned(&world, world.spec(DEAF)).await;
     world.received("up").await;
     fs::write(started.state.join("order"), "{\"id\":").unwrap();
@@ -127,7 +127,7 @@ async fn an_order_that_can_not_be_read_hides_no_container(world: World) {
 
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_driver_did_not_make_is_left_alone(world: World) {
+async fn foreign_files_are_left_alone(world: World) {
     use std::os::unix::fs::symlink;
     let started = world.start(world.spec("exit 0")).await;
     let state = &world.settings.state_dir;
@@ -168,7 +168,7 @@ async fn what_the_driver_did_not_make_is_left_alone(world: World) {
 /// After a reboot the same pid with the same start time may be a different process.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_one_is_mistaken_for_a_process_of_another_boot(world: World) {
+async fn no_process_is_mistaken_for_one_of_another_boot(world: World) {
     let innocent = world.start(world.spec(HEARS_TERM)).await;
     world.received("up").await;
     let old = |task: &str| {

@@ -303,7 +303,7 @@ fn the_architecture_names_files_that_exist() {
 }
 
 #[test]
-fn every_room_has_a_line_in_the_architecture() {
+fn every_module_has_a_line_in_the_architecture() {
     let text = document("docs/architecture.md");
     for (room, _) in MAY_USE {
         let lines = match CRATES.iter().find(|(name, _)| name == room) {
@@ -346,7 +346,7 @@ fn the_readme_begins_with_two_commands_and_so_does_ci() {
 
 /// Tests are split by subject, so that one file can be read as a whole.
 #[test]
-fn no_file_of_tests_is_longer_than_600_lines() {
+fn no_test_file_is_longer_than_600_lines() {
     const MOST: usize = 600;
     let top = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut seen = 0;
@@ -381,7 +381,7 @@ const OLD_VOCABULARY: &[&str] = &["desk", "birth", "farewell", "remains", "put_d
 const KEPT: &[&str] = &["\"end_told\""];
 
 #[test]
-fn no_word_of_the_old_vocabulary_is_used() {
+fn the_old_vocabulary_is_not_used() {
     let mut found = Vec::new();
     for directory in PRODUCT {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join(directory);

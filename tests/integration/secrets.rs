@@ -19,7 +19,7 @@ use crate::lifecycle::nothing_left;
 
 /// Names that come from Nomad and that no program can get.
 #[tokio::test]
-async fn names_that_can_not_be_are_left_out_by_name_and_long_ones_arrive() {
+async fn invalid_names_are_left_out_and_long_names_arrive() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let mut events = plugin.events().await.unwrap();
@@ -45,7 +45,7 @@ async fn names_that_can_not_be_are_left_out_by_name_and_long_ones_arrive() {
 #[case::text(&[0xa2, 0xff, 0xfe])]
 #[case::binary(&[0xc4, 0x02, 0xff, 0xfe])]
 #[tokio::test]
-async fn a_value_that_is_no_text_is_refused_by_name(#[case] value: &[u8]) {
+async fn a_value_that_is_not_utf8_is_refused_by_name(#[case] value: &[u8]) {
     let host = Host::new();
     let plugin = host.plugin().await;
     let mut config = vec![0x83];
@@ -87,12 +87,12 @@ async fn health(plugin: &Plugin) -> (HealthState, String) {
 }
 
 #[rstest]
-#[case::a_link("is a link")]
-#[case::writable("can be written by others (mode 0777)")]
-#[case::in_a_writable_one("can be written by others (mode 0777)")]
+#[case::a_link("is a symbolic link")]
+#[case::writable("is writable by other users (mode 0777)")]
+#[case::in_a_writable_one("is writable by other users (mode 0777)")]
 #[case::a_file("is not a directory")]
 #[tokio::test]
-async fn a_state_directory_that_others_reach_is_refused_by_name(#[case] words: &str) {
+async fn a_state_directory_open_to_others_is_refused_by_name(#[case] words: &str) {
     let host = Host::new();
     let real = host.join("real");
     let inner = real.join("inner");
@@ -103,7 +103,7 @@ async fn a_state_directory_that_others_reach_is_refused_by_name(#[case] words: &
     mode(&real, 0o700);
     mode(&inner, 0o700);
     let state = match words {
-        "is a link" => {
+        "is a symbolic link" => {
             symlink(&real, host.join("link")).unwrap();
             host.join("link")
         }
@@ -134,7 +134,7 @@ async fn a_state_directory_that_others_reach_is_refused_by_name(#[case] words: &
 
 /// A state directory that an operator has created beforehand is used as it is; its contents are closed all the same.
 #[tokio::test]
-async fn a_readable_state_directory_holds_closed_ones() {
+async fn a_readable_state_directory_contains_private_ones() {
     let host = Host::new();
     let plugin = host.plugin().await;
     let task = host
@@ -152,7 +152,7 @@ async fn a_readable_state_directory_holds_closed_ones() {
 /// With a small stack limit in the agent's unit the kernel accepts little; the message names what to change. In `boot` mode, where
 /// systemd-nspawn itself passes the environment.
 #[tokio::test]
-async fn more_than_the_kernel_takes_is_an_error_that_names_the_limit() {
+async fn more_than_the_kernel_accepts_is_an_error_that_names_the_limit() {
     let host = Host::new();
     let plugin = host.plugin_by("ulimit -S -s 2048; exec \"$0\"").await;
     let job = host.task(&[]).with("boot", json!(true));

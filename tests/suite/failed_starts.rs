@@ -113,7 +113,7 @@ fn other_nspawn(world: &impl World, script: &str) -> PathBuf {
 
 #[rstest]
 #[tokio::test]
-async fn no_failed_start_shows_a_secret(
+async fn a_failed_start_shows_no_secret(
     world: impl World,
     #[values(
         Fault::NoImage,

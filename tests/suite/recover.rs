@@ -15,7 +15,7 @@ const TRAPS: &str = "trap 'echo got; exit 12' USR1; echo up; while :; do sleep 0
 
 #[rstest] // Conformance check 77.
 #[tokio::test]
-async fn a_new_plugin_takes_over(world: impl World) {
+async fn a_new_plugin_recovers_the_task(world: impl World) {
     let task = world.orphan(TRAPS).await;
     assert!(
         task.stored()
@@ -43,7 +43,7 @@ async fn a_new_plugin_takes_over(world: impl World) {
 
 #[rstest]
 #[tokio::test]
-async fn a_new_plugin_stops_what_it_took_over(world: impl World) {
+async fn a_new_plugin_stops_a_recovered_task(world: impl World) {
     let task = world.orphan(DEAF).await;
     let plugin = world.recovered(&task).await;
     let exit = task.stop(&plugin, Duration::from_millis(100), "").await;
@@ -55,7 +55,7 @@ async fn a_new_plugin_stops_what_it_took_over(world: impl World) {
 /// Output before, between and after the plugins is complete.
 #[rstest] // Conformance check 75.
 #[tokio::test]
-async fn output_flows_on_without_a_plugin(world: impl World) {
+async fn output_continues_without_a_plugin(world: impl World) {
     let mut plugin = world.plugin().await;
     let script = "trap 'echo last; exit 23' TERM; i=0; while :; do i=$((i+1)); echo line-$i-; sleep 0.002; done";
     let task = world.start(&plugin, world.shell(script)).await;
@@ -78,7 +78,7 @@ async fn output_flows_on_without_a_plugin(world: impl World) {
 
 #[rstest] // Conformance check 79.
 #[tokio::test]
-async fn an_end_while_no_plugin_ran(world: impl World) {
+async fn an_exit_while_no_plugin_ran(world: impl World) {
     let (gate, inside) = world.gate();
     let script = format!("echo up; until test -e {inside}; do sleep 0.01; done; echo bye; exit 21");
     let task = world.orphan(&script).await;
@@ -103,7 +103,7 @@ fn of_another_boot(task: &Running) -> TaskHandle {
 /// The task that the handle does not belong to is not affected.
 #[rstest] // Conformance check 80.
 #[tokio::test]
-async fn another_boot_and_another_process(world: impl World) {
+async fn another_boot_and_another_process_are_refused(world: impl World) {
     let task = world.orphan(TRAPS).await;
     drop(
         world
@@ -140,7 +140,7 @@ async fn another_boot_and_another_process(world: impl World) {
 
 #[rstest] // Conformance check 80.
 #[tokio::test]
-async fn what_was_refused_can_be_destroyed(world: impl World) {
+async fn a_refused_handle_can_be_destroyed(world: impl World) {
     let task = world.orphan(TRAPS).await;
     let plugin = world
         .not_recovered(of_another_boot(&task), "started anew")
@@ -214,7 +214,7 @@ async fn records_where_others_can_write_are_not_believed(world: impl World) {
 #[case::later_form(2, Some(&br#"{"schema":99}"#[..]), "schema 99 is newer")]
 #[case::half(2, Some(&br#"{"schema":1,"started":{"id":"x"}}"#[..]), "can't be read")]
 #[tokio::test]
-async fn handles_that_can_not_be_read(
+async fn unreadable_handles_are_refused(
     world: impl World,
     #[case] version: i32,
     #[case] state: Option<&[u8]>,

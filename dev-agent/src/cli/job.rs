@@ -78,7 +78,7 @@ impl Job {
                     job = Some(Self::from_entries(label(entry, labels)?, body)?);
                 }
                 _ if entry.name == "job" => {
-                    return Err(JobError::new(entry.line, "a file has one job"));
+                    return Err(JobError::new(entry.line, "a file contains exactly one job"));
                 }
                 _ => return Err(unknown(entry, "outside of the job")),
             }
@@ -165,14 +165,14 @@ impl Job {
                         format!("there is no task {wanted:?}; the job has {}", list(&all))
                     }
                     None => format!(
-                        "there is no task of the driver {DRIVER}; the job has {}",
+                        "no task uses the driver {DRIVER}; the job has {}",
                         list(&all)
                     ),
                 };
                 return Err(JobError::new(None, reason));
             }
             several => {
-                let reason = format!("give --task, one of {}", list(several));
+                let reason = format!("use --task with one of {}", list(several));
                 return Err(JobError::new(None, reason));
             }
         };
@@ -186,7 +186,7 @@ impl Job {
         }
         let notes = || self.notes.iter().chain(&group.notes).chain(&task.notes);
         if let Some((note, why)) = notes().find_map(|note| Some((note, note.refused?))) {
-            let reason = format!("`run` can't do {}: {why}", note.what);
+            let reason = format!("`run` does not support {}: {why}", note.what);
             return Err(JobError::new(note.line, reason));
         }
         let mut ignored: Vec<_> = notes().map(Note::to_string).collect();
@@ -262,7 +262,7 @@ impl Task {
         {
             return Err(JobError::new(
                 line,
-                format!("{name:?} can't be the name of a task"),
+                format!("{name:?} is not a valid task name"),
             ));
         }
         let mut task = Self {
@@ -281,11 +281,11 @@ impl Task {
                 ("name", _) => {}
                 ("driver", _) => task.driver = string(entry)?,
                 ("config", _) if configured => {
-                    return Err(JobError::new(entry.line, "config is given twice"));
+                    return Err(JobError::new(entry.line, "config is set twice"));
                 }
                 ("config", thing) => {
                     spec.config = config(thing)
-                        .ok_or_else(|| JobError::new(entry.line, "config is no block"))?;
+                        .ok_or_else(|| JobError::new(entry.line, "config is not a block"))?;
                     configured = true;
                 }
                 ("env", _) => spec.env.extend(strings(entry)?),
@@ -378,7 +378,7 @@ fn network(entry: &Entry) -> Option<Note> {
     let why = match mode.as_deref() {
         None | Some("" | "host") if ports => "no ports are allocated",
         None | Some("" | "host") => return None,
-        Some(_) => "no network namespace is made; the modes here are none given and host",
+        Some(_) => "network namespaces are not created: leave mode unset, or set it to host",
     };
     Some(Note::new(entry, "group", Some(why)))
 }

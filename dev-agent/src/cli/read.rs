@@ -30,7 +30,7 @@ pub(super) fn nested(entry: &Entry) -> Result<Vec<Entry>, JobError> {
             .collect()),
         Thing::Value { .. } => Err(JobError::new(
             entry.line,
-            format!("{} is no block", entry.name),
+            format!("{} is not a block", entry.name),
         )),
     }
 }
@@ -120,7 +120,7 @@ pub(super) fn strings(entry: &Entry) -> Result<BTreeMap<String, String>, JobErro
         Thing::Value { .. } => {
             return Err(JobError::new(
                 entry.line,
-                format!("{} is no block", entry.name),
+                format!("{} is not a block", entry.name),
             ));
         }
     };

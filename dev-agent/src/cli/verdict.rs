@@ -35,7 +35,7 @@ pub(super) const JOB: &[(&str, Verdict)] = &[
 pub(super) const GROUP: &[(&str, Verdict)] = &[
     ("affinity", Ignored),
     ("constraint", Ignored),
-    ("consul", Refused("there is no Consul")),
+    ("consul", Refused("Consul is not available")),
     ("disconnect", Ignored),
     ("ephemeral_disk", Ignored),
     ("max_client_disconnect", Ignored),
@@ -49,20 +49,20 @@ pub(super) const GROUP: &[(&str, Verdict)] = &[
     ("spread", Ignored),
     ("stop_after_client_disconnect", Ignored),
     ("update", Ignored),
-    ("vault", Refused("there is no Vault")),
-    ("volume", Refused("there are no volumes; use bind")),
+    ("vault", Refused("Vault is not available")),
+    ("volume", Refused("volumes are not supported; use bind")),
 ];
 
 /// Entries of a task.
 pub(super) const TASK: &[(&str, Verdict)] = &[
     ("action", Ignored),
     ("affinity", Ignored),
-    ("artifact", Refused("nothing is downloaded")),
+    ("artifact", Refused("artifacts are not downloaded")),
     ("constraint", Ignored),
-    ("consul", Refused("there is no Consul")),
-    ("csi_plugin", Refused("there is no cluster")),
-    ("dispatch_payload", Refused("there is no payload")),
-    ("identity", Refused("there is no server to sign a token")),
+    ("consul", Refused("Consul is not available")),
+    ("csi_plugin", Refused("CSI plugins are not supported")),
+    ("dispatch_payload", Refused("there is no dispatch payload")),
+    ("identity", Refused("there is no server that signs tokens")),
     ("kind", Ignored),
     ("leader", Quiet),
     ("lifecycle", Ignored),
@@ -70,18 +70,18 @@ pub(super) const TASK: &[(&str, Verdict)] = &[
     ("restart", Ignored),
     ("scaling", Ignored),
     ("schedule", Ignored),
-    ("secret", Refused("there is no store of secrets")),
+    ("secret", Refused("there is no secret store")),
     ("service", Ignored),
     ("shutdown_delay", Ignored),
     ("template", Refused("templates are not rendered")),
-    ("vault", Refused("there is no Vault")),
+    ("vault", Refused("Vault is not available")),
     ("volume_mount", Refused("there are no volumes; use bind")),
 ];
 
 /// Entries of the resources of a task.
 pub(super) const RESOURCES: &[(&str, Verdict)] = &[
     ("cores", Ignored),
-    ("device", Refused("there are no device plugins")),
+    ("device", Refused("device plugins are not supported")),
     ("disk", Quiet),
     ("iops", Quiet),
     ("network", Refused("no ports are allocated")),

@@ -369,7 +369,7 @@ fn a_debian_system_boots_and_shuts_down_cleanly() {
 
 /// At log level `info`: at `debug` the agent's own log contains the text of templates, which no driver can prevent.
 #[test]
-fn no_secret_shows_with_a_real_agent() {
+fn a_real_agent_shows_no_secret() {
     let agent = Agent::logging("INFO");
     let marker = Marker::new();
     let since = secrecy::now();
