@@ -143,7 +143,7 @@ fn a_mode_has_its_arguments(#[case] mode: Mode, #[case] word: Option<&str>) {
 #[case(NetworkNamespace::Private { veth: false, zone: None, bridge: Some("br0".into()), ports: vec![] }, &["--network-bridge=br0"])]
 #[case(NetworkNamespace::Join("/run/netns/a".into()), &[])]
 #[case(NetworkNamespace::Host, &[])]
-fn a_network_has_its_words(#[case] network: NetworkNamespace, #[case] words: &[&str]) {
+fn a_network_has_its_arguments(#[case] network: NetworkNamespace, #[case] words: &[&str]) {
     let arguments = line(&spec().with(|spec| spec.network.namespace = network), HOST).arguments;
     let found: Vec<_> = arguments
         .iter()
@@ -267,7 +267,10 @@ fn a_value_that_cannot_be_an_argument_is_refused_by_name(
 #[case::argument(249, 9)]
 #[case::reserved(252, 9)]
 #[case::hidden(252, 0)]
-fn how_long_a_variable_may_be_depends_on_its_way(#[case] version: u32, #[case] less: usize) {
+fn the_length_limit_of_a_variable_depends_on_its_transport(
+    #[case] version: u32,
+    #[case] less: usize,
+) {
     let name = if less == 0 || version < 250 {
         "BIG"
     } else {

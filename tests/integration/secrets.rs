@@ -171,7 +171,10 @@ async fn more_than_the_kernel_accepts_is_an_error_that_names_the_limit() {
 #[case(249, false)]
 #[case(250, true)]
 #[tokio::test]
-async fn the_fingerprint_says_where_boot_shows_values(#[case] version: u32, #[case] hidden: bool) {
+async fn the_fingerprint_shows_whether_boot_exposes_values(
+    #[case] version: u32,
+    #[case] hidden: bool,
+) {
     let host = Host::new();
     host.scenario(&json!({"version": version}));
     let plugin = host.plugin().await;

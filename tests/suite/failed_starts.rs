@@ -175,7 +175,7 @@ async fn a_failed_start_shows_no_secret(
 /// The start has succeeded before this failure is known, so it is reported as an exit. A booted container has no command.
 #[rstest]
 #[tokio::test]
-async fn a_command_that_can_not_run_shows_no_secret(
+async fn a_command_that_cannot_run_shows_no_secret(
     world: impl World,
     #[values("/no/such/program", "/etc/passwd")] command: &str,
     #[values(Mode::Plain, Mode::ProcessTwo)] mode: Mode,

@@ -71,7 +71,7 @@ async fn plugin_with_everything(world: &impl World, marker: &Marker) -> Plugin {
 
 #[rstest]
 #[tokio::test]
-async fn no_one_gets_a_descriptor_or_a_variable_that_it_does_not_need(world: impl World) {
+async fn no_process_gets_a_descriptor_or_variable_it_does_not_need(world: impl World) {
     let marker = Marker::new();
     let plugin = plugin_with_everything(&world, &marker).await;
     let text = "ls -l /proc/self/fd; env; echo up; exec sleep 1000";
@@ -184,7 +184,7 @@ fn core_files(world: &impl World) -> Vec<String> {
 /// systemd-nspawn in `/`, where other programs may leave theirs, so that only the marker identifies them.
 #[rstest]
 #[tokio::test]
-async fn who_holds_secrets_dumps_no_core(world: impl World) {
+async fn processes_with_secrets_dump_no_core(world: impl World) {
     let Some(mut case) = Case::new(world, Mode::Boot, 252) else {
         return;
     };

@@ -171,7 +171,7 @@ async fn recovering_twice(world: impl World) {
 /// A user who can change what Nomad stores must not be able to direct the driver to forged records.
 #[rstest]
 #[tokio::test]
-async fn records_where_others_can_write_are_not_believed(world: impl World) {
+async fn records_writable_by_others_are_not_trusted(world: impl World) {
     let task = world.orphan(TRAPS).await;
     let own = TaskDir::for_task(&world.state(), &task.id);
     let theirs = world.join("theirs");
@@ -192,13 +192,13 @@ async fn records_where_others_can_write_are_not_believed(world: impl World) {
     open(&theirs, 0o777);
     drop(
         world
-            .not_recovered(handle(), "can be written by others (mode 0777)")
+            .not_recovered(handle(), "is writable by other users (mode 0777)")
             .await,
     );
     open(&theirs, 0o700);
     open(&forged, 0o770);
     let plugin = world
-        .not_recovered(handle(), "not for the driver's own user alone")
+        .not_recovered(handle(), "other users can access it")
         .await;
     plugin.recover(task.stored()).await.unwrap();
     task.destroy(&plugin).await;
@@ -207,12 +207,12 @@ async fn records_where_others_can_write_are_not_believed(world: impl World) {
 }
 
 #[rstest] // Conformance check 81.
-#[case::version_0(0, None, "handle version 0 is not known")]
-#[case::later(3, None, "handle version 3 is not known")]
-#[case::empty(2, Some(&b""[..]), "can't be read")]
-#[case::nonsense(2, Some(&b"\xff\x00{"[..]), "can't be read")]
+#[case::version_0(0, None, "handle version 0 is not supported")]
+#[case::later(3, None, "handle version 3 is not supported")]
+#[case::empty(2, Some(&b""[..]), "can't be parsed")]
+#[case::nonsense(2, Some(&b"\xff\x00{"[..]), "can't be parsed")]
 #[case::later_form(2, Some(&br#"{"schema":99}"#[..]), "schema 99 is newer")]
-#[case::half(2, Some(&br#"{"schema":1,"started":{"id":"x"}}"#[..]), "can't be read")]
+#[case::truncated(2, Some(&br#"{"schema":1,"started":{"id":"x"}}"#[..]), "can't be parsed")]
 #[tokio::test]
 async fn unreadable_handles_are_refused(
     world: impl World,
@@ -316,7 +316,7 @@ async fn a_second_connection_is_served_fully(world: impl World) {
 
 #[rstest] // Conformance check 83.
 #[tokio::test]
-async fn ten_deaths_and_the_same_task(world: impl World) {
+async fn a_task_survives_ten_plugin_deaths(world: impl World) {
     let mut plugin = world.plugin().await;
     let task = world.up(&plugin, world.shell(TRAPS)).await;
     for _ in 0..10 {

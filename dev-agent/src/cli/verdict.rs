@@ -75,7 +75,10 @@ pub(super) const TASK: &[(&str, Verdict)] = &[
     ("shutdown_delay", Ignored),
     ("template", Refused("templates are not rendered")),
     ("vault", Refused("Vault is not available")),
-    ("volume_mount", Refused("there are no volumes; use bind")),
+    (
+        "volume_mount",
+        Refused("volumes are not supported; use bind"),
+    ),
 ];
 
 /// Entries of the resources of a task.
