@@ -51,7 +51,7 @@ pub struct Rootfs {
     pub ephemeral: bool,
     /// Mount the root read-only.
     pub read_only: bool,
-    /// Which part of the root is thrown away at the end.
+    /// Which part of the root is discarded when the task ends.
     pub volatile: Volatile,
     /// `NEW[:OLD]`, both absolute inside the container.
     pub pivot_root: Option<String>,
@@ -117,7 +117,7 @@ pub enum Mode {
     Plain,
 }
 
-/// Which part of the root is thrown away at the end.
+/// Which part of the root is discarded when the task ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Volatile {
     /// Nothing.

@@ -156,7 +156,7 @@ mod tests {
         assert!(!environment.exists());
     }
 
-    /// Otherwise every task of the newer driver would stay for ever after a downgrade. Its supervisor knows the kind and has
+    /// Otherwise every task of the newer driver would stay forever after a downgrade. Its supervisor knows the kind and has
     /// released it.
     #[test]
     fn resources_released_by_the_supervisor_are_not_released_again() {

@@ -563,7 +563,7 @@ fn blocks() -> impl Strategy<Value = Value> {
 fn is_named(error: &ConfigError) -> bool {
     ["config.", "plugin.", "task."]
         .iter()
-        .any(|room| error.option.starts_with(room))
+        .any(|place| error.option.starts_with(place))
         && !error.to_string().contains('\n')
 }
 

@@ -185,7 +185,7 @@ mod tests {
                 match step {
                     Step::Ask(request) => {
                         let verdict = state.request(request);
-                        prop_assert!(verdict == Decision::Do || state == before, "only a deed changes the state");
+                        prop_assert!(verdict == Decision::Do || state == before, "only a permitted request changes the state");
                         let alive = matches!(before, State::Running | State::Stopping(_));
                         if verdict == Decision::Do {
                             match request {
@@ -201,7 +201,7 @@ mod tests {
                             prop_assert_eq!(verdict, Decision::Later);
                         }
                         if verdict == Decision::Later {
-                            prop_assert!(matches!(before, State::Starting | State::Removing), "nobody waits for nothing");
+                            prop_assert!(matches!(before, State::Starting | State::Removing), "a request is deferred only while the task is starting or being removed");
                         }
                         if matches!(request, Request::Stop) {
                             prop_assert!(!matches!(verdict, Decision::Reject(_)), "a stop is never refused");

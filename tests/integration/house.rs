@@ -120,12 +120,12 @@ fn wrong_imports(file: &Path, text: &str) -> Vec<String> {
         .iter()
         .map(|part| part.to_string_lossy().into_owned())
         .collect();
-    let room = &parts[0];
-    if ["main", "lib"].contains(&room.as_str()) {
+    let module = &parts[0];
+    if ["main", "lib"].contains(&module.as_str()) {
         return Vec::new();
     }
-    let Some((_, allowed)) = MAY_USE.iter().find(|(name, _)| name == room) else {
-        return vec![format!("{room} is not in the list of modules")];
+    let Some((_, allowed)) = MAY_USE.iter().find(|(name, _)| name == module) else {
+        return vec![format!("{module} is not in the list of modules")];
     };
     // How often `super` leads from here to the root of the crate.
     let depth = parts.len() - usize::from(parts.last().is_some_and(|last| last == "mod"));
@@ -134,7 +134,7 @@ fn wrong_imports(file: &Path, text: &str) -> Vec<String> {
     for (index, line) in text.lines().enumerate() {
         let code = line.split("//").next().unwrap_or_default();
         let used = after(code, "crate::").chain(after(code, "nomad_driver_nspawn::"));
-        for used in used.filter(|used| *used != room.as_str() && !allowed.contains(used)) {
+        for used in used.filter(|used| *used != module.as_str() && !allowed.contains(used)) {
             wrong.push(format!("{}:{}: {used}", file.display(), index + 1));
         }
         // Not a module of the same name in this one.
@@ -216,7 +216,7 @@ fn no_import_goes_backward() {
     "use nomad_driver_nspawn::task::Task;\nuse dev_agent::cli;",
     0
 )]
-fn what_goes_backward_is_found(#[case] file: &str, #[case] text: &str, #[case] count: usize) {
+fn a_backward_import_is_found(#[case] file: &str, #[case] text: &str, #[case] count: usize) {
     let wrong = wrong_imports(Path::new(file), text);
     assert_eq!(wrong.len(), count, "{wrong:?}");
 }
@@ -305,17 +305,17 @@ fn the_architecture_names_files_that_exist() {
 #[test]
 fn every_module_has_a_line_in_the_architecture() {
     let text = document("docs/architecture.md");
-    for (room, _) in MAY_USE {
-        let lines = match CRATES.iter().find(|(name, _)| name == room) {
+    for (module, _) in MAY_USE {
+        let lines = match CRATES.iter().find(|(name, _)| name == module) {
             Some((_, path)) => vec![format!("| `{path}` | ")],
             None => vec![
-                format!("| `src/{room}/` | "),
-                format!("| `src/{room}.rs` | "),
+                format!("| `src/{module}/` | "),
+                format!("| `src/{module}.rs` | "),
             ],
         };
         assert!(
             lines.iter().any(|line| text.contains(line)),
-            "{room} has no line"
+            "{module} has no line"
         );
     }
 }

@@ -187,7 +187,7 @@ fn blocks_that_run_cannot_provide_are_refused(#[case] body: &str, #[case] part: 
     Some("network namespaces are not created")
 )]
 #[case("network {\n port \"http\" {}\n }", Some("no ports"))]
-#[case("volume \"v\" {}", Some("no volumes"))]
+#[case("volume \"v\" {}", Some("volumes are not supported"))]
 fn a_group_network_is_the_host_network(#[case] body: &str, #[case] part: Option<&str>) {
     let source = format!(
         "job \"j\" {{\ngroup \"g\" {{\n{body}\ntask \"t\" {{\ndriver = \"nspawn\"\n}}\n}}\n}}\n"

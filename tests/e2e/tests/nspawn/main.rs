@@ -44,7 +44,7 @@ fn bare(words: &[&str]) -> Output {
         .map(Path::new)
         .into_iter()
         .find(|mount| mount.join("cgroup.procs").exists())
-        .expect("control groups of version 2")
+        .expect("cgroup v2")
         .join(format!("bare{}", e2e::unique()));
     fs::create_dir(&group).unwrap();
     let output = Command::new("sh")
