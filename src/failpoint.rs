@@ -36,6 +36,8 @@ pub enum Failpoint {
     EndRecorded,
     /// Supervisor: the exit has been reported, nothing has been released.
     EndTold,
+    /// Supervisor: about to release the resources of a container that has exited.
+    Releasing,
     /// Supervisor: about to wait, because another process holds an exclusive lock on the tree that it may share.
     TreeBusy,
     /// Supervisor or plugin: the lock that a killed systemd-nspawn has left behind is held, its file has not been removed.
@@ -64,6 +66,7 @@ impl Failpoint {
             Self::Exited => "exited",
             Self::EndRecorded => "end_recorded",
             Self::EndTold => "end_told",
+            Self::Releasing => "releasing",
             Self::TreeBusy => "tree_busy",
             Self::TreeLocked => "tree_locked",
             Self::Removing => "removing",
@@ -86,6 +89,22 @@ pub fn kernel_is_old(_: &Path) -> bool {
 #[cfg(debug_assertions)]
 pub fn kernel_is_old(task_dir: &Path) -> bool {
     directory(task_dir).is_some_and(|directory| directory.join(OLD_KERNEL).exists())
+}
+
+/// The file in the same directory with which a test makes the supervisors' waits for events fail.
+pub const WAITS_FAIL: &str = "waits_fail";
+
+/// Whether to behave as if waiting for events failed.
+#[cfg(not(debug_assertions))]
+#[inline(always)]
+pub fn waits_fail(_: &Path) -> bool {
+    false
+}
+
+/// Whether to behave as if waiting for events failed.
+#[cfg(debug_assertions)]
+pub fn waits_fail(task_dir: &Path) -> bool {
+    directory(task_dir).is_some_and(|directory| directory.join(WAITS_FAIL).exists())
 }
 
 /// Pauses the process here if a test listens.

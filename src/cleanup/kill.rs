@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::cgroup::{Group, freezer};
 use crate::container::Process;
 use crate::signal::Signal;
-use crate::sys::process::{ProcessHandle, children, first_child};
+use crate::sys::process::{ProcessHandle, children};
 
 /// How long killed processes may take to exit.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -56,21 +56,17 @@ pub(super) fn kill_with_descendants(process: Process) {
     }
 }
 
-/// Kills the descendants of a process, for hosts without cgroups. Orphaned descendants become its children, because the process
-/// is a subreaper; so this repeats until there are none.
-pub fn kill_descendants(of: i32, mut reap: impl FnMut()) {
-    for _ in 0..1000 {
-        let Some(child) = first_child(of) else { return };
-        for pid in descendants(child) {
-            if let Ok(handle) = ProcessHandle::open(pid) {
-                let _ = handle.signal(Signal::KILL);
-            }
+/// Kills the descendants of a process, for hosts without cgroups, and returns whether there were any. Orphaned descendants become its
+/// children, because the process is a subreaper; so the caller repeats this when children have exited and been waited for, until
+/// there are none.
+pub fn kill_descendants(of: i32) -> bool {
+    let descendants = descendants(of);
+    for pid in &descendants[1..] {
+        if let Ok(handle) = ProcessHandle::open(*pid) {
+            let _ = handle.signal(Signal::KILL);
         }
-        if let Ok(handle) = ProcessHandle::open(child) {
-            handle.wait(KILL_TIMEOUT);
-        }
-        reap();
     }
+    descendants.len() > 1
 }
 
 pub(super) fn descendants(of: i32) -> Vec<i32> {

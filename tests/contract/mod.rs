@@ -33,6 +33,7 @@ mod logs;
 mod orphans;
 mod own_end;
 mod recover;
+mod release;
 mod roots;
 mod shared_tree;
 mod signals;

@@ -320,6 +320,28 @@ async fn an_exit_is_reported_before_an_ephemeral_root_is_deleted(
     nothing_left(&host, &plugin).await;
 }
 
+/// The supervisor has reported the exit to a plugin that is dead by now.
+#[tokio::test]
+async fn an_end_that_was_reported_early_is_reported_to_a_later_plugin_too() {
+    let host = Host::new();
+    let mut clearing = Trap::named(&host.state(), "before_exit");
+    host.scenario(&json!({"calls": [{"pause_before_exit": clearing.socket()}]}));
+    let mut plugin = host.plugin().await;
+    let job = host.shell("exit 7").with("ephemeral", json!(true));
+    let task = host
+        .start(&plugin, job.with("process_two", json!(true)))
+        .await;
+    within("systemd-nspawn", clearing.reached()).await;
+    assert_eq!(task.wait(&plugin).await.code, 7);
+    plugin.kill().await;
+    let plugin = host.recovered(&task).await;
+    let exit = task.stop(&plugin, ENDLESS, "").await;
+    assert_eq!((exit.code, exit.signal, exit.error), (7, 0, None));
+    drop(clearing);
+    task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
 /// Whether this kernel shows a process's exit status to processes other than its parent.
 fn kernel_tells() -> bool {
     nomad_driver_nspawn::sys::kernel::version() >= (6, 15)

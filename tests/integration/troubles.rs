@@ -16,7 +16,7 @@ use std::time::Duration;
 use dev_agent::calls::StartedTask;
 use dev_agent::{Allocation, HostError, Launch, Logs, Plugin};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nomad_driver_nspawn::failpoint::Failpoint;
+use nomad_driver_nspawn::failpoint::{Failpoint, WAITS_FAIL};
 use nomad_driver_nspawn::state::task_dir::TaskDir;
 use rstest::rstest;
 use serde_json::{Value, json};

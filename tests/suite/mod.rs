@@ -18,6 +18,7 @@ mod failed_starts;
 mod killed;
 mod processes;
 mod recover;
+mod release;
 mod secrets;
 
 /// Prints `up` and runs until it is ended.

@@ -1,19 +1,21 @@
-//! The exit of a container: detected, recorded, reported, and its resources released, in this order. Runs in the supervisor
-//! process. Does not interpret the evidence; `exit_status` does.
+//! The exit of a container: detected, recorded and reported, in this order, before the resources are released. Runs in the
+//! supervisor process. Does not interpret the evidence; `exit_status` does.
 
 use std::io::{self, Write};
-use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags};
 use rustix::process::{WaitOptions, wait};
 
+use super::event_loop::Interest;
 use super::exit_status::{ExitEvidence, describe, exit_of, predict_nspawn_status};
-use super::{LeaderState, NSPAWN_ANNOUNCED_TIMEOUT, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor};
+use super::release::Release;
+use super::{
+    Ending, LeaderState, NSPAWN_ANNOUNCED_TIMEOUT, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor,
+};
 use crate::cgroup::Group;
-use crate::cleanup;
+use crate::container::Exit;
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_messages};
 use crate::signal::Signal;
@@ -21,66 +23,101 @@ use crate::supervisor::protocol::{Event, StartFailure, StartStep};
 use crate::sys::process::ProcessHandle;
 
 impl Supervisor {
-    /// The leader to poll, as long as there is something left to learn about its exit. Polled because a systemd-nspawn that was
-    /// stopped would not report the exit.
-    pub(super) fn leader_poll_fd(&self) -> Option<PollFd<'_>> {
-        let leader = self.leader_handle()?;
-        let flags = match self.leader {
-            LeaderState::Alive => PollFlags::POLLIN,
-            // The kernel reports POLLHUP unrequested once the leader has been waited for, and nothing else until then.
-            LeaderState::Ended if self.may_end_early() => PollFlags::empty(),
-            LeaderState::Ended | LeaderState::Reaped => return None,
-        };
-        Some(PollFd::new(leader.as_fd(), flags))
-    }
-
     /// Whether the leader's exit is reported before systemd-nspawn exits: systemd-nspawn may take minutes to delete an ephemeral
     /// root. Any other root stays locked until systemd-nspawn has exited.
-    fn may_end_early(&self) -> bool {
-        !self.exit_reported && self.launch_spec.copies().is_some()
+    fn may_report_early(&self) -> bool {
+        self.exit.reported.is_none()
+            && !self.nspawn_has_exited()
+            && self.launch_spec.copies().is_some()
     }
 
-    /// The leader has exited. systemd-nspawn normally exits a few milliseconds later. One that was stopped gets SIGCONT, and one
-    /// that still does not exit is killed at [`nspawn_deadline`](Self::nspawn_deadline), unless it may be deleting an ephemeral root.
-    pub(super) fn see_leader(&mut self, seen: LeaderState) {
-        let ends_now = std::mem::replace(&mut self.leader, seen) == LeaderState::Alive;
-        if !ends_now {
+    /// Whether systemd-nspawn has exited and has been waited for.
+    pub(super) fn nspawn_has_exited(&self) -> bool {
+        !matches!(self.ending, Ending::NspawnRuns)
+    }
+
+    /// The leader has exited, or if its pidfd has hung up, has also been waited for. systemd-nspawn normally exits a few
+    /// milliseconds later. One that was stopped gets SIGCONT: it would not report the exit, which is why the leader is watched at
+    /// all. One that still does not exit is killed at [`exit_deadline`](Self::exit_deadline), unless it may be deleting an
+    /// ephemeral root.
+    pub(super) fn see_leader(&mut self, hung_up: bool) {
+        let has_exited = |leader: &ProcessHandle| hung_up || leader.wait(Duration::ZERO);
+        if !self.leader_handle().is_some_and(has_exited) {
             return;
         }
-        self.sigcont_nspawn();
-        if self.launch_spec.copies().is_none() {
-            self.leader_exited_at = Some(Instant::now());
+        // What the init has sent last is in its channel by now.
+        self.read_reports();
+        let seen = match hung_up {
+            true => LeaderState::Reaped,
+            false => LeaderState::Ended,
+        };
+        let first = std::mem::replace(&mut self.exit.leader, seen) == LeaderState::Alive;
+        self.watch_leader();
+        if first && !self.nspawn_has_exited() {
+            self.sigcont_nspawn();
+            if self.launch_spec.copies().is_none() {
+                self.exit.leader_exited_at = Some(Instant::now());
+            }
         }
     }
 
-    /// When systemd-nspawn is killed because its container is gone and it has not exited.
-    pub(super) fn nspawn_deadline(&self) -> Option<Instant> {
-        let limit = match self.nspawn_status {
-            None => NSPAWN_CLEANUP_TIMEOUT,
-            Some(_) => NSPAWN_ANNOUNCED_TIMEOUT,
-        };
-        let after_exit = self.leader_exited_at.map(|exited| exited + limit);
-        [self.kill_deadline, after_exit].into_iter().flatten().min()
+    /// Watches the leader as long as there is something left to learn about its exit. Its status may be available only once it has
+    /// been waited for, and then its pidfd hangs up.
+    fn watch_leader(&mut self) {
+        let open = self.exit.leader == LeaderState::Ended && self.may_report_early();
+        if let State::Running {
+            leader: Some(leader),
+            ..
+        } = &mut self.state
+        {
+            match open {
+                // Registered already, so this needs no memory.
+                true => drop(leader.watch(Interest::HangUp)),
+                false => leader.unwatch(),
+            }
+        }
+    }
+
+    /// When systemd-nspawn is killed because its container is gone and it has not exited; once it has exited, when what has
+    /// outlived it is waited for no longer.
+    pub(super) fn exit_deadline(&self) -> Option<Instant> {
+        match self.ending {
+            Ending::NspawnRuns => {
+                let limit = match self.exit.nspawn_status {
+                    None => NSPAWN_CLEANUP_TIMEOUT,
+                    Some(_) => NSPAWN_ANNOUNCED_TIMEOUT,
+                };
+                let after_exit = self.exit.leader_exited_at.map(|exited| exited + limit);
+                [self.exit.kill_deadline, after_exit]
+                    .into_iter()
+                    .flatten()
+                    .min()
+            }
+            Ending::KillingRest { until, .. } => Some(until),
+            Ending::Releasing(_) | Ending::Released => None,
+        }
+    }
+
+    pub(super) fn on_exit_timeout(&mut self) {
+        if !self.nspawn_has_exited() {
+            self.exit.kill_deadline = None;
+            self.exit.leader_exited_at = None;
+            self.kill_nspawn();
+        }
     }
 
     /// The exit status to assume for systemd-nspawn, once the leader has exited and nothing that systemd-nspawn could add would
     /// change the reported exit.
-    pub(super) fn early_exit_status(&self) -> Option<ExitStatus> {
-        if !self.may_end_early() || self.leader == LeaderState::Alive {
+    fn early_exit_status(&self) -> Option<ExitStatus> {
+        if !self.may_report_early() || self.exit.leader == LeaderState::Alive {
             return None;
         }
         let by_force = ExitStatus::from_raw(Signal::KILL.number());
-        if self.killed || self.command_status.is_some() || self.start_error.is_some() {
+        if self.exit.killed || self.exit.command_status.is_some() || self.exit.start_error.is_some()
+        {
             return Some(by_force);
         }
-        predict_nspawn_status(self.raw_status()?, self.nspawn_status)
-    }
-
-    fn leader_handle(&self) -> Option<&ProcessHandle> {
-        match &self.state {
-            State::Running { leader, .. } => leader.as_ref(),
-            State::Starting { .. } | State::Failing(_) => None,
-        }
+        predict_nspawn_status(self.raw_status()?, self.exit.nspawn_status)
     }
 
     /// The leader's raw wait status, if the kernel reports it to processes other than the parent.
@@ -91,36 +128,67 @@ impl Supervisor {
             .filter(|_| !failpoint::kernel_is_old(self.task_dir.path()))
     }
 
-    /// Records the exit and reports it to all clients, once.
-    pub(super) fn report_exit(&mut self, status: ExitStatus) {
-        if std::mem::replace(&mut self.exit_reported, true) {
-            return;
+    /// Reports an exit that is certain before systemd-nspawn has exited.
+    pub(super) fn report_early(&mut self) {
+        if let Some(status) = self.early_exit_status() {
+            let exit = self.exit(status);
+            self.report_exit(exit);
         }
+    }
+
+    fn exit(&self, nspawn: ExitStatus) -> Exit {
         let group = self.launch_spec.cgroup();
-        let exit = exit_of(&ExitEvidence {
-            start_error: self.start_error.as_ref(),
-            command: self.command_status,
+        exit_of(&ExitEvidence {
+            start_error: self.exit.start_error.as_ref(),
+            command: self.exit.command_status,
             leader: self.raw_status(),
-            reaped: self.reaped,
+            reaped: self.exit.reaped,
             nspawn_stderr: &self.task_dir.nspawn_stderr_tail(),
-            nspawn: status,
-            killed: self.killed,
-            nspawn_killed: self.nspawn_killed,
+            nspawn,
+            killed: self.exit.killed,
+            nspawn_killed: self.exit.nspawn_killed,
             oom: group.is_some_and(|group| Group::new(group).oom_kills() > 0),
-        });
+        })
+    }
+
+    /// Records the exit and reports it to all clients.
+    fn report_exit(&mut self, exit: Exit) {
         if let Err(error) = self.task_dir.write_exit(&exit) {
-            let _ = writeln!(io::stderr(), "the end can't be recorded: {error}");
+            let _ = writeln!(
+                io::stderr(),
+                "the record exit can't be written, so a plugin that starts later can't report the exit: {error}"
+            );
         }
         failpoint::hit(&self.task_dir, Failpoint::EndRecorded);
-        self.clients.broadcast(&Event::Exited(exit));
+        self.report(Event::Exited(exit));
         failpoint::hit(&self.task_dir, Failpoint::EndTold);
+    }
+
+    /// Sends the last event.
+    fn report(&mut self, event: Event) {
+        self.clients.broadcast(&event);
+        self.exit.reported = Some(event);
+    }
+
+    /// Children have exited.
+    pub(super) fn see_children(&mut self) {
+        // While systemd-nspawn has not been waited for: afterwards it is too late to be early.
+        self.report_early();
+        failpoint::hit(&self.task_dir, Failpoint::Exited);
+        while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
+        let Some(status) = self.reap().filter(|_| !self.nspawn_has_exited()) else {
+            return;
+        };
+        let until = Instant::now() + NSPAWN_CLEANUP_TIMEOUT;
+        self.ending = Ending::KillingRest { status, until };
+        // The last messages may still be queued in the sockets: a short command exits before they have been read.
+        self.read_reports();
+        self.task_dir.discard_secrets();
     }
 
     /// Reaps every child that has exited; returns the status of systemd-nspawn if it is among them. The leader becomes a child only
     /// after a systemd-nspawn that exited without having waited for it.
-    pub(super) fn reap(&mut self) -> Option<ExitStatus> {
-        failpoint::hit(&self.task_dir, Failpoint::Exited);
-        while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
+    fn reap(&mut self) -> Option<ExitStatus> {
         let leader = self.leader_handle().map(|leader| leader.process().pid);
         let mut found = None;
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
@@ -128,54 +196,57 @@ impl Supervisor {
             if pid == self.nspawn.pid {
                 found = Some(ExitStatus::from_raw(status.as_raw()));
             } else if Some(pid) == leader {
-                self.reaped = Some(status.as_raw());
+                self.exit.reaped = Some(status.as_raw());
             }
         }
         found
     }
 
-    /// systemd-nspawn has exited: so has the container, or it is killed now.
-    pub(super) fn finish(&mut self, status: ExitStatus) {
-        // The last messages may still be queued in the sockets: a short command exits before they have been read.
-        self.read_notify_socket();
-        self.read_init_channel();
-        self.start_if_ready();
-        self.task_dir.discard_secrets();
-        self.kill_remaining();
-        let group = self.launch_spec.cgroup().map(Group::new);
-        let running = match &self.state {
-            State::Starting { .. } => {
-                let failure = self.failed(status);
-                self.clients.broadcast(&Event::Failed(failure));
-                None
-            }
-            State::Failing(failure) => {
-                self.clients.broadcast(&Event::Failed(failure.clone()));
-                None
-            }
-            State::Running { running, .. } => {
-                let running = running.clone();
-                self.report_exit(status);
-                Some(running)
-            }
+    /// Once systemd-nspawn has exited: kills what has outlived it, and when nothing is left, records and reports the exit and lets
+    /// everything be released. Called at the end of every turn, because the exit of any process may be the last one.
+    pub(super) fn conclude(&mut self) {
+        let Ending::KillingRest { status, until } = self.ending else {
+            return;
         };
-        if let Some(group) = group {
-            group.wait_empty(NSPAWN_CLEANUP_TIMEOUT);
+        self.reap();
+        if self.kill_remaining() && Instant::now() < until {
+            return;
         }
+        self.reap();
+        match &self.state {
+            State::Starting { .. } => self.report(Event::Failed(self.failed(status))),
+            State::Failing(failure) => self.report(Event::Failed(failure.clone())),
+            State::Running { .. } if self.exit.reported.is_none() => {
+                let exit = self.exit(status);
+                self.report_exit(exit);
+            }
+            State::Running { .. } => {}
+        }
+        self.release(status);
+    }
+
+    fn release(&mut self, nspawn: ExitStatus) {
         // Only after systemd-nspawn has exited, so that the last of the two to hold the locks removes the files.
         self.tree = None;
-        if !self.nspawn_killed
-            && status.signal().is_none()
-            && let Err(error) = self.task_dir.write_released()
+        let release = Release {
+            task_dir: self.task_dir.clone(),
+            launch_spec: self.launch_spec.clone(),
+            running: match &self.state {
+                State::Running { running, .. } => Some((**running).clone()),
+                State::Starting { .. } | State::Failing(_) => None,
+            },
+            by_itself: !self.exit.nspawn_killed && nspawn.signal().is_none(),
+        };
+        let thread = release.start(&self.events);
+        self.ending = thread.map_or(Ending::Released, Ending::Releasing);
+    }
+
+    /// The thread that releases the resources has ended, or if its pipe has not hung up, may have.
+    pub(super) fn see_release(&mut self, hung_up: bool) {
+        if let Ending::Releasing(thread) = &self.ending
+            && (hung_up || thread.has_ended())
         {
-            let _ = writeln!(
-                io::stderr(),
-                "the end of systemd-nspawn can't be recorded: {error}"
-            );
-        }
-        if let Err(error) = cleanup::release(&self.task_dir, &self.launch_spec, running.as_deref())
-        {
-            let _ = writeln!(io::stderr(), "not everything could be freed: {error}");
+            self.ending = Ending::Released;
         }
     }
 
@@ -185,14 +256,14 @@ impl Supervisor {
         if let Some(refusal) = self.task_dir.failure() {
             return StartFailure::new(StartStep::Nspawn, refusal.cause, refusal.reason);
         }
-        if let Some(start_error) = &self.start_error {
+        if let Some(start_error) = &self.exit.start_error {
             let error = io::Error::from_raw_os_error(start_error.errno);
             let cause = cause_of_exec_error(&error);
             return StartFailure::new(StartStep::Nspawn, cause, start_error.to_string());
         }
         let messages = self.task_dir.nspawn_stderr_tail();
         let what = match in_one_line(&messages) {
-            none if none.is_empty() => "; what it said is in the task's stderr log".to_owned(),
+            none if none.is_empty() => "; its messages are in the task's stderr log".to_owned(),
             messages => format!(": {messages}"),
         };
         let reason = format!("{} before the container was up{what}", describe(status));

@@ -10,7 +10,6 @@ use crate::cleanup;
 use crate::container::Mode;
 use crate::failpoint::{self, Failpoint};
 use crate::signal::Signal;
-use crate::supervisor::init_channel::InitChannel;
 use crate::sys::process::{
     ProcessHandle, blocks_or_handles_signal, first_child, handles_signal, ignores_signal,
 };
@@ -26,9 +25,9 @@ impl Supervisor {
             return None;
         };
         match self.launch_spec.mode {
-            Mode::Boot | Mode::Plain => leader.as_ref(),
-            Mode::ProcessTwo if self.command_status.is_some() => None,
-            Mode::ProcessTwo => self.command.as_ref().or(leader.as_ref()),
+            Mode::Boot | Mode::Plain => leader.as_deref(),
+            Mode::ProcessTwo if self.exit.command_status.is_some() => None,
+            Mode::ProcessTwo => self.command.as_ref().or(leader.as_deref()),
         }
     }
 
@@ -42,7 +41,8 @@ impl Supervisor {
         let payload = self.payload_pid()?.process().pid;
         // The init reports a command a moment after it has forked it. Until then the payload is the init, which forwards signals,
         // and the command is its first child; that is good enough to choose a signal.
-        let init = self.init_channel.as_ref().and_then(InitChannel::peer_pid);
+        let init = self.init_channel.as_ref();
+        let init = init.and_then(|channel| channel.peer_pid());
         let pid = match self.launch_spec.mode {
             Mode::ProcessTwo if init == Some(payload) => first_child(payload).unwrap_or(payload),
             _ => payload,
@@ -92,7 +92,10 @@ impl Supervisor {
             .partition(|signal| self.init_not_ready_for(payload, *signal));
         for signal in due {
             if let Err(error) = payload.signal(signal) {
-                let _ = writeln!(io::stderr(), "{signal} can't be sent: {error}");
+                let _ = writeln!(
+                    io::stderr(),
+                    "{signal} can't be sent to the container: {error}"
+                );
             }
         }
         self.pending_signals = early;
@@ -100,16 +103,19 @@ impl Supervisor {
 
     /// Kills the container, and lets systemd-nspawn notice it and clean up.
     pub(super) fn kill(&mut self) {
+        if self.nspawn_has_exited() {
+            return;
+        }
         failpoint::hit(&self.task_dir, Failpoint::Killing);
         self.pending_signals.clear();
         let State::Running { leader, .. } = &self.state else {
-            self.killed = true;
+            self.exit.killed = true;
             self.kill_nspawn();
             return;
         };
         // A leader that had already exited was not killed: its own exit status counts.
         let lives = |leader: &ProcessHandle| !leader.wait(Duration::ZERO);
-        self.killed |= leader.as_ref().is_some_and(lives);
+        self.exit.killed |= leader.as_deref().is_some_and(lives);
         if let Some(group) = self.launch_spec.cgroup() {
             Group::new(group).child("payload").kill();
         }
@@ -122,7 +128,8 @@ impl Supervisor {
             Group::new(group).thaw();
         }
         self.sigcont_nspawn();
-        self.kill_deadline
+        self.exit
+            .kill_deadline
             .get_or_insert_with(|| Instant::now() + NSPAWN_CLEANUP_TIMEOUT);
     }
 
@@ -133,10 +140,10 @@ impl Supervisor {
         }
     }
 
-    /// Kills everything at once, including systemd-nspawn.
+    /// Kills everything at once, including systemd-nspawn, which must not have been waited for: its pid could mean another process.
     pub(super) fn kill_nspawn(&mut self) {
-        self.nspawn_killed = true;
-        // This process is its parent and has not waited for it yet, so the pid can't have been reused. kill(2) needs no descriptor.
+        self.exit.nspawn_killed = true;
+        // kill(2) needs no descriptor.
         let pid = nix::unistd::Pid::from_raw(self.nspawn.pid);
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         if let Some(group) = self.launch_spec.cgroup() {
@@ -144,26 +151,20 @@ impl Supervisor {
         }
     }
 
-    /// A container outlives a systemd-nspawn that was killed, and no process is left to report its exit.
-    pub(super) fn kill_remaining(&mut self) {
-        if let State::Running {
-            leader: Some(leader),
-            ..
-        } = &self.state
-        {
+    /// Kills what has outlived systemd-nspawn: a container outlives one that was killed, and no process is left to report its exit.
+    /// Returns whether something is left to wait for before the exit is reported.
+    pub(super) fn kill_remaining(&self) -> bool {
+        let leader_lives = self.leader_handle().is_some_and(|leader| {
             let _ = leader.signal(Signal::KILL);
-            leader.wait(NSPAWN_CLEANUP_TIMEOUT);
-            self.reap();
+            !leader.wait(Duration::ZERO)
+        });
+        let Some(group) = self.launch_spec.cgroup() else {
+            return cleanup::kill_descendants(nix::unistd::getpid().as_raw());
+        };
+        let group = Group::new(group);
+        if !group.processes().is_empty() {
+            group.kill();
         }
-        if let Some(group) = self.launch_spec.cgroup() {
-            let group = Group::new(group);
-            if !group.processes().is_empty() {
-                group.kill();
-            }
-        } else {
-            cleanup::kill_descendants(nix::unistd::getpid().as_raw(), || {
-                self.reap();
-            });
-        }
+        leader_lives
     }
 }
