@@ -86,12 +86,12 @@ impl StartStep {
     /// For error messages.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Order => "reading the order",
+            Self::Order => "reading the launch spec",
             Self::Logs => "opening the log pipes",
-            Self::Cgroup => "making the control group",
-            Self::Notify => "listening for systemd-nspawn",
+            Self::Cgroup => "creating the cgroup",
+            Self::Notify => "opening the sockets of the supervisor",
             Self::Nspawn => "starting systemd-nspawn",
-            Self::Watch => "watching over the container",
+            Self::Watch => "supervising the container",
         }
     }
 }

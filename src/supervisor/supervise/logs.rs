@@ -33,7 +33,7 @@ pub(super) fn open(path: Option<&Path>) -> io::Result<File> {
     let about = file.metadata()?;
     let null = about.file_type().is_char_device() && about.rdev() == fs::metadata(NULL)?.rdev();
     if !about.is_file() && !about.file_type().is_fifo() && !null {
-        let text = format!("it is no FIFO, no file and not {NULL}");
+        let text = format!("it is neither a FIFO nor a regular file nor {NULL}");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     if about.file_type().is_fifo() {
@@ -75,7 +75,7 @@ fn open_with_reader(path: &Path) -> io::Result<File> {
         })?;
     receiver.recv_timeout(READER_TIMEOUT).unwrap_or_else(|_| {
         let text = format!(
-            "nobody reads it: Nomad's log collector did not open its end within {} s",
+            "no process has opened it for reading within {} s: Nomad's log collector does not run",
             READER_TIMEOUT.as_secs()
         );
         Err(io::Error::new(io::ErrorKind::TimedOut, text))
@@ -108,6 +108,9 @@ mod tests {
             open(path).unwrap();
         }
         let error = open(Some(Path::new("/dev/zero"))).unwrap_err().to_string();
-        assert_eq!(error, "it is no FIFO, no file and not /dev/null");
+        assert_eq!(
+            error,
+            "it is neither a FIFO nor a regular file nor /dev/null"
+        );
     }
 }

@@ -9,7 +9,8 @@ async fn a_log_pipe_without_a_reader_fails_the_start_with_a_reason() {
     let allocation = host.allocation(host.shell("exit 5"));
     let config = plugin.task_config(&allocation).await.unwrap();
     let status = refusal(within("StartTask", plugin.start(config)).await);
-    assert!(status.message().contains("nobody reads it"), "{status:?}");
+    let why = "no process has opened it for reading";
+    assert!(status.message().contains(why), "{status:?}");
     assert!(host.starts().is_empty());
     nothing_left(&host, &plugin).await;
 }
