@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use crate::container::Mode;
-use crate::rootfs_path::existing_path;
+use crate::rootfs_path::RootDir;
 
 /// Where systemd-nspawn looks for the init to boot.
 const INITS: [&str; 3] = [
@@ -14,13 +14,13 @@ const INITS: [&str; 3] = [
 ];
 const OS_RELEASE: [&str; 2] = ["etc/os-release", "usr/lib/os-release"];
 
-/// The first thing that the tree at `root` lacks to be started in this mode.
-pub(super) fn missing_os_files(root: &Path, mode: Mode) -> Option<&'static str> {
-    let file =
-        |path: &&str| existing_path(root, Path::new(path)).is_some_and(|found| found.is_file());
+/// The first thing that the tree lacks to be started in this mode.
+pub(super) fn missing_os_files(root: &RootDir, mode: Mode) -> Option<&'static str> {
+    let entry = |path: &str| root.entry(Path::new(path));
+    let file = |path: &&str| entry(path).is_some_and(|found| found.metadata().is_file());
     match mode {
         Mode::Plain | Mode::ProcessTwo => {
-            let usr = existing_path(root, Path::new("usr")).is_some_and(|found| found.is_dir());
+            let usr = entry("usr").is_some_and(|found| found.metadata().is_dir());
             (!usr).then_some("the directory usr")
         }
         Mode::Boot if !OS_RELEASE.iter().any(file) => Some("etc/os-release and usr/lib/os-release"),

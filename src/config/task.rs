@@ -10,7 +10,7 @@ use crate::container::{
     ContainerSpec, Identity, Mode, Network, NetworkNamespace, Payload, Resources, Root, Rootfs,
     Users, Volatile,
 };
-use crate::rootfs_path::{copy_place, existing_path};
+use crate::rootfs_path::{RootDir, copy_place};
 
 use super::decode::quoted;
 use super::environment::{self, STRING_MAX};
@@ -391,31 +391,32 @@ fn validate_root(
             return Err(ConfigError::new(IMAGE, reason));
         }
     }
-    let top = match pivot {
-        None => path.to_owned(),
-        Some(new) => existing_path(path, new)
-            .filter(|found| found.is_dir())
-            .ok_or_else(|| {
-                let new = quoted(&new.to_string_lossy());
-                let reason = format!("{new} is not a directory of the image");
-                ConfigError::new(PIVOT_ROOT, reason)
-            })?,
+    let tree = RootDir::open(path).map_err(|error| {
+        let reason = format!(
+            "{} can't be opened: {error}",
+            quoted(&path.to_string_lossy())
+        );
+        ConfigError::new(IMAGE, reason)
+    })?;
+    let pivoted = pivot.map(|new| pivoted(&tree, new)).transpose()?;
+    let (shown, top) = match &pivoted {
+        None => (path.to_owned(), &tree),
+        Some((below, top)) => (path.join(below), top),
     };
-    if let Some(missing) = rootfs::missing_os_files(&top, mode) {
+    if let Some(missing) = rootfs::missing_os_files(top, mode) {
         let hint = match mode {
             Mode::Boot => "; to run a command instead of an init, set config.boot = false",
             Mode::ProcessTwo | Mode::Plain => "",
         };
         let reason = format!(
             "{} contains no operating system: it lacks {missing}{hint}",
-            quoted(&top.to_string_lossy())
+            quoted(&shown.to_string_lossy())
         );
         return Err(ConfigError::new(IMAGE, reason));
     }
     let unmerged = || {
-        path.join("bin")
-            .symlink_metadata()
-            .is_ok_and(|bin| bin.is_dir())
+        let bin = tree.lookup(Path::new("bin"));
+        bin.is_ok_and(|bin| bin.is_some_and(|bin| bin.metadata().is_dir()))
     };
     if volatile == Volatile::Yes && unmerged() {
         let reason =
@@ -423,4 +424,16 @@ fn validate_root(
         return Err(ConfigError::new(VOLATILE, reason));
     }
     Ok(())
+}
+
+/// The directory of the image that becomes the root, by its path below the image's.
+fn pivoted(tree: &RootDir, new: &Path) -> Result<(PathBuf, RootDir), ConfigError> {
+    let found = tree.resolve(new).ok();
+    found
+        .and_then(|found| Some((found.below, found.entry?.into_root()?)))
+        .ok_or_else(|| {
+            let new = quoted(&new.to_string_lossy());
+            let reason = format!("{new} is not a directory of the image");
+            ConfigError::new(PIVOT_ROOT, reason)
+        })
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::idmap::{FileSystem, Kernel};
 use super::version::Feature;
 use crate::container::{Root, Rootfs, Users, Volatile};
+use crate::rootfs_path::{Entry, RootDir};
 
 /// The maximum number of files to examine. systemd-nspawn is about to visit all of them, so this adds little to a
 /// start.
@@ -89,24 +90,27 @@ impl Survey {
     /// directory that has more of them than are left to examine.
     fn of(tree: &Path, most: usize) -> Self {
         let mut survey = Self::default();
-        let device = fs::symlink_metadata(tree).map(|top| top.dev()).ok();
-        let mut pending = vec![tree.to_owned()];
-        while let Some(path) = pending.pop() {
+        let Ok(root) = RootDir::open(tree) else {
+            return survey;
+        };
+        let mut device = None;
+        let mut pending = vec![PathBuf::new()];
+        while let Some(below) = pending.pop() {
             if survey.files == most {
                 survey.more = true;
                 return survey;
             }
-            let Ok(about) = fs::symlink_metadata(&path) else {
+            let Ok(Some(entry)) = root.lookup(&below) else {
                 continue;
             };
-            if Some(about.dev()) != device {
+            let about = entry.metadata();
+            if *device.get_or_insert_with(|| about.dev()) != about.dev() {
                 continue;
             }
-            let below = Path::new("/").join(path.strip_prefix(tree).unwrap_or(&path));
-            survey.see(&below, &about, is_capable(&path, &about));
+            survey.see(&Path::new("/").join(&below), about, is_capable(&entry));
             if about.is_dir() {
-                let entries = fs::read_dir(&path).into_iter().flatten().flatten();
-                let entries = entries.map(|entry| entry.path());
+                let names = entry.names().into_iter().flatten().flatten();
+                let entries = names.map(|name| below.join(name));
                 pending.extend(first_entries(entries, most - survey.files));
             }
         }
@@ -168,9 +172,11 @@ fn first_entries(entries: impl Iterator<Item = PathBuf>, most: usize) -> Vec<Pat
 }
 
 /// Whether a program has file capabilities.
-fn is_capable(path: &Path, about: &Metadata) -> bool {
+fn is_capable(entry: &Entry) -> bool {
+    let about = entry.metadata();
     let program = about.is_file() && about.mode() & 0o111 != 0;
-    program && rustix::fs::lgetxattr(path, "security.capability", &mut [0_u8; 64]).is_ok()
+    let read = |path| rustix::fs::getxattr(path, "security.capability", &mut [0_u8; 64]);
+    program && read(entry.by_descriptor()).is_ok()
 }
 
 #[cfg(test)]

@@ -4,20 +4,18 @@
 //! missing mount points between them. Nothing is ever written into the image or through a link: images are untrusted,
 //! and a link in one may point to the host.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Component, Path, PathBuf};
 
-use nix::dir::Dir;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{Mode, mkdirat};
 
 use crate::container::{Mount, Root, Rootfs, Volatile};
-use crate::rootfs_path::{self, Resolved};
+use crate::rootfs_path::RootDir;
 
 /// An os-release file is a few hundred bytes long.
 const OS_RELEASE_MAX: u64 = 64 * 1024;
@@ -40,11 +38,13 @@ pub fn missing_mount_points(rootfs: &Rootfs, mounts: &[Mount]) -> Vec<MountPoint
     if !rootfs.read_only && rootfs.volatile != Volatile::State {
         return Vec::new();
     }
-    let missing = |target: &Path| match rootfs_path::resolve_in_root(image, target) {
-        Some(Resolved { exists: true, .. }) => None,
-        Some(Resolved { below, .. }) => Some(below),
-        // A loop of links. systemd-nspawn reports it.
-        None => None,
+    // systemd-nspawn reports a tree that can't be opened, and a loop of links.
+    let Ok(tree) = RootDir::open(image) else {
+        return Vec::new();
+    };
+    let missing = |target: &Path| {
+        let resolved = tree.resolve(target).ok()?;
+        resolved.entry.is_none().then_some(resolved.below)
     };
     let is_mounted_over = |below: &Path| mounted_over(rootfs.volatile, below).is_some();
     let targets = mounts.iter().filter_map(|mount| {
@@ -79,10 +79,10 @@ pub fn build(
     missing: &[MountPoint],
     volatile: Volatile,
 ) -> io::Result<Vec<Mount>> {
-    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mut builder = Skeleton {
-        tree: open(image, directory, Mode::empty())?,
-        made: open(skeleton, directory | OFlag::O_NOFOLLOW, Mode::empty())?,
+        tree: RootDir::open(image)?,
+        made: open(skeleton, directory, Mode::empty())?,
         image,
         skeleton,
         missing,
@@ -105,7 +105,7 @@ pub fn build(
 }
 
 struct Skeleton<'a> {
-    tree: OwnedFd,
+    tree: RootDir,
     made: OwnedFd,
     image: &'a Path,
     skeleton: &'a Path,
@@ -118,18 +118,24 @@ impl Skeleton<'_> {
     /// Recreates one directory of the image: each entry is bind-mounted whole, unless a mount point is missing below
     /// it.
     fn directory(&mut self, below: &Path) -> io::Result<()> {
-        for name in self.names(below)? {
-            let inner = below.join(name);
-            let original = self.image.join(&inner);
-            let about = original.symlink_metadata()?;
+        let Some(directory) = self.tree.lookup(below)? else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        for name in directory.names()? {
+            let inner = below.join(name?);
+            // An entry that has been removed meanwhile is left out.
+            let Some(entry) = self.tree.lookup(&inner)? else {
+                continue;
+            };
+            let about = entry.metadata();
             let made = self.skeleton.join(&inner);
             if about.is_symlink() {
-                symlink(fs::read_link(original)?, &made)?;
+                symlink(entry.link_target()?, &made)?;
             } else if below.as_os_str().is_empty() && mounted_over(self.volatile, &inner).is_some()
             {
-                make_like(&made, &about)?;
+                make_like(&made, about)?;
             } else if about.is_dir() {
-                make_like(&made, &about)?;
+                make_like(&made, about)?;
                 if self
                     .missing
                     .iter()
@@ -147,23 +153,6 @@ impl Skeleton<'_> {
         Ok(())
     }
 
-    /// The names in a directory of the image.
-    fn names(&self, below: &Path) -> io::Result<Vec<OsString>> {
-        let how = OpenHow::new()
-            .flags(OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_IN_ROOT);
-        let mut found = Dir::from_fd(openat2(&self.tree, here(below), how)?)?;
-        let mut names = Vec::new();
-        for entry in found.iter() {
-            let entry = entry?;
-            let name = entry.file_name().to_bytes();
-            if name != b"." && name != b".." {
-                names.push(OsStr::from_bytes(name).to_owned());
-            }
-        }
-        Ok(names)
-    }
-
     fn bind(&mut self, inner: &Path) {
         self.binds.push(Mount {
             source: self.image.join(inner),
@@ -178,9 +167,8 @@ impl Skeleton<'_> {
         let Some(text) = known.iter().find_map(|name| self.text(name)) else {
             return Ok(());
         };
-        let Some(place) =
-            rootfs_path::resolve_in_root(self.skeleton, Path::new("usr/lib/os-release"))
-        else {
+        let skeleton = RootDir::open(self.skeleton)?;
+        let Ok(place) = skeleton.resolve(Path::new("usr/lib/os-release")) else {
             return Ok(());
         };
         let (Some(parent), Some(name)) = (place.below.parent(), place.below.file_name()) else {
@@ -194,13 +182,7 @@ impl Skeleton<'_> {
 
     /// The content of a file of the image, cut off after 64 KiB; `None` if it is not a regular file or can't be read.
     fn text(&self, name: &str) -> Option<Vec<u8>> {
-        let how = OpenHow::new()
-            .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-        let file = File::from(openat2(&self.tree, name, how).ok()?);
-        if !file.metadata().ok()?.is_file() {
-            return None;
-        }
+        let file = self.tree.entry(Path::new(name))?.open_file().ok()?;
         let mut text = Vec::new();
         file.take(OS_RELEASE_MAX).read_to_end(&mut text).ok()?;
         Some(text)
@@ -233,14 +215,6 @@ impl Skeleton<'_> {
             Err(nix::Error::EEXIST) => Ok(None),
             Err(error) => Err(error.into()),
         }
-    }
-}
-
-/// The kernel does not accept an empty path, so use `.` instead.
-fn here(below: &Path) -> &Path {
-    match below.as_os_str().is_empty() {
-        true => Path::new("."),
-        false => below,
     }
 }
 
@@ -412,8 +386,9 @@ mod tests {
         symlink(place.host.join("victim"), place.host.join("lib/os-release")).unwrap();
         place.with("alloc").unwrap();
         assert!(!place.host.join("victim").exists());
-        let found = rootfs_path::existing_path(&place.skeleton, Path::new("usr/lib/os-release"));
-        assert_eq!(found, None, "nothing of the host is an os-release");
+        let skeleton = RootDir::open(&place.skeleton).unwrap();
+        let found = skeleton.entry(Path::new("usr/lib/os-release"));
+        assert!(found.is_none(), "nothing of the host is an os-release");
     }
 
     #[test]
