@@ -119,7 +119,7 @@ impl Driver {
         let mut destroying = tokio::task::JoinSet::new();
         for id in self.tasks.ids() {
             let driver = self.clone();
-            destroying.spawn(async move { driver.destroy_unclaimed(&id).await });
+            destroying.spawn(async move { driver.destroy_by_force(&id).await });
         }
         destroying.join_all().await;
     }

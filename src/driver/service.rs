@@ -95,7 +95,6 @@ impl DriverService for Driver {
             let started = driver.start(task).await;
             if let Err(Ok(_)) = caller.send(started) {
                 // The agent died before it received the handle, so it could never ask for this task again.
-                tracing::warn!(task = id, "nobody can hold the task's handle: it is ended");
                 driver.destroy_unclaimed(&id).await;
             }
         });
@@ -297,18 +296,23 @@ impl Driver {
         match handle::encode(started) {
             Ok(state) => Ok(state),
             Err(error) => {
-                tracing::warn!(
-                    task = started.id,
-                    "nobody can hold the task's handle: it is ended"
-                );
                 self.destroy_unclaimed(&started.id).await;
                 Err(error.into())
             }
         }
     }
 
-    /// Kills and removes a task that the agent will never ask for.
-    pub(super) async fn destroy_unclaimed(&self, id: &str) {
+    /// Kills and removes a task that the agent can't ask for, because it never received its handle.
+    async fn destroy_unclaimed(&self, id: &str) {
+        tracing::warn!(
+            task = id,
+            "the agent has no handle of the task: it is killed and removed"
+        );
+        self.destroy_by_force(id).await;
+    }
+
+    /// Kills and removes a task. Logs an error if that fails.
+    pub(super) async fn destroy_by_force(&self, id: &str) {
         let destroyed = match self.config() {
             Ok(config) => self
                 .tasks
@@ -321,7 +325,7 @@ impl Driver {
             tracing::error!(
                 task = id,
                 error = crate::backend::chain(&error),
-                "the task is left over"
+                "the task could not be removed"
             );
         }
     }

@@ -224,7 +224,7 @@ impl TaskActor {
                         .await
                     {
                         Ok(()) => wait_for_exit(status).await,
-                        Err(error) => log(&id, "could not be ended before it is removed", &error),
+                        Err(error) => log(&id, "could not be killed before its removal", &error),
                     }
                 }
                 Ok(backend.remove(&id).await?)
@@ -343,15 +343,15 @@ async fn wait_for_exit(mut status: watch::Receiver<TaskStatus>) {
     .await;
 }
 
-/// The exit of a container that can't be watched any more.
+/// The exit of a container whose supervisor can't be reached.
 fn lost_exit(id: &str, error: &TaskError) -> Exit {
-    log(id, "can't be watched any more", error);
+    log(id, "lost its supervisor", error);
     Exit {
         code: 1,
         signal: 0,
         oom_killed: false,
         error: Some(format!(
-            "{UNKNOWN_END}: lost track of the container: {}",
+            "{UNKNOWN_END}: its supervisor can't be reached: {}",
             crate::backend::chain(error)
         )),
         ended_at: SystemTime::now(),

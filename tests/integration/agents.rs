@@ -74,7 +74,7 @@ async fn a_second_agent_on_the_state_directory_ends_no_task_of_the_first() {
     eventually("a line about the first agent's task", || {
         let path = directory(&task).display().to_string();
         let text = second.log().text().join("\n");
-        text.contains("cleared away") || warnings().iter().any(|line| line.contains(&path))
+        text.contains("removed a") || warnings().iter().any(|line| line.contains(&path))
     })
     .await;
     let root = first.join("alloc").display().to_string();
@@ -94,12 +94,12 @@ async fn before_its_first_task_an_agent_removes_no_leftovers() {
     let plugin = reconciling(&host, &host.state()).await;
     let line = said_of(&host, &task).await;
     assert!(
-        line.contains("left alone until this agent asks for a task"),
+        line.contains("not removed yet: the first task of this agent"),
         "{line}"
     );
     assert!(directory(&task).exists());
     asked(&host, &plugin).await;
-    host.log().contains("cleared away a container").await;
+    host.log().contains("removed a running container").await;
     eventually("the record is gone", || !directory(&task).exists()).await;
     host.quiet(&[plugin.pid()]).await;
 }
@@ -111,7 +111,7 @@ async fn a_task_whose_allocation_was_removed_belongs_to_no_agent() {
     fs::remove_dir_all(task.allocation.dir()).unwrap();
     let _plugin = reconciling(&second, &first.state()).await;
     let line = said_of(&second, &task).await;
-    assert!(line.contains("cleared away"), "{line}");
+    assert!(line.contains("removed a"), "{line}");
     first.quiet(&[]).await;
 }
 
@@ -134,7 +134,7 @@ async fn launch_specs_of_older_drivers_belong_to_the_agent_of_their_fifos() {
     );
     let plugin = reconciling(&first, &first.state()).await;
     asked(&first, &plugin).await;
-    first.log().contains("cleared away a container").await;
+    first.log().contains("removed a running container").await;
     first.quiet(&[plugin.pid()]).await;
 }
 

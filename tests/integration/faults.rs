@@ -127,7 +127,7 @@ async fn an_abandoned_start_is_undone() {
         .unwrap();
     drop(trap);
     host.log()
-        .contains("nobody can hold the task's handle")
+        .contains("the agent has no handle of the task")
         .await;
     nothing_left(&host, &plugin).await;
     assert!(plugin.wait(&id).await.is_err());

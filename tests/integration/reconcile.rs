@@ -56,7 +56,7 @@ async fn cleared(host: &Host, directory: &Path) -> String {
     let line = || {
         let lines = host.log().text();
         let mut of_it = lines.into_iter().filter(|line| line.contains(&path));
-        of_it.find(|line| line.contains("cleared away"))
+        of_it.find(|line| line.contains("removed a"))
     };
     eventually("the start is cleared away", || line().is_some()).await;
     let line = line().unwrap_or_default();
@@ -109,7 +109,7 @@ async fn an_unclaimed_task_is_removed_and_a_recovered_one_stays() {
         .unwrap();
     let line = cleared(&host, &directory(&unwanted)).await;
     assert!(
-        line.contains(&unwanted.id) && line.contains("a container nobody asked for"),
+        line.contains(&unwanted.id) && line.contains("a running container that no agent recovered"),
         "{line}"
     );
     let inspected = wanted.inspect(&plugin).await.unwrap();

@@ -107,25 +107,25 @@ async fn another_boot_and_another_process_are_refused(world: impl World) {
     let task = world.orphan(TRAPS).await;
     drop(
         world
-            .not_recovered(of_another_boot(&task), "started anew")
+            .not_recovered(of_another_boot(&task), "rebooted")
             .await,
     );
     let reused = task.changed(|started| {
         let start = started["leader"]["start"].as_u64().unwrap();
         started["leader"]["start"] = json!(start + 1);
     });
-    drop(world.not_recovered(reused, "another one's").await);
+    drop(world.not_recovered(reused, "of another start").await);
     let elsewhere = task.changed(|started| {
         started["state"] = json!(world.state().join("gone"));
     });
-    drop(world.not_recovered(elsewhere, "another one's place").await);
+    drop(world.not_recovered(elsewhere, "the name of another start").await);
     // As if the operator had used another state directory before.
     let own = TaskDir::for_task(&world.state(), &task.id);
     let name = own.path().file_name().unwrap();
     let gone = task.changed(|started| {
         started["state"] = json!(world.join("old").join(name));
     });
-    let plugin = world.not_recovered(gone, "no record").await;
+    let plugin = world.not_recovered(gone, "no running record").await;
     plugin.recover(task.stored()).await.unwrap();
     assert_eq!(
         task.inspect(&plugin).await.unwrap().task.unwrap().state(),
@@ -143,7 +143,7 @@ async fn another_boot_and_another_process_are_refused(world: impl World) {
 async fn a_refused_handle_can_be_destroyed(world: impl World) {
     let task = world.orphan(TRAPS).await;
     let plugin = world
-        .not_recovered(of_another_boot(&task), "started anew")
+        .not_recovered(of_another_boot(&task), "rebooted")
         .await;
     task.destroy(&plugin).await;
     world.leave(plugin).await;

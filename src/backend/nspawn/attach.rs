@@ -63,14 +63,16 @@ impl NspawnBackend {
     ) -> Result<SupervisorClient, BackendError> {
         let lost = |reason: &str| lost(started, reason);
         if boot_id()? != started.boot {
-            return Err(lost("the host has been started anew since"));
+            return Err(lost("the host has been rebooted since"));
         }
         // The handle names the task directory, because an operator may have configured another state directory since. So the
         // directory is verified.
         let task_dir = TaskDir::new(&started.state);
         let state_dir = started.state.parent().unwrap_or_else(|| Path::new("/"));
         if TaskDir::for_task(state_dir, &started.id) != task_dir {
-            return Err(lost("its state lies in another one's place"));
+            return Err(lost(
+                "the task directory in its handle has the name of another start",
+            ));
         }
         if let Some(known) = self.registry.client(&task_dir) {
             return Ok(known);
@@ -92,24 +94,32 @@ impl NspawnBackend {
 fn recorded(task_dir: &TaskDir, started: &Started) -> Result<(TaskLock, Started), BackendError> {
     let lost = |reason: &str| lost(started, reason);
     let lock = TaskLock::lock_shared(task_dir)
-        .map_err(|source| io_error("claiming", task_dir.path(), source))?
-        .ok_or_else(|| lost("there is no record of it"))?;
+        .map_err(|source| io_error("locking", task_dir.path(), source))?
+        .ok_or_else(|| lost("its task directory is gone or has no running record"))?;
     let foreign = orphans::reason_not_ours(task_dir)
-        .map_err(|source| io_error("looking at", task_dir.path(), source))?;
+        .map_err(|source| io_error("checking", task_dir.path(), source))?;
     if let Some(reason) = foreign {
         return Err(lost(&format!(
-            "what lies in its place is not the driver's: {reason}"
+            "its task directory can't be trusted: {reason}"
         )));
     }
     let recorded = match task_dir.running() {
         Ok(running) => running.started,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(lost("there is no record of it"));
+            return Err(lost("its task directory is gone or has no running record"));
         }
-        Err(source) => return Err(io_error("reading the record in", task_dir.path(), source)),
+        Err(source) => {
+            return Err(io_error(
+                "reading the running record in",
+                task_dir.path(),
+                source,
+            ));
+        }
     };
     if (&recorded.id, recorded.leader) != (&started.id, started.leader) {
-        return Err(lost("the record in its place is another one's"));
+        return Err(lost(
+            "the running record in its task directory is of another start",
+        ));
     }
     failpoint::hit(task_dir, Failpoint::Recovering);
     client::sigcont(recorded.supervisor);

@@ -174,7 +174,7 @@ async fn read_version(program: &Path, asked: Child) -> Result<u32, NoVersion> {
             false => Cause::Unknown,
         },
         reason: format!(
-            "{} --version ({}) does not tell a version: {:?}",
+            "{} --version ({}) reports no version: {:?}",
             program.display(),
             said.status,
             text.lines().next().unwrap_or("")

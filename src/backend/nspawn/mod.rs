@@ -55,7 +55,7 @@ pub struct NspawnBackend {
     kernel: (u32, u32),
     registry: Registry,
     installed: Installed,
-    /// Paths in the state directory that were left alone and have been logged.
+    /// Paths in the state directory that reconciliation does not remove and has logged.
     logged: Mutex<BTreeSet<PathBuf>>,
     /// Allows one probe of the host at a time, so that probes that hang hold one thread, and not one thread each.
     probing: Arc<tokio::sync::Mutex<()>>,
@@ -120,7 +120,11 @@ impl ContainerBackend for NspawnBackend {
         if started.is_err()
             && let Err(error) = self.remove_start(&task_dir).await
         {
-            tracing::error!(machine, %error, "a failed start could not be cleared");
+            tracing::error!(
+                machine,
+                error = chain(&error),
+                "a failed start could not be removed"
+            );
         }
         started
     }

@@ -60,7 +60,7 @@ pub(super) fn prepare(
     failpoint::hit(task_dir, Failpoint::BeforeOrder);
     task_dir
         .write_launch_spec(&launch_spec, &line.environment, line.init.as_ref())
-        .map_err(|source| io_error("writing the order in", task_dir.path(), source))
+        .map_err(|source| io_error("writing the launch spec in", task_dir.path(), source))
 }
 
 const NO_CGROUPS: &str =

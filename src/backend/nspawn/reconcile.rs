@@ -42,21 +42,21 @@ impl NspawnBackend {
         };
         for (path, reason) in foreign {
             if self.is_new(&path) {
-                tracing::warn!(path = %path.display(), reason, "left alone: this driver did not make it");
+                tracing::warn!(path = %path.display(), reason, "not removed: this driver did not make it");
             }
         }
-        let mut claimed = starts;
+        let mut locked = starts;
         for pause in RETRY_DELAYS {
-            if !claimed.is_empty() {
+            if !locked.is_empty() {
                 tokio::time::sleep(Duration::from_millis(pause)).await;
             }
             let mut still = Vec::new();
-            for task_dir in claimed {
+            for task_dir in locked {
                 if !self.reconcile_start(&task_dir, alloc_roots).await {
                     still.push(task_dir);
                 }
             }
-            claimed = still;
+            locked = still;
         }
         // The supervisors of recorded starts are gone by now, or their starts are locked.
         let lost = |supervisor: &SupervisorProcess| supervisor.is_unrecorded();
@@ -78,13 +78,13 @@ impl NspawnBackend {
         let _seized = match locked.unwrap_or_else(|error| Err(io::Error::other(error))) {
             Ok((TryLock::Acquired(locked), owner)) if is_own(&owner, alloc_roots) => locked,
             Ok((TryLock::Acquired(_), owner)) => {
-                self.leave(task_dir, &owner, alloc_roots);
+                self.log_owner(task_dir, &owner, alloc_roots);
                 return true;
             }
             Ok((TryLock::Missing, _)) => return true,
             Ok((TryLock::Busy, _)) => return false,
             Err(error) => {
-                tracing::error!(path, %error, "can't tell whether the start is claimed");
+                tracing::error!(path, %error, "not removed: its task directory can't be locked");
                 return true;
             }
         };
@@ -96,14 +96,14 @@ impl NspawnBackend {
         })
         .await;
         match self.remove_locked(task_dir).await {
-            Ok(()) => tracing::info!(path, task, "cleared away {what}"),
+            Ok(()) => tracing::info!(path, task, "removed {what}"),
             Err(error) => log_failure(&path, &error),
         }
         true
     }
 
-    /// Logs, once, why a start is left alone and what the operator can do.
-    fn leave(&self, task_dir: &TaskDir, owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) {
+    /// Logs, once, whose a start is that is not removed, and what the operator can do.
+    fn log_owner(&self, task_dir: &TaskDir, owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) {
         const REMEDY: &str = "if that agent is gone for good, remove this directory: the plugin that starts next ends what is left";
         let path = task_dir.path().display();
         match owner {
@@ -111,19 +111,19 @@ impl NspawnBackend {
             Owner::Agent(root) if alloc_roots.is_empty() => tracing::info!(
                 %path,
                 alloc_root = %root.display(),
-                "left alone until this agent asks for a task, which shows whether it is the agent of these allocations"
+                "not removed yet: the first task of this agent shows whether these allocations are its own"
             ),
             _ if !self.is_new(task_dir.path()) => {}
             Owner::Agent(root) => tracing::warn!(
                 %path,
                 alloc_root = %root.display(),
                 remedy = REMEDY,
-                "left alone: it belongs to another Nomad agent"
+                "not removed: it belongs to another Nomad agent"
             ),
             Owner::Unknown | Owner::Nobody => tracing::warn!(
                 %path,
                 remedy = REMEDY,
-                "left alone: its record does not say which Nomad agent it belongs to"
+                "not removed: its record does not say which Nomad agent it belongs to"
             ),
         }
     }
@@ -137,14 +137,17 @@ impl NspawnBackend {
     async fn reconcile_cgroups(&self, state_dir: &Path) {
         let groups = blocking(state_dir, |dir| Ok(orphans::groups(dir))).await;
         let groups = groups.unwrap_or_else(|error| {
-            tracing::error!(error, "control groups without records can't be looked for");
+            tracing::error!(
+                error,
+                "the search for control groups without records failed"
+            );
             Vec::new()
         });
         for group in groups {
             let path = group.display().to_string();
             match blocking(state_dir, move |dir| orphans::remove_group(&group, dir)).await {
                 Ok(()) => tracing::info!(path, "removed a control group without records"),
-                Err(error) => tracing::error!(path, error, "a control group is left over"),
+                Err(error) => tracing::error!(path, error, "a control group could not be removed"),
             }
         }
     }
@@ -166,7 +169,7 @@ fn is_own(owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) -> bool {
 }
 
 fn log_failure(path: &str, error: &BackendError) {
-    tracing::error!(path, error = chain(error), "a start is left over");
+    tracing::error!(path, error = chain(error), "a start could not be removed");
 }
 
 /// Describes a start that no plugin has locked, for the log.
@@ -174,18 +177,20 @@ fn describe(task_dir: &TaskDir) -> &'static str {
     let launch_spec = match task_dir.launch_spec() {
         Ok(launch_spec) => launch_spec,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return "a start that was never ordered";
+            return "a start without a launch spec";
         }
-        Err(_) => return "a start whose order can't be read",
+        Err(_) => return "a start whose launch spec can't be read",
     };
     if kernel::boot_id().is_ok_and(|boot| boot != launch_spec.boot) {
         return "a start of another boot";
     }
     match (task_dir.exit(), task_dir.running()) {
         (Ok(Some(_)), _) => "a task that has ended",
-        (_, Ok(running)) if is_alive(running.started.leader) => "a container nobody asked for",
-        (_, Ok(_)) => "a container that died unwatched",
-        (_, Err(_)) => "a start that was not finished",
+        (_, Ok(running)) if is_alive(running.started.leader) => {
+            "a running container that no agent recovered"
+        }
+        (_, Ok(_)) => "a container that died without a supervisor",
+        (_, Err(_)) => "an incomplete start",
     }
 }
 
@@ -195,7 +200,7 @@ async fn supervisors(
 ) -> Vec<SupervisorProcess> {
     let found = blocking(state_dir, |dir| Ok(orphans::supervisors(dir))).await;
     let mut found = found.unwrap_or_else(|error| {
-        tracing::error!(error, "supervisors without records can't be looked for");
+        tracing::error!(error, "the search for supervisors without records failed");
         Vec::new()
     });
     found.retain(wanted);

@@ -46,7 +46,10 @@ impl NspawnBackend {
         if !wait_until_supervisor_exits(task_dir).await {
             return Err(BackendError::Stuck {
                 machine,
-                reason: "its supervisor does not end".to_owned(),
+                reason: format!(
+                    "its supervisor still runs {} s after it was killed: look for the process in state D",
+                    REQUEST_TIMEOUT.as_secs()
+                ),
             });
         }
         let place = task_dir.clone();
@@ -204,5 +207,5 @@ fn running_in_this_boot(task_dir: &TaskDir) -> Option<Running> {
 async fn lock_task_dir(task_dir: &TaskDir) -> Result<Option<TaskLock>, BackendError> {
     let place = task_dir.clone();
     let taken = blocking::run(move || TaskLock::lock_shared(&place)).await;
-    taken.map_err(|source| io_error("claiming", task_dir.path(), source))
+    taken.map_err(|source| io_error("locking", task_dir.path(), source))
 }

@@ -28,7 +28,7 @@ impl NspawnBackend {
         let settings = Arc::clone(&self.settings);
         let secured = blocking::run_start(move || state_dir::secure(&settings.state_dir)).await;
         secured.map_err(|error| match error {
-            StateDirError::Io { path, source } => io_error("making the directory", &path, source),
+            StateDirError::Io { path, source } => io_error("creating the directory", &path, source),
             refused => BackendError::Unsupported {
                 machine: spec.identity.machine.clone(),
                 reason: refused.to_string(),
@@ -39,7 +39,7 @@ impl NspawnBackend {
             blocking::run_start(move || TaskDir::previous_starts(&settings.state_dir, &id)).await;
         let earlier = earlier.map_err(|source| {
             let place = &self.settings.state_dir;
-            io_error("looking for earlier starts in", place, source)
+            io_error("listing the starts in", place, source)
         })?;
         let mut occupied = vec![self.task_dir(&spec.identity.id)];
         occupied.extend(earlier);
@@ -80,7 +80,7 @@ impl NspawnBackend {
         let place = task_dir.clone();
         let lock = blocking::run_start(move || TaskLock::create(&place)).await;
         let lock =
-            lock.map_err(|source| io_error("making the directory", task_dir.path(), source))?;
+            lock.map_err(|source| io_error("creating the directory", task_dir.path(), source))?;
         self.registry.set_lock(task_dir, lock);
         Ok(())
     }
@@ -118,7 +118,7 @@ async fn wait_until_up(
         Ok(Status::Starting) => Err(StartFailure::new(
             StartStep::Watch,
             Cause::Unknown,
-            "its supervisor died",
+            "its supervisor exited without a report: look for killed processes in the kernel log",
         )),
         Err(_) => Err(StartFailure::new(
             StartStep::Nspawn,

@@ -72,7 +72,10 @@ impl NspawnBackend {
         client::kill_supervisor(started.supervisor).await;
         let stuck = || BackendError::Stuck {
             machine: started.machine.clone(),
-            reason: "it does not die".to_owned(),
+            reason: format!(
+                "it still runs {} s after SIGKILL: look for processes in state D",
+                REQUEST_TIMEOUT.as_secs()
+            ),
         };
         tokio::time::timeout(REQUEST_TIMEOUT, client.end())
             .await

@@ -22,7 +22,7 @@ async fn an_unreadable_record_is_refused_and_can_be_destroyed(#[case] spoil: fn(
     let plugin = host.plugin().await;
     let status = refusal(within("RecoverTask", plugin.recover(task.stored())).await);
     assert!(
-        status.message().contains("reading the record"),
+        status.message().contains("reading the running record"),
         "{status:?}"
     );
     task.destroy(&plugin).await;
