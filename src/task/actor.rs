@@ -1,16 +1,18 @@
 //! The actor of one task: the only place where its state changes. It handles commands and the results of its backend calls one at
-//! a time and never waits for the backend itself, so that a forced kill can overtake a long grace period.
+//! a time. The calls in flight are futures that it polls beside its mailbox, so that a forced kill can overtake a long grace period;
+//! they need no tasks of their own, and end with the actor.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use futures_util::future::{BoxFuture, FutureExt as _};
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::task::JoinSet;
-use tokio_util::task::AbortOnDropHandle;
 
 use super::state::{Decision, Event, Rejection, Request, State};
 use super::store::TaskStore;
-use super::{TaskError, TaskInfo, TaskStatus};
+use super::{Task, TaskError, TaskInfo, TaskStatus};
 use crate::backend::ContainerBackend;
 use crate::container::{ContainerSpec, Exit, Started, UNKNOWN_END};
 use crate::signal::Signal;
@@ -78,42 +80,50 @@ pub(super) struct TaskActor {
     commands: mpsc::Receiver<Box<Command>>,
     /// Commands that are retried after the next event.
     deferred: Vec<Command>,
-    in_flight: JoinSet<Outcome>,
+    /// The backend calls that have not finished. Each catches its own panic, see [`catch_panic`].
+    in_flight: FuturesUnordered<BoxFuture<'static, Outcome>>,
     failed_removals: usize,
     store: TaskStore,
 }
 
 impl TaskActor {
+    /// An actor that begins with `origin`, and the handle of its task. Nothing happens until it runs.
     pub(super) fn new(
-        info: Arc<TaskInfo>,
+        info: TaskInfo,
         backend: Arc<dyn ContainerBackend>,
-        status: watch::Sender<TaskStatus>,
-        commands: mpsc::Receiver<Box<Command>>,
         store: TaskStore,
-    ) -> Self {
-        Self {
-            info,
-            backend,
+        origin: Origin,
+    ) -> (Self, Task) {
+        let (publish, status) = watch::channel(TaskStatus::default());
+        let (mailbox, commands) = mpsc::channel(16);
+        let info = Arc::new(info);
+        let mut actor = Self {
+            info: Arc::clone(&info),
+            backend: Arc::clone(&backend),
             state: State::Starting,
-            status,
+            status: publish,
             commands,
             deferred: Vec::new(),
-            in_flight: JoinSet::new(),
+            in_flight: FuturesUnordered::new(),
             failed_removals: 0,
             store,
-        }
+        };
+        actor.begin(origin);
+        let task = Task {
+            info,
+            backend,
+            status,
+            mailbox,
+        };
+        (actor, task)
     }
 
     /// Runs until the task is removed.
-    pub(super) async fn run(mut self, origin: Origin) {
-        self.begin(origin);
+    pub(super) async fn run(mut self) {
         while self.state != State::Removed {
             tokio::select! {
-                Some(outcome) = self.in_flight.join_next() => {
-                    // Every call catches its own panic, see `catch_panic`.
-                    if let Ok(outcome) = outcome {
-                        self.apply(outcome);
-                    }
+                Some(outcome) = self.in_flight.next() => {
+                    self.apply(outcome);
                     for command in std::mem::take(&mut self.deferred) {
                         self.handle_command(command);
                     }
@@ -132,29 +142,28 @@ impl TaskActor {
     fn begin(&mut self, origin: Origin) {
         let backend = Arc::clone(&self.backend);
         match origin {
-            Origin::Start(spec, reply) => {
-                self.in_flight.spawn(async move {
-                    let up = catch_panic(async move { Ok(backend.start(*spec).await?) }).await;
-                    Outcome::Up(up, reply)
-                });
-            }
-            Origin::Recover(started, turns, reply) => {
-                self.in_flight.spawn(async move {
-                    // The semaphore is never closed, so this can't fail.
-                    let _turn = turns.acquire_owned().await;
-                    let attach = catch_panic(async move { Ok(backend.attach(&started).await?) });
-                    let up = tokio::time::timeout(RECOVER_TIMEOUT, attach).await;
-                    Outcome::Up(
-                        up.unwrap_or(Err(TaskError::AttachTimeout(RECOVER_TIMEOUT))),
-                        reply,
-                    )
-                });
-            }
+            Origin::Start(spec, reply) => self.call(async move {
+                let up = catch_panic(async move { Ok(backend.start(*spec).await?) });
+                Outcome::Up(up.await, reply)
+            }),
+            Origin::Recover(started, turns, reply) => self.call(async move {
+                // The semaphore is never closed, so this can't fail.
+                let _turn = turns.acquire_owned().await;
+                let attach = catch_panic(async move { Ok(backend.attach(&started).await?) });
+                let up = tokio::time::timeout(RECOVER_TIMEOUT, attach).await;
+                let up = up.unwrap_or(Err(TaskError::AttachTimeout(RECOVER_TIMEOUT)));
+                Outcome::Up(up, reply)
+            }),
             Origin::Cleanup(reply) => {
                 self.state = State::Removing;
                 self.remove(false, Some(reply));
             }
         }
+    }
+
+    /// Adds a call to those in flight.
+    fn call(&self, call: impl Future<Output = Outcome> + Send + 'static) {
+        self.in_flight.push(call.boxed());
     }
 
     fn handle_command(&mut self, command: Command) {
@@ -177,13 +186,10 @@ impl TaskActor {
         let started = self.status.borrow().started.clone();
         match (command, started) {
             (Command::Destroy { reply, .. }, _) => self.remove(running, Some(reply)),
-            (Command::Signal { signal, reply }, Some(started)) => {
-                self.in_flight.spawn(async move {
-                    let sent =
-                        catch_panic(async move { Ok(backend.signal(&started, signal).await?) });
-                    Outcome::Signalled(sent.await, reply)
-                });
-            }
+            (Command::Signal { signal, reply }, Some(started)) => self.call(async move {
+                let sent = catch_panic(async move { Ok(backend.signal(&started, signal).await?) });
+                Outcome::Signalled(sent.await, reply)
+            }),
             (
                 Command::Stop {
                     signal,
@@ -193,12 +199,12 @@ impl TaskActor {
                 Some(started),
             ) => {
                 let status = self.status.subscribe();
-                self.in_flight.spawn(async move {
-                    let stopped =
+                self.call(async move {
+                    let stop =
                         catch_panic(
                             async move { Ok(backend.stop(&started, signal, grace).await?) },
-                        )
-                        .await;
+                        );
+                    let stopped = stop.await;
                     if stopped.is_ok() {
                         wait_for_exit(status).await;
                     }
@@ -216,7 +222,7 @@ impl TaskActor {
         let id = self.info.id.clone();
         let started = self.status.borrow().started.clone().filter(|_| running);
         let status = self.status.subscribe();
-        self.in_flight.spawn(async move {
+        self.call(async move {
             let removed = catch_panic(async move {
                 if let Some(started) = started {
                     match backend
@@ -274,7 +280,7 @@ impl TaskActor {
         let backend = Arc::clone(&self.backend);
         let id = self.info.id.clone();
         let container = Arc::clone(&started);
-        self.in_flight.spawn(async move {
+        self.call(async move {
             let end = catch_panic(async move { Ok(backend.wait(&container).await?) });
             Outcome::Ended(end.await.unwrap_or_else(|error| lost_exit(&id, &error)))
         });
@@ -294,7 +300,7 @@ impl TaskActor {
         log(&self.info.id, "could not be removed", error);
         if let Some(pause) = REMOVE_RETRY_DELAYS.get(self.failed_removals) {
             let pause = *pause;
-            self.in_flight.spawn(async move {
+            self.call(async move {
                 tokio::time::sleep(pause).await;
                 Outcome::RetryDue
             });
@@ -326,12 +332,11 @@ impl From<Rejection> for TaskError {
     }
 }
 
-/// Runs `work` and turns its panic into an error of this call alone. Dropping the returned future aborts the work.
-async fn catch_panic<T: Send + 'static>(
-    work: impl Future<Output = Result<T, TaskError>> + Send + 'static,
-) -> Result<T, TaskError> {
-    let handle = AbortOnDropHandle::new(tokio::spawn(work));
-    handle.await.unwrap_or(Err(TaskError::Panicked))
+/// Turns a panic of `work` into an error of this call alone. Unwind safe, because `work` is not polled again, and what it shares with
+/// others, the backend, keeps its state behind locks that survive a panic.
+async fn catch_panic<T>(work: impl Future<Output = Result<T, TaskError>>) -> Result<T, TaskError> {
+    let result = AssertUnwindSafe(work).catch_unwind().await;
+    result.unwrap_or(Err(TaskError::Panicked))
 }
 
 async fn wait_for_exit(mut status: watch::Receiver<TaskStatus>) {

@@ -2,7 +2,7 @@
 //! request goes through the actor, which checks with `state` whether it is allowed now and makes one call on the backend. Does
 //! not handle Nomad's protobuf messages and does not validate configuration.
 //!
-//! Nothing here is detached: the actors are tracked and end with the root token, and an actor's calls in flight end with it.
+//! One task of the runtime per actor: it is tracked and ends with the root token, and the actor's calls in flight end with it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -150,6 +150,14 @@ impl Task {
         let (reply, answer) = oneshot::channel();
         let sent = self.mailbox.send(Box::new(command(reply))).await;
         sent.map_err(|_| self.unanswered())?;
+        self.answered(answer).await
+    }
+
+    /// Waits for the actor's answer.
+    async fn answered<T>(
+        &self,
+        answer: oneshot::Receiver<Result<T, TaskError>>,
+    ) -> Result<T, TaskError> {
         answer.await.unwrap_or_else(|_| Err(self.unanswered()))
     }
 
@@ -204,8 +212,9 @@ impl Tasks {
         info: TaskInfo,
         spec: ContainerSpec,
     ) -> Result<Arc<Started>, TaskError> {
-        self.start_actor(backend, info, |reply| Origin::Start(Box::new(spec), reply))
-            .await
+        let (reply, answer) = oneshot::channel();
+        let task = self.spawn_actor(backend, info, Origin::Start(Box::new(spec), reply))?;
+        task.answered(answer).await
     }
 
     /// Finds a container that an earlier plugin process started. Succeeds without doing anything if the task is already known.
@@ -216,12 +225,11 @@ impl Tasks {
         started: Started,
     ) -> Result<Arc<Started>, TaskError> {
         let id = info.id.clone();
-        match self
-            .start_actor(backend, info, |reply| {
-                Origin::Recover(Box::new(started), Arc::clone(&self.recovering), reply)
-            })
-            .await
-        {
+        let (reply, answer) = oneshot::channel();
+        let turns = Arc::clone(&self.recovering);
+        let origin = Origin::Recover(Box::new(started), turns, reply);
+        match self.spawn_actor(backend, info, origin) {
+            Ok(task) => task.answered(answer).await,
             Err(TaskError::AlreadyKnown(_)) => {
                 let task = self.get(&id)?;
                 let mut status = task.status.clone();
@@ -231,7 +239,7 @@ impl Tasks {
                     .and_then(|status| status.started.clone())
                     .ok_or_else(|| task.unanswered())
             }
-            answer => answer,
+            Err(error) => Err(error),
         }
     }
 
@@ -257,7 +265,7 @@ impl Tasks {
             // A concurrent call is already removing the same id.
             Err(TaskError::AlreadyKnown(_)) => Ok(()),
             Err(error) => Err(error),
-            Ok(task) => match answer.await.unwrap_or_else(|_| Err(task.unanswered())) {
+            Ok(task) => match task.answered(answer).await {
                 Err(TaskError::Unknown) => Ok(()),
                 answer => answer,
             },
@@ -272,48 +280,17 @@ impl Tasks {
         let _ = tokio::time::timeout(limit, self.actors.wait()).await;
     }
 
-    async fn start_actor(
-        &self,
-        backend: Arc<dyn ContainerBackend>,
-        info: TaskInfo,
-        origin: impl FnOnce(oneshot::Sender<Result<Arc<Started>, TaskError>>) -> Origin,
-    ) -> Result<Arc<Started>, TaskError> {
-        let (reply, answer) = oneshot::channel();
-        let task = self.spawn_actor(backend, info, origin(reply))?;
-        answer.await.unwrap_or_else(|_| Err(task.unanswered()))
-    }
-
     fn spawn_actor(
         &self,
         backend: Arc<dyn ContainerBackend>,
         info: TaskInfo,
         origin: Origin,
     ) -> Result<Task, TaskError> {
-        let removing = matches!(origin, Origin::Cleanup(_));
-        let (publish, status) = watch::channel(TaskStatus {
-            removing,
-            ..TaskStatus::default()
-        });
-        let (mailbox, commands) = mpsc::channel(16);
-        let task = Task {
-            info: Arc::new(info),
-            backend: Arc::clone(&backend),
-            status,
-            mailbox,
-        };
+        let (actor, task) = TaskActor::new(info, backend, self.store.clone(), origin);
         self.store.insert(task.clone())?;
-        let actor = TaskActor::new(
-            Arc::clone(&task.info),
-            backend,
-            publish,
-            commands,
-            self.store.clone(),
-        );
-        self.actors.spawn(
-            self.token
-                .child_token()
-                .run_until_cancelled_owned(actor.run(origin)),
-        );
+        let token = self.token.child_token();
+        self.actors
+            .spawn(token.run_until_cancelled_owned(actor.run()));
         Ok(task)
     }
 }

@@ -181,7 +181,11 @@ async fn a_transient_failure_is_recoverable() {
 #[tokio::test]
 async fn a_start_whose_caller_died_is_completed_and_undone() {
     let mut mock = starts();
-    mock.expect_stop().times(1).returning(|_, _, _| Ok(()));
+    let (ends, heard) = std::sync::mpsc::channel::<watch::Sender<Option<Exit>>>();
+    mock.expect_stop().times(1).returning(move |_, _, _| {
+        heard.recv().unwrap().send_replace(Some(exit(137, 9)));
+        Ok(())
+    });
     let (tell, removed) = tokio::sync::oneshot::channel();
     let tell = std::sync::Mutex::new(Some(tell));
     mock.expect_remove()
@@ -206,9 +210,39 @@ async fn a_start_whose_caller_died_is_completed_and_undone() {
     }
     caller.abort();
     assert!(caller.await.unwrap_err().is_cancelled());
+    ends.send(end).unwrap();
     stage.gate.add_permits(1);
-    end.send_replace(Some(exit(137, 9)));
     assert_eq!(timeout(LIMIT, removed).await.unwrap().unwrap(), ID);
+}
+
+/// The call, which outlives its handler, and the actor; nothing is spawned for the backend's work.
+#[tokio::test]
+async fn a_start_is_two_tasks_of_the_runtime_and_a_running_one_is_one() {
+    let alive = || {
+        tokio::runtime::Handle::current()
+            .metrics()
+            .num_alive_tasks()
+    };
+    let (stage, _end) = TestBackend::new(starts());
+    stage.gate.forget_permits(usize::MAX);
+    let driver = driver(stage.clone());
+    let allocation = Allocation::new();
+    let task = allocation.task(&[]);
+    let before = alive();
+    let call = driver.start_task(start_request(&task));
+    tokio::pin!(call);
+    while driver.tasks.get(ID).is_err() {
+        assert!(poll_once(call.as_mut()).await.is_none());
+    }
+    assert!(poll_once(call.as_mut()).await.is_none());
+    assert_eq!(alive() - before, 2);
+    stage.gate.add_permits(1);
+    timeout(LIMIT, call).await.unwrap().unwrap();
+    // The call's own task ends after it has answered.
+    driver.calls.close();
+    timeout(LIMIT, driver.calls.wait()).await.unwrap();
+    tokio::task::yield_now().await;
+    assert_eq!(alive() - before, 1);
 }
 
 /// Nomad repeats a StartTask without a response once this process is gone; any error could fail the task.
