@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::cgroup::{Group, Layout};
 use crate::lease::{Context, release_all};
 use crate::signal::Signal;
-use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
+use crate::state::task_dir::{LaunchSpec, Running, TaskDir, is_of_later_form};
 use crate::sys::kernel;
 use crate::sys::process::ProcessHandle;
 
@@ -55,6 +55,8 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
     let launch_spec = match task_dir.launch_spec() {
         Ok(launch_spec) => launch_spec,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        // Its supervisor has released everything.
+        Err(error) if is_of_later_form(&error) && task_dir.is_freed() => return Ok(()),
         // Its resources can't be known, but its processes can: no other cgroup has this name.
         Err(error) if error.kind() == io::ErrorKind::InvalidData => {
             let leaf = task_dir.path().file_name().and_then(|name| name.to_str());

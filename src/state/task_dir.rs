@@ -323,6 +323,16 @@ impl TaskDir {
         decode(&self.read("order")?)
     }
 
+    /// Fails if a later driver has written the launch spec. This driver can't release what such a start has acquired, so it must not
+    /// end anything of it: checked before every removal. A start that has been released is exempt, because only its directory is
+    /// left. A launch spec that is missing or broken prevents no removal.
+    pub fn refuse_later_form(&self) -> io::Result<()> {
+        match self.launch_spec() {
+            Err(error) if is_of_later_form(&error) && !self.is_freed() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Reads systemd-nspawn's environment and removes its file from the disk.
     pub fn take_environment(&self) -> io::Result<BTreeMap<String, String>> {
         let environment = read(&self.read("environment")?)?;

@@ -298,14 +298,13 @@ impl TaskActor {
         self.state.apply(Event::RemoveFailed);
         self.status.send_modify(|status| status.closed = true);
         log(&self.info.id, "could not be removed", error);
-        if let Some(pause) = REMOVE_RETRY_DELAYS.get(self.failed_removals) {
-            let pause = *pause;
-            self.call(async move {
+        let pause = REMOVE_RETRY_DELAYS.get(self.failed_removals).copied();
+        match pause.filter(|_| may_pass(error)) {
+            Some(pause) => self.call(async move {
                 tokio::time::sleep(pause).await;
                 Outcome::RetryDue
-            });
-        } else {
-            self.state.apply(Event::GivenUp);
+            }),
+            None => self.state.apply(Event::GivenUp),
         }
         self.failed_removals += 1;
         answer_some(reply, result);
@@ -337,6 +336,14 @@ impl From<Rejection> for TaskError {
 async fn catch_panic<T>(work: impl Future<Output = Result<T, TaskError>>) -> Result<T, TaskError> {
     let result = AssertUnwindSafe(work).catch_unwind().await;
     result.unwrap_or(Err(TaskError::Panicked))
+}
+
+/// Whether another removal may succeed.
+fn may_pass(error: &TaskError) -> bool {
+    match error {
+        TaskError::Backend(error) => error.is_transient(),
+        _ => true,
+    }
 }
 
 async fn wait_for_exit(mut status: watch::Receiver<TaskStatus>) {

@@ -339,6 +339,26 @@ async fn a_failed_removal_is_reported_once_and_retried() {
         .expect("the retries succeed");
 }
 
+/// Meanwhile a later driver may be installed that can remove it, or recover it.
+#[tokio::test(start_paused = true)]
+async fn a_removal_that_is_refused_is_not_tried_again() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_remove().returning(|_| {
+        Err(BackendError::Unsupported {
+            machine: "t-a".to_owned(),
+            reason: "a later driver started it".to_owned(),
+        })
+    });
+    let (stage, _end) = TestBackend::new(mock);
+    let tasks = tasks();
+    assert!(tasks.destroy(stage, ID, true).await.is_err());
+    tasks.actors.close();
+    timeout(Duration::from_millis(500), tasks.actors.wait())
+        .await
+        .expect("it is given up at once");
+    assert!(tasks.store.get_any(ID).is_none());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_removal_that_keeps_failing_is_abandoned() {
     let mut mock = MockContainerBackend::new();

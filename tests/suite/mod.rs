@@ -16,6 +16,7 @@ mod ends;
 mod environment;
 mod failed_starts;
 mod killed;
+mod later_driver;
 mod processes;
 mod recover;
 mod release;

@@ -4,6 +4,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use super::remove::refuse_later_form;
 use super::{NspawnBackend, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::blocking;
@@ -93,9 +94,10 @@ impl NspawnBackend {
 /// Locks the start of a handle and returns the started container from its running record, if both match the handle.
 fn recorded(task_dir: &TaskDir, started: &Started) -> Result<(TaskLock, Started), BackendError> {
     let lost = |reason: &str| lost(started, reason);
+    let no_record = || lost("its task directory is gone or has no running record");
     let lock = TaskLock::lock_shared(task_dir)
         .map_err(|source| io_error("locking", task_dir.path(), source))?
-        .ok_or_else(|| lost("its task directory is gone or has no running record"))?;
+        .ok_or_else(no_record)?;
     let foreign = orphans::reason_not_ours(task_dir)
         .map_err(|source| io_error("checking", task_dir.path(), source))?;
     if let Some(reason) = foreign {
@@ -103,10 +105,11 @@ fn recorded(task_dir: &TaskDir, started: &Started) -> Result<(TaskLock, Started)
             "its task directory can't be trusted: {reason}"
         )));
     }
+    refuse_later_form(task_dir, &started.machine)?;
     let recorded = match task_dir.running() {
         Ok(running) => running.started,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(lost("its task directory is gone or has no running record"));
+            return Err(no_record());
         }
         Err(source) => {
             return Err(io_error(

@@ -1,6 +1,6 @@
-//! Kills and cleans up what dead plugins left in the state directory and in the cgroups, if no living plugin has locked it and no
-//! other agent can ask for it. Logs each thing it does in a line of its own; a failure is logged and left for the next plugin.
-//! Touches nothing unless `cleanup::orphans` is certain that the driver made it, and nothing that according to
+//! Kills and cleans up what dead plugins left in the state directory and in the cgroups, if no living plugin has locked it, no other
+//! agent can ask for it, and no later driver made it. Logs each thing it does in a line of its own; a failure is logged and left for
+//! the next plugin. Touches nothing unless `cleanup::orphans` is certain that the driver made it, and nothing that according to
 //! `state::owner` belongs to another agent.
 
 use std::collections::BTreeSet;
@@ -10,7 +10,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use super::NspawnBackend;
-use crate::backend::{BackendError, chain};
+use crate::backend::chain;
 use crate::blocking;
 use crate::cleanup::orphans::{self, Scan, SupervisorProcess};
 use crate::state::lock::TryLock;
@@ -69,37 +69,57 @@ impl NspawnBackend {
         self.reconcile_cgroups(state_dir).await;
     }
 
-    /// Cleans up one start, unless it is locked or may belong to another agent; `false` if it is locked.
+    /// Cleans up one start, unless it is locked, may belong to another agent or was made by a later driver; `false` if it is locked.
     async fn reconcile_start(&self, task_dir: &TaskDir, alloc_roots: &BTreeSet<PathBuf>) -> bool {
-        let path = task_dir.path().display().to_string();
-        let owned = task_dir.clone();
-        let locked = tokio::task::spawn_blocking(move || seize(&owned)).await;
-        // Held until everything is done. A plugin that wants this start meanwhile waits, and finds it gone.
-        let _seized = match locked.unwrap_or_else(|error| Err(io::Error::other(error))) {
-            Ok((TryLock::Acquired(locked), owner)) if is_own(&owner, alloc_roots) => locked,
-            Ok((TryLock::Acquired(_), owner)) => {
-                self.log_owner(task_dir, &owner, alloc_roots);
-                return true;
+        let place = task_dir.clone();
+        let seized = tokio::task::spawn_blocking(move || seize(&place)).await;
+        match seized.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+            Ok(Seized::Busy) => return false,
+            Ok(Seized::Missing) => {}
+            Ok(Seized::OfLaterForm(error)) => self.log_later_form(task_dir, &error),
+            Ok(Seized::Start(lock, owner)) if is_own(&owner, alloc_roots) => {
+                self.remove_seized(task_dir).await;
+                // Held until everything is done. A plugin that wants this start meanwhile waits, and finds it gone.
+                drop(lock);
             }
-            Ok((TryLock::Missing, _)) => return true,
-            Ok((TryLock::Busy, _)) => return false,
+            Ok(Seized::Start(_, owner)) => self.log_owner(task_dir, &owner, alloc_roots),
             Err(error) => {
-                tracing::error!(path, %error, "not removed: its task directory can't be locked");
-                return true;
+                let path = task_dir.path().display();
+                tracing::error!(%path, %error, "not removed: its task directory can't be locked");
             }
-        };
-        let owned = task_dir.clone();
-        let (what, task) = blocking::run(move || {
-            let launch_spec = owned.launch_spec();
-            let task = launch_spec.map(|launch_spec| launch_spec.id);
-            (describe(&owned), task.unwrap_or_default())
-        })
-        .await;
-        match self.remove_locked(task_dir).await {
-            Ok(()) => tracing::info!(path, task, "removed {what}"),
-            Err(error) => log_failure(&path, &error),
         }
         true
+    }
+
+    /// Removes a start that is locked here, and logs what it was.
+    async fn remove_seized(&self, task_dir: &TaskDir) {
+        let place = task_dir.clone();
+        let (what, task) = blocking::run(move || {
+            let launch_spec = place.launch_spec();
+            let task = launch_spec.map(|launch_spec| launch_spec.id);
+            (describe(&place), task.unwrap_or_default())
+        })
+        .await;
+        let path = task_dir.path().display();
+        match self.remove_locked(task_dir).await {
+            Ok(()) => tracing::info!(%path, task, "removed {what}"),
+            Err(error) => {
+                let error = chain(&error);
+                tracing::error!(%path, error, "a start could not be removed");
+            }
+        }
+    }
+
+    /// Logs, once, that a later driver made a start, and what the operator can do.
+    fn log_later_form(&self, task_dir: &TaskDir, error: &io::Error) {
+        if self.is_new(task_dir.path()) {
+            tracing::warn!(
+                path = %task_dir.path().display(),
+                %error,
+                remedy = "install that version; if the task is not needed any more, remove this directory: the plugin that starts next ends what is left",
+                "not removed: a later version of this driver started it"
+            );
+        }
     }
 
     /// Logs, once, whose a start is that is not removed, and what the operator can do.
@@ -153,10 +173,28 @@ impl NspawnBackend {
     }
 }
 
+/// What reconciliation finds at a task directory.
+enum Seized {
+    /// Another plugin has locked it.
+    Busy,
+    Missing,
+    /// A later driver made it, so it must not be ended.
+    OfLaterForm(io::Error),
+    /// It is locked here now.
+    Start(TaskLock, Owner),
+}
+
 /// Locks a start that no plugin has locked, and determines its owner.
-fn seize(task_dir: &TaskDir) -> io::Result<(TryLock, Owner)> {
-    let locked = TaskLock::try_lock_exclusive(task_dir)?;
-    Ok((locked, owner::of(task_dir, &kernel::boot_id()?)))
+fn seize(task_dir: &TaskDir) -> io::Result<Seized> {
+    let lock = match TaskLock::try_lock_exclusive(task_dir)? {
+        TryLock::Acquired(lock) => lock,
+        TryLock::Busy => return Ok(Seized::Busy),
+        TryLock::Missing => return Ok(Seized::Missing),
+    };
+    Ok(match task_dir.refuse_later_form() {
+        Err(error) => Seized::OfLaterForm(error),
+        Ok(()) => Seized::Start(lock, owner::of(task_dir, &kernel::boot_id()?)),
+    })
 }
 
 /// Whether no agent but this one can ask for a start.
@@ -166,10 +204,6 @@ fn is_own(owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) -> bool {
         Owner::Agent(root) => alloc_roots.contains(root),
         Owner::Unknown => false,
     }
-}
-
-fn log_failure(path: &str, error: &BackendError) {
-    tracing::error!(path, error = chain(error), "a start could not be removed");
 }
 
 /// Describes a start that no plugin has locked, for the log.

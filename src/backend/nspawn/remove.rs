@@ -23,56 +23,51 @@ impl NspawnBackend {
     /// Kills and releases everything of the start in this task directory, and removes the directory. If another process is about
     /// to do the same, waits for it, so that a new start at the same path is not taken for the one that is being removed.
     pub(super) async fn remove_start(&self, task_dir: &TaskDir) -> Result<(), BackendError> {
-        let claimed = self.registry.is_locked(task_dir);
-        let _claim = match claimed {
+        let _lock = match self.registry.is_locked(task_dir) {
             true => None,
             false => lock_task_dir(task_dir).await?,
         };
         self.remove_locked(task_dir).await
     }
 
+    /// The same for a start that the caller has locked.
     pub(super) async fn remove_locked(&self, task_dir: &TaskDir) -> Result<(), BackendError> {
         let place = task_dir.clone();
-        let Some(machine) = blocking::run(move || roused(&place)).await else {
+        let Some(machine) = blocking::run(move || begin_removal(&place)).await? else {
             self.registry.forget(task_dir);
             return Ok(());
         };
+        let stuck = |reason| BackendError::Stuck {
+            machine: machine.clone(),
+            reason,
+        };
+        if !self.end_supervisor(task_dir).await {
+            let limit = REQUEST_TIMEOUT.as_secs();
+            return Err(stuck(format!(
+                "its supervisor still runs {limit} s after it was killed: look for the process in state D"
+            )));
+        }
+        let place = task_dir.clone();
+        let removed = tokio::task::spawn_blocking(move || kill_and_remove(&place)).await;
+        self.registry.forget(task_dir);
+        match removed.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+            // It has acquired a resource of a kind that this driver does not know.
+            Err(error) if task_dir::is_of_later_form(&error) => {
+                Err(later_form(task_dir, &machine, &error))
+            }
+            removed => removed.map_err(|error| stuck(error.to_string())),
+        }
+    }
+
+    /// Ends the supervisor of a start and with it the container; `false` if it is still alive after [`REQUEST_TIMEOUT`].
+    async fn end_supervisor(&self, task_dir: &TaskDir) -> bool {
         self.kill_via_supervisor(task_dir).await;
         let place = task_dir.clone();
         blocking::run(move || kill_supervisor(&place)).await;
         if let Some(known) = self.registry.client(task_dir) {
             let _ = tokio::time::timeout(REQUEST_TIMEOUT, known.wait_until_gone()).await;
         }
-        if !wait_until_supervisor_exits(task_dir).await {
-            return Err(BackendError::Stuck {
-                machine,
-                reason: format!(
-                    "its supervisor still runs {} s after it was killed: look for the process in state D",
-                    REQUEST_TIMEOUT.as_secs()
-                ),
-            });
-        }
-        let place = task_dir.clone();
-        let ended = tokio::task::spawn_blocking(move || {
-            failpoint::hit(&place, Failpoint::Removing);
-            cleanup::kill_and_release(&place).and_then(|()| place.remove())
-        })
-        .await;
-        self.registry.forget(task_dir);
-        match ended {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) if task_dir::is_of_later_form(&error) => {
-                Err(later_form(task_dir, machine, &error))
-            }
-            Ok(Err(error)) => Err(BackendError::Stuck {
-                machine,
-                reason: error.to_string(),
-            }),
-            Err(error) => Err(BackendError::Stuck {
-                machine,
-                reason: error.to_string(),
-            }),
-        }
+        wait_until_supervisor_exits(task_dir).await
     }
 
     /// Kills the supervisor of this task directory with its container. A supervisor that is just starting can't be asked yet, so
@@ -120,23 +115,30 @@ fn find_supervisors_by_cmdline(task_dir: &TaskDir) -> Vec<SupervisorProcess> {
     orphans::supervisors_of(task_dir)
 }
 
-/// Sends SIGCONT to the supervisors of a start, in case they were SIGSTOPped, and returns its machine name; `None` if there is no
-/// start.
-fn roused(task_dir: &TaskDir) -> Option<String> {
+/// Checks whether this driver may remove a start, and sends SIGCONT to its supervisors, in case they were SIGSTOPped. Returns its
+/// machine name; `None` if there is no start.
+fn begin_removal(task_dir: &TaskDir) -> Result<Option<String>, BackendError> {
     if !task_dir.path().exists() {
-        return None;
+        return Ok(None);
     }
+    let machine = task_dir.launch_spec().map_or_else(
+        |_| task_dir.path().display().to_string(),
+        |launch_spec| launch_spec.machine,
+    );
+    refuse_later_form(task_dir, &machine)?;
     match running_in_this_boot(task_dir) {
         Some(running) => client::sigcont(running.started.supervisor),
         None => find_supervisors_by_cmdline(task_dir)
             .iter()
             .for_each(SupervisorProcess::sigcont),
     }
-    let launch_spec = task_dir.launch_spec();
-    Some(launch_spec.map_or_else(
-        |_| task_dir.path().display().to_string(),
-        |launch_spec| launch_spec.machine,
-    ))
+    Ok(Some(machine))
+}
+
+fn kill_and_remove(task_dir: &TaskDir) -> io::Result<()> {
+    failpoint::hit(task_dir, Failpoint::Removing);
+    cleanup::kill_and_release(task_dir)?;
+    task_dir.remove()
 }
 
 /// Kills the supervisors of a start that have not exited.
@@ -149,30 +151,15 @@ fn kill_supervisor(task_dir: &TaskDir) {
     }
 }
 
-/// Fails if a later driver has written the launch spec of one of these starts: this driver can't release what it has acquired, so
-/// none of them may be ended.
-pub(super) async fn refuse_later_form(
-    starts: &[TaskDir],
-    machine: &str,
-) -> Result<(), BackendError> {
-    for task_dir in starts {
-        let place = task_dir.clone();
-        // A launch spec that is missing or broken prevents no removal, and a start that has been released only needs its directory
-        // removed.
-        let refused = blocking::run_start(move || {
-            let error = place.launch_spec().err()?;
-            (task_dir::is_of_later_form(&error) && !place.is_freed()).then_some(error)
-        });
-        if let Some(error) = refused.await {
-            return Err(later_form(task_dir, machine.to_owned(), &error));
-        }
-    }
-    Ok(())
+/// Fails if a later driver made this start, see [`TaskDir::refuse_later_form`].
+pub(super) fn refuse_later_form(task_dir: &TaskDir, machine: &str) -> Result<(), BackendError> {
+    let refused = task_dir.refuse_later_form();
+    refused.map_err(|error| later_form(task_dir, machine, &error))
 }
 
-fn later_form(task_dir: &TaskDir, machine: String, error: &io::Error) -> BackendError {
+fn later_form(task_dir: &TaskDir, machine: &str, error: &io::Error) -> BackendError {
     BackendError::Unsupported {
-        machine,
+        machine: machine.to_owned(),
         reason: format!(
             "{}: {error}; install the driver that wrote it, or remove the directory",
             task_dir.path().display()

@@ -43,7 +43,13 @@ impl NspawnBackend {
         })?;
         let mut occupied = vec![self.task_dir(&spec.identity.id)];
         occupied.extend(earlier);
-        refuse_later_form(&occupied, &spec.identity.machine).await?;
+        let (starts, machine) = (occupied.clone(), spec.identity.machine.clone());
+        blocking::run_start(move || {
+            starts
+                .iter()
+                .try_for_each(|start| refuse_later_form(start, &machine))
+        })
+        .await?;
         for earlier in occupied {
             self.remove_start(&earlier).await?;
         }
