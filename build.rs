@@ -23,6 +23,8 @@ fn init() -> anyhow::Result<()> {
     for input in [
         "init/src",
         "init/Cargo.toml",
+        "packets/src",
+        "packets/Cargo.toml",
         "Cargo.toml",
         "Cargo.lock",
         "rust-toolchain.toml",

@@ -72,7 +72,7 @@ pub(crate) fn handle(bytes: &[u8]) {
     }
 }
 
-/// Reads every line, as one end of a lifeline does until the first that is garbage.
+/// Reads every line, as one end of a control stream does until the first that is garbage.
 fn lines<T: DeserializeOwned>(bytes: &[u8], mut each: impl FnMut(T)) {
     let mut received = bytes.to_vec();
     loop {
@@ -88,11 +88,19 @@ fn lines<T: DeserializeOwned>(bytes: &[u8], mut each: impl FnMut(T)) {
     }
 }
 
+/// What is accepted on a stream is accepted as a packet of its own, if it is not too long for one, and comes back the same.
+fn is_kept_message<T: DeserializeOwned + PartialEq + std::fmt::Debug>(line: &[u8], message: T) {
+    let again = protocol::decode_next::<T>(&mut line.to_vec());
+    assert_eq!(again.as_ref(), Some(&Ok(message)));
+    if line.len() <= packets::MAX_PACKET_BYTES {
+        assert_eq!(packets::decode::<T>(line).ok(), again.and_then(Result::ok));
+    }
+}
+
 pub(crate) fn requests(bytes: &[u8]) {
     lines(bytes, |question: IncomingRequest| {
         if let IncomingRequest::Known(request) = question {
-            let again = protocol::decode_next::<IncomingRequest>(&mut protocol::encode(&request));
-            assert_eq!(again, Some(Ok(question)));
+            is_kept_message(&protocol::encode(&request), question);
         }
     });
 }
@@ -100,8 +108,7 @@ pub(crate) fn requests(bytes: &[u8]) {
 pub(crate) fn news(bytes: &[u8]) {
     lines(bytes, |reported: IncomingEvent| {
         if let IncomingEvent::Known(news) = &reported {
-            let again = protocol::decode_next::<IncomingEvent>(&mut protocol::encode(news));
-            assert_eq!(again, Some(Ok(reported)));
+            is_kept_message(&protocol::encode(news), reported);
         }
     });
 }
@@ -109,7 +116,7 @@ pub(crate) fn news(bytes: &[u8]) {
 pub(crate) fn init_order(bytes: &[u8]) {
     match nspawn_init::parse_spec(bytes) {
         Ok(order) => {
-            let again = nspawn_init::parse_spec(&nspawn_init::packet(&order));
+            let again = nspawn_init::parse_spec(&packets::encode(&order));
             assert_eq!(again.expect("what was written is read"), order);
         }
         Err(error) => is_one_line(&error),
@@ -118,13 +125,13 @@ pub(crate) fn init_order(bytes: &[u8]) {
 
 pub(crate) fn init_packets(bytes: &[u8]) {
     fn is_kept<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
-        match nspawn_init::message::<T>(bytes) {
+        match packets::decode::<T>(bytes) {
             Ok(message) => {
-                assert!(bytes.len() <= nspawn_init::MAX_PACKET_BYTES);
-                let packet = nspawn_init::packet(&message);
+                assert!(bytes.len() <= packets::MAX_PACKET_BYTES);
+                let packet = packets::encode(&message);
                 // What is escaped grows on its way back, and then it is too long and says so.
-                if packet.len() <= nspawn_init::MAX_PACKET_BYTES {
-                    let again = nspawn_init::message::<T>(&packet);
+                if packet.len() <= packets::MAX_PACKET_BYTES {
+                    let again = packets::decode::<T>(&packet);
                     assert_eq!(again.expect("what was written is read"), message);
                 }
             }

@@ -1,18 +1,15 @@
-//! The init's end of the channel to the supervisor (runs in the container): one JSON value per packet, descriptors as ancillary data. Never
-//! blocks on a supervisor that does not read, and does not treat the supervisor's death as an error: the container keeps running.
+//! The init's end of the channel to the supervisor (runs in the container). Never blocks on a supervisor that does not read, and does not
+//! treat the supervisor's death as an error: the container keeps running.
 
 use std::collections::VecDeque;
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nspawn_init::{InitEvent, MAX_PACKET_BYTES, packet};
+use nspawn_init::InitEvent;
+use packets::Packet;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, Shutdown, recv, recvmsg, send,
-    shutdown,
-};
+use rustix::net::{Shutdown, shutdown};
 
 /// How long, in seconds, the last events may wait for space in the socket buffer. They wait only if the supervisor has stopped reading.
 const FLUSH_TIMEOUT_SECS: i64 = 5;
@@ -25,13 +22,6 @@ pub(crate) struct Channel {
     unsent: VecDeque<Vec<u8>>,
 }
 
-/// One received packet.
-pub(crate) struct Packet {
-    pub(crate) bytes: Vec<u8>,
-    /// At most four: one more than any request carries, so that a packet with too many is detected.
-    pub(crate) descriptors: Vec<OwnedFd>,
-}
-
 impl Channel {
     pub(crate) fn new(socket: OwnedFd) -> Self {
         Self {
@@ -42,20 +32,18 @@ impl Channel {
 
     /// Sends an event, or queues it until the socket buffer has space.
     pub(crate) fn send(&mut self, event: &InitEvent) {
-        self.unsent.push_back(packet(event));
+        self.unsent.push_back(packets::encode(event));
         self.flush();
     }
 
     /// Sends queued events until the socket buffer is full.
     pub(crate) fn flush(&mut self) {
         while let (Some(socket), Some(packet)) = (&self.socket, self.unsent.front()) {
-            // Without NOSIGNAL this process would get a SIGPIPE and forward it to the command.
-            match send(socket, packet, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-                Ok(_) => {
+            match packets::send(socket, packet, &[]) {
+                Ok(()) => {
                     self.unsent.pop_front();
                 }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => self.close(),
             }
         }
@@ -87,9 +75,7 @@ impl Channel {
     fn shutdown_read(&self) {
         if let Some(socket) = &self.socket {
             let _ = shutdown(socket, Shutdown::Read);
-            let mut nothing = [0; 0];
-            let flags = RecvFlags::TRUNC | RecvFlags::DONTWAIT;
-            while recv(socket, &mut nothing[..], flags).is_ok_and(|(_, length)| length > 0) {}
+            while packets::receive(socket).is_ok() {}
         }
     }
 
@@ -105,7 +91,7 @@ impl Channel {
             if seen.contains(PollFlags::OUT) {
                 self.flush();
             } else if !seen.is_empty()
-                && let Some(packet) = self.next(seen.contains(PollFlags::HUP))
+                && let Some(packet) = self.next()
             {
                 return Some(packet);
             }
@@ -122,17 +108,11 @@ impl Channel {
         Some((self.socket.as_ref()?.as_fd(), flags))
     }
 
-    /// The next packet, if there is one. `ended`: poll has reported that the peer closed its end.
-    pub(crate) fn next(&mut self, ended: bool) -> Option<Packet> {
-        let socket = self.socket.as_ref()?;
-        match receive(socket.as_fd()) {
-            // The driver sends no empty packets: an empty one is end of file, or malformed.
-            Ok(packet) if packet.bytes.is_empty() && ended => {
-                self.close();
-                None
-            }
+    /// The next packet, if there is one.
+    pub(crate) fn next(&mut self) -> Option<Packet> {
+        match packets::receive(self.socket.as_ref()?) {
             Ok(packet) => Some(packet),
-            Err(Errno::AGAIN | Errno::INTR) => None,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Err(_) => {
                 self.close();
                 None
@@ -144,29 +124,4 @@ impl Channel {
         self.socket = None;
         self.unsent.clear();
     }
-}
-
-/// Receives one packet into a buffer of its size, so that an idle process holds no large buffer.
-fn receive(socket: BorrowedFd<'_>) -> rustix::io::Result<Packet> {
-    let mut nothing = [0; 0];
-    let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
-    let (_, length) = recv(socket, &mut nothing[..], flags)?;
-    // A longer packet is truncated here and then rejected because of its length.
-    let mut bytes = vec![0; length.min(MAX_PACKET_BYTES + 1)];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = recvmsg(
-        socket,
-        &mut [IoSliceMut::new(&mut bytes)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT,
-    )?;
-    bytes.truncate(received.bytes);
-    let mut descriptors = Vec::new();
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(more) = message {
-            descriptors.extend(more);
-        }
-    }
-    Ok(Packet { bytes, descriptors })
 }

@@ -12,7 +12,8 @@ use nix::libc;
 use nix::sys::prctl;
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nspawn_init::{InitEvent, Request, StartError, Step, message};
+use nspawn_init::{InitEvent, Request, StartError, Step};
+use packets::{Descriptors, Packet};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -20,7 +21,7 @@ use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, fchdir, kill_process
 use rustix_libc_wrappers::process::SignalExt;
 use serde::Deserialize;
 
-use crate::channel::{Channel, Packet};
+use crate::channel::Channel;
 use crate::command::{Environment, execute, set_over, start_error};
 use crate::{Command as Task, enter, wait_for_start};
 
@@ -119,7 +120,7 @@ impl Init {
             if channel.contains(PollFlags::OUT) {
                 self.channel.flush();
             } else if !channel.is_empty()
-                && let Some(packet) = self.channel.next(channel.contains(PollFlags::HUP))
+                && let Some(packet) = self.channel.next()
             {
                 self.answer(packet);
             }
@@ -179,7 +180,7 @@ impl Init {
     }
 
     fn answer(&mut self, packet: Packet) {
-        match message(&packet.bytes) {
+        match packet.message() {
             Ok(Request::Exec {
                 id,
                 command,
@@ -204,14 +205,16 @@ impl Init {
                 self.channel.send(&event);
             }
             Ok(Request::Signal { id, signal }) => {
-                if let Some(pid) = self.exec_sessions.get(&id) {
+                if let Some(pid) = self.exec_sessions.get(&id)
+                    && packet.descriptors.take::<0>().is_ok()
+                {
                     send(*pid, signal);
                 }
             }
             // The command has been running for a while.
             Ok(Request::Go) => {}
             Err(_) => {
-                if let Some(id) = number_of(&packet.bytes) {
+                if let Some(id) = number_of(&packet) {
                     let start_error = refused(libc::EBADMSG);
                     self.channel
                         .send(&InitEvent::ExecFailed { id, start_error });
@@ -226,11 +229,9 @@ impl Init {
         command: &[String],
         over: Vec<(String, String)>,
         directory: Option<PathBuf>,
-        descriptors: Vec<OwnedFd>,
+        descriptors: Descriptors,
     ) -> Result<Pid, StartError> {
-        let Ok([stdin, stdout, stderr]) = <[OwnedFd; 3]>::try_from(descriptors) else {
-            return Err(refused(libc::EBADF));
-        };
+        let [stdin, stdout, stderr] = descriptors.take().map_err(|_| refused(libc::EBADF))?;
         if command.is_empty() {
             return Err(refused(libc::EINVAL));
         }
@@ -267,12 +268,12 @@ fn refused(errno: i32) -> StartError {
 }
 
 /// The id of an exec request that can't be decoded otherwise.
-fn number_of(packet: &[u8]) -> Option<u64> {
+fn number_of(packet: &Packet) -> Option<u64> {
     #[derive(Deserialize)]
     #[serde(rename_all = "snake_case")]
     enum Numbered {
         Exec { id: u64 },
     }
-    let Numbered::Exec { id } = message(packet).ok()?;
+    let Numbered::Exec { id } = packet.message().ok()?;
     Some(id)
 }

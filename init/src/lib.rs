@@ -1,14 +1,11 @@
 //! The interface of the driver's own init: its inherited descriptors, its init spec, and the requests and events on its channel. Used by
-//! the init in the container and by the supervisor that starts it. Only types and their encoding: reads no descriptor, starts nothing.
+//! the init in the container and by the supervisor that starts it. Only types: reads no descriptor, starts nothing.
 //!
-//! systemd-nspawn passes descriptors from 3 on to the container's first process (`sd_listen_fds(3)`); [`Descriptor`] lists them. The
-//! channel is a `SOCK_SEQPACKET` socket: each message is one packet with one JSON value.
+//! systemd-nspawn passes descriptors from 3 on to the container's first process (`sd_listen_fds(3)`); [`Descriptor`] lists them. Each
+//! message on the channel is one of the [`packets`].
 
-use serde::de::DeserializeOwned;
+use packets::Malformed;
 use serde::{Deserialize, Serialize};
-
-/// The driver never writes a longer packet.
-pub const MAX_PACKET_BYTES: usize = 128 * 1024;
 
 /// The driver never writes a larger init spec. The kernel's limit for arguments and environment is 2 MiB by default, 6 MiB at most.
 pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
@@ -247,51 +244,15 @@ impl std::fmt::Display for StartError {
     }
 }
 
-/// Encodes a message as one packet.
-pub fn packet<T: Serialize>(message: &T) -> Vec<u8> {
-    // Strings and numbers can always be encoded as JSON.
-    serde_json::to_vec(message).unwrap_or_default()
-}
-
-/// Decodes the message in one packet. The error never contains the packet's content.
-pub fn message<T: DeserializeOwned>(packet: &[u8]) -> Result<T, Malformed> {
-    if packet.len() > MAX_PACKET_BYTES {
-        return Err(Malformed {
-            column: MAX_PACKET_BYTES,
-        });
-    }
-    read(packet)
-}
-
 /// Decodes an init spec.
 pub fn parse_spec(bytes: &[u8]) -> Result<InitSpec, Malformed> {
-    read(bytes)
+    Ok(serde_json::from_slice(bytes)?)
 }
-
-fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Malformed> {
-    serde_json::from_slice(bytes).map_err(|error| Malformed {
-        column: error.column(),
-    })
-}
-
-/// The bytes are not a valid message. Gives the position and not the content, which may hold secrets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Malformed {
-    /// The byte at which decoding failed.
-    pub column: usize,
-}
-
-impl std::fmt::Display for Malformed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "not a message (byte {})", self.column)
-    }
-}
-
-impl std::error::Error for Malformed {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use packets::{decode, encode};
     use proptest::prelude::*;
 
     fn text() -> impl Strategy<Value = String> {
@@ -352,15 +313,15 @@ mod tests {
     proptest! {
         #[test]
         fn a_message_is_read_back(spec in specs(), request in requests()) {
-            prop_assert_eq!(parse_spec(&packet(&spec)).unwrap(), spec);
-            prop_assert_eq!(message::<Request>(&packet(&request)).unwrap(), request);
+            prop_assert_eq!(parse_spec(&encode(&spec)).unwrap(), spec);
+            prop_assert_eq!(decode::<Request>(&encode(&request)).unwrap(), request);
         }
 
         #[test]
         fn arbitrary_bytes_are_no_panic(bytes in any::<Vec<u8>>()) {
             let _ = parse_spec(&bytes);
-            let _ = message::<Request>(&bytes);
-            let _ = message::<InitEvent>(&bytes);
+            let _ = decode::<Request>(&bytes);
+            let _ = decode::<InitEvent>(&bytes);
         }
 
         #[test]
@@ -371,8 +332,8 @@ mod tests {
             length in 0..9usize,
             by in prop::collection::vec(any::<u8>(), 0..4),
         ) {
-            let _ = parse_spec(&damaged(&packet(&spec), at, length, &by));
-            let _ = message::<Request>(&damaged(&packet(&request), at, length, &by));
+            let _ = parse_spec(&damaged(&encode(&spec), at, length, &by));
+            let _ = decode::<Request>(&damaged(&encode(&request), at, length, &by));
         }
     }
 
@@ -381,15 +342,6 @@ mod tests {
         let text =
             br#"{"life":"init","command":[],"environment":[],"directory":null,"streams":false}"#;
         assert!(parse_spec(text).unwrap().filters.is_empty());
-    }
-
-    #[test]
-    fn a_packet_that_is_too_long_is_refused() {
-        let running = InitEvent::Running { pid: 2 };
-        let event = packet(&running);
-        let padded = [&event[..], &vec![b' '; MAX_PACKET_BYTES - event.len()]].concat();
-        assert_eq!(message::<InitEvent>(&padded), Ok(running));
-        assert!(message::<InitEvent>(&[&padded[..], b" "].concat()).is_err());
     }
 
     #[test]

@@ -21,7 +21,7 @@ use nix::libc;
 use nix::sys::signal::SigSet;
 use nspawn_init::{
     Filter, InitEvent, InitMode, InitSpec, MAX_SPEC_BYTES, NOT_EXECUTABLE, Request, StartError,
-    Step, message, parse_spec,
+    Step, parse_spec,
 };
 use rustix::process::{WaitStatus, chdir};
 use rustix::stdio::{dup2_stderr, dup2_stdout};
@@ -167,7 +167,8 @@ fn launch(channel: &mut Channel, command: &Command) -> Result<Infallible, StartE
 fn wait_for_start(channel: &mut Channel) -> Result<(), StartError> {
     channel.send(&InitEvent::Ready);
     while let Some(packet) = channel.await_packet() {
-        if matches!(message(&packet.bytes), Ok(Request::Go)) {
+        let is_go = matches!(packet.message(), Ok(Request::Go));
+        if is_go && packet.descriptors.take::<0>().is_ok() {
             return Ok(());
         }
     }

@@ -3,17 +3,14 @@
 //! and nothing else.
 
 use std::fs::File;
-use std::io::{self, IoSliceMut, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, RecvMsg, SockFlag, SockType, UnixCredentials,
-    recvmsg, send, setsockopt, socketpair, sockopt,
-};
-use nspawn_init::{InitEvent, MAX_PACKET_BYTES, Request, message, packet};
+use nspawn_init::{InitEvent, Request};
+use packets::Packet;
 
 /// The init binary, as built by the build script: static, for the architecture of the host.
 const INIT_BINARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/nspawn-init"));
@@ -66,8 +63,6 @@ pub(super) struct InitChannel {
     /// The pid of the init on the host, once it has sent a message.
     peer_pid: Option<i32>,
     state: ProtocolState,
-    /// Holds one packet. It has the maximum length; the kernel allocates only the pages that are written.
-    buffer: Vec<u8>,
 }
 
 /// How far the init has come, according to its messages. Each one is accepted only once, which limits their number.
@@ -95,18 +90,12 @@ impl ProtocolState {
 impl InitChannel {
     /// A channel, and its other end.
     pub(super) fn open() -> io::Result<(Self, OwnedFd)> {
-        let (ours, theirs) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_CLOEXEC,
-        )?;
-        setsockopt(&ours, sockopt::PassCred, &true)?;
+        let (ours, theirs) = packets::pair()?;
+        packets::report_senders(&ours)?;
         let channel = Self {
             socket: Some(ours),
             peer_pid: None,
             state: ProtocolState::Initial,
-            buffer: vec![0; MAX_PACKET_BYTES],
         };
         Ok((channel, theirs))
     }
@@ -122,66 +111,34 @@ impl InitChannel {
 
     /// The next event, if one has arrived and is valid now; at most three in all. Anything else closes the channel.
     pub(super) fn recv(&mut self) -> Option<InitEvent> {
-        let socket = self.socket.as_ref()?;
-        let buffer = &mut self.buffer;
-        let mut credentials = nix::cmsg_space!(UnixCredentials);
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
-        let mut receive = || {
-            let mut slices = [IoSliceMut::new(buffer)];
-            recvmsg::<()>(
-                socket.as_raw_fd(),
-                &mut slices,
-                Some(&mut credentials),
-                flags,
-            )
-            .map(|received| (received.bytes, peer_pid_of(&received)))
+        let packet = match packets::receive(self.socket.as_ref()?) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            received => received.ok(),
         };
-        let received = match receive() {
-            // The init exited without reading everything that was sent to it. Its earlier messages are still queued: the kernel
-            // reports the reset once and delivers them afterwards.
-            Err(nix::Error::ECONNRESET) => receive(),
-            other => other,
-        };
-        let (length, peer_pid) = match received {
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return None,
-            Ok((length, peer_pid)) if length > 0 => (length, peer_pid),
-            _ => {
-                self.close();
-                return None;
-            }
-        };
-        let event: Option<InitEvent> = message(&self.buffer[..length]).ok();
-        let Some(state) = event.as_ref().and_then(|event| self.state.then(event)) else {
-            self.close();
-            return None;
-        };
-        self.state = state;
-        self.peer_pid = self.peer_pid.or_else(|| peer_pid.filter(|pid| *pid > 0));
+        let event = packet.and_then(|packet| self.accept(packet));
+        if event.is_none() {
+            self.socket = None;
+        }
         event
     }
 
-    fn close(&mut self) {
-        self.socket = None;
-        self.buffer = Vec::new();
+    /// The event in this packet, if it is valid now. No event takes descriptors.
+    fn accept(&mut self, packet: Packet) -> Option<InitEvent> {
+        let event = packet.message().ok()?;
+        let state = self.state.then(&event)?;
+        packet.descriptors.take::<0>().ok()?;
+        self.state = state;
+        self.peer_pid = self.peer_pid.or(packet.sender);
+        Some(event)
     }
 
     /// Lets the command run.
     pub(super) fn send_go(&self) {
         if let Some(socket) = &self.socket {
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
             // If the init is gone, the supervisor sees its exit anyway.
-            let _ = send(socket.as_raw_fd(), &packet(&Request::Go), flags);
+            let _ = packets::send(socket, &packets::encode(&Request::Go), &[]);
         }
     }
-}
-
-/// The pid of the sender, as reported by the kernel.
-fn peer_pid_of(received: &RecvMsg<'_, '_, ()>) -> Option<i32> {
-    let mut messages = received.cmsgs().into_iter().flatten();
-    messages.find_map(|message| match message {
-        ControlMessageOwned::ScmCredentials(who) => Some(who.pid()),
-        _ => None,
-    })
 }
 
 #[cfg(test)]
@@ -195,9 +152,8 @@ mod tests {
     fn received(state: &[InitEvent]) -> (Vec<InitEvent>, bool) {
         let (mut channel, theirs) = InitChannel::open().unwrap();
         for event in state {
-            let flags = MsgFlags::MSG_DONTWAIT;
             // The socket buffer may be full.
-            let _ = send(theirs.as_raw_fd(), &packet(event), flags);
+            let _ = packets::send(&theirs, &packets::encode(event), &[]);
         }
         let events = std::iter::from_fn(|| channel.recv()).collect();
         (events, channel.descriptor().is_some())
@@ -217,6 +173,46 @@ mod tests {
             state.resize(1000, flood);
             assert_eq!(received(&state), (expected, false));
         }
+    }
+
+    #[test]
+    fn events_of_an_init_that_is_gone_are_received() {
+        let (mut channel, theirs) = InitChannel::open().unwrap();
+        // It does not read this.
+        channel.send_go();
+        for event in &ALL_EVENTS {
+            packets::send(&theirs, &packets::encode(event), &[]).unwrap();
+        }
+        drop(theirs);
+        assert!(std::iter::from_fn(|| channel.recv()).eq(ALL_EVENTS));
+        assert!(channel.descriptor().is_none());
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(channel.peer_pid(), Some(own));
+    }
+
+    #[test]
+    fn descriptors_and_what_is_too_long_close_the_channel() {
+        let null = File::open("/dev/null").unwrap();
+        let ready = packets::encode(&InitEvent::Ready);
+        let mut too_long = ready.clone();
+        too_long.resize(packets::MAX_PACKET_BYTES + 1, b' ');
+        for (bytes, descriptors) in [(&ready, vec![null.as_fd()]), (&too_long, Vec::new())] {
+            let (mut channel, theirs) = InitChannel::open().unwrap();
+            send_raw(&theirs, bytes, &descriptors);
+            assert_eq!(channel.recv(), None);
+            assert!(channel.descriptor().is_none());
+            assert_eq!(channel.peer_pid(), None);
+        }
+    }
+
+    /// Sends without the limits of the driver.
+    fn send_raw(socket: &OwnedFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        let numbers: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [nix::sys::socket::ControlMessage::ScmRights(&numbers)];
+        let rights = &rights[..usize::from(!numbers.is_empty())];
+        let bytes = [io::IoSlice::new(bytes)];
+        let flags = nix::sys::socket::MsgFlags::empty();
+        nix::sys::socket::sendmsg::<()>(socket.as_raw_fd(), &bytes, rights, flags, None).unwrap();
     }
 
     #[test]

@@ -94,6 +94,6 @@ fn every_corpus_has_something_that_is_accepted() {
         nspawn_init::parse_spec(bytes).is_ok()
     });
     any("init_packets", &|bytes| {
-        nspawn_init::message::<nspawn_init::Request>(bytes).is_ok()
+        packets::decode::<nspawn_init::Request>(bytes).is_ok()
     });
 }

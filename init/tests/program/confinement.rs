@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 
 use nix::libc;
-use nspawn_init::{Filter, InitEvent, InitMode, InitSpec, PROGRAM, Request, Step, packet};
+use nspawn_init::{Filter, InitEvent, InitMode, InitSpec, PROGRAM, Request, Step};
 
 use crate::harness::{Launch, Left, directory, run, shell, spec};
 
@@ -69,7 +69,7 @@ fn run_with_right(spec: &InitSpec) -> Option<Left> {
     if may_unshare() {
         let mut command = Command::new("unshare");
         command.args(["-r", PROGRAM]);
-        return Some(Launch::by(command, packet(spec)).run());
+        return Some(Launch::by(command, packets::encode(spec)).run());
     }
     let left = run(spec);
     assert_eq!(left.start_error().step, Step::Filters);

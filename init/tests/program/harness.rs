@@ -11,16 +11,12 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use command_fds::{CommandFdExt, FdMapping};
-use nspawn_init::{
-    Descriptor, InitEvent, InitMode, InitSpec, PROGRAM, Request, StartError, message, packet,
-};
+use nspawn_init::{Descriptor, InitEvent, InitMode, InitSpec, PROGRAM, Request, StartError};
+use packets::encode;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_send_buffer_size;
-use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
-    SocketType, recv, sendmsg, socketpair,
-};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, Signal, kill_process};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -91,7 +87,7 @@ pub(crate) struct Launch {
 
 impl Launch {
     pub(crate) fn new(spec: &InitSpec) -> Self {
-        Self::of_bytes(packet(spec))
+        Self::of_bytes(encode(spec))
     }
 
     pub(crate) fn of_bytes(spec: Vec<u8>) -> Self {
@@ -133,13 +129,9 @@ impl Launch {
     }
 
     pub(crate) fn start(mut self) -> Program {
-        let (ours, theirs) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .unwrap();
+        let (ours, theirs) = packets::pair().unwrap();
+        // A request waits for space in the socket buffer.
+        rustix::io::ioctl_fionbio(&ours, false).unwrap();
         if self.little_room {
             set_socket_send_buffer_size(&theirs, 0).unwrap();
         }
@@ -221,10 +213,9 @@ impl Program {
     pub(crate) fn event(&self) -> Option<InitEvent> {
         let channel = self.channel.as_ref().unwrap();
         wait_for("a word", channel.as_fd());
-        let mut buffer = vec![0; nspawn_init::MAX_PACKET_BYTES];
-        match recv(channel, &mut buffer[..], RecvFlags::empty()) {
-            Ok((_, 0)) => None,
-            Ok((_, length)) => Some(message(&buffer[..length]).unwrap()),
+        match packets::receive(channel) {
+            Ok(packet) => Some(packet.message().unwrap()),
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => None,
             Err(error) => panic!("{error}"),
         }
     }
@@ -240,7 +231,7 @@ impl Program {
 
     /// Sends a request with these descriptors.
     pub(crate) fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) {
-        self.send(&packet(request), descriptors);
+        self.send(&encode(request), descriptors);
     }
 
     pub(crate) fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
@@ -250,7 +241,7 @@ impl Program {
 
     /// Sends a request unless the socket buffer is full or the init has closed the channel.
     pub(crate) fn try_ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> bool {
-        match self.try_send(&packet(request), descriptors, SendFlags::DONTWAIT) {
+        match self.try_send(&encode(request), descriptors, SendFlags::DONTWAIT) {
             Ok(_) => true,
             Err(Errno::AGAIN | Errno::PIPE) => false,
             Err(error) => panic!("{error}"),

@@ -3,7 +3,8 @@
 use std::os::fd::AsFd;
 
 use nix::libc;
-use nspawn_init::{InitEvent, InitMode, MAX_SPEC_BYTES, Request, Step, packet};
+use nspawn_init::{InitEvent, InitMode, MAX_SPEC_BYTES, Request, Step};
+use packets::encode;
 use proptest::prelude::*;
 
 use crate::harness::{Launch, Program, shell, spec};
@@ -25,7 +26,7 @@ fn an_invalid_init_spec_is_refused() {
         vec![b' '; usize::try_from(MAX_SPEC_BYTES).unwrap() + 1],
         libc::EFBIG,
     );
-    let whole = packet(&spec(InitMode::Launcher, &["/bin/true"]));
+    let whole = encode(&spec(InitMode::Launcher, &["/bin/true"]));
     is_refused(whole[..whole.len() - 1].to_vec(), libc::EBADMSG);
 }
 
@@ -69,7 +70,7 @@ fn an_invalid_request_is_answered_if_it_has_an_id() {
         b"{\"exec\":{\"id\":-1}}",
         b"{\"signal\":{\"id\":1}}",
         &[b'['; 100_000],
-        &[b' '; nspawn_init::MAX_PACKET_BYTES + 1],
+        &[b' '; packets::MAX_PACKET_BYTES + 1],
     ] {
         program.send(nonsense, &[]);
     }
@@ -90,6 +91,52 @@ fn an_invalid_request_is_answered_if_it_has_an_id() {
 }
 
 #[test]
+fn a_request_with_descriptors_that_it_does_not_take_is_ignored() {
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let mut program = Launch::new(&spec(InitMode::Init, &["/bin/echo", "runs"]))
+        .without_go()
+        .start();
+    assert_eq!(program.event(), Some(InitEvent::Ready));
+    program.ask(&Request::Go, &[null.as_fd()]);
+    program.close_channel();
+    let left = program.end();
+    assert_eq!((left.code(), &*left.stdout), (126, ""));
+
+    let program = Launch::new(&shell(InitMode::Init, "read line")).start();
+    program.expect_running();
+    let (command, environment) = (vec!["sleep".into(), "1000".into()], Vec::new());
+    let request = Request::Exec {
+        id: 1,
+        command,
+        environment,
+        directory: None,
+    };
+    program.ask(&request, &[null.as_fd(); 3]);
+    let event = program.event();
+    assert!(matches!(event, Some(InitEvent::ExecRunning { id: 1, .. })));
+    let (term, kill) = (libc::SIGTERM, libc::SIGKILL);
+    program.ask(
+        &Request::Signal {
+            id: 1,
+            signal: term,
+        },
+        &[null.as_fd()],
+    );
+    program.ask(
+        &Request::Signal {
+            id: 1,
+            signal: kill,
+        },
+        &[],
+    );
+    let ended = InitEvent::ExecEnded {
+        id: 1,
+        status: kill,
+    };
+    assert_eq!(program.event(), Some(ended));
+}
+
+#[test]
 fn arbitrary_packets_do_not_end_the_init() {
     let program = Launch::new(&shell(InitMode::Init, "read line")).start();
     program.expect_running();
@@ -101,7 +148,7 @@ fn arbitrary_packets_do_not_end_the_init() {
         whole in any::<bool>(),
         descriptors in 0..6usize,
     )| {
-        let request = packet(&Request::Signal { id: 1, signal: 9 });
+        let request = encode(&Request::Signal { id: 1, signal: 9 });
         let piece = &request[..cut.index(request.len())];
         program.send(if whole { piece } else { &bytes }, &vec![null.as_fd(); descriptors]);
         last.set(last.get() + 1);
@@ -111,7 +158,7 @@ fn arbitrary_packets_do_not_end_the_init() {
 
 #[test]
 fn an_arbitrary_init_spec_fails_only_in_the_documented_ways() {
-    let whole = packet(&spec(InitMode::Init, &["/bin/true"]));
+    let whole = encode(&spec(InitMode::Init, &["/bin/true"]));
     proptest!(ProptestConfig::with_cases(100), |(
         at in any::<prop::sample::Index>(),
         byte in any::<u8>(),
