@@ -28,7 +28,8 @@ use crate::lease::Resource;
 const MAX_RECORD_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Every name that may occur in a task directory. A file that is being written has `.<pid>-<number>.new` appended to its name.
-const KNOWN_ENTRIES: [&str; 14] = [
+const KNOWN_ENTRIES: [&str; 15] = [
+    "control",
     "entered",
     "environment",
     "exit",
@@ -240,8 +241,13 @@ impl TaskDir {
         &self.0
     }
 
-    /// The supervisor's control socket.
+    /// The supervisor's control socket, for packets.
     pub fn control_socket(&self) -> PathBuf {
+        self.0.join("control")
+    }
+
+    /// The supervisor's control socket for drivers that know no other: a stream.
+    pub fn control_stream(&self) -> PathBuf {
         self.0.join("lifeline")
     }
 

@@ -459,7 +459,9 @@ proptest! {
         prop_assert_eq!(task_dir.path().parent(), Some(Path::new("/state")));
         prop_assert!(TaskDir::is_name(task_dir.path().file_name().unwrap().to_str().unwrap()));
         // Socket paths are short: the configuration keeps 43 bytes free below the state directory.
-        prop_assert!(task_dir.control_socket().as_os_str().len() <= "/state".len() + 43);
+        for socket in [task_dir.control_socket(), task_dir.control_stream()] {
+            prop_assert!(socket.as_os_str().len() <= "/state".len() + 43);
+        }
     }
 
     #[test]

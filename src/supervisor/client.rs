@@ -5,18 +5,16 @@ use std::fs::{File, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::process::Command;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
 
-use super::protocol::{self, Action, Event, IncomingEvent, Request, StartFailure, StartStep};
+use super::connection::ControlConnection;
+use super::protocol::{Action, Event, IncomingEvent, Request, StartFailure, StartStep};
 use crate::blocking;
 use crate::cleanup;
 use crate::container::{Cause, Exit, Process, Started, UNKNOWN_END};
@@ -58,9 +56,7 @@ pub fn launch(
     program: OwnedFd,
     tracker: &TaskTracker,
 ) -> io::Result<SupervisorClient> {
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-    ours.set_nonblocking(true)?;
-    let stream = UnixStream::from_std(ours)?;
+    let (connection, theirs) = ControlConnection::pair()?;
     let log = task_dir.open_log()?;
     // The supervisor inherits the lock with the descriptor: see `TaskDir::has_supervisor`.
     lock_with_retry(&log)?;
@@ -71,16 +67,13 @@ pub fn launch(
         .arg(task_dir.path())
         .env_clear();
     // Never the plugin's own stdout and stderr: the agent considers a plugin alive as long as any process holds them open.
-    command
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(program)
-        .stderr(log);
+    command.stdin(theirs).stdout(program).stderr(log);
     let mut child = command.spawn()?;
     // `command` still holds the supervisor's end of the connection. Only the supervisor may hold it: the connection closes when the
     // supervisor exits.
     drop(command);
     let reaped = async move { drop(child.wait().await) };
-    Ok(follow(stream, task_dir.clone(), false, reaped, tracker))
+    Ok(follow(connection, task_dir.clone(), false, reaped, tracker))
 }
 
 /// How long a start waits for processes that are checking whether the task already has a supervisor.
@@ -105,11 +98,11 @@ pub async fn attach(
     started: &Started,
     tracker: &TaskTracker,
 ) -> io::Result<Option<SupervisorClient>> {
-    match UnixStream::connect(task_dir.control_socket()).await {
-        Ok(stream) => {
+    match ControlConnection::open(task_dir).await {
+        Ok(connection) => {
             let reaped = wait_for_exit(started.supervisor);
             Ok(Some(follow(
-                stream,
+                connection,
                 task_dir.clone(),
                 true,
                 reaped,
@@ -127,7 +120,7 @@ pub async fn attach(
             let owned = task_dir.clone();
             let exit = blocking::run(move || owned.exit()).await.map_err(|error| {
                 let text = format!(
-                    "nobody listens there, and the record of its end can't be read: {error}"
+                    "the supervisor does not listen any more, and its exit record can't be read: {error}"
                 );
                 io::Error::new(error.kind(), text)
             })?;
@@ -139,13 +132,13 @@ pub async fn attach(
 
 /// Asks the supervisor of this task directory to kill the container. No supervisor is not an error.
 pub async fn request_kill(task_dir: &TaskDir) {
-    if let Ok(mut stream) = UnixStream::connect(task_dir.control_socket()).await {
+    if let Ok(connection) = ControlConnection::open(task_dir).await {
         let request = Request {
             request: 0,
             verb: Action::Kill,
         };
         // A supervisor that is exiting does not need the request any more.
-        let _ = stream.write_all(&protocol::encode(&request)).await;
+        let _ = connection.send(&request).await;
     }
 }
 
@@ -205,7 +198,7 @@ impl SupervisorClient {
 /// Reads events from the control socket until the connection closes, and then waits until the supervisor process has exited
 /// (`wait_for_exit`).
 fn follow(
-    stream: UnixStream,
+    connection: ControlConnection,
     task_dir: TaskDir,
     known: bool,
     wait_for_exit: impl Future<Output = ()> + Send + 'static,
@@ -214,14 +207,14 @@ fn follow(
     let (requests_sender, requests) = mpsc::channel(8);
     let (status, status_seen) = watch::channel(Status::Starting);
     let (exited, exited_seen) = watch::channel(false);
-    let connection = Connection {
-        stream,
+    let follower = Follower {
+        connection,
         task_dir,
         known,
         status,
     };
     tracker.spawn(async move {
-        connection.follow(requests).await;
+        follower.follow(requests).await;
         wait_for_exit.await;
         exited.send_replace(true);
     });
@@ -235,54 +228,49 @@ fn follow(
 /// How the connection to the supervisor was lost.
 #[derive(Debug, Clone, Copy)]
 enum Disconnect {
-    Ended,
-    Garbled,
+    Closed,
+    InvalidMessage,
 }
 
 impl Disconnect {
     fn as_str(self) -> &'static str {
         match self {
-            Self::Ended => "its supervisor was killed",
-            Self::Garbled => "its supervisor talked nonsense",
+            Self::Closed => "its supervisor was killed",
+            Self::InvalidMessage => "its supervisor sent an invalid message",
         }
     }
 }
 
+/// What the plugin knows about one supervisor, and the connection from which it learns more.
 #[derive(Debug)]
-struct Connection {
-    stream: UnixStream,
+struct Follower {
+    connection: ControlConnection,
     task_dir: TaskDir,
     /// Whether Nomad already holds a handle of the container, because this plugin did not start it but recovered it.
     known: bool,
     status: watch::Sender<Status>,
 }
 
-impl Connection {
+impl Follower {
     async fn follow(mut self, mut requests: mpsc::Receiver<PendingRequest>) {
-        let mut received = Vec::new();
         let mut pending: Vec<(u64, oneshot::Sender<Result<(), String>>)> = Vec::new();
         let mut number = 0;
-        let why = 'line: loop {
+        let why = loop {
             tokio::select! {
-                read = self.stream.read_buf(&mut received) => match read {
-                    Ok(0) | Err(_) => break Disconnect::Ended,
-                    Ok(_) => while let Some(incoming) = protocol::decode_next(&mut received) {
-                        match incoming {
-                            Ok(IncomingEvent::Known(event)) => self.handle_event(event, &mut pending),
-                            Ok(IncomingEvent::Unknown(_)) => {}
-                            Err(_) => break 'line Disconnect::Garbled,
-                        }
-                        if received.is_empty() {
-                            // Free the buffer: what a start needed is not kept for as long as the task runs.
-                            received = Vec::new();
-                        }
-                    },
+                received = self.connection.receive() => match received {
+                    Ok(IncomingEvent::Known(event)) => self.handle_event(event, &mut pending),
+                    Ok(IncomingEvent::Unknown(_)) => {}
+                    Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                        break Disconnect::InvalidMessage;
+                    }
+                    Err(_) => break Disconnect::Closed,
                 },
                 Some((verb, answer)) = requests.recv() => {
                     number += 1;
                     pending.push((number, answer));
-                    if self.stream.write_all(&protocol::encode(&Request { request: number, verb })).await.is_err() {
-                        break Disconnect::Ended;
+                    let request = Request { request: number, verb };
+                    if self.connection.send(&request).await.is_err() {
+                        break Disconnect::Closed;
                     }
                 }
             }

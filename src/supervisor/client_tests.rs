@@ -1,6 +1,12 @@
 //! Tests of the plugin's end of the control socket.
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
 use super::*;
+use crate::supervisor::protocol::MAX_LINE_BYTES;
+use rstest::rstest;
 
 /// A process to wait for; dropping this kills it.
 #[derive(Debug)]
@@ -90,28 +96,80 @@ impl Odd {
     }
 
     /// The client of a plugin that has reconnected, and the supervisor's end of the connection.
-    async fn attached(&self) -> (SupervisorClient, UnixStream) {
-        let listener = tokio::net::UnixListener::bind(self.task_dir.control_socket()).unwrap();
+    async fn attached(&self, socket: Socket) -> (SupervisorClient, Peer) {
+        let stream = UnixListener::bind(self.task_dir.control_stream()).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        let packets = (socket == Socket::Packets)
+            .then(|| packets::listen(&self.task_dir.control_socket()).unwrap());
         let tracker = TaskTracker::new();
         let found = attach(&self.task_dir, &self.started, &tracker).await;
-        let one = found.unwrap().unwrap();
-        let (connection, _) = listener.accept().await.unwrap();
-        (one, connection)
+        let connection = match packets {
+            Some(packets) => packets::accept(packets).unwrap(),
+            None => stream.accept().unwrap().0.into(),
+        };
+        (found.unwrap().unwrap(), Peer(connection, socket))
     }
 }
 
+/// What a supervisor listens on: a supervisor of this driver on both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Socket {
+    Packets,
+    Stream,
+}
+
+/// The supervisor's end of a connection.
+struct Peer(OwnedFd, Socket);
+
+impl Peer {
+    /// Sends this text as one message.
+    fn send(&self, text: &str) {
+        match self.1 {
+            Socket::Packets => self.send_raw(text.as_bytes(), &[]),
+            Socket::Stream => self.send_raw(format!("{text}\n").as_bytes(), &[]),
+        }
+    }
+
+    /// Waits for a request.
+    async fn readable(&self) {
+        use nix::poll::{PollFd, PollFlags, poll};
+        let socket = self.0.try_clone().unwrap();
+        let ready = tokio::task::spawn_blocking(move || {
+            poll(
+                &mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)],
+                60_000u16,
+            )
+        });
+        assert_eq!(ready.await.unwrap(), Ok(1));
+    }
+
+    /// Sends without the limits of the driver. The client may have closed the connection before everything is sent.
+    fn send_raw(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() {
+            assert!(control.push(SendAncillaryMessage::ScmRights(descriptors)));
+        }
+        rustix::io::ioctl_fionbio(&self.0, false).unwrap();
+        let bytes = [std::io::IoSlice::new(bytes)];
+        let _ = sendmsg(&self.0, &bytes, &mut control, SendFlags::NOSIGNAL);
+    }
+}
+
+fn text(event: &Event) -> String {
+    String::from_utf8(packets::encode(event)).unwrap()
+}
+
+#[rstest]
 #[tokio::test]
-async fn news_that_are_not_known_are_passed_over() {
+async fn news_that_are_not_known_are_passed_over(
+    #[values(Socket::Packets, Socket::Stream)] socket: Socket,
+) {
     let odd = Odd::new();
-    let (one, mut connection) = odd.attached().await;
-    connection
-        .write_all(b"{\"thawed\":{\"by\":1}}\n")
-        .await
-        .unwrap();
-    connection
-        .write_all(&protocol::encode(&Event::Started(odd.started.clone())))
-        .await
-        .unwrap();
+    let (one, supervisor) = odd.attached(socket).await;
+    supervisor.send(r#"{"thawed":{"by":1}}"#);
+    supervisor.send(&text(&Event::Started(odd.started.clone())));
     let up = one.start_outcome().await;
     assert!(
         matches!(&up, Status::Up(started) if **started == odd.started),
@@ -121,26 +179,56 @@ async fn news_that_are_not_known_are_passed_over() {
         let one = one.clone();
         async move { one.request(Action::Stop).await }
     });
-    connection.readable().await.unwrap();
-    connection
-        .write_all(b"{\"frozen\":{}}\n{\"done\":{\"request\":1,\"error\":\"no\",\"since\":2}}\n")
-        .await
-        .unwrap();
+    supervisor.readable().await;
+    supervisor.send(r#"{"frozen":{}}"#);
+    supervisor.send(r#"{"done":{"request":1,"error":"no","since":2}}"#);
     assert_eq!(pending.await.unwrap(), Err("no".to_owned()));
     assert!(crate::sys::process::is_alive(odd.leader.process()));
 }
 
-#[rstest::rstest]
-#[case::no_message(b"nonsense\n".to_vec())]
-#[case::half_known(b"{\"started\":{\"id\":1}}\nnull\n".to_vec())]
-#[case::no_text(vec![0xff, b'\n'])]
-#[case::without_end(vec![b' '; protocol::MAX_LINE_BYTES + 100_000])]
+const STARTED_IN_PART: &str = r#"{"started":{"id":1}}"#;
+
+#[rstest]
+#[case::no_message(Socket::Stream, vec![b"nonsense\n".to_vec()])]
+#[case::half_known(Socket::Stream, vec![STARTED_IN_PART.into(), b"\nnull\n".to_vec()])]
+#[case::no_text(Socket::Stream, vec![vec![0xff, b'\n']])]
+#[case::without_end(Socket::Stream, vec![vec![b' '; MAX_LINE_BYTES + 100_000]])]
+#[case::no_packet(Socket::Packets, vec![b"nonsense".to_vec()])]
+#[case::half_known_packets(Socket::Packets, vec![STARTED_IN_PART.into(), b"null".to_vec()])]
+#[case::empty(Socket::Packets, vec![Vec::new()])]
+#[case::too_long(Socket::Packets, vec![vec![b' '; packets::MAX_PACKET_BYTES + 1]])]
 #[tokio::test]
-async fn a_supervisor_that_talks_nonsense_is_lost_and_its_container_ended(#[case] said: Vec<u8>) {
-    let mut odd = Odd::new();
-    let (one, mut connection) = odd.attached().await;
-    // The client may have closed the connection before everything is sent.
-    let _ = connection.write_all(&said).await;
+async fn after_an_invalid_message_the_container_is_killed(
+    #[case] socket: Socket,
+    #[case] sent: Vec<Vec<u8>>,
+) {
+    let odd = Odd::new();
+    let (one, supervisor) = odd.attached(socket).await;
+    for bytes in sent {
+        // The client reads concurrently: a stream's buffer does not hold the longest.
+        let supervisor = Peer(supervisor.0.try_clone().unwrap(), socket);
+        let sent = tokio::task::spawn_blocking(move || supervisor.send_raw(&bytes, &[]));
+        sent.await.unwrap();
+    }
+    is_killed(odd, one).await;
+}
+
+#[tokio::test]
+async fn descriptors_that_an_event_does_not_take_are_an_invalid_message() {
+    let odd = Odd::new();
+    let (one, supervisor) = odd.attached(Socket::Packets).await;
+    let null = File::open("/dev/null").unwrap();
+    // An event that is not known may take some.
+    supervisor.send_raw(br#"{"frozen":{}}"#, &[null.as_fd()]);
+    let started = text(&Event::Started(odd.started.clone()));
+    supervisor.send(&started);
+    assert!(matches!(one.start_outcome().await, Status::Up(_)));
+    supervisor.send_raw(started.as_bytes(), &[null.as_fd()]);
+    is_killed(odd, one).await;
+}
+
+/// The client kills the container and records why.
+async fn is_killed(mut odd: Odd, one: SupervisorClient) {
     let reaping = std::thread::spawn(move || odd.leader.0.wait().map(|status| (status, odd)));
     let end = one.end().await.unwrap();
     let (status, odd) = reaping.join().unwrap().unwrap();
@@ -149,6 +237,77 @@ async fn a_supervisor_that_talks_nonsense_is_lost_and_its_container_ended(#[case
         Some(9)
     );
     let error = end.error.as_deref().unwrap_or_default();
-    assert!(error.contains("its supervisor talked nonsense"), "{error}");
+    let expected = "its supervisor sent an invalid message";
+    assert!(error.contains(expected), "{error}");
     assert_eq!(odd.task_dir.exit().unwrap(), Some(end));
+}
+
+/// Answers as a supervisor of a driver without a packet socket does: with the recorded events, on a stream. Returns the requests.
+fn old_supervisor(listener: UnixListener) -> Vec<String> {
+    const EVENTS: &str = include_str!("frozen/news.jsonl");
+    let send = |mut stream: &UnixStream, start: &str| {
+        let event = EVENTS.lines().find(|event| event.starts_with(start));
+        writeln!(stream, "{}", event.unwrap()).unwrap();
+    };
+    let (stream, _) = listener.accept().unwrap();
+    send(&stream, r#"{"started""#);
+    let mut requests = Vec::new();
+    let mut lines = BufReader::new(&stream).lines();
+    for answer in [r#"{"done":{"request":1"#, r#"{"done":{"request":2"#] {
+        requests.push(lines.next().unwrap().unwrap());
+        send(&stream, answer);
+    }
+    send(&stream, r#"{"exited""#);
+    requests
+}
+
+#[tokio::test]
+async fn a_supervisor_of_a_driver_without_packets_is_controlled() {
+    let odd = Odd::new();
+    let listener = UnixListener::bind(odd.task_dir.control_stream()).unwrap();
+    let supervisor = std::thread::spawn(move || old_supervisor(listener));
+    let tracker = TaskTracker::new();
+    let found = attach(&odd.task_dir, &odd.started, &tracker).await;
+    let one = found.unwrap().unwrap();
+    let up = one.start_outcome().await;
+    assert!(
+        matches!(&up, Status::Up(started) if started.machine == "web-0f1e2d3c"),
+        "{up:?}"
+    );
+    assert_eq!(one.request(Action::Signal(15)).await, Ok(()));
+    assert_eq!(one.request(Action::Stop).await, Err("why".to_owned()));
+    let end = one.end().await.unwrap();
+    assert_eq!((end.code, end.oom_killed), (137, true));
+    one.wait_until_gone().await;
+    let requests = supervisor.join().unwrap();
+    let recorded = include_str!("frozen/requests.jsonl");
+    assert_eq!(requests, Vec::from_iter(recorded.lines().take(2)));
+}
+
+/// `request_kill` does not wait until its connection is accepted.
+#[rstest]
+#[tokio::test]
+async fn a_kill_is_requested_of_either_supervisor(
+    #[values(Socket::Packets, Socket::Stream)] socket: Socket,
+) {
+    let odd = Odd::new();
+    let stream = UnixListener::bind(odd.task_dir.control_stream()).unwrap();
+    let sockets = (socket == Socket::Packets)
+        .then(|| packets::listen(&odd.task_dir.control_socket()).unwrap());
+    request_kill(&odd.task_dir).await;
+    let kill = r#"{"request":0,"verb":"kill"}"#;
+    match sockets {
+        Some(listener) => {
+            let accepted = packets::accept(listener).unwrap();
+            let packet = packets::receive(&accepted).unwrap();
+            let request: serde_json::Value = packet.message().unwrap();
+            assert_eq!(request.to_string(), kill);
+        }
+        None => {
+            let mut line = String::new();
+            let (accepted, _) = stream.accept().unwrap();
+            BufReader::new(accepted).read_line(&mut line).unwrap();
+            assert_eq!(line, format!("{kill}\n"));
+        }
+    }
 }

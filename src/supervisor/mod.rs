@@ -7,11 +7,13 @@
 //! | [`supervise`] | the supervisor process |
 //! | [`enter`] | the exec shim, which becomes systemd-nspawn |
 //!
-//! [`protocol`] is what client and supervisor process exchange, [`init_channel`] what the supervisor process and the container's
-//! init exchange.
+//! [`protocol`] is what client and supervisor process exchange, [`framing`] how a message is delimited; [`init_channel`] is what the
+//! supervisor process and the container's init exchange.
 
 pub mod client;
+mod connection;
 pub mod enter;
+pub mod framing;
 pub mod init_channel;
 pub mod protocol;
 pub mod supervise;

@@ -1,6 +1,6 @@
-//! The protocol of the control socket between plugin and supervisor: one JSON object per line, in both directions. The supervisor
-//! sends its state to every client and answers requests; the stream closes when the supervisor exits. Lines that are too long or are
-//! not a message are rejected. Carries no secrets.
+//! The messages on the control socket between plugin and supervisor: JSON objects, in both directions. The supervisor sends its
+//! state to every client and answers requests; the connection closes when the supervisor exits. Messages that are too long or unlike
+//! these are rejected. Carries no secrets.
 //!
 //! The two ends can be of different versions: a supervisor lives as long as its container, and the plugin may be upgraded or
 //! downgraded meanwhile. Messages have no version number but rules: the meaning of a message never changes; a new field is optional;
@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use crate::container::{Cause, Exit, Started};
 use crate::signal::Signal;
 
-/// A longer line was not written by this driver.
+/// A longer line was not sent by the driver. Packets have a limit of their own, [`packets::MAX_PACKET_BYTES`].
 pub const MAX_LINE_BYTES: usize = 256 * 1024;
 
 /// What a supervisor reports.
@@ -24,7 +24,7 @@ pub enum Event {
     Started(Started),
     /// It did not come up. The last event.
     Failed(StartFailure),
-    /// It has exited. The last event; its resources are being released until the stream closes.
+    /// It has exited. The last event; its resources are being released until the connection closes.
     Exited(Exit),
     /// A request has been handled.
     Done {
@@ -119,7 +119,7 @@ pub enum Action {
 
 /// Encodes a message as one line.
 pub fn encode(message: &impl Serialize) -> Vec<u8> {
-    let mut line = serde_json::to_vec(message).unwrap_or_default();
+    let mut line = packets::encode(message);
     line.push(b'\n');
     line
 }
@@ -174,7 +174,7 @@ pub fn decode_next<T: for<'a> Deserialize<'a>>(
 
 /// What was received is not a message of this protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("what came over the lifeline is no message")]
+#[error("not a valid message of the control socket")]
 pub struct ProtocolError;
 
 #[cfg(test)]

@@ -164,25 +164,3 @@ async fn usage_can_be_read(world: World) {
     assert_eq!(reported, started.cgroup.is_some(), "{usage:?}");
     world.leave(&[&started]).await;
 }
-
-#[rstest]
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_that_sends_garbage_is_disconnected(world: World) {
-    use std::io::{Read, Write};
-    let started = world
-        .up(world.spec("trap 'exit 18' TERM; echo up; while :; do sleep 0.05; done"))
-        .await;
-    let lifeline = TaskDir::new(&started.state).control_socket();
-    let dropped = tokio::task::spawn_blocking(move || {
-        let mut stream = std::os::unix::net::UnixStream::connect(lifeline).unwrap();
-        stream.write_all(b"\x00\xff{\"verb\":\n\n").unwrap();
-        let mut rest = Vec::new();
-        let _ = stream.read_to_end(&mut rest);
-    });
-    within(dropped).await.unwrap();
-    within(world.backend.stop(&started, Some(signal("TERM")), AMPLE))
-        .await
-        .unwrap();
-    assert_eq!(ended(&world.end(&started).await), (18, 0));
-    world.leave(&[&started]).await;
-}

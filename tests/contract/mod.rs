@@ -24,6 +24,7 @@ use support::not_applicable;
 // Defined beside this module by the crate that runs the suite.
 use super::world;
 
+mod control_socket;
 mod degraded;
 mod environment;
 mod exits;

@@ -118,7 +118,11 @@ async fn another_boot_and_another_process_are_refused(world: impl World) {
     let elsewhere = task.changed(|started| {
         started["state"] = json!(world.state().join("gone"));
     });
-    drop(world.not_recovered(elsewhere, "the name of another start").await);
+    drop(
+        world
+            .not_recovered(elsewhere, "the name of another start")
+            .await,
+    );
     // As if the operator had used another state directory before.
     let own = TaskDir::for_task(&world.state(), &task.id);
     let name = own.path().file_name().unwrap();

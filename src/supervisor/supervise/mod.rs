@@ -38,8 +38,8 @@ mod state;
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -47,12 +47,13 @@ use std::time::Duration;
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use self::clients::Clients;
+use self::clients::{Clients, ControlSockets};
 use self::event_loop::{EventLoop, Source, Token};
 use self::state::{Ending, LeaderState, State, Supervisor};
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::cause_of_host_error;
 use crate::state::task_dir::{LaunchSpec, TaskDir};
+use crate::supervisor::framing::Framing;
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
 use crate::sys::process::close_inherited;
 
@@ -87,13 +88,15 @@ pub fn supervise(directory: &Path) -> ExitCode {
         Err(error) => {
             task_dir.discard_secrets();
             if let Some(owner) = owner {
-                clients::send(&owner, &Event::Failed(failure(StartStep::Notify, &error)));
+                let failed = Event::Failed(failure(StartStep::Notify, &error));
+                // A client that is gone does not need it.
+                let _ = Framing::Packets.send(&owner, &failed);
             }
             return ExitCode::FAILURE;
         }
     };
     if let Some(owner) = owner {
-        clients.add(owner, &events);
+        clients.add(owner, Framing::Packets, &events);
     }
     match prepare(&task_dir, &events).and_then(|(launch_spec, sockets)| {
         Supervisor::start(task_dir.clone(), launch_spec, sockets, events)
@@ -112,7 +115,7 @@ pub fn supervise(directory: &Path) -> ExitCode {
 }
 
 /// The connection to the client that requested the start.
-fn take_owner() -> Option<UnixStream> {
+fn take_owner() -> Option<OwnedFd> {
     let owner = io::stdin().as_fd().try_clone_to_owned().ok()?;
     // A client that is dropped must see its connection close, so no other descriptor may keep the connection open.
     let replaced = File::open("/dev/null").and_then(|null| Ok(nix::unistd::dup2_stdin(null)?));
@@ -122,7 +125,7 @@ fn take_owner() -> Option<UnixStream> {
             "standard input can't be replaced by /dev/null: {error}"
         );
     }
-    Some(owner.into())
+    Some(owner)
 }
 
 /// The sources that exist before anything is started. So a supervisor that can't wait for them starts nothing.
@@ -130,7 +133,7 @@ fn take_owner() -> Option<UnixStream> {
 struct Sockets {
     signals: Source<SignalFd>,
     notify: Source<UnixDatagram>,
-    control_socket: Source<UnixListener>,
+    control: ControlSockets,
 }
 
 fn prepare(task_dir: &TaskDir, events: &EventLoop) -> Result<(LaunchSpec, Sockets), StartFailure> {
@@ -177,13 +180,11 @@ fn detach() -> io::Result<SignalFd> {
 
 fn listen(task_dir: &TaskDir, signals: SignalFd, events: &EventLoop) -> io::Result<Sockets> {
     let notify = UnixDatagram::bind(task_dir.notify_socket())?;
-    let control_socket = UnixListener::bind(task_dir.control_socket())?;
     notify.set_nonblocking(true)?;
-    control_socket.set_nonblocking(true)?;
     Ok(Sockets {
         signals: events.register(signals, Token::Signals)?,
         notify: events.register(notify, Token::Notify)?,
-        control_socket: events.register(control_socket, Token::ControlSocket)?,
+        control: ControlSockets::listen(task_dir, events)?,
     })
 }
 

@@ -1,4 +1,4 @@
-//! Clients of the control socket: accepting them, sending them the state, carrying out their requests. How messages travel is in
+//! Clients of the control sockets: accepting them, sending them the state, carrying out their requests. How messages travel is in
 //! `clients`.
 
 use std::io;
@@ -15,8 +15,8 @@ impl Supervisor {
     /// the others stay in the backlog for a moment, where they do not wake up the supervisor.
     pub(super) fn accept_clients(&mut self) {
         loop {
-            match self.sockets.control_socket.accept() {
-                Ok((stream, _)) => self.clients.add(stream, &self.events),
+            match self.sockets.control.accept() {
+                Ok((socket, framing)) => self.clients.add(socket, framing, &self.events),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => return self.pause_accepting(),
             }
@@ -32,13 +32,13 @@ impl Supervisor {
 
     fn pause_accepting(&mut self) {
         // Registered already, so this needs no memory.
-        let _ = self.sockets.control_socket.watch(Interest::HangUp);
+        let _ = self.sockets.control.watch(Interest::HangUp);
         let end = Instant::now() + RETRY_DELAY;
         self.events.set_timer(Token::AcceptPause, Some(end));
     }
 
     pub(super) fn resume_accepting(&mut self) {
-        let _ = self.sockets.control_socket.watch(Interest::Readable);
+        let _ = self.sockets.control.watch(Interest::Readable);
     }
 
     /// Carries out the requests that a client has sent.

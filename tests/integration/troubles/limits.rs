@@ -284,11 +284,11 @@ async fn a_supervisor_that_cannot_accept_keeps_its_task_and_uses_no_cpu() {
     let task = host.up(&plugin, host.shell(&gated(&gate))).await;
     plugin.kill().await;
     let supervisor = i32::try_from(task.state(&["supervisor", "pid"]).as_i64().unwrap()).unwrap();
-    let lifeline = TaskDir::for_task(&host.state(), &task.id).control_socket();
+    let socket = TaskDir::for_task(&host.state(), &task.id).control_stream();
     // Some of the clients use up the free descriptors, and the others have to wait.
     const FEW: usize = 16;
     let before = limit(supervisor, Limited::Descriptors, &FEW.to_string());
-    let connect = |_| std::os::unix::net::UnixStream::connect(&lifeline).unwrap();
+    let connect = |_| std::os::unix::net::UnixStream::connect(&socket).unwrap();
     let mut listeners: Vec<_> = (0..FEW).map(connect).collect();
     let reported = |mut listener: &std::os::unix::net::UnixStream| {
         listener.set_read_timeout(Some(DEADLINE)).unwrap();

@@ -45,9 +45,7 @@ async fn an_unreadable_exit_record_is_reported() {
     let plugin = host.plugin().await;
     let status = refusal(within("RecoverTask", plugin.recover(task.stored())).await);
     assert!(
-        status
-            .message()
-            .contains("the record of its end can't be read"),
+        status.message().contains("its exit record can't be read"),
         "{status:?}"
     );
     task.destroy(&plugin).await;
