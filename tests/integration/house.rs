@@ -193,7 +193,7 @@ fn no_import_goes_backward() {
     );
 }
 
-/// The test above finds every form of an import that the compiler accepts.
+/// The ways in which a file can name another module.
 #[rstest]
 #[case::path("state/lock.rs", "use crate::backend::Backend;", 1)]
 #[case::whole_module("state/lock.rs", "use crate::task;", 1)]
