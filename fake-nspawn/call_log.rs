@@ -121,7 +121,7 @@ impl CallLog {
 impl Call {
     fn observe(argv: &[OsString], tool: &str, number: Option<usize>) -> anyhow::Result<Self> {
         let status = fs::read_to_string("/proc/self/status")?;
-        let ignored = u64::from_str_radix(&status_field(&status, "SigIgn"), 16)?;
+        let ignored = proc_files::signal_mask(&status, "SigIgn").context("no SigIgn")?;
         Ok(Self {
             tool: tool.to_owned(),
             number,
@@ -144,18 +144,12 @@ impl Call {
             oom_score_adj: fs::read_to_string("/proc/self/oom_score_adj")?
                 .trim()
                 .parse()?,
-            signal_mask: status_field(&status, "SigBlk"),
+            signal_mask: proc_files::status_field(&status, "SigBlk")
+                .unwrap_or_default()
+                .to_owned(),
             ignored: format!("{:016x}", ignored & !(1 << 12)),
         })
     }
-}
-
-/// The value of a line of `/proc/<pid>/status`, or the empty string.
-pub(crate) fn status_field(status: &str, name: &str) -> String {
-    let value = status
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    value.unwrap_or_default().trim().to_owned()
 }
 
 fn descriptors() -> anyhow::Result<BTreeMap<i32, String>> {

@@ -74,13 +74,8 @@ pub(crate) fn signal_name(number: i32) -> String {
 /// The session of a process that has not ended.
 fn session(pid: i32) -> Option<i32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may contain anything; only numbers follow the last parenthesis.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if fields.next() == Some("Z") {
-        return None;
-    }
-    // The parent and the process group come first.
-    fields.nth(2)?.parse().ok()
+    let stat = proc_files::parse_stat(&stat)?;
+    (stat.state != 'Z').then_some(stat.session)
 }
 
 /// All processes, with their sessions.
@@ -191,12 +186,8 @@ impl Groups {
     pub(crate) fn make() -> Option<Self> {
         let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
         let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
-        let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
-        let top = mounts.lines().find_map(|line| {
-            let mut words = line.split(' ').skip(1);
-            let target = words.next()?;
-            (words.next()? == "cgroup2").then(|| Path::new(target))
-        })?;
+        let mut mounts = proc_files::own_mounts().ok()?.into_iter();
+        let top = mounts.find(|mount| mount.kind == "cgroup2")?.target;
         let own = top.join(group);
         let members = fs::read_to_string(own.join("cgroup.procs")).ok()?;
         if members.trim() != Pid::this().to_string() {
@@ -221,8 +212,7 @@ pub(crate) fn catches(pid: i32, number: i32) -> bool {
 /// The signals that a process has handlers for: signal 1 is the lowest bit.
 pub(crate) fn caught(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let caught = crate::call_log::status_field(&status, "SigCgt");
-    u64::from_str_radix(&caught, 16).unwrap_or_default()
+    proc_files::signal_mask(&status, "SigCgt").unwrap_or_default()
 }
 
 /// The open descriptors of this process, without the one used for the listing.

@@ -302,10 +302,8 @@ impl Group {
     fn resident(&self) -> Option<u64> {
         let kib = |pid: i32| {
             let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-            let line = text
-                .lines()
-                .find_map(|line| line.strip_prefix("RssAnon:"))?;
-            line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+            let value = procfs::status_field(&text, "RssAnon")?;
+            value.strip_suffix("kB")?.trim().parse::<u64>().ok()
         };
         let all: Vec<u64> = self.processes().into_iter().filter_map(kib).collect();
         (!all.is_empty()).then(|| all.iter().sum::<u64>().saturating_mul(1024))

@@ -254,7 +254,7 @@ impl Allocation {
 /// Removes a directory with everything in it, unless something is mounted at or below it.
 pub fn remove_unmounted(dir: &Path) -> Result<(), HostError> {
     let table = "/proc/self/mountinfo";
-    let mounts = fs::read_to_string(table).map_err(HostError::io("read", table))?;
+    let mounts = proc_files::own_mounts().map_err(HostError::io("read", table))?;
     let dir = fs::canonicalize(dir).map_err(HostError::io("find", dir))?;
     if let Some(mount) = mount_below(&mounts, &dir) {
         return Err(HostError::Mounted { dir, mount });
@@ -262,36 +262,10 @@ pub fn remove_unmounted(dir: &Path) -> Result<(), HostError> {
     fs::remove_dir_all(&dir).map_err(HostError::io("remove", dir))
 }
 
-/// The mount point at or below `dir` in a mount table, if there is one.
-fn mount_below(mountinfo: &str, dir: &Path) -> Option<PathBuf> {
-    mountinfo
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|point| PathBuf::from(unescape_octal(point)))
-        .find(|point| point.starts_with(dir))
-}
-
-/// The kernel writes blanks and backslashes in the mount table as three octal digits.
-fn unescape_octal(text: &str) -> String {
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once('\\') {
-        out.push_str(before);
-        let code = after
-            .get(..3)
-            .and_then(|code| u8::from_str_radix(code, 8).ok());
-        match code {
-            Some(code) => {
-                out.push(char::from(code));
-                rest = &after[3..];
-            }
-            None => {
-                out.push('\\');
-                rest = after;
-            }
-        }
-    }
-    out + rest
+/// The mount point at or below `dir`, if there is one.
+fn mount_below(mounts: &[proc_files::Mount], dir: &Path) -> Option<PathBuf> {
+    let mut points = mounts.iter().map(|mount| &mount.target);
+    points.find(|point| point.starts_with(dir)).cloned()
 }
 
 fn directory(path: &Path, mode: u32, nobody: bool) -> Result<(), HostError> {
@@ -509,12 +483,11 @@ mod tests {
 
     #[test]
     fn a_mount_below_is_found() {
-        let table = "22 1 0:20 / / rw - ext4 x rw\n23 22 0:21 / /a\\040b/c rw - tmpfs x rw\n";
-        assert_eq!(
-            mount_below(table, Path::new("/a b")),
-            Some(PathBuf::from("/a b/c"))
-        );
-        assert_eq!(mount_below(table, Path::new("/a b/c/d")), None);
-        assert_eq!(mount_below(table, Path::new("/a")), None);
+        let table = b"22 1 0:20 / / rw - ext4 x rw\n23 22 0:21 / /a\\040b/c rw - tmpfs x rw\n";
+        let mounts = proc_files::parse_mountinfo(table);
+        let below = |dir| mount_below(&mounts, Path::new(dir));
+        assert_eq!(below("/a b"), Some(PathBuf::from("/a b/c")));
+        assert_eq!(below("/a b/c/d"), None);
+        assert_eq!(below("/a"), None);
     }
 }

@@ -4,6 +4,7 @@
 mod ffi;
 pub mod kernel;
 pub mod process;
-pub mod procfs;
+
+pub use proc_files as procfs;
 
 pub use ffi::{return_free_memory, share_malloc_arena};

@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 
+use super::procfs;
 use crate::container::Process;
 use crate::signal::Signal;
 
@@ -112,12 +113,18 @@ pub fn child_by_inner_pid(parent: i32, inner: i32) -> Option<ProcessHandle> {
     children(parent).into_iter().find_map(|pid| {
         let handle = ProcessHandle::open(pid).ok()?;
         // Read after the pidfd is open: if the pid belongs to another process by now, the opened one is gone and gets no signal.
-        let is_child = field(pid, "PPid:")?.trim().parse() == Ok(parent);
-        let is_it = field(pid, "NSpid:")?
-            .split_ascii_whitespace()
-            .last()?
-            .parse()
-            == Ok(inner);
+        let status = status(pid)?;
+        let number = |name| {
+            procfs::status_field(&status, name)?
+                .split_ascii_whitespace()
+                .last()?
+                .parse()
+                .ok()
+        };
+        let (is_child, is_it) = (
+            number("PPid") == Some(parent),
+            number("NSpid") == Some(inner),
+        );
         (is_child && is_it).then_some(handle)
     })
 }
@@ -132,18 +139,18 @@ pub fn children(pid: i32) -> Vec<i32> {
 
 /// Whether a process has a handler for this signal.
 pub fn handles_signal(pid: i32, signal: Signal) -> bool {
-    mask(pid, "SigCgt:").is_some_and(|mask| has(mask, signal))
+    mask(pid, "SigCgt").is_some_and(|mask| has(mask, signal))
 }
 
 /// Whether a process blocks a signal, so that it stays pending, or has a handler for it. For PID 1 of a pid namespace the kernel
 /// drops every other signal except SIGKILL and SIGSTOP. `None` if the process is gone.
 pub fn blocks_or_handles_signal(pid: i32, signal: Signal) -> Option<bool> {
-    Some(has(mask(pid, "SigBlk:")?, signal) || has(mask(pid, "SigCgt:")?, signal))
+    Some(has(mask(pid, "SigBlk")?, signal) || has(mask(pid, "SigCgt")?, signal))
 }
 
 /// Whether a process ignores a signal.
 pub fn ignores_signal(pid: i32, signal: Signal) -> bool {
-    mask(pid, "SigIgn:").is_some_and(|mask| has(mask, signal))
+    mask(pid, "SigIgn").is_some_and(|mask| has(mask, signal))
 }
 
 fn has(mask: u64, signal: Signal) -> bool {
@@ -152,14 +159,11 @@ fn has(mask: u64, signal: Signal) -> bool {
 }
 
 fn mask(pid: i32, name: &str) -> Option<u64> {
-    u64::from_str_radix(field(pid, name)?.trim(), 16).ok()
+    procfs::signal_mask(&status(pid)?, name)
 }
 
-/// The rest of the line of `/proc/<pid>/status` that begins with `name`.
-fn field(pid: i32, name: &str) -> Option<String> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    Some(line.to_owned())
+fn status(pid: i32) -> Option<String> {
+    fs::read_to_string(format!("/proc/{pid}/status")).ok()
 }
 
 /// Keeps this process out of core dumps and out of reach of unprivileged debuggers and `/proc` readers, because secrets pass
@@ -196,8 +200,6 @@ pub fn close_inherited() {
     }
 }
 
-/// Field 22 of `/proc/<pid>/stat`. The second field is the process name in parentheses, which may contain anything, so the line
-/// is cut at the last closing one.
 fn start_time(pid: i32) -> io::Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|error| {
         match error.raw_os_error() {
@@ -206,11 +208,9 @@ fn start_time(pid: i32) -> io::Result<u64> {
             _ => error,
         }
     })?;
-    let field = text
-        .rsplit(')')
-        .next()
-        .and_then(|rest| rest.split_ascii_whitespace().nth(19)?.parse().ok());
-    field.ok_or_else(|| io::ErrorKind::InvalidData.into())
+    procfs::parse_stat(&text)
+        .map(|stat| stat.start)
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// `None` for signal 0, which has no value there.

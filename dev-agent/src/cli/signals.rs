@@ -31,9 +31,6 @@ pub(super) fn stops() -> std::io::Result<mpsc::Receiver<()>> {
 /// The signals that this process ignores, signal n as bit n - 1.
 fn ignored() -> std::io::Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
-    let mask = status
-        .lines()
-        .find_map(|line| line.strip_prefix("SigIgn:"))
-        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.ok_or_else(|| std::io::Error::other("/proc/self/status has no SigIgn"))
+    proc_files::signal_mask(&status, "SigIgn")
+        .ok_or_else(|| std::io::Error::other("/proc/self/status has no SigIgn"))
 }

@@ -7,6 +7,8 @@ use std::io::Read as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use nomad_driver_nspawn::sys::procfs;
+
 /// What a task's first process is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
@@ -295,9 +297,7 @@ pub fn ancestry(pid: i32) -> Vec<i32> {
     while next > 0 && !all.contains(&next) {
         all.push(next);
         let stat = fs::read_to_string(format!("/proc/{next}/stat")).unwrap_or_default();
-        let after = stat.rsplit(')').next().unwrap_or_default();
-        let parent = after.split_whitespace().nth(1);
-        next = parent.and_then(|pid| pid.parse().ok()).unwrap_or(0);
+        next = procfs::parse_stat(&stat).map_or(0, |stat| stat.parent);
     }
     all
 }

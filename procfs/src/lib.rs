@@ -1,5 +1,6 @@
-//! The only parser of the kernel's mount tables (`/proc/<pid>/mountinfo`). Works on bytes, because a path need not be UTF-8, and
-//! decodes the kernel's octal escapes.
+//! The only parser of what the kernel writes about processes: mount tables (`/proc/<pid>/mountinfo`), `/proc/<pid>/status` and
+//! `/proc/<pid>/stat`. A crate, because the driver and the development agent both read them. Mount tables are parsed as bytes, because a
+//! path need not be UTF-8.
 
 use std::ffi::OsString;
 use std::io;
@@ -96,6 +97,46 @@ fn octal(digits: &[u8]) -> Option<u8> {
         .filter(|_| plain)
 }
 
+/// A field of the text of a `/proc/<pid>/status` file, such as `SigCgt`, without the blanks around it.
+pub fn status_field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    let mut lines = status.lines().filter_map(|line| line.split_once(':'));
+    let (_, value) = lines.find(|(found, _)| *found == name)?;
+    Some(value.trim())
+}
+
+/// A set of signals in the text of a `/proc/<pid>/status` file, such as `SigCgt`: signal n is bit n - 1.
+pub fn signal_mask(status: &str, name: &str) -> Option<u64> {
+    u64::from_str_radix(status_field(status, name)?, 16).ok()
+}
+
+/// What is used of a `/proc/<pid>/stat` file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stat {
+    /// Its state, such as `S`, or `Z` for one that has exited and has not been waited for.
+    pub state: char,
+    /// The pid of its parent.
+    pub parent: i32,
+    /// The id of its session.
+    pub session: i32,
+    /// When it started, in clock ticks since boot.
+    pub start: u64,
+}
+
+/// Parses the text of a `/proc/<pid>/stat` file. The second field is the name of the process in parentheses, which may contain
+/// anything, so the text is cut at the last closing one.
+pub fn parse_stat(stat: &str) -> Option<Stat> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    // The first of them is the third field.
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3).copied();
+    Some(Stat {
+        state: field(3)?.chars().next()?,
+        parent: field(4)?.parse().ok()?,
+        session: field(6)?.parse().ok()?,
+        start: field(22)?.parse().ok()?,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -135,5 +176,29 @@ mod tests {
     fn this_process_has_a_root() {
         let mounts = own_mounts().unwrap();
         assert!(mounts.iter().any(|mount| mount.target == Path::new("/")));
+    }
+
+    #[test]
+    fn a_process_s_name_may_look_like_the_rest_of_its_line() {
+        let line = "7 (a) S 1 (b) Z 3 4 5 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 98765 123 4\n";
+        let wanted = Stat {
+            state: 'Z',
+            parent: 3,
+            session: 5,
+            start: 98765,
+        };
+        assert_eq!(parse_stat(line), Some(wanted));
+        assert_eq!(parse_stat("7 (a) S 1 2"), None);
+        assert_eq!(parse_stat(""), None);
+    }
+
+    #[test]
+    fn a_field_of_the_status_is_found_by_its_whole_name() {
+        let status = "Name:\ta: b\nSigCgtX:\t1\nSigCgt:\t0000000000004002\nRssAnon:\t     812 kB\n";
+        assert_eq!(status_field(status, "Name"), Some("a: b"));
+        assert_eq!(status_field(status, "RssAnon"), Some("812 kB"));
+        assert_eq!(status_field(status, "Sig"), None);
+        assert_eq!(signal_mask(status, "SigCgt"), Some(0x4002));
+        assert_eq!(signal_mask(status, "Name"), None);
     }
 }
