@@ -101,7 +101,14 @@ const CRATES: &[(&str, &str)] = &[
 ];
 
 /// The directories with product code.
-const PRODUCT: &[&str] = &["src/", "dev-agent/", "packets/", "procfs/", "proto/", "values/"];
+const PRODUCT: &[&str] = &[
+    "src/",
+    "dev-agent/",
+    "packets/",
+    "procfs/",
+    "proto/",
+    "values/",
+];
 
 /// The crates of the workspace that ship, and those of them that each may depend on.
 const CRATES_MAY_USE: &[(&str, &[&str])] = &[

@@ -38,27 +38,7 @@ pub(super) struct Installed {
 impl Installed {
     /// The program and its version, which is queried again only when the file changes.
     pub(super) async fn get(&self, settings: &Arc<Settings>) -> Result<(PathBuf, u32), NoVersion> {
-        let known = Arc::clone(&self.known);
-        let asked = Arc::clone(settings);
-        let question = async {
-            let known = known.lock_owned().await;
-            // The lock moves into the work, so that on a file system that hangs all queries hold one thread, and not one thread
-            // each.
-            let (mut known, look) = blocking::run(move || {
-                let look = look(&asked, known.as_ref());
-                (known, look)
-            })
-            .await;
-            match look? {
-                Look::Known(program, version) => Ok((program.path, version)),
-                Look::Asked(program, asked) => {
-                    let version = read_version(&program.path, *asked).await?;
-                    *known = Some((program.clone(), version));
-                    Ok((program.path, version))
-                }
-            }
-        };
-        let answer = tokio::time::timeout(ANSWER, question).await;
+        let answer = tokio::time::timeout(ANSWER, self.query(settings)).await;
         answer.unwrap_or_else(|_| {
             let path = settings.nspawn.as_deref();
             let path = path.unwrap_or_else(|| Path::new("systemd-nspawn"));
@@ -71,6 +51,25 @@ impl Installed {
                 ),
             })
         })
+    }
+
+    async fn query(&self, settings: &Arc<Settings>) -> Result<(PathBuf, u32), NoVersion> {
+        let settings = Arc::clone(settings);
+        let known = Arc::clone(&self.known).lock_owned().await;
+        // The lock moves into the work, so that on a file system that hangs all queries hold one thread, and not one thread each.
+        let (mut known, look) = blocking::run(move || {
+            let look = look(&settings, known.as_ref());
+            (known, look)
+        })
+        .await;
+        match look? {
+            Look::Known(program, version) => Ok((program.path, version)),
+            Look::Asked(program, asked) => {
+                let version = read_version(&program.path, *asked).await?;
+                *known = Some((program.clone(), version));
+                Ok((program.path, version))
+            }
+        }
     }
 }
 

@@ -60,7 +60,7 @@ pub struct NspawnBackend {
     /// Allows one probe of the host at a time, so that probes that hang hold one thread, and not one thread each.
     probing: Arc<tokio::sync::Mutex<()>>,
     /// The binary of the container init: one for all containers, made when the first of them starts.
-    first: Arc<OnceLock<OwnedFd>>,
+    init: Arc<OnceLock<OwnedFd>>,
     tracker: TaskTracker,
 }
 
@@ -74,7 +74,7 @@ impl NspawnBackend {
             installed: Installed::default(),
             logged: Mutex::default(),
             probing: Arc::default(),
-            first: Arc::default(),
+            init: Arc::default(),
             tracker: TaskTracker::new(),
         }
     }
@@ -111,22 +111,7 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
-        self.remove_earlier(&spec).await?;
-        let (machine, task_dir) = (
-            spec.identity.machine.clone(),
-            self.task_dir(&spec.identity.id),
-        );
-        let started = self.start_new(spec).await;
-        if started.is_err()
-            && let Err(error) = self.remove_start(&task_dir).await
-        {
-            tracing::error!(
-                machine,
-                error = chain(&error),
-                "a failed start could not be removed"
-            );
-        }
-        started
+        self.start_container(spec).await
     }
 
     async fn attach(&self, started: &Started) -> Result<Started, BackendError> {

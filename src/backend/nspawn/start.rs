@@ -1,5 +1,5 @@
-//! Starts a container. Whatever an interrupted earlier start of the same task has left is removed first; after that the start only
-//! goes forward: lock a new task directory, prepare, launch the supervisor, wait until the container is up.
+//! Starts a container. First removes the earlier starts of the same task, then only goes forward: prepares the new start
+//! (`prepare`), launches its supervisor, and waits until the container is up.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::prepare::{Host, prepare};
 use super::remove::refuse_later_form;
 use super::{NspawnBackend, io_error};
-use crate::backend::BackendError;
+use crate::backend::{BackendError, chain};
 use crate::blocking;
 use crate::container::{Cause, ContainerSpec, Started};
 use crate::failpoint::{self, Failpoint};
@@ -23,41 +23,37 @@ use crate::supervisor::{self, StartFailure, StartStep, Status, SupervisorClient,
 const START_TIMEOUT: Duration = Duration::from_secs(600);
 
 impl NspawnBackend {
-    /// Removes what earlier starts of the same task have left. The state directory is checked first, because its content is trusted.
-    pub(super) async fn remove_earlier(&self, spec: &ContainerSpec) -> Result<(), BackendError> {
-        let settings = Arc::clone(&self.settings);
-        let secured = blocking::run_start(move || state_dir::secure(&settings.state_dir)).await;
-        secured.map_err(|error| match error {
-            StateDirError::Io { path, source } => io_error("creating the directory", &path, source),
-            refused => BackendError::Unsupported {
-                machine: spec.identity.machine.clone(),
-                reason: refused.to_string(),
-            },
-        })?;
-        let (settings, id) = (Arc::clone(&self.settings), spec.identity.id.clone());
+    /// Starts a container. After an error nothing of it is left.
+    pub(super) async fn start_container(
+        &self,
+        spec: ContainerSpec,
+    ) -> Result<Started, BackendError> {
+        let (machine, task_dir) = (
+            spec.identity.machine.clone(),
+            self.task_dir(&spec.identity.id),
+        );
+        let (settings, id, name) = (
+            Arc::clone(&self.settings),
+            spec.identity.id.clone(),
+            machine.clone(),
+        );
         let earlier =
-            blocking::run_start(move || TaskDir::previous_starts(&settings.state_dir, &id)).await;
-        let earlier = earlier.map_err(|source| {
-            let place = &self.settings.state_dir;
-            io_error("listing the starts in", place, source)
-        })?;
-        let mut occupied = vec![self.task_dir(&spec.identity.id)];
-        occupied.extend(earlier);
-        let (starts, machine) = (occupied.clone(), spec.identity.machine.clone());
-        blocking::run_start(move || {
-            starts
-                .iter()
-                .try_for_each(|start| refuse_later_form(start, &machine))
-        })
-        .await?;
-        for earlier in occupied {
-            self.remove_start(&earlier).await?;
+            blocking::run_start(move || earlier_starts(&settings.state_dir, &id, &name)).await?;
+        for start in earlier {
+            self.remove_start(&start).await?;
         }
-        Ok(())
+        let started = self.start_new(spec).await;
+        if started.is_err()
+            && let Err(error) = self.remove_start(&task_dir).await
+        {
+            let error = chain(&error);
+            tracing::error!(machine, error, "a failed start could not be removed");
+        }
+        started
     }
 
-    /// Starts a container that has no leftovers. After an error the caller removes what is there of it.
-    pub(super) async fn start_new(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
+    /// Starts a container that has no earlier starts. After an error the caller removes what is there of it.
+    async fn start_new(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
         let (machine, task_dir) = (
             spec.identity.machine.clone(),
             self.task_dir(&spec.identity.id),
@@ -69,40 +65,58 @@ impl NspawnBackend {
             version,
             kernel: self.kernel,
         };
-        self.create_task_dir(&task_dir).await?;
-        let place = task_dir.clone();
-        blocking::run_start(move || prepare(&spec, &place, host)).await?;
-        let started = self.launch_supervisor(&task_dir).await;
-        started.map_err(|failure| BackendError::Start {
-            machine,
-            step: failure.step.as_str(),
-            cause: failure.cause(),
-            reason: failure.reason,
-        })
+        let client = self.launch(spec, host).await?;
+        let up = wait_until_up(&client, &task_dir).await;
+        up.map_err(|failure| failed(machine, failure))
     }
 
-    /// Creates and locks the task directory of a new start.
-    async fn create_task_dir(&self, task_dir: &TaskDir) -> Result<(), BackendError> {
-        let place = task_dir.clone();
-        let lock = blocking::run_start(move || TaskLock::create(&place)).await;
-        let lock =
-            lock.map_err(|source| io_error("creating the directory", task_dir.path(), source))?;
-        self.registry.set_lock(task_dir, lock);
-        Ok(())
-    }
-
-    async fn launch_supervisor(&self, task_dir: &TaskDir) -> Result<Started, StartFailure> {
+    /// Prepares a start in a new, locked task directory and launches its supervisor: one call that may block.
+    async fn launch(
+        &self,
+        spec: ContainerSpec,
+        host: Host,
+    ) -> Result<SupervisorClient, BackendError> {
         let (settings, tracker) = (Arc::clone(&self.settings), self.tracker.clone());
-        let (first, place) = (Arc::clone(&self.first), task_dir.clone());
+        let (init, task_dir) = (Arc::clone(&self.init), self.task_dir(&spec.identity.id));
+        let place = task_dir.clone();
         let launched = blocking::run_start(move || {
+            let lock = TaskLock::create(&place)
+                .map_err(|source| io_error("creating the directory", place.path(), source))?;
+            prepare(&spec, &place, host)?;
             failpoint::hit(&place, Failpoint::OrderWritten);
-            let program = init_binary(&first, &settings.state_dir)?;
-            client::launch(&settings.binary, &place, program, &tracker)
+            let client = init_binary(&init, &settings.state_dir)
+                .and_then(|init| client::launch(&settings.binary, &place, init, &tracker))
+                .map_err(|error| watch_failure("its supervisor can't be started", &error))
+                .map_err(|failure| failed(spec.identity.machine, failure))?;
+            Ok((lock, client))
         });
-        let client = launched.await.map_err(|error| not_watched(&error))?;
-        self.registry.set_client(task_dir, client.clone());
-        wait_until_up(&client, task_dir).await
+        let (lock, client) = launched.await?;
+        self.registry.set_lock(&task_dir, lock);
+        self.registry.set_client(&task_dir, client.clone());
+        Ok(client)
     }
+}
+
+/// The starts of this task that have a task directory, an interrupted one of the same id among them. Usually there are none. The
+/// state directory is checked first, because its content is trusted. If a later driver made one of the starts, none may be ended.
+fn earlier_starts(state_dir: &Path, id: &str, machine: &str) -> Result<Vec<TaskDir>, BackendError> {
+    state_dir::secure(state_dir).map_err(|error| match error {
+        StateDirError::Io { path, source } => io_error("creating the directory", &path, source),
+        refused => BackendError::Unsupported {
+            machine: machine.to_owned(),
+            reason: refused.to_string(),
+        },
+    })?;
+    let mut starts = TaskDir::previous_starts(state_dir, id)
+        .map_err(|source| io_error("listing the starts in", state_dir, source))?;
+    let own = TaskDir::for_task(state_dir, id);
+    if own.path().symlink_metadata().is_ok() {
+        starts.push(own);
+    }
+    let refused = starts
+        .iter()
+        .try_for_each(|start| refuse_later_form(start, machine));
+    refused.map(|()| starts)
 }
 
 /// Waits until the container is up, or has failed to come up.
@@ -114,32 +128,41 @@ async fn wait_until_up(
         Ok(Status::Up(started)) => Ok((*started).clone()),
         Ok(Status::Failed(failure)) => Err((*failure).clone()),
         // The command exited before the event of its start was read.
-        Ok(Status::Ended(_)) => {
-            let place = task_dir.clone();
-            let running = blocking::run(move || place.running()).await;
-            running
-                .map(|running| running.started)
-                .map_err(|error| not_watched(&error))
+        Ok(Status::Ended(_)) => recorded(task_dir).await,
+        Ok(Status::Starting) => {
+            let reason = "its supervisor exited without a report: look for killed processes in the kernel log";
+            Err(StartFailure::new(StartStep::Watch, Cause::Unknown, reason))
         }
-        Ok(Status::Starting) => Err(StartFailure::new(
-            StartStep::Watch,
-            Cause::Unknown,
-            "its supervisor exited without a report: look for killed processes in the kernel log",
-        )),
-        Err(_) => Err(StartFailure::new(
-            StartStep::Nspawn,
-            Cause::Resources,
-            format!(
-                "the container did not come up within {} s",
-                START_TIMEOUT.as_secs()
-            ),
-        )),
+        Err(_) => {
+            let limit = START_TIMEOUT.as_secs();
+            let reason = format!("the container did not come up within {limit} s");
+            let (step, cause) = (StartStep::Nspawn, Cause::Resources);
+            Err(StartFailure::new(step, cause, reason))
+        }
     }
 }
 
-fn not_watched(error: &io::Error) -> StartFailure {
-    let reason = format!("its supervisor can't be started: {error}");
-    StartFailure::new(StartStep::Watch, cause_of_host_error(error), reason)
+/// The container according to its running record.
+async fn recorded(task_dir: &TaskDir) -> Result<Started, StartFailure> {
+    let place = task_dir.clone();
+    let running = blocking::run(move || place.running()).await;
+    running
+        .map(|running| running.started)
+        .map_err(|error| watch_failure("its running record can't be read", &error))
+}
+
+fn failed(machine: String, failure: StartFailure) -> BackendError {
+    BackendError::Start {
+        machine,
+        step: failure.step.as_str(),
+        cause: failure.cause(),
+        reason: failure.reason,
+    }
+}
+
+fn watch_failure(what: &str, error: &io::Error) -> StartFailure {
+    let cause = cause_of_host_error(error);
+    StartFailure::new(StartStep::Watch, cause, format!("{what}: {error}"))
 }
 
 /// The binary of the container init, made on first use. Two concurrent callers may both make it; one of the two is kept.
