@@ -56,7 +56,7 @@ pub(super) fn prepare(
         notes.push(NO_CGROUPS.to_owned());
     }
     let resources = acquire::resources(spec, cgroup, &root);
-    let launch_spec = launch_spec(spec, host.program, &mut line, resources, notes)?;
+    let launch_spec = launch_spec(spec, host.program, &mut line, resources, bounded(notes))?;
     failpoint::hit(task_dir, Failpoint::BeforeOrder);
     task_dir
         .write_launch_spec(&launch_spec, &line.environment, line.init.as_ref())
@@ -65,6 +65,35 @@ pub(super) fn prepare(
 
 const NO_CGROUPS: &str =
     "this host has no control groups that the driver can use: there are no statistics of this task";
+
+/// The maximum length of the notes of one start together, in bytes. The supervisor reports them in one packet, and JSON can make a
+/// byte six times as long.
+const MAX_NOTES_BYTES: usize = packets::MAX_PACKET_BYTES / 8;
+
+/// The notes up to the maximum length; the last one says what is missing.
+fn bounded(notes: Vec<String>) -> Vec<String> {
+    let mut left = MAX_NOTES_BYTES;
+    let mut kept = Vec::new();
+    for note in &notes {
+        let mut note = note.clone();
+        let is_whole = note.len() <= left;
+        if !is_whole {
+            note.truncate(note.floor_char_boundary(left));
+            note.push('…');
+        }
+        left = left.saturating_sub(note.len());
+        kept.push(note);
+        if !is_whole {
+            let more = notes.len() - kept.len();
+            kept.push(format!(
+                "the notes of this start are cut off at {} KiB; {more} more are left out",
+                MAX_NOTES_BYTES / 1024
+            ));
+            break;
+        }
+    }
+    kept
+}
 
 /// The command line of systemd-nspawn. Adds to `notes` what is lost because a bind mount can't be mapped.
 fn command_line(
@@ -167,4 +196,26 @@ fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
 fn unsupported(spec: &ContainerSpec, reason: String) -> BackendError {
     let machine = spec.identity.machine.clone();
     BackendError::Unsupported { machine, reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_kept_up_to_their_maximum_length() {
+        let few = vec!["one".to_owned(), "two".to_owned()];
+        assert_eq!(bounded(few.clone()), few);
+        let exact = vec!["x".repeat(MAX_NOTES_BYTES)];
+        assert_eq!(bounded(exact.clone()), exact);
+        let many = vec!["ä\u{1}".repeat(1000); 200];
+        let kept = bounded(many);
+        let report = serde_json::to_vec(&kept).unwrap();
+        assert!(report.len() < packets::MAX_PACKET_BYTES, "{}", report.len());
+        let [.., cut, last] = kept.as_slice() else {
+            panic!("{kept:?}")
+        };
+        assert!(cut.ends_with('…'));
+        assert!(last.contains("194 more are left out"), "{last}");
+    }
 }
