@@ -109,10 +109,14 @@ impl RootDir {
         Ok(Resolved { below, entry })
     }
 
-    /// What is at a path of the tree, with links followed. `None` if nothing is there, or if that can't be found out: a loop of
-    /// links, an error of the file system.
-    pub fn entry(&self, path: &Path) -> Option<Entry> {
-        self.resolve(path).ok()?.entry
+    /// What is at a path of the tree, with links followed. `None` if nothing is there, or only links that form a loop. Fails if
+    /// that can't be found out, for example because no descriptors are left.
+    pub fn entry(&self, path: &Path) -> io::Result<Option<Entry>> {
+        match self.resolve(path) {
+            Ok(found) => Ok(found.entry),
+            Err(error) if error.raw_os_error() == Some(nix::Error::ELOOP as i32) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// What is at this path below the root, itself not followed if it is a link. `None` if nothing is there. The path has no `..`,
@@ -270,7 +274,7 @@ mod tests {
         let root = RootDir::open(&root).unwrap();
         let error = root.resolve(Path::new(path)).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(nix::libc::ELOOP));
-        assert!(root.entry(Path::new(path)).is_none());
+        assert!(root.entry(Path::new(path)).unwrap().is_none());
     }
 
     #[rstest]
@@ -291,7 +295,7 @@ mod tests {
         symlink("/fifo", root.join("to_fifo")).unwrap();
         let _socket = UnixListener::bind(root.join("socket")).unwrap();
         let root = RootDir::open(&root).unwrap();
-        let found = root.entry(Path::new(path)).and_then(|entry| {
+        let found = root.entry(Path::new(path)).unwrap().and_then(|entry| {
             let mut text = String::new();
             entry.open_file().ok()?.read_to_string(&mut text).unwrap();
             Some(text)
@@ -302,7 +306,7 @@ mod tests {
     #[test]
     fn a_device_is_not_opened() {
         let devices = RootDir::open(Path::new("/dev")).unwrap();
-        let null = devices.entry(Path::new("null")).unwrap();
+        let null = devices.entry(Path::new("null")).unwrap().unwrap();
         null.open_file().unwrap_err();
     }
 
@@ -315,7 +319,7 @@ mod tests {
         assert!(found.entry.is_none());
         let file = tempfile::tempfile().unwrap();
         let path = format!("fd/{}", file.as_raw_fd());
-        assert!(root.entry(Path::new(&path)).is_none());
+        assert!(root.entry(Path::new(&path)).unwrap().is_none());
     }
 
     /// As if a directory had been exchanged for a link after the path had been resolved.
@@ -334,7 +338,7 @@ mod tests {
     fn what_was_looked_up_is_opened_whatever_has_its_name_now() {
         let (_temp, path) = image();
         let root = RootDir::open(&path).unwrap();
-        let entry = root.entry(Path::new("file")).unwrap();
+        let entry = root.entry(Path::new("file")).unwrap().unwrap();
         fs::remove_file(path.join("file")).unwrap();
         symlink("../secret", path.join("file")).unwrap();
         let mut text = String::new();
@@ -351,7 +355,7 @@ mod tests {
         let (_temp, root) = image();
         let root = RootDir::open(&root).unwrap();
         let names = |path: &str| {
-            let entry = root.entry(Path::new(path)).unwrap();
+            let entry = root.entry(Path::new(path)).unwrap().unwrap();
             let mut names: Vec<_> = entry.names()?.collect::<io::Result<_>>()?;
             names.sort();
             io::Result::Ok(names)
@@ -366,8 +370,19 @@ mod tests {
         let (_temp, root) = image();
         RootDir::open(&root.join("file")).unwrap_err();
         let tree = RootDir::open(&root).unwrap();
-        assert!(tree.entry(Path::new("file")).unwrap().into_root().is_none());
-        let inner = tree.entry(Path::new("usr")).unwrap().into_root().unwrap();
+        assert!(
+            tree.entry(Path::new("file"))
+                .unwrap()
+                .unwrap()
+                .into_root()
+                .is_none()
+        );
+        let inner = tree
+            .entry(Path::new("usr"))
+            .unwrap()
+            .unwrap()
+            .into_root()
+            .unwrap();
         assert_eq!(
             inner.resolve(Path::new("/../lib")).unwrap().below,
             Path::new("lib")

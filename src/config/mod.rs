@@ -3,11 +3,13 @@
 //! again. Starts nothing.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::container::ContainerSpec;
+use crate::container::{Cause, ContainerSpec};
+use crate::nspawn::refusal::cause_of_exec_error;
 use crate::proto::hclspec;
 
 mod decode;
@@ -129,6 +131,8 @@ pub struct ConfigError {
     pub option: String,
     /// The value and what is allowed.
     pub reason: String,
+    /// [`Cause::Config`], unless the host could not check the value: then nothing may be wrong with it.
+    pub cause: Cause,
 }
 
 impl ConfigError {
@@ -136,6 +140,15 @@ impl ConfigError {
         Self {
             option: option.into(),
             reason: reason.into(),
+            cause: Cause::Config,
+        }
+    }
+
+    /// A value that could not be checked because of this error.
+    fn on_host(option: impl Into<String>, reason: impl Into<String>, error: &io::Error) -> Self {
+        Self {
+            cause: cause_of_exec_error(error),
+            ..Self::new(option, reason)
         }
     }
 }

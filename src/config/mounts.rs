@@ -68,7 +68,7 @@ fn volumes(
             }
             Err(error) => {
                 let reason = format!("the source {} can't be resolved: {error}", quoted(&text));
-                return Err(ConfigError::new(option, reason));
+                return Err(ConfigError::on_host(option, reason, &error));
             }
         };
         let mount = Mount {

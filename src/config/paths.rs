@@ -50,10 +50,9 @@ impl PathError {
                 format!("{text} leads outside {}", quoted(&base.to_string_lossy()))
             }
             Self::Unreadable(path, error) => {
-                format!(
-                    "{text} can't be examined at {}: {error}",
-                    quoted(&path.to_string_lossy())
-                )
+                let path = quoted(&path.to_string_lossy());
+                let reason = format!("{text} can't be examined at {path}: {error}");
+                return ConfigError::on_host(option, reason, &error);
             }
         };
         ConfigError::new(option, reason)

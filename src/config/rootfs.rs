@@ -1,6 +1,7 @@
 //! What a root file system must contain for systemd-nspawn to accept it, looked up inside the tree. Reports what is
 //! missing and leaves the decision to the caller.
 
+use std::io;
 use std::path::Path;
 
 use crate::container::Mode;
@@ -14,19 +15,31 @@ const INITS: [&str; 3] = [
 ];
 const OS_RELEASE: [&str; 2] = ["etc/os-release", "usr/lib/os-release"];
 
-/// The first thing that the tree lacks to be started in this mode.
-pub(super) fn missing_os_files(root: &RootDir, mode: Mode) -> Option<&'static str> {
-    let entry = |path: &str| root.entry(Path::new(path));
-    let file = |path: &&str| entry(path).is_some_and(|found| found.metadata().is_file());
-    match mode {
+/// The first thing that the tree lacks to be started in this mode. Fails if that can't be found out.
+pub(super) fn missing_os_files(root: &RootDir, mode: Mode) -> io::Result<Option<&'static str>> {
+    Ok(match mode {
         Mode::Plain | Mode::ProcessTwo => {
-            let usr = entry("usr").is_some_and(|found| found.metadata().is_dir());
-            (!usr).then_some("the directory usr")
+            let usr = root.entry(Path::new("usr"))?;
+            let exists = usr.is_some_and(|found| found.metadata().is_dir());
+            (!exists).then_some("the directory usr")
         }
-        Mode::Boot if !OS_RELEASE.iter().any(file) => Some("etc/os-release and usr/lib/os-release"),
-        Mode::Boot if !INITS.iter().any(file) => {
+        Mode::Boot if !has_one_of(root, &OS_RELEASE)? => {
+            Some("etc/os-release and usr/lib/os-release")
+        }
+        Mode::Boot if !has_one_of(root, &INITS)? => {
             Some("an init (usr/lib/systemd/systemd, lib/systemd/systemd or sbin/init)")
         }
         Mode::Boot => None,
+    })
+}
+
+/// Whether at least one of these regular files exists.
+fn has_one_of(root: &RootDir, files: &[&str]) -> io::Result<bool> {
+    for file in files {
+        let found = root.entry(Path::new(file))?;
+        if found.is_some_and(|found| found.metadata().is_file()) {
+            return Ok(true);
+        }
     }
+    Ok(false)
 }

@@ -1,6 +1,7 @@
 //! Validates a task's `config` block against what Nomad granted and what the operator allows. This is the one place
 //! where a configuration becomes a `ContainerSpec`, and the last one that rejects anything because of its value.
 
+use std::io;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use crate::container::{
     ContainerSpec, Identity, Mode, Network, NetworkNamespace, Payload, Resources, Root, Rootfs,
     Users, Volatile,
 };
-use crate::rootfs_path::{RootDir, copy_place};
+use crate::rootfs_path::{Entry, RootDir, copy_place};
 
 use super::decode::quoted;
 use super::environment::{self, STRING_MAX};
@@ -334,7 +335,7 @@ fn root(
         .metadata()
         .map_err(|error| {
             let reason = format!("{} can't be examined: {error}", quoted(image));
-            ConfigError::new(IMAGE, reason)
+            ConfigError::on_host(IMAGE, reason, &error)
         })?
         .file_type();
     if kind.is_dir() {
@@ -391,19 +392,17 @@ fn validate_root(
             return Err(ConfigError::new(IMAGE, reason));
         }
     }
-    let tree = RootDir::open(path).map_err(|error| {
-        let reason = format!(
-            "{} can't be opened: {error}",
-            quoted(&path.to_string_lossy())
-        );
-        ConfigError::new(IMAGE, reason)
-    })?;
+    let unreadable = |error: io::Error| {
+        let path = quoted(&path.to_string_lossy());
+        ConfigError::on_host(IMAGE, format!("{path} can't be examined: {error}"), &error)
+    };
+    let tree = RootDir::open(path).map_err(unreadable)?;
     let pivoted = pivot.map(|new| pivoted(&tree, new)).transpose()?;
     let (shown, top) = match &pivoted {
         None => (path.to_owned(), &tree),
         Some((below, top)) => (path.join(below), top),
     };
-    if let Some(missing) = rootfs::missing_os_files(top, mode) {
+    if let Some(missing) = rootfs::missing_os_files(top, mode).map_err(unreadable)? {
         let hint = match mode {
             Mode::Boot => "; to run a command instead of an init, set config.boot = false",
             Mode::ProcessTwo | Mode::Plain => "",
@@ -414,11 +413,8 @@ fn validate_root(
         );
         return Err(ConfigError::new(IMAGE, reason));
     }
-    let unmerged = || {
-        let bin = tree.lookup(Path::new("bin"));
-        bin.is_ok_and(|bin| bin.is_some_and(|bin| bin.metadata().is_dir()))
-    };
-    if volatile == Volatile::Yes && unmerged() {
+    let bin = tree.lookup(Path::new("bin")).map_err(unreadable)?;
+    if volatile == Volatile::Yes && bin.is_some_and(|bin| bin.metadata().is_dir()) {
         let reason =
             "\"yes\" needs an image whose /bin is a symbolic link into /usr; use state or overlay";
         return Err(ConfigError::new(VOLATILE, reason));
@@ -428,12 +424,14 @@ fn validate_root(
 
 /// The directory of the image that becomes the root, by its path below the image's.
 fn pivoted(tree: &RootDir, new: &Path) -> Result<(PathBuf, RootDir), ConfigError> {
-    let found = tree.resolve(new).ok();
-    found
-        .and_then(|found| Some((found.below, found.entry?.into_root()?)))
-        .ok_or_else(|| {
-            let new = quoted(&new.to_string_lossy());
-            let reason = format!("{new} is not a directory of the image");
-            ConfigError::new(PIVOT_ROOT, reason)
-        })
+    let shown = quoted(&new.to_string_lossy());
+    let found = tree.resolve(new).map_err(|error| {
+        let reason = format!("{shown} can't be examined in the image: {error}");
+        ConfigError::on_host(PIVOT_ROOT, reason, &error)
+    })?;
+    let directory = found.entry.and_then(Entry::into_root);
+    directory.map(|root| (found.below, root)).ok_or_else(|| {
+        let reason = format!("{shown} is not a directory of the image");
+        ConfigError::new(PIVOT_ROOT, reason)
+    })
 }

@@ -43,6 +43,9 @@ pub(super) enum CallError {
 impl From<CallError> for Status {
     fn from(error: CallError) -> Self {
         let (code, retry) = match &error {
+            CallError::Config(error) if error.cause.is_recoverable() => {
+                (Code::FailedPrecondition, true)
+            }
             CallError::Config(_)
             | CallError::Signal(_)
             | CallError::Missing(_)
@@ -133,6 +136,7 @@ mod tests {
         let status = Status::from(CallError::from(ConfigError {
             option: "config.volatile".to_owned(),
             reason: "\"maybe\" is not one of yes, state, overlay, no".to_owned(),
+            cause: Cause::Config,
         }));
         assert_eq!(status.code(), Code::InvalidArgument);
         assert!(status.details().is_empty());
@@ -140,6 +144,18 @@ mod tests {
             status.message(),
             "config.volatile: \"maybe\" is not one of yes, state, overlay, no"
         );
+    }
+
+    #[test]
+    fn a_value_that_the_host_could_not_check_may_be_tried_again() {
+        let status = Status::from(CallError::from(ConfigError {
+            option: "config.image".to_owned(),
+            reason: "\"/srv/web\" can't be examined: Too many open files (os error 24)".to_owned(),
+            cause: Cause::Resources,
+        }));
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        let details = rpc::Status::decode(status.details()).unwrap();
+        assert_eq!(details.details[0].type_url, RECOVERABLE_TYPE);
     }
 
     #[test]

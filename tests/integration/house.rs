@@ -42,7 +42,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "signal",
         ],
     ),
-    ("config", &["proto", "container", "signal", "rootfs_path"]),
+    (
+        "config",
+        &["proto", "nspawn", "container", "signal", "rootfs_path"],
+    ),
     ("task", &["backend", "container", "signal"]),
     (
         "backend",
