@@ -3,6 +3,8 @@
 
 use sha2::{Digest as _, Sha256};
 
+use crate::container::Identity;
+
 use super::decode::quoted;
 use super::values::has_control;
 use super::{ConfigError, TaskContext};
@@ -16,8 +18,18 @@ const ID_MAX: usize = 512;
 /// The longest file name.
 const NAME_MAX: usize = 255;
 
+/// The identity of a start, with names that can be part of a path.
+pub(super) fn identity(context: &TaskContext) -> Result<Identity, ConfigError> {
+    check(context)?;
+    Ok(Identity {
+        id: context.id.clone(),
+        alloc_dir: context.alloc_dir.clone(),
+        machine: machine(&context.task, &context.alloc_id),
+    })
+}
+
 /// Rejects names that can't be part of a path.
-pub(super) fn check(context: &TaskContext) -> Result<(), ConfigError> {
+fn check(context: &TaskContext) -> Result<(), ConfigError> {
     let fault = |option: &str, value: &str, reason: &str| {
         Err(ConfigError::new(
             option,
@@ -52,7 +64,7 @@ fn is_file_name(name: &str) -> bool {
 }
 
 /// The machine name: `<task>-<allocation id>`, with everything replaced that systemd-nspawn does not accept in a name.
-pub(super) fn machine(task: &str, alloc_id: &str) -> String {
+fn machine(task: &str, alloc_id: &str) -> String {
     let alloc = label(alloc_id, ALLOC_MAX);
     let task = label(task, MACHINE_MAX - 1 - alloc.len());
     format!("{task}-{alloc}")
@@ -62,40 +74,33 @@ pub(super) fn machine(task: &str, alloc_id: &str) -> String {
 /// that different names stay different.
 fn label(name: &str, most: usize) -> String {
     const HASH_DIGITS: usize = 8;
-    let plain = |name: &str| {
-        name.len() <= most
-            && name.split('.').all(|part| {
-                !part.is_empty()
-                    && !part.starts_with('-')
-                    && !part.ends_with('-')
-                    && part
-                        .bytes()
-                        .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
-            })
-    };
-    if plain(name) {
+    if name.len() <= most && name.split('.').all(is_label) {
         return name.to_owned();
     }
     let kept: String = name
         .chars()
-        .map(|char| {
-            if char.is_ascii_alphanumeric() {
-                char
-            } else {
-                '-'
-            }
+        .map(|char| match char.is_ascii_alphanumeric() {
+            true => char,
+            false => '-',
         })
         .take(most - HASH_DIGITS - 1)
         .collect();
-    let hash: String = Sha256::digest(name.as_bytes())
-        .iter()
-        .take(HASH_DIGITS / 2)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let digest = Sha256::digest(name.as_bytes());
+    let digits = digest.iter().take(HASH_DIGITS / 2);
+    let hash: String = digits.map(|byte| format!("{byte:02x}")).collect();
     match kept.trim_matches('-') {
         "" => hash,
         kept => format!("{kept}-{hash}"),
     }
+}
+
+/// Whether this is a label of a host name.
+fn is_label(part: &str) -> bool {
+    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    !part.is_empty()
+        && !part.starts_with('-')
+        && !part.ends_with('-')
+        && part.bytes().all(is_allowed)
 }
 
 #[cfg(test)]

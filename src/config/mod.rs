@@ -23,6 +23,7 @@ mod plugin;
 mod rootfs;
 mod schema;
 mod task;
+mod users;
 mod values;
 
 #[cfg(test)]

@@ -19,15 +19,12 @@ pub(super) fn mounts(
     plugin_config: &PluginConfig,
     allocation: &Allocation,
 ) -> Result<Vec<Mount>, ConfigError> {
-    let mut mounts: Vec<_> = allocation
-        .visible_dirs()
-        .into_iter()
-        .map(|(source, target)| Mount {
-            source,
-            target: target.to_owned(),
-            read_only: false,
-        })
-        .collect();
+    let visible = allocation.visible_dirs().map(|(source, target)| Mount {
+        source,
+        target: target.to_owned(),
+        read_only: false,
+    });
+    let mut mounts = visible.to_vec();
     volumes(&mut mounts, context, plugin_config)?;
     let mut binds = |name, map: &Option<BTreeMap<String, String>>, read_only| {
         for (source, target) in map.iter().flatten() {
@@ -58,27 +55,31 @@ fn volumes(
             let reason = "volumes are disabled on this node (plugin.volumes = false)";
             return Err(ConfigError::new(option, reason));
         }
-        let text = volume.source.to_string_lossy();
-        validate_path_text(&option, &text)?;
-        let source = match volume.source.canonicalize() {
-            Ok(source) if volume.source.is_absolute() => source,
-            Ok(_) => {
-                let reason = format!("the source {} is not an absolute path", quoted(&text));
-                return Err(ConfigError::new(option, reason));
-            }
-            Err(error) => {
-                let reason = format!("the source {} can't be resolved: {error}", quoted(&text));
-                return Err(ConfigError::on_host(option, reason, &error));
-            }
-        };
         let mount = Mount {
-            source,
+            source: volume_source(&option, &volume.source)?,
             target: mount_point(&option, &target)?,
             read_only: volume.read_only,
         };
         add(mounts, &option, mount)?;
     }
     Ok(())
+}
+
+fn volume_source(option: &str, path: &Path) -> Result<PathBuf, ConfigError> {
+    let text = path.to_string_lossy();
+    validate_path_text(option, &text)?;
+    let text = quoted(&text);
+    match path.canonicalize() {
+        Ok(source) if path.is_absolute() => Ok(source),
+        Ok(_) => {
+            let reason = format!("the source {text} is not an absolute path");
+            Err(ConfigError::new(option, reason))
+        }
+        Err(error) => {
+            let reason = format!("the source {text} can't be resolved: {error}");
+            Err(ConfigError::on_host(option, reason, &error))
+        }
+    }
 }
 
 fn bind_source(

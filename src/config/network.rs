@@ -2,6 +2,7 @@
 //! only noticed when the container joins it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use crate::container::{NetworkNamespace, PortForward};
 
@@ -23,25 +24,15 @@ pub(super) fn network(
 ) -> Result<(NetworkNamespace, Vec<String>), ConfigError> {
     names(options)?;
     let ports = forwards(options, context)?;
-    let attached = [
+    let named = [
         (ZONE, &options.network_zone),
         (BRIDGE, &options.network_bridge),
-    ]
-    .into_iter()
-    .find_map(|(option, name)| Some((option, name.as_deref()?)));
+    ];
+    let attached = named
+        .into_iter()
+        .find_map(|(option, name)| Some((option, name.as_deref()?)));
     if let Some(namespace) = &context.network_namespace {
-        if !namespace.is_absolute() {
-            let path = quoted(&namespace.to_string_lossy());
-            let reason = format!("{path} is not an absolute path");
-            return Err(ConfigError::new("task.network_isolation", reason));
-        }
-        if let Some((option, name)) = attached {
-            let reason = format!(
-                "{} can't be combined with a network mode of the group",
-                quoted(name)
-            );
-            return Err(ConfigError::new(option, reason));
-        }
+        check_group_network(namespace, attached)?;
         let notes = joined(options, context)?;
         return Ok((NetworkNamespace::Join(namespace.clone()), notes));
     }
@@ -62,6 +53,24 @@ pub(super) fn network(
         ports,
     };
     Ok((private, Vec::new()))
+}
+
+/// Rejects a zone or a bridge beside the namespace of the group.
+fn check_group_network(
+    namespace: &Path,
+    attached: Option<(&str, &str)>,
+) -> Result<(), ConfigError> {
+    if !namespace.is_absolute() {
+        let path = quoted(&namespace.to_string_lossy());
+        let reason = format!("{path} is not an absolute path");
+        return Err(ConfigError::new("task.network_isolation", reason));
+    }
+    let Some((option, name)) = attached else {
+        return Ok(());
+    };
+    let name = quoted(name);
+    let reason = format!("{name} can't be combined with a network mode of the group");
+    Err(ConfigError::new(option, reason))
 }
 
 /// Nomad's port variables as the container needs them: where ports are forwarded, with the port number inside.
@@ -141,10 +150,8 @@ fn forwards(options: &TaskOptions, context: &TaskContext) -> Result<Vec<PortForw
     let labels = options.ports.as_deref().unwrap_or_default();
     let map = options.port_map.iter().flatten().collect::<Vec<_>>();
     if !labels.is_empty() && !map.is_empty() {
-        return Err(ConfigError::new(
-            PORT_MAP,
-            format!("can't be combined with {PORTS}"),
-        ));
+        let reason = format!("can't be combined with {PORTS}");
+        return Err(ConfigError::new(PORT_MAP, reason));
     }
     let mut forwards: Vec<PortForward> = Vec::new();
     for (index, label) in labels.iter().enumerate() {

@@ -79,17 +79,9 @@ pub fn command_line(
     host: Target,
 ) -> Result<CommandLine, Unsupported> {
     let mut builder = CommandBuilder::new(host);
-    builder.flag("--settings", "no");
-    builder.switch("--keep-unit", true);
-    builder.flag("--register", "no");
-    builder.flag("--link-journal", "no");
-    // systemd-nspawn itself inherits the supervisor's protection from the OOM killer; what it starts must not.
-    builder.flag("--oom-score-adjust", "0");
+    builder.fixed();
     builder.flag("--machine", &spec.identity.machine);
-    match root {
-        Root::Directory(path) => builder.flag("--directory", &text(path)),
-        Root::Image(path) => builder.flag("--image", &text(path)),
-    }
+    builder.root(root);
     builder.rootfs(&spec.rootfs);
     builder.users(&spec.users)?;
     builder.network(&spec.network);
@@ -229,6 +221,23 @@ impl CommandBuilder {
         }
     }
 
+    /// What is the same for all containers.
+    fn fixed(&mut self) {
+        self.flag("--settings", "no");
+        self.switch("--keep-unit", true);
+        self.flag("--register", "no");
+        self.flag("--link-journal", "no");
+        // systemd-nspawn itself inherits the supervisor's protection from the OOM killer; what it starts must not.
+        self.flag("--oom-score-adjust", "0");
+    }
+
+    fn root(&mut self, root: &Root) {
+        match root {
+            Root::Directory(path) => self.flag("--directory", &text(path)),
+            Root::Image(path) => self.flag("--image", &text(path)),
+        }
+    }
+
     fn network(&mut self, network: &Network) {
         if let Some(mode) = &network.resolv_conf {
             self.flag("--resolv-conf", mode);
@@ -244,13 +253,10 @@ impl CommandBuilder {
         else {
             return;
         };
-        if !veth && zone.is_none() && bridge.is_none() {
-            self.switch("--private-network", true);
-        }
-        self.switch(
-            "--network-veth",
-            *veth && zone.is_none() && bridge.is_none(),
-        );
+        // A zone and a bridge imply a veth pair.
+        let attached = zone.is_some() || bridge.is_some();
+        self.switch("--private-network", !veth && !attached);
+        self.switch("--network-veth", *veth && !attached);
         if let Some(zone) = zone {
             self.flag("--network-zone", zone);
         }
@@ -259,10 +265,8 @@ impl CommandBuilder {
         }
         for port in ports {
             for protocol in ["tcp", "udp"] {
-                self.flag(
-                    "--port",
-                    &format!("{protocol}:{}:{}", port.host, port.container),
-                );
+                let forward = format!("{protocol}:{}:{}", port.host, port.container);
+                self.flag("--port", &forward);
             }
         }
     }

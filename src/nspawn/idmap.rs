@@ -91,23 +91,18 @@ pub fn binds(
     // The targets without the mapping, grouped by reason.
     let mut lacking: Vec<(String, Vec<String>)> = Vec::new();
     let bind = |mount: Mount| {
-        let mut idmap = false;
-        if shifted {
-            let found = FileSystem::under(&mount.source, kernel);
-            idmap = able && found.maps;
-            let why = match able {
-                true => format!(
-                    "the file system {} does not support it on this kernel",
-                    found.name
-                ),
-                false => format!(
-                    "systemd-nspawn {version} does not support it, {} and later do",
-                    Feature::MappedBinds.since()
-                ),
+        if !shifted {
+            return Bind {
+                mount,
+                idmap: false,
             };
+        }
+        let found = FileSystem::under(&mount.source, kernel);
+        let idmap = able && found.maps;
+        if !idmap {
+            let why = reason(able, &found, version);
             let target = mount.target.display().to_string();
             match lacking.iter_mut().find(|(known, _)| *known == why) {
-                _ if idmap => {}
                 Some((_, targets)) => targets.push(target),
                 None => lacking.push((why, vec![target])),
             }
@@ -120,6 +115,18 @@ pub fn binds(
         .map(|(why, targets)| unmapped(why, targets))
         .collect();
     (binds, notes)
+}
+
+/// Why a mount can't be mapped.
+fn reason(able: bool, file_system: &FileSystem, version: u32) -> String {
+    let name = &file_system.name;
+    match able {
+        true => format!("the file system {name} does not support it on this kernel"),
+        false => {
+            let since = Feature::MappedBinds.since();
+            format!("systemd-nspawn {version} does not support it, {since} and later do")
+        }
+    }
 }
 
 fn unmapped(why: &str, targets: &[String]) -> String {

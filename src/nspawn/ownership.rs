@@ -38,24 +38,27 @@ pub fn notes(rootfs: &Rootfs, users: &Users, version: u32, kernel: Kernel) -> Ve
     if !changed || top.is_ok_and(|top| belongs_to(&top, range)) {
         return Vec::new();
     }
-    let survey = Survey::of(tree, ENTRIES);
-    let copied = match (in_memory, file_system.is_overlay) {
-        (true, _) => {
-            Some("volatile = \"overlay\" in a user namespace copies the whole image into memory")
-        }
-        (_, true) => Some(
-            "the image is on overlayfs, and changing the owners of its files copies the whole tree into the upper layer",
-        ),
-        _ => None,
-    };
-    let by_itself = (ownership.as_deref() == Some("auto")).then(|| {
+    let is_automatic = ownership.as_deref() == Some("auto");
+    let why = reason(&file_system, in_memory, is_automatic);
+    Survey::of(tree, ENTRIES).result(why.as_deref())
+}
+
+/// Why changing the owners costs more than usual, or is done although the job does not ask for it.
+fn reason(file_system: &FileSystem, in_memory: bool, is_automatic: bool) -> Option<String> {
+    if in_memory {
+        let text = "volatile = \"overlay\" in a user namespace copies the whole image into memory";
+        return Some(text.to_owned());
+    }
+    if file_system.is_overlay {
+        let text = "the image is on overlayfs, and changing the owners of its files copies the whole tree into the upper layer";
+        return Some(text.to_owned());
+    }
+    is_automatic.then(|| {
         format!(
             "the file system of the image ({}) does not support id mapping, so the owners of its files are changed",
             file_system.name
         )
-    });
-    let what = copied.map(str::to_owned).or(by_itself);
-    survey.result(what.as_deref())
+    })
 }
 
 /// Whether the tree belongs to the range already. systemd-nspawn decides that by the top directory, and then changes

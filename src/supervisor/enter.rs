@@ -119,6 +119,28 @@ fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
 /// Receives the descriptors that are queued on stdin and opens the init spec behind them, each at its number: no other descriptor
 /// is open, so the kernel assigns the lowest numbers in this order.
 fn receive_descriptors(task_dir: &TaskDir) -> io::Result<()> {
+    let received = receive_from_stdin()?;
+    let launch_spec = task_dir.take_init_spec()?;
+    let wanted = [
+        Descriptor::Channel,
+        Descriptor::Stdout,
+        Descriptor::Stderr,
+        Descriptor::Program,
+        Descriptor::Spec,
+    ];
+    let have = received.into_iter().chain([launch_spec.as_raw_fd()]);
+    if !have.eq(wanted.map(|descriptor| descriptor as RawFd)) {
+        let text = "the descriptors of the container init do not have the numbers that it expects";
+        return Err(io::Error::other(text));
+    }
+    fcntl(&launch_spec, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    // From here on the descriptor belongs to the program that this process becomes.
+    let _ = std::os::fd::IntoRawFd::into_raw_fd(launch_spec);
+    nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
+    Ok(())
+}
+
+fn receive_from_stdin() -> io::Result<Vec<RawFd>> {
     let mut buffer = [0];
     let mut space = nix::cmsg_space!([RawFd; 4]);
     let mut slices = [IoSliceMut::new(&mut buffer)];
@@ -129,33 +151,11 @@ fn receive_descriptors(task_dir: &TaskDir) -> io::Result<()> {
         Some(&mut space),
         MsgFlags::empty(),
     )?;
-    let received_fds: Vec<RawFd> = received
-        .cmsgs()?
-        .filter_map(|message| match message {
-            ControlMessageOwned::ScmRights(received_fds) => Some(received_fds),
-            _ => None,
-        })
-        .flatten()
-        .collect();
-    let launch_spec = task_dir.take_init_spec()?;
-    let wanted = [
-        Descriptor::Channel,
-        Descriptor::Stdout,
-        Descriptor::Stderr,
-        Descriptor::Program,
-        Descriptor::Spec,
-    ];
-    let have = received_fds.into_iter().chain([launch_spec.as_raw_fd()]);
-    if !have.eq(wanted.map(|descriptor| descriptor as RawFd)) {
-        return Err(io::Error::other(
-            "the descriptors are not where they belong",
-        ));
-    }
-    fcntl(&launch_spec, FcntlArg::F_SETFD(FdFlag::empty()))?;
-    // From here on the descriptor belongs to the program that this process becomes.
-    let _ = std::os::fd::IntoRawFd::into_raw_fd(launch_spec);
-    nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
-    Ok(())
+    let received = received.cmsgs()?.filter_map(|message| match message {
+        ControlMessageOwned::ScmRights(descriptors) => Some(descriptors),
+        _ => None,
+    });
+    Ok(received.flatten().collect())
 }
 
 /// The size of arguments and variables as the kernel counts them: each has a terminating NUL and a pointer.

@@ -1,7 +1,7 @@
 //! Lists what a start will acquire on the host, derived from its container spec before anything is acquired.
 
 use crate::cgroup::CgroupPath;
-use crate::container::{ContainerSpec, NetworkNamespace, Root, Users, Volatile};
+use crate::container::{ContainerSpec, NetworkNamespace, Root, Rootfs, Users, Volatile};
 use crate::lease::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
     ZoneBridge,
@@ -33,18 +33,20 @@ pub(super) fn resources(
     if *used != spec.rootfs.source {
         resources.push(Resource::Skeleton(Skeleton {}));
     }
-    let (Root::Directory(image) | Root::Image(image)) = &spec.rootfs.source;
-    resources.push(match spec.rootfs.ephemeral {
-        true => Resource::EphemeralCopy(EphemeralCopy {
-            directory: copy_place(image),
-        }),
-        false => Resource::TreeLock(TreeLock {
-            tree: image.clone(),
-            // A skeleton is used, and locked, by this container only.
-            shared: (spec.rootfs.read_only || spec.rootfs.volatile != Volatile::No)
-                && *used == spec.rootfs.source,
-        }),
-    });
+    resources.push(image(&spec.rootfs, used));
     resources.push(Resource::NspawnMounts(NspawnMounts {}));
     resources
+}
+
+/// What a start holds of its image: a copy, or a lock.
+fn image(rootfs: &Rootfs, used: &Root) -> Resource {
+    let (Root::Directory(image) | Root::Image(image)) = &rootfs.source;
+    if rootfs.ephemeral {
+        let directory = copy_place(image);
+        return Resource::EphemeralCopy(EphemeralCopy { directory });
+    }
+    let tree = image.clone();
+    // A skeleton is used, and locked, by this container only.
+    let shared = (rootfs.read_only || rootfs.volatile != Volatile::No) && *used == rootfs.source;
+    Resource::TreeLock(TreeLock { tree, shared })
 }

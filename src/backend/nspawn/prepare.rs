@@ -42,16 +42,11 @@ pub(super) fn prepare(
     let cgroup = cgroup(spec, task_dir, &layout);
     let mut notes = port_notes(spec)?;
     let mut line = command_line(spec, &root, mounts, &host, &layout, &mut notes)?;
-    line.environment.insert(
-        "NOTIFY_SOCKET".to_owned(),
-        task_dir.notify_socket().to_string_lossy().into_owned(),
-    );
-    notes.extend(ownership::notes(
-        &spec.rootfs,
-        &spec.users,
-        host.version,
-        host.kernel,
-    ));
+    let notify_socket = task_dir.notify_socket().to_string_lossy().into_owned();
+    let variable = "NOTIFY_SOCKET".to_owned();
+    line.environment.insert(variable, notify_socket);
+    let (version, kernel) = (host.version, host.kernel);
+    notes.extend(ownership::notes(&spec.rootfs, &spec.users, version, kernel));
     if cgroup.is_none() {
         notes.push(NO_CGROUPS.to_owned());
     }

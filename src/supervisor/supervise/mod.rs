@@ -81,35 +81,43 @@ pub fn supervise(directory: &Path) -> ExitCode {
     close_inherited();
     let task_dir = TaskDir::new(directory);
     failpoint::hit(&task_dir, Failpoint::Supervising);
-    let owner = take_owner();
+    match begin(&task_dir, take_owner()) {
+        Some(mut supervisor) => {
+            supervisor.run();
+            ExitCode::SUCCESS
+        }
+        None => ExitCode::FAILURE,
+    }
+}
+
+/// Starts the container. If that fails, the client that requested the start is sent the reason.
+fn begin(task_dir: &TaskDir, owner: Option<OwnedFd>) -> Option<Supervisor> {
     let mut clients = Clients::default();
     let events = match EventLoop::new() {
         Ok(events) => events,
         Err(error) => {
             task_dir.discard_secrets();
-            if let Some(owner) = owner {
-                let failed = Event::Failed(failure(StartStep::Notify, &error));
-                // A client that is gone does not need it.
-                let _ = Framing::Packets.send(&owner, &failed);
-            }
-            return ExitCode::FAILURE;
+            let failed = Event::Failed(failure(StartStep::Notify, &error));
+            // A client that is gone does not need it.
+            let _ = Framing::Packets.send(owner?, &failed);
+            return None;
         }
     };
     if let Some(owner) = owner {
         clients.add(owner, Framing::Packets, &events);
     }
-    match prepare(&task_dir, &events).and_then(|(launch_spec, sockets)| {
+    let started = prepare(task_dir, &events).and_then(|(launch_spec, sockets)| {
         Supervisor::start(task_dir.clone(), launch_spec, sockets, events)
-    }) {
-        Ok(mut supervisor) => {
-            supervisor.clients = clients;
-            supervisor.run();
-            ExitCode::SUCCESS
-        }
+    });
+    match started {
+        Ok(supervisor) => Some(Supervisor {
+            clients,
+            ..supervisor
+        }),
         Err(failure) => {
             task_dir.discard_secrets();
             clients.broadcast(&Event::Failed(failure));
-            ExitCode::FAILURE
+            None
         }
     }
 }

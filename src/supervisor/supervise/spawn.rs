@@ -10,10 +10,12 @@ use std::process::{Child, Command, Stdio};
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
+use crate::container::Process;
 use crate::state::task_dir::{Pid1, TaskDir};
 use crate::supervisor::init_channel::InitChannel;
+use crate::sys::process::ProcessHandle;
 
-/// Starts the exec shim.
+/// Starts the exec shim. Returns the process that becomes systemd-nspawn, and the channel to the driver's init if PID 1 is that.
 #[expect(
     clippy::disallowed_methods,
     reason = "the container's own process begins here"
@@ -23,38 +25,48 @@ pub(super) fn spawn(
     pid1: Pid1,
     stdout: File,
     stderr: File,
-) -> io::Result<(Child, Option<InitChannel>)> {
+) -> io::Result<(Process, Option<InitChannel>)> {
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("nomad-driver-nspawn")
         .arg("enter")
         .arg(task_dir.path())
         .env_clear();
-    let Pid1::Driver { streams } = pid1 else {
-        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
-        return Ok((command.spawn()?, None));
+    let channel = match pid1 {
+        Pid1::Image => {
+            command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
+            None
+        }
+        Pid1::Driver { streams } => {
+            let (channel, descriptors) = descriptors_of_init(&stdout, &stderr)?;
+            command.stdin(descriptors);
+            match streams {
+                true => command
+                    .stdout(Stdio::null())
+                    .stderr(task_dir.open_nspawn_stderr()?),
+                false => command.stdout(stdout).stderr(stderr),
+            };
+            Some(channel)
+        }
     };
+    Ok((process_of(&command.spawn()?)?, channel))
+}
+
+fn process_of(child: &Child) -> io::Result<Process> {
+    let pid = i32::try_from(child.id()).map_err(|_| io::ErrorKind::InvalidData)?;
+    // Not reaped yet, so the pid can't have been reused.
+    let handle = ProcessHandle::open(pid);
+    Ok(handle.map_or(Process { pid, start: 0 }, |handle| handle.process()))
+}
+
+/// The channel to the driver's init, and a socket from which the exec shim receives the init's descriptors.
+fn descriptors_of_init(stdout: &File, stderr: &File) -> io::Result<(InitChannel, OwnedFd)> {
     let (channel, theirs) = InitChannel::open()?;
     let (give, take) = UnixStream::pair()?;
     let program = io::stdout().as_fd().try_clone_to_owned()?;
-    send_descriptors(
-        &give,
-        [
-            theirs,
-            stdout.try_clone()?.into(),
-            stderr.try_clone()?.into(),
-            program,
-        ],
-    )?;
-    command.stdin(OwnedFd::from(take));
-    if streams {
-        command
-            .stdout(Stdio::null())
-            .stderr(task_dir.open_nspawn_stderr()?);
-    } else {
-        command.stdout(stdout).stderr(stderr);
-    }
-    Ok((command.spawn()?, Some(channel)))
+    let (stdout, stderr) = (stdout.try_clone()?.into(), stderr.try_clone()?.into());
+    send_descriptors(&give, [theirs, stdout, stderr, program])?;
+    Ok((channel, take.into()))
 }
 
 /// Sends descriptors to the peer of the socket.

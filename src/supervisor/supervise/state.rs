@@ -128,26 +128,16 @@ impl Supervisor {
         sockets: Sockets,
         events: EventLoop,
     ) -> Result<Self, StartFailure> {
-        let stdout = logs::open(launch_spec.stdout.as_deref())
-            .map_err(|error| failure(StartStep::Logs, &error))?;
-        let stderr = logs::open(launch_spec.stderr.as_deref())
-            .map_err(|error| failure(StartStep::Logs, &error))?;
-        if let Some(group) = launch_spec.cgroup() {
-            Group::new(group)
-                .create()
-                .map_err(|error| failure(StartStep::Cgroup, &error))?;
-        }
+        let step = |step| move |error: io::Error| failure(step, &error);
+        let stdout = logs::open(launch_spec.stdout.as_deref()).map_err(step(StartStep::Logs))?;
+        let stderr = logs::open(launch_spec.stderr.as_deref()).map_err(step(StartStep::Logs))?;
+        create_cgroup(&launch_spec).map_err(step(StartStep::Cgroup))?;
         failpoint::hit(&task_dir, Failpoint::CgroupMade);
         lease::remove_leaked_mounts(&launch_spec.machine);
         let tree = launch_spec.shared_tree();
         let tree = tree.map(|tree| SharedLocks::take(task_dir.path(), tree));
-        let (child, init_channel) = spawn::spawn(&task_dir, launch_spec.first, stdout, stderr)
-            .map_err(|error| failure(StartStep::Nspawn, &error))?;
-        let pid = i32::try_from(child.id())
-            .map_err(|_| failure(StartStep::Nspawn, &io::ErrorKind::InvalidData.into()))?;
-        // Not reaped yet, so the pid can't have been reused.
-        let nspawn =
-            ProcessHandle::open(pid).map_or(Process { pid, start: 0 }, |handle| handle.process());
+        let (nspawn, init_channel) = spawn::spawn(&task_dir, launch_spec.first, stdout, stderr)
+            .map_err(step(StartStep::Nspawn))?;
         failpoint::hit(&task_dir, Failpoint::Spawned);
         let (leader, ready) = (None, init_channel.is_none());
         let mut supervisor = Self {
@@ -268,36 +258,35 @@ impl Supervisor {
 
     /// The record of a container that is up. Its leader has no handle if it has exited already.
     fn running_record(&self, leader: i32, handle: Option<&ProcessHandle>) -> Running {
-        let copy = self
-            .launch_spec
-            .copies()
+        let copies = self.launch_spec.copies();
+        let copy = copies
             .and_then(|copies| lease::ephemeral_root_of(leader, copies))
             // The container may have mounted something over its root whose name is that of another container's copy.
             .filter(|copy| is_root_of(leader, copy));
-        let started = Started {
-            id: self.launch_spec.id.clone(),
-            machine: self.launch_spec.machine.clone(),
-            state: self.task_dir.path().to_owned(),
-            boot: self.launch_spec.boot.clone(),
-            supervisor: current_process().unwrap_or(Process { pid: 0, start: 0 }),
-            leader: handle.map_or(
-                Process {
-                    pid: leader,
-                    start: 0,
-                },
-                ProcessHandle::process,
-            ),
-            mode: self.launch_spec.mode,
-            cgroup: self.launch_spec.cgroup().map(Path::to_owned),
-            started_at: SystemTime::now(),
-            notes: self.launch_spec.notes.clone(),
-        };
+        let (pid, start) = (leader, 0);
+        let leader_process = handle.map_or(Process { pid, start }, ProcessHandle::process);
         Running {
-            started,
+            started: self.started(leader_process),
             nspawn: self.nspawn,
             copy,
             uids: lease::first_uid_of(leader),
             alloc_dir: self.launch_spec.alloc_dir.clone(),
+        }
+    }
+
+    fn started(&self, leader: Process) -> Started {
+        let launch_spec = &self.launch_spec;
+        Started {
+            id: launch_spec.id.clone(),
+            machine: launch_spec.machine.clone(),
+            state: self.task_dir.path().to_owned(),
+            boot: launch_spec.boot.clone(),
+            supervisor: current_process().unwrap_or(Process { pid: 0, start: 0 }),
+            leader,
+            mode: launch_spec.mode,
+            cgroup: launch_spec.cgroup().map(Path::to_owned),
+            started_at: SystemTime::now(),
+            notes: launch_spec.notes.clone(),
         }
     }
 
@@ -323,6 +312,13 @@ impl Supervisor {
         // The driver's init runs no command without the channel, and what follows may need its descriptor.
         self.init_channel = None;
         self.kill();
+    }
+}
+
+fn create_cgroup(launch_spec: &LaunchSpec) -> io::Result<()> {
+    match launch_spec.cgroup() {
+        Some(group) => Group::new(group).create(),
+        None => Ok(()),
     }
 }
 
