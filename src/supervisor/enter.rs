@@ -24,8 +24,8 @@ use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 use crate::state::task_dir::{LaunchSpec, Pid1, Refusal, TaskDir};
 use crate::sys::process::{close_inherited, current_process, no_core_dump_of_the_next};
 
-/// Becomes systemd-nspawn as the launch spec in this directory says. Returns only if that failed, and leaves the reason beside the
-/// launch spec: stderr may be the task's by now.
+/// Becomes systemd-nspawn as the launch spec in this directory says. Returns only if that failed, and records the reason in the
+/// directory: stderr may be the task's by now.
 pub fn enter(directory: &Path) -> ExitCode {
     close_inherited();
     let task_dir = TaskDir::new(directory);
@@ -72,7 +72,7 @@ fn become_nspawn(task_dir: &TaskDir) -> Refusal {
 fn prepared(task_dir: &TaskDir) -> Result<(LaunchSpec, usize, Command), Refusal> {
     let launch_spec = task_dir
         .launch_spec()
-        .map_err(because("the order can't be read"))?;
+        .map_err(because("the launch spec can't be read"))?;
     let environment = task_dir
         .take_environment()
         .map_err(because("the environment can't be read"))?;
@@ -80,7 +80,7 @@ fn prepared(task_dir: &TaskDir) -> Result<(LaunchSpec, usize, Command), Refusal>
     if launch_spec.cgroup().is_none() {
         current_process()
             .and_then(|me| task_dir.write_nspawn_pid(&me))
-            .map_err(because("can't leave word of this process"))?;
+            .map_err(because("the pid of this process can't be recorded"))?;
     }
     let size = size_of_strings(&launch_spec.arguments, &environment);
     let mut command = Command::new(&launch_spec.program);
@@ -90,7 +90,7 @@ fn prepared(task_dir: &TaskDir) -> Result<(LaunchSpec, usize, Command), Refusal>
         .envs(environment);
     if let Pid1::Driver { .. } = launch_spec.first {
         receive_descriptors(task_dir).map_err(because(
-            "the container's first program can't be handed over",
+            "the descriptors of the container init can't be prepared",
         ))?;
         command
             .env("LISTEN_FDS", DESCRIPTORS.to_string())
