@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_locked_directory_cannot_be_seized_until_it_is_released() {
+    fn a_locked_directory_cannot_be_locked_exclusively_until_it_is_released() {
         let (_temp, task_dir) = task_dir();
         let first = TaskLock::create(&task_dir).unwrap();
         let second = TaskLock::lock_shared(&task_dir).unwrap().unwrap();

@@ -79,7 +79,7 @@ impl NspawnBackend {
             return Ok(known);
         }
         let (place, handle) = (task_dir.clone(), started.clone());
-        let (lock, recorded) = blocking::run(move || recorded(&place, &handle)).await?;
+        let (lock, recorded) = blocking::run(move || lock_and_sigcont(&place, &handle)).await?;
         let attached = client::attach(&task_dir, &recorded, &self.tracker).await;
         let attached = attached
             .map_err(|source| io_error("connecting to", &task_dir.control_socket(), source))?;
@@ -91,8 +91,12 @@ impl NspawnBackend {
     }
 }
 
-/// Locks the start of a handle and returns the started container from its running record, if both match the handle.
-fn recorded(task_dir: &TaskDir, started: &Started) -> Result<(TaskLock, Started), BackendError> {
+/// Locks the start of a handle, and sends SIGCONT to its supervisor, in case that was stopped. Returns the started container from its
+/// running record. Fails if the record does not match the handle.
+fn lock_and_sigcont(
+    task_dir: &TaskDir,
+    started: &Started,
+) -> Result<(TaskLock, Started), BackendError> {
     let lost = |reason: &str| lost(started, reason);
     let no_record = || lost("its task directory is gone or has no running record");
     let lock = TaskLock::lock_shared(task_dir)

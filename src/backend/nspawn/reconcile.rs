@@ -33,7 +33,7 @@ impl NspawnBackend {
         let Scan {
             starts,
             not_ours: foreign,
-        } = match blocking(state_dir, orphans::scan).await {
+        } = match run_in_state_dir(state_dir, orphans::scan).await {
             Ok(scan) => scan,
             Err(error) => {
                 tracing::error!(path = %state_dir.display(), error, "the state directory can't be reconciled");
@@ -72,17 +72,17 @@ impl NspawnBackend {
     /// Cleans up one start, unless it is locked, may belong to another agent or was made by a later driver; `false` if it is locked.
     async fn reconcile_start(&self, task_dir: &TaskDir, alloc_roots: &BTreeSet<PathBuf>) -> bool {
         let place = task_dir.clone();
-        let seized = tokio::task::spawn_blocking(move || seize(&place)).await;
-        match seized.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
-            Ok(Seized::Busy) => return false,
-            Ok(Seized::Missing) => {}
-            Ok(Seized::OfLaterForm(error)) => self.log_later_form(task_dir, &error),
-            Ok(Seized::Start(lock, owner)) if is_own(&owner, alloc_roots) => {
-                self.remove_seized(task_dir).await;
-                // Held until everything is done. A plugin that wants this start meanwhile waits, and finds it gone.
+        let attempt = tokio::task::spawn_blocking(move || try_lock_start(&place)).await;
+        match attempt.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+            Ok(LockAttempt::Busy) => return false,
+            Ok(LockAttempt::Missing) => {}
+            Ok(LockAttempt::OfLaterForm(error)) => self.log_later_form(task_dir, &error),
+            Ok(LockAttempt::Start(lock, owner)) if is_own(&owner, alloc_roots) => {
+                self.remove_and_log(task_dir).await;
+                // Held until everything is done. A plugin that asks for this start meanwhile waits, and finds it gone.
                 drop(lock);
             }
-            Ok(Seized::Start(_, owner)) => self.log_owner(task_dir, &owner, alloc_roots),
+            Ok(LockAttempt::Start(_, owner)) => self.log_owner(task_dir, &owner, alloc_roots),
             Err(error) => {
                 let path = task_dir.path().display();
                 tracing::error!(%path, %error, "not removed: its task directory can't be locked");
@@ -92,7 +92,7 @@ impl NspawnBackend {
     }
 
     /// Removes a start that is locked here, and logs what it was.
-    async fn remove_seized(&self, task_dir: &TaskDir) {
+    async fn remove_and_log(&self, task_dir: &TaskDir) {
         let place = task_dir.clone();
         let (what, task) = blocking::run(move || {
             let launch_spec = place.launch_spec();
@@ -155,7 +155,7 @@ impl NspawnBackend {
     }
 
     async fn reconcile_cgroups(&self, state_dir: &Path) {
-        let groups = blocking(state_dir, |dir| Ok(orphans::groups(dir))).await;
+        let groups = run_in_state_dir(state_dir, |dir| Ok(orphans::groups(dir))).await;
         let groups = groups.unwrap_or_else(|error| {
             tracing::error!(
                 error,
@@ -165,7 +165,7 @@ impl NspawnBackend {
         });
         for group in groups {
             let path = group.display().to_string();
-            match blocking(state_dir, move |dir| orphans::remove_group(&group, dir)).await {
+            match run_in_state_dir(state_dir, move |dir| orphans::remove_group(&group, dir)).await {
                 Ok(()) => tracing::info!(path, "removed a control group without records"),
                 Err(error) => tracing::error!(path, error, "a control group could not be removed"),
             }
@@ -173,8 +173,8 @@ impl NspawnBackend {
     }
 }
 
-/// What reconciliation finds at a task directory.
-enum Seized {
+/// The result of locking a task directory for reconciliation.
+enum LockAttempt {
     /// Another plugin has locked it.
     Busy,
     Missing,
@@ -184,16 +184,16 @@ enum Seized {
     Start(TaskLock, Owner),
 }
 
-/// Locks a start that no plugin has locked, and determines its owner.
-fn seize(task_dir: &TaskDir) -> io::Result<Seized> {
+/// Tries to lock a start exclusively, and determines its owner.
+fn try_lock_start(task_dir: &TaskDir) -> io::Result<LockAttempt> {
     let lock = match TaskLock::try_lock_exclusive(task_dir)? {
         TryLock::Acquired(lock) => lock,
-        TryLock::Busy => return Ok(Seized::Busy),
-        TryLock::Missing => return Ok(Seized::Missing),
+        TryLock::Busy => return Ok(LockAttempt::Busy),
+        TryLock::Missing => return Ok(LockAttempt::Missing),
     };
     Ok(match task_dir.refuse_later_form() {
-        Err(error) => Seized::OfLaterForm(error),
-        Ok(()) => Seized::Start(lock, owner::of(task_dir, &kernel::boot_id()?)),
+        Err(error) => LockAttempt::OfLaterForm(error),
+        Ok(()) => LockAttempt::Start(lock, owner::of(task_dir, &kernel::boot_id()?)),
     })
 }
 
@@ -232,7 +232,7 @@ async fn supervisors(
     state_dir: &Path,
     wanted: impl Fn(&SupervisorProcess) -> bool,
 ) -> Vec<SupervisorProcess> {
-    let found = blocking(state_dir, |dir| Ok(orphans::supervisors(dir))).await;
+    let found = run_in_state_dir(state_dir, |dir| Ok(orphans::supervisors(dir))).await;
     let mut found = found.unwrap_or_else(|error| {
         tracing::error!(error, "the search for supervisors without records failed");
         Vec::new()
@@ -241,8 +241,8 @@ async fn supervisors(
     found
 }
 
-/// Runs `work`, which may take long, on a thread for blocking work.
-async fn blocking<T: Send + 'static>(
+/// Runs `work` on this state directory, which may take long, on a thread for blocking work. A panic in it is an error.
+async fn run_in_state_dir<T: Send + 'static>(
     state_dir: &Path,
     work: impl FnOnce(&Path) -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, String> {
