@@ -83,7 +83,7 @@ impl Asked {
                 "--bench" => {}
                 "--check" => self.check = true,
                 "--tasks" => {
-                    self.tasks = words.next().context("--tasks wants a number")?.parse()?
+                    self.tasks = words.next().context("--tasks needs a number")?.parse()?
                 }
                 other => anyhow::bail!("{other:?} is not one of --check, --tasks N"),
             }

@@ -1,4 +1,4 @@
-//! The scenario file beside the link: what a test wants to go differently from a plain, healthy host. Without the file the host is healthy;
+//! The scenario file beside the link: what differs in a test from a plain, healthy host. Without the file the host is healthy;
 //! an unknown key in it is an error and never ignored. Holds data only and acts on nothing.
 //!
 //! ```json
@@ -60,12 +60,12 @@ pub(crate) struct Call {
     pub(crate) never_notify: bool,
     /// nspawn dies by this signal number before the container is started.
     pub(crate) die_before_notify: Option<i32>,
-    /// Waits between the start of the container and its ready notification, for as long as the listener on this socket wants: see
+    /// Waits between the start of the container and its ready notification, until the listener on this socket closes the connection: see
     /// [`crate::notify::hold`].
     pub(crate) pause_before_notify: Option<PathBuf>,
     /// The same between the container's end and the exit of nspawn.
     pub(crate) pause_before_exit: Option<PathBuf>,
-    /// For as long as the listener on this socket wants, signals to the leader are lost, as they are for a PID 1 that has no handlers yet.
+    /// Until the listener on this socket closes the connection, signals to the leader are lost, as they are for a PID 1 that has no handlers yet.
     /// With `--boot`.
     pub(crate) pause_before_signals: Option<PathBuf>,
     /// nspawn's exit status, whatever the container's was.

@@ -179,9 +179,9 @@ impl Plugin {
         let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
         let (pid, pidfd) = find(pid.unwrap_or(0))?;
         let mut line = String::new();
-        let heard = timeout(launch.start_timeout, stdout.read_line(&mut line)).await;
+        let read = timeout(launch.start_timeout, stdout.read_line(&mut line)).await;
         let mut own = Own::watch(child, (pid, pidfd), stdout, stderr_open);
-        let address = match heard {
+        let address = match read {
             Ok(Ok(0)) => Err("the plugin exited without a handshake line".to_owned()),
             Ok(Ok(_)) if !line.ends_with('\n') => Err(format!(
                 "the plugin exited in the middle of the line {line:?}"

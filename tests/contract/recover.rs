@@ -39,7 +39,7 @@ async fn found_again(world: World, meanwhile: impl FnOnce(&Started)) {
     assert_eq!(
         ended(&world.end(&started).await),
         (12, 0),
-        "the first one hears it too"
+        "the first one is sent it too"
     );
     world.leave(&[&started]).await;
 }

@@ -587,6 +587,6 @@ async fn a_jobs_environment_overrides_all() {
     let task = host.start(&plugin, job).await;
     assert_eq!(task.stdout.all().await, "job web /alloc\n");
     let nspawns = environment(&host.starts()[0]);
-    assert!(!nspawns.contains_key("WHO"), "nobody else needs it");
+    assert!(!nspawns.contains_key("WHO"), "only the command needs it");
     task.destroy(&plugin).await;
 }

@@ -202,7 +202,7 @@ impl<'w, W: World> Game<'w, W> {
             let nspawn = first_child(self.supervisor()).expect("systemd-nspawn");
             assert!(
                 !is_running(nspawn),
-                "systemd-nspawn has ended, and nobody has waited for it"
+                "systemd-nspawn has exited and has not been reaped"
             );
         }
     }

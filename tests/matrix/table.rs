@@ -7,7 +7,7 @@ use super::{Again, Cell, Step, Victim};
 
 /// Rows are steps, columns are processes (`.` was not selected); then the reasons for impossible cells, and the totals.
 pub(super) fn table(played: &[(Cell, Result<String, String>)], time: Duration) -> String {
-    let mut text = format!("\nthe fault matrix: what came of SIGKILL\n{:28}", "");
+    let mut text = format!("\nthe fault matrix: the results of SIGKILL\n{:28}", "");
     for victim in Victim::ALL {
         let _ = write!(text, "{:12}", victim.name());
     }

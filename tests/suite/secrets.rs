@@ -266,7 +266,7 @@ async fn events(plugin: &Plugin) -> JoinHandle<String> {
     })
 }
 
-/// While the secrets are in files on disk, and while they are handed over: no other process has them at these moments.
+/// While the secrets are in files on disk, and while they are passed on: no other process has them at these moments.
 #[rstest]
 #[tokio::test]
 async fn a_paused_start_shows_no_secret(

@@ -205,7 +205,7 @@ fn nothing_runs_before_go() {
         program.send(b"go on", &[]);
         program.close_channel();
         let left = program.end();
-        assert_eq!(left.code(), 126, "nobody would have watched over it");
+        assert_eq!(left.code(), 126, "no supervisor would have supervised it");
         assert!(!made.exists());
         let program = Launch::new(&spec).without_go().start();
         assert_eq!(program.event(), Some(InitEvent::Ready));

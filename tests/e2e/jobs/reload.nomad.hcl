@@ -1,4 +1,4 @@
-# A template that changes is told to the command by a signal.
+# When the template changes, the command gets a signal.
 variable "image" {}
 
 job "reload" {

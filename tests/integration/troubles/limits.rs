@@ -116,7 +116,7 @@ impl Counted {
     }
 }
 
-/// A user that only this run uses. None if there is no other user: an ordinary user, and root of a user namespace that maps nobody else,
+/// A user that only this run uses. None if there is no other user: an ordinary user, and root of a user namespace that maps no other user,
 /// are both limited as they are.
 fn spare_user() -> Option<u32> {
     if !is_root() {

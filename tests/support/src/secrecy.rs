@@ -41,7 +41,10 @@ pub struct Marker(String);
 /// A secret that was created elsewhere.
 impl From<String> for Marker {
     fn from(secret: String) -> Self {
-        assert!(secret.len() > 8, "too short to be told from other text");
+        assert!(
+            secret.len() > 8,
+            "too short to be distinguished from other text"
+        );
         Self(secret)
     }
 }

@@ -70,7 +70,7 @@ async fn kill_nspawn(running: &Running, plugin: &Plugin) {
     assert!(exit.error.is_some(), "{exit:?}");
 }
 
-/// Locks, copies, loop devices and mounts are checked at the end of the test.
+/// Locks, copies, loop devices and mounts are checked at the end of the test. Real only: loop devices and mounts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_systemd_nspawn_killed_on_a_disk_image_leaves_nothing() {
     let stage = Stage::new();
@@ -95,6 +95,7 @@ async fn a_systemd_nspawn_killed_on_a_disk_image_leaves_nothing() {
     stage.leave();
 }
 
+/// Real only: user namespaces, and the lock of the ids that systemd-nspawn picks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_systemd_nspawn_killed_in_a_user_namespace_leaves_no_lock_of_its_ids() {
     let stage = Stage::new();
@@ -114,7 +115,7 @@ async fn a_systemd_nspawn_killed_in_a_user_namespace_leaves_no_lock_of_its_ids()
     stage.leave();
 }
 
-/// The bridge exists as long as it has ports.
+/// The bridge exists as long as it has ports. Real only: network interfaces.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed() {
     let stage = Stage::new();

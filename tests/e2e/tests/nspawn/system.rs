@@ -100,7 +100,7 @@ async fn a_signal_reaches_the_init() {
 }
 
 /// systemd-nspawn reports the start while PID 1 is still systemd-nspawn's own child process, and the kernel drops signals to it that it has
-/// no handler for.
+/// no handler for. Real only: a real init.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_signal_right_after_the_start_reaches_the_init() {
     let stage = Stage::new();
