@@ -1,5 +1,6 @@
-//! Checks the module order given in `src/lib.rs`: no module uses one that comes before it; the documents that name the modules; and the length
-//! of files.
+//! Checks that a module uses only those that [`MAY_USE`] allows it, which has no cycle; that `docs/architecture.md` has a row for each module
+//! of that list and names only files that exist, in the directories of [`PRODUCT`]; and the length and the vocabulary of files. The order in
+//! `src/lib.rs` and in the document is not compared with the list.
 
 use std::collections::BTreeMap;
 use std::path::Path;
