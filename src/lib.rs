@@ -2,7 +2,7 @@
 //!
 //! A request passes through the modules in this order; no module uses one that comes before it:
 //!
-//! | module | receives | hands on |
+//! | module | input | output |
 //! |---|---|---|
 //! | [`go_plugin`] | environment and a unix socket | a served gRPC connection |
 //! | [`driver`] | a protobuf request | configuration bytes and what Nomad allocated |

@@ -75,7 +75,7 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
     release(task_dir, &launch_spec, running.as_ref())
 }
 
-/// Releases what the host holds for a container whose processes are gone. A resource that can't be released does not keep the
+/// Releases what the host holds for a container whose processes have been killed. A resource that can't be released does not keep the
 /// others from being released; the error names all of those and has the kind of the first one.
 pub fn release(
     task_dir: &TaskDir,

@@ -1,6 +1,6 @@
 //! Decodes and validates configuration: msgpack and the task's context in, a `ContainerSpec` out. The only I/O is
-//! looking up paths. Rejects everything that is not meaningful or not allowed, so that no later module has to check
-//! again. Starts nothing.
+//! looking up paths. Rejects everything that is not meaningful or not allowed. Later modules reject only what depends on the
+//! version of systemd-nspawn or on the host. Starts nothing.
 
 use std::collections::BTreeMap;
 use std::io;

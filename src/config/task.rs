@@ -1,5 +1,6 @@
 //! Validates a task's `config` block against what Nomad granted and what the operator allows. This is the one place
-//! where a configuration becomes a `ContainerSpec`, and the last one that rejects anything because of its value.
+//! where a configuration becomes a `ContainerSpec`. What depends on the version of systemd-nspawn or on the host's addresses is
+//! rejected later, when the start is prepared.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

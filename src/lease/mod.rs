@@ -1,9 +1,10 @@
 //! Leases: the resources that a start acquires on the host and that have to be released after it. Every resource is in the launch spec,
-//! and so on disk, before it is acquired. [`release_all`] releases all of them: called by the supervisor process at the
+//! and so on disk, before it is acquired. [`release_all`] releases those of a launch spec: called by the supervisor process at the
 //! container's exit, and by the plugin in DestroyTask and reconciliation if the supervisor did not get that far. It releases only
 //! what the records of that start name, and may be repeated.
 //!
-//! A new kind of resource is one file with its `Lease`, and a line in each of [`Resource`] and `Resource::lease`.
+//! A new kind of resource is one file with its `Lease`, a line in each of [`Resource`] and `Resource::lease`, and an arm in
+//! `state::launch_spec_record`; CONTRIBUTING.md lists every file.
 
 use std::fmt;
 use std::io;
@@ -56,7 +57,7 @@ pub enum Resource {
     Unknown(Value),
 }
 
-/// What is known of a start when its resources are released. Its processes are gone by then.
+/// What is known of a start when its resources are released, after its processes have been killed.
 #[derive(Debug)]
 pub struct Context<'a> {
     /// The task directory of the start.

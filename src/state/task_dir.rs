@@ -1,6 +1,6 @@
-//! The task directory: the files of one start on disk, above all launch spec, running record and exit record. Every file is
-//! written under a temporary name beside its final one and renamed into place, is readable by root only, and is never opened
-//! through a symlink. A file that can't be parsed is refused, and so is a record of a later format version. The module reads no
+//! The task directory: the files of one start on disk, above all launch spec, running record and exit record. Every file but `log`
+//! and `words`, to which their writers append, is written under a temporary name beside its final one and renamed into place. All are
+//! readable by root only, and none is opened through a symlink. A file that can't be parsed is refused, and so is a record of a later format version. The module reads no
 //! files but its own. Used by the plugin, the supervisor process and the exec shim.
 //!
 //! Records outlive the program that wrote them: the plugin may be upgraded or downgraded while its tasks run. A new field is

@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-/// What is ready. Everything that is ready at the same time is handled in the order of these lines.
+/// What is ready. Everything that is ready at the same time is handled in the order of these lines, except what the two timers
+/// [`UnregisteredClients`](Token::UnregisteredClients) and [`PendingSignals`](Token::PendingSignals) are for: it is handled at the end of
+/// every turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Token {
     /// systemd-nspawn has sent a notification.

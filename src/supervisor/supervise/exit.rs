@@ -202,7 +202,7 @@ impl Supervisor {
         found
     }
 
-    /// Once systemd-nspawn has exited: kills what has outlived it, and when nothing is left, records and reports the exit and lets
+    /// Once systemd-nspawn has exited: kills what has outlived it, and when that is done or takes too long, records and reports the exit and lets
     /// everything be released. Called at the end of every turn, because the exit of any process may be the last one.
     pub(super) fn conclude(&mut self) {
         let Ending::KillingRest { status, until } = self.ending else {

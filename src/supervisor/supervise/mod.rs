@@ -1,6 +1,7 @@
 //! The supervisor process (`supervise DIR`): parent of one systemd-nspawn from before its start until after its exit. Outlives
-//! plugin and agent, sleeps in the kernel until something happens, and is small on purpose: no async runtime, no gRPC, and one
-//! thread besides the main one, which is started when the container has ended. It makes no decisions about jobs and reads only its
+//! plugin and agent, sleeps in the kernel until something happens, and is small on purpose: no async runtime, no gRPC, and no
+//! thread besides the main one while the container runs. It starts one for a log FIFO that has no reader yet (`logs`), and one
+//! when the container has ended (`release`). It makes no decisions about jobs and reads only its
 //! launch spec. This file is the start of the process; the rest is
 //!
 //! | module | subject |

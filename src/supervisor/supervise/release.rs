@@ -1,6 +1,6 @@
 //! Releases what a container held on the host, in a thread, because that can take minutes: an ephemeral copy of gigabytes has to be
-//! removed, or another process holds the lock of a zone. Meanwhile the event loop serves its clients. The thread is the only one
-//! that a running supervisor ever starts, and the process exits when it has ended.
+//! removed, or another process holds the lock of a zone. Meanwhile the event loop serves its clients, and the process exits when
+//! the thread has ended. It first waits for the cgroup to become empty, and after a few seconds releases what it can.
 
 use std::io::{self, PipeReader, Write};
 use std::sync::Arc;

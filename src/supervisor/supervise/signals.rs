@@ -152,7 +152,7 @@ impl Supervisor {
     }
 
     /// Kills what has outlived systemd-nspawn: a container outlives one that was killed, and no process is left to report its exit.
-    /// Returns whether something is left to wait for before the exit is reported.
+    /// Returns whether something is left to wait for before the exit is reported: the leader, or without a cgroup any descendant.
     pub(super) fn kill_remaining(&self) -> bool {
         let leader_lives = self.leader_handle().is_some_and(|leader| {
             let _ = leader.signal(Signal::KILL);
