@@ -102,6 +102,9 @@ client {{
   cpu_total_compute = 10000
   memory_total_mb   = 8000
   network_interface = "lo"
+  # By default the agent removes the logs of allocations that have ended as soon as 80 % of the disk are used, before the test has read them.
+  gc_disk_usage_threshold  = 100
+  gc_inode_usage_threshold = 100
   options = {{
     "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean,consul,vault"
     "driver.denylist"      = "docker,java,qemu,exec,raw_exec"
