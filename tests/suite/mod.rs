@@ -7,7 +7,7 @@ use std::time::Duration;
 use dev_agent::{Plugin, TaskExit};
 use rstest::rstest;
 use support::wire::{Need, Running, World, refusal};
-use support::{DEADLINE, within};
+use support::{DEADLINE, eventually, within};
 
 // Defined beside this module by the crate that runs the suite.
 use super::world;
