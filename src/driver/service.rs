@@ -122,9 +122,10 @@ impl DriverService for Driver {
         &self,
         request: Request<proto::WaitTaskRequest>,
     ) -> Answer<proto::WaitTaskResponse> {
+        // A DestroyTask may overtake it, and the container that it kills still has an exit.
         let task = self
             .tasks
-            .get(&request.into_inner().task_id)
+            .get_any(&request.into_inner().task_id)
             .map_err(CallError::from)?;
         match task.wait().await {
             Some(Ok(exit)) => Ok(Response::new(convert::wait_response(&exit))),

@@ -200,6 +200,11 @@ impl Tasks {
         known.ok_or(TaskError::Unknown)
     }
 
+    /// The task with this id, even if it is being removed: until it is gone, its exit can be waited for.
+    pub fn get_any(&self, id: &str) -> Result<Task, TaskError> {
+        self.store.get_any(id).ok_or(TaskError::Unknown)
+    }
+
     /// The ids of all tasks, including those being removed.
     pub fn ids(&self) -> Vec<String> {
         self.store.ids()

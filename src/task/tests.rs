@@ -294,6 +294,32 @@ async fn force_kills_a_running_task_and_reports_its_real_exit() {
 }
 
 #[tokio::test]
+async fn a_wait_that_arrives_during_the_removal_gets_the_exit() {
+    let mut mock = starts();
+    mock.expect_stop().times(1).returning(|_, _, _| Ok(()));
+    mock.expect_remove().times(1).returning(|_| Ok(()));
+    let (stage, end) = TestBackend::new(mock);
+    let tasks = tasks();
+    tasks
+        .start(stage.clone(), info(ID), spec(ID))
+        .await
+        .unwrap();
+    let destroyed = tokio::spawn({
+        let tasks = tasks.clone();
+        async move { tasks.destroy(stage, ID, true).await }
+    });
+    while tasks.get(ID).is_ok() {
+        tokio::task::yield_now().await;
+    }
+    let task = tasks.get_any(ID).unwrap();
+    let wait = tokio::spawn(async move { task.wait().await });
+    end.send_replace(Some(exit(137, 9)));
+    assert_eq!(in_time(wait).await.unwrap().unwrap().unwrap(), exit(137, 9));
+    in_time(destroyed).await.unwrap().unwrap();
+    assert!(matches!(tasks.get_any(ID), Err(TaskError::Unknown)));
+}
+
+#[tokio::test]
 async fn destroying_an_unknown_id_removes_leftovers() {
     let mut mock = MockContainerBackend::new();
     mock.expect_remove()
