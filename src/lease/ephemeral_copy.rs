@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use super::remove_tree::remove_tree;
 use super::{Context, Lease, nspawn_lock};
 use crate::sys::procfs;
 
@@ -75,7 +76,7 @@ fn is_random(copy: &str) -> bool {
 fn remove(path: &Path) -> io::Result<()> {
     let is_tree = path.symlink_metadata().is_ok_and(|about| about.is_dir());
     let removed = if is_tree {
-        fs::remove_dir_all(path)
+        remove_tree(path)
     } else {
         fs::remove_file(path)
     };

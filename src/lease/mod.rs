@@ -18,6 +18,7 @@ mod cgroup;
 mod ephemeral_copy;
 mod nspawn_lock;
 mod nspawn_mounts;
+mod remove_tree;
 mod skeleton;
 mod tree_lock;
 mod uid_range;

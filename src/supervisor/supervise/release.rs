@@ -13,10 +13,6 @@ use crate::cleanup;
 use crate::failpoint::{self, Failpoint};
 use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
 
-/// In bytes, as much as the main thread may have: a directory tree is removed recursively, and a container can make deep ones. Only
-/// the pages that are used count as memory.
-const STACK_SIZE: usize = 8 * 1024 * 1024;
-
 /// The thread that releases everything.
 #[derive(Debug)]
 pub(super) struct ReleaseThread {
@@ -63,13 +59,11 @@ impl Release {
     fn spawn(self: Arc<Self>, events: &EventLoop) -> io::Result<ReleaseThread> {
         let (reader, writer) = io::pipe()?;
         let _end = events.register(reader, Token::Released)?;
-        let thread = std::thread::Builder::new()
-            .stack_size(STACK_SIZE)
-            .spawn(move || {
-                // Closed at the end of the thread, even if it panics.
-                let _writer = writer;
-                self.run();
-            })?;
+        let thread = std::thread::Builder::new().spawn(move || {
+            // Closed at the end of the thread, even if it panics.
+            let _writer = writer;
+            self.run();
+        })?;
         Ok(ReleaseThread { thread, _end })
     }
 
