@@ -3,6 +3,8 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::*;
@@ -63,6 +65,23 @@ async fn a_task_whose_supervisor_has_no_packet_socket_is_recovered(world: World)
         .unwrap();
     let exit = within(other.wait(&started)).await.unwrap();
     assert_eq!(ended(&exit), (3, 0));
+    world.leave(&[&started]).await;
+}
+
+/// As a plugin does that asks a supervisor to kill its container and does not wait for the answer.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_by_a_client_that_closes_at_once_is_carried_out(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    let supervisor = Pid::from_raw(started.supervisor.pid);
+    kill(supervisor, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    let mut stream = connect(&started);
+    stream
+        .write_all(b"{\"request\":1,\"verb\":\"kill\"}\n")
+        .unwrap();
+    drop(stream);
+    kill(supervisor, nix::sys::signal::Signal::SIGCONT).unwrap();
+    assert_eq!(ended(&world.end(&started).await), (137, 9));
     world.leave(&[&started]).await;
 }
 

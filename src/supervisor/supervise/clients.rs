@@ -74,8 +74,8 @@ struct Client {
 }
 
 impl Clients {
-    /// Adds a client and registers its connection.
-    pub(super) fn add(&mut self, socket: OwnedFd, framing: Framing, events: &EventLoop) {
+    /// Adds a client and registers its connection. Returns its id.
+    pub(super) fn add(&mut self, socket: OwnedFd, framing: Framing, events: &EventLoop) -> u32 {
         let (id, owner) = (self.next_id, self.next_id == 0);
         self.next_id += 1;
         let mut socket = events.source(socket, Token::Client(id));
@@ -89,6 +89,7 @@ impl Clients {
             disconnected: false,
             owner,
         });
+        id
     }
 
     /// Whether the connection of a client could not be registered.

@@ -99,7 +99,10 @@ impl Supervisor {
     }
 
     pub(super) fn on_exit_timeout(&mut self) {
-        if !self.nspawn_has_exited() {
+        // An announcement of systemd-nspawn that arrived together with the timer gives it more time.
+        self.read_reports();
+        let is_over = |deadline| Instant::now() >= deadline;
+        if !self.nspawn_has_exited() && self.exit_deadline().is_some_and(is_over) {
             self.exit.kill_deadline = None;
             self.exit.leader_exited_at = None;
             self.kill_nspawn();

@@ -15,11 +15,11 @@ impl Supervisor {
     /// the others stay in the backlog for a moment, where they do not wake up the supervisor.
     pub(super) fn accept_clients(&mut self) {
         loop {
-            match self.sockets.control.accept() {
+            let id = match self.sockets.control.accept() {
                 Ok((socket, framing)) => self.clients.add(socket, framing, &self.events),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => return self.pause_accepting(),
-            }
+            };
             if let State::Running { running, .. } = &self.state {
                 let started = Event::Started(running.started.clone());
                 self.clients.send_to_last(&started);
@@ -27,6 +27,8 @@ impl Supervisor {
             if let Some(end) = &self.exit.reported {
                 self.clients.send_to_last(end);
             }
+            // A client that has sent a request and closed its connection would be dropped before its first event.
+            self.handle_requests(id);
         }
     }
 
