@@ -169,12 +169,19 @@ impl Entry {
             .open(self.by_descriptor())
     }
 
-    /// The names in a directory, in no order, without `.` and `..`.
+    /// The names in a directory, in no order, without `.` and `..`. Ends after the first error.
     pub fn names(&self) -> io::Result<impl Iterator<Item = io::Result<OsString>> + use<>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let opened = openat(&self.found, ".", flags, Mode::empty())?;
-        let entries = Dir::from_fd(opened)?.into_iter();
-        Ok(entries.filter_map(|entry| match entry {
+        let mut entries = Dir::from_fd(opened)?.into_iter();
+        let mut has_failed = false;
+        // The directory stream repeats an error for ever.
+        let until_error = std::iter::from_fn(move || {
+            let entry = entries.next().filter(|_| !has_failed)?;
+            has_failed = entry.is_err();
+            Some(entry)
+        });
+        Ok(until_error.filter_map(|entry| match entry {
             Ok(entry) => match entry.file_name().to_bytes() {
                 b"." | b".." => None,
                 name => Some(Ok(OsStr::from_bytes(name).to_owned())),

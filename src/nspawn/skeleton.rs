@@ -5,10 +5,10 @@
 //! and a link in one may point to the host.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt as _, PermissionsExt, fchown, symlink};
 use std::path::{Component, Path, PathBuf};
 
 use nix::fcntl::{OFlag, open, openat};
@@ -30,34 +30,39 @@ pub struct MountPoint {
 }
 
 /// The mount points that the image lacks, if the root will not be writable: those of mounts, and the directories that
-/// systemd-nspawn itself mounts over. If the result is empty, the image can be used as it is.
-pub fn missing_mount_points(rootfs: &Rootfs, mounts: &[Mount]) -> Vec<MountPoint> {
+/// systemd-nspawn itself mounts over. If the result is empty, the image can be used as it is. Fails if the image can't be
+/// examined.
+pub fn missing_mount_points(rootfs: &Rootfs, mounts: &[Mount]) -> io::Result<Vec<MountPoint>> {
     let Root::Directory(image) = &rootfs.source else {
-        return Vec::new();
+        return Ok(Vec::new());
     };
     if !rootfs.read_only && rootfs.volatile != Volatile::State {
-        return Vec::new();
+        return Ok(Vec::new());
     }
-    // systemd-nspawn reports a tree that can't be opened, and a loop of links.
-    let Ok(tree) = RootDir::open(image) else {
-        return Vec::new();
-    };
-    let missing = |target: &Path| {
-        let resolved = tree.resolve(target).ok()?;
-        resolved.entry.is_none().then_some(resolved.below)
-    };
+    let tree = RootDir::open(image)?;
     let is_mounted_over = |below: &Path| mounted_over(rootfs.volatile, below).is_some();
-    let targets = mounts.iter().filter_map(|mount| {
-        let below =
-            missing(&mount.target).filter(|_| !is_mounted_over(below_root(&mount.target)))?;
+    let mut found = Vec::new();
+    for mount in mounts {
+        let below = missing(&tree, &mount.target)?;
+        let below = below
+            .filter(|below| !is_mounted_over(below_root(&mount.target)) && !is_mounted_over(below));
         let file = mount.source.is_file();
-        (!is_mounted_over(&below)).then_some(MountPoint { below, file })
-    });
-    let bases = always_mounted(rootfs.volatile).filter_map(|name| {
-        let below = missing(Path::new(name))?;
-        Some(MountPoint { below, file: false })
-    });
-    targets.chain(bases).collect()
+        found.extend(below.map(|below| MountPoint { below, file }));
+    }
+    for name in always_mounted(rootfs.volatile) {
+        let below = missing(&tree, Path::new(name))?;
+        found.extend(below.map(|below| MountPoint { below, file: false }));
+    }
+    Ok(found)
+}
+
+/// Where a path of the tree leads, if nothing is there. Not for a loop of links, which systemd-nspawn reports.
+fn missing(tree: &RootDir, target: &Path) -> io::Result<Option<PathBuf>> {
+    match tree.resolve(target) {
+        Ok(resolved) => Ok(resolved.entry.is_none().then_some(resolved.below)),
+        Err(error) if error.raw_os_error() == Some(nix::Error::ELOOP as i32) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Directories over which systemd-nspawn mounts its own in every container, so that the image's are not visible.
@@ -224,8 +229,13 @@ fn make_like(path: &Path, like: &fs::Metadata) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    chown(path, Some(like.uid()), Some(like.gid()))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(like.mode() & 0o7777))
+    // The image can change while it is read, and a directory of it can have had the name of a link before.
+    let created = OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW).bits())
+        .open(path)?;
+    fchown(&created, Some(like.uid()), Some(like.gid()))?;
+    created.set_permissions(fs::Permissions::from_mode(like.mode() & 0o7777))
 }
 
 /// The path relative to the root. `config` accepts only plain absolute paths; anything else could leave the root.
@@ -315,7 +325,7 @@ mod tests {
             mount("/tmp/new", image),
             mount("/srv/data", image),
         ];
-        let missing = missing_mount_points(&read_only(image), &mounts);
+        let missing = missing_mount_points(&read_only(image), &mounts).unwrap();
         let wanted = [
             ("alloc", false),
             ("srv/more/deep", false),
@@ -365,7 +375,7 @@ mod tests {
         symlink("/run", place.image.join("var-run")).unwrap();
         let mounts =
             ["/lib/new", "/data/x", "/var-run/new"].map(|target| mount(target, &place.image));
-        let missing = missing_mount_points(&read_only(&place.image), &mounts);
+        let missing = missing_mount_points(&read_only(&place.image), &mounts).unwrap();
         let wanted = ["usr/lib/new", "other/x"];
         assert_eq!(missing, wanted.map(|below| point(below, false)));
         build(&place.image, &place.skeleton, &missing, Volatile::No).unwrap();
@@ -392,6 +402,18 @@ mod tests {
             found.unwrap().is_none(),
             "nothing of the host is an os-release"
         );
+    }
+
+    #[test]
+    fn a_link_in_place_of_a_directory_is_not_changed() {
+        let temp = tempfile::tempdir().unwrap();
+        let outside = temp.path().join("outside");
+        fs::create_dir(&outside).unwrap();
+        fs::set_permissions(&outside, fs::Permissions::from_mode(0o700)).unwrap();
+        symlink(&outside, temp.path().join("link")).unwrap();
+        let like = fs::metadata("/").unwrap();
+        make_like(&temp.path().join("link"), &like).unwrap_err();
+        assert_eq!(fs::metadata(&outside).unwrap().mode() & 0o777, 0o700);
     }
 
     #[test]

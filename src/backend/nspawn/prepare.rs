@@ -148,10 +148,11 @@ fn cgroup(spec: &ContainerSpec, task_dir: &TaskDir, layout: &Layout) -> Option<C
 }
 
 fn root(spec: &ContainerSpec, task_dir: &TaskDir) -> Result<(Root, Vec<Mount>), BackendError> {
-    let missing = skeleton::missing_mount_points(&spec.rootfs, &spec.mounts);
     let Root::Directory(image) = &spec.rootfs.source else {
         return Ok((spec.rootfs.source.clone(), Vec::new()));
     };
+    let missing = skeleton::missing_mount_points(&spec.rootfs, &spec.mounts)
+        .map_err(|source| io_error("looking for mount points in", image, source))?;
     if missing.is_empty() {
         return Ok((spec.rootfs.source.clone(), Vec::new()));
     }
