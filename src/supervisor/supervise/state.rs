@@ -137,6 +137,7 @@ impl Supervisor {
         let tree = launch_spec.shared_tree();
         let tree = tree.map(|tree| SharedLocks::take(task_dir.path(), tree));
         let (nspawn, init_channel) = spawn::spawn(&task_dir, launch_spec.first, stdout, stderr)
+            .inspect_err(|_| remove_cgroup(&launch_spec))
             .map_err(step(StartStep::Nspawn))?;
         failpoint::hit(&task_dir, Failpoint::Spawned);
         let (leader, ready) = (None, init_channel.is_none());
@@ -319,6 +320,15 @@ fn create_cgroup(launch_spec: &LaunchSpec) -> io::Result<()> {
     match launch_spec.cgroup() {
         Some(group) => Group::new(group).create(),
         None => Ok(()),
+    }
+}
+
+/// Removes the cgroup of a start that has no process. The plugin does it too, but not if the records are gone.
+fn remove_cgroup(launch_spec: &LaunchSpec) {
+    if let Some(group) = launch_spec.cgroup()
+        && let Err(error) = Group::new(group).remove()
+    {
+        let _ = writeln!(io::stderr(), "the cgroup can't be removed: {error}");
     }
 }
 

@@ -190,11 +190,18 @@ async fn records_removed_during_a_start_fail_it(#[case] point: Failpoint) {
     let mut trap = Trap::at(&host.state(), point);
     let start = starting(&plugin, host.allocation(host.shell("exit 5"))).await;
     reached(&mut trap).await;
-    fs::remove_dir_all(TaskDir::for_task(&host.state(), &start.id).path()).unwrap();
+    let task_dir = TaskDir::for_task(&host.state(), &start.id);
+    fs::remove_dir_all(task_dir.path()).unwrap();
     drop(trap);
     let status = refusal(within("StartTask", start.call).await.unwrap());
     assert!(status.message().contains("No such file"), "{status:?}");
     host.quiet(&[plugin.pid()]).await;
+    for hierarchy in ["", "unified", "systemd"] {
+        let subtree = Path::new("/sys/fs/cgroup").join(hierarchy);
+        let subtree = subtree.join("nomad-driver-nspawn");
+        let cgroup = subtree.join(task_dir.path().file_name().unwrap());
+        assert!(!cgroup.exists(), "{}", cgroup.display());
+    }
     all_is_well(&host, &plugin).await;
     nothing_left(&host, &plugin).await;
 }
