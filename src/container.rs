@@ -9,7 +9,10 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+mod resources;
 pub mod testing;
+
+pub use resources::{Cpu, CpuQuota, Device, Memory, Resources, Rlimit, Swap, TmpfsSizes};
 
 /// A container as the job requests it, with every value checked and every host path resolved. Each capability of the driver has one
 /// part; a function that needs one part takes that part.
@@ -88,13 +91,6 @@ pub struct Network {
     /// How the container's `/etc/resolv.conf` is set up: a value of systemd-nspawn's `--resolv-conf`. `None` leaves it to
     /// systemd-nspawn.
     pub resolv_conf: Option<String>,
-}
-
-/// What a container may use of the host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resources {
-    /// The cgroup that Nomad created for this task, absolute. It may not exist.
-    pub cgroup: Option<PathBuf>,
 }
 
 /// Where a root file system comes from. The paths are absolute host paths that existed when they were checked.

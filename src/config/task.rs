@@ -53,6 +53,7 @@ pub(super) fn check(
         network,
         resources: Resources {
             cgroup: context.cgroup.clone(),
+            ..Resources::default()
         },
     };
     Ok(Validated { spec, notes })

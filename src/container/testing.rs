@@ -42,7 +42,7 @@ impl ContainerSpec {
                 namespace: NetworkNamespace::Host,
                 resolv_conf: None,
             },
-            resources: Resources { cgroup: None },
+            resources: Resources::default(),
         }
     }
 
