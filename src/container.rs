@@ -224,6 +224,9 @@ pub struct Started {
     pub mode: Mode,
     /// The cgroup that contains every process of the container, if one could be created.
     pub cgroup: Option<PathBuf>,
+    /// On a host with controllers on cgroup v1: the container's cgroup of each controller.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub controllers: BTreeMap<String, PathBuf>,
     /// When the container was up.
     pub started_at: SystemTime,
     /// What the user should know about this start, one sentence each.

@@ -5,6 +5,7 @@ use crate::lease::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Skeleton, TreeLock, UidRange, ZoneBridge,
 };
 use proptest::prelude::*;
+use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
@@ -50,6 +51,7 @@ pub(crate) fn a_running(id: &str, boot: &str) -> Running {
             leader: nobody,
             mode: Mode::Plain,
             cgroup: None,
+            controllers: BTreeMap::new(),
             started_at: SystemTime::UNIX_EPOCH,
             notes: Vec::new(),
         },
@@ -445,6 +447,7 @@ pub(crate) fn started() -> impl Strategy<Value = Started> {
                 leader,
                 mode,
                 cgroup,
+                controllers: BTreeMap::new(),
                 started_at,
                 notes,
             }

@@ -1,5 +1,6 @@
 //! Tests of the plugin's end of the control socket.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -76,6 +77,7 @@ impl Odd {
             leader: leader.process(),
             mode: crate::container::Mode::Plain,
             cgroup: None,
+            controllers: BTreeMap::new(),
             started_at: SystemTime::UNIX_EPOCH,
             notes: Vec::new(),
         };

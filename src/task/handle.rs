@@ -186,6 +186,7 @@ mod tests {
                     leader,
                     mode,
                     cgroup: cgroup.map(PathBuf::from),
+                    controllers: std::collections::BTreeMap::new(),
                     started_at: SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos),
                     notes,
                 }

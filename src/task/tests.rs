@@ -109,6 +109,7 @@ pub(crate) fn started(id: &str) -> Started {
         },
         mode: Mode::Plain,
         cgroup: Some("/sys/fs/cgroup/x".into()),
+        controllers: std::collections::BTreeMap::new(),
         started_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
         notes: vec!["a note".to_owned()],
     }

@@ -1,6 +1,7 @@
 //! Everything a supervisor knows about its container, and its start: what is prepared, what systemd-nspawn and the driver's init
 //! report, and the record of the start. Runs in the supervisor process.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
@@ -286,6 +287,7 @@ impl Supervisor {
             leader,
             mode: launch_spec.mode,
             cgroup: launch_spec.cgroup().map(Path::to_owned),
+            controllers: BTreeMap::new(),
             started_at: SystemTime::now(),
             notes: launch_spec.notes.clone(),
         }
