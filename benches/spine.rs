@@ -200,16 +200,16 @@ fn bare_container(scratch: &Path, tree: &Path) -> anyhow::Result<Run> {
     fs::create_dir_all(&alloc)?;
     let go = fifo(&alloc)?;
     let place = Layout::of_this_host()
-        .path_for(None, "bench")
+        .place(None, "bench")
         .context("no cgroups")?;
-    let group = Group::new(&place.group);
+    let group = Group::new(&place.tracking.group);
     group.create()?;
     let socket = scratch.join("notify");
     let _ = fs::remove_file(&socket);
     let notify = UnixDatagram::bind(&socket)?;
     notify.set_read_timeout(Some(LONG))?;
     let begun = Instant::now();
-    let mut child = spawn_bare(&socket, &place.group, tree, &alloc)?;
+    let mut child = spawn_bare(&socket, &place.tracking.group, tree, &alloc)?;
     let leader = leader_of(&notify)?;
     let up = begun.elapsed();
     let held = ProcessHandle::open(leader)?;
@@ -220,7 +220,7 @@ fn bare_container(scratch: &Path, tree: &Path) -> anyhow::Result<Run> {
     let down = ended.elapsed();
     group.wait_empty(LONG);
     group.remove()?;
-    if let Some(mirror) = place.mirror {
+    if let Some(mirror) = place.tracking.mirror {
         Group::new(mirror).remove()?;
     }
     let _ = fs::remove_dir("/run/systemd/nspawn/propagate/bench");

@@ -1,4 +1,4 @@
-//! The interface between driver logic and the host: nine operations, in neither Nomad's terms nor systemd's. Implemented by
+//! The interface between driver logic and the host: ten operations, in neither Nomad's terms nor systemd's. Implemented by
 //! [`nspawn::NspawnBackend`], and by a generated mock in the unit tests of `driver` and `task`. What a job may do is not decided
 //! here but in `config`.
 
@@ -38,6 +38,10 @@ pub trait ContainerBackend: Send + Sync + std::fmt::Debug + 'static {
     /// Waits for the container's exit. Any number of callers, early or late, get the same result. If the exit status was lost,
     /// the result is an [`Exit`] with an error text, not an error.
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError>;
+
+    /// Waits until the kernel has killed more than `seen` processes of the container because its memory was used up, while the container
+    /// lives on, and returns how many it has killed. `None` if no more can follow.
+    async fn oom_kills(&self, started: &Started, seen: u64) -> Option<u64>;
 
     /// Delivers a signal to the payload: the command, or the image's init.
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError>;

@@ -1,6 +1,8 @@
 //! Which cgroup hierarchies this host has, and where the cgroup of a start is.
 
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +23,54 @@ pub struct Layout {
     pub tracking: Option<PathBuf>,
     /// On a hybrid host: the named cgroup v1 hierarchy, in which systemd-nspawn also creates the cgroups that it makes.
     pub mirror: Option<PathBuf>,
+    /// The cgroup v1 hierarchies of resource controllers, by controller. Several controllers may share a hierarchy.
+    pub controllers: BTreeMap<String, PathBuf>,
+}
+
+/// The controllers of cgroup v1.
+const CONTROLLERS: [&str; 14] = [
+    "blkio",
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "devices",
+    "freezer",
+    "hugetlb",
+    "memory",
+    "misc",
+    "net_cls",
+    "net_prio",
+    "perf_event",
+    "pids",
+    "rdma",
+];
+
+/// Where the cgroups of one start are. None of them is one of the agent's, in any hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The cgroup that all processes of the start are in.
+    pub tracking: CgroupPath,
+    /// Whether that is in cgroup v2.
+    pub version_2: bool,
+    /// Whether that is in a cgroup that Nomad made for the task.
+    pub granted: bool,
+    /// In cgroup v1: the cgroup of the start in the hierarchy of each controller. That of `cpuset` is Nomad's own where it has one:
+    /// the kernel refuses to take cores from a cgroup that has a child with them, so Nomad could not share its cores anew.
+    pub controllers: BTreeMap<String, PathBuf>,
+}
+
+impl Place {
+    /// The cgroup that systemd-nspawn makes for the container's processes.
+    pub fn payload(&self) -> PathBuf {
+        self.tracking.group.join("payload")
+    }
+
+    /// The cgroups that compete with those of other tasks: that of the start, and the one that Nomad made for the task.
+    pub fn siblings(&self) -> impl Iterator<Item = &Path> {
+        let group = &*self.tracking.group;
+        let granted = group.parent().filter(|_| self.granted);
+        granted.into_iter().chain([group])
+    }
 }
 
 /// The cgroup of one start.
@@ -47,12 +97,14 @@ impl Layout {
                 kind: CgroupLayout::V2,
                 tracking: Some(top.target.clone()),
                 mirror: None,
+                controllers: BTreeMap::new(),
             };
         }
         let target = |mount: &Mount| mount.target.clone();
         let mut legacy = mounts.iter().filter(|mount| mount.kind == "cgroup");
         let mut version_2 = mounts.iter().filter(|mount| mount.kind == "cgroup2");
         let version_2 = version_2.find(|mount| !at_top(mount));
+        let controllers = controllers(legacy.clone());
         let named = legacy
             .clone()
             .find(|mount| mount.has_option("name=systemd"));
@@ -65,6 +117,7 @@ impl Layout {
             kind,
             tracking: tracking.map(target),
             mirror: mirror.map(target),
+            controllers,
         }
     }
 
@@ -73,25 +126,69 @@ impl Layout {
         Self::of(&procfs::own_mounts().unwrap_or_default())
     }
 
-    /// The cgroup of one start: below the cgroup that Nomad made for the task if that is in the tracking hierarchy,
-    /// else in the driver's own subtree. Every start gets a new leaf, because systemd-nspawn leaves its own cgroups
-    /// with controllers enabled, and such a cgroup does not accept processes again.
-    pub fn path_for(&self, granted: Option<&Path>, leaf: &str) -> Option<CgroupPath> {
+    /// The cgroups of one start: below the cgroup that Nomad made for the task if that is in the tracking hierarchy, else in the
+    /// driver's own subtree. Every start gets a new leaf, because systemd-nspawn leaves its own cgroups with controllers enabled, and
+    /// such a cgroup does not accept processes again. `None` if processes can't be tracked.
+    pub fn place(&self, granted: Option<&Path>, leaf: &str) -> Option<Place> {
         let tracking = self.tracking.as_ref()?;
-        let parent = match granted {
-            Some(granted) if granted.starts_with(tracking) && granted.is_dir() => {
-                granted.to_owned()
-            }
-            _ => tracking.join(SUBTREE),
-        };
+        let below = granted_in(granted, tracking);
+        let parent = below.map_or_else(|| tracking.join(SUBTREE), Path::to_owned);
         let group = parent.join(leaf);
         let mirror = self
             .mirror
             .as_ref()
             .zip(group.strip_prefix(tracking).ok())
             .map(|(mirror, below)| mirror.join(below));
-        Some(CgroupPath { group, mirror })
+        let controllers = self.controllers.iter().map(|(controller, hierarchy)| {
+            let nomads = granted_in(granted, hierarchy).filter(|_| controller == "cpuset");
+            let own = || hierarchy.join(SUBTREE).join(leaf);
+            (controller.clone(), nomads.map_or_else(own, Path::to_owned))
+        });
+        Some(Place {
+            tracking: CgroupPath { group, mirror },
+            version_2: self.tracks_in_version_2(),
+            granted: below.is_some(),
+            controllers: controllers.collect(),
+        })
     }
+
+    fn tracks_in_version_2(&self) -> bool {
+        matches!(self.kind, CgroupLayout::V2 | CgroupLayout::Hybrid)
+    }
+
+    /// The controllers of the cgroup v2 hierarchy. None of them is in cgroup v1 at the same time.
+    pub fn version_2_controllers(&self) -> BTreeSet<String> {
+        let tracking = self.tracking.as_ref();
+        let tracking = tracking.filter(|_| self.tracks_in_version_2());
+        let text = tracking
+            .and_then(|top| fs::read_to_string(top.join("cgroup.controllers")).ok())
+            .unwrap_or_default();
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    /// The controllers that the driver can use, of whichever version.
+    pub fn usable_controllers(&self) -> BTreeSet<String> {
+        let mut usable = self.version_2_controllers();
+        usable.extend(self.controllers.keys().cloned());
+        usable
+    }
+}
+
+/// The hierarchies of resource controllers among these mounts of cgroup v1.
+fn controllers<'a>(legacy: impl Iterator<Item = &'a Mount>) -> BTreeMap<String, PathBuf> {
+    let of = |mount: &'a Mount| {
+        let own = CONTROLLERS.iter().filter(|name| mount.has_option(name));
+        own.map(|name| ((*name).to_owned(), mount.target.clone()))
+    };
+    legacy.flat_map(of).collect()
+}
+
+/// The cgroup that Nomad made, if it exists in this hierarchy.
+fn granted_in<'a>(granted: Option<&'a Path>, hierarchy: &Path) -> Option<&'a Path> {
+    let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
+    granted.filter(|granted| {
+        granted.starts_with(hierarchy) && granted.components().all(plain) && granted.is_dir()
+    })
 }
 
 impl Layout {
@@ -123,7 +220,8 @@ impl Layout {
     }
 
     fn hierarchies(&self) -> impl Iterator<Item = &PathBuf> {
-        self.tracking.iter().chain(&self.mirror)
+        let controllers: BTreeSet<&PathBuf> = self.controllers.values().collect();
+        self.tracking.iter().chain(&self.mirror).chain(controllers)
     }
 }
 
@@ -173,8 +271,52 @@ mod tests {
             kind,
             tracking: path(tracking),
             mirror: path(mirror),
+            controllers: layout(mounts).controllers,
         };
         assert_eq!(layout(mounts), wanted);
+    }
+
+    #[rstest]
+    #[case::hybrid(&[TMPFS, ("/c/cpu,cpuacct", "cpu,cpuacct"), MEMORY, NAMED, BESIDE],
+        &[("cpu", "/c/cpu,cpuacct"), ("cpuacct", "/c/cpu,cpuacct"), ("memory", MEMORY.0)])]
+    #[case::version_1(&[TMPFS, MEMORY, NAMED], &[("memory", MEMORY.0)])]
+    #[case::version_2_with_a_stray_mount(&[STRAY, UNIFIED], &[])]
+    fn controllers_of_version_1_are_found(
+        #[case] mounts: &[(&str, &str)],
+        #[case] wanted: &[(&str, &str)],
+    ) {
+        let owned = |(name, at): &(&str, &str)| ((*name).to_owned(), PathBuf::from(at));
+        let wanted: BTreeMap<String, PathBuf> = wanted.iter().map(owned).collect();
+        assert_eq!(layout(mounts).controllers, wanted);
+    }
+
+    /// The kernel refuses to take a core from a cpuset that has a child with it, which would make Nomad's next start fail.
+    #[test]
+    fn nomads_cpuset_is_joined_and_everything_else_is_the_drivers_own() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        let controllers = ["cpu", "cpuset", "memory"].map(|name| (name.to_owned(), at(name)));
+        let layout = Layout {
+            kind: CgroupLayout::Hybrid,
+            tracking: Some(at("unified")),
+            mirror: None,
+            controllers: controllers.into(),
+        };
+        let share = at("cpuset/nomad/share");
+        fs::create_dir_all(&share).unwrap();
+        let own = |name: &str| (name.to_owned(), at(name).join(SUBTREE).join("x"));
+        let place = layout.place(Some(&share), "x").unwrap();
+        assert_eq!(
+            place.controllers,
+            [own("cpu"), ("cpuset".to_owned(), share), own("memory")].into()
+        );
+        assert!(!place.granted);
+        assert_eq!(place.tracking.group, at("unified").join(SUBTREE).join("x"));
+        let place = layout.place(None, "x").unwrap();
+        assert_eq!(
+            place.controllers,
+            [own("cpu"), own("cpuset"), own("memory")].into()
+        );
     }
 
     #[test]
@@ -191,20 +333,20 @@ mod tests {
             kind: CgroupLayout::Hybrid,
             tracking: Some(root.path().to_owned()),
             mirror: Some("/named".into()),
+            controllers: BTreeMap::new(),
         };
         let own = CgroupPath {
             group: root.path().join("nomad-driver-nspawn/x"),
             mirror: Some("/named/nomad-driver-nspawn/x".into()),
         };
-        assert_eq!(layout.path_for(Some(&granted), "x").as_ref(), Some(&own));
+        let path = |granted: &Path| layout.place(Some(granted), "x").unwrap().tracking;
+        assert_eq!(path(&granted), own);
         fs::create_dir_all(&granted).unwrap();
-        let place = layout.path_for(Some(&granted), "x").unwrap();
-        assert_eq!(place.group, granted.join("x"));
-        assert_eq!(place.mirror, Some("/named/nomad.slice/a.t.scope/x".into()));
-        assert_eq!(
-            layout.path_for(Some(Path::new("/elsewhere")), "x"),
-            Some(own)
-        );
+        assert_eq!(path(&granted).group, granted.join("x"));
+        let mirror = path(&granted).mirror;
+        assert_eq!(mirror, Some("/named/nomad.slice/a.t.scope/x".into()));
+        assert_eq!(path(Path::new("/elsewhere")), own);
+        assert_eq!(path(&granted.join("..")), own);
     }
 
     #[test]
@@ -214,6 +356,7 @@ mod tests {
             kind: CgroupLayout::Hybrid,
             tracking: Some(root.path().join("unified")),
             mirror: Some(root.path().join("named")),
+            controllers: BTreeMap::new(),
         };
         let own = root.path().join("unified").join(SUBTREE).join("x");
         let granted = root.path().join("named/nomad.slice/a.scope/x");

@@ -1,14 +1,20 @@
-//! Cgroups of tasks: choosing the path, creating, killing all processes, reading usage, removing. Uses cgroup v2 where
-//! it is mounted (unified or hybrid), otherwise the named cgroup v1 hierarchy. Knows nothing about containers, and does
-//! not touch cgroups that the driver did not create.
+//! Cgroups of tasks: choosing the path, creating, limits, killing all processes, reading usage, removing. Processes are tracked in
+//! cgroup v2 where it is mounted (unified or hybrid), otherwise in the named cgroup v1 hierarchy; limits are in the hierarchy of
+//! their controller. Does not touch cgroups that the driver did not create, except those that Nomad has made for the task.
 
 pub mod freezer;
 mod group;
 mod layout;
+mod limits;
+mod oom;
+mod plan;
 mod usage;
 
 pub use group::Group;
-pub use layout::{CgroupPath, Layout};
+pub use layout::{CgroupPath, Layout, Place};
+pub use limits::{Limit, Setting, Unenforced};
+pub use oom::OomCounter;
+pub use plan::{CgroupPlan, unenforced_note};
 
 /// The driver's own subtree, used where Nomad provides no cgroup.
 const SUBTREE: &str = "nomad-driver-nspawn";

@@ -7,11 +7,6 @@ use crate::container::Usage;
 use crate::sys::procfs;
 
 impl Group {
-    /// The number of processes that the kernel's OOM killer has killed in it; 0 where that is not counted.
-    pub fn oom_kills(&self) -> u64 {
-        self.field("memory.events", "oom_kill").unwrap_or(0)
-    }
-
     /// The resource usage of its processes.
     pub fn usage(&self) -> Usage {
         let cpu = |key: &str| self.field("cpu.stat", key);

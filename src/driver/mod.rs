@@ -78,12 +78,13 @@ impl Driver {
         search_path: ImageSearchPath,
     ) -> Self {
         let root = CancellationToken::new();
+        let events = EventBus::default();
         Self {
             factory: Arc::new(factory),
             search_path: Arc::new(search_path),
             config: watch::Sender::new(None),
-            tasks: Tasks::new(root.child_token()),
-            events: EventBus::default(),
+            tasks: Tasks::new(events.clone(), root.child_token()),
+            events,
             recovered: watch::Sender::new(()),
             alloc_roots: watch::Sender::default(),
             calls: TaskTracker::new(),

@@ -23,6 +23,13 @@ pub struct CgroupMirror {
     pub group: PathBuf,
 }
 
+/// The cgroups of the start in the hierarchies of cgroup v1 controllers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControllerCgroups {
+    /// Their directories.
+    pub groups: Vec<PathBuf>,
+}
+
 impl Lease for Cgroup {
     fn release(&self, _: &Context<'_>) -> io::Result<()> {
         Group::new(&self.group).remove()
@@ -40,6 +47,20 @@ impl Lease for CgroupMirror {
 
     fn is_own(&self, task_dir: &Path) -> bool {
         is_named_like(&self.group, task_dir)
+    }
+}
+
+impl Lease for ControllerCgroups {
+    fn release(&self, _: &Context<'_>) -> io::Result<()> {
+        // One that can't be removed does not keep the others from being removed.
+        let removed = self.groups.iter().map(|group| Group::new(group).remove());
+        removed.fold(Ok(()), |first, next| first.and(next))
+    }
+
+    fn is_own(&self, task_dir: &Path) -> bool {
+        self.groups
+            .iter()
+            .all(|group| is_named_like(group, task_dir))
     }
 }
 

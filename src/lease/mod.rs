@@ -24,7 +24,7 @@ mod tree_lock;
 mod uid_range;
 mod zone_bridge;
 
-pub use cgroup::{Cgroup, CgroupMirror};
+pub use cgroup::{Cgroup, CgroupMirror, ControllerCgroups};
 pub use ephemeral_copy::{EphemeralCopy, ephemeral_root_of};
 pub use nspawn_lock::SharedLocks;
 pub use nspawn_mounts::{NspawnMounts, remove_leaked_mounts};
@@ -41,6 +41,8 @@ pub enum Resource {
     Cgroup(Cgroup),
     /// The cgroup of the same name in the other hierarchy.
     CgroupMirror(CgroupMirror),
+    /// The cgroups of the start in the hierarchies of cgroup v1 controllers.
+    ControllerCgroups(ControllerCgroups),
     /// The bridge of a zone.
     ZoneBridge(ZoneBridge),
     /// The lock of a uid range that systemd-nspawn picks.
@@ -108,6 +110,7 @@ impl Resource {
         Some(match self {
             Self::Cgroup(lease) => lease,
             Self::CgroupMirror(lease) => lease,
+            Self::ControllerCgroups(lease) => lease,
             Self::ZoneBridge(lease) => lease,
             Self::UidRange(lease) => lease,
             Self::TreeLock(lease) => lease,

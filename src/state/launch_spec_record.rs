@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::task_dir::{LaunchSpec, Pid1};
-use crate::cgroup::CgroupPath;
+use crate::cgroup::{CgroupPath, CgroupPlan};
 use crate::container::Mode;
 use crate::lease::{
-    Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
-    ZoneBridge,
+    Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
+    TreeLock, UidRange, ZoneBridge,
 };
 
 #[derive(Serialize, Deserialize)]
@@ -31,6 +31,10 @@ pub(super) struct LaunchSpecRecord {
     network_namespace: Option<PathBuf>,
     #[serde(flatten)]
     older: Older,
+    #[serde(default)]
+    cgroups: Option<CgroupPlan>,
+    #[serde(default)]
+    oom_score_adj: i32,
     /// Missing in launch specs of drivers from before this field.
     #[serde(default)]
     resources: Option<Vec<Resource>>,
@@ -65,6 +69,8 @@ impl From<LaunchSpecRecord> for LaunchSpec {
             stdout: form.stdout,
             stderr: form.stderr,
             network_namespace: form.network_namespace,
+            cgroups: form.cgroups,
+            oom_score_adj: form.oom_score_adj,
             resources: form.resources.unwrap_or_else(|| form.older.resources()),
             notes: form.notes,
         }
@@ -86,6 +92,8 @@ impl From<LaunchSpec> for LaunchSpecRecord {
             stdout: launch_spec.stdout,
             stderr: launch_spec.stderr,
             network_namespace: launch_spec.network_namespace,
+            cgroups: launch_spec.cgroups,
+            oom_score_adj: launch_spec.oom_score_adj,
             resources: Some(launch_spec.resources),
             notes: launch_spec.notes,
         }
@@ -140,6 +148,8 @@ impl Older {
                 }
                 // Older drivers release these without a field.
                 Resource::Skeleton(Skeleton {}) | Resource::NspawnMounts(NspawnMounts {}) => {}
+                // They have none.
+                Resource::ControllerCgroups(ControllerCgroups { .. }) => {}
                 Resource::Unknown(_) => {}
             }
         }

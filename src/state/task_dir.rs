@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::launch_spec_record::LaunchSpecRecord;
+use crate::cgroup::CgroupPlan;
 use crate::container::{Cause, Exit, Mode, Process, Started};
 use crate::lease::Resource;
 
@@ -80,6 +81,10 @@ pub struct LaunchSpec {
     pub stderr: Option<PathBuf>,
     /// The network namespace to start systemd-nspawn in.
     pub network_namespace: Option<PathBuf>,
+    /// What is done to the cgroups of the start; `None` without cgroups, and in launch specs of older drivers.
+    pub cgroups: Option<CgroupPlan>,
+    /// The badness adjustment of the container's processes, which inherit it: that of the agent may be another.
+    pub oom_score_adj: i32,
     /// The host resources that the start acquires, in the order of acquisition. All of them are released in the reverse order.
     pub resources: Vec<Resource>,
     /// What the user should know about this start.
@@ -93,6 +98,15 @@ impl LaunchSpec {
             Resource::Cgroup(cgroup) => Some(&*cgroup.group),
             _ => None,
         })
+    }
+
+    /// The cgroups to create in the hierarchies of cgroup v1 controllers.
+    pub fn controller_cgroups(&self) -> &[PathBuf] {
+        let groups = self.resources.iter().find_map(|resource| match resource {
+            Resource::ControllerCgroups(cgroups) => Some(&*cgroups.groups),
+            _ => None,
+        });
+        groups.unwrap_or_default()
     }
 
     /// The tree whose lock is shared with other containers that do not write it.

@@ -33,6 +33,8 @@ pub(crate) fn an_order(id: &str) -> LaunchSpec {
         stdout: None,
         stderr: None,
         network_namespace: None,
+        cgroups: None,
+        oom_score_adj: 0,
         resources: Vec::new(),
         notes: Vec::new(),
     }
@@ -395,6 +397,18 @@ fn resource() -> impl Strategy<Value = Resource> {
     ]
 }
 
+fn cgroup_plan() -> impl Strategy<Value = CgroupPlan> {
+    let controllers = proptest::collection::btree_map(any::<String>(), path(), 0..3);
+    let oom = proptest::option::of(path());
+    (controllers, oom, any::<bool>()).prop_map(|(controllers, oom, required)| {
+        let mut plan = CgroupPlan::default();
+        plan.controllers = controllers;
+        plan.oom = oom;
+        plan.required = required;
+        plan
+    })
+}
+
 fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
     let first = prop_oneof![
         Just(Pid1::Image),
@@ -405,9 +419,11 @@ fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
     let call = (path(), any::<Vec<String>>(), first);
     let paths = (maybe(), maybe(), maybe(), maybe());
     let resources = proptest::collection::vec(resource(), 0..9);
-    let rest = (resources, any::<Vec<String>>());
+    let limits = (proptest::option::of(cgroup_plan()), any::<i32>());
+    let rest = (resources, any::<Vec<String>>(), limits);
     (names, call, paths, rest).prop_map(
-        |((id, machine, boot, mode), (program, arguments, first), paths, (resources, notes))| {
+        |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
+            let (resources, notes, (cgroups, oom_score_adj)) = rest;
             let (stdout, stderr, network_namespace, alloc_dir) = paths;
             LaunchSpec {
                 id,
@@ -421,6 +437,8 @@ fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
                 stdout,
                 stderr,
                 network_namespace,
+                cgroups,
+                oom_score_adj,
                 resources,
                 notes,
             }

@@ -39,6 +39,8 @@ pub enum Status {
 #[derive(Debug, Clone)]
 pub struct SupervisorClient {
     status: watch::Receiver<Status>,
+    /// OOM kills that the container has survived.
+    oom_kills: watch::Receiver<u64>,
     /// Turns true when the supervisor has released everything and has exited.
     exited: watch::Receiver<bool>,
     requests: mpsc::Sender<PendingRequest>,
@@ -148,8 +150,10 @@ impl SupervisorClient {
         let (requests, _) = mpsc::channel(1);
         let (_, status) = watch::channel(Status::Ended(Arc::new(exit)));
         let (_, exited) = watch::channel(true);
+        let (_, oom_kills) = watch::channel(0);
         Self {
             status,
+            oom_kills,
             exited,
             requests,
         }
@@ -179,6 +183,14 @@ impl SupervisorClient {
         }
     }
 
+    /// Waits until more than `seen` processes of the container have been killed because its memory was used up, and returns how many.
+    /// `None` if no more can follow.
+    pub async fn oom_kills(&self, seen: u64) -> Option<u64> {
+        let mut kills = self.oom_kills.clone();
+        let more = kills.wait_for(|kills| *kills > seen).await;
+        more.ok().map(|kills| *kills)
+    }
+
     /// Waits until the supervisor has released everything and has exited.
     pub async fn wait_until_gone(&self) {
         let mut exited = self.exited.clone();
@@ -206,12 +218,14 @@ fn follow(
 ) -> SupervisorClient {
     let (requests_sender, requests) = mpsc::channel(8);
     let (status, status_seen) = watch::channel(Status::Starting);
+    let (oom_kills, oom_kills_seen) = watch::channel(0);
     let (exited, exited_seen) = watch::channel(false);
     let follower = Follower {
         connection,
         task_dir,
         known,
         status,
+        oom_kills,
     };
     tracker.spawn(async move {
         follower.follow(requests).await;
@@ -220,6 +234,7 @@ fn follow(
     });
     SupervisorClient {
         status: status_seen,
+        oom_kills: oom_kills_seen,
         exited: exited_seen,
         requests: requests_sender,
     }
@@ -249,6 +264,7 @@ struct Follower {
     /// Whether Nomad already holds a handle of the container, because this plugin did not start it but recovered it.
     known: bool,
     status: watch::Sender<Status>,
+    oom_kills: watch::Sender<u64>,
 }
 
 impl Follower {
@@ -287,6 +303,7 @@ impl Follower {
             Event::Started(started) => self.set(Status::Up(Arc::new(started))),
             Event::Failed(failure) => self.set(Status::Failed(Arc::new(failure))),
             Event::Exited(exit) => self.set(Status::Ended(Arc::new(exit))),
+            Event::OomKills(kills) => drop(self.oom_kills.send_replace(kills)),
             Event::Done { request, error } => {
                 if let Some(index) = pending.iter().position(|(number, _)| *number == request) {
                     let _ = pending.swap_remove(index).1.send(error.map_or(Ok(()), Err));

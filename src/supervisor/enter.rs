@@ -18,11 +18,13 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
-use crate::cgroup::Group;
+use crate::cgroup::{CgroupPlan, Group};
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 use crate::state::task_dir::{LaunchSpec, Pid1, Refusal, TaskDir};
-use crate::sys::process::{close_inherited, current_process, no_core_dump_of_the_next};
+use crate::sys::process::{
+    close_inherited, current_process, no_core_dump_of_the_next, set_oom_score_adj,
+};
 
 /// Becomes systemd-nspawn as the launch spec in this directory says. Returns only if that failed, and records the reason in the
 /// directory: stderr may be the task's by now.
@@ -104,6 +106,12 @@ fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
         let what = format!("can't enter the control group {}", group.display());
         Group::new(group).enter().map_err(because(&what))?;
     }
+    for group in launch_spec.cgroups.iter().flat_map(CgroupPlan::joined) {
+        let what = format!("can't enter the control group {}", group.display());
+        Group::new(group).enter().map_err(because(&what))?;
+    }
+    // The agent's own may be -1000, with which no limit of memory would end a process. Lowering it needs CAP_SYS_RESOURCE.
+    let _ = set_oom_score_adj(nix::unistd::getpid().as_raw(), launch_spec.oom_score_adj);
     if let Some(path) = &launch_spec.network_namespace {
         let entered = File::open(path).and_then(|file| Ok(setns(file, CloneFlags::CLONE_NEWNET)?));
         let what = format!("can't enter the network namespace {}", path.display());

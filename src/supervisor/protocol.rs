@@ -26,6 +26,8 @@ pub enum Event {
     Failed(StartFailure),
     /// It has exited. The last event; its resources are being released until the connection closes.
     Exited(Exit),
+    /// Processes of the container, which still runs, have been killed because its memory was used up: how many so far.
+    OomKills(u64),
     /// A request has been handled.
     Done {
         /// The request's number.
@@ -341,6 +343,7 @@ mod tests {
         prop_oneof![
             started().prop_map(Event::Started),
             exit().prop_map(Event::Exited),
+            any::<u64>().prop_map(Event::OomKills),
             (any::<u64>(), any::<Option<String>>())
                 .prop_map(|(request, error)| Event::Done { request, error }),
             (steps, any::<String>(), causes).prop_map(|(step, reason, cause)| Event::Failed(

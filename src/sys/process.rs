@@ -183,6 +183,11 @@ pub fn no_core_dump_of_the_next() -> nix::Result<()> {
     setrlimit(Resource::RLIMIT_CORE, NOT_EVEN_A_HANDLER.min(hard), hard)
 }
 
+/// Sets the badness adjustment of a process, -1000 to 1000, which its children inherit. Lowering it needs `CAP_SYS_RESOURCE`.
+pub fn set_oom_score_adj(pid: i32, value: i32) -> io::Result<()> {
+    fs::write(format!("/proc/{pid}/oom_score_adj"), value.to_string())
+}
+
 /// Closes everything but stdin, stdout and stderr. To be called at the start of a process, before it has opened anything: if an
 /// agent does not mark its descriptors close-on-exec, containers must not keep them open for days.
 pub fn close_inherited() {

@@ -10,6 +10,7 @@ use futures_util::future::{BoxFuture, FutureExt as _};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
+use super::events::EventBus;
 use super::state::{Decision, Event, Rejection, Request, State};
 use super::store::TaskStore;
 use super::{Task, TaskError, TaskInfo, TaskStatus};
@@ -65,6 +66,7 @@ pub(super) enum Command {
 enum Outcome {
     Up(Result<Started, TaskError>, StartReply),
     Ended(Exit),
+    OomKills(Option<u64>),
     Signalled(Result<(), TaskError>, Reply),
     Stopped(Result<(), TaskError>, Reply),
     Removed(Result<(), TaskError>, Option<Reply>),
@@ -83,7 +85,10 @@ pub(super) struct TaskActor {
     /// The backend calls that have not finished. Each catches its own panic, see [`catch_panic`].
     in_flight: FuturesUnordered<BoxFuture<'static, Outcome>>,
     failed_removals: usize,
+    /// OOM kills that have been published.
+    oom_kills: u64,
     store: TaskStore,
+    events: EventBus,
 }
 
 impl TaskActor {
@@ -91,7 +96,7 @@ impl TaskActor {
     pub(super) fn new(
         info: TaskInfo,
         backend: Arc<dyn ContainerBackend>,
-        store: TaskStore,
+        (store, events): (TaskStore, EventBus),
         origin: Origin,
     ) -> (Self, Task) {
         let (publish, status) = watch::channel(TaskStatus::default());
@@ -106,7 +111,9 @@ impl TaskActor {
             deferred: Vec::new(),
             in_flight: FuturesUnordered::new(),
             failed_removals: 0,
+            oom_kills: 0,
             store,
+            events,
         };
         actor.begin(origin);
         let task = Task {
@@ -246,6 +253,7 @@ impl TaskActor {
                 self.state.apply(Event::End);
                 self.status.send_modify(|status| status.exit = Some(exit));
             }
+            Outcome::OomKills(kills) => self.apply_oom_kills(kills),
             Outcome::Signalled(result, reply) => answer(reply, result),
             Outcome::Stopped(result, reply) => {
                 if result.is_err() {
@@ -284,7 +292,33 @@ impl TaskActor {
             let end = catch_panic(async move { Ok(backend.wait(&container).await?) });
             Outcome::Ended(end.await.unwrap_or_else(|error| lost_exit(&id, &error)))
         });
+        self.watch_oom_kills(&started);
         let _ = reply.send(Ok(started));
+    }
+
+    fn watch_oom_kills(&self, started: &Arc<Started>) {
+        let (backend, started) = (Arc::clone(&self.backend), Arc::clone(started));
+        let seen = self.oom_kills;
+        self.call(async move {
+            let kills = catch_panic(async move { Ok(backend.oom_kills(&started, seen).await) });
+            Outcome::OomKills(kills.await.unwrap_or_default())
+        });
+    }
+
+    /// `None` if no more can follow.
+    fn apply_oom_kills(&mut self, kills: Option<u64>) {
+        let started = self.status.borrow().started.clone();
+        let (Some(kills), Some(started)) = (kills, started) else {
+            return;
+        };
+        self.events.publish(
+            &self.info,
+            format!(
+                "the kernel has killed a process of the task, which runs on, because the task has used all memory that its limit allows (OOM kills so far: {kills})"
+            ),
+        );
+        self.oom_kills = kills;
+        self.watch_oom_kills(&started);
     }
 
     fn apply_removal(&mut self, result: Result<(), TaskError>, reply: Option<Reply>) {

@@ -22,6 +22,7 @@ mod state;
 mod store;
 
 use actor::{Command, Origin, TaskActor};
+use events::EventBus;
 use store::TaskStore;
 
 /// How many recoveries run at once. After this process was killed, Nomad recovers all tasks at the same moment; running more of
@@ -175,16 +176,18 @@ impl Task {
 #[derive(Debug, Clone)]
 pub struct Tasks {
     store: TaskStore,
+    events: EventBus,
     actors: TaskTracker,
     recovering: Arc<Semaphore>,
     token: CancellationToken,
 }
 
 impl Tasks {
-    /// Creates an empty set. Cancelling `token` ends all actors, but no container.
-    pub fn new(token: CancellationToken) -> Self {
+    /// Creates an empty set, whose messages for users are published on `events`. Cancelling `token` ends all actors, but no container.
+    pub fn new(events: EventBus, token: CancellationToken) -> Self {
         Self {
             store: TaskStore::default(),
+            events,
             actors: TaskTracker::new(),
             recovering: Arc::new(Semaphore::new(MAX_CONCURRENT_RECOVERIES)),
             token,
@@ -291,7 +294,12 @@ impl Tasks {
         info: TaskInfo,
         origin: Origin,
     ) -> Result<Task, TaskError> {
-        let (actor, task) = TaskActor::new(info, backend, self.store.clone(), origin);
+        let (actor, task) = TaskActor::new(
+            info,
+            backend,
+            (self.store.clone(), self.events.clone()),
+            origin,
+        );
         self.store.insert(task.clone())?;
         let token = self.token.child_token();
         self.actors

@@ -20,6 +20,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 pub(crate) struct TestBackend {
     pub(crate) mock: MockContainerBackend,
     pub(crate) end: watch::Sender<Option<Exit>>,
+    pub(crate) oom_kills: watch::Sender<u64>,
     pub(crate) gate: Semaphore,
 }
 
@@ -31,6 +32,7 @@ impl TestBackend {
         let stage = Self {
             mock,
             end: end.clone(),
+            oom_kills: watch::Sender::new(0),
             gate,
         };
         (Arc::new(stage), end)
@@ -65,6 +67,12 @@ impl ContainerBackend for TestBackend {
             .unwrap()
             .clone()
             .unwrap())
+    }
+
+    async fn oom_kills(&self, _: &Started, seen: u64) -> Option<u64> {
+        let mut kills = self.oom_kills.subscribe();
+        let more = kills.wait_for(|kills| *kills > seen).await.unwrap();
+        Some(*more)
     }
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
@@ -152,7 +160,7 @@ fn trouble() -> BackendError {
 }
 
 fn tasks() -> Tasks {
-    Tasks::new(CancellationToken::new())
+    Tasks::new(EventBus::default(), CancellationToken::new())
 }
 
 async fn in_time<T>(work: impl Future<Output = T>) -> T {

@@ -30,6 +30,7 @@ mod environment;
 mod exits;
 mod force;
 mod lifecycle;
+mod limits;
 mod logs;
 mod orphans;
 mod own_end;
@@ -251,6 +252,11 @@ impl World {
                 "{:?} is left",
                 started.cgroup
             );
+            let controllers = started.controllers.values();
+            let own = controllers.filter(|group| group.file_name() == started.state.file_name());
+            for group in own {
+                assert!(!group.exists(), "{} is left", group.display());
+            }
             let propagate = Path::new("/run/systemd/nspawn/propagate").join(&started.machine);
             assert!(!propagate.exists(), "{} is left", propagate.display());
         }

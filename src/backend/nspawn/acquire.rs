@@ -1,24 +1,22 @@
 //! Lists what a start will acquire on the host, derived from its container spec before anything is acquired.
 
-use crate::cgroup::CgroupPath;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use crate::cgroup::{CgroupPath, Place};
 use crate::container::{ContainerSpec, NetworkNamespace, Root, Rootfs, Users, Volatile};
 use crate::lease::{
-    Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Resource, Skeleton, TreeLock, UidRange,
-    ZoneBridge,
+    Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
+    TreeLock, UidRange, ZoneBridge,
 };
 use crate::rootfs_path::copy_place;
 
 /// The resources of a start with this cgroup, in the order of acquisition; they are released in the reverse order. `used` is the
 /// root that systemd-nspawn gets, which may be a skeleton in place of the spec's root.
-pub(super) fn resources(
-    spec: &ContainerSpec,
-    place: Option<CgroupPath>,
-    used: &Root,
-) -> Vec<Resource> {
+pub(super) fn resources(spec: &ContainerSpec, place: Option<&Place>, used: &Root) -> Vec<Resource> {
     let mut resources = Vec::new();
-    if let Some(CgroupPath { group, mirror }) = place {
-        resources.push(Resource::Cgroup(Cgroup { group }));
-        resources.extend(mirror.map(|group| Resource::CgroupMirror(CgroupMirror { group })));
+    if let Some(place) = place {
+        resources.extend(cgroups(place));
     }
     if let NetworkNamespace::Private {
         zone: Some(zone), ..
@@ -35,6 +33,21 @@ pub(super) fn resources(
     }
     resources.push(image(&spec.rootfs, used));
     resources.push(Resource::NspawnMounts(NspawnMounts {}));
+    resources
+}
+
+/// The cgroups that are made for a start, and not those of others that it joins.
+fn cgroups(place: &Place) -> Vec<Resource> {
+    let CgroupPath { group, mirror } = place.tracking.clone();
+    let own = place.controllers.values();
+    let own = own.filter(|controller| controller.file_name() == group.file_name());
+    let groups: BTreeSet<PathBuf> = own.cloned().collect();
+    let mut resources = vec![Resource::Cgroup(Cgroup { group })];
+    resources.extend(mirror.map(|group| Resource::CgroupMirror(CgroupMirror { group })));
+    if !groups.is_empty() {
+        let groups = groups.into_iter().collect();
+        resources.push(Resource::ControllerCgroups(ControllerCgroups { groups }));
+    }
     resources
 }
 

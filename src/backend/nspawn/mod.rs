@@ -122,6 +122,12 @@ impl ContainerBackend for NspawnBackend {
         self.wait_for_exit(started).await
     }
 
+    async fn oom_kills(&self, started: &Started, seen: u64) -> Option<u64> {
+        // Boxed: see `wait_for_exit`.
+        let client = Box::pin(self.resolve(started)).await.ok()?;
+        client.oom_kills(seen).await
+    }
+
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
         self.send_signal(started, signal).await
     }

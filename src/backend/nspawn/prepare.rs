@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::{acquire, boot_id, io_error};
 use crate::backend::BackendError;
-use crate::cgroup::{CgroupPath, Layout};
+use crate::cgroup::{CgroupPlan, Layout, Place, Unenforced, unenforced_note};
 use crate::container::{Cause, ContainerSpec, Mount, NetworkNamespace, Root};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::Resource;
@@ -39,7 +39,7 @@ pub(super) fn prepare(
         return Err(unsupported(spec, reason));
     }
     let (root, mounts) = root(spec, task_dir)?;
-    let cgroup = cgroup(spec, task_dir, &layout);
+    let (place, cgroups) = cgroups(spec, task_dir, &layout).unzip();
     let mut notes = port_notes(spec)?;
     let mut line = command_line(spec, &root, mounts, &host, &layout, &mut notes)?;
     let notify_socket = task_dir.notify_socket().to_string_lossy().into_owned();
@@ -47,19 +47,26 @@ pub(super) fn prepare(
     line.environment.insert(variable, notify_socket);
     let (version, kernel) = (host.version, host.kernel);
     notes.extend(ownership::notes(&spec.rootfs, &spec.users, version, kernel));
-    if cgroup.is_none() {
-        notes.push(NO_CGROUPS.to_owned());
+    let (cgroups, unenforced) = match cgroups {
+        Some((plan, unenforced)) => (Some(plan), unenforced_note(&unenforced)),
+        None => (None, Some(NO_CGROUPS.to_owned())),
+    };
+    if spec.resources.required
+        && let Some(reason) = unenforced
+    {
+        return Err(unsupported(spec, reason));
     }
-    let resources = acquire::resources(spec, cgroup, &root);
-    let launch_spec = launch_spec(spec, host.program, &mut line, resources, bounded(notes))?;
+    notes.extend(unenforced);
+    let resources = acquire::resources(spec, place.as_ref(), &root);
+    let limits = (cgroups, resources);
+    let launch_spec = launch_spec(spec, host.program, &mut line, limits, bounded(notes))?;
     failpoint::hit(task_dir, Failpoint::BeforeOrder);
     task_dir
         .write_launch_spec(&launch_spec, &line.environment, line.init.as_ref())
         .map_err(|source| io_error("writing the launch spec in", task_dir.path(), source))
 }
 
-const NO_CGROUPS: &str =
-    "this host has no control groups that the driver can use: there are no statistics of this task";
+const NO_CGROUPS: &str = "this host has no control groups that the driver can use: no limit of this task is enforced, and there are no statistics of it";
 
 /// The maximum length of the notes of one start together, in bytes. The supervisor reports them in one packet, and JSON can make a
 /// byte six times as long.
@@ -114,7 +121,7 @@ fn launch_spec(
     spec: &ContainerSpec,
     program: PathBuf,
     line: &mut CommandLine,
-    resources: Vec<Resource>,
+    (cgroups, resources): (Option<CgroupPlan>, Vec<Resource>),
     notes: Vec<String>,
 ) -> Result<LaunchSpec, BackendError> {
     Ok(LaunchSpec {
@@ -134,17 +141,26 @@ fn launch_spec(
             NetworkNamespace::Join(path) => Some(path.clone()),
             _ => None,
         },
+        cgroups,
+        oom_score_adj: spec.resources.oom_score_adj,
         resources,
         notes,
     })
 }
 
-/// Only root can create cgroups; without them the supervisor identifies the container's processes by their parents.
-fn cgroup(spec: &ContainerSpec, task_dir: &TaskDir, layout: &Layout) -> Option<CgroupPath> {
+/// Where the cgroups of the start are and what is done to them, with the limits that this host can't enforce. Only root can create
+/// cgroups; without them the supervisor identifies the container's processes by their parents.
+fn cgroups(
+    spec: &ContainerSpec,
+    task_dir: &TaskDir,
+    layout: &Layout,
+) -> Option<(Place, (CgroupPlan, Vec<Unenforced>))> {
     let leaf = task_dir.path().file_name()?.to_str()?;
-    layout
-        .path_for(spec.resources.cgroup.as_deref(), leaf)
-        .filter(|_| nix::unistd::geteuid().is_root())
+    let place = layout
+        .place(spec.resources.cgroup.as_deref(), leaf)
+        .filter(|_| nix::unistd::geteuid().is_root())?;
+    let plan = CgroupPlan::new(layout, &place, &spec.resources);
+    Some((place, plan))
 }
 
 fn root(spec: &ContainerSpec, task_dir: &TaskDir) -> Result<(Root, Vec<Mount>), BackendError> {

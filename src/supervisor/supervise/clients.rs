@@ -109,6 +109,11 @@ impl Clients {
             .collect()
     }
 
+    /// Whether there is no client.
+    pub(super) fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
     pub(super) fn broadcast(&mut self, event: &Event) {
         for client in &mut self.all {
             client.send(event);

@@ -39,6 +39,10 @@ pub(super) enum Token {
     Leader,
     /// A child has exited.
     Signals,
+    /// The kernel has killed a process of the container because memory was used up. After the exits: one of them may be the victim's.
+    Oom,
+    /// Timer: OOM kills are reported.
+    OomReport,
     /// Timer: systemd-nspawn, or what has outlived it, takes too long to exit. After everything that could make it needless.
     ExitTimeout,
     /// The thread that releases the resources has ended.
@@ -61,6 +65,8 @@ pub(super) enum Interest {
     Readable,
     /// Hung up only; the kernel reports this without being asked.
     HangUp,
+    /// Exceptional: a file of the kernel has new content.
+    Exceptional,
 }
 
 /// Something with a descriptor to wait for.
@@ -227,6 +233,7 @@ impl<F: Pollable> Source<F> {
         let flags = match interest {
             Interest::Readable => EpollFlags::EPOLLIN,
             Interest::HangUp => EpollFlags::empty(),
+            Interest::Exceptional => EpollFlags::EPOLLPRI,
         };
         if let Some(number) = self.number {
             let mut event = EpollEvent::new(flags, number);

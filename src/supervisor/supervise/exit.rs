@@ -14,7 +14,6 @@ use super::release::Release;
 use super::{
     Ending, LeaderState, NSPAWN_ANNOUNCED_TIMEOUT, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor,
 };
-use crate::cgroup::Group;
 use crate::container::Exit;
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_messages};
@@ -140,7 +139,6 @@ impl Supervisor {
     }
 
     fn exit(&self, nspawn: ExitStatus) -> Exit {
-        let group = self.launch_spec.cgroup();
         exit_of(&ExitEvidence {
             start_error: self.exit.start_error.as_ref(),
             command: self.exit.command_status,
@@ -150,7 +148,7 @@ impl Supervisor {
             nspawn,
             killed: self.exit.killed,
             nspawn_killed: self.exit.nspawn_killed,
-            oom: group.is_some_and(|group| Group::new(group).oom_kills() > 0),
+            oom: self.cgroups.oom_kills() > 0,
         })
     }
 

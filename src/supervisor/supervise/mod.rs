@@ -25,6 +25,7 @@
 //!
 //! If PID 1 of the container is the driver's init, it runs no command before the start is recorded and the supervisor has sent it "go".
 
+mod cgroups;
 mod clients;
 mod event_loop;
 mod exit;
@@ -56,7 +57,7 @@ use crate::nspawn::refusal::cause_of_host_error;
 use crate::state::task_dir::{LaunchSpec, TaskDir};
 use crate::supervisor::framing::Framing;
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
-use crate::sys::process::close_inherited;
+use crate::sys::process::{close_inherited, set_oom_score_adj};
 
 /// How long systemd-nspawn may clean up after its container was killed before it is killed too; how long what has outlived it may
 /// take to exit once it is killed.
@@ -168,7 +169,7 @@ fn detach() -> io::Result<SignalFd> {
     // Only root may access its sockets and files.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     // The payload should be the OOM victim, not the supervisor. Only CAP_SYS_RESOURCE allows this value.
-    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000")
+    if let Err(error) = set_oom_score_adj(nix::unistd::getpid().as_raw(), -1000)
         && error.kind() != io::ErrorKind::PermissionDenied
     {
         let _ = writeln!(

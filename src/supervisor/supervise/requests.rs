@@ -27,6 +27,8 @@ impl Supervisor {
             if let Some(end) = &self.exit.reported {
                 self.clients.send_to_last(end);
             }
+            // OOM kills that happened while no plugin was connected.
+            self.report_oom();
             // A client that has sent a request and closed its connection would be dropped before its first event.
             self.handle_requests(id);
         }

@@ -47,6 +47,8 @@ impl Supervisor {
             Token::Client(id) => self.handle_requests(id),
             Token::Leader => self.see_leader(ready.hung_up),
             Token::Signals => self.see_children(),
+            Token::Oom => self.see_oom(),
+            Token::OomReport => self.report_oom(),
             Token::ExitTimeout => self.on_exit_timeout(),
             Token::Released => self.see_release(ready.hung_up),
             // What they are for is done at the end of every turn.
@@ -72,6 +74,8 @@ impl Supervisor {
             .set_timer(Token::UnregisteredClients, unregistered);
         let pending = after(!self.pending_signals.is_empty(), POLL_INTERVAL);
         self.events.set_timer(Token::PendingSignals, pending);
+        let oom_report = self.oom_report_time();
+        self.events.set_timer(Token::OomReport, oom_report);
         let exit = self.exit_deadline();
         self.events.set_timer(Token::ExitTimeout, exit);
     }

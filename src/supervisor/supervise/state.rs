@@ -1,7 +1,6 @@
 //! Everything a supervisor knows about its container, and its start: what is prepared, what systemd-nspawn and the driver's init
 //! report, and the record of the start. Runs in the supervisor process.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
@@ -11,12 +10,12 @@ use std::time::{Instant, SystemTime};
 
 use nspawn_init::{InitEvent, StartError};
 
+use super::cgroups::{self, Cgroups};
 use super::clients::Clients;
 use super::event_loop::{EventLoop, Pollable, Source, Token};
 use super::exit_status::NspawnFinalStatus;
 use super::release::ReleaseThread;
 use super::{Sockets, failure, logs, spawn};
-use crate::cgroup::Group;
 use crate::container::{Process, Started};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::{self, SharedLocks};
@@ -35,6 +34,7 @@ pub(super) struct Supervisor {
     pub(super) sockets: Sockets,
     pub(super) clients: Clients,
     pub(super) nspawn: Process,
+    pub(super) cgroups: Cgroups,
     /// The locks of a tree that other containers share, until systemd-nspawn holds them.
     pub(super) tree: Option<SharedLocks>,
     /// Channel to PID 1 of the container, if that is the driver's init.
@@ -132,13 +132,13 @@ impl Supervisor {
         let step = |step| move |error: io::Error| failure(step, &error);
         let stdout = logs::open(launch_spec.stdout.as_deref()).map_err(step(StartStep::Logs))?;
         let stderr = logs::open(launch_spec.stderr.as_deref()).map_err(step(StartStep::Logs))?;
-        create_cgroup(&launch_spec).map_err(step(StartStep::Cgroup))?;
+        let cgroups = Cgroups::create(&launch_spec, &events)?;
         failpoint::hit(&task_dir, Failpoint::CgroupMade);
         lease::remove_leaked_mounts(&launch_spec.machine);
         let tree = launch_spec.shared_tree();
         let tree = tree.map(|tree| SharedLocks::take(task_dir.path(), tree));
         let (nspawn, init_channel) = spawn::spawn(&task_dir, launch_spec.first, stdout, stderr)
-            .inspect_err(|_| remove_cgroup(&launch_spec))
+            .inspect_err(|_| cgroups::remove(&launch_spec))
             .map_err(step(StartStep::Nspawn))?;
         failpoint::hit(&task_dir, Failpoint::Spawned);
         let (leader, ready) = (None, init_channel.is_none());
@@ -149,6 +149,7 @@ impl Supervisor {
             sockets,
             clients: Clients::default(),
             nspawn,
+            cgroups,
             tree,
             init_channel: None,
             command: None,
@@ -236,6 +237,10 @@ impl Supervisor {
             Ok(handle) => handle,
             Err(error) => return self.fail(&error),
         };
+        self.protect_nspawn();
+        if let Err(failure) = self.cgroups.settle(&self.launch_spec) {
+            return self.fail_with(failure);
+        }
         let running = self.running_record(leader, handle.as_deref());
         self.state = State::Running {
             running: Box::new(running.clone()),
@@ -256,6 +261,7 @@ impl Supervisor {
             init_channel.send_go();
         }
         self.clients.broadcast(&Event::Started(running.started));
+        self.release_nspawn();
     }
 
     /// The record of a container that is up. Its leader has no handle if it has exited already.
@@ -287,9 +293,9 @@ impl Supervisor {
             leader,
             mode: launch_spec.mode,
             cgroup: launch_spec.cgroup().map(Path::to_owned),
-            controllers: BTreeMap::new(),
+            controllers: self.controllers(),
             started_at: SystemTime::now(),
-            notes: launch_spec.notes.clone(),
+            notes: [&launch_spec.notes, self.cgroups.notes()].concat(),
         }
     }
 
@@ -311,26 +317,14 @@ impl Supervisor {
 
     /// Undoes the start.
     fn fail(&mut self, error: &io::Error) {
-        self.state = State::Failing(failure(StartStep::Watch, error));
+        self.fail_with(failure(StartStep::Watch, error));
+    }
+
+    fn fail_with(&mut self, failure: StartFailure) {
+        self.state = State::Failing(failure);
         // The driver's init runs no command without the channel, and what follows may need its descriptor.
         self.init_channel = None;
         self.kill();
-    }
-}
-
-fn create_cgroup(launch_spec: &LaunchSpec) -> io::Result<()> {
-    match launch_spec.cgroup() {
-        Some(group) => Group::new(group).create(),
-        None => Ok(()),
-    }
-}
-
-/// Removes the cgroup of a start that has no process. The plugin does it too, but not if the records are gone.
-fn remove_cgroup(launch_spec: &LaunchSpec) {
-    if let Some(group) = launch_spec.cgroup()
-        && let Err(error) = Group::new(group).remove()
-    {
-        let _ = writeln!(io::stderr(), "the cgroup can't be removed: {error}");
     }
 }
 

@@ -145,53 +145,6 @@ async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed()
     stage.leave();
 }
 
-/// A kill by the OOM killer. With cgroup v2 the task's own cgroup is limited, as an operator could; with v1 the command is moved to a
-/// limited cgroup. Real only: the kernel's limits, which need root.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_oom_kill_is_reported() {
-    const LIMIT: &str = "16777216";
-    let stage = Stage::new();
-    let plugin = stage.plugin().await;
-    let hungry = "mkfifo /tmp/go; echo up; read go < /tmp/go; \
-        exec dd if=/dev/zero of=/dev/null bs=64M count=100";
-    for two in [false, true] {
-        let task = stage.shell(hungry).with("process_two", two);
-        let running = stage.up(&plugin, task).await;
-        let own = running.state(&["cgroup"]).as_str().map(PathBuf::from);
-        let own = own.filter(|group| group.join("memory.max").exists());
-        let other = Path::new("/sys/fs/cgroup/memory").join(format!("nde-{}", e2e::unique()));
-        if let Some(group) = &own {
-            fs::write(group.join("memory.max"), LIMIT).unwrap();
-            let _ = fs::write(group.join("memory.swap.max"), "0");
-        } else {
-            fs::create_dir(&other).expect("memory can be limited by one of the two versions");
-            fs::write(other.join("memory.limit_in_bytes"), LIMIT).unwrap();
-            fs::write(other.join("cgroup.procs"), command(&running).to_string()).unwrap();
-        }
-        let go = format!("/proc/{}/root/tmp/go", running.leader());
-        fs::write(go, "go\n").unwrap();
-        let exit = running.finish(&plugin).await.exit;
-        if own.is_none() {
-            until("the limited group is empty", || fs::remove_dir(&other).ok());
-        }
-        // v1 counts the kill in a cgroup that is not the task's.
-        let reported = (exit.code, exit.signal, exit.oom_killed);
-        assert_eq!(reported, (137, 9, own.is_some()), "process_two: {two}");
-    }
-    end(plugin).await;
-    stage.leave();
-}
-
-/// The command's pid on the host: PID 1 of the container, or its child.
-fn command(running: &Running) -> i32 {
-    let leader = running.leader();
-    let children = fs::read_to_string(format!("/proc/{leader}/task/{leader}/children")).unwrap();
-    children
-        .split_whitespace()
-        .next()
-        .map_or(leader, |child| child.parse().unwrap())
-}
-
 /// The error contains the reason from the stderr of systemd-nspawn. Real only: its stderr.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_disk_image_is_refused_with_systemd_nspawns_message() {

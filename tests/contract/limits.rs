@@ -1,0 +1,166 @@
+//! Limits of memory, processor time and processes, and what happens when memory is used up.
+
+use super::*;
+use nomad_driver_nspawn::cgroup::Layout;
+use nomad_driver_nspawn::container::{CpuQuota, Resources, Swap};
+
+const MEMORY: u64 = 24 << 20;
+
+/// A script whose shell doubles a variable until the kernel kills it.
+const HUNGRY: &str = "x=0123456789abcdef; while :; do x=$x$x; done";
+
+/// Whether containers have limits of this controller on this host. Reports the test as not applicable otherwise.
+fn has(controller: &str) -> bool {
+    let layout = Layout::of_this_host();
+    let has = nix::unistd::geteuid().is_root() && layout.usable_controllers().contains(controller);
+    if !has {
+        not_applicable(&format!("needs root and the {controller} controller"));
+    }
+    has
+}
+
+/// The content of a limit's file: in cgroup v1 in the hierarchy of the controller, in cgroup v2 in the container's own cgroup.
+fn limit(started: &Started, controller: &str, version_1: &str, version_2: &str) -> String {
+    let file = match started.controllers.get(controller) {
+        Some(group) => group.join(version_1),
+        None => started.cgroup.as_ref().unwrap().join(version_2),
+    };
+    let text = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{file:?}: {error}"));
+    text.trim().to_owned()
+}
+
+fn memory(resources: &mut Resources) {
+    resources.memory.hard = Some(MEMORY);
+    resources.memory.swap = Swap::Limit(0);
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_are_written_before_the_command_runs(world: World) {
+    if !has("memory") || !has("cpu") || !has("pids") {
+        return;
+    }
+    let started = world
+        .up(world.spec(HEARS_TERM).with(|spec| {
+            memory(&mut spec.resources);
+            spec.resources.memory.reserved = Some(MEMORY / 2);
+            spec.resources.cpu.shares = Some(1024);
+            spec.resources.cpu.quota = Some(CpuQuota {
+                quota: 50_000,
+                period: 100_000,
+            });
+            spec.resources.pids = Some(30);
+        }))
+        .await;
+    assert_eq!(started.notes, Vec::<String>::new());
+    let own = |controller, one, two| limit(&started, controller, one, two);
+    let hard = MEMORY.to_string();
+    assert_eq!(own("memory", "memory.limit_in_bytes", "memory.max"), hard);
+    let reserved = (MEMORY / 2).to_string();
+    assert_eq!(
+        own("memory", "memory.soft_limit_in_bytes", "memory.low"),
+        reserved
+    );
+    let weight = own("cpu", "cpu.shares", "cpu.weight");
+    let version_1 = started.controllers.contains_key("cpu");
+    assert_eq!(weight, if version_1 { "1024" } else { "100" });
+    let quota = own("cpu", "cpu.cfs_quota_us", "cpu.max");
+    assert!(quota.starts_with("50000"), "{quota}");
+    assert_eq!(own("pids", "pids.max", "payload/pids.max"), "30");
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_shares_no_cgroup_with_the_agent(world: World) {
+    let started = world.up(world.spec(HEARS_TERM)).await;
+    if started.cgroup.is_none() {
+        not_applicable("needs root and cgroups");
+        return world.leave(&[&started]).await;
+    }
+    let groups = |pid: i32| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let own = groups(started.supervisor.pid);
+    let theirs = groups(started.leader.pid);
+    // The named hierarchy of cgroup v1 has no controller.
+    let controllers = own.lines().filter(|line| !line.contains(":name="));
+    let shared: Vec<&str> = controllers
+        .filter(|line| theirs.lines().any(|their| their == *line))
+        .collect();
+    assert!(shared.is_empty(), "{shared:?}");
+    world.leave(&[&started]).await;
+}
+
+/// Fast, and many times: a kill must not be lost between the exit and the removal of the cgroup.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_that_uses_up_its_memory_is_reported(world: World) {
+    if !has("memory") {
+        return;
+    }
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        for _ in 0..5 {
+            let started = world
+                .start(world.spec(HUNGRY).with(|spec| {
+                    spec.payload.mode = mode;
+                    memory(&mut spec.resources);
+                }))
+                .await;
+            let exit = world.end(&started).await;
+            let seen = (exit.code, exit.signal, exit.oom_killed);
+            assert_eq!(seen, (137, 9, true), "{mode:?}: {exit:?}");
+            within(world.backend.remove(&started.id)).await.unwrap();
+        }
+    }
+    world.leave(&[]).await;
+}
+
+/// systemd-nspawn and the supervisor are not killed in its place, and the command's own exit is what is reported.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_child_that_is_killed_for_memory_is_reported_while_the_command_runs(world: World) {
+    if !has("memory") {
+        return;
+    }
+    let script = format!("(trap - TERM; {HUNGRY}); {HEARS_TERM}");
+    let spec = world.spec(&script);
+    let started = world
+        .up(spec.with(|spec| memory(&mut spec.resources)))
+        .await;
+    let kills = within(world.backend.oom_kills(&started, 0)).await.unwrap();
+    assert!(kills > 0);
+    // A plugin that starts later does not report them again.
+    let other = NspawnBackend::new(world.settings.clone());
+    within(other.attach(&started)).await.unwrap();
+    within(world.backend.stop(&started, Some(signal("TERM")), AMPLE))
+        .await
+        .unwrap();
+    let exit = world.end(&started).await;
+    assert_eq!((ended(&exit), exit.oom_killed), ((3, 0), false));
+    assert_eq!(within(world.backend.oom_kills(&started, kills)).await, None);
+    world.leave(&[&started]).await;
+}
+
+/// A core that no host has.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_limit_is_a_note_or_refuses_the_start(world: World) {
+    if !has("cpuset") {
+        return;
+    }
+    let with = |required| {
+        world.spec(HEARS_TERM).with(|spec| {
+            spec.resources.cpu.cores = Some("4095".to_owned());
+            spec.resources.required = required;
+        })
+    };
+    let started = world.up(with(false)).await;
+    let [note] = &*started.notes else {
+        panic!("{:?}", started.notes)
+    };
+    assert!(note.contains("cores (") && note.contains("4095"), "{note}");
+    within(world.backend.remove(&started.id)).await.unwrap();
+    let error = world.refused(with(true)).await;
+    assert!(error.to_string().contains("4095"), "{error}");
+    assert!(!error.is_transient(), "{error}");
+    world.leave(&[&started]).await;
+}
