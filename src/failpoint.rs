@@ -42,6 +42,8 @@ pub enum Failpoint {
     TreeBusy,
     /// Supervisor or plugin: the lock that a killed systemd-nspawn has left behind is held, its file has not been removed.
     TreeLocked,
+    /// Plugin: a removal is about to wait for a supervisor that is releasing resources.
+    AwaitingRelease,
     /// Plugin: the leftovers of a start are about to be removed.
     Removing,
     /// Plugin: a container's record has been read, its supervisor has not been contacted.
@@ -69,6 +71,7 @@ impl Failpoint {
             Self::Releasing => "releasing",
             Self::TreeBusy => "tree_busy",
             Self::TreeLocked => "tree_locked",
+            Self::AwaitingRelease => "awaiting_release",
             Self::Removing => "removing",
             Self::Recovering => "recovering",
         }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use dev_agent::cli;
 use nomad_driver_nspawn::backend::NspawnBackend;
-use nomad_driver_nspawn::backend::nspawn::Settings;
+use nomad_driver_nspawn::backend::nspawn::{Settings, Timeouts};
 use nomad_driver_nspawn::config::{ImageSearchPath, MAX_STATE_DIR_BYTES, PluginConfig};
 use nomad_driver_nspawn::container::UNKNOWN_END;
 use nomad_driver_nspawn::driver::Driver;
@@ -105,6 +105,7 @@ fn driver() -> anyhow::Result<Driver> {
                 search: search.clone(),
                 // Not the binary's path: an upgrade may have replaced the file while this version runs.
                 binary: "/proc/self/exe".into(),
+                timeouts: Timeouts::default(),
             }))
         };
     let machine_dirs = MACHINES.iter().map(PathBuf::from).collect();

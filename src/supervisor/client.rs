@@ -35,14 +35,24 @@ pub enum Status {
     Ended(Arc<Exit>),
 }
 
+/// How much of the supervisor there still is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Connection {
+    /// The connection is open: after the container's end, the supervisor is releasing resources.
+    Open,
+    /// The connection is closed, and what follows from that has been done.
+    Closed,
+    /// The supervisor has exited too.
+    SupervisorExited,
+}
+
 /// The plugin's client of one supervisor. Clones share the same connection.
 #[derive(Debug, Clone)]
 pub struct SupervisorClient {
     status: watch::Receiver<Status>,
     /// OOM kills that the container has survived.
     oom_kills: watch::Receiver<u64>,
-    /// Turns true when the supervisor has released everything and has exited.
-    exited: watch::Receiver<bool>,
+    connection: watch::Receiver<Connection>,
     requests: mpsc::Sender<PendingRequest>,
 }
 
@@ -132,16 +142,15 @@ pub async fn attach(
     }
 }
 
-/// Asks the supervisor of this task directory to kill the container. No supervisor is not an error.
-pub async fn request_kill(task_dir: &TaskDir) {
-    if let Ok(connection) = ControlConnection::open(task_dir).await {
-        let request = Request {
-            request: 0,
-            verb: Action::Kill,
-        };
-        // A supervisor that is exiting does not need the request any more.
-        let _ = connection.send(&request).await;
-    }
+/// Connects to the supervisor of a start without a running record, which would name that process. So [`SupervisorClient::wait_until_gone`]
+/// waits only until the connection is closed.
+pub async fn attach_unrecorded(
+    task_dir: &TaskDir,
+    tracker: &TaskTracker,
+) -> io::Result<SupervisorClient> {
+    let connection = ControlConnection::open(task_dir).await?;
+    let exited = std::future::ready(());
+    Ok(follow(connection, task_dir.clone(), false, exited, tracker))
 }
 
 impl SupervisorClient {
@@ -149,12 +158,12 @@ impl SupervisorClient {
     fn ended(exit: Exit) -> Self {
         let (requests, _) = mpsc::channel(1);
         let (_, status) = watch::channel(Status::Ended(Arc::new(exit)));
-        let (_, exited) = watch::channel(true);
+        let (_, connection) = watch::channel(Connection::SupervisorExited);
         let (_, oom_kills) = watch::channel(0);
         Self {
             status,
             oom_kills,
-            exited,
+            connection,
             requests,
         }
     }
@@ -191,10 +200,24 @@ impl SupervisorClient {
         more.ok().map(|kills| *kills)
     }
 
+    /// Whether the connection to the supervisor is open. If the container has ended, the supervisor is then releasing what it held.
+    pub fn is_connected(&self) -> bool {
+        *self.connection.borrow() == Connection::Open
+    }
+
+    /// Waits until the connection is closed: after the container's end, until the supervisor has released everything.
+    pub async fn wait_until_disconnected(&self) {
+        self.wait_for(Connection::Closed).await;
+    }
+
     /// Waits until the supervisor has released everything and has exited.
     pub async fn wait_until_gone(&self) {
-        let mut exited = self.exited.clone();
-        let _ = exited.wait_for(|exited| *exited).await;
+        self.wait_for(Connection::SupervisorExited).await;
+    }
+
+    async fn wait_for(&self, wanted: Connection) {
+        let mut connection = self.connection.clone();
+        let _ = connection.wait_for(|now| *now >= wanted).await;
     }
 
     /// Sends a request to the supervisor and waits for the answer. If the supervisor is gone, nothing is left to do.
@@ -219,7 +242,7 @@ fn follow(
     let (requests_sender, requests) = mpsc::channel(8);
     let (status, status_seen) = watch::channel(Status::Starting);
     let (oom_kills, oom_kills_seen) = watch::channel(0);
-    let (exited, exited_seen) = watch::channel(false);
+    let (left, left_seen) = watch::channel(Connection::Open);
     let follower = Follower {
         connection,
         task_dir,
@@ -229,13 +252,14 @@ fn follow(
     };
     tracker.spawn(async move {
         follower.follow(requests).await;
+        left.send_replace(Connection::Closed);
         wait_for_exit.await;
-        exited.send_replace(true);
+        left.send_replace(Connection::SupervisorExited);
     });
     SupervisorClient {
         status: status_seen,
         oom_kills: oom_kills_seen,
-        exited: exited_seen,
+        connection: left_seen,
         requests: requests_sender,
     }
 }

@@ -286,30 +286,37 @@ async fn a_supervisor_of_a_driver_without_packets_is_controlled() {
     assert_eq!(requests, Vec::from_iter(recorded.lines().take(2)));
 }
 
-/// `request_kill` does not wait until its connection is accepted.
+/// Such as one whose container is not up yet. After the end, the connection shows how long resources are released.
 #[rstest]
 #[tokio::test]
-async fn a_kill_is_requested_of_either_supervisor(
+async fn a_supervisor_without_a_running_record_is_asked_and_waited_for(
     #[values(Socket::Packets, Socket::Stream)] socket: Socket,
 ) {
     let odd = Odd::new();
     let stream = UnixListener::bind(odd.task_dir.control_stream()).unwrap();
     let sockets = (socket == Socket::Packets)
         .then(|| packets::listen(&odd.task_dir.control_socket()).unwrap());
-    request_kill(&odd.task_dir).await;
-    let kill = r#"{"request":0,"verb":"kill"}"#;
-    match sockets {
-        Some(listener) => {
-            let accepted = packets::accept(listener).unwrap();
-            let packet = packets::receive(&accepted).unwrap();
-            let request: serde_json::Value = packet.message().unwrap();
-            assert_eq!(request.to_string(), kill);
-        }
-        None => {
-            let mut line = String::new();
-            let (accepted, _) = stream.accept().unwrap();
-            BufReader::new(accepted).read_line(&mut line).unwrap();
-            assert_eq!(line, format!("{kill}\n"));
-        }
-    }
+    let client = attach_unrecorded(&odd.task_dir, &TaskTracker::new()).await;
+    let client = client.unwrap();
+    let connection = match sockets {
+        Some(listener) => packets::accept(listener).unwrap(),
+        None => stream.accept().unwrap().0.into(),
+    };
+    let supervisor = Peer(connection, socket);
+    let answer = async {
+        supervisor.readable().await;
+        supervisor.send(&text(&Event::Done {
+            request: 1,
+            error: None,
+        }));
+    };
+    let (asked, ()) = tokio::join!(client.request(Action::Kill), answer);
+    asked.unwrap();
+    let failure = StartFailure::new(StartStep::Nspawn, Cause::Unknown, "killed");
+    supervisor.send(&text(&Event::Failed(failure)));
+    assert_eq!(client.end().await, None);
+    assert!(client.is_connected(), "it is still releasing");
+    drop(supervisor);
+    client.wait_until_gone().await;
+    assert!(!client.is_connected());
 }

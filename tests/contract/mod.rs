@@ -8,7 +8,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nomad_driver_nspawn::backend::nspawn::Settings;
+use nomad_driver_nspawn::backend::nspawn::{Settings, Timeouts};
 use nomad_driver_nspawn::backend::{BackendError, ContainerBackend, NspawnBackend};
 use nomad_driver_nspawn::container::{
     ContainerSpec, Exit, Identity, Mode, NetworkNamespace, Root, Started, Users, Volatile,
@@ -79,6 +79,7 @@ impl World {
             nspawn: Some(nspawn(scratch.path())),
             search: std::ffi::OsString::new(),
             binary: binary.to_owned(),
+            timeouts: Timeouts::default(),
         };
         Self {
             backend: NspawnBackend::new(settings.clone()),
@@ -99,6 +100,13 @@ impl World {
             old_kernel: true,
             ..self
         }
+    }
+
+    /// The same world, with a backend that waits this long for a supervisor when it removes a start.
+    pub(crate) fn with_timeouts(mut self, timeouts: Timeouts) -> Self {
+        self.settings.timeouts = timeouts;
+        self.backend = NspawnBackend::new(self.settings.clone());
+        self
     }
 
     /// Whether the kernel shows a process's exit status to processes other than its parent.

@@ -20,6 +20,7 @@ use crate::nspawn::probe;
 use crate::nspawn::version::Feature;
 use crate::signal::Signal;
 use crate::state::{TaskDir, state_dir};
+use crate::supervisor::REQUEST_TIMEOUT;
 use crate::sys::kernel;
 
 mod acquire;
@@ -46,6 +47,26 @@ pub struct Settings {
     pub search: OsString,
     /// The driver's own binary, which every supervisor runs too.
     pub binary: PathBuf,
+    /// How long a removal waits for a supervisor. Not configurable; shorter in tests.
+    pub timeouts: Timeouts,
+}
+
+/// How long the removal of a start waits for its supervisor before it kills that and goes on without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Until the supervisor has reported that the container, which it is to kill, has ended.
+    pub kill: Duration,
+    /// From that report until everything is released. A copy of gigabytes takes minutes.
+    pub release: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            kill: REQUEST_TIMEOUT,
+            release: Duration::from_secs(600),
+        }
+    }
 }
 
 /// Runs containers with systemd-nspawn.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{NspawnBackend, io_error};
+use super::{NspawnBackend, Timeouts, io_error};
 use crate::backend::BackendError;
 use crate::blocking;
 use crate::cleanup;
@@ -59,9 +59,10 @@ impl NspawnBackend {
         }
     }
 
-    /// Ends the supervisor of a start and with it the container; `false` if it is still alive after [`REQUEST_TIMEOUT`].
+    /// Ends the supervisor of a start and with it the container; `false` if it is still alive [`REQUEST_TIMEOUT`] after it was
+    /// killed.
     async fn end_supervisor(&self, task_dir: &TaskDir) -> bool {
-        self.kill_via_supervisor(task_dir).await;
+        self.end_via_supervisor(task_dir).await;
         let place = task_dir.clone();
         blocking::run(move || kill_supervisor(&place)).await;
         if let Some(known) = self.registry.client(task_dir) {
@@ -70,16 +71,24 @@ impl NspawnBackend {
         wait_until_supervisor_exits(task_dir).await
     }
 
-    /// Kills the supervisor of this task directory with its container. A supervisor that is just starting can't be asked yet, so
-    /// the request is repeated until it is gone.
-    async fn kill_via_supervisor(&self, task_dir: &TaskDir) {
-        let end = Instant::now() + REQUEST_TIMEOUT;
+    /// Lets the supervisor of this task directory kill its container and release everything. Returns when it has exited, or is to
+    /// be killed because it has not reported the container's end, or not released everything, in time. A supervisor that is just
+    /// starting does not listen yet, so this is repeated until it is gone.
+    async fn end_via_supervisor(&self, task_dir: &TaskDir) {
+        let Timeouts { kill, release } = self.settings.timeouts;
+        let end = Instant::now() + kill;
         loop {
-            if let Some(client) = self.connect(task_dir).await {
-                let _ = tokio::time::timeout(REQUEST_TIMEOUT, client.request(Action::Kill)).await;
-                let _ = tokio::time::timeout(REQUEST_TIMEOUT, client.wait_until_gone()).await;
-            } else {
-                client::request_kill(task_dir).await;
+            if let Some(client) = self.connect(task_dir).await
+                && tokio::time::timeout_at(end, kill_container(&client))
+                    .await
+                    .is_ok()
+            {
+                let released = wait_for_release(task_dir, &client);
+                if tokio::time::timeout(release, released).await.is_err()
+                    || wait_until_supervisor_exits(task_dir).await
+                {
+                    return;
+                }
             }
             if !has_supervisor(task_dir).await || Instant::now() >= end {
                 return;
@@ -88,23 +97,41 @@ impl NspawnBackend {
         }
     }
 
-    /// The supervisor of this task directory, whichever process launched it, if it is alive.
+    /// The supervisor of this task directory, whichever process launched it, if it listens.
     async fn connect(&self, task_dir: &TaskDir) -> Option<SupervisorClient> {
         // A client whose supervisor has exited may hide a new supervisor that another process has started.
-        let known = self
-            .registry
-            .client(task_dir)
-            .filter(|known| matches!(known.status(), Status::Starting | Status::Up(_)));
+        let known = self.registry.client(task_dir);
+        let known = known.filter(SupervisorClient::is_connected);
         if known.is_some() {
             return known;
         }
         let place = task_dir.clone();
-        let running = blocking::run(move || running_in_this_boot(&place)).await?;
-        client::attach(task_dir, &running.started, &self.tracker)
-            .await
-            .ok()
-            .flatten()
+        let client = match blocking::run(move || running_in_this_boot(&place)).await {
+            Some(running) => client::attach(task_dir, &running.started, &self.tracker).await,
+            None => client::attach_unrecorded(task_dir, &self.tracker)
+                .await
+                .map(Some),
+        };
+        client.ok().flatten()
     }
+}
+
+/// Requests the end of the container, unless its supervisor has reported it, and waits until it has.
+async fn kill_container(client: &SupervisorClient) {
+    if matches!(client.status(), Status::Starting | Status::Up(_)) {
+        // An answer adds nothing: the end is reported.
+        let _ = client.request(Action::Kill).await;
+    }
+    client.end().await;
+}
+
+/// Waits until the supervisor of a container that has ended has released everything.
+async fn wait_for_release(task_dir: &TaskDir, client: &SupervisorClient) {
+    if client.is_connected() {
+        let place = task_dir.clone();
+        blocking::run(move || failpoint::hit(place, Failpoint::AwaitingRelease)).await;
+    }
+    client.wait_until_disconnected().await;
 }
 
 /// The living supervisors of a start without a running record, which would name its supervisor.
