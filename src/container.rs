@@ -290,6 +290,8 @@ pub struct Probe {
     pub machined: bool,
     /// Whether mounts can be idmapped (supported by both kernel and systemd-nspawn).
     pub idmapped_mounts: bool,
+    /// Whether root trees can be looked into, or why not, in text for an operator who can fix it.
+    pub openat2: Result<(), String>,
     /// Whether the state directory can be used, or why not, in text for an operator who can fix it.
     pub state_dir: Result<(), String>,
 }

@@ -32,7 +32,7 @@ impl Fingerprint {
         };
         let (health, description) = if let Some(reason) = version::unusable(version, probe.cgroup) {
             (HealthState::Unhealthy, reason)
-        } else if let Err(reason) = &probe.state_dir {
+        } else if let Err(reason) = probe.openat2.as_ref().and(probe.state_dir.as_ref()) {
             (HealthState::Unhealthy, reason.clone())
         } else if !Feature::HiddenValues.is_in(version) {
             let since = Feature::HiddenValues.since();
@@ -144,6 +144,7 @@ mod tests {
     #[case::oldest(host(|_, p| p.nspawn = Ok(247)), HealthState::Healthy, SHOWS)]
     #[case::hides(host(|_, p| p.nspawn = Ok(250)), HealthState::Healthy, "Healthy")]
     #[case::unsafe_state(host(|_, p| p.state_dir = Err("not here".into())), HealthState::Unhealthy, "not here")]
+    #[case::old_kernel(host(|_, p| p.openat2 = Err("no openat2".into())), HealthState::Unhealthy, "no openat2")]
     #[case::old(host(|_, p| p.nspawn = Ok(246)), HealthState::Unhealthy, TOO_OLD)]
     #[case::new_on_v1(host(|_, p| { p.nspawn = Ok(258); p.cgroup = CgroupLayout::V1 }), HealthState::Unhealthy, TOO_NEW)]
     #[case::new_on_hybrid(host(|_, p| { p.nspawn = Ok(258); p.cgroup = CgroupLayout::Hybrid }), HealthState::Unhealthy, TOO_NEW)]

@@ -47,6 +47,7 @@ pub(crate) fn probe() -> Probe {
         user_namespaces: true,
         machined: false,
         idmapped_mounts: true,
+        openat2: Ok(()),
         state_dir: Ok(()),
     }
 }

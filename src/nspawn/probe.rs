@@ -4,6 +4,8 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use crate::rootfs_path::RootDir;
+
 /// Directories searched in addition to `PATH`: an agent that is started by hand often lacks them.
 const USUAL: &[&str] = &[
     "/usr/bin",
@@ -48,6 +50,16 @@ pub fn parse_version(output: &str) -> Option<u32> {
     digits[..end].parse().ok()
 }
 
+/// Whether the kernel lets this process look into root trees, or why not. Tries it: a seccomp profile may deny what the kernel has.
+pub fn openat2() -> Result<(), String> {
+    let opened = RootDir::open(Path::new("/"));
+    opened.map(drop).map_err(|error| {
+        format!(
+            "openat2(2), which looks into root trees, fails: {error}; it needs Linux 5.6 or later and, where the agent runs confined, a seccomp profile that allows it"
+        )
+    })
+}
+
 /// Whether systemd-machined can be reached: its bus name needs a system bus, its socket (257 and later) does not.
 pub fn has_machined() -> bool {
     Path::new("/run/systemd/machine/io.systemd.Machine").exists()
@@ -69,6 +81,8 @@ fn machined_installed() -> bool {
 mod tests {
     use super::*;
     use rstest::rstest;
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+    use std::collections::BTreeMap;
 
     #[rstest]
     #[case("systemd 252 (252.39-1~deb12u2)\n+PAM +AUDIT\n", Some(252))]
@@ -78,6 +92,30 @@ mod tests {
     #[case("bash 5", None)]
     fn versions_are_read(#[case] output: &str, #[case] version: Option<u32>) {
         assert_eq!(parse_version(output), version);
+    }
+
+    /// In a thread of its own, which ends with the filter. `ENOSYS` is what an old kernel returns, `EPERM` what a profile does that was
+    /// made before the call.
+    #[rstest]
+    #[case::old_kernel(nix::libc::ENOSYS)]
+    #[case::old_profile(nix::libc::EPERM)]
+    fn a_refused_openat2_is_an_error_with_its_remedy(#[case] errno: i32) {
+        openat2().unwrap();
+        let refused = std::thread::spawn(move || {
+            let denied = BTreeMap::from([(nix::libc::SYS_openat2, Vec::new())]);
+            let refusal = SeccompAction::Errno(errno.cast_unsigned());
+            let arch = std::env::consts::ARCH.try_into().unwrap();
+            let filter = SeccompFilter::new(denied, SeccompAction::Allow, refusal, arch).unwrap();
+            let program: BpfProgram = filter.try_into().unwrap();
+            seccompiler::apply_filter(&program).unwrap();
+            openat2().unwrap_err()
+        });
+        let error = refused.join().unwrap();
+        let reason = std::io::Error::from_raw_os_error(errno).to_string();
+        assert!(
+            error.contains(&reason) && error.contains("Linux 5.6"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -125,6 +125,7 @@ impl ContainerBackend for NspawnBackend {
                 cgroup: Layout::of_this_host().kind,
                 user_namespaces: kernel::has_user_namespaces(),
                 machined: probe::has_machined(),
+                openat2: probe::openat2(),
                 state_dir: state_dir::check(&settings.state_dir).map_err(|error| chain(&error)),
             }
         })
