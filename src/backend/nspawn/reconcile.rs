@@ -23,6 +23,9 @@ use crate::sys::process::is_alive;
 /// parent's descriptors, and so the lock, until it executes its own program, which takes a while on a busy host.
 const RETRY_DELAYS: [u64; 6] = [0, 2, 10, 50, 200, 800];
 
+/// How an operator has a start ended that reconciliation leaves alone.
+const REMOVE: &str = "remove this directory: a plugin ends what is left, `reconcile_after` after it was configured (never if that is 0)";
+
 impl NspawnBackend {
     /// Cleans up everything below this state directory that no plugin has locked, and what belongs to it elsewhere.
     pub(super) async fn reconcile_state_dir(
@@ -116,7 +119,7 @@ impl NspawnBackend {
             tracing::warn!(
                 path = %task_dir.path().display(),
                 %error,
-                remedy = "install that version; if the task is not needed any more, remove this directory: the plugin that starts next ends what is left",
+                remedy = format!("install that version; if the task is not needed any more, {REMOVE}"),
                 "not removed: a later version of this driver started it"
             );
         }
@@ -124,7 +127,7 @@ impl NspawnBackend {
 
     /// Logs, once, whose a start is that is not removed, and what the operator can do.
     fn log_owner(&self, task_dir: &TaskDir, owner: &Owner, alloc_roots: &BTreeSet<PathBuf>) {
-        const REMEDY: &str = "if that agent is gone for good, remove this directory: the plugin that starts next ends what is left";
+        let remedy = format!("if that agent is gone for good, {REMOVE}");
         let path = task_dir.path().display();
         match owner {
             // It may still turn out to be this agent's.
@@ -137,12 +140,12 @@ impl NspawnBackend {
             Owner::Agent(root) => tracing::warn!(
                 %path,
                 alloc_root = %root.display(),
-                remedy = REMEDY,
+                remedy,
                 "not removed: it belongs to another Nomad agent"
             ),
             Owner::Unknown | Owner::Nobody => tracing::warn!(
                 %path,
-                remedy = REMEDY,
+                remedy,
                 "not removed: its record does not say which Nomad agent it belongs to"
             ),
         }
