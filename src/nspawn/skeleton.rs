@@ -169,7 +169,8 @@ impl Skeleton<'_> {
     /// systemd-nspawn does not boot a tree without an os-release file, and checks before it mounts anything.
     fn os_release(&self) -> io::Result<()> {
         let known = ["etc/os-release", "usr/lib/os-release"];
-        let Some(text) = known.iter().find_map(|name| self.text(name)) else {
+        let texts = known.iter().map(|name| self.text(name));
+        let Some(text) = texts.filter_map(Result::transpose).next().transpose()? else {
             return Ok(());
         };
         let skeleton = RootDir::open(self.skeleton)?;
@@ -185,12 +186,22 @@ impl Skeleton<'_> {
         }
     }
 
-    /// The content of a file of the image, cut off after 64 KiB; `None` if it is not a regular file or can't be read.
-    fn text(&self, name: &str) -> Option<Vec<u8>> {
-        let file = self.tree.entry(Path::new(name)).ok()??.open_file().ok()?;
+    /// The content of a file of the image, cut off after 64 KiB; `None` if it is missing or not a regular file.
+    fn text(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        let failed = |error: io::Error| {
+            let text = format!("the image's {name} can't be read: {error}");
+            io::Error::new(error.kind(), text)
+        };
+        let entry = self.tree.entry(Path::new(name)).map_err(failed)?;
+        let Some(entry) = entry.filter(|entry| entry.metadata().is_file()) else {
+            return Ok(None);
+        };
         let mut text = Vec::new();
-        file.take(OS_RELEASE_MAX).read_to_end(&mut text).ok()?;
-        Some(text)
+        let file = entry.open_file().map_err(failed)?;
+        file.take(OS_RELEASE_MAX)
+            .read_to_end(&mut text)
+            .map_err(failed)?;
+        Ok(Some(text))
     }
 
     /// Opens a directory of the skeleton, creating it and its parents where they are missing.
@@ -424,6 +435,16 @@ mod tests {
         fs::write(place.image.join("usr/lib/os-release"), "ID=x\n").unwrap();
         place.with("alloc").unwrap();
         assert_eq!(place.os_release(), "ID=x\n");
+    }
+
+    #[test]
+    fn an_os_release_that_cannot_be_read_is_not_taken_for_missing() {
+        let place = place(&["etc", "usr/lib"]);
+        // The kernel refuses to look up a name of this length.
+        symlink("x".repeat(256), place.image.join("etc/os-release")).unwrap();
+        fs::write(place.image.join("usr/lib/os-release"), "ID=x\n").unwrap();
+        let error = place.with("alloc").unwrap_err().to_string();
+        assert!(error.starts_with("the image's etc/os-release"), "{error}");
     }
 
     #[test]
