@@ -76,8 +76,8 @@ const MAX_NOTES_BYTES: usize = packets::MAX_PACKET_BYTES / 8;
 fn bounded(notes: Vec<String>) -> Vec<String> {
     let mut left = MAX_NOTES_BYTES;
     let mut kept = Vec::new();
-    for note in &notes {
-        let mut note = note.clone();
+    let mut notes = notes.into_iter();
+    while let Some(mut note) = notes.next() {
         let is_whole = note.len() <= left;
         if !is_whole {
             note.truncate(note.floor_char_boundary(left));
@@ -86,7 +86,7 @@ fn bounded(notes: Vec<String>) -> Vec<String> {
         left = left.saturating_sub(note.len());
         kept.push(note);
         if !is_whole {
-            let more = notes.len() - kept.len();
+            let more = notes.len();
             kept.push(format!(
                 "the notes of this start are cut off at {} KiB; {more} more are left out",
                 MAX_NOTES_BYTES / 1024
