@@ -5,8 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -14,7 +14,6 @@ use std::process::{Command, ExitCode};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::SigSet;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
@@ -127,8 +126,9 @@ fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
 /// Receives the descriptors that are queued on stdin and opens the init spec behind them, each at its number: no other descriptor
 /// is open, so the kernel assigns the lowest numbers in this order.
 fn receive_descriptors(task_dir: &TaskDir) -> io::Result<()> {
-    let received = receive_from_stdin()?;
-    let launch_spec = task_dir.take_init_spec()?;
+    let queued = packets::receive(io::stdin())?.descriptors;
+    let received = queued.take::<4>().map_err(io::Error::other)?;
+    let spec = OwnedFd::from(task_dir.take_init_spec()?);
     let wanted = [
         Descriptor::Channel,
         Descriptor::Stdout,
@@ -136,34 +136,18 @@ fn receive_descriptors(task_dir: &TaskDir) -> io::Result<()> {
         Descriptor::Program,
         Descriptor::Spec,
     ];
-    let have = received.into_iter().chain([launch_spec.as_raw_fd()]);
-    if !have.eq(wanted.map(|descriptor| descriptor as RawFd)) {
-        let text = "the descriptors of the container init do not have the numbers that it expects";
-        return Err(io::Error::other(text));
+    for (have, wanted) in received.into_iter().chain([spec]).zip(wanted) {
+        if have.as_raw_fd() != wanted as RawFd {
+            let text =
+                "the descriptors of the container init do not have the numbers that it expects";
+            return Err(io::Error::other(text));
+        }
+        fcntl(&have, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        // From here on the descriptor belongs to the program that this process becomes.
+        let _ = have.into_raw_fd();
     }
-    fcntl(&launch_spec, FcntlArg::F_SETFD(FdFlag::empty()))?;
-    // From here on the descriptor belongs to the program that this process becomes.
-    let _ = std::os::fd::IntoRawFd::into_raw_fd(launch_spec);
     nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
     Ok(())
-}
-
-fn receive_from_stdin() -> io::Result<Vec<RawFd>> {
-    let mut buffer = [0];
-    let mut space = nix::cmsg_space!([RawFd; 4]);
-    let mut slices = [IoSliceMut::new(&mut buffer)];
-    let stdin = io::stdin();
-    let received = recvmsg::<()>(
-        stdin.as_raw_fd(),
-        &mut slices,
-        Some(&mut space),
-        MsgFlags::empty(),
-    )?;
-    let received = received.cmsgs()?.filter_map(|message| match message {
-        ControlMessageOwned::ScmRights(descriptors) => Some(descriptors),
-        _ => None,
-    });
-    Ok(received.flatten().collect())
 }
 
 /// The size of arguments and variables as the kernel counts them: each has a terminating NUL and a pointer.

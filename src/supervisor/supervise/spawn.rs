@@ -2,13 +2,10 @@
 //! driver's init, and no others. Runs in the supervisor process.
 
 use std::fs::File;
-use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::container::Process;
 use crate::state::task_dir::{Pid1, TaskDir};
@@ -62,18 +59,14 @@ fn process_of(child: &Child) -> io::Result<Process> {
 /// The channel to the driver's init, and a socket from which the exec shim receives the init's descriptors.
 fn descriptors_of_init(stdout: &File, stderr: &File) -> io::Result<(InitChannel, OwnedFd)> {
     let (channel, theirs) = InitChannel::open()?;
-    let (give, take) = UnixStream::pair()?;
-    let program = io::stdout().as_fd().try_clone_to_owned()?;
-    let (stdout, stderr) = (stdout.try_clone()?.into(), stderr.try_clone()?.into());
-    send_descriptors(&give, [theirs, stdout, stderr, program])?;
-    Ok((channel, take.into()))
-}
-
-/// Sends descriptors to the peer of the socket.
-fn send_descriptors(give: &UnixStream, descriptors: [OwnedFd; 4]) -> io::Result<()> {
-    let numbers = descriptors.each_ref().map(AsRawFd::as_raw_fd);
-    let rights = [ControlMessage::ScmRights(&numbers)];
-    let byte = [IoSlice::new(&[0])];
-    sendmsg::<()>(give.as_raw_fd(), &byte, &rights, MsgFlags::empty(), None)?;
-    Ok(())
+    let (give, take) = packets::pair()?;
+    let program = io::stdout();
+    let descriptors = [
+        theirs.as_fd(),
+        stdout.as_fd(),
+        stderr.as_fd(),
+        program.as_fd(),
+    ];
+    packets::send(give, &packets::encode(&()), &descriptors)?;
+    Ok((channel, take))
 }
