@@ -52,6 +52,8 @@ pub struct Launch {
     pub log: Option<mpsc::UnboundedSender<String>>,
     /// The time limit for the handshake line.
     pub start_timeout: Duration,
+    /// How long the plugin may take to exit after a shutdown request.
+    pub grace: Duration,
     /// Whether the plugin runs in a process group of its own, so that a terminal's signals do not reach it, with a pipe
     /// as standard input that is closed when this process exits. When its [`Plugin`] is dropped, such a plugin shuts
     /// down by itself and is not killed.
@@ -67,6 +69,7 @@ impl Launch {
             environment: BTreeMap::new(),
             log: None,
             start_timeout: START_TIMEOUT,
+            grace: GRACE,
             bound: false,
         }
     }
@@ -116,7 +119,7 @@ impl Launch {
 pub struct Stopped {
     /// The exit status; `None` for a plugin that this process did not start.
     pub status: Option<ExitStatus>,
-    /// Whether it was still running after [`GRACE`] and had to be killed.
+    /// Whether it was still running after its [`grace`](Launch::grace) and had to be killed.
     pub killed: bool,
     /// The response to `Driver.Shutdown` if that was neither success nor "not implemented".
     pub driver_shutdown: Option<tonic::Status>,
@@ -129,6 +132,7 @@ pub struct Plugin {
     address: PathBuf,
     channel: Channel,
     process: Process,
+    grace: Duration,
 }
 
 #[derive(Debug)]
@@ -196,7 +200,7 @@ impl Plugin {
         let address = match address {
             Ok(address) => address,
             Err(reason) => {
-                let status = own.end(GRACE).await;
+                let status = own.end(launch.grace).await;
                 let stderr = lock(&words).iter().cloned().collect();
                 let reason = format!("{reason} ({status})");
                 return Err(HostError::Handshake { reason, stderr });
@@ -207,6 +211,7 @@ impl Plugin {
                 address,
                 channel,
                 process: Process::Own(own),
+                grace: launch.grace,
             }),
             Err(error) => {
                 own.end(Duration::ZERO).await;
@@ -222,6 +227,7 @@ impl Plugin {
             channel: connect(address).await?,
             address: address.to_owned(),
             process: Process::Found { pid, pidfd },
+            grace: GRACE,
         })
     }
 
@@ -302,21 +308,24 @@ impl Plugin {
         self.gone().await
     }
 
-    /// Requests a shutdown as Nomad does, and kills the plugin if it is not gone after [`GRACE`]. Tasks are not
-    /// affected.
+    /// Requests a shutdown as Nomad does, and kills the plugin if it is not gone after its [`grace`](Launch::grace). Tasks
+    /// are not affected.
     pub async fn shutdown(mut self) -> Stopped {
         let mut request = tonic::Request::new(driver::ShutdownRequest {});
-        request.set_timeout(GRACE);
-        let driver_shutdown = match timeout(GRACE, self.driver().shutdown(request)).await {
+        request.set_timeout(self.grace);
+        let driver_shutdown = match timeout(self.grace, self.driver().shutdown(request)).await {
             Ok(Ok(_)) => None,
             Ok(Err(status)) if status.code() == tonic::Code::Unimplemented => None,
             Ok(Err(status)) => Some(status),
-            Err(_) => Some(tonic::Status::deadline_exceeded("no answer within 2 s")),
+            Err(_) => {
+                let text = format!("no answer within {} s", self.grace.as_secs_f64());
+                Some(tonic::Status::deadline_exceeded(text))
+            }
         };
         // The plugin may exit before it has sent the response, so the result is ignored.
         let asked = self.controller().shutdown(wire::Empty {}).await;
         drop(asked);
-        let gone = timeout(GRACE, self.gone()).await;
+        let gone = timeout(self.grace, self.gone()).await;
         let killed = gone.is_err();
         let status = match gone {
             Ok(status) => status,

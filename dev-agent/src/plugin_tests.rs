@@ -84,6 +84,7 @@ async fn a_bad_handshake_kills_the_process_and_is_explained(
 async fn a_plugin_without_a_handshake_is_killed() {
     let mut launch = script("exec tail -f /dev/null");
     launch.start_timeout = Duration::from_millis(50);
+    launch.grace = Duration::from_millis(50);
     let error = Plugin::launch(launch).await.unwrap_err().to_string();
     assert!(
         error.contains("no handshake line within 0.05 s (killed)"),
@@ -104,12 +105,10 @@ async fn a_missing_socket_is_named() {
 #[tokio::test]
 async fn a_plugin_that_does_not_exit_is_killed() {
     let dir = server().await;
-    let plugin = Plugin::launch(script(&format!(
-        "{}; exec tail -f /dev/null",
-        greeting(&dir)
-    )))
-    .await
-    .unwrap();
+    let mut launch = script(&format!("{}; exec tail -f /dev/null", greeting(&dir)));
+    // The server answers at once, and the script never exits.
+    launch.grace = Duration::from_secs(1);
+    let plugin = Plugin::launch(launch).await.unwrap();
     let stopped = plugin.shutdown().await;
     assert!(stopped.killed);
     assert_eq!(stopped.status.and_then(|status| status.signal()), Some(9));
