@@ -14,6 +14,10 @@ use super::*;
 const WITH_A_COMMAND: [Mode; 2] = [Mode::Plain, Mode::ProcessTwo];
 /// How many containers of a table run concurrently.
 const TOGETHER: usize = 2;
+/// Codes with a meaning to the kernel, a shell or systemd-nspawn, and some without.
+const SOME_CODES: [i32; 16] = [
+    0, 1, 2, 7, 77, 126, 127, 128, 129, 133, 134, 137, 139, 143, 254, 255,
+];
 /// The script's exit code if the signal did not kill it.
 const LIVED_ON: i32 = 77;
 /// SIGQUIT. Shells tend to ignore it, and so do their children.
@@ -163,7 +167,9 @@ async fn every_code_is_reported_on_an_older_kernel(world: World) {
 async fn codes(world: World, modes: &[Mode]) {
     let mut rows = Vec::new();
     for mode in modes.iter().copied() {
-        for code in 0..=255 {
+        // The fake can't add to what covers the other codes: the tests of the container init, and of `exit_status`.
+        let is_short = world.is_fake() && (mode, world.old_kernel) != (Mode::Plain, false);
+        for code in (0..=255).filter(|code| !is_short || SOME_CODES.contains(code)) {
             // systemd-nspawn uses this code internally and returns 1 instead; from 6.15 on the kernel reports the real code.
             let reported = match (mode, code) {
                 (Mode::Plain, 133) if !world.kernel_tells() => 1,
@@ -176,7 +182,6 @@ async fn codes(world: World, modes: &[Mode]) {
             });
         }
     }
-    assert_eq!(rows.len(), 256 * modes.len());
     all(world, rows).await;
 }
 

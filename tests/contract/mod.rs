@@ -109,6 +109,12 @@ impl World {
         self
     }
 
+    /// Whether systemd-nspawn is the fake, which is linked in the world's directory.
+    pub(crate) fn is_fake(&self) -> bool {
+        let nspawn = self.settings.nspawn.as_ref();
+        nspawn.is_some_and(|nspawn| nspawn.starts_with(self.scratch.path()))
+    }
+
     /// Whether the kernel shows a process's exit status to processes other than its parent.
     pub(crate) fn kernel_tells(&self) -> bool {
         !self.old_kernel && nomad_driver_nspawn::sys::kernel::version() >= (6, 15)

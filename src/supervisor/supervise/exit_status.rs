@@ -218,6 +218,26 @@ mod tests {
         (exit.code, exit.signal, exit.error.is_some())
     }
 
+    /// Known from the driver's init, from the kernel, or from systemd-nspawn alone.
+    #[test]
+    fn every_code_is_reported_as_it_is() {
+        for code in 0..=255 {
+            let status = exited(code);
+            for (command, leader, nspawn) in [
+                (Some(status), None, exited(1)),
+                (None, Some(status), exited(1)),
+                (None, None, status),
+            ] {
+                let known = ExitEvidence {
+                    command,
+                    leader,
+                    ..evidence(nspawn)
+                };
+                assert_eq!(end(&known), (code, 0, false), "{known:?}");
+            }
+        }
+    }
+
     #[rstest]
     #[case::a_code(exited(7), false, false, (7, 0))]
     #[case::by_force(exited(1), true, false, (137, 9))]
