@@ -10,9 +10,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nomad_driver_nspawn::failpoint::Failpoint;
 use nomad_driver_nspawn::state::TaskDir;
-use nomad_driver_nspawn::sys::process::first_child;
+use nomad_driver_nspawn::sys::process::{children, first_child};
 use serde_json::{Value, json};
-use support::secrecy::{self, Marker, Mode, Search, ancestry, shown};
+use support::secrecy::{self, Marker, Mode, Search, shown};
 use support::trap::Trap;
 use support::wire::Task;
 use support::{eventually, not_applicable};
@@ -180,8 +180,9 @@ impl<W: World> Case<W> {
         self.marker
             .not_in("what InspectTask says", &format!("{reported:?}"));
         // The exit is reported once the processes have been killed; the kernel needs a moment to end them.
+        let left = self.marker.in_environments();
         eventually("the end of all processes of the task", || {
-            self.marker.in_environments().is_empty()
+            !left.keys().any(|pid| self.marker.in_environment(*pid))
         })
         .await;
         self.search(&format!("after {death:?}"), None);
@@ -199,9 +200,14 @@ impl<W: World> Case<W> {
             running.stdout.contains("up").await;
         }
         let inside = || {
-            let found = self.marker.in_environments();
-            let leader = running.leader();
-            found.keys().any(|pid| ancestry(*pid).contains(&leader))
+            let mut pending = vec![running.leader()];
+            while let Some(pid) = pending.pop() {
+                if self.marker.in_environment(pid) {
+                    return true;
+                }
+                pending.extend(children(pid));
+            }
+            false
         };
         eventually("the payload has its secrets", inside).await;
     }

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Read as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use nomad_driver_nspawn::sys::procfs;
 
@@ -69,8 +70,7 @@ impl Marker {
 
     /// Whether these bytes contain the marker.
     pub fn is_in(&self, bytes: &[u8]) -> bool {
-        let marker = self.0.as_bytes();
-        bytes.windows(marker.len()).any(|part| part == marker)
+        memchr::memmem::find(bytes, self.0.as_bytes()).is_some()
     }
 
     /// Fails if the text contains the marker.
@@ -87,6 +87,11 @@ impl Marker {
     /// The processes with the marker in their initial environment. Only root, and the user that the process runs as, can read it.
     pub fn in_environments(&self) -> BTreeMap<i32, String> {
         self.in_processes("environ")
+    }
+
+    /// Whether the marker is in the initial environment of this process.
+    pub fn in_environment(&self, pid: i32) -> bool {
+        fs::read(format!("/proc/{pid}/environ")).is_ok_and(|bytes| self.is_in(&bytes))
     }
 
     fn in_processes(&self, file: &str) -> BTreeMap<i32, String> {
@@ -203,22 +208,53 @@ pub fn now() -> i64 {
     i64::try_from(now.as_secs()).unwrap() - 2
 }
 
-/// Calls `see` for everything below a directory except directories, without following links.
-fn walk(dir: &Path, depth: usize, spared: &[PathBuf], see: &mut impl FnMut(&Path, &fs::Metadata)) {
+/// Calls `see` for everything below a directory except directories, without following links. Returns whether the directory is empty.
+fn walk(
+    dir: &Path,
+    depth: usize,
+    spared: &[PathBuf],
+    see: &mut impl FnMut(&Path, &fs::Metadata),
+) -> bool {
+    let mut is_empty = true;
     // Files that disappear during the search are skipped.
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        is_empty = false;
         let path = entry.path();
-        let Ok(about) = fs::symlink_metadata(&path) else {
+        // Of the link itself, if it is one.
+        let Ok(about) = entry.metadata() else {
             continue;
         };
         if spared.contains(&path) {
             continue;
         }
         if about.is_dir() && depth > 1 {
-            walk(&path, depth - 1, spared, see);
+            if !was_empty(&path, &about) && walk(&path, depth - 1, spared, see) {
+                remember_empty(path, &about);
+            }
         } else if !about.is_dir() {
             see(&path, &about);
         }
+    }
+    is_empty
+}
+
+/// Empty directories and when they were last changed. On a host that has run many containers, `/tmp` has thousands of them: every
+/// systemd-nspawn that was killed leaves some.
+static EMPTY: Mutex<BTreeMap<PathBuf, (i64, i64)>> = Mutex::new(BTreeMap::new());
+
+fn changed(about: &fs::Metadata) -> (i64, i64) {
+    (about.mtime(), about.mtime_nsec())
+}
+
+/// Whether a directory was empty when it was last searched, and has not changed since.
+fn was_empty(dir: &Path, about: &fs::Metadata) -> bool {
+    EMPTY.lock().unwrap().get(dir) == Some(&changed(about))
+}
+
+/// Only of a directory that has not changed lately: another change in the same moment would leave its time as it is.
+fn remember_empty(dir: PathBuf, about: &fs::Metadata) {
+    if about.mtime() < now() {
+        EMPTY.lock().unwrap().insert(dir, changed(about));
     }
 }
 
