@@ -245,6 +245,7 @@ impl Nspawn<'_> {
             mode: self.options.mode,
             root: prepared.root.clone(),
             command: self.options.command.clone(),
+            rlimits: self.options.rlimits.clone(),
             cwd: prepared.cwd.clone(),
             instead: self.call.instead.clone(),
             ignore_signals: self.call.ignore_signals.clone(),

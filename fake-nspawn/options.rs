@@ -108,6 +108,16 @@ impl Mount {
     }
 }
 
+/// A resource limit of the container's processes.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Rlimit {
+    /// `NOFILE`.
+    pub(crate) name: String,
+    /// `u64::MAX` is unlimited.
+    pub(crate) soft: u64,
+    pub(crate) hard: u64,
+}
+
 /// A call that starts a container.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Options {
@@ -142,6 +152,7 @@ pub(crate) struct Options {
     pub(crate) quiet: bool,
     pub(crate) pipe: bool,
     pub(crate) command: Vec<String>,
+    pub(crate) rlimits: Vec<Rlimit>,
     ports: HashSet<String>,
     retained: u64,
     dropped: u64,
@@ -268,6 +279,11 @@ impl Options {
                     .to_owned(),
             ),
             "set-credential" | "load-credential" => self.take_credential(name, text)?,
+            "rlimit" => {
+                let limit = values::rlimit(text)?;
+                self.rlimits.retain(|known| known.name != limit.name);
+                self.rlimits.push(limit);
+            }
             _ => values::check(version, name, text)?,
         }
         Ok(())

@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::call_log::{CallLog, Event, Role};
 use crate::notify;
-use crate::options::Mode;
+use crate::options::{Mode, Rlimit};
 use crate::process::{self, RTMIN};
 use crate::scenario::Instead;
 
@@ -47,6 +47,8 @@ pub(crate) struct Plan {
     pub(crate) mode: Mode,
     pub(crate) root: Option<PathBuf>,
     pub(crate) command: Vec<String>,
+    /// The payload's.
+    pub(crate) rlimits: Vec<Rlimit>,
     /// The host's directory, or the error to print.
     pub(crate) cwd: Result<PathBuf, String>,
     pub(crate) instead: Option<Instead>,
@@ -396,6 +398,10 @@ pub(crate) fn become_payload(plan: &Plan) -> anyhow::Result<i32> {
             ("/bin/sh", command)
         }
     };
+    // As late as possible, because this process itself needs descriptors. A booted container has no process that they could be set for.
+    for limit in &plan.rlimits {
+        process::limit(limit)?;
+    }
     let error = command.exec();
     let reason = error
         .raw_os_error()

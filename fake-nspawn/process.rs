@@ -8,10 +8,14 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{self, SigSet, Signal};
 use nix::unistd::Pid;
 // nix's wait fails for a death by a real-time signal, after it has already reaped the child.
 use rustix::process::{WaitOptions, WaitStatus};
+
+use crate::options::Rlimit;
 
 /// The first real-time signal, as systemd counts.
 pub(crate) const RTMIN: i32 = 34;
@@ -60,6 +64,36 @@ pub(crate) fn die_by(number: i32, dump: Option<&Path>) -> io::Result<Infallible>
         shell.current_dir(dump);
     }
     Err(shell.exec())
+}
+
+/// Sets a resource limit of this process. Where it may not be raised that far it becomes as high as possible, as with the real tool.
+pub(crate) fn limit(limit: &Rlimit) -> nix::Result<()> {
+    let resource = match limit.name.as_str() {
+        "AS" => Resource::RLIMIT_AS,
+        "CORE" => Resource::RLIMIT_CORE,
+        "CPU" => Resource::RLIMIT_CPU,
+        "DATA" => Resource::RLIMIT_DATA,
+        "FSIZE" => Resource::RLIMIT_FSIZE,
+        "LOCKS" => Resource::RLIMIT_LOCKS,
+        "MEMLOCK" => Resource::RLIMIT_MEMLOCK,
+        "MSGQUEUE" => Resource::RLIMIT_MSGQUEUE,
+        "NICE" => Resource::RLIMIT_NICE,
+        "NOFILE" => Resource::RLIMIT_NOFILE,
+        "NPROC" => Resource::RLIMIT_NPROC,
+        "RSS" => Resource::RLIMIT_RSS,
+        "RTPRIO" => Resource::RLIMIT_RTPRIO,
+        "RTTIME" => Resource::RLIMIT_RTTIME,
+        "SIGPENDING" => Resource::RLIMIT_SIGPENDING,
+        "STACK" => Resource::RLIMIT_STACK,
+        _ => return Err(Errno::EINVAL),
+    };
+    match setrlimit(resource, limit.soft, limit.hard) {
+        Err(Errno::EPERM) => {
+            let (_, most) = getrlimit(resource)?;
+            setrlimit(resource, limit.soft.min(most), limit.hard.min(most))
+        }
+        set => set,
+    }
 }
 
 /// The name that systemd prints, without `SIG`.

@@ -1,7 +1,7 @@
 //! The grammar of single option values: here those with a list of words and those that change nothing; the other kinds are in the modules
 //! below. Pure; does not know how options combine.
 
-use crate::options::{Refusal, Volatile};
+use crate::options::{Refusal, Rlimit, Volatile};
 
 mod mounts;
 mod names;
@@ -182,7 +182,6 @@ pub(crate) fn check(version: u32, option: &str, text: &str) -> Result<(), Refusa
         },
         "private-users-delegate" => text.parse::<u32>().map(drop).map_err(|_| parameter()),
         "cpu-affinity" => cpus(text),
-        "rlimit" => rlimit(text),
         "root-hash" => root_hash(text),
         _ => Ok(()),
     }
@@ -221,24 +220,32 @@ fn cpus(text: &str) -> Result<(), Refusal> {
     )))
 }
 
-fn rlimit(text: &str) -> Result<(), Refusal> {
+/// A resource limit, `NAME=VALUE` or `NAME=SOFT:HARD`. Sizes and times are taken without units only.
+pub(crate) fn rlimit(text: &str) -> Result<Rlimit, Refusal> {
     let Some((name, value)) = text.split_once('=') else {
         return Err(Refusal::invalid("--rlimit= expects an '=' assignment."));
     };
-    if !RLIMITS.contains(&name.strip_prefix("RLIMIT_").unwrap_or(name)) {
+    let short = name.strip_prefix("RLIMIT_").unwrap_or(name);
+    if !RLIMITS.contains(&short) {
         return Err(Refusal::invalid(format!("Unknown resource limit: {name}")));
     }
     let bad = || Refusal::invalid(format!("Failed to parse resource limit: {value}"));
+    let most = match short {
+        "NICE" => 40,
+        "CPU" => u64::MAX / 1_000_000 - 1,
+        _ => u64::MAX - 1,
+    };
     let number = |part: &str| match part {
-        "infinity" => Some(u64::MAX),
-        part => part
-            .trim_end_matches(['K', 'M', 'G', 'T', 'P', 'E', 's'])
-            .parse()
-            .ok(),
+        "infinity" if short != "NICE" => Some(u64::MAX),
+        part => part.parse().ok().filter(|number| *number <= most),
     };
     let (soft, hard) = value.split_once(':').unwrap_or((value, value));
     match (number(soft), number(hard)) {
-        (Some(soft), Some(hard)) if soft <= hard => Ok(()),
+        (Some(soft), Some(hard)) if soft <= hard => Ok(Rlimit {
+            name: short.to_owned(),
+            soft,
+            hard,
+        }),
         _ => Err(bad()),
     }
 }

@@ -44,6 +44,24 @@ fn parsing_stops_at_the_first_operand() {
 }
 
 #[test]
+fn the_last_of_two_resource_limits_wins() {
+    let options = run(&[
+        "--rlimit=NOFILE=5",
+        "--rlimit=RLIMIT_NOFILE=1:2",
+        "--rlimit=CORE=0:infinity",
+    ]);
+    let limits = options.rlimits.into_iter();
+    let limits: Vec<_> = limits
+        .map(|limit| (limit.name, limit.soft, limit.hard))
+        .collect();
+    let wanted = [("NOFILE", 1, 2), ("CORE", 0, u64::MAX)];
+    assert_eq!(
+        limits,
+        wanted.map(|(name, soft, hard)| (name.to_owned(), soft, hard))
+    );
+}
+
+#[test]
 fn the_help_lists_the_options_of_the_version() {
     assert!(help(258).contains("--cleanup") && !help(257).contains("--cleanup"));
     assert!(help(250).contains("--suppress-sync=") && !help(249).contains("--suppress-sync"));
@@ -73,6 +91,17 @@ fn the_last_setting_of_a_variable_wins_and_a_bare_name_is_copied() {
 #[case(253, &["--image-policy=x"], "systemd-nspawn: unrecognized option '--image-policy=x'")]
 #[case(249, &["--suppress-sync=yes"], "systemd-nspawn: unrecognized option '--suppress-sync=yes'")]
 #[case(249, &["-E", "SET"], "Environment variable assignment 'SET' is not valid.")]
+#[case(252, &["--rlimit=NOFILE"], "--rlimit= expects an '=' assignment.")]
+#[case(252, &["--rlimit=FILES=1"], "Unknown resource limit: FILES")]
+#[case(252, &["--rlimit=NOFILE=2:1"], "Failed to parse resource limit: 2:1")]
+#[case(252, &["--rlimit=NOFILE=-1"], "Failed to parse resource limit: -1")]
+#[case(252, &["--rlimit=NICE=41"], "Failed to parse resource limit: 41")]
+#[case(252, &["--rlimit=NICE=infinity"], "Failed to parse resource limit: infinity")]
+#[case(
+    252,
+    &["--rlimit=RLIMIT_CPU=18446744073709"],
+    "Failed to parse resource limit: 18446744073709"
+)]
 #[case(252, &["-b", "-a"], "--boot and --as-pid2 may not be combined.")]
 #[case(252, &["--volatile", "--private-users-ownership=chown"],
     "--read-only and --private-users-ownership=chown may not be combined.")]

@@ -8,8 +8,8 @@ use std::path::Path;
 use super::env_filter::safe_for_nspawn_env;
 use super::version::Feature;
 use crate::container::{
-    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, NetworkNamespace, Payload, Root,
-    Rootfs, Users, Volatile,
+    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, NetworkNamespace, Payload, Rlimit,
+    Root, Rootfs, Users, Volatile,
 };
 
 /// The properties of the host that the command line depends on.
@@ -85,6 +85,7 @@ pub fn command_line(
     builder.rootfs(&spec.rootfs);
     builder.users(&spec.users)?;
     builder.network(&spec.network);
+    builder.rlimits(&spec.resources.rlimits);
     for bind in binds {
         builder.bind(bind);
     }
@@ -268,6 +269,17 @@ impl CommandBuilder {
                 let forward = format!("{protocol}:{}:{}", port.host, port.container);
                 self.flag("--port", &forward);
             }
+        }
+    }
+
+    /// Without these the payload gets the kernel's defaults, not those of the caller.
+    fn rlimits(&mut self, rlimits: &[Rlimit]) {
+        let text = |limit: Option<u64>| {
+            limit.map_or_else(|| "infinity".to_owned(), |number| number.to_string())
+        };
+        for Rlimit { name, soft, hard } in rlimits {
+            let limit = format!("RLIMIT_{name}={}:{}", text(*soft), text(*hard));
+            self.flag("--rlimit", &limit);
         }
     }
 

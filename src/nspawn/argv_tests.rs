@@ -49,6 +49,11 @@ fn every_option_has_its_argument() {
             ownership: Some("auto".into()),
         };
         spec.payload.capabilities = vec!["CAP_SYS_TIME".into(), "CAP_NET_ADMIN".into()];
+        let limit = |name, soft, hard| Rlimit { name, soft, hard };
+        spec.resources.rlimits = vec![
+            limit("NOFILE", Some(2048), Some(4096)),
+            limit("MEMLOCK", Some(0), None),
+        ];
         spec.network.namespace = NetworkNamespace::Private {
             veth: true,
             zone: None,
@@ -79,6 +84,8 @@ fn every_option_has_its_argument() {
     --network-veth
     --port=tcp:25000:80
     --port=udp:25000:80
+    --rlimit=RLIMIT_NOFILE=2048:4096
+    --rlimit=RLIMIT_MEMLOCK=0:infinity
     --capability=CAP_SYS_TIME,CAP_NET_ADMIN
     --console=pipe
     --quiet
