@@ -138,6 +138,21 @@ impl Decode for String {
 }
 
 impl Number {
+    /// The number for a message: its first digits, if there are many.
+    pub(super) fn shown(&self) -> String {
+        self.0.chars().take(40).collect()
+    }
+}
+
+impl From<i32> for Number {
+    fn from(number: i32) -> Self {
+        Self(number.to_string())
+    }
+}
+
+impl Decode for Number {
+    const KIND: Kind = Kind::Number;
+
     fn decode(value: &Value, at: &str) -> Result<Self, ConfigError> {
         match value {
             Value::Integer(number) => Ok(Self(number.to_string())),
@@ -169,6 +184,24 @@ impl Decode for Vec<String> {
             .enumerate()
             .filter(|(_, element)| !element.is_nil())
             .map(|(index, element)| String::decode(element, &format!("{at}[{index}]")))
+            .collect()
+    }
+}
+
+impl<T: Options> Decode for Vec<T> {
+    const KIND: Kind = Kind::Blocks(T::OPTIONS);
+
+    /// Null elements are skipped. A single block may come without its list.
+    fn decode(value: &Value, at: &str) -> Result<Self, ConfigError> {
+        let blocks = match value {
+            Value::Array(blocks) => blocks.as_slice(),
+            block => std::slice::from_ref(block),
+        };
+        blocks
+            .iter()
+            .enumerate()
+            .filter(|(_, block)| !block.is_nil())
+            .map(|(index, block)| T::read(&Fields::of(block, &format!("{at}[{index}]"))?))
             .collect()
     }
 }

@@ -1,7 +1,9 @@
 //! Checks `docs/configuration.md`: it lists the same options as the table, and Nomad would accept its examples.
 
 use super::decode;
-use super::options::{ImageDownload, Kind, OptionSpec, Options as _, PluginOptions, TaskOptions};
+use super::options::{
+    DeviceOptions, ImageDownload, Kind, OptionSpec, Options as _, PluginOptions, TaskOptions,
+};
 use super::testing;
 
 const TEXT: &str = include_str!("../../docs/configuration.md");
@@ -26,6 +28,7 @@ fn described(option: &OptionSpec) -> String {
 #[case("Plugin options", PluginOptions::OPTIONS)]
 #[case("Task options", TaskOptions::OPTIONS)]
 #[case("The `image_download` block", ImageDownload::OPTIONS)]
+#[case("The `devices` block", DeviceOptions::OPTIONS)]
 fn every_option_is_documented(#[case] title: &str, #[case] options: &[OptionSpec]) {
     let mut sections = chapter(title).split("\n### `").skip(1);
     for option in options {
@@ -102,7 +105,13 @@ fn the_readme_lists_every_option(#[case] which: &str, #[case] options: &[OptionS
             (false, None) => String::new(),
         };
         let kind = option.kind.expression();
-        let row = format!("| [`{name}`](docs/configuration.md#{name}) | `{kind}` | {default} | ");
+        // The second heading with a name gets a number in its anchor.
+        let plugins = PluginOptions::OPTIONS
+            .iter()
+            .any(|other| other.name == name);
+        let number = if which == "task" && plugins { "-1" } else { "" };
+        let row =
+            format!("| [`{name}`](docs/configuration.md#{name}{number}) | `{kind}` | {default} | ");
         assert!(readme.contains(&row), "{which}: there is no row {row:?}");
     }
     let rows = readme.matches("](docs/configuration.md#").count();

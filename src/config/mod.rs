@@ -1,5 +1,5 @@
 //! Decodes and validates configuration: msgpack and the task's context in, a `ContainerSpec` out. The only I/O is
-//! looking up paths. Rejects everything that is not meaningful or not allowed. Later modules reject only what depends on the
+//! looking up paths and what the host has. Rejects everything that is not meaningful or not allowed. Later modules reject only what depends on the
 //! version of systemd-nspawn or on the host. Starts nothing.
 
 use std::collections::BTreeMap;
@@ -12,7 +12,9 @@ use crate::container::{Cause, ContainerSpec};
 use crate::nspawn::refusal::cause_of_exec_error;
 use crate::proto::hclspec;
 
+mod cpu;
 mod decode;
+mod devices;
 mod environment;
 mod identity;
 mod mounts;
@@ -20,8 +22,11 @@ mod network;
 mod options;
 mod paths;
 mod plugin;
+mod resources;
+mod rlimits;
 mod rootfs;
 mod schema;
+mod sysctls;
 mod task;
 mod users;
 mod values;
@@ -43,6 +48,8 @@ pub struct PluginConfig {
     pub enabled: bool,
     /// Whether jobs may mount host paths from outside their allocation.
     pub volumes: bool,
+    /// Whether jobs may use devices of the host by the option `devices`. Devices of Nomad's device plugins are not affected.
+    pub devices: bool,
     /// The directory that holds the state of running tasks.
     pub state_dir: PathBuf,
     /// The systemd-nspawn to use; `None` searches `PATH`.
@@ -52,7 +59,7 @@ pub struct PluginConfig {
 }
 
 /// What Nomad grants to one start of a task, converted to the driver's own types.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct TaskContext {
     /// `<allocation id>/<task name>/<8 hex digits>`.
     pub id: String,
@@ -78,6 +85,36 @@ pub struct TaskContext {
     pub ports: Vec<AllocatedPort>,
     /// The absolute path of the cgroup that Nomad made; it may not exist.
     pub cgroup: Option<PathBuf>,
+    /// Memory and processor time.
+    pub resources: AllocatedResources,
+    /// Devices that Nomad's device plugins reserved for the task.
+    pub devices: Vec<AllocatedDevice>,
+}
+
+/// What Nomad allocated to a task of memory and processor time. The numbers are those of the request: none of them is checked.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct AllocatedResources {
+    /// `memory` of the job, in MiB; 0 means not set.
+    pub memory_mb: i64,
+    /// `memory_max` of the job, in MiB; 0 means not set, -1 no limit.
+    pub memory_max_mb: i64,
+    /// `cpu` of the job in MHz, or that of its reserved cores; 0 means not set.
+    pub cpu_mhz: i64,
+    /// The same as a fraction of all processors that Nomad may use on this node; 0 means not set.
+    pub cpu_fraction: f64,
+    /// The processors that are reserved for the task, in the kernel's list format; empty if none are.
+    pub cores: String,
+}
+
+/// A device that a device plugin reserved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AllocatedDevice {
+    /// The device node on the host.
+    pub source: PathBuf,
+    /// The device node in the container.
+    pub target: PathBuf,
+    /// Some of the letters `r`, `w` and `m`, for read, write and mknod.
+    pub permissions: String,
 }
 
 /// A volume that Nomad mounts.

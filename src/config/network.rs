@@ -213,11 +213,8 @@ fn mapped<'a>(
     let option = entry(PORT_MAP, label);
     let inside = number.0.parse().ok().filter(|inside| *inside != 0);
     let inside = inside.ok_or_else(|| {
-        let shown: String = number.0.chars().take(40).collect();
-        ConfigError::new(
-            &option,
-            format!("{shown} is not a port number from 1 to 65535"),
-        )
+        let reason = format!("{} is not a port number from 1 to 65535", number.shown());
+        ConfigError::new(&option, reason)
     })?;
     Ok((find(label, true, context, &option)?, inside))
 }

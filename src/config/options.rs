@@ -27,6 +27,7 @@ pub(super) struct OptionSpec {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Kind {
     Bool,
+    Number,
     String,
     Strings,
     /// A list of maps in the schema: Nomad's parser wraps every `{ … }` of a job file in a list.
@@ -34,18 +35,22 @@ pub(super) enum Kind {
     /// A list of maps in the schema, too.
     NumberMap,
     Block(&'static [OptionSpec]),
+    /// Any number of blocks, also written as a list of objects.
+    Blocks(&'static [OptionSpec]),
 }
 
 impl Kind {
-    /// The type expression of the schema; a block has none.
+    /// The type expression of the schema; for blocks, which have none there, that of the documentation.
     pub(super) fn expression(self) -> &'static str {
         match self {
             Self::Bool => "bool",
+            Self::Number => "number",
             Self::String => "string",
             Self::Strings => "list(string)",
             Self::StringMap => "list(map(string))",
             Self::NumberMap => "list(map(number))",
             Self::Block(_) => "block",
+            Self::Blocks(_) => "list(block)",
         }
     }
 }
@@ -115,6 +120,8 @@ options! {
         "enabled" => enabled: bool [true],
         /// Whether jobs may mount host paths from outside their allocation.
         "volumes" => volumes: bool [true],
+        /// Whether jobs may use devices of the host.
+        "devices" => devices: bool [true],
         /// The directory that holds the state of running tasks.
         "state_dir" => state_dir: String ["/run/nomad-driver-nspawn"],
         /// The systemd-nspawn program to use instead of the one found in `PATH`.
@@ -177,6 +184,26 @@ options! {
         "network_zone" => network_zone: String [],
         /// Join an existing bridge of the host.
         "network_bridge" => network_bridge: String [],
+        /// Limit the task to its share of processor time, also when processors are idle.
+        "cpu_hard_limit" => cpu_hard_limit: bool [false],
+        /// The length of a period of `cpu_hard_limit`, in microseconds.
+        "cpu_cfs_period" => cpu_cfs_period: Number [100000],
+        /// The limit of memory and swap together.
+        "memory_swap" => memory_swap: String [],
+        /// The maximum number of processes and threads.
+        "pids_limit" => pids_limit: Number [],
+        /// Which processes the kernel kills first when the host runs out of memory: those with higher numbers.
+        "oom_score_adj" => oom_score_adj: Number [0],
+        /// Resource limits of the container's processes.
+        "ulimit" => ulimit: BTreeMap<String, String> [],
+        /// Kernel settings of the container.
+        "sysctl" => sysctl: BTreeMap<String, String> [],
+        /// Devices of the host that the container may use.
+        "devices" => devices: Vec<DeviceOptions> [],
+        /// The size of the container's `/dev/shm`.
+        "shm_size" => shm_size: String [],
+        /// The size of the container's `/tmp`.
+        "tmp_size" => tmp_size: String [],
     }
 }
 
@@ -191,5 +218,17 @@ options! {
         "force" => force: bool [false],
         /// How the download is checked.
         "verify" => verify: String ["no"],
+    }
+}
+
+options! {
+    /// A `devices` block as the job has it.
+    struct DeviceOptions {
+        /// The device node on the host.
+        "host_path" => host_path: String [required],
+        /// The device node in the container; by default the same path.
+        "container_path" => container_path: String [],
+        /// What the container may do with the device: `r` (read), `w` (write) and `m` (make the node).
+        "cgroup_permissions" => cgroup_permissions: String ["rwm"],
     }
 }

@@ -24,6 +24,7 @@ pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError>
     Ok(PluginConfig {
         enabled: options.enabled,
         volumes: options.volumes,
+        devices: options.devices,
         state_dir,
         nspawn_path: options
             .nspawn_path

@@ -1,6 +1,8 @@
 //! Converts the option table to Nomad's schema language. Adds nothing to the table.
 
-use crate::proto::hclspec::{Attr, Block, Default as Fallback, Literal, Object, Spec, spec};
+use crate::proto::hclspec::{
+    Attr, Block, BlockList, Default as Fallback, Literal, Object, Spec, spec,
+};
 
 use super::options::{Kind, OptionSpec};
 
@@ -15,12 +17,24 @@ pub(super) fn block(options: &[OptionSpec]) -> Spec {
 
 fn attribute(option: &OptionSpec) -> Spec {
     let name = option.name.to_owned();
-    if let Kind::Block(options) = option.kind {
-        return of(spec::Block::BlockValue(Box::new(Block {
-            name,
-            required: option.required,
-            nested: Some(Box::new(block(options))),
-        })));
+    match option.kind {
+        Kind::Block(options) => {
+            return of(spec::Block::BlockValue(Box::new(Block {
+                name,
+                required: option.required,
+                nested: Some(Box::new(block(options))),
+            })));
+        }
+        Kind::Blocks(options) => {
+            return of(spec::Block::BlockList(Box::new(BlockList {
+                name,
+                nested: Some(Box::new(block(options))),
+                // No limits: 0 items at most means any number.
+                min_items: 0,
+                max_items: 0,
+            })));
+        }
+        _ => {}
     }
     let plain = of(spec::Block::Attr(Attr {
         name,

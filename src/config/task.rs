@@ -5,12 +5,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::container::{ContainerSpec, Mode, Network, Payload, Resources};
+use crate::container::{ContainerSpec, Mode, Network, Payload};
 
 use super::decode::quoted;
 use super::environment::{self, STRING_MAX};
 use super::options::{ImageDownload, TaskOptions};
 use super::paths::Allocation;
+use super::resources::ResourceOptions;
 use super::rootfs::RootOptions;
 use super::users::users;
 use super::values::{self, one_of};
@@ -40,6 +41,7 @@ pub(super) fn check(
     if let Some(path) = &context.cgroup {
         absolute("task.cgroup", path)?;
     }
+    let resources = ResourceOptions::of(&options, context, plugin_config, &network.namespace)?;
     if let Some(download) = &options.image_download {
         return Err(download_error(download));
     }
@@ -51,10 +53,7 @@ pub(super) fn check(
         payload,
         users,
         network,
-        resources: Resources {
-            cgroup: context.cgroup.clone(),
-            ..Resources::default()
-        },
+        resources: resources.find(context)?,
     };
     Ok(Validated { spec, notes })
 }

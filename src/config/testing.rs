@@ -72,6 +72,16 @@ fn field(schema: &Spec, value: Option<&hcl::Value>) -> Result<Value, String> {
             None => Ok(Value::Nil),
             Some(value) => object(block.nested.as_ref().ok_or("no nested")?, value),
         },
+        spec::Block::BlockList(list) => {
+            let nested = list.nested.as_ref().ok_or("no nested")?;
+            let blocks = match value {
+                None => &[],
+                Some(hcl::Value::Array(blocks)) => blocks.as_slice(),
+                Some(block) => std::slice::from_ref(block),
+            };
+            let blocks = blocks.iter().map(|block| object(nested, block));
+            Ok(Value::Array(blocks.collect::<Result<_, _>>()?))
+        }
         other => Err(format!("{other:?} is not used")),
     }
 }
@@ -107,6 +117,7 @@ fn convert(kind: &str, value: &hcl::Value) -> Result<Value, String> {
         hcl::Value::Bool(_) if kind == "bool" => Ok(plain(value)),
         hcl::Value::Number(_) if kind == "number" => Ok(plain(value)),
         hcl::Value::String(_) if kind == "string" => Ok(plain(value)),
+        hcl::Value::Number(number) if kind == "string" => Ok(number.to_string().into()),
         _ => refused(),
     }
 }

@@ -18,6 +18,7 @@ mod bytes;
 mod environment;
 mod plugin;
 mod ports;
+mod resources;
 
 /// A start with only the required options, and `extra`.
 fn plain(host: &TestHost, extra: &str) -> ContainerSpec {

@@ -1,9 +1,11 @@
 //! The values and small grammars that systemd-nspawn accepts: tables and pure checks. Does no look-ups on the host.
 
+use std::ops::RangeInclusive;
+
 use crate::container::{Console, Volatile};
 
 use super::ConfigError;
-use super::decode::quoted;
+use super::decode::{Number, quoted};
 
 /// The keywords of an option, each with the value it stands for.
 pub(super) type Values<T> = [(&'static str, T)];
@@ -146,6 +148,52 @@ pub(super) fn capabilities(option: &str, list: &[String]) -> Result<Vec<String>,
     Ok(names)
 }
 
+/// The number, if it is whole and in this range.
+pub(super) fn whole(
+    option: &str,
+    number: &Number,
+    range: RangeInclusive<i64>,
+) -> Result<i64, ConfigError> {
+    let value = number.0.parse().ok().filter(|value| range.contains(value));
+    value.ok_or_else(|| {
+        let reason = format!(
+            "{} is not a whole number from {} to {}",
+            number.shown(),
+            range.start(),
+            range.end()
+        );
+        ConfigError::new(option, reason)
+    })
+}
+
+/// A number of bytes with docker's units, `512m` or `64KiB`. Without a unit it is in bytes. At most `i64::MAX`.
+pub(super) fn bytes(option: &str, text: &str) -> Result<u64, ConfigError> {
+    let digits = text.trim_end_matches(|char: char| char.is_ascii_alphabetic());
+    let unit = text[digits.len()..].to_ascii_lowercase();
+    let shift = match unit.as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        _ => u32::MAX,
+    };
+    let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_number || shift == u32::MAX {
+        let reason = format!(
+            "{} is not a size: use a whole number with one of the units b, k, m and g, such as 512m",
+            quoted(text)
+        );
+        return Err(ConfigError::new(option, reason));
+    }
+    let most = i64::MAX.unsigned_abs();
+    let bytes = digits.parse().ok();
+    let bytes = bytes.and_then(|number: u64| number.checked_mul(1 << shift));
+    bytes.filter(|bytes| *bytes <= most).ok_or_else(|| {
+        let reason = format!("{} is more than {most} bytes", quoted(text));
+        ConfigError::new(option, reason)
+    })
+}
+
 /// Whether systemd-nspawn accepts it as the name of an environment variable.
 pub(super) fn is_variable_name(name: &str) -> bool {
     !name.starts_with(|first: char| first.is_ascii_digit())
@@ -194,4 +242,43 @@ pub(super) fn uid_range_error(range: &str) -> Option<&'static str> {
 /// Whether `text` has a control character, which makes it unfit for a command line or a log line.
 pub(super) fn has_control(text: &str) -> bool {
     text.chars().any(char::is_control)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rstest::rstest;
+
+    const NOT_A_SIZE: &str =
+        "is not a size: use a whole number with one of the units b, k, m and g, such as 512m";
+    const TOO_MUCH: &str = "is more than 9223372036854775807 bytes";
+
+    #[rstest]
+    #[case("0", Ok(0))]
+    #[case("4096", Ok(4096))]
+    #[case("10b", Ok(10))]
+    #[case("64k", Ok(64 << 10))]
+    #[case("512m", Ok(512 << 20))]
+    #[case("512M", Ok(512 << 20))]
+    #[case("2g", Ok(2 << 30))]
+    #[case("2GB", Ok(2 << 30))]
+    #[case("2GiB", Ok(2 << 30))]
+    #[case("9223372036854775807", Ok(i64::MAX as u64))]
+    #[case("9223372036854775808", Err(TOO_MUCH))]
+    #[case("8589934592g", Err(TOO_MUCH))]
+    #[case("99999999999999999999999", Err(TOO_MUCH))]
+    #[case("-1", Err(NOT_A_SIZE))]
+    #[case("+1", Err(NOT_A_SIZE))]
+    #[case("1.5g", Err(NOT_A_SIZE))]
+    #[case("1 g", Err(NOT_A_SIZE))]
+    #[case("g", Err(NOT_A_SIZE))]
+    #[case("1t", Err(NOT_A_SIZE))]
+    #[case("1gg", Err(NOT_A_SIZE))]
+    #[case("50%", Err(NOT_A_SIZE))]
+    #[case("١m", Err(NOT_A_SIZE))]
+    fn sizes(#[case] text: &str, #[case] wanted: Result<u64, &str>) {
+        let read = bytes("config.x", text).map_err(|error| error.to_string());
+        let wanted = wanted.map_err(|reason| format!("config.x: {text:?} {reason}"));
+        assert_eq!(read, wanted);
+    }
 }

@@ -16,11 +16,12 @@ pub struct Resources {
     pub cpu: Cpu,
     /// The maximum number of processes and threads; `None` is no limit.
     pub pids: Option<u64>,
-    /// The badness adjustment of the container's processes, -1000 to 1000: which of them the kernel kills first when memory runs out.
+    /// The badness adjustment of the container's processes, 0 to 1000: which of them the kernel kills first when memory runs out.
     pub oom_score_adj: i32,
-    /// Resource limits of the container's processes (setrlimit(2)), in the order of the job.
+    /// Resource limits of the container's processes (setrlimit(2)), ordered by name.
     pub rlimits: Vec<Rlimit>,
-    /// Kernel settings of the container's own namespaces, with their names as in sysctl(8).
+    /// Kernel settings of the container's own namespaces. A name has `.` between its parts, and `/` for a `.` in a part, as in
+    /// `net.ipv4.conf.eth0/1.forwarding`: its file below `/proc/sys` has the two swapped.
     pub sysctls: BTreeMap<String, String>,
     /// Devices of the host that the container may use besides the usual ones.
     pub devices: Vec<Device>,

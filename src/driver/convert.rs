@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use prost_types::Timestamp;
 
 use super::status::CallError;
-use crate::config::{AllocatedPort, TaskContext, VolumeMount};
+use crate::config::{AllocatedDevice, AllocatedPort, AllocatedResources, TaskContext, VolumeMount};
 use crate::container::{Exit, Started};
 use crate::proto::driver as proto;
 use crate::proto::driver::network_isolation_spec::NetworkIsolationMode;
@@ -53,7 +53,35 @@ pub(super) fn task_context(task: &proto::TaskConfig) -> Result<TaskContext, Call
             .linux_resources
             .as_ref()
             .and_then(|linux| path(&linux.cpuset_cgroup)),
+        resources: allocated(&resources),
+        devices: task.devices.iter().map(device).collect(),
     })
+}
+
+/// The numbers as they are: `config` checks them.
+fn allocated(resources: &proto::Resources) -> AllocatedResources {
+    let memory = resources
+        .allocated_resources
+        .as_ref()
+        .and_then(|allocated| allocated.memory)
+        .unwrap_or_default();
+    // Not its memory_limit_bytes, which can't express that there is no limit.
+    let linux = resources.linux_resources.clone().unwrap_or_default();
+    AllocatedResources {
+        memory_mb: memory.memory_mb,
+        memory_max_mb: memory.memory_max_mb,
+        cpu_mhz: linux.cpu_shares,
+        cpu_fraction: linux.percent_ticks,
+        cores: linux.cpuset_cpus,
+    }
+}
+
+fn device(device: &proto::Device) -> AllocatedDevice {
+    AllocatedDevice {
+        source: device.host_path.clone().into(),
+        target: device.task_path.clone().into(),
+        permissions: device.cgroup_permissions.clone(),
+    }
 }
 
 /// The settings of the request that this driver does not apply, one sentence each: nothing that a job asks for may be dropped
@@ -66,12 +94,6 @@ pub(super) fn ignored_settings(task: &proto::TaskConfig) -> Vec<String> {
     let dns = dns.map(|_| {
         "the dns block of the network is not applied. Put a resolv.conf into the image and set config.resolv_conf = \"off\"".to_owned()
     });
-    let devices = task.devices.iter().map(|device| {
-        format!(
-            "the device {} is not passed to the task: devices of device plugins are not supported. Remove the device block",
-            device.host_path
-        )
-    });
     let modes = task
         .mounts
         .iter()
@@ -82,7 +104,7 @@ pub(super) fn ignored_settings(task: &proto::TaskConfig) -> Vec<String> {
             "the volume at {target} is mounted without propagation_mode {mode:?}, which is not supported. Remove it from the volume_mount block"
         )
     });
-    dns.into_iter().chain(devices).chain(modes).collect()
+    dns.into_iter().chain(modes).collect()
 }
 
 fn mount(mount: &proto::Mount) -> VolumeMount {
@@ -257,25 +279,20 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(ignored_settings(&plain), Vec::<String>::new());
-        let device = proto::Device {
-            host_path: "/dev/x".to_owned(),
-            ..Default::default()
-        };
         let servers = proto::DnsConfig {
             servers: vec!["192.0.2.1".to_owned()],
             ..Default::default()
         };
         let full = proto::TaskConfig {
             dns: Some(servers),
-            devices: vec![device],
             mounts: vec![mount("bidirectional")],
             ..Default::default()
         };
         let published = ignored_settings(&full);
-        for (sentence, part) in published.iter().zip(["dns", "/dev/x", "bidirectional"]) {
+        for (sentence, part) in published.iter().zip(["dns", "bidirectional"]) {
             assert!(sentence.contains(part), "{published:?}");
         }
-        assert_eq!(published.len(), 3);
+        assert_eq!(published.len(), 2);
     }
 
     #[test]
@@ -307,14 +324,28 @@ mod tests {
                         ip: "192.0.2.2".to_owned(),
                         ..Default::default()
                     }],
+                    memory: Some(proto::AllocatedMemoryResources {
+                        memory_mb: 64,
+                        memory_max_mb: -1,
+                    }),
                     ..Default::default()
                 }),
                 linux_resources: Some(proto::LinuxResources {
+                    cpu_shares: 500,
+                    memory_limit_bytes: 64 << 20,
+                    percent_ticks: 0.125,
+                    cpuset_cpus: "2,3".to_owned(),
                     cpuset_cgroup: "/sys/fs/cgroup/nomad.slice/share.slice/a.t.scope".to_owned(),
                     ..Default::default()
                 }),
                 ports: vec![port("http", 25000, 80), port("same", 25001, -1)],
             }),
+            devices: vec![proto::Device {
+                task_path: "/dev/accelerator".to_owned(),
+                host_path: "/dev/accelerator3".to_owned(),
+                cgroup_permissions: "rw".to_owned(),
+            }],
+            // A device plugin's mounts arrive among the volumes.
             mounts: vec![proto::Mount {
                 task_path: "/data".to_owned(),
                 host_path: "/srv/data".to_owned(),

@@ -33,6 +33,7 @@ pub(crate) fn plugin_config() -> PluginConfig {
     PluginConfig {
         enabled: true,
         volumes: true,
+        devices: true,
         state_dir: "/run/nomad-driver-nspawn".into(),
         nspawn_path: None,
         reconcile_after: None,

@@ -30,6 +30,33 @@ pub fn has_user_namespaces() -> bool {
     Path::new("/proc/self/ns/user").exists() && limit.map_or(true, |text| text.trim() != "0")
 }
 
+/// The processors that are online, in the kernel's list format: `0-3,7`.
+pub fn online_cpus() -> io::Result<String> {
+    let list = std::fs::read_to_string("/sys/devices/system/cpu/online")?;
+    Ok(list.trim().to_owned())
+}
+
+/// The memory of the host, in bytes.
+pub fn memory_bytes() -> io::Result<u64> {
+    Ok(nix::sys::sysinfo::sysinfo()?.ram_total())
+}
+
+/// The highest limit of open files that the kernel accepts for a process.
+pub fn max_open_files() -> io::Result<u64> {
+    let number = std::fs::read_to_string("/proc/sys/fs/nr_open")?;
+    let number = number.trim().parse();
+    number.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// Whether this process may raise hard resource limits, also for the processes that it starts (CAP_SYS_RESOURCE).
+pub fn may_raise_limits() -> bool {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let capabilities = super::procfs::status_field(&status, "CapEff")
+        .and_then(|mask| u64::from_str_radix(mask, 16).ok());
+    capabilities.is_some_and(|mask| mask >> CAP_SYS_RESOURCE & 1 == 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

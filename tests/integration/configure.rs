@@ -90,6 +90,7 @@ fn options(spec: &Spec, found: &mut BTreeSet<String>) {
             let value: Value = serde_json::from_str(&literal.value).unwrap();
             let fits = match attribute.r#type.as_str() {
                 "bool" => value.is_boolean(),
+                "number" => value.is_number(),
                 "string" => value.is_string(),
                 other => panic!("{} has a default of type {other}", attribute.name),
             };
@@ -97,6 +98,15 @@ fn options(spec: &Spec, found: &mut BTreeSet<String>) {
             options(fallback.primary.as_ref().unwrap(), found);
         }
         Block::BlockValue(block) => options(block.nested.as_ref().unwrap(), found),
+        Block::BlockList(blocks) => {
+            assert_eq!((blocks.min_items, blocks.max_items), (0, 0), "any number");
+            assert!(
+                found.contains(&blocks.name),
+                "{} under another name",
+                blocks.name
+            );
+            options(blocks.nested.as_ref().unwrap(), found);
+        }
         other => panic!("{other:?} is not used here"),
     }
 }
@@ -115,6 +125,7 @@ async fn the_schemas_convert() {
     options(&answer.spec.unwrap(), &mut found);
     assert!(
         found.iter().eq([
+            "devices",
             "enabled",
             "nspawn_path",
             "reconcile_after",
@@ -130,6 +141,8 @@ async fn the_schemas_convert() {
         "boot",
         "bind",
         "port_map",
+        "pids_limit",
+        "devices",
         "image_download",
         "capability",
     ] {
@@ -152,6 +165,7 @@ async fn the_same_configuration_twice() {
 #[rstest] // Conformance check 20.
 #[case(json!({"volumes": "perhaps"}), "plugin.volumes: ")]
 #[case(json!({"enabled": [1]}), "plugin.enabled: ")]
+#[case(json!({"devices": 1}), "plugin.devices: ")]
 #[case(json!({"state_dir": "relative"}), "plugin.state_dir: \"relative\" ")]
 #[case(json!({"nspawn_path": "bin/x"}), "plugin.nspawn_path: \"bin/x\" ")]
 #[case(json!({"reconcile_after": "soon"}), "plugin.reconcile_after: \"soon\" is not a duration")]

@@ -45,7 +45,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "config",
-        &["proto", "nspawn", "container", "signal", "rootfs_path"],
+        &[
+            "proto",
+            "nspawn",
+            "container",
+            "signal",
+            "sys",
+            "rootfs_path",
+        ],
     ),
     ("task", &["backend", "container", "signal"]),
     (

@@ -3,10 +3,9 @@
 use super::*;
 
 #[rstest]
-#[case(&[], true, true, "/run/nomad-driver-nspawn", None)]
+#[case(&[], true, "/run/nomad-driver-nspawn", None)]
 #[case(
-    b"\x84\xa7enabled\xc2\xa7volumes\xc2\xa9state_dir\xa2/x\xabnspawn_path\xa4/n/s",
-    false,
+    b"\x85\xa7enabled\xc2\xa7volumes\xc2\xa7devices\xc2\xa9state_dir\xa2/x\xabnspawn_path\xa4/n/s",
     false,
     "/x",
     Some("/n/s")
@@ -14,20 +13,19 @@ use super::*;
 #[case(
     b"\x82\xa9state_dir\xa0\xabnspawn_path\xa0",
     true,
-    true,
     "/run/nomad-driver-nspawn",
     None
 )]
 fn valid_plugin_configurations_are_decoded(
     #[case] bytes: &[u8],
-    #[case] enabled: bool,
-    #[case] volumes: bool,
+    #[case] switches: bool,
     #[case] state_dir: &str,
     #[case] nspawn_path: Option<&str>,
 ) {
     let expected = PluginConfig {
-        enabled,
-        volumes,
+        enabled: switches,
+        volumes: switches,
+        devices: switches,
         state_dir: state_dir.into(),
         nspawn_path: nspawn_path.map(Into::into),
         reconcile_after: Some(Duration::from_secs(600)),
