@@ -20,6 +20,7 @@ mod later_driver;
 mod processes;
 mod recover;
 mod release;
+mod resources;
 mod secrets;
 
 /// Prints `up` and runs until it is ended.
