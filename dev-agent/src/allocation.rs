@@ -15,6 +15,7 @@ use serde_json::Value;
 use tokio::net::unix::pipe;
 
 use super::error::HostError;
+use super::node::Node;
 use super::variables::Variables;
 use nomad_proto::driver;
 
@@ -48,8 +49,10 @@ pub struct TaskSpec {
     pub meta: BTreeMap<String, String>,
     /// The values of `${node.…}`, `${attr.…}` and `${meta.…}`, under their full names.
     pub node: BTreeMap<String, String>,
-    /// `resources.cpu` in MHz.
+    /// `resources.cpu` in MHz. Reserved cores override it.
     pub cpu_mhz: i64,
+    /// `resources.cores`; 0 means not set.
+    pub cores: u32,
     /// `resources.memory` in MiB.
     pub memory_mb: i64,
     /// `resources.memory_max` in MiB; 0 means not set, -1 no limit.
@@ -77,6 +80,7 @@ impl TaskSpec {
             meta: BTreeMap::new(),
             node: BTreeMap::new(),
             cpu_mhz: 100,
+            cores: 0,
             memory_mb: 300,
             memory_max_mb: 0,
             kill_timeout: Duration::from_secs(5),
@@ -91,6 +95,8 @@ pub struct Allocation {
     id: String,
     dir: PathBuf,
     spec: TaskSpec,
+    /// The processors that are reserved for the task.
+    cores: Vec<u32>,
     variables: Variables,
 }
 
@@ -106,17 +112,22 @@ pub struct Logs {
 
 impl Allocation {
     /// Creates the directories of a new allocation in `parent`, which must exist. After an error nothing is left.
-    pub fn create(parent: &Path, spec: TaskSpec) -> Result<Self, HostError> {
+    pub fn create(parent: &Path, mut spec: TaskSpec) -> Result<Self, HostError> {
         let id = random_uuid()?;
         let dir = parent.join(&id);
+        let mut cores = Vec::new();
+        if spec.cores > 0 {
+            (cores, spec.cpu_mhz) = Node::read()?.reserve(spec.cores)?;
+        }
         let variables = Variables {
-            environment: environment(&spec, &id),
+            environment: environment(&spec, &id, &cores),
             node: spec.node.clone(),
         };
         let allocation = Self {
             id,
             dir,
             spec,
+            cores,
             variables,
         };
         match allocation.make() {
@@ -222,6 +233,8 @@ impl Allocation {
             linux_resources: Some(driver::LinuxResources {
                 cpu_shares: spec.cpu_mhz,
                 memory_limit_bytes: memory_bytes,
+                cpuset_cpus: list(&self.cores),
+                percent_ticks: Node::read()?.fraction(spec.cpu_mhz),
                 ..driver::LinuxResources::default()
             }),
             ports: Vec::new(),
@@ -285,7 +298,7 @@ fn directory(path: &Path, mode: u32, nobody: bool) -> Result<(), HostError> {
 }
 
 /// Nomad's variables, then the job's, in which `${…}` is replaced by the values of Nomad's.
-fn environment(spec: &TaskSpec, id: &str) -> BTreeMap<String, String> {
+fn environment(spec: &TaskSpec, id: &str, cores: &[u32]) -> BTreeMap<String, String> {
     let own = [
         ("NOMAD_ALLOC_DIR", "/alloc".to_owned()),
         ("NOMAD_TASK_DIR", "/local".to_owned()),
@@ -311,6 +324,9 @@ fn environment(spec: &TaskSpec, id: &str) -> BTreeMap<String, String> {
     if spec.memory_max_mb > 0 {
         let limit = spec.memory_max_mb.to_string();
         environment.insert("NOMAD_MEMORY_MAX_LIMIT".to_owned(), limit);
+    }
+    if !cores.is_empty() {
+        environment.insert("NOMAD_CPU_CORES".to_owned(), list(cores));
     }
     let nomads = Variables {
         environment: environment.clone(),
@@ -339,6 +355,12 @@ fn environment(spec: &TaskSpec, id: &str) -> BTreeMap<String, String> {
         environment.insert(name.clone(), nomads.replace(value));
     }
     environment
+}
+
+/// Processors as Nomad lists them.
+fn list(cores: &[u32]) -> String {
+    let cores: Vec<_> = cores.iter().map(u32::to_string).collect();
+    cores.join(",")
 }
 
 fn random(bytes: &mut [u8]) -> Result<(), HostError> {
@@ -447,15 +469,44 @@ mod tests {
         assert_eq!(first.env["NOMAD_META_A_B"], "web!");
         assert_eq!(first.env["X"], "/local/x ${NOPE} web!");
         assert_eq!(first.user, "web");
+    }
+
+    #[test]
+    fn a_task_config_has_the_resources_of_the_task() {
+        let parent = tempfile::tempdir().unwrap();
+        let resources = |spec| {
+            let allocation = Allocation::create(parent.path(), spec).unwrap();
+            let task = allocation.task_config(vec![0x80]).unwrap();
+            (task.resources.unwrap(), task.env)
+        };
+        let (shared, env) = resources(TaskSpec {
+            cpu_mhz: 200,
+            memory_max_mb: -1,
+            ..spec()
+        });
+        let memory = shared.allocated_resources.unwrap().memory.unwrap();
+        assert_eq!((memory.memory_mb, memory.memory_max_mb), (300, -1));
+        let linux = shared.linux_resources.unwrap();
         assert_eq!(
-            first
-                .resources
-                .unwrap()
-                .linux_resources
-                .unwrap()
-                .memory_limit_bytes,
-            300 << 20
+            (linux.cpu_shares, linux.memory_limit_bytes),
+            (200, 300 << 20)
         );
+        assert_eq!(linux.cpuset_cpus, "");
+        assert!(linux.percent_ticks > 0.0 && linux.percent_ticks < 1.0);
+        assert_eq!(env.get("NOMAD_CPU_CORES"), None);
+        let (reserved, env) = resources(TaskSpec { cores: 1, ..spec() });
+        let linux = reserved.linux_resources.unwrap();
+        let first = linux.cpuset_cpus.parse::<u32>().unwrap();
+        assert_eq!(env["NOMAD_CPU_CORES"], first.to_string());
+        assert_eq!(env["NOMAD_CPU_LIMIT"], linux.cpu_shares.to_string());
+        let mhz = reserved
+            .allocated_resources
+            .unwrap()
+            .cpu
+            .unwrap()
+            .cpu_shares;
+        assert_eq!(linux.cpu_shares, mhz);
+        assert!(linux.percent_ticks > 0.0 && linux.percent_ticks <= 1.0);
     }
 
     #[tokio::test]

@@ -93,6 +93,14 @@ pub enum HostError {
         #[source]
         source: io::Error,
     },
+    /// The task reserves more processors than there are.
+    #[error("resources: {wanted} cores can't be reserved, because this machine has {has}")]
+    Cores {
+        /// The number of the job.
+        wanted: u32,
+        /// The number of this machine.
+        has: usize,
+    },
     /// The allocation directory can't be removed without deleting through a mount.
     #[error("{dir} is not removed: {mount} is still mounted")]
     Mounted {

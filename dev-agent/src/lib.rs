@@ -16,6 +16,7 @@ pub mod configure;
 pub mod error;
 pub mod handshake;
 pub mod log;
+mod node;
 pub mod plugin;
 pub mod run;
 pub mod variables;

@@ -384,9 +384,18 @@ fn network(entry: &Entry) -> Option<Note> {
 }
 
 fn resources(entry: &Entry, spec: &mut TaskSpec, notes: &mut Vec<Note>) -> Result<(), JobError> {
+    let mut shared = false;
     for entry in &nested(entry)? {
         match entry.name.as_str() {
-            "cpu" => spec.cpu_mhz = integer(entry)?,
+            "cpu" => {
+                spec.cpu_mhz = integer(entry)?;
+                shared = spec.cpu_mhz != 0;
+            }
+            "cores" => {
+                let reason = "resources: cores is not a number of processors";
+                let wrong = |_| JobError::new(entry.line, reason);
+                spec.cores = integer(entry)?.try_into().map_err(wrong)?;
+            }
             "memory" => spec.memory_mb = integer(entry)?,
             "memory_max" => spec.memory_max_mb = integer(entry)?,
             _ => note(entry, "resources", RESOURCES, notes)?,
@@ -399,6 +408,10 @@ fn resources(entry: &Entry, spec: &mut TaskSpec, notes: &mut Vec<Note>) -> Resul
             entry.line,
             "resources: memory is out of range",
         ));
+    }
+    if shared && spec.cores > 0 {
+        let reason = "resources: a task has either cpu or cores, not both";
+        return Err(JobError::new(entry.line, reason));
     }
     Ok(())
 }

@@ -63,7 +63,7 @@ job "web" {
         cpu        = 250
         memory     = 64
         memory_max = 128
-        cores      = 2
+        numa { affinity = "none" }
       }
     }
   }
@@ -108,8 +108,21 @@ job "web" {
     );
     assert_eq!(
         picked.ignored,
-        ["group.restart (line 16)", "resources.cores (line 40)"]
+        ["group.restart (line 16)", "resources.numa (line 40)"]
     );
+}
+
+#[rstest]
+#[case("cores = 2", 2, 100)]
+#[case("cores = 0\ncpu = 250", 0, 250)]
+#[case("cores = 2\ncpu = 0", 2, 0)]
+fn cores_are_reserved_instead_of_a_share(
+    #[case] body: &str,
+    #[case] cores: u32,
+    #[case] cpu_mhz: i64,
+) {
+    let picked = pick(&with_task(&format!("resources {{\n{body}\n}}"))).unwrap();
+    assert_eq!((picked.spec.cores, picked.spec.cpu_mhz), (cores, cpu_mhz));
 }
 
 #[rstest]
@@ -171,6 +184,11 @@ fn an_unsupported_expression_is_named_with_its_line(
 )]
 #[case("env { A = [1] }", "env.A is not a string")]
 #[case("resources { memory = \"lots\" }", "memory is not a whole number")]
+#[case("resources { cores = -1 }", "cores is not a number of processors")]
+#[case(
+    "resources {\ncores = 1\ncpu = 100\n}",
+    "either cpu or cores, not both"
+)]
 #[case("comand = 1", "\"comand\" is not known in a task")]
 #[case("config {}\nconfig {}", "config is set twice")]
 fn blocks_that_run_cannot_provide_are_refused(#[case] body: &str, #[case] part: &str) {

@@ -83,7 +83,6 @@ pub(super) const TASK: &[(&str, Verdict)] = &[
 
 /// Entries of the resources of a task.
 pub(super) const RESOURCES: &[(&str, Verdict)] = &[
-    ("cores", Ignored),
     ("device", Refused("device plugins are not supported")),
     ("disk", Quiet),
     ("iops", Quiet),
