@@ -6,7 +6,7 @@ use std::path::Path;
 use dev_agent::cli::Job;
 use dev_agent::configure::encode;
 use dev_agent::{Allocation, TaskSpec};
-use nomad_driver_nspawn::config::{self, ImageSearchPath, TaskContext};
+use nomad_driver_nspawn::config::{self, AllocatedResources, ImageSearchPath, TaskContext};
 use nomad_driver_nspawn::container::ContainerSpec;
 
 /// Everything between a file and the container: operators try the examples first. Whether a cluster has the volumes and
@@ -31,6 +31,7 @@ fn every_example_becomes_a_container() {
         [
             "boot.nomad.hcl",
             "hello.nomad.hcl",
+            "resources.nomad.hcl",
             "service.nomad.hcl",
             "volume.nomad.hcl"
         ]
@@ -62,6 +63,7 @@ fn container(spec: &TaskSpec) -> Result<ContainerSpec, String> {
         alloc_id: allocation.id().to_owned(),
         alloc_dir: allocation.dir().to_owned(),
         environment: allocation.variables().environment.clone(),
+        resources: resources(&allocation),
         ..TaskContext::default()
     };
     let plugin_config = config::PluginConfig::decode(&[]).map_err(|error| error.to_string())?;
@@ -73,4 +75,19 @@ fn container(spec: &TaskSpec) -> Result<ContainerSpec, String> {
     validated
         .map(|validated| validated.spec)
         .map_err(|error| error.to_string())
+}
+
+/// What the host of `run` allocates to its task.
+fn resources(allocation: &Allocation) -> AllocatedResources {
+    let task = allocation.task_config(Vec::new()).unwrap();
+    let resources = task.resources.unwrap();
+    let memory = resources.allocated_resources.unwrap().memory.unwrap();
+    let linux = resources.linux_resources.unwrap();
+    AllocatedResources {
+        memory_mb: memory.memory_mb,
+        memory_max_mb: memory.memory_max_mb,
+        cpu_mhz: linux.cpu_shares,
+        cpu_fraction: linux.percent_ticks,
+        cores: linux.cpuset_cpus,
+    }
 }
