@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 mod resources;
 pub mod testing;
 
-pub use resources::{Cpu, CpuQuota, Device, Memory, Resources, Rlimit, Swap, TmpfsSizes};
+pub use resources::{
+    Cpu, CpuQuota, Device, InsideSettings, Memory, Resources, Rlimit, Swap, TmpfsSizes,
+};
 
 /// A container as the job requests it, with every value checked and every host path resolved. Each capability of the driver has one
 /// part; a function that needs one part takes that part.

@@ -111,3 +111,35 @@ pub struct TmpfsSizes {
     /// `/dev/shm`.
     pub shm: Option<u64>,
 }
+
+/// What is applied to a container once systemd-nspawn has made it, because systemd-nspawn has no option for it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InsideSettings {
+    /// The sizes of its temporary file systems.
+    #[serde(default)]
+    pub tmpfs: TmpfsSizes,
+    /// Kernel settings of its namespaces.
+    #[serde(default)]
+    pub sysctls: BTreeMap<String, String>,
+    /// Device nodes.
+    #[serde(default)]
+    pub devices: Vec<Device>,
+}
+
+impl InsideSettings {
+    /// Whether there is nothing to apply.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl Resources {
+    /// The part that is applied once systemd-nspawn has made the container.
+    pub fn inside(&self) -> InsideSettings {
+        InsideSettings {
+            tmpfs: self.tmpfs,
+            sysctls: self.sysctls.clone(),
+            devices: self.devices.clone(),
+        }
+    }
+}

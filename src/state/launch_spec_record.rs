@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::task_dir::{LaunchSpec, Pid1};
 use crate::cgroup::{CgroupPath, CgroupPlan};
-use crate::container::Mode;
+use crate::container::{InsideSettings, Mode};
 use crate::lease::{
     Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
     TreeLock, UidRange, ZoneBridge,
@@ -38,6 +38,8 @@ pub(super) struct LaunchSpecRecord {
     /// Missing in launch specs of drivers from before this field.
     #[serde(default)]
     resources: Option<Vec<Resource>>,
+    #[serde(default, skip_serializing_if = "InsideSettings::is_empty")]
+    inside: InsideSettings,
     notes: Vec<String>,
 }
 
@@ -72,6 +74,7 @@ impl From<LaunchSpecRecord> for LaunchSpec {
             cgroups: form.cgroups,
             oom_score_adj: form.oom_score_adj,
             resources: form.resources.unwrap_or_else(|| form.older.resources()),
+            inside: form.inside,
             notes: form.notes,
         }
     }
@@ -95,6 +98,7 @@ impl From<LaunchSpec> for LaunchSpecRecord {
             cgroups: launch_spec.cgroups,
             oom_score_adj: launch_spec.oom_score_adj,
             resources: Some(launch_spec.resources),
+            inside: launch_spec.inside,
             notes: launch_spec.notes,
         }
     }

@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 
 use super::launch_spec_record::LaunchSpecRecord;
 use crate::cgroup::CgroupPlan;
-use crate::container::{Cause, Exit, Mode, Process, Started};
+use crate::container::{Cause, Exit, InsideSettings, Mode, Process, Started};
 use crate::lease::Resource;
 
 /// The driver never writes a larger file, so a larger one is not the driver's.
@@ -87,6 +87,8 @@ pub struct LaunchSpec {
     pub oom_score_adj: i32,
     /// The host resources that the start acquires, in the order of acquisition. All of them are released in the reverse order.
     pub resources: Vec<Resource>,
+    /// What the supervisor applies to the container before its command runs.
+    pub inside: InsideSettings,
     /// What the user should know about this start.
     pub notes: Vec<String>,
 }

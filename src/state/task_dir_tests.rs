@@ -1,6 +1,7 @@
 //! Records: which users may read them, their frozen format, and what hostile ones can't do.
 
 use super::*;
+use crate::container::{Device, TmpfsSizes};
 use crate::lease::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Skeleton, TreeLock, UidRange, ZoneBridge,
 };
@@ -36,6 +37,7 @@ pub(crate) fn an_order(id: &str) -> LaunchSpec {
         cgroups: None,
         oom_score_adj: 0,
         resources: Vec::new(),
+        inside: InsideSettings::default(),
         notes: Vec::new(),
     }
 }
@@ -409,6 +411,28 @@ fn cgroup_plan() -> impl Strategy<Value = CgroupPlan> {
     })
 }
 
+fn inside() -> impl Strategy<Value = InsideSettings> {
+    let device =
+        (path(), path(), any::<[bool; 3]>()).prop_map(|(host, container, [read, write, mknod])| {
+            Device {
+                host,
+                container,
+                read,
+                write,
+                mknod,
+            }
+        });
+    let devices = proptest::collection::vec(device, 0..3);
+    let sysctls = proptest::collection::btree_map(any::<String>(), any::<String>(), 0..3);
+    (any::<[Option<u64>; 3]>(), sysctls, devices).prop_map(|([tmp, run, shm], sysctls, devices)| {
+        InsideSettings {
+            tmpfs: TmpfsSizes { tmp, run, shm },
+            sysctls,
+            devices,
+        }
+    })
+}
+
 fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
     let first = prop_oneof![
         Just(Pid1::Image),
@@ -420,10 +444,10 @@ fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
     let paths = (maybe(), maybe(), maybe(), maybe());
     let resources = proptest::collection::vec(resource(), 0..9);
     let limits = (proptest::option::of(cgroup_plan()), any::<i32>());
-    let rest = (resources, any::<Vec<String>>(), limits);
+    let rest = (resources, inside(), any::<Vec<String>>(), limits);
     (names, call, paths, rest).prop_map(
         |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
-            let (resources, notes, (cgroups, oom_score_adj)) = rest;
+            let (resources, inside, notes, (cgroups, oom_score_adj)) = rest;
             let (stdout, stderr, network_namespace, alloc_dir) = paths;
             LaunchSpec {
                 id,
@@ -440,6 +464,7 @@ fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
                 cgroups,
                 oom_score_adj,
                 resources,
+                inside,
                 notes,
             }
         },

@@ -144,6 +144,7 @@ fn launch_spec(
         cgroups,
         oom_score_adj: spec.resources.oom_score_adj,
         resources,
+        inside: spec.resources.inside(),
         notes,
     })
 }
