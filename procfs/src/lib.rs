@@ -2,6 +2,7 @@
 //! `/proc/<pid>/stat`. A crate, because the driver and the development agent both read them. Mount tables are parsed as bytes, because a
 //! path need not be UTF-8.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt as _;
@@ -35,6 +36,24 @@ pub fn own_mounts() -> io::Result<Vec<Mount>> {
 /// The mounts of another process, in the order in which they were made.
 pub fn mounts_of(pid: i32) -> io::Result<Vec<Mount>> {
     read_mounts(&PathBuf::from(format!("/proc/{pid}/mountinfo")))
+}
+
+/// The device numbers, major and minor, of every file system that is mounted in the mount namespace of the calling process. Reads
+/// nothing else of the table, which has a line for each of the host's mounts.
+pub fn own_mounted_devices() -> io::Result<HashSet<(u32, u32)>> {
+    Ok(mounted_devices(&std::fs::read("/proc/self/mountinfo")?))
+}
+
+fn mounted_devices(table: &[u8]) -> HashSet<(u32, u32)> {
+    let device = |line: &[u8]| {
+        let word = line.split(|byte| *byte == b' ').nth(2)?;
+        let (major, minor) = std::str::from_utf8(word).ok()?.split_once(':')?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    };
+    table
+        .split(|byte| *byte == b'\n')
+        .filter_map(device)
+        .collect()
 }
 
 fn read_mounts(table: &Path) -> io::Result<Vec<Mount>> {
@@ -170,6 +189,16 @@ mod tests {
         let line = [b"1 2 0:1 / ", written, b" rw - tmpfs none rw"].concat();
         let mounts = parse_mountinfo(&line);
         assert_eq!(mounts[0].target.as_os_str().as_bytes(), plain);
+    }
+
+    #[test]
+    fn the_devices_of_all_mounts_are_known() {
+        let table = b"24 30 0:22 / /sys rw shared:9 - sysfs sysfs rw\n36 35 98:1048 / /mnt rw - ext3 /dev/root rw\nnonsense 1 2\n";
+        assert_eq!(mounted_devices(table), [(0, 22), (98, 1048)].into());
+        assert_eq!(
+            own_mounted_devices().unwrap().is_empty(),
+            own_mounts().unwrap().is_empty()
+        );
     }
 
     #[test]

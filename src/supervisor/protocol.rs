@@ -82,6 +82,7 @@ pub enum StartStep {
     Notify,
     Nspawn,
     Watch,
+    Inside,
 }
 
 impl StartStep {
@@ -94,6 +95,7 @@ impl StartStep {
             Self::Notify => "opening the sockets of the supervisor",
             Self::Nspawn => "starting systemd-nspawn",
             Self::Watch => "supervising the container",
+            Self::Inside => "setting up the container",
         }
     }
 }
@@ -338,7 +340,7 @@ mod tests {
     fn event() -> impl Strategy<Value = Event> {
         use crate::state::task_dir::tests::{exit, started};
         let steps =
-            proptest::sample::select(vec![StartStep::Order, StartStep::Cgroup, StartStep::Watch]);
+            proptest::sample::select(vec![StartStep::Order, StartStep::Cgroup, StartStep::Inside]);
         let causes = proptest::sample::select(Cause::ALL.to_vec());
         prop_oneof![
             started().prop_map(Event::Started),

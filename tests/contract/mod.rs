@@ -29,6 +29,7 @@ mod degraded;
 mod environment;
 mod exits;
 mod force;
+mod inside;
 mod lifecycle;
 mod limits;
 mod logs;

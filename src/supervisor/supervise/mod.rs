@@ -7,6 +7,7 @@
 //! | module | subject |
 //! |---|---|
 //! | `state` | everything known about the container; its start |
+//! | `inside` | what is applied to the container before its command runs |
 //! | `run`, `event_loop` | the loop; epoll and timers |
 //! | `requests`, `clients` | what clients request; how it travels |
 //! | `signals` | signals, stop and kill |
@@ -30,6 +31,7 @@ mod clients;
 mod event_loop;
 mod exit;
 mod exit_status;
+mod inside;
 mod logs;
 mod release;
 mod requests;

@@ -241,6 +241,9 @@ impl Supervisor {
         if let Err(failure) = self.cgroups.settle(&self.launch_spec) {
             return self.fail_with(failure);
         }
+        if !self.apply_inside(handle.as_deref()) {
+            return;
+        }
         let running = self.running_record(leader, handle.as_deref());
         self.state = State::Running {
             running: Box::new(running.clone()),
@@ -320,7 +323,8 @@ impl Supervisor {
         self.fail_with(failure(StartStep::Watch, error));
     }
 
-    fn fail_with(&mut self, failure: StartFailure) {
+    /// The same with this failure.
+    pub(super) fn fail_with(&mut self, failure: StartFailure) {
         self.state = State::Failing(failure);
         // The driver's init runs no command without the channel, and what follows may need its descriptor.
         self.init_channel = None;

@@ -16,6 +16,7 @@ use nomad_driver_nspawn::sys::process::ProcessHandle;
 use serde_json::{Value, json};
 
 mod ends;
+mod inside;
 mod network;
 mod root;
 mod system;
