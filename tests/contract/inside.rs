@@ -1,7 +1,9 @@
 //! Settings that are applied to a container once systemd-nspawn has made it. What they do is in the end-to-end tests: the containers of
 //! the fake have no namespaces and no file systems of their own.
 
-use nomad_driver_nspawn::container::TmpfsSizes;
+use std::os::unix::fs::MetadataExt as _;
+
+use nomad_driver_nspawn::container::{Cause, Device, TmpfsSizes};
 
 use super::*;
 
@@ -31,4 +33,57 @@ async fn sizes_of_temporary_file_systems_change_nothing_on_the_host(world: World
     assert_eq!(ended(&world.end(&started).await), (11, 0));
     assert_eq!(PLACES.map(size_of), before);
     world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[case::missing("/dev/nspawn-none", "does not exist on the host")]
+#[case::not_a_device("/proc/stat", "is not a device on the host")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_the_host_does_not_have_is_refused(
+    world: World,
+    #[case] host: &str,
+    #[case] reason: &str,
+) {
+    let device = Device {
+        host: host.into(),
+        container: "/dev/mine".into(),
+        read: true,
+        write: true,
+        mknod: false,
+    };
+    let spec = world
+        .spec(DEAF)
+        .with(|spec| spec.resources.devices = vec![device]);
+    let error = world.refused(spec).await;
+    assert_eq!(error.cause(), Cause::Config);
+    let text = error.to_string();
+    for part in [host, "/dev/mine", reason] {
+        assert!(text.contains(part), "{text}");
+    }
+    world.leave(&[]).await;
+}
+
+/// The real one makes no node either way, because the device's path in the container is that of another.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_changes_no_node_of_the_host(world: World) {
+    let about = |path: &str| {
+        let found = fs::symlink_metadata(path).unwrap();
+        (found.rdev(), found.mode(), found.uid(), found.gid())
+    };
+    let before = (about("/dev/zero"), about("/dev/full"));
+    let device = Device {
+        host: "/dev/full".into(),
+        container: "/dev/zero".into(),
+        read: true,
+        write: true,
+        mknod: false,
+    };
+    let spec = world
+        .spec(DEAF)
+        .with(|spec| spec.resources.devices = vec![device]);
+    let error = world.refused(spec).await.to_string();
+    assert!(error.contains("device /dev/full as /dev/zero: "), "{error}");
+    assert_eq!((about("/dev/zero"), about("/dev/full")), before);
+    world.leave(&[]).await;
 }

@@ -1,7 +1,8 @@
-//! Applies to a started container what systemd-nspawn has no option for: sizes of its temporary file systems. Runs in the supervisor process, after systemd-nspawn has named the leader and before the driver's init is
+//! Applies to a started container what systemd-nspawn has no option for: sizes of its temporary file systems, device nodes. Runs in the supervisor process, after systemd-nspawn has named the leader and before the driver's init is
 //! sent "go". The root of the container is not trusted: every path is looked up below the leader's root, and nothing is changed
 //! that the host can see too. What is applied belongs to the container and ends with it, so there is nothing to release.
 
+mod devices;
 mod tmpfs;
 
 use std::collections::HashSet;
@@ -49,6 +50,9 @@ fn apply(settings: &InsideSettings, leader: &ProcessHandle) -> Result<Vec<String
             return Err(refused(cause_of_host_error(&error), reason));
         }
     };
+    for device in &settings.devices {
+        devices::make(device, &root, leader.process().pid)?;
+    }
     Ok(tmpfs::resize(settings.tmpfs, &root))
 }
 
@@ -134,7 +138,7 @@ mod tests {
     use super::*;
     use crate::container::TmpfsSizes;
 
-    fn root_at(path: &Path) -> ContainerRoot {
+    pub(super) fn root_at(path: &Path) -> ContainerRoot {
         ContainerRoot::of(File::open(path).unwrap().into())
     }
 

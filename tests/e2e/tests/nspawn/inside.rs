@@ -1,10 +1,13 @@
-//! What is applied to a container once systemd-nspawn has made it: sizes of temporary file systems. The specs go to the
+//! What is applied to a container once systemd-nspawn has made it: sizes of temporary file systems, devices. The specs go to the
 //! backend directly. All of it is real only: namespaces and file systems of the container's own.
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
 use nomad_driver_nspawn::backend::nspawn::{Settings, Timeouts};
-use nomad_driver_nspawn::backend::{ContainerBackend, NspawnBackend};
-use nomad_driver_nspawn::container::{ContainerSpec, Exit, Mount, Started, TmpfsSizes, Users};
+use nomad_driver_nspawn::backend::{BackendError, ContainerBackend, NspawnBackend};
+use nomad_driver_nspawn::container::{
+    Cause, ContainerSpec, Device, Exit, Mode, Mount, Started, TmpfsSizes, Users,
+};
 use rstest::rstest;
 
 use super::*;
@@ -45,6 +48,11 @@ impl Inside {
 
     async fn start(&self, spec: ContainerSpec) -> Started {
         within("the start", self.backend.start(spec)).await.unwrap()
+    }
+
+    async fn refused(&self, spec: ContainerSpec) -> BackendError {
+        let started = within("the start", self.backend.start(spec)).await;
+        started.expect_err("it has started")
     }
 
     /// Waits for the exit and removes the container; returns the exit and what it printed.
@@ -112,6 +120,30 @@ async fn a_full_temporary_file_system_is_an_error_inside(
     let want =
         "1024\n2048\n3072\ndd: error writing '/tmp/full': No space left on device\n1048576\n";
     assert_eq!(printed.await, want);
+    inside.stage.leave();
+}
+
+/// The image's init may run before the settings are applied.
+#[rstest]
+#[case(Users::Host)]
+#[case(private_users())]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_booted_container_gets_sizes_and_devices(#[case] users: Users) {
+    let inside = Inside::new();
+    let init = inside.stage.join("tree/sbin/init");
+    fs::create_dir_all(init.parent().unwrap()).unwrap();
+    let script = "#!/bin/sh\nuntil df -k /tmp | grep -q ' 1024 ' && test -c /dev/mine; do sleep 0.02; done\n\
+        echo x > /dev/mine && echo written\n";
+    fs::write(&init, script).unwrap();
+    fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
+    let printed = inside.run(inside.spec("").with(|spec| {
+        spec.users = users;
+        spec.payload.mode = Mode::Boot;
+        spec.payload.command = Vec::new();
+        spec.resources.tmpfs = sizes(MIB, 0, 0);
+        spec.resources.devices = vec![device("/dev/null", "/dev/mine")];
+    }));
+    assert_eq!(printed.await, "written\n");
     inside.stage.leave();
 }
 
@@ -202,6 +234,129 @@ async fn a_link_of_the_image_does_not_lead_to_a_file_system_of_the_host() {
     );
     assert_eq!(printed.await, "1024\n2048\n3072\n");
     assert_eq!(host.size(), 8 * MIB);
+    drop(host);
+    inside.stage.leave();
+}
+
+fn device(host: impl Into<PathBuf>, container: &str) -> Device {
+    Device {
+        host: host.into(),
+        container: container.into(),
+        read: true,
+        write: true,
+        mknod: false,
+    }
+}
+
+/// A node of the device `/dev/full` on the host, with an owner, a group and a mode by which it is recognized.
+fn host_node(stage: &Stage) -> PathBuf {
+    let node = stage.join("node");
+    mknod(&node, SFlag::S_IFCHR, Bits::empty(), makedev(1, 7)).unwrap();
+    std::os::unix::fs::chown(&node, Some(1000), Some(6)).unwrap();
+    fs::set_permissions(&node, fs::Permissions::from_mode(0o640)).unwrap();
+    node
+}
+
+fn about(path: &Path) -> (u64, u32, u32, u32) {
+    let found = fs::symlink_metadata(path).unwrap();
+    (found.rdev(), found.mode(), found.uid(), found.gid())
+}
+
+/// Owner and group are the container's root, unless the container has the group of the host's node.
+#[rstest]
+#[case::without_a_user_namespace(Users::Host, "0:6")]
+#[case::in_a_user_namespace(private_users(), "0:0")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_works_and_the_host_s_node_stays_as_it_is(
+    #[case] users: Users,
+    #[case] owner: &str,
+) {
+    let inside = Inside::new();
+    let node = host_node(&inside.stage);
+    let before = (about(&node), about(Path::new("/dev/full")));
+    let script = "for n in /dev/mine /dev/a/b/full; do stat -c '%t:%T %a %u:%g' $n; echo x 2>&1 > $n; done; \
+        stat -c '%a %u:%g' /dev/a /dev/a/b; stat -c '%a %u:%g' /dev/full; head -c 3 /dev/full | wc -c";
+    let printed = inside.run(inside.spec(script).with(|spec| {
+        spec.users = users;
+        spec.resources.devices = vec![
+            device(&node, "/dev/mine"),
+            device(&node, "/dev/a/b/full"),
+            device("/dev/full", "/dev/full"),
+        ];
+    }));
+    let refused = "sh: write error: No space left on device";
+    let want = format!(
+        "1:7 640 {owner}\n{refused}\n1:7 640 {owner}\n{refused}\n755 0:0\n755 0:0\n666 0:0\n3\n"
+    );
+    assert_eq!(printed.await, want);
+    assert_eq!((about(&node), about(Path::new("/dev/full"))), before);
+    inside.stage.leave();
+}
+
+#[rstest]
+#[case(Users::Host)]
+#[case(private_users())]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_of_the_host_that_is_bound_keeps_owner_and_mode(#[case] users: Users) {
+    let inside = Inside::new();
+    let node = host_node(&inside.stage);
+    let before = about(&node);
+    let printed = inside.run(inside.spec("stat -c '%t:%T %a' /dev/bound").with(|spec| {
+        spec.users = users;
+        spec.mounts = vec![Mount {
+            source: node.clone(),
+            target: "/dev/bound".into(),
+            read_only: false,
+        }];
+        spec.resources.devices = vec![device("/dev/full", "/dev/bound")];
+    }));
+    assert_eq!(printed.await, "1:7 640\n");
+    assert_eq!(about(&node), before);
+    inside.stage.leave();
+}
+
+#[rstest]
+#[case::another_device("/dev/zero", "exists and is something else")]
+#[case::a_link("/dev/fd", "exists and is something else")]
+#[case::below_a_link("/dev/fd/x", "fd in the container's /dev is a symbolic link")]
+#[case::below_a_mount("/dev/shm/x", "shm in the container's /dev is a mount of its own")]
+#[case::below_a_node("/dev/zero/x", "zero in the container's /dev is not a directory")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_whose_path_is_taken_fails_the_start(
+    #[case] container: &str,
+    #[case] reason: &str,
+) {
+    let inside = Inside::new();
+    let error = inside.refused(inside.spec("echo ran; sleep 1000").with(|spec| {
+        spec.resources.devices = vec![device("/dev/full", container)];
+    }));
+    let error = error.await;
+    assert_eq!(error.cause(), Cause::Config);
+    let text = error.to_string();
+    let want = format!("device /dev/full as {container}: ");
+    assert!(text.contains(&want) && text.contains(reason), "{text}");
+    inside.stage.leave();
+}
+
+/// A directory of the host at `/dev` gets no node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dev_that_the_job_mounts_gets_no_node() {
+    let inside = Inside::new();
+    let host = HostTmpfs::new(inside.stage.join("host"));
+    let error = inside.refused(inside.spec("sleep 1000").with(|spec| {
+        spec.mounts = vec![Mount {
+            source: host.0.clone(),
+            target: "/dev".into(),
+            read_only: false,
+        }];
+        spec.resources.devices = vec![device("/dev/full", "/dev/mine")];
+    }));
+    let text = error.await.to_string();
+    assert!(
+        text.contains("/dev of the container is not the one"),
+        "{text}"
+    );
+    assert!(!host.0.join("mine").exists());
     drop(host);
     inside.stage.leave();
 }
