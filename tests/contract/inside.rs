@@ -35,6 +35,39 @@ async fn sizes_of_temporary_file_systems_change_nothing_on_the_host(world: World
     world.leave(&[&started]).await;
 }
 
+/// The containers of the real systemd-nspawn share the host's network here, those of the fake every namespace. The value is the one that
+/// the host has.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sysctl_of_a_namespace_that_the_host_shares_is_refused(world: World) {
+    const NAME: &str = "net.ipv4.ip_forward";
+    let value = fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap();
+    let value = value.trim().to_owned();
+    let said = format!("sysctl {NAME} = \"{value}\": the container shares the net namespace");
+    let spec = world.spec(DEAF).with(|spec| {
+        spec.resources.sysctls = BTreeMap::from([(NAME.to_owned(), value)]);
+    });
+    let error = world.refused(spec).await;
+    assert_eq!(error.cause(), Cause::Config);
+    assert!(error.to_string().contains(&said), "{error}");
+    world.leave(&[]).await;
+}
+
+#[rstest]
+#[case::of_the_host("kernel.panic")]
+#[case::leaves_its_directory("net/../kernel/panic")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sysctl_of_the_host_is_refused(world: World, #[case] name: &str) {
+    let value = fs::read_to_string("/proc/sys/kernel/panic").unwrap();
+    let spec = world.spec(DEAF).with(|spec| {
+        let sysctl = (name.to_owned(), value.trim().to_owned());
+        spec.resources.sysctls = BTreeMap::from([sysctl]);
+    });
+    let error = world.refused(spec).await.to_string();
+    assert!(error.contains(&format!("sysctl {name} = ")), "{error}");
+    world.leave(&[]).await;
+}
+
 #[rstest]
 #[case::missing("/dev/nspawn-none", "does not exist on the host")]
 #[case::not_a_device("/proc/stat", "is not a device on the host")]

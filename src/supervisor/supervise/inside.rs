@@ -1,16 +1,19 @@
-//! Applies to a started container what systemd-nspawn has no option for: sizes of its temporary file systems, device nodes. Runs in the supervisor process, after systemd-nspawn has named the leader and before the driver's init is
+//! Applies to a started container what systemd-nspawn has no option for: sizes of its temporary file systems, kernel settings of its
+//! namespaces, device nodes. Runs in the supervisor process, after systemd-nspawn has named the leader and before the driver's init is
 //! sent "go". The root of the container is not trusted: every path is looked up below the leader's root, and nothing is changed
 //! that the host can see too. What is applied belongs to the container and ends with it, so there is nothing to release.
 
 mod devices;
+mod sysctls;
 mod tmpfs;
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, Stat, fstat, fstatfs, major, minor, openat2};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, Stat, fstat, fstatfs, major, minor, openat2};
 
 use super::Supervisor;
 use crate::container::{Cause, InsideSettings};
@@ -42,6 +45,7 @@ impl Supervisor {
 
 /// Applies all settings. Returns what the user should know about the start.
 fn apply(settings: &InsideSettings, leader: &ProcessHandle) -> Result<Vec<String>, StartFailure> {
+    sysctls::apply(&settings.sysctls, leader)?;
     let root = match ContainerRoot::open(leader) {
         Ok(Some(root)) => root,
         Ok(None) => return Ok(Vec::new()),
@@ -129,14 +133,37 @@ fn device_of(stat: &Stat) -> (u32, u32) {
     (major(stat.st_dev), minor(stat.st_dev))
 }
 
+/// One of the leader's namespaces, if it is neither this process's nor that of the host's init.
+fn own_namespace(leader: &ProcessHandle, kind: &str) -> io::Result<Option<File>> {
+    let namespace = File::open(format!("/proc/{}/ns/{kind}", leader.process().pid))?;
+    if has_exited(leader) {
+        return Err(io::Error::other("the container has exited"));
+    }
+    let number = |stat: Stat| (stat.st_dev, stat.st_ino);
+    let its = number(fstat(namespace.as_fd())?);
+    let flags = rustix::fs::AtFlags::empty();
+    let mine = number(rustix::fs::statat(
+        CWD,
+        format!("/proc/self/ns/{kind}"),
+        flags,
+    )?);
+    // Not readable without privileges, and a process that can't read it can't enter a namespace either.
+    let init = rustix::fs::statat(CWD, format!("/proc/1/ns/{kind}"), flags).map(number);
+    Ok((its != mine && init != Ok(its)).then_some(namespace))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, File};
+    use std::fs;
     use std::os::unix::fs::{MetadataExt as _, symlink};
     use std::path::Path;
 
     use super::*;
     use crate::container::TmpfsSizes;
+
+    pub(super) fn this_process() -> ProcessHandle {
+        ProcessHandle::open(nix::unistd::getpid().as_raw()).unwrap()
+    }
 
     pub(super) fn root_at(path: &Path) -> ContainerRoot {
         ContainerRoot::of(File::open(path).unwrap().into())
@@ -217,6 +244,13 @@ mod tests {
             if let Ok(place) = root.directory(path) {
                 assert!(!root.is_own_tmpfs(place.as_fd()).unwrap(), "{path}");
             }
+        }
+    }
+
+    #[test]
+    fn namespaces_of_this_process_are_not_the_containers_own() {
+        for kind in ["ipc", "net", "uts"] {
+            assert!(own_namespace(&this_process(), kind).unwrap().is_none());
         }
     }
 }

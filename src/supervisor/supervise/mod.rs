@@ -1,7 +1,7 @@
 //! The supervisor process (`supervise DIR`): parent of one systemd-nspawn from before its start until after its exit. Outlives
 //! plugin and agent, sleeps in the kernel until something happens, and is small on purpose: no async runtime, no gRPC, and no
-//! thread besides the main one while the container runs. It starts one for a log FIFO that has no reader yet (`logs`), and one
-//! when the container has ended (`release`). It makes no decisions about jobs and reads only its
+//! thread besides the main one while the container runs. It starts one for a log FIFO that has no reader yet (`logs`), one that writes
+//! sysctls before the command runs (`inside`), and one when the container has ended (`release`). It makes no decisions about jobs and reads only its
 //! launch spec. This file is the start of the process; the rest is
 //!
 //! | module | subject |

@@ -1,12 +1,14 @@
-//! What is applied to a container once systemd-nspawn has made it: sizes of temporary file systems, devices. The specs go to the
+//! What is applied to a container once systemd-nspawn has made it: sizes of temporary file systems, sysctls, devices. The specs go to the
 //! backend directly. All of it is real only: namespaces and file systems of the container's own.
+
+use std::collections::BTreeMap;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
 use nomad_driver_nspawn::backend::nspawn::{Settings, Timeouts};
 use nomad_driver_nspawn::backend::{BackendError, ContainerBackend, NspawnBackend};
 use nomad_driver_nspawn::container::{
-    Cause, ContainerSpec, Device, Exit, Mode, Mount, Started, TmpfsSizes, Users,
+    Cause, ContainerSpec, Device, Exit, Mode, Mount, NetworkNamespace, Started, TmpfsSizes, Users,
 };
 use rstest::rstest;
 
@@ -82,6 +84,15 @@ fn private_users() -> Users {
     Users::Private {
         range: "pick".to_owned(),
         ownership: Some("auto".to_owned()),
+    }
+}
+
+fn private_network() -> NetworkNamespace {
+    NetworkNamespace::Private {
+        veth: false,
+        zone: None,
+        bridge: None,
+        ports: Vec::new(),
     }
 }
 
@@ -235,6 +246,106 @@ async fn a_link_of_the_image_does_not_lead_to_a_file_system_of_the_host() {
     assert_eq!(printed.await, "1024\n2048\n3072\n");
     assert_eq!(host.size(), 8 * MIB);
     drop(host);
+    inside.stage.leave();
+}
+
+fn sysctls(all: &[(&str, &str)]) -> BTreeMap<String, String> {
+    let owned = all
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    owned.collect()
+}
+
+/// One of each namespace, and both kinds that an ipc namespace has.
+const SYSCTLS: [(&str, &str); 5] = [
+    ("fs.mqueue.msg_max", "33"),
+    ("kernel.domainname", "inside.test"),
+    ("kernel.msgmax", "12345"),
+    ("net.core.somaxconn", "99"),
+    ("net.ipv4.ip_local_port_range", "2000\t3000"),
+];
+
+fn file_of(sysctl: &str) -> String {
+    format!("/proc/sys/{}", sysctl.replace('.', "/"))
+}
+
+#[rstest]
+#[case::without_a_user_namespace(Users::Host)]
+#[case::in_a_user_namespace(private_users())]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sysctls_hold_in_the_container_and_not_on_the_host(#[case] users: Users) {
+    let inside = Inside::new();
+    let host = || SYSCTLS.map(|(name, _)| fs::read_to_string(file_of(name)).unwrap());
+    let before = host();
+    let files = SYSCTLS.map(|(name, _)| file_of(name)).join(" ");
+    let spec = inside
+        .spec(&format!("cat {files}; exec sleep 1000"))
+        .with(|spec| {
+            spec.users = users;
+            spec.network.namespace = private_network();
+            spec.resources.sysctls = sysctls(&SYSCTLS);
+        });
+    let started = inside.start(spec).await;
+    let supervisor = format!("/proc/{}", started.supervisor.pid);
+    assert_eq!(
+        fs::read_dir(format!("{supervisor}/task")).unwrap().count(),
+        1
+    );
+    for kind in ["ipc", "net", "uts"] {
+        let of = |process: &str| fs::read_link(format!("{process}/ns/{kind}")).unwrap();
+        assert_eq!(of(&supervisor), of("/proc/self"), "{kind}");
+    }
+    let status = fs::read_to_string(format!("{supervisor}/status")).unwrap();
+    assert!(status.contains("Uid:\t0\t0\t0\t0"), "{status}");
+    let want: String = SYSCTLS
+        .iter()
+        .map(|(_, value)| format!("{value}\n"))
+        .collect();
+    tokio::task::block_in_place(|| {
+        let printed = || fs::read_to_string(inside.stage.join("stdout")).unwrap();
+        until("the values", || {
+            (printed().lines().count() == SYSCTLS.len()).then_some(())
+        });
+        assert_eq!(printed(), want);
+    });
+    assert_eq!(host(), before);
+    let stop = inside.backend.stop(&started, None, Duration::ZERO);
+    within("the stop", stop).await.unwrap();
+    inside.finish(&started).await;
+    inside.stage.leave();
+}
+
+#[rstest]
+#[case::value("kernel.msgmax", "-5", "Invalid argument")]
+#[case::value_in_a_user_namespace("fs.mqueue.msg_max", "0", "Invalid argument")]
+#[case::missing(
+    "net.ipv4.no_such_setting",
+    "1",
+    "no such setting in the net namespace"
+)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sysctl_that_the_kernel_refuses_fails_the_start(
+    #[case] name: &str,
+    #[case] value: &str,
+    #[case] reason: &str,
+    #[values(Users::Host, private_users())] users: Users,
+) {
+    let inside = Inside::new();
+    let error = inside.refused(inside.spec("echo ran; sleep 1000").with(|spec| {
+        spec.users = users;
+        spec.network.namespace = private_network();
+        spec.resources.sysctls = sysctls(&[("kernel.domainname", "inside.test"), (name, value)]);
+    }));
+    let error = error.await;
+    assert_eq!(error.cause(), Cause::Config);
+    let want = format!("setting up the container failed: sysctl {name} = {value:?}: ");
+    let text = error.to_string();
+    assert!(text.contains(&want) && text.contains(reason), "{text}");
+    assert_eq!(
+        fs::read_to_string(inside.stage.join("stdout")).unwrap(),
+        "",
+        "the command ran"
+    );
     inside.stage.leave();
 }
 
