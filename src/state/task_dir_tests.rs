@@ -1,5 +1,6 @@
 //! Records: which users may read them, their frozen format, and what hostile ones can't do.
 
+use super::directory::MAX_RECORD_BYTES;
 use super::*;
 use crate::container::{Device, TmpfsSizes};
 use crate::lease::{
@@ -7,6 +8,8 @@ use crate::lease::{
 };
 use proptest::prelude::*;
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
