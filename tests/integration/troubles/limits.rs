@@ -60,11 +60,11 @@ impl Counted {
         // The original programs may be in a directory that this user can't enter.
         let usual = host.launch();
         let driver = host.join("plugins/nomad-driver-nspawn");
-        fs::copy(&usual.binary, &driver).unwrap();
+        copy_program(&usual.binary, &driver);
         let tool = host.join("bin/systemd-nspawn");
         let fake = fs::canonicalize(&tool).unwrap();
         fs::remove_file(&tool).unwrap();
-        fs::copy(fake, &tool).unwrap();
+        copy_program(&fake, &tool);
         fs::set_permissions(host.path(), fs::Permissions::from_mode(0o755)).unwrap();
         chown_all(host.path(), user);
         let mut launch = Launch::new("setpriv");
@@ -114,6 +114,13 @@ impl Counted {
         task.destroy(&self.plugin).await;
         nothing_left(&self.host, &self.plugin).await;
     }
+}
+
+/// In a process of its own: a process that another test forks here meanwhile would inherit the descriptor that writes the copy, and until
+/// it is closed the copy can't be executed.
+fn copy_program(from: &Path, to: &Path) {
+    let copied = Command::new("cp").args([from, to]).output().unwrap();
+    assert!(copied.status.success(), "{copied:?}");
 }
 
 /// A user that only this run uses. None if there is no other user: an ordinary user, and root of a user namespace that maps no other user,
