@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -499,9 +499,19 @@ fn strike(pidfd: &OwnedFd) {
 
 fn readable(pidfd: &OwnedFd, wait: Duration) -> bool {
     use std::os::fd::AsFd;
-    let wait = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
+    let start = Instant::now();
     let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    matches!(poll(&mut fds, wait), Ok(1..))
+    loop {
+        let left = wait.saturating_sub(start.elapsed());
+        match poll(
+            &mut fds,
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX),
+        ) {
+            // SIGCHLD, which tokio handles, may have been delivered to this thread.
+            Err(nix::Error::EINTR) => {}
+            ready => return matches!(ready, Ok(1..)),
+        }
+    }
 }
 
 /// Waits for a process that is not our child. Tokio has no safe way to await a foreign descriptor, so a thread does.

@@ -4,7 +4,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
@@ -70,9 +70,17 @@ impl ProcessHandle {
 
     /// Waits until it has exited, at most `limit`; returns whether it has.
     pub fn wait(&self, limit: Duration) -> bool {
-        let limit = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        let start = Instant::now();
         let mut descriptors = [PollFd::new(self.descriptor.as_fd(), PollFlags::POLLIN)];
-        poll(&mut descriptors, limit).is_ok_and(|ready| ready > 0)
+        loop {
+            let left = limit.saturating_sub(start.elapsed());
+            let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(&mut descriptors, left) {
+                // A plugin handles SIGCHLD, which any of its threads may get.
+                Err(nix::Error::EINTR) => {}
+                ready => return ready.is_ok_and(|ready| ready > 0),
+            }
+        }
     }
 }
 
@@ -239,6 +247,35 @@ mod tests {
             assert!(!is_alive(nobody));
             assert!(children(pid).is_empty());
         }
+    }
+
+    /// A plugin handles SIGCHLD, and every child that exits may interrupt any of its threads.
+    #[expect(clippy::disallowed_methods, reason = "a process to wait for")]
+    #[tokio::test]
+    async fn a_wait_goes_on_after_a_signal() {
+        use nix::sys::pthread::pthread_kill;
+        use std::os::unix::thread::JoinHandleExt;
+        use tokio::signal::unix::{SignalKind, signal};
+        const LIMIT: Duration = Duration::from_secs(60);
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let handle = ProcessHandle::open(child.id().cast_signed()).unwrap();
+        let mut handled = signal(SignalKind::user_defined1()).unwrap();
+        let (sender, thread) = std::sync::mpsc::channel();
+        let waiting = std::thread::spawn(move || {
+            sender.send(nix::unistd::gettid()).unwrap();
+            handle.wait(LIMIT)
+        });
+        let stat = format!("/proc/self/task/{}/stat", thread.recv().unwrap());
+        let end = Instant::now() + LIMIT;
+        while !fs::read_to_string(&stat).unwrap().contains(") S ") {
+            assert!(Instant::now() < end, "the thread does not wait");
+            tokio::task::yield_now().await;
+        }
+        pthread_kill(waiting.as_pthread_t(), nix::sys::signal::SIGUSR1).unwrap();
+        handled.recv().await.unwrap();
+        child.kill().unwrap();
+        assert!(waiting.join().unwrap(), "the wait ended with the signal");
+        child.wait().unwrap();
     }
 
     /// After its command has exited, the first child of an init is an orphan that it has adopted.

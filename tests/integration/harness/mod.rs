@@ -316,9 +316,16 @@ impl Found {
 
     /// Waits until it has exited.
     fn gone(&self, wait: Duration) -> bool {
-        let wait = PollTimeout::try_from(wait).unwrap();
+        let end = Instant::now() + wait;
         let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-        matches!(poll(&mut fds, wait), Ok(1..))
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match poll(&mut fds, PollTimeout::try_from(left).unwrap()) {
+                // SIGCHLD, which tokio handles, may have been delivered to this thread.
+                Err(nix::Error::EINTR) => {}
+                ready => return matches!(ready, Ok(1..)),
+            }
+        }
     }
 }
 
