@@ -21,12 +21,13 @@ const MOST_SECONDS: u64 = u64::MAX / 1_000_000 - 1;
 const MOST_NICE: u64 = 40;
 const ANY: u64 = i64::MAX.unsigned_abs();
 
+const CPU: &str = "CPU";
 const NICE: &str = "NICE";
 const NOFILE: &str = "NOFILE";
 const ROWS: &[Row] = &[
     Row("as", "AS", Resource::As, ANY),
     Row("core", "CORE", Resource::Core, ANY),
-    Row("cpu", "CPU", Resource::Cpu, MOST_SECONDS),
+    Row("cpu", CPU, Resource::Cpu, MOST_SECONDS),
     Row("data", "DATA", Resource::Data, ANY),
     Row("fsize", "FSIZE", Resource::Fsize, ANY),
     Row("locks", "LOCKS", Resource::Locks, ANY),
@@ -41,8 +42,9 @@ const ROWS: &[Row] = &[
     Row("sigpending", "SIGPENDING", Resource::Sigpending, ANY),
     Row("stack", "STACK", Resource::Stack, ANY),
 ];
-/// Below it systemd-nspawn or the container init fails for lack of descriptors before the command runs.
-const LEAST_NOFILE: u64 = 16;
+/// The lowest soft limits with which a container starts: systemd-nspawn and the container init need descriptors before the command runs,
+/// and the kernel ends a process without processor time at once.
+const LEAST: &[(&str, u64)] = &[(CPU, 1), (NOFILE, 16)];
 
 /// The limits of the job, ordered by name.
 pub(super) fn rlimits(
@@ -81,9 +83,12 @@ fn rlimit(option: &str, name: &str, text: &str) -> Result<Rlimit, ConfigError> {
             quoted(text)
         ));
     }
-    if *name == NOFILE && height(soft) < LEAST_NOFILE {
+    let least = LEAST.iter().find(|(limit, _)| limit == name);
+    if let Some((_, least)) = least
+        && height(soft) < *least
+    {
         return refused(format!(
-            "{} is below {LEAST_NOFILE}, the number of files that the start of a container needs",
+            "{} is below {least}, the lowest value with which a container starts",
             height(soft)
         ));
     }
@@ -236,7 +241,12 @@ mod tests {
     #[case(
         "nofile",
         "15:100",
-        "15 is below 16, the number of files that the start of a container needs"
+        "15 is below 16, the lowest value with which a container starts"
+    )]
+    #[case(
+        "cpu",
+        "0:9",
+        "0 is below 1, the lowest value with which a container starts"
     )]
     fn limits_out_of_range_are_refused(
         #[case] name: &str,
