@@ -298,7 +298,7 @@ impl Follower {
         let why = loop {
             tokio::select! {
                 received = self.connection.receive() => match received {
-                    Ok(IncomingEvent::Known(event)) => self.handle_event(event, &mut pending),
+                    Ok(IncomingEvent::Known(event)) => self.handle_event(*event, &mut pending),
                     Ok(IncomingEvent::Unknown(_)) => {}
                     Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                         break Disconnect::InvalidMessage;

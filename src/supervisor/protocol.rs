@@ -146,7 +146,7 @@ pub enum IncomingRequest {
 #[serde(untagged)]
 pub enum IncomingEvent {
     /// An event.
-    Known(Event),
+    Known(Box<Event>),
     /// An event of a later supervisor.
     Unknown(Object),
 }
@@ -308,7 +308,7 @@ mod tests {
         };
         assert_eq!(
             incoming(r#"{"done":{"request":1,"later":{}}}"#),
-            Ok(IncomingEvent::Known(done))
+            Ok(IncomingEvent::Known(Box::new(done)))
         );
         assert_eq!(
             incoming(r#"{"frozen":true}"#),
@@ -324,7 +324,10 @@ mod tests {
         let failed = |more: &str| {
             let text = format!(r#"{{"failed":{{"step":"nspawn","reason":"why",{more}}}}}"#);
             match received::<IncomingEvent>(format!("{text}\n").as_bytes()).remove(0) {
-                Ok(IncomingEvent::Known(Event::Failed(failure))) => failure.cause(),
+                Ok(IncomingEvent::Known(event)) => match *event {
+                    Event::Failed(failure) => failure.cause(),
+                    other => panic!("{other:?}"),
+                },
                 other => panic!("{other:?}"),
             }
         };
@@ -380,7 +383,7 @@ mod tests {
 
         #[test]
         fn all_news_arrive(event in event()) {
-            prop_assert_eq!(received(&encode(&event)), [Ok(IncomingEvent::Known(event))]);
+            prop_assert_eq!(received(&encode(&event)), [Ok(IncomingEvent::Known(Box::new(event)))]);
         }
 
         #[test]

@@ -39,7 +39,7 @@ impl Peer {
 
     fn event(&mut self) -> Event {
         match self.1.receive(&self.0).unwrap().message {
-            IncomingEvent::Known(event) => event,
+            IncomingEvent::Known(event) => *event,
             other => panic!("{other:?}"),
         }
     }
