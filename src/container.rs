@@ -2,7 +2,7 @@
 //! exited, what it uses. Types only: no I/O, no decisions, nothing of Nomad's protobuf messages and nothing of systemd's command
 //! line.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -286,6 +286,8 @@ pub struct Probe {
     pub root: bool,
     /// The cgroup layout.
     pub cgroup: CgroupLayout,
+    /// The cgroup controllers that the driver can use, of whichever version.
+    pub controllers: BTreeSet<String>,
     /// Whether the kernel supports user namespaces.
     pub user_namespaces: bool,
     /// Whether systemd-machined can be reached.

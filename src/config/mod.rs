@@ -50,6 +50,8 @@ pub struct PluginConfig {
     pub volumes: bool,
     /// Whether jobs may use devices of the host by the option `devices`. Devices of Nomad's device plugins are not affected.
     pub devices: bool,
+    /// Whether a task is refused if the host can't enforce one of its limits.
+    pub require_limits: bool,
     /// The directory that holds the state of running tasks.
     pub state_dir: PathBuf,
     /// The systemd-nspawn to use; `None` searches `PATH`.

@@ -122,6 +122,8 @@ options! {
         "volumes" => volumes: bool [true],
         /// Whether jobs may use devices of the host.
         "devices" => devices: bool [true],
+        /// Whether a task is refused if this node can't enforce one of its limits.
+        "require_limits" => require_limits: bool [false],
         /// The directory that holds the state of running tasks.
         "state_dir" => state_dir: String ["/run/nomad-driver-nspawn"],
         /// The systemd-nspawn program to use instead of the one found in `PATH`.

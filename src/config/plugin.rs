@@ -25,6 +25,7 @@ pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError>
         enabled: options.enabled,
         volumes: options.volumes,
         devices: options.devices,
+        require_limits: options.require_limits,
         state_dir,
         nspawn_path: options
             .nspawn_path

@@ -51,6 +51,7 @@ impl ResourceOptions {
                 rlimits: rlimits::rlimits(options.ulimit.as_ref())?,
                 sysctls: sysctls::sysctls(options.sysctl.as_ref(), network)?,
                 tmpfs: tmpfs(options, memory.hard)?,
+                required: plugin_config.require_limits,
                 ..Resources::default()
             },
             devices: devices::devices(options, context, plugin_config)?,

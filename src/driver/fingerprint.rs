@@ -92,6 +92,12 @@ fn attributes(
         CgroupLayout::V1 => "v1",
         CgroupLayout::None => "none",
     };
+    // Those that a job can set a limit of.
+    let limits = ["cpu", "cpuset", "memory", "pids"];
+    let limits = limits
+        .iter()
+        .filter(|name| probe.controllers.contains(**name));
+    let limits = limits.copied().collect::<Vec<_>>().join(",");
     BTreeMap::from([
         ("driver.nspawn", Value::BoolVal(true)),
         (
@@ -103,6 +109,7 @@ fn attributes(
             Value::BoolVal(plugin_config.volumes),
         ),
         ("driver.nspawn.cgroup", Value::StringVal(cgroup.to_owned())),
+        ("driver.nspawn.cgroup.controllers", Value::StringVal(limits)),
         (
             "driver.nspawn.user_namespaces",
             Value::BoolVal(probe.user_namespaces),

@@ -121,6 +121,7 @@ async fn the_schemas_convert() {
             "enabled",
             "nspawn_path",
             "reconcile_after",
+            "require_limits",
             "state_dir",
             "volumes"
         ]),

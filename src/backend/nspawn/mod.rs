@@ -113,7 +113,13 @@ impl ContainerBackend for NspawnBackend {
         let (settings, kernel) = (Arc::clone(&self.settings), self.kernel);
         blocking::run(move || {
             let _turn = turn;
+            let layout = Layout::of_this_host();
+            let root = nix::unistd::geteuid().is_root();
             Probe {
+                controllers: match root {
+                    true => layout.usable_controllers(),
+                    false => BTreeSet::new(),
+                },
                 idmapped_mounts: installed
                     .as_ref()
                     .is_ok_and(|(_, version)| Feature::MappedBinds.is_in(*version))
@@ -121,8 +127,8 @@ impl ContainerBackend for NspawnBackend {
                 nspawn: installed
                     .map(|(_, version)| version)
                     .map_err(|error| error.reason),
-                root: nix::unistd::geteuid().is_root(),
-                cgroup: Layout::of_this_host().kind,
+                root,
+                cgroup: layout.kind,
                 user_namespaces: kernel::has_user_namespaces(),
                 machined: probe::has_machined(),
                 openat2: probe::openat2(),

@@ -5,7 +5,7 @@ use super::*;
 #[rstest]
 #[case(&[], true, "/run/nomad-driver-nspawn", None)]
 #[case(
-    b"\x85\xa7enabled\xc2\xa7volumes\xc2\xa7devices\xc2\xa9state_dir\xa2/x\xabnspawn_path\xa4/n/s",
+    b"\x86\xa7enabled\xc2\xa7volumes\xc2\xa7devices\xc2\xaerequire_limits\xc3\xa9state_dir\xa2/x\xabnspawn_path\xa4/n/s",
     false,
     "/x",
     Some("/n/s")
@@ -26,6 +26,7 @@ fn valid_plugin_configurations_are_decoded(
         enabled: switches,
         volumes: switches,
         devices: switches,
+        require_limits: !switches,
         state_dir: state_dir.into(),
         nspawn_path: nspawn_path.map(Into::into),
         reconcile_after: Some(Duration::from_secs(600)),
