@@ -1,0 +1,287 @@
+//! Tier (c): what only a host with systemd as its first process can do to a task. systemd writes the limits of its own units again when it
+//! is reloaded, and a limit in a group that it takes for its own is lost then.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use dev_agent::{Plugin, handshake};
+use e2e::stage::{Running, Stage, end};
+use e2e::until;
+use nomad_driver_nspawn::sys::procfs;
+use support::{not_applicable, within};
+
+const AMPLE: Duration = Duration::from_secs(30);
+
+/// The contents of a group's files, by path.
+type Dump = BTreeMap<PathBuf, String>;
+
+fn run(program: &str, words: &[&str]) -> String {
+    let output = Command::new(program).args(words).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{program} {}: {output:?}",
+        words.join(" ")
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn systemctl(words: &[&str]) -> String {
+    run("systemctl", words)
+}
+
+/// A plugin that is the main process of a unit in a slice of its own, with the properties of the unit that Nomad ships.
+struct Unit<'a> {
+    stage: &'a Stage,
+    name: String,
+}
+
+impl<'a> Unit<'a> {
+    fn new(stage: &'a Stage) -> Self {
+        let unit = Self {
+            stage,
+            name: stage.name().to_owned(),
+        };
+        let mut words = vec![
+            format!("--unit={}", unit.name),
+            format!("--slice={}", unit.name),
+            "--quiet".to_owned(),
+            "--service-type=exec".to_owned(),
+        ];
+        let output = |stream: &str, how: &str, name: &str| {
+            let path = stage.join(name);
+            format!("--property=Standard{stream}={how}:{}", path.display())
+        };
+        words.extend(
+            ["Delegate=yes", "KillMode=process"].map(|property| format!("--property={property}")),
+        );
+        words.push(output("Output", "truncate", "handshake"));
+        words.push(output("Error", "append", "plugin.log"));
+        let directory = stage.path().display().to_string();
+        let variables = [
+            (handshake::COOKIE_KEY, handshake::COOKIE_VALUE),
+            ("PLUGIN_PROTOCOL_VERSIONS", "2"),
+            ("TMPDIR", &directory),
+        ];
+        words.extend(variables.map(|(name, value)| format!("--setenv={name}={value}")));
+        let plugin = stage.join("plugins/nomad-driver-nspawn");
+        words.push(plugin.to_str().unwrap().to_owned());
+        run(
+            "systemd-run",
+            &words.iter().map(String::as_str).collect::<Vec<_>>(),
+        );
+        unit
+    }
+
+    fn service(&self) -> String {
+        format!("{}.service", self.name)
+    }
+
+    fn slice(&self) -> String {
+        format!("{}.slice", self.name)
+    }
+
+    fn main_pid(&self) -> i32 {
+        let pid = systemctl(&["show", "--value", "--property=MainPID", &self.service()]);
+        pid.trim().parse().unwrap()
+    }
+
+    /// The plugin that runs now, connected and configured.
+    async fn plugin(&self) -> Plugin {
+        let address = tokio::task::block_in_place(|| {
+            until("the plugin's handshake", || {
+                let line = fs::read_to_string(self.stage.join("handshake")).ok()?;
+                line.ends_with('\n')
+                    .then(|| handshake::read(&line).unwrap())
+            })
+        });
+        within("the plugin's configuration", async {
+            let plugin = Plugin::reattach(&address, self.main_pid()).await.unwrap();
+            plugin.configure(&self.stage.config()).await.unwrap();
+            plugin.healthy().await.expect("a healthy driver");
+            plugin
+        })
+        .await
+    }
+}
+
+impl Drop for Unit<'_> {
+    fn drop(&mut self) {
+        let (service, slice) = (self.service(), self.slice());
+        // A unit that has ended by itself, or that a failed test has killed, needs only some of it.
+        for words in [
+            ["stop", &service],
+            ["reset-failed", &service],
+            ["revert", &slice],
+            ["stop", &slice],
+        ] {
+            let _ = Command::new("systemctl").args(words).output();
+        }
+    }
+}
+
+/// The directories of the cgroups of a process, one in each hierarchy.
+fn groups_of(pid: i32) -> Vec<PathBuf> {
+    let mounts = procfs::own_mounts().unwrap();
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let group = |line: &str| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        let mount = mounts.iter().find(|mount| match controllers {
+            "" => mount.kind == "cgroup2",
+            _ => {
+                mount.kind == "cgroup" && controllers.split(',').all(|name| mount.has_option(name))
+            }
+        })?;
+        Some(mount.target.join(path.trim_start_matches('/')))
+    };
+    groups.lines().filter_map(group).collect()
+}
+
+/// The files of the task's groups that hold a limit: of the payload, of systemd-nspawn, and of the groups above up to the slice, which is
+/// the operator's.
+fn limits(task: &Running) -> Dump {
+    let mut dump = Dump::new();
+    for group in [task.leader(), task.nspawn()]
+        .into_iter()
+        .flat_map(groups_of)
+    {
+        let above = group.ancestors().take_while(|group| {
+            let name = group.file_name().unwrap_or_default().to_string_lossy();
+            let is_top = group.parent().is_none_or(|parent| {
+                parent == Path::new("/sys/fs/cgroup") || parent == Path::new("/sys/fs")
+            });
+            !is_top && !name.ends_with(".slice")
+        });
+        for group in above {
+            dump.extend(files(group));
+        }
+    }
+    dump
+}
+
+fn files(group: &Path) -> Dump {
+    let entries = fs::read_dir(group).unwrap().flatten();
+    let read = |entry: fs::DirEntry| {
+        let name = entry.file_name().into_string().unwrap();
+        let writable = entry.metadata().ok()?.permissions().mode() & 0o222 != 0;
+        let text = is_limit(&name, writable).then(|| fs::read_to_string(entry.path()).ok())??;
+        Some((entry.path(), text))
+    };
+    entries.filter_map(read).collect()
+}
+
+/// Whether a file of a group holds a limit. Writable are also counters that can be reset, and requests to the kernel.
+fn is_limit(name: &str, writable: bool) -> bool {
+    const CONTROLLERS: [&str; 6] = ["memory.", "cpu.", "pids.", "cpuset.", "io.", "hugetlb."];
+    const OTHERS: [&str; 6] = [
+        "usage",
+        "failcnt",
+        "peak",
+        "pressure",
+        "reclaim",
+        "force_empty",
+    ];
+    if name == "devices.list" || name.starts_with("cgroup.max.") {
+        return true;
+    }
+    writable
+        && CONTROLLERS.iter().any(|prefix| name.starts_with(prefix))
+        && !OTHERS.iter().any(|word| name.contains(word))
+}
+
+/// The differences between two dumps, one per line.
+fn differences(before: &Dump, after: &Dump) -> Vec<String> {
+    let paths = before.keys().chain(after.keys());
+    let mut lines: Vec<_> = paths
+        .filter(|path| before.get(*path) != after.get(*path))
+        .map(|path| {
+            format!(
+                "{}: {:?}, then {:?}",
+                path.display(),
+                before.get(path),
+                after.get(path)
+            )
+        })
+        .collect();
+    lines.sort();
+    lines.dedup();
+    lines
+}
+
+/// Checks that a dump has what every host with controllers shows, so that two dumps of nothing are never equal.
+#[track_caller]
+fn assert_complete(dump: &Dump) {
+    let has = |names: [&str; 2]| {
+        let mut found = dump
+            .keys()
+            .filter_map(|path| path.file_name()?.to_str())
+            .filter(|name| names.contains(name));
+        assert!(
+            found.next().is_some(),
+            "no {names:?} in {:?}",
+            dump.keys().collect::<Vec<_>>()
+        );
+    };
+    has(["memory.max", "memory.limit_in_bytes"]);
+    has(["cpu.weight", "cpu.shares"]);
+    has(["pids.max", "pids.max"]);
+}
+
+/// Real only: systemd's units and slices. The groups of a task keep their limits while systemd is reloaded and executed again, while the
+/// limits of the slice above the agent change, and while the unit of the agent is restarted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_survive_what_is_done_to_systemd() {
+    if fs::read_to_string("/proc/1/comm").unwrap().trim() != "systemd" {
+        not_applicable("needs a host whose first process is systemd: ci/e2e c");
+        return;
+    }
+    let stage = Stage::new();
+    let unit = Unit::new(&stage);
+    let plugin = unit.plugin().await;
+    let mut task = stage.shell("echo up; exec sleep 1000");
+    task.spec.memory_mb = 64;
+    task.spec.memory_max_mb = 96;
+    task.spec.cpu_mhz = 500;
+    let running = stage.up(&plugin, task).await;
+    let before = limits(&running);
+    assert_complete(&before);
+    let same = |event: &str| {
+        let changed = differences(&before, &limits(&running));
+        assert!(changed.is_empty(), "{event}:\n{}", changed.join("\n"));
+    };
+
+    systemctl(&["daemon-reload"]);
+    same("after daemon-reload");
+    systemctl(&["daemon-reexec"]);
+    same("after daemon-reexec");
+    let slice = unit.slice();
+    let properties = ["MemoryMax=1G", "CPUWeight=50", "TasksMax=4000"];
+    systemctl(&[&["set-property", "--runtime", &slice], &properties[..]].concat());
+    let shown = systemctl(&["show", "--value", "--property=MemoryMax", &slice]);
+    assert_eq!(shown.trim(), (1 << 30).to_string());
+    same("after the limits of the slice were changed");
+
+    let first = unit.main_pid();
+    systemctl(&["restart", &unit.service()]);
+    assert_ne!(unit.main_pid(), first);
+    let mut plugin = plugin;
+    within("the end of the first plugin", plugin.gone()).await;
+    same("after the unit was restarted");
+    let plugin = unit.plugin().await;
+    within("RecoverTask", plugin.recover(running.stored()))
+        .await
+        .unwrap();
+    same("after the task was recovered");
+    systemctl(&["daemon-reload"]);
+    same("after a second daemon-reload");
+
+    let exit = running.stop(&plugin, AMPLE, "SIGKILL").await;
+    assert_eq!(exit.signal, 9, "{exit:?}");
+    running.destroy(&plugin).await;
+    end(plugin).await;
+    drop(unit);
+    stage.leave();
+}
