@@ -33,6 +33,19 @@ fn systemctl(words: &[&str]) -> String {
     run("systemctl", words)
 }
 
+/// `systemctl daemon-reexec`, which ends with its connection, and waits until the new systemd has read its units.
+fn reexecute() {
+    systemctl(&["daemon-reexec"]);
+    let is_up = || {
+        let output = Command::new("systemctl").arg("is-system-running").output();
+        let state = String::from_utf8(output.unwrap().stdout).unwrap();
+        ["running", "degraded"]
+            .contains(&state.trim())
+            .then_some(())
+    };
+    tokio::task::block_in_place(|| until("systemd after daemon-reexec", is_up));
+}
+
 /// A plugin that is the main process of a unit in a slice of its own, with the properties of the unit that Nomad ships.
 struct Unit<'a> {
     stage: &'a Stage,
@@ -255,7 +268,7 @@ async fn limits_survive_what_is_done_to_systemd() {
 
     systemctl(&["daemon-reload"]);
     same("after daemon-reload");
-    systemctl(&["daemon-reexec"]);
+    reexecute();
     same("after daemon-reexec");
     let slice = unit.slice();
     let properties = ["MemoryMax=1G", "CPUWeight=50", "TasksMax=4000"];
