@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::kill::descendants;
 use crate::cgroup::{Group, Layout};
@@ -22,8 +22,15 @@ use crate::sys::process::{ProcessHandle, children};
 /// state directory.
 const STALE_AFTER: Duration = Duration::from_secs(60);
 
-/// How long a supervisor may take to release everything after its container was killed.
-const RELEASE_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a supervisor may take to see that its container was killed; how long a killed process may take to exit.
+const KILL_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long a supervisor may take to release everything after that: a copy of gigabytes takes minutes, and without a task directory
+/// no other process knows what there is to release.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// How often to check for children of a supervisor. No event reports that.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The content of a state directory.
 #[derive(Debug, Default)]
@@ -182,22 +189,41 @@ impl SupervisorProcess {
     /// Kills its container, so that the supervisor releases everything and exits by itself. If it does not, kills the supervisor
     /// too.
     pub fn end(&self) {
+        self.end_within(KILL_TIMEOUT, RELEASE_TIMEOUT);
+    }
+
+    fn end_within(&self, kill: Duration, release: Duration) {
         self.sigcont();
         let pid = self.handle.process().pid;
-        for child in children(pid) {
-            if let Ok(child) = ProcessHandle::open(child) {
-                let _ = child.signal(Signal::KILL);
+        let end = Instant::now() + release;
+        let mut kill_end = Instant::now() + kill;
+        loop {
+            let now = Instant::now();
+            let below = children(pid);
+            // Without a child it is releasing, or has not started systemd-nspawn yet.
+            if below.is_empty() {
+                kill_end = now + kill;
+            } else if now >= kill_end {
+                break;
             }
-        }
-        if self.handle.wait(RELEASE_TIMEOUT) {
-            return;
+            for child in below {
+                if let Ok(child) = ProcessHandle::open(child) {
+                    let _ = child.signal(Signal::KILL);
+                }
+            }
+            if self.handle.wait(POLL_INTERVAL) {
+                return;
+            }
+            if now >= end {
+                break;
+            }
         }
         let below = descendants(pid).into_iter().skip(1);
         let below: Vec<ProcessHandle> = below
             .filter_map(|pid| ProcessHandle::open(pid).ok())
             .collect();
         let _ = self.handle.signal(Signal::KILL);
-        self.handle.wait(RELEASE_TIMEOUT);
+        self.handle.wait(KILL_TIMEOUT);
         for process in below {
             let _ = process.signal(Signal::KILL);
         }
@@ -282,6 +308,57 @@ mod tests {
 
     fn in_group(group: PathBuf) -> Resource {
         Resource::Cgroup(Cgroup { group })
+    }
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    /// A shell that stands for a supervisor, once it has a child or none.
+    #[expect(clippy::disallowed_methods, reason = "a process to end")]
+    fn stand_in(script: &str, has_child: bool) -> (std::process::Child, SupervisorProcess) {
+        let shell = std::process::Command::new("sh")
+            .args(["-c", script])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let handle = ProcessHandle::open(shell.id().cast_signed()).unwrap();
+        let end = Instant::now() + LIMIT;
+        while children(handle.process().pid).is_empty() == has_child && Instant::now() < end {
+            std::thread::yield_now();
+        }
+        let directory = PathBuf::new();
+        (shell, SupervisorProcess { handle, directory })
+    }
+
+    /// Without its task directory no other process knows what there is to release.
+    #[test]
+    fn a_supervisor_that_is_releasing_is_waited_for() {
+        // The child is killed; what the shell then does stands for the release.
+        let script = "sleep 600; echo releasing; read line; exit 7";
+        let (mut shell, supervisor) = stand_in(script, true);
+        let ending = std::thread::spawn(move || supervisor.end_within(LIMIT, LIMIT));
+        let mut line = [0; 10];
+        let mut said = shell.stdout.take().unwrap();
+        io::Read::read_exact(&mut said, &mut line).unwrap();
+        assert_eq!(&line, b"releasing\n");
+        drop(shell.stdin.take());
+        ending.join().unwrap();
+        assert_eq!(shell.wait().unwrap().code(), Some(7));
+    }
+
+    #[rstest::rstest]
+    #[case::not_killed_in_time(Duration::ZERO, LIMIT, "sleep 600; read line", true)]
+    #[case::not_released_in_time(LIMIT, Duration::ZERO, "read line", false)]
+    fn a_supervisor_that_takes_too_long_is_killed(
+        #[case] kill: Duration,
+        #[case] release: Duration,
+        #[case] script: &str,
+        #[case] has_child: bool,
+    ) {
+        let (mut shell, supervisor) = stand_in(script, has_child);
+        supervisor.end_within(kill, release);
+        let signal = std::os::unix::process::ExitStatusExt::signal(&shell.wait().unwrap());
+        assert_eq!(signal, Some(9));
     }
 
     #[test]
