@@ -11,12 +11,7 @@ pub const THREADS: usize = 512;
 /// else.
 const STARTS: usize = THREADS / 2;
 
-/// The same for reading statistics. The streams of all tasks tend to read at the same time, once per interval, and tokio wakes idle
-/// threads by turns, so that with steady work none of them is idle long enough to end.
-const STATISTICS: usize = 8;
-
 static STARTING: Semaphore = Semaphore::const_new(STARTS);
-static READING: Semaphore = Semaphore::const_new(STATISTICS);
 
 /// Runs `work` on a blocking thread and waits for it. A panic in `work` is resumed in the caller. `work` continues if the caller
 /// is dropped.
@@ -33,21 +28,9 @@ pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
 
 /// Like [`run`], for a step of a start. Waits while too many steps of other starts are running.
 pub async fn run_start<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    run_limited(&STARTING, work).await
-}
-
-/// Like [`run`], for reading the statistics of a task. Waits while too many others are being read.
-pub async fn run_statistics<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    run_limited(&READING, work).await
-}
-
-async fn run_limited<T: Send + 'static>(
-    limit: &'static Semaphore,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> T {
     // The semaphore is never closed, so this can't fail. The permit moves into the work, which occupies its thread even if the
     // caller is gone.
-    let permit = limit.acquire().await;
+    let permit = STARTING.acquire().await;
     run(move || {
         let _permit = permit;
         work()
@@ -90,41 +73,10 @@ mod tests {
                 tokio::task::yield_now().await;
             }
             assert_eq!(run(|| 1).await, 1);
-            assert_eq!(run_statistics(|| 2).await, 2);
             drop(release);
             for start in hung {
                 assert!(start.await.unwrap());
             }
         });
-    }
-
-    #[test]
-    fn concurrent_reads_of_statistics_are_limited() {
-        use std::sync::atomic::{AtomicUsize, Ordering};
-        static NOW: AtomicUsize = AtomicUsize::new(0);
-        static MOST: AtomicUsize = AtomicUsize::new(0);
-        let runtime = runtime();
-        let (release, released) = mpsc::channel::<()>();
-        let released = std::sync::Arc::new(std::sync::Mutex::new(released));
-        let all: Vec<_> = (0..4 * STATISTICS)
-            .map(|_| {
-                let released = std::sync::Arc::clone(&released);
-                runtime.spawn(run_statistics(move || {
-                    MOST.fetch_max(NOW.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-                    let _ = released.lock().unwrap().recv();
-                    NOW.fetch_sub(1, Ordering::SeqCst);
-                }))
-            })
-            .collect();
-        runtime.block_on(async {
-            while NOW.load(Ordering::SeqCst) < STATISTICS {
-                tokio::task::yield_now().await;
-            }
-            drop(release);
-            for reading in all {
-                reading.await.unwrap();
-            }
-        });
-        assert_eq!(MOST.load(Ordering::SeqCst), STATISTICS);
     }
 }

@@ -11,10 +11,12 @@ use serde::{Deserialize, Serialize};
 
 mod resources;
 pub mod testing;
+mod usage;
 
 pub use resources::{
     Cpu, CpuQuota, Device, InsideSettings, Memory, Resources, Rlimit, Swap, TmpfsSizes,
 };
+pub use usage::{ProcessUsage, Reading, Usage};
 
 /// A container as the job requests it, with every value checked and every host path resolved. Each capability of the driver has one
 /// part; a function that needs one part takes that part.
@@ -252,29 +254,6 @@ pub struct Exit {
     pub error: Option<String>,
     /// When it exited.
     pub ended_at: SystemTime,
-}
-
-/// The resource usage of a container at one moment. A value is `None` if this host does not provide it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// CPU time in user mode since the start, nanoseconds.
-    pub cpu_user_ns: Option<u64>,
-    /// CPU time in the kernel since the start, nanoseconds.
-    pub cpu_system_ns: Option<u64>,
-    /// Periods in which the CPU limit was hit.
-    pub throttled_periods: Option<u64>,
-    /// Time throttled by the CPU limit, nanoseconds.
-    pub throttled_ns: Option<u64>,
-    /// Anonymous memory in bytes.
-    pub memory_rss: Option<u64>,
-    /// Page cache in bytes.
-    pub memory_cache: Option<u64>,
-    /// All memory charged, bytes.
-    pub memory_usage: Option<u64>,
-    /// The highest amount ever charged, bytes.
-    pub memory_peak: Option<u64>,
-    /// Swap in bytes.
-    pub memory_swap: Option<u64>,
 }
 
 /// The capabilities of this host that the driver depends on.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use crate::container::{ContainerSpec, Exit, Probe, Started, Usage};
+use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
 use crate::signal::Signal;
 
 pub mod error;
@@ -59,12 +59,20 @@ pub trait ContainerBackend: Send + Sync + std::fmt::Debug + 'static {
     /// is success.
     async fn remove(&self, id: &str) -> Result<(), BackendError>;
 
-    /// The resources that the container uses now.
-    async fn usage(&self, started: &Started) -> Result<Usage, BackendError>;
+    /// Where to read what the container uses. Reads nothing yet; the reader keeps files open until it is dropped.
+    fn usage_reader(&self, started: &Started) -> Box<dyn UsageReader>;
 
     /// Kills and cleans up what dead plugins left and no living plugin has locked. Locked is what was started or attached, and
     /// not removed, by a backend that still lives. Logs each thing it does in a line of its own. Never touches what the driver
     /// did not make or what may belong to another agent: `alloc_roots` are the directories that hold this agent's allocations. An
     /// attempt to lock a start meanwhile either wins, or finds that the start is gone.
     async fn reconcile(&self, alloc_roots: &BTreeSet<PathBuf>);
+}
+
+/// Reads what one container uses, again and again.
+#[cfg_attr(test, mockall::automock)]
+pub trait UsageReader: Send + std::fmt::Debug {
+    /// What the container uses now, with or without its processes. `None` once it is gone. Reads files of the kernel, so it must not
+    /// run on a thread that serves requests.
+    fn read(&mut self, with_processes: bool) -> Option<Reading>;
 }

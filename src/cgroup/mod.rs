@@ -8,6 +8,7 @@ mod layout;
 mod limits;
 mod oom;
 mod plan;
+mod processes;
 mod usage;
 
 pub use group::Group;
@@ -15,6 +16,8 @@ pub use layout::{CgroupPath, Layout, Place};
 pub use limits::{Limit, Setting, Unenforced};
 pub use oom::OomCounter;
 pub use plan::{CgroupPlan, unenforced_note};
+pub use processes::MAX_PROCESSES;
+pub use usage::UsageFiles;
 
 /// The driver's own subtree, used where Nomad provides no cgroup.
 const SUBTREE: &str = "nomad-driver-nspawn";

@@ -20,13 +20,15 @@ use crate::task::events::EventBus;
 mod base;
 mod convert;
 mod fingerprint;
+mod sampler;
 mod service;
 mod stats;
 mod status;
 mod stream;
 
-pub use stream::{EventStream, ProducerStream};
+pub use stream::{EventStream, ProducerStream, StatsStream};
 
+use sampler::Sampler;
 use stats::Compute;
 use status::CallError;
 
@@ -50,6 +52,7 @@ pub struct Driver {
     search_path: Arc<ImageSearchPath>,
     /// `None` until it is set or first needed.
     config: watch::Sender<Option<Config>>,
+    sampler: Sampler,
     tasks: Tasks,
     events: EventBus,
     /// Notified of every task that the agent recovers.
@@ -78,11 +81,13 @@ impl Driver {
         search_path: ImageSearchPath,
     ) -> Self {
         let root = CancellationToken::new();
+        let config = watch::Sender::new(None);
         let events = EventBus::default();
         Self {
             factory: Arc::new(factory),
             search_path: Arc::new(search_path),
-            config: watch::Sender::new(None),
+            sampler: Sampler::new(config.subscribe()),
+            config,
             tasks: Tasks::new(events.clone(), root.child_token()),
             events,
             recovered: watch::Sender::new(()),

@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::status::CallError;
-use super::stream::{EventStream, ProducerStream};
+use super::stream::{EventStream, ProducerStream, StatsStream};
 use super::{Config, Driver, convert};
 use crate::blocking;
 use crate::config::{self, Validated};
@@ -193,7 +193,7 @@ impl DriverService for Driver {
         answer(sent.await.map(|()| proto::SignalTaskResponse {}))
     }
 
-    type TaskStatsStream = ProducerStream<proto::TaskStatsResponse>;
+    type TaskStatsStream = StatsStream;
 
     async fn task_stats(
         &self,

@@ -4,17 +4,17 @@
 use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 
 use super::fingerprint::Fingerprint;
-use super::stats::UsageSampler;
+use super::sampler::{Sample, Subscription};
 use super::{Driver, convert};
 use crate::proto::driver as proto;
 use crate::task::Task;
@@ -115,62 +115,58 @@ impl Driver {
         Box::pin(events.map(|event| Ok(convert::event(event))))
     }
 
-    pub(super) fn stats_stream(
-        &self,
-        task: Option<Task>,
-        every: Duration,
-    ) -> ProducerStream<proto::TaskStatsResponse> {
-        let driver = self.clone();
+    /// For an unknown task the stream ends without an error: Nomad would log an error at every attempt.
+    pub(super) fn stats_stream(&self, task: Option<Task>, every: Duration) -> StatsStream {
         let every = if every.is_zero() {
             STATS_INTERVAL
         } else {
             every.max(MIN_STATS_INTERVAL)
         };
-        ProducerStream::new(move |listener| async move {
-            // For an unknown task the stream ends without an error: Nomad would log an error at every attempt.
-            let Some(task) = task else { return };
-            tokio::select! {
-                _ = task.wait() => {}
-                () = driver.stream_stats(&task, every, &listener) => {}
-            }
-        })
-    }
-
-    async fn stream_stats(
-        &self,
-        task: &Task,
-        every: Duration,
-        listener: &mpsc::Sender<Box<Result<proto::TaskStatsResponse, Status>>>,
-    ) {
-        let mut ticks = interval(every);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sampler = UsageSampler::default();
-        loop {
-            ticks.tick().await;
-            let usage = match task.usage().await {
-                Ok(usage) => usage,
-                Err(error) => {
-                    let error = crate::backend::chain(&error);
-                    tracing::debug!(task = task.id(), error, "the statistics can't be read");
-                    continue;
-                }
+        let Some(task) = task else {
+            return StatsStream {
+                samples: mpsc::channel(1).1,
+                task_ended: None,
+                _subscription: None,
             };
-            let compute = self
-                .config
-                .borrow()
-                .as_ref()
-                .and_then(|config| config.compute);
-            let stats = proto::TaskStats {
-                id: task.id().to_owned(),
-                timestamp: Some(convert::timestamp(SystemTime::now())),
-                agg_resource_usage: Some(sampler.read(Instant::now().into_std(), usage, compute)),
-                resource_usage_by_pid: std::collections::HashMap::new(),
-            };
-            let response = proto::TaskStatsResponse { stats: Some(stats) };
-            if listener.send(Box::new(Ok(response))).await.is_err() {
-                return;
-            }
+        };
+        let (samples, subscription) = self.sampler.subscribe(task.clone(), every);
+        StatsStream {
+            samples,
+            task_ended: Some(Box::pin(async move { drop(task.wait().await) })),
+            _subscription: subscription,
         }
+    }
+}
+
+/// The stream of a task's statistics. Ends with the task.
+pub struct StatsStream {
+    samples: mpsc::Receiver<Sample>,
+    /// `None` once the stream has ended.
+    task_ended: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    _subscription: Option<Subscription>,
+}
+
+impl std::fmt::Debug for StatsStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StatsStream")
+            .field("samples", &self.samples)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Stream for StatsStream {
+    type Item = Result<proto::TaskStatsResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Some(task_ended) = &mut self.task_ended else {
+            return Poll::Ready(None);
+        };
+        if task_ended.as_mut().poll(context).is_pending() {
+            let sample = self.samples.poll_recv(context);
+            return sample.map(|sample| sample.map(|boxed| *boxed));
+        }
+        self.task_ended = None;
+        Poll::Ready(None)
     }
 }
 

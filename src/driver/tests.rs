@@ -9,8 +9,8 @@ use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
 
 use super::*;
-use crate::backend::{BackendError, MockContainerBackend};
-use crate::container::{CgroupLayout, Exit, Probe, Usage};
+use crate::backend::{BackendError, MockContainerBackend, MockUsageReader};
+use crate::container::{CgroupLayout, Exit, Probe, Reading, Usage};
 use crate::proto::driver as proto;
 use crate::proto::driver::driver_server::Driver as DriverService;
 use crate::proto::driver::fingerprint_response::HealthState;
@@ -21,6 +21,7 @@ use crate::task::tests::{TestBackend, exit, info, spec, started, starts};
 
 mod configure;
 mod start;
+mod statistics;
 
 const ID: &str = "a/t/1";
 const LIMIT: Duration = Duration::from_secs(20);
@@ -392,42 +393,6 @@ async fn only_force_destroys_a_running_task() {
             .code(),
         Code::NotFound
     );
-}
-
-#[tokio::test]
-async fn statistics_start_immediately_and_end_with_the_task() {
-    let mut mock = starts();
-    mock.expect_usage().returning(|_| {
-        Ok(Usage {
-            memory_rss: Some(4096),
-            ..Usage::default()
-        })
-    });
-    let (driver, end) = running(mock).await;
-    let request = proto::TaskStatsRequest {
-        task_id: ID.to_owned(),
-        collection_interval: Some(prost_types::Duration {
-            seconds: 3600,
-            nanos: 0,
-        }),
-    };
-    let mut stats = driver
-        .task_stats(Request::new(request))
-        .await
-        .unwrap()
-        .into_inner();
-    let first = timeout(LIMIT, stats.next())
-        .await
-        .unwrap()
-        .unwrap()
-        .unwrap()
-        .stats
-        .unwrap();
-    let usage = first.agg_resource_usage.unwrap();
-    assert!(first.timestamp.is_some() && usage.cpu.is_some());
-    assert_eq!(usage.memory.unwrap().rss, 4096);
-    end.send_replace(Some(exit(0, 0)));
-    assert!(timeout(LIMIT, stats.next()).await.unwrap().is_none());
 }
 
 #[tokio::test]

@@ -121,6 +121,7 @@ impl TaskActor {
             backend,
             status,
             mailbox,
+            reader: Arc::default(),
         };
         (actor, task)
     }

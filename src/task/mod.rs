@@ -4,15 +4,15 @@
 //!
 //! One task of the runtime per actor: it is tracked and ends with the root token, and the actor's calls in flight end with it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::backend::{BackendError, ContainerBackend};
-use crate::container::{ContainerSpec, Exit, Started, Usage};
+use crate::backend::{BackendError, ContainerBackend, UsageReader};
+use crate::container::{ContainerSpec, Exit, Started};
 use crate::signal::Signal;
 
 mod actor;
@@ -90,7 +90,12 @@ pub struct Task {
     status: watch::Receiver<TaskStatus>,
     /// Boxed: a channel allocates space for dozens of entries up front.
     mailbox: mpsc::Sender<Box<Command>>,
+    /// The reader of those that read statistics now.
+    reader: Arc<Mutex<Weak<Mutex<Box<dyn UsageReader>>>>>,
 }
+
+/// A reader that several streams of statistics share.
+pub type SharedReader = Arc<Mutex<Box<dyn UsageReader>>>;
 
 impl Task {
     /// Nomad's id of this start.
@@ -141,10 +146,17 @@ impl Task {
         self.ask(|reply| Command::Destroy { force, reply }).await
     }
 
-    /// The current resource usage. Does not go through the actor, because it changes nothing.
-    pub async fn usage(&self) -> Result<Usage, TaskError> {
-        let started = self.status().started.ok_or(TaskError::NotRunning)?;
-        Ok(self.backend.usage(&started).await?)
+    /// Where to read what the container uses; `None` until it is up. All callers share one reader, and thereby the files that it
+    /// keeps open, which are closed when the last of them drops it. Does not go through the actor, because it changes nothing.
+    pub fn usage_reader(&self) -> Option<SharedReader> {
+        let started = self.status.borrow().started.clone()?;
+        let mut shared = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let reader = shared.upgrade().unwrap_or_else(|| {
+            let reader = self.backend.usage_reader(&started);
+            Arc::new(Mutex::new(reader))
+        });
+        *shared = Arc::downgrade(&reader);
+        Some(reader)
     }
 
     async fn ask(&self, command: impl FnOnce(actor::Reply) -> Command) -> Result<(), TaskError> {

@@ -69,6 +69,7 @@ mod tests {
             backend: Arc::new(MockContainerBackend::new()),
             status: watch::channel(TaskStatus::default()).1,
             mailbox: mpsc::channel(1).0,
+            reader: Arc::default(),
         }
     }
 

@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::*;
-use crate::backend::MockContainerBackend;
+use crate::backend::{MockContainerBackend, UsageReader};
 use crate::container::{Mode, Probe, Process};
 
 const ID: &str = "a/t/1";
@@ -92,8 +92,8 @@ impl ContainerBackend for TestBackend {
         self.mock.remove(id).await
     }
 
-    async fn usage(&self, started: &Started) -> Result<Usage, BackendError> {
-        self.mock.usage(started).await
+    fn usage_reader(&self, started: &Started) -> Box<dyn UsageReader> {
+        self.mock.usage_reader(started)
     }
 
     async fn reconcile(&self, alloc_roots: &BTreeSet<PathBuf>) {

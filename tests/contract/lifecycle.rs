@@ -159,8 +159,18 @@ async fn several_containers_run_side_by_side(world: World) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn usage_can_be_read(world: World) {
     let started = world.up(world.spec(HEARS_TERM)).await;
-    let usage = within(world.backend.usage(&started)).await.unwrap();
+    let mut reader = world.backend.usage_reader(&started);
+    let reading = reader.read(true).unwrap();
+    let usage = reading.usage;
     let reported = usage.cpu_user_ns.is_some() && usage.memory_rss.is_some_and(|bytes| bytes > 0);
     assert_eq!(reported, started.cgroup.is_some(), "{usage:?}");
+    let processes = reading.processes.unwrap();
+    let leader = processes
+        .iter()
+        .find(|process| process.process == started.leader);
+    assert_eq!(leader.is_some(), started.cgroup.is_some(), "{processes:?}");
+    assert!(processes.iter().all(|process| process.memory_rss > 0));
     world.leave(&[&started]).await;
+    let after = reader.read(true);
+    assert_eq!(after.is_none(), started.cgroup.is_some(), "{after:?}");
 }

@@ -22,6 +22,7 @@ mod recover;
 mod release;
 mod resources;
 mod secrets;
+mod statistics;
 
 /// Prints `up` and runs until it is ended.
 const ON_AND_ON: &str = "echo up; exec sleep 1000";

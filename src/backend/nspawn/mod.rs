@@ -12,10 +12,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio_util::task::TaskTracker;
 
-use super::{BackendError, ContainerBackend, chain};
+use super::{BackendError, ContainerBackend, UsageReader, chain};
 use crate::blocking;
-use crate::cgroup::{Group, Layout};
-use crate::container::{ContainerSpec, Exit, Probe, Started, Usage};
+use crate::cgroup::{Layout, UsageFiles};
+use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
 use crate::nspawn::probe;
 use crate::nspawn::version::Feature;
 use crate::signal::Signal;
@@ -173,16 +173,20 @@ impl ContainerBackend for NspawnBackend {
         self.remove_start(&self.task_dir(id)).await
     }
 
-    async fn usage(&self, started: &Started) -> Result<Usage, BackendError> {
-        let Some(path) = started.cgroup.clone() else {
-            return Ok(Usage::default());
-        };
-        Ok(blocking::run_statistics(move || Group::new(path).usage()).await)
+    fn usage_reader(&self, started: &Started) -> Box<dyn UsageReader> {
+        let group = started.cgroup.as_deref();
+        Box::new(UsageFiles::new(group, &started.controllers))
     }
 
     async fn reconcile(&self, alloc_roots: &BTreeSet<PathBuf>) {
         self.reconcile_state_dir(&self.settings.state_dir, alloc_roots)
             .await;
+    }
+}
+
+impl UsageReader for UsageFiles {
+    fn read(&mut self, with_processes: bool) -> Option<Reading> {
+        Self::read(self, with_processes)
     }
 }
 

@@ -405,6 +405,9 @@ impl From<Refused> for HostError {
     }
 }
 
+/// The samples of a task's statistics.
+pub type Samples = tonic::Streaming<TaskStatsResponse>;
+
 /// A started task.
 #[derive(Debug)]
 pub struct Running {
@@ -482,11 +485,7 @@ impl Running {
     }
 
     /// Its statistics, one sample in each interval.
-    pub async fn stats(
-        &self,
-        plugin: &Plugin,
-        every: Duration,
-    ) -> tonic::Streaming<TaskStatsResponse> {
+    pub async fn stats(&self, plugin: &Plugin, every: Duration) -> Samples {
         let request = TaskStatsRequest {
             task_id: self.id.clone(),
             collection_interval: Some(every.try_into().unwrap()),
