@@ -1,5 +1,5 @@
-//! A plugin with a thousand tasks: what it holds, what it and the supervisors use while idle, how long recovery of all tasks takes, and 200
-//! simultaneous starts. The containers are those of the hermetic tests' fake, so only the driver is measured. Needs no systemd-nspawn, but
+//! A plugin with a thousand tasks: what it holds, what it and the supervisors use while idle, what statistics of all tasks every second cost,
+//! how long recovery of all tasks takes, and 200 simultaneous starts. The containers are those of the hermetic tests' fake, so only the driver is measured. Needs no systemd-nspawn, but
 //! some gigabytes of memory for the fake's processes. With cgroups if run as root.
 //!
 //! `--tasks N` sets another number. `--check` exits with status 1 if a budget is exceeded. On a busy machine times mean little: the best of
@@ -9,13 +9,17 @@ use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use dev_agent::{Allocation, Launch, Plugin, TaskSpec};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nomad_driver_nspawn::cleanup;
-use nomad_driver_nspawn::proto::driver::{CapabilitiesRequest, TaskHandle, TaskStatsRequest};
+use nomad_driver_nspawn::proto::driver::{
+    CapabilitiesRequest, TaskHandle, TaskStatsRequest, memory_usage,
+};
 use nomad_driver_nspawn::state::task_dir::TaskDir;
 use serde_json::json;
 use tokio::sync::Semaphore;
@@ -39,6 +43,8 @@ const RECOVERED: f64 = 1000.0;
 /// The memory budget of a plugin, in KiB, and the additional budget per task.
 const BASE: f64 = 15.0 * 1024.0;
 const EACH: f64 = 16.0;
+/// The budget for statistics of 1,000 tasks every second, in percent of a core.
+const SAMPLED: f64 = 2.0;
 /// The tolerance for time budgets on a busy machine.
 const NOISE: f64 = 1.5;
 
@@ -117,6 +123,7 @@ async fn measure(count: usize) -> anyhow::Result<bool> {
     let stats = statistics(&plugin, &tasks).await?;
     tokio::time::sleep(SETTLED).await;
     held(&plugin, count, "and a stream of statistics", &mut report);
+    sampled(&plugin, count, &stats, &mut report).await?;
     drop(stats);
     waits.abort_all();
 
@@ -221,6 +228,12 @@ impl Drop for Site {
     }
 }
 
+/// A figure for people: with a decimal if it is small.
+fn short(figure: f64) -> String {
+    let decimals = usize::from(figure < 10.0 && figure.fract() != 0.0);
+    format!("{figure:.decimals$}")
+}
+
 #[derive(Debug)]
 struct Report {
     met: bool,
@@ -248,12 +261,14 @@ impl Report {
             "NOT MET"
         };
         let noise = if limit > budget {
-            format!(" ({limit:.0} tolerated)")
+            format!(" ({} tolerated)", short(limit))
         } else {
             String::new()
         };
         self.say(&format!(
-            "    budget of {what}: {budget:.0}{noise}, is {figure:.0}: {verdict}"
+            "    budget of {what}: {}{noise}, is {}: {verdict}",
+            short(budget),
+            short(figure)
         ));
     }
 }
@@ -315,7 +330,7 @@ async fn start(
             allocation.open_logs()?,
         ));
     }
-    let gate = std::sync::Arc::new(Semaphore::new(together));
+    let gate = Arc::new(Semaphore::new(together));
     let mut under_way = JoinSet::new();
     for (config, logs) in configs {
         let (gate, mut client) = (gate.clone(), plugin.driver());
@@ -362,9 +377,21 @@ fn waits(plugin: &Plugin, tasks: &[Task]) -> JoinSet<()> {
     waits
 }
 
+/// Open streams of statistics.
+#[derive(Debug)]
+struct Statistics {
+    /// The samples that have been received.
+    samples: Arc<AtomicU64>,
+    /// Whether memory is read from a memory controller.
+    has_controller: bool,
+    _streams: JoinSet<()>,
+}
+
 /// One TaskStats per task, with Nomad's interval.
-async fn statistics(plugin: &Plugin, tasks: &[Task]) -> anyhow::Result<JoinSet<()>> {
+async fn statistics(plugin: &Plugin, tasks: &[Task]) -> anyhow::Result<Statistics> {
+    let samples = Arc::new(AtomicU64::new(0));
     let mut streams = JoinSet::new();
+    let mut has_controller = true;
     for task in tasks {
         let request = TaskStatsRequest {
             task_id: task.id.clone(),
@@ -374,9 +401,48 @@ async fn statistics(plugin: &Plugin, tasks: &[Task]) -> anyhow::Result<JoinSet<(
             }),
         };
         let mut stream = plugin.driver().task_stats(request).await?.into_inner();
-        streams.spawn(async move { while let Ok(Some(_)) = stream.message().await {} });
+        let first = stream.message().await?.and_then(|first| first.stats);
+        let usage = first.and_then(|stats| stats.agg_resource_usage?.memory);
+        let field = memory_usage::Fields::Usage as i32;
+        has_controller &= usage.is_some_and(|usage| usage.measured_fields.contains(&field));
+        let samples = Arc::clone(&samples);
+        streams.spawn(async move {
+            while let Ok(Some(_)) = stream.message().await {
+                samples.fetch_add(1, Ordering::Relaxed);
+            }
+        });
     }
-    Ok(streams)
+    Ok(Statistics {
+        samples,
+        has_controller,
+        _streams: streams,
+    })
+}
+
+/// The plugin's processor time while all tasks are sampled every second.
+async fn sampled(
+    plugin: &Plugin,
+    count: usize,
+    stats: &Statistics,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let read = || stats.samples.load(Ordering::Relaxed);
+    let (before, samples, begun) = (ticks(plugin.pid())?, read(), Instant::now());
+    tokio::time::sleep(IDLE).await;
+    let used = (ticks(plugin.pid())? - before) * 10;
+    let percent = used as f64 / ms(begun.elapsed()) * 100.0;
+    let source = match stats.has_controller {
+        true => "memory from the memory controller",
+        false => "no memory controller: the memory of the processes is added up",
+    };
+    report.say(&format!(
+        "{count} tasks sampled every second, for {} s: {} samples, {used} ms of the plugin's processor time ({source})",
+        IDLE.as_secs(),
+        read() - samples
+    ));
+    let budget = SAMPLED * count as f64 / 1000.0;
+    report.judge("statistics, % of a core", percent, budget, budget * NOISE);
+    Ok(())
 }
 
 /// The usage of all processes while idle.
@@ -446,7 +512,7 @@ async fn floor(plugin: &Plugin, count: usize) -> anyhow::Result<Duration> {
 }
 
 async fn recover(plugin: &Plugin, tasks: &[Task], together: usize) -> anyhow::Result<Duration> {
-    let gate = std::sync::Arc::new(Semaphore::new(together));
+    let gate = Arc::new(Semaphore::new(together));
     let mut under_way = JoinSet::new();
     let begun = Instant::now();
     for task in tasks {
@@ -472,7 +538,7 @@ async fn recover(plugin: &Plugin, tasks: &[Task], together: usize) -> anyhow::Re
 }
 
 async fn destroy(plugin: &Plugin, tasks: &[Task], report: &mut Report) -> anyhow::Result<()> {
-    let gate = std::sync::Arc::new(Semaphore::new(AT_ONCE));
+    let gate = Arc::new(Semaphore::new(AT_ONCE));
     let mut under_way = JoinSet::new();
     let begun = Instant::now();
     for task in tasks {
