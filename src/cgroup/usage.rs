@@ -15,8 +15,8 @@ use super::processes::Members;
 use crate::container::{Reading, Usage};
 
 /// How long the sum of the memory of all processes is kept, which is read where there is no memory controller: it takes longer than
-/// everything else together.
-const SUM_KEPT: Duration = Duration::from_secs(5);
+/// everything else together. It is also read with the processes, which is more often.
+const SUM_KEPT: Duration = Duration::from_secs(10);
 /// More than any of the files has.
 const BUFFER: usize = 8 * 1024;
 
@@ -103,8 +103,7 @@ impl UsageFiles {
     fn usage(&mut self) -> Usage {
         let mut usage = Usage::default();
         let mut buffer = [0; BUFFER];
-        for index in 0..FILES.len() {
-            let (place, name) = FILES[index];
+        for (index, (place, name)) in FILES.into_iter().enumerate() {
             let is_needed = place != Place::CpuAcct
                 || usage.cpu_user_ns.is_none()
                 || usage.cpu_system_ns.is_none();
@@ -137,6 +136,7 @@ impl UsageFiles {
     fn anonymous(&mut self, members: Option<&Members>) -> Option<u64> {
         let now = Instant::now();
         if let Some((at, sum)) = self.anonymous
+            && members.is_none()
             && now.saturating_duration_since(at) < SUM_KEPT
         {
             return sum;
