@@ -64,7 +64,9 @@ pub(crate) fn handle(bytes: &[u8]) {
                 (i32::from(*version), &*started.id),
                 (handle::VERSION, "a/t/1")
             );
-            let written = handle::encode(&started).expect("what was read can be written");
+            let described = handle::decode_description(state);
+            let written =
+                handle::encode(&started, described.as_ref()).expect("what was read can be written");
             let again = handle::decode(handle::VERSION, &written, "a/t/1");
             assert_eq!(again.expect("and read again"), started);
         }

@@ -24,6 +24,8 @@ pub use usage::{ProcessUsage, Reading, Usage};
 pub struct ContainerSpec {
     /// Which start of which task this is.
     pub identity: Identity,
+    /// The same for people, without secrets.
+    pub description: Description,
     /// The root file system.
     pub rootfs: Rootfs,
     /// What runs in the container.
@@ -47,6 +49,17 @@ pub struct Identity {
     pub alloc_dir: PathBuf,
     /// The machine name: unique per allocation and task, valid as a host name, at most 64 characters.
     pub machine: String,
+}
+
+/// What a person recognizes a container by. Contains no secrets: it becomes part of the handle that Nomad stores.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// The directory or image that is the root.
+    pub image: String,
+    /// The command and its arguments; empty for the image's init without arguments. A long one is cut off.
+    pub command: String,
+    /// The kind of network.
+    pub network: String,
 }
 
 /// The root file system of a container, and what becomes of changes to it.

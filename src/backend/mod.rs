@@ -3,6 +3,7 @@
 //! here but in `config`.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -58,6 +59,9 @@ pub trait ContainerBackend: Send + Sync + std::fmt::Debug + 'static {
     /// Kills what is left of the start with this id and releases everything it held on this host. Safe to repeat; an unknown id
     /// is success.
     async fn remove(&self, id: &str) -> Result<(), BackendError>;
+
+    /// The addresses of the container's own network namespace, without loopback ones; none in the host's network.
+    async fn addresses(&self, started: &Started) -> Vec<IpAddr>;
 
     /// Where to read what the container uses. Reads nothing yet; the reader keeps files open until it is dropped.
     fn usage_reader(&self, started: &Started) -> Box<dyn UsageReader>;

@@ -90,16 +90,14 @@ fn check(option: &str, name: &str, value: &str) -> Result<(), ConfigError> {
 const MIN_SECRET_BYTES: usize = 8;
 
 /// Removes the values of these variables from the error: Nomad substitutes them into any option where a job has
-/// `${NAME}`, and messages quote options. Nomad's own variables are not secrets, except for its token.
+/// `${NAME}`, and messages quote options. Nomad's own variables are not secrets, except for its tokens.
 pub(super) fn redact(mut error: ConfigError, variables: &BTreeMap<String, String>) -> ConfigError {
-    let mut secrets: Vec<(&str, String)> = variables
-        .iter()
-        .filter(|(name, _)| !name.starts_with("NOMAD_") || *name == "NOMAD_TOKEN")
+    let mut secrets: Vec<(&str, String)> = secrets(variables)
         .filter(|(_, value)| value.len() >= MIN_SECRET_BYTES)
         .flat_map(|(name, value)| {
             let escaped = format!("{value:?}");
             let escaped = escaped[1..escaped.len() - 1].to_owned();
-            [(name.as_str(), value.clone()), (name, escaped)]
+            [(name, value.to_owned()), (name, escaped)]
         })
         .collect();
     // Longest first, because one value may be part of another.
@@ -110,6 +108,47 @@ pub(super) fn redact(mut error: ConfigError, variables: &BTreeMap<String, String
         error.reason = redact_value(&error.reason, secret, &shown);
     }
     error
+}
+
+/// The variables that may be secrets.
+fn secrets(variables: &BTreeMap<String, String>) -> impl Iterator<Item = (&str, &str)> {
+    variables
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str()))
+        .filter(|(name, _)| !name.starts_with("NOMAD_") || name.starts_with("NOMAD_TOKEN"))
+}
+
+/// Replaces every value of these variables in the text with its name. Short values are replaced only where they stand alone, between
+/// characters that are neither letters nor digits, because they occur as parts of ordinary words.
+pub(super) fn redact_all(text: &str, variables: &BTreeMap<String, String>) -> String {
+    let mut secrets: Vec<(&str, &str)> = secrets(variables)
+        .filter(|(_, value)| !value.is_empty())
+        .collect();
+    secrets.sort_by_key(|(_, value)| std::cmp::Reverse(value.len()));
+    let mut clean = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(next) = rest.chars().next() {
+        let alone = |value: &str| {
+            let joins = |char: Option<char>| char.is_some_and(char::is_alphanumeric);
+            !joins(clean.chars().next_back()) && !joins(rest[value.len()..].chars().next())
+        };
+        let found = secrets.iter().find(|(_, value)| {
+            rest.starts_with(value) && (value.len() >= MIN_SECRET_BYTES || alone(value))
+        });
+        match found {
+            Some((name, value)) => {
+                clean.push_str("${");
+                clean.push_str(name);
+                clean.push('}');
+                rest = &rest[value.len()..];
+            }
+            None => {
+                clean.push(next);
+                rest = &rest[next.len_utf8()..];
+            }
+        }
+    }
+    clean
 }
 
 /// Replaces every `secret` in the text with `shown`, including one that is cut off at the end of a long quotation.

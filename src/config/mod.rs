@@ -14,6 +14,7 @@ use crate::proto::hclspec;
 
 mod cpu;
 mod decode;
+mod description;
 mod devices;
 mod environment;
 mod identity;

@@ -5,9 +5,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::container::{ContainerSpec, Mode, Network, Payload};
+use crate::container::{ContainerSpec, Description, Mode, Network, Payload};
 
 use super::decode::quoted;
+use super::description::describe;
 use super::environment::{self, STRING_MAX};
 use super::options::{ImageDownload, TaskOptions};
 use super::paths::Allocation;
@@ -46,8 +47,9 @@ pub(super) fn check(
         return Err(download_error(download));
     }
     let allocation = Allocation::of(context)?;
-    let spec = ContainerSpec {
+    let mut spec = ContainerSpec {
         identity,
+        description: Description::default(),
         rootfs: root_options.find(&options, (mode, &users), &allocation, search_path)?,
         mounts: mounts::mounts(&options, context, plugin_config, &allocation)?,
         payload,
@@ -55,6 +57,13 @@ pub(super) fn check(
         network,
         resources: resources.find(context)?,
     };
+    let mut variables = context.environment.clone();
+    for (name, value) in options.environment.iter().flatten() {
+        // A value that the job's option overrides may have been substituted elsewhere.
+        let overridden = variables.insert(name.clone(), value.clone());
+        variables.extend(overridden.map(|value| (format!("{name} of task.env"), value)));
+    }
+    spec.description = describe(&spec, &variables);
     Ok(Validated { spec, notes })
 }
 

@@ -48,6 +48,8 @@ fn the_smallest_job_has_the_defaults() {
             alloc_dir: host.context.alloc_dir.clone(),
             machine: format!("web-{ALLOC}"),
         };
+        spec.description.image = host.path("plugins/system").display().to_string();
+        "host".clone_into(&mut spec.description.network);
         spec.payload.mode = Mode::Boot;
         spec.payload.command = vec![];
         spec.users = Users::Private {

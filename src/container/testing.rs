@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::{
-    Console, ContainerSpec, Identity, Mode, Network, NetworkNamespace, Payload, Resources, Root,
-    Rootfs, Users, Volatile,
+    Console, ContainerSpec, Description, Identity, Mode, Network, NetworkNamespace, Payload,
+    Resources, Root, Rootfs, Users, Volatile,
 };
 
 impl ContainerSpec {
@@ -18,6 +18,7 @@ impl ContainerSpec {
                 alloc_dir: "/alloc/0f1e".into(),
                 machine: format!("{task}-0f1e"),
             },
+            description: Description::default(),
             rootfs: Rootfs {
                 source: Root::Directory(root.into()),
                 ephemeral: false,

@@ -1,6 +1,7 @@
 //! Conversion between protobuf messages and the types of `container`, both ways. Pure; makes no decisions. Always sets the fields
 //! whose absence would crash the agent.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -9,7 +10,7 @@ use prost_types::Timestamp;
 
 use super::status::CallError;
 use crate::config::{AllocatedDevice, AllocatedPort, AllocatedResources, TaskContext, VolumeMount};
-use crate::container::{Exit, Started};
+use crate::container::{Description, Exit, Started};
 use crate::proto::driver as proto;
 use crate::proto::driver::network_isolation_spec::NetworkIsolationMode;
 use crate::task::events::TaskEvent;
@@ -26,6 +27,7 @@ pub(super) fn task_info(task: &proto::TaskConfig) -> TaskInfo {
         id: task.id.clone(),
         name: task.name.clone(),
         alloc_id: task.alloc_id.clone(),
+        description: None,
     }
 }
 
@@ -33,7 +35,7 @@ pub(super) fn task_info(task: &proto::TaskConfig) -> TaskInfo {
 pub(super) fn task_context(task: &proto::TaskConfig) -> Result<TaskContext, CallError> {
     let resources = task.resources.clone().unwrap_or_default();
     let path = |text: &String| Some(PathBuf::from(text)).filter(|path| path.is_absolute());
-    let mut environment: std::collections::BTreeMap<_, _> = task.env.clone().into_iter().collect();
+    let mut environment: BTreeMap<_, _> = task.env.clone().into_iter().collect();
     environment.extend(task.device_env.clone());
     let network = task.network_isolation_spec.as_ref();
     let group = network.filter(|network| network.mode == NetworkIsolationMode::Group as i32);
@@ -185,7 +187,7 @@ pub(super) fn wait_response(exit: &Exit) -> proto::WaitTaskResponse {
     }
 }
 
-pub(super) fn inspect_response(task: &Task) -> proto::InspectTaskResponse {
+pub(super) fn inspect_response(task: &Task, addresses: &[IpAddr]) -> proto::InspectTaskResponse {
     let status = task.status();
     let state = match (&status.started, &status.exit) {
         (_, Some(_)) => proto::TaskState::Exited,
@@ -210,22 +212,49 @@ pub(super) fn inspect_response(task: &Task) -> proto::InspectTaskResponse {
             attributes: status
                 .started
                 .iter()
-                .flat_map(|started| attributes(started))
+                .flat_map(|started| {
+                    attributes(started, task.info().description.as_deref(), addresses)
+                })
                 .collect(),
         }),
         network_override: None,
     }
 }
 
-fn attributes(started: &Started) -> impl Iterator<Item = (String, String)> {
-    let cgroup = started.cgroup.as_ref();
-    [
+fn attributes(
+    started: &Started,
+    description: Option<&Description>,
+    addresses: &[IpAddr],
+) -> BTreeMap<String, String> {
+    let path = |path: &PathBuf| path.display().to_string();
+    let addresses: Vec<_> = addresses.iter().map(IpAddr::to_string).collect();
+    let addresses = Some(addresses.join(", ")).filter(|all| !all.is_empty());
+    let command = description.filter(|description| !description.command.is_empty());
+    let plain = [
         ("machine", Some(started.machine.clone())),
         ("pid", Some(started.leader.pid.to_string())),
-        ("cgroup", cgroup.map(|path| path.display().to_string())),
-    ]
-    .into_iter()
-    .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+        ("supervisor_pid", Some(started.supervisor.pid.to_string())),
+        (
+            "image",
+            description.map(|description| description.image.clone()),
+        ),
+        (
+            "command",
+            command.map(|description| description.command.clone()),
+        ),
+        (
+            "network",
+            description.map(|description| description.network.clone()),
+        ),
+        ("addresses", addresses),
+        ("cgroup", started.cgroup.as_ref().map(path)),
+    ];
+    let plain = plain
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?)));
+    let controllers = started.controllers.iter();
+    let controllers = controllers.map(|(name, group)| (format!("cgroup.{name}"), path(group)));
+    plain.chain(controllers).collect()
 }
 
 pub(super) fn event(event: TaskEvent) -> proto::DriverTaskEvent {
@@ -264,6 +293,42 @@ mod tests {
         );
         assert_eq!(hex(&wait_response(&exit(0, 0)).encode_to_vec()), "0a00");
         assert_eq!(hex(&ZERO_TIME.encode_to_vec()), "088092b8c398feffffff01");
+    }
+
+    #[test]
+    fn attributes_say_what_is_known_of_a_task() {
+        let mut started = crate::task::tests::started("a/t/1");
+        let names = |started: &Started| Vec::from_iter(attributes(started, None, &[]).into_keys());
+        assert_eq!(
+            names(&started),
+            ["cgroup", "machine", "pid", "supervisor_pid"]
+        );
+        started.cgroup = None;
+        let group = PathBuf::from("/sys/fs/cgroup/memory/x");
+        started.controllers = [("memory".to_owned(), group)].into();
+        let mut description = Description {
+            image: "/srv/web".to_owned(),
+            command: "web --token=${TOKEN}".to_owned(),
+            network: "host".to_owned(),
+        };
+        let wanted = [
+            ("machine", "t-a"),
+            ("pid", "11"),
+            ("supervisor_pid", "10"),
+            ("image", "/srv/web"),
+            ("command", "web --token=${TOKEN}"),
+            ("network", "host"),
+            ("addresses", "192.0.2.7, fd00::2"),
+            ("cgroup.memory", "/sys/fs/cgroup/memory/x"),
+        ];
+        let wanted = wanted.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let addresses = ["192.0.2.7", "fd00::2"].map(|text| text.parse().unwrap());
+        assert_eq!(
+            attributes(&started, Some(&description), &addresses),
+            BTreeMap::from(wanted)
+        );
+        description.command.clear();
+        assert!(!attributes(&started, Some(&description), &[]).contains_key("command"));
     }
 
     #[test]

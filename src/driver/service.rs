@@ -11,7 +11,7 @@ use super::stream::{EventStream, ProducerStream, StatsStream};
 use super::{Config, Driver, convert};
 use crate::blocking;
 use crate::config::{self, Validated};
-use crate::container::Started;
+use crate::container::{Description, Started};
 use crate::proto::driver as proto;
 use crate::proto::driver::driver_capabilities::FsIsolation;
 use crate::proto::driver::driver_server::Driver as DriverService;
@@ -179,7 +179,8 @@ impl DriverService for Driver {
             .tasks
             .get(&request.into_inner().task_id)
             .map_err(CallError::from)?;
-        Ok(Response::new(convert::inspect_response(&task)))
+        let addresses = task.addresses().await;
+        Ok(Response::new(convert::inspect_response(&task, &addresses)))
     }
 
     async fn signal_task(
@@ -256,12 +257,14 @@ impl Driver {
     async fn start(&self, task: proto::TaskConfig) -> Result<proto::StartTaskResponse, CallError> {
         self.refuse_when_closing()?;
         let config = self.config()?;
-        let info = convert::task_info(&task);
+        let mut info = convert::task_info(&task);
         let Validated { spec, notes } = self.check(&task, &config).await?;
+        let description = Arc::new(spec.description.clone());
+        info.description = Some(Arc::clone(&description));
         self.emit_events(&info, &notes);
         let started = self.tasks.start(config.backend, info.clone(), spec).await?;
         self.emit_events(&info, &started.notes);
-        let driver_state = self.encode_driver_state(&started).await?;
+        let driver_state = self.encode_driver_state(&started, &description).await?;
         Ok(proto::StartTaskResponse {
             handle: Some(proto::TaskHandle {
                 version: handle::VERSION,
@@ -293,8 +296,12 @@ impl Driver {
     }
 
     /// The driver state for Nomad to store. Without it the task could never be recovered, so on failure the task is killed.
-    async fn encode_driver_state(&self, started: &Started) -> Result<Vec<u8>, CallError> {
-        match handle::encode(started) {
+    async fn encode_driver_state(
+        &self,
+        started: &Started,
+        description: &Description,
+    ) -> Result<Vec<u8>, CallError> {
+        match handle::encode(started, Some(description)) {
             Ok(state) => Ok(state),
             Err(error) => {
                 self.destroy_unclaimed(&started.id).await;
@@ -372,7 +379,8 @@ async fn or_pending<T>(result: Result<T, CallError>) -> Result<T, CallError> {
 /// recovery does not need it.
 fn decode_handle(handle: proto::TaskHandle) -> Result<(TaskInfo, Started), CallError> {
     let config = handle.config.ok_or(CallError::Missing("handle.config"))?;
-    let info = convert::task_info(&config);
+    let mut info = convert::task_info(&config);
     let started = handle::decode(handle.version, &handle.driver_state, &info.id)?;
+    info.description = handle::decode_description(&handle.driver_state).map(Arc::new);
     Ok((info, started))
 }

@@ -87,7 +87,7 @@ fn kept(version: i32, id: &str) -> Request<proto::RecoverTaskRequest> {
                 ..Default::default()
             }),
             state: proto::TaskState::Running.into(),
-            driver_state: handle::encode(&started(ID)).unwrap(),
+            driver_state: handle::encode(&started(ID), None).unwrap(),
         }),
     })
 }

@@ -93,6 +93,7 @@ mod tests {
             id: "a/t/1".to_owned(),
             name: "t".to_owned(),
             alloc_id: "a".to_owned(),
+            description: None,
         }
     }
 

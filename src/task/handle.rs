@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::container::Started;
+use crate::container::{Description, Started};
 
 /// The version of our handles. Version 1 is the Go driver's.
 pub const VERSION: i32 = 2;
@@ -52,6 +52,8 @@ pub enum HandleError {
 struct Written<'a> {
     schema: u32,
     started: &'a Started,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    description: Option<&'a Description>,
 }
 
 #[derive(Deserialize)]
@@ -64,11 +66,20 @@ struct Read {
     started: Started,
 }
 
+#[derive(Deserialize)]
+struct Described {
+    description: Description,
+}
+
 /// Serializes the state that Nomad stores.
-pub fn encode(started: &Started) -> Result<Vec<u8>, HandleError> {
+pub fn encode(
+    started: &Started,
+    description: Option<&Description>,
+) -> Result<Vec<u8>, HandleError> {
     let written = Written {
         schema: SCHEMA,
         started,
+        description,
     };
     serde_json::to_vec(&written).map_err(HandleError::Unwritable)
 }
@@ -94,6 +105,12 @@ pub fn decode(version: i32, state: &[u8], id: &str) -> Result<Started, HandleErr
     Ok(started)
 }
 
+/// The description in a state that [`decode`] accepts. `None` if an earlier driver wrote it.
+pub fn decode_description(state: &[u8]) -> Option<Description> {
+    let described: Option<Described> = serde_json::from_slice(state).ok();
+    described.map(|described| described.description)
+}
+
 fn damaged(error: serde_json::Error) -> HandleError {
     HandleError::Damaged {
         line: error.line(),
@@ -113,7 +130,7 @@ mod tests {
     #[test]
     fn a_handle_is_read_back() {
         let started = started("a/t/1");
-        let bytes = encode(&started).unwrap();
+        let bytes = encode(&started, None).unwrap();
         assert_eq!(decode(VERSION, &bytes, "a/t/1").unwrap(), started);
     }
 
@@ -128,14 +145,29 @@ mod tests {
             let read = decode(VERSION, state.as_bytes(), "a/t/1").unwrap();
             assert_eq!(read, started("a/t/1"));
         }
-        let written = String::from_utf8(encode(&started("a/t/1")).unwrap()).unwrap();
+        let written = String::from_utf8(encode(&started("a/t/1"), None).unwrap()).unwrap();
         assert_eq!(Some(written.as_str()), RELEASED.last().copied());
+    }
+
+    #[test]
+    fn a_description_is_kept_beside_the_start() {
+        let description = Description {
+            image: "/srv/web".to_owned(),
+            command: "web".to_owned(),
+            network: "host".to_owned(),
+        };
+        let bytes = encode(&started("i"), Some(&description)).unwrap();
+        assert_eq!(decode(VERSION, &bytes, "i").unwrap(), started("i"));
+        assert_eq!(decode_description(&bytes), Some(description));
+        for state in [RELEASED[0].as_bytes(), b"", b"{\"description\":7}"] {
+            assert_eq!(decode_description(state), None);
+        }
     }
 
     #[test]
     fn a_field_of_a_later_driver_is_ignored() {
         let mut value: serde_json::Value =
-            serde_json::from_slice(&encode(&started("i")).unwrap()).unwrap();
+            serde_json::from_slice(&encode(&started("i"), None).unwrap()).unwrap();
         value["later"] = 1.into();
         value["started"]["later"] = 1.into();
         assert!(decode(VERSION, value.to_string().as_bytes(), "i").is_ok());
@@ -143,7 +175,7 @@ mod tests {
 
     #[test]
     fn a_foreign_handle_is_refused_by_name() {
-        let bytes = encode(&started("a/t/1")).unwrap();
+        let bytes = encode(&started("a/t/1"), None).unwrap();
         assert!(matches!(
             decode(1, &bytes, "a/t/1"),
             Err(HandleError::GoDriver)
@@ -197,7 +229,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_handle_is_read_back(started in any_started()) {
-            let bytes = encode(&started).unwrap();
+            let bytes = encode(&started, None).unwrap();
             let id = started.id.clone();
             prop_assert_eq!(decode(VERSION, &bytes, &id).unwrap(), started);
         }
@@ -205,14 +237,14 @@ mod tests {
         #[test]
         fn no_bytes_panic(version in 0..4i32, bytes: Vec<u8>, cut in 0..300usize) {
             let _ = decode(version, &bytes, "i");
-            let whole = encode(&started("i")).unwrap();
+            let whole = encode(&started("i"), None).unwrap();
             let cut = cut % whole.len();
             prop_assert!(decode(VERSION, &whole[..cut], "i").is_err());
         }
 
         #[test]
         fn a_changed_byte_is_no_panic_and_no_other_task(at: prop::sample::Index, byte: u8) {
-            let mut state = encode(&started("a/t/1")).unwrap();
+            let mut state = encode(&started("a/t/1"), None).unwrap();
             let at = at.index(state.len());
             state[at] = byte;
             match decode(VERSION, &state, "a/t/1") {

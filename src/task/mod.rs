@@ -4,6 +4,7 @@
 //!
 //! One task of the runtime per actor: it is tracked and ends with the root token, and the actor's calls in flight end with it.
 
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backend::{BackendError, ContainerBackend, UsageReader};
-use crate::container::{ContainerSpec, Exit, Started};
+use crate::container::{ContainerSpec, Description, Exit, Started};
 use crate::signal::Signal;
 
 mod actor;
@@ -38,6 +39,8 @@ pub struct TaskInfo {
     pub name: String,
     /// The allocation id.
     pub alloc_id: String,
+    /// What a person recognizes it by; `None` in handles of earlier drivers.
+    pub description: Option<Arc<Description>>,
 }
 
 /// Why a request about a task failed.
@@ -91,11 +94,12 @@ pub struct Task {
     /// Boxed: a channel allocates space for dozens of entries up front.
     mailbox: mpsc::Sender<Box<Command>>,
     /// The reader of those that read statistics now.
-    reader: Arc<Mutex<Weak<Mutex<Box<dyn UsageReader>>>>>,
+    reader: Arc<Mutex<Weak<Reader>>>,
 }
 
-/// A reader that several streams of statistics share.
-pub type SharedReader = Arc<Mutex<Box<dyn UsageReader>>>;
+/// Access to a reader that several streams of statistics share.
+pub type SharedReader = Arc<Reader>;
+type Reader = Mutex<Box<dyn UsageReader>>;
 
 impl Task {
     /// Nomad's id of this start.
@@ -144,6 +148,15 @@ impl Task {
     /// Removes the task; a running one only with `force`. After a backend error the removal is retried in the background.
     pub async fn destroy(&self, force: bool) -> Result<(), TaskError> {
         self.ask(|reply| Command::Destroy { force, reply }).await
+    }
+
+    /// The addresses of the container, if it has a network of its own; none once it has exited.
+    pub async fn addresses(&self) -> Vec<IpAddr> {
+        let status = self.status();
+        match status.started.filter(|_| status.exit.is_none()) {
+            Some(started) => self.backend.addresses(&started).await,
+            None => Vec::new(),
+        }
     }
 
     /// Where to read what the container uses; `None` until it is up. All callers share one reader, and thereby the files that it

@@ -65,6 +65,7 @@ mod tests {
                 id: "a/t/1".to_owned(),
                 alloc_id: "a".to_owned(),
                 name: "t".to_owned(),
+                description: None,
             }),
             backend: Arc::new(MockContainerBackend::new()),
             status: watch::channel(TaskStatus::default()).1,

@@ -1,6 +1,7 @@
 //! The task actors against a mock backend that cooperates, and one that does not.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
@@ -92,6 +93,10 @@ impl ContainerBackend for TestBackend {
         self.mock.remove(id).await
     }
 
+    async fn addresses(&self, _: &Started) -> Vec<IpAddr> {
+        Vec::new()
+    }
+
     fn usage_reader(&self, started: &Started) -> Box<dyn UsageReader> {
         self.mock.usage_reader(started)
     }
@@ -138,6 +143,7 @@ pub(crate) fn info(id: &str) -> TaskInfo {
         id: id.to_owned(),
         name: "t".to_owned(),
         alloc_id: "a".to_owned(),
+        description: None,
     }
 }
 

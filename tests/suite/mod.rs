@@ -15,6 +15,7 @@ use super::world;
 mod ends;
 mod environment;
 mod failed_starts;
+mod inspect;
 mod killed;
 mod later_driver;
 mod processes;

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -24,6 +25,7 @@ use crate::supervisor::REQUEST_TIMEOUT;
 use crate::sys::kernel;
 
 mod acquire;
+mod addresses;
 mod attach;
 mod installed;
 mod prepare;
@@ -171,6 +173,11 @@ impl ContainerBackend for NspawnBackend {
 
     async fn remove(&self, id: &str) -> Result<(), BackendError> {
         self.remove_start(&self.task_dir(id)).await
+    }
+
+    async fn addresses(&self, started: &Started) -> Vec<IpAddr> {
+        let leader = started.leader;
+        blocking::run(move || addresses::of_container(leader)).await
     }
 
     fn usage_reader(&self, started: &Started) -> Box<dyn UsageReader> {

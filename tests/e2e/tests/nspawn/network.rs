@@ -88,3 +88,24 @@ async fn the_groups_network_is_joined_with_and_without_user_namespaces() {
     drop(namespace);
     stage.leave();
 }
+
+/// Real only: network namespaces.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_addresses_of_a_network_of_its_own_are_shown() {
+    let stage = Stage::new();
+    let namespace = Namespace::new(stage.name());
+    namespace.ip(&["address", "add", "192.0.2.7/24", "dev", "lo"]);
+    let plugin = stage.plugin().await;
+    let hosts = stage.shell("echo up; exec sleep 1000");
+    let joined = hosts.clone().network(&namespace.path());
+    for (task, wanted) in [(joined, Some("192.0.2.7")), (hosts, None)] {
+        let task = stage.up(&plugin, task).await;
+        let inspected = task.inspect(&plugin).await.unwrap().driver.unwrap();
+        let addresses = inspected.attributes.get("addresses");
+        assert_eq!(addresses.map(String::as_str), wanted, "{inspected:?}");
+        task.destroy(&plugin).await;
+    }
+    end(plugin).await;
+    drop(namespace);
+    stage.leave();
+}
