@@ -16,7 +16,7 @@ use crate::container::{Reading, Usage};
 
 /// How long the sum of the memory of all processes is kept, which is read where there is no memory controller: it takes longer than
 /// everything else together. It is also read with the processes, which is more often.
-const SUM_KEPT: Duration = Duration::from_secs(10);
+const SUM_KEPT: Duration = Duration::from_secs(15);
 /// More than any of the files has.
 const BUFFER: usize = 8 * 1024;
 

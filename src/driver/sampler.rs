@@ -17,6 +17,9 @@ use crate::task::{SharedReader, Task};
 
 /// A sample may be taken early by this fraction of the interval if others are due.
 const EARLY: u32 = 10;
+/// The number of samples that are taken before they are sent: the threads that send them are then woken once for all of them, and the
+/// samples take little memory.
+const TOGETHER: usize = 32;
 /// Enough for reading files and making messages of their content.
 const STACK_BYTES: usize = 256 * 1024;
 
@@ -171,12 +174,14 @@ fn run(
             Err(RecvTimeoutError::Timeout) => {
                 let compute = config.borrow().as_ref().and_then(|config| config.compute);
                 let now = Instant::now();
-                for number in streams.take_due(now) {
-                    let keep = streams.by_number.get_mut(&number).is_some_and(|stream| {
-                        stream.due = now + stream.every;
-                        stream.sample(compute)
-                    });
-                    streams.put_back(number, keep);
+                for some in streams.take_due(now).chunks(TOGETHER) {
+                    let taken = some
+                        .iter()
+                        .map(|number| (*number, streams.sample(*number, now, compute)));
+                    let taken: Vec<_> = taken.collect();
+                    for (number, sample) in taken {
+                        streams.send(number, sample);
+                    }
                 }
             }
         }
@@ -221,27 +226,58 @@ impl Streams {
         due
     }
 
-    /// Puts a stream back in the queue, if it is to be read again.
-    fn put_back(&mut self, number: u64, again: bool) {
-        if let Some(stream) = self.by_number.get(&number).filter(|_| again) {
+    /// Reads a stream that was due.
+    fn sample(&mut self, number: u64, now: Instant, compute: Option<Compute>) -> Taken {
+        let Some(stream) = self.by_number.get_mut(&number) else {
+            return Taken::Never;
+        };
+        stream.due = now + stream.every;
+        stream.sample(compute)
+    }
+
+    /// Sends what was taken, and puts the stream back in the queue if it is to be read again.
+    fn send(&mut self, number: u64, taken: Taken) {
+        let Some(stream) = self.by_number.get(&number) else {
+            return;
+        };
+        let again = match taken {
+            Taken::Never => false,
+            Taken::Nothing => true,
+            Taken::Sample(sample) => {
+                let sent = stream.samples.try_send(sample);
+                !matches!(sent, Err(TrySendError::Closed(_)))
+            }
+        };
+        if again {
             self.queue.insert((stream.due, number));
         }
     }
 }
 
+/// What a stream gets when it is due.
+#[derive(Debug)]
+enum Taken {
+    Sample(Sample),
+    /// Nothing this time.
+    Nothing,
+    /// Nothing any more.
+    Never,
+}
+
 impl Stream {
-    /// Reads and sends a sample. Returns whether there may be another.
-    fn sample(&mut self, compute: Option<Compute>) -> bool {
+    fn sample(&mut self, compute: Option<Compute>) -> Taken {
         if self.samples.capacity() == 0 {
-            return true;
+            return Taken::Nothing;
         }
         if matches!(self.reader, Source::Unknown)
             && let Some(reader) = self.task.usage_reader()
         {
             self.reader = Source::Reader(reader);
         }
-        let Source::Reader(reader) = &self.reader else {
-            return matches!(self.reader, Source::Unknown);
+        let reader = match &self.reader {
+            Source::Reader(reader) => reader,
+            Source::Unknown => return Taken::Nothing,
+            Source::Gone => return Taken::Never,
         };
         let now = Instant::now();
         let with_processes = self.figures.wants_processes(now);
@@ -251,7 +287,7 @@ impl Stream {
             .read(with_processes);
         let Some(reading) = reading else {
             self.reader = Source::Gone;
-            return false;
+            return Taken::Never;
         };
         let (whole, processes) = self.figures.take(now, reading, compute);
         let stats = TaskStats {
@@ -260,9 +296,7 @@ impl Stream {
             agg_resource_usage: Some(whole),
             resource_usage_by_pid: processes,
         };
-        let response = TaskStatsResponse { stats: Some(stats) };
-        let sent = self.samples.try_send(Box::new(Ok(response)));
-        !matches!(sent, Err(TrySendError::Closed(_)))
+        Taken::Sample(Box::new(Ok(TaskStatsResponse { stats: Some(stats) })))
     }
 }
 
@@ -303,8 +337,8 @@ mod tests {
         assert_eq!(streams.next_due(), Some(now));
         assert_eq!(streams.take_due(now), [0, 1]);
         assert_eq!(streams.next_due(), Some(now + Duration::from_millis(101)));
-        streams.put_back(0, true);
-        streams.put_back(1, false);
+        streams.send(0, Taken::Nothing);
+        streams.send(1, Taken::Never);
         assert_eq!(streams.take_due(now), [0]);
         streams.remove(2);
         assert_eq!(streams.take_due(now), [3]);
@@ -318,7 +352,7 @@ mod tests {
         streams.remove(0);
         streams.remove(0);
         assert_eq!(streams.next_due(), None);
-        streams.put_back(0, true);
+        streams.send(0, Taken::Nothing);
         assert_eq!(streams.next_due(), None);
     }
 }

@@ -38,8 +38,8 @@ impl Compute {
 }
 
 /// How long the figures of the processes are kept and sent again: to read those of a process takes about as long as to read those of a
-/// whole container. Nomad's own executor keeps them as long.
-const PROCESSES_KEPT: Duration = Duration::from_secs(5);
+/// whole container, several times over. Nomad's own executor keeps them for 5 seconds.
+const PROCESSES_KEPT: Duration = Duration::from_secs(10);
 
 /// CPU time in percent of one core.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -341,10 +341,10 @@ mod tests {
         assert!(!figures.wants_processes(soon));
         let (_, kept) = figures.take(soon, used(0, 0), None);
         assert_eq!(kept, first);
-        let later = start + Duration::from_secs(5);
+        let later = start + Duration::from_secs(10);
         assert!(figures.wants_processes(later));
         // Another process has got the pid 8.
-        let second = reading(&[process(7, 1, 3500), process(8, 2, 9000)]);
+        let second = reading(&[process(7, 1, 6000), process(8, 2, 9000)]);
         let (_, second) = figures.take(later, second, None);
         assert_eq!(second["7"].cpu.as_ref().unwrap().percent, 50.0);
         assert!(second["8"].cpu.as_ref().unwrap().measured_fields.is_empty());
