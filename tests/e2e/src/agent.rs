@@ -22,6 +22,8 @@ use config::{LABEL, config};
 
 /// A new node that is not ready after this time has stalled: it registered before its server had keys and is in a long backoff.
 const STALLED: Duration = Duration::from_secs(8);
+/// How many times as long an agent may take to start on an emulated processor (`NOMAD_DRIVER_NSPAWN_E2E_EMULATED`).
+const EMULATED: u32 = 5;
 
 /// One agent.
 #[derive(Debug)]
@@ -78,11 +80,13 @@ impl Agent {
 
     /// Starts the agent, for the first time or again, and waits until the node is ready and the driver healthy.
     pub fn start(&mut self) {
-        let end = Instant::now() + DEADLINE;
+        let emulated = std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_EMULATED").is_some();
+        let slower = if emulated { EMULATED } else { 1 };
+        let end = Instant::now() + slower * DEADLINE;
         loop {
             self.spawn();
             let fresh = !self.join("data/server/raft/raft.db").exists();
-            let patience = if fresh { STALLED } else { 2 * STALLED };
+            let patience = slower * if fresh { STALLED } else { 2 * STALLED };
             let stalled = Instant::now() + patience;
             while Instant::now() < stalled {
                 if self.ready() {
