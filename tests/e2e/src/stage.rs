@@ -88,6 +88,8 @@ impl World for Stage {
         KINDS.contains(&target)
             || Path::new(target) == self.join(".#tree.lck")
             || target.starts_with("/run/systemd/nspawn/locks/")
+            // From 257 on: the container's kernel log.
+            || target.starts_with("/run/.#proc-kmsg")
     }
 
     async fn is_clean(&self, plugin: &Plugin) {
