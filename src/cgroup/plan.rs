@@ -97,8 +97,11 @@ impl CgroupPlan {
                 Err(error) if error.kind() == io::ErrorKind::NotFound && attempt < ATTEMPTS => {
                     attempt += 1;
                 }
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(refused),
-                made => return made.map(|()| refused),
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {
+                    make_visible(tracking)?;
+                    return Ok(refused);
+                }
             }
         }
     }
@@ -172,8 +175,7 @@ fn oom_counter(place: &Place, version_2: &BTreeSet<String>) -> Option<PathBuf> {
 /// which it gets from the one above.
 fn create_controller(group: &Path) -> io::Result<()> {
     Group::new(group).create()?;
-    // Against the umask of the supervisor: what the container sees of its limits is in this directory.
-    fs::set_permissions(group, fs::Permissions::from_mode(0o755))?;
+    make_visible(group)?;
     let parents = group.parent().into_iter().chain([group]);
     for group in parents {
         for file in ["cpuset.cpus", "cpuset.mems"] {
@@ -187,6 +189,12 @@ fn create_controller(group: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Lets the container see a cgroup, against the umask of the supervisor: root of a container with a user namespace is another user, whose
+/// systemd-nspawn mounts a cgroup below it, and who reads its limits there.
+fn make_visible(group: &Path) -> io::Result<()> {
+    fs::set_permissions(group, fs::Permissions::from_mode(0o755))
 }
 
 /// Writes all of these; returns those that the kernel refuses. `disabled` are controllers that could not be enabled.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::event_loop::{EventLoop, Interest, Source, Token};
 use super::{State, Supervisor, failure};
-use crate::cgroup::{Group, OomCounter, Unenforced, unenforced_note};
+use crate::cgroup::{CgroupPlan, Group, OomCounter, Unenforced, unenforced_note};
 use crate::container::Cause;
 use crate::state::task_dir::LaunchSpec;
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
@@ -47,10 +47,8 @@ impl Cgroups {
             return Ok(cgroups);
         };
         let step = |error: io::Error| failure(StartStep::Cgroup, &error);
-        let Some(plan) = &launch_spec.cgroups else {
-            Group::new(group).create().map_err(step)?;
-            return Ok(cgroups);
-        };
+        let none = CgroupPlan::default();
+        let plan = launch_spec.cgroups.as_ref().unwrap_or(&none);
         let unenforced = plan.create(group).map_err(step)?;
         cgroups.note(&unenforced, plan.required)?;
         cgroups.oom = plan.oom.as_ref().and_then(|file| watch_oom(file, events));
