@@ -166,3 +166,90 @@ fn shares_become_weights() {
         [1, 1, 2, 17, 58, 100, 236, 4340, 10_000, 10_000]
     );
 }
+
+/// The table of `docs/resources.md`. `tests/contract/limits.rs` compares its values with the files of a running container.
+#[test]
+fn the_documentation_has_every_file_and_value() {
+    const DOCS: &str = include_str!("../../docs/resources.md");
+    let version_1 = ["cpu", "cpuset", "memory", "pids"];
+    let none = BTreeSet::new();
+    let columns = [
+        (place(true, &[]), all(), true),
+        (place(false, &[]), all(), true),
+        (place(false, &version_1), none.clone(), true),
+        (place(false, &version_1), none, false),
+    ];
+    let columns = columns.map(|(place, version_2, tracked)| {
+        let place = Place {
+            version_2: tracked,
+            ..place
+        };
+        settings(&place, &version_2, &documented())
+    });
+    let rows = [
+        (
+            "`memory = 256` beside `memory_max`",
+            Limit::MemoryReservation,
+        ),
+        ("`memory_max = 512`, or `memory` alone", Limit::Memory),
+        ("`memory_swap = \"640m\"`", Limit::Swap),
+        ("`cpu = 500`", Limit::Cpu),
+        ("`cpu_hard_limit = true`", Limit::CpuHardLimit),
+        ("`cores = 1`", Limit::Cores),
+        ("`pids_limit = 100`", Limit::Pids),
+        ("always", Limit::Cgroups),
+    ];
+    let rows = rows.map(|(field, limit)| {
+        let cells = columns.each_ref().map(|settings| cell(settings, limit));
+        format!("| {field} | {} |", cells.join(" | "))
+    });
+    let table = rows.join("\n");
+    assert!(DOCS.contains(&table), "the table is\n{table}");
+}
+
+/// What the table is about.
+fn documented() -> Resources {
+    Resources {
+        memory: Memory {
+            hard: Some(512 << 20),
+            reserved: Some(256 << 20),
+            swap: Swap::Limit(128 << 20),
+        },
+        cpu: Cpu {
+            shares: Some(500),
+            quota: Some(CpuQuota {
+                quota: 25_000,
+                period: 100_000,
+            }),
+            cores: Some("0".to_owned()),
+        },
+        pids: Some(100),
+        ..Resources::default()
+    }
+}
+
+/// The files of a limit, relative to the cgroup of the start in the hierarchy of their controller. A file that gets another value once
+/// the container is up is listed with that.
+fn cell(settings: &Settings, limit: Limit) -> String {
+    let mut files: Vec<(String, String)> = Vec::new();
+    for setting in settings.before.iter().chain(&settings.up) {
+        if setting.limit != limit {
+            continue;
+        }
+        let path = setting.file.to_string_lossy();
+        let file = match path.split_once("/x/") {
+            Some((_, below)) => below.to_owned(),
+            None => format!("../{}", path.rsplit('/').next().unwrap()),
+        };
+        files.retain(|(known, _)| *known != file);
+        files.push((file, setting.value.clone()));
+    }
+    let files = files
+        .iter()
+        .map(|(file, value)| format!("`{file}` {value}"));
+    let files: Vec<String> = files.collect();
+    match files.is_empty() {
+        true => "–".to_owned(),
+        false => files.join("<br>"),
+    }
+}

@@ -2,7 +2,7 @@
 
 use super::*;
 use nomad_driver_nspawn::cgroup::Layout;
-use nomad_driver_nspawn::container::{CpuQuota, Resources, Swap};
+use nomad_driver_nspawn::container::{CgroupLayout, CpuQuota, Resources, Swap};
 
 const MEMORY: u64 = 24 << 20;
 
@@ -68,6 +68,77 @@ async fn limits_are_written_before_the_command_runs(world: World) {
     assert!(quota.starts_with("50000"), "{quota}");
     assert_eq!(own("pids", "pids.max", "payload/pids.max"), "30");
     world.leave(&[&started]).await;
+}
+
+/// The files and values of the table in `docs/resources.md`, of the column with this number.
+fn documented(column: usize) -> Vec<(String, String)> {
+    let text = include_str!("../../docs/resources.md");
+    let table = text.split("|---|---|---|---|---|\n").nth(1).unwrap();
+    let rows = table.lines().take_while(|line| line.starts_with('|'));
+    let cells = rows.map(|row| row.split('|').nth(column + 2).unwrap().trim().to_owned());
+    let entries = cells.flat_map(|cell| {
+        let entries: Vec<String> = cell.split("<br>").map(str::to_owned).collect();
+        entries
+    });
+    let entry = |entry: String| {
+        let (file, value) = entry.strip_prefix('`')?.split_once("` ")?;
+        Some((file.to_owned(), value.to_owned()))
+    };
+    entries.filter_map(entry).collect()
+}
+
+/// With Nomad's scope and without it where this host has cgroup v2 alone.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_files_of_a_container_are_those_of_the_documentation(world: World) {
+    if !["cpu", "cpuset", "memory", "pids"].into_iter().all(has) {
+        return;
+    }
+    let layout = Layout::of_this_host();
+    let columns = match layout.kind {
+        CgroupLayout::V2 => vec![0, 1],
+        CgroupLayout::Hybrid => vec![2],
+        CgroupLayout::V1 | CgroupLayout::None => vec![3],
+    };
+    let unique = world.spec("").identity.machine;
+    let slice = layout.tracking.unwrap().join(format!("{unique}.slice"));
+    for column in columns {
+        let scope = slice.join("a.t.scope");
+        let spec = world.spec(HEARS_TERM).with(|spec| {
+            let resources = &mut spec.resources;
+            resources.memory.hard = Some(512 << 20);
+            resources.memory.reserved = Some(256 << 20);
+            resources.memory.swap = Swap::Limit(128 << 20);
+            resources.cpu.shares = Some(500);
+            resources.cpu.quota = Some(CpuQuota {
+                quota: 25_000,
+                period: 100_000,
+            });
+            resources.cpu.cores = Some("0".to_owned());
+            resources.pids = Some(100);
+            resources.cgroup = (column == 0).then(|| scope.clone());
+        });
+        if column == 0 {
+            fs::create_dir_all(&scope).unwrap();
+        }
+        let started = world.up(spec).await;
+        let own = started.cgroup.clone().unwrap();
+        let entries = documented(column);
+        assert!(entries.len() > 8, "{entries:?}");
+        for (file, wanted) in entries {
+            let controller = file.split('.').next().unwrap();
+            let group = started.controllers.get(controller).unwrap_or(&own);
+            let value = fs::read_to_string(group.join(&file))
+                .unwrap_or_else(|error| panic!("{file} in {}: {error}", group.display()));
+            assert_eq!(value.trim(), wanted, "{file}: {:?}", started.notes);
+        }
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+        for group in [&scope, &slice] {
+            let _ = fs::remove_dir(group);
+        }
+    }
+    world.leave(&[]).await;
 }
 
 #[rstest]

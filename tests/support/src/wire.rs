@@ -345,6 +345,13 @@ impl Task {
         self
     }
 
+    /// With this `resources.memory`, in MiB.
+    #[must_use]
+    pub fn with_memory(mut self, mebibytes: i64) -> Self {
+        self.spec.memory_mb = mebibytes;
+        self
+    }
+
     /// With this variable in the job's `env` block.
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 mod ends;
 mod inside;
+mod limits;
 mod network;
 mod root;
 mod system;
