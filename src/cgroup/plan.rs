@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::SUBTREE;
 use super::group::Group;
 use super::layout::{Layout, Place};
 use super::limits::{self, Limit, Setting, Unenforced};
@@ -191,10 +192,14 @@ fn create_controller(group: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Lets the container see a cgroup, against the umask of the supervisor: root of a container with a user namespace is another user, whose
-/// systemd-nspawn mounts a cgroup below it, and who reads its limits there.
+/// Lets the container see a cgroup, against the umask of the supervisor: root of a container with a user namespace is another user, who
+/// mounts the hierarchy from its cgroup on and reads its limits there. For the mount the kernel looks up every directory on the way.
 fn make_visible(group: &Path) -> io::Result<()> {
-    fs::set_permissions(group, fs::Permissions::from_mode(0o755))
+    let subtree = group.parent().filter(|parent| parent.ends_with(SUBTREE));
+    for directory in subtree.into_iter().chain([group]) {
+        fs::set_permissions(directory, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
 }
 
 /// Writes all of these; returns those that the kernel refuses. `disabled` are controllers that could not be enabled.

@@ -116,3 +116,30 @@ fn a_plan_is_read_back_and_an_unknown_limit_is_kept_harmless() {
     let plan: CgroupPlan = serde_json::from_str(&later).unwrap();
     assert_eq!(plan.before[0].limit, Limit::Unknown);
 }
+
+/// The umask of a supervisor is 077.
+#[test]
+fn every_directory_that_the_driver_makes_is_visible_to_the_container() {
+    let temp = tempfile::tempdir().unwrap();
+    let subtree = temp.path().join(SUBTREE);
+    let (tracking, controller) = (
+        subtree.join("x"),
+        temp.path().join("v1").join(SUBTREE).join("x"),
+    );
+    fs::create_dir(&subtree).unwrap();
+    fs::set_permissions(&subtree, fs::Permissions::from_mode(0o700)).unwrap();
+    let plan = CgroupPlan {
+        controllers: [("memory".to_owned(), controller.clone())].into(),
+        ..CgroupPlan::default()
+    };
+    plan.create(&tracking).unwrap();
+    for directory in [
+        &subtree,
+        &tracking,
+        &controller,
+        &controller.parent().unwrap().to_owned(),
+    ] {
+        let mode = fs::metadata(directory).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o755, "{}", directory.display());
+    }
+}

@@ -54,7 +54,8 @@ impl Lease for ControllerCgroups {
     fn release(&self, _: &Context<'_>) -> io::Result<()> {
         // One that can't be removed does not keep the others from being removed.
         let removed = self.groups.iter().map(|group| Group::new(group).remove());
-        removed.fold(Ok(()), |first, next| first.and(next))
+        let failed: Vec<io::Error> = removed.filter_map(Result::err).collect();
+        failed.into_iter().next().map_or(Ok(()), Err)
     }
 
     fn is_own(&self, task_dir: &Path) -> bool {

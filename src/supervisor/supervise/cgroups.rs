@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::event_loop::{EventLoop, Interest, Source, Token};
 use super::{State, Supervisor, failure};
-use crate::cgroup::{CgroupPlan, Group, OomCounter, Unenforced, unenforced_note};
+use crate::cgroup::{CgroupPlan, Group, Limit, OomCounter, Unenforced, unenforced_note};
 use crate::container::Cause;
 use crate::state::task_dir::LaunchSpec;
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
@@ -28,6 +28,8 @@ pub(super) struct Cgroups {
     oom_kills_reported: u64,
     report_at: Option<Instant>,
     /// The limits that the kernel has refused.
+    refused: Vec<Limit>,
+    /// The same for the user.
     notes: Vec<String>,
 }
 
@@ -50,14 +52,20 @@ impl Cgroups {
         let none = CgroupPlan::default();
         let plan = launch_spec.cgroups.as_ref().unwrap_or(&none);
         let unenforced = plan.create(group).map_err(step)?;
-        cgroups.note(&unenforced, plan.required)?;
+        cgroups.note(unenforced, plan.required)?;
         cgroups.oom = plan.oom.as_ref().and_then(|file| watch_oom(file, events));
         Ok(cgroups)
     }
 
-    /// Keeps what the kernel has refused for the user, or fails if it is required.
-    fn note(&mut self, unenforced: &[Unenforced], required: bool) -> Result<(), StartFailure> {
-        match unenforced_note(unenforced) {
+    /// Keeps what the kernel has refused for the user, once for each limit, or fails if it is required.
+    fn note(
+        &mut self,
+        mut unenforced: Vec<Unenforced>,
+        required: bool,
+    ) -> Result<(), StartFailure> {
+        unenforced.retain(|one| !self.refused.contains(&one.limit));
+        self.refused.extend(unenforced.iter().map(|one| one.limit));
+        match unenforced_note(&unenforced) {
             Some(note) if required => {
                 Err(StartFailure::new(StartStep::Cgroup, Cause::Config, note))
             }
@@ -71,7 +79,7 @@ impl Cgroups {
     /// Writes what can be written only once systemd-nspawn has made the container's own cgroup.
     pub(super) fn settle(&mut self, launch_spec: &LaunchSpec) -> Result<(), StartFailure> {
         match &launch_spec.cgroups {
-            Some(plan) => self.note(&plan.settle(), plan.required),
+            Some(plan) => self.note(plan.settle(), plan.required),
             None => Ok(()),
         }
     }

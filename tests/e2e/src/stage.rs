@@ -90,6 +90,9 @@ impl World for Stage {
             || target.starts_with("/run/systemd/nspawn/locks/")
             // From 257 on: the container's kernel log.
             || target.starts_with("/run/.#proc-kmsg")
+            // The same: the root directory, and in cgroup v2 the memory pressure of its own cgroup.
+            || target == "/"
+            || target.ends_with("/supervisor/memory.pressure")
     }
 
     async fn is_clean(&self, plugin: &Plugin) {
