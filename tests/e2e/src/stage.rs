@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dev_agent::{Allocation, Launch, Plugin};
 use nomad_driver_nspawn::proto::driver::TaskConfig;
@@ -18,6 +18,7 @@ use support::not_applicable;
 pub use support::wire::{Ended, Fixture, Need, Refused, Running, Task, World, end};
 pub use support::within;
 
+use crate::DEADLINE;
 use crate::leftovers::Marks;
 
 /// The environment of one test.
@@ -97,18 +98,21 @@ impl World for Stage {
 
     async fn is_clean(&self, plugin: &Plugin) {
         let own = format!("process {} ", plugin.pid());
-        let is_left = || {
-            let recorded = fs::read_dir(self.state()).is_ok_and(|all| all.count() > 0);
+        let left = || {
+            let recorded = fs::read_dir(self.state()).into_iter().flatten().flatten();
+            let recorded = recorded.map(|entry| format!("record {}", entry.path().display()));
             let mut left = self.marks.left();
             left.retain(|line| !line.starts_with(&own));
-            recorded || !left.is_empty()
+            left.extend(recorded);
+            left
         };
-        within("an empty machine", async {
-            while is_left() {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        })
-        .await;
+        let end = Instant::now() + DEADLINE;
+        let mut found = left();
+        while !found.is_empty() {
+            assert!(Instant::now() < end, "left on the machine: {found:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            found = left();
+        }
     }
 
     fn unused(self) {
