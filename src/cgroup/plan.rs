@@ -78,7 +78,11 @@ impl CgroupPlan {
         let refused = self.create_tracking(tracking)?;
         for group in self.joined() {
             if group.file_name() == tracking.file_name() {
-                create_controller(group)?;
+                Group::new(group).create()?;
+                make_visible(group)?;
+                if self.controllers.get("cpuset") == Some(group) {
+                    inherit_cores(group)?;
+                }
             }
         }
         Ok(written(&self.before, &refused))
@@ -172,11 +176,8 @@ fn oom_counter(place: &Place, version_2: &BTreeSet<String>) -> Option<PathBuf> {
     }
 }
 
-/// Makes a cgroup in a hierarchy of cgroup v1. One of the cpuset controller accepts no process until it has cores and memory nodes,
-/// which it gets from the one above.
-fn create_controller(group: &Path) -> io::Result<()> {
-    Group::new(group).create()?;
-    make_visible(group)?;
+/// Gives a cgroup of the cpuset controller of cgroup v1 the cores and memory nodes of the one above: it accepts no process without.
+fn inherit_cores(group: &Path) -> io::Result<()> {
     let parents = group.parent().into_iter().chain([group]);
     for group in parents {
         for file in ["cpuset.cpus", "cpuset.mems"] {

@@ -98,7 +98,7 @@ fn a_cpuset_gets_the_cores_of_the_one_above() {
     }
     fs::write(top.join("cpuset.cpus"), "0-3\n").unwrap();
     fs::write(top.join("cpuset.mems"), "0\n").unwrap();
-    create_controller(&own).unwrap();
+    inherit_cores(&own).unwrap();
     assert_eq!(fs::read_to_string(own.join("cpuset.cpus")).unwrap(), "0-3");
     assert_eq!(fs::read_to_string(own.join("cpuset.mems")).unwrap(), "0");
 }

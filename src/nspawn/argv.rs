@@ -8,8 +8,8 @@ use std::path::Path;
 use super::env_filter::safe_for_nspawn_env;
 use super::version::Feature;
 use crate::container::{
-    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, NetworkNamespace, Payload, Rlimit,
-    Root, Rootfs, Users, Volatile,
+    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, NetworkNamespace, Payload,
+    Resources, Rlimit, Root, Rootfs, Users, Volatile,
 };
 
 /// The properties of the host that the command line depends on.
@@ -79,7 +79,7 @@ pub fn command_line(
     host: Target,
 ) -> Result<CommandLine, Unsupported> {
     let mut builder = CommandBuilder::new(host);
-    builder.fixed();
+    builder.fixed(&spec.resources);
     builder.flag("--machine", &spec.identity.machine);
     builder.root(root);
     builder.rootfs(&spec.rootfs);
@@ -223,13 +223,13 @@ impl CommandBuilder {
     }
 
     /// What is the same for all containers.
-    fn fixed(&mut self) {
+    fn fixed(&mut self, resources: &Resources) {
         self.flag("--settings", "no");
         self.switch("--keep-unit", true);
         self.flag("--register", "no");
         self.flag("--link-journal", "no");
-        // systemd-nspawn itself inherits the supervisor's protection from the OOM killer; what it starts must not.
-        self.flag("--oom-score-adjust", "0");
+        // It has that value already, from the exec shim: in a user namespace systemd-nspawn (252) may not change it, and then only checks it.
+        self.flag("--oom-score-adjust", &resources.oom_score_adj.to_string());
     }
 
     fn root(&mut self, root: &Root) {

@@ -37,6 +37,7 @@ fn every_option_has_its_argument() {
     let full = spec().with(|spec| {
         spec.rootfs.source = Root::Image("/srv/disk.raw".into());
         spec.payload.mode = Mode::ProcessTwo;
+        spec.resources.oom_score_adj = 300;
         spec.payload.working_directory = Some("/srv".into());
         spec.payload.user = Some("bob".into());
         spec.rootfs.ephemeral = true;
@@ -71,7 +72,7 @@ fn every_option_has_its_argument() {
     --keep-unit
     --register=no
     --link-journal=no
-    --oom-score-adjust=0
+    --oom-score-adjust=300
     --machine=web-0f1e
     --image=/srv/disk.raw
     --ephemeral

@@ -109,7 +109,8 @@ fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
         let what = format!("can't enter the control group {}", group.display());
         Group::new(group).enter().map_err(because(&what))?;
     }
-    // The agent's own may be -1000, with which no limit of memory would end a process. Lowering it needs CAP_SYS_RESOURCE.
+    // The agent's own may be -1000, with which no limit of memory would end a process. systemd-nspawn can't change it in a user
+    // namespace. Lowering it needs CAP_SYS_RESOURCE.
     let _ = set_oom_score_adj(nix::unistd::getpid().as_raw(), launch_spec.oom_score_adj);
     if let Some(path) = &launch_spec.network_namespace {
         let entered = File::open(path).and_then(|file| Ok(setns(file, CloneFlags::CLONE_NEWNET)?));

@@ -63,3 +63,24 @@ async fn filling_a_temporary_file_system_is_no_oom_kill() {
     end(plugin).await;
     stage.leave();
 }
+
+/// The agent's own may be -1000, with which no limit of memory would end a process. Real only: it is systemd-nspawn that sets it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_processes_have_the_badness_adjustment_of_the_job() {
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    for (option, seen) in [(None, "0\n"), (Some(300), "300\n")] {
+        for users in [false, true] {
+            let task = limited(&stage, "cat /proc/self/oom_score_adj");
+            let task = task.with("user_namespacing", users);
+            let task = match option {
+                Some(number) => task.with("oom_score_adj", number),
+                None => task,
+            };
+            let ended = stage.run_on(&plugin, task).await;
+            assert_eq!((ended.said(), &*ended.stderr), (seen, ""), "{users}");
+        }
+    }
+    end(plugin).await;
+    stage.leave();
+}
