@@ -65,9 +65,12 @@ fn refused(cause: Cause, reason: String) -> StartFailure {
     StartFailure::new(StartStep::Inside, cause, reason)
 }
 
-/// Whether the process has exited. While it has not, what `/proc` shows under its pid is its own.
+/// Whether the process has exited, or is exiting: it then has no root and no namespaces any more, and the first process of a pid namespace
+/// still waits for all others. While it has not exited, what `/proc` shows under its pid is its own.
 fn has_exited(leader: &ProcessHandle) -> bool {
+    let root = format!("/proc/{}/root", leader.process().pid);
     leader.wait(Duration::ZERO)
+        || std::fs::read_link(root).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// The root directory of a container, as its leader sees it.
