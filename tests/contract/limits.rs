@@ -4,7 +4,8 @@ use super::*;
 use nomad_driver_nspawn::cgroup::Layout;
 use nomad_driver_nspawn::container::{CgroupLayout, CpuQuota, Resources, Swap};
 
-const MEMORY: u64 = 24 << 20;
+/// So much that the script that uses it up is far larger than any other process in the cgroup when the kernel chooses a victim.
+const MEMORY: u64 = 64 << 20;
 
 /// A script whose shell doubles a variable until the kernel kills it.
 const HUNGRY: &str = "x=0123456789abcdef; while :; do x=$x$x; done";
