@@ -55,7 +55,7 @@ pub struct Place {
     /// Whether that is in a cgroup that Nomad made for the task.
     pub granted: bool,
     /// In cgroup v1: the cgroup of the start in the hierarchy of each controller. That of `cpuset` is Nomad's own where it has one:
-    /// the kernel refuses to take cores from a cgroup that has a child with them, so Nomad could not share its cores anew.
+    /// the kernel refuses to take cores from a cgroup that has a child with them, so Nomad could not reserve a core any more.
     pub controllers: BTreeMap<String, PathBuf>,
 }
 
