@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -30,11 +31,11 @@ pub trait ContainerBackend: Send + Sync + std::fmt::Debug + 'static {
 
     /// Starts a container and returns once it is up. Leftovers of an interrupted earlier start of the same id are killed and
     /// cleaned up first. After an error nothing of this start is left.
-    async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError>;
+    async fn start(&self, spec: ContainerSpec) -> Result<Arc<Started>, BackendError>;
 
     /// Recovers a container that this or an earlier process started. A container that has exited meanwhile is found as long as
     /// its exit is recorded: [`wait`](Self::wait) then returns at once. Never touches anything else.
-    async fn attach(&self, started: &Started) -> Result<Started, BackendError>;
+    async fn attach(&self, started: &Started) -> Result<Arc<Started>, BackendError>;
 
     /// Waits for the container's exit. Any number of callers, early or late, get the same result. If the exit status was lost,
     /// the result is an [`Exit`] with an error text, not an error.

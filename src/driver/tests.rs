@@ -184,7 +184,7 @@ async fn a_stored_handle_is_enough_to_recover_the_task() {
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .times(1)
-        .returning(|started| Ok(started.clone()));
+        .returning(|started| Ok(started.clone().into()));
     let (stage, end) = TestBackend::new(mock);
     let driver = driver(stage);
     driver.recover_task(kept(2, ID)).await.unwrap();
@@ -450,7 +450,7 @@ async fn reconciliation_is_repeated_after_the_first_task_of_the_agent() {
     let (asked, mut received) = tokio::sync::mpsc::unbounded_channel();
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()
-        .returning(|started| Ok(started.clone()));
+        .returning(|started| Ok(started.clone().into()));
     mock.expect_wait().returning(|_| Ok(exit(0, 0)));
     mock.expect_reconcile()
         .returning(move |roots| asked.send(roots.clone()).unwrap());

@@ -35,6 +35,13 @@ pub enum Status {
     Ended(Arc<Exit>),
 }
 
+impl Status {
+    /// Whether no other can follow.
+    fn is_final(&self) -> bool {
+        matches!(self, Self::Failed(_) | Self::Ended(_))
+    }
+}
+
 /// How much of the supervisor there still is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Connection {
@@ -49,11 +56,17 @@ enum Connection {
 /// The plugin's client of one supervisor. Clones share the same connection.
 #[derive(Debug, Clone)]
 pub struct SupervisorClient {
-    status: watch::Receiver<Status>,
-    /// OOM kills that the container has survived.
-    oom_kills: watch::Receiver<u64>,
-    connection: watch::Receiver<Connection>,
+    observed: watch::Receiver<Observed>,
     requests: mpsc::Sender<PendingRequest>,
+}
+
+/// What the plugin knows about a supervisor and its container. In one channel, because each takes half a kilobyte.
+#[derive(Debug)]
+struct Observed {
+    status: Status,
+    /// OOM kills that the container has survived.
+    oom_kills: u64,
+    connection: Connection,
 }
 
 type PendingRequest = (Action, oneshot::Sender<Result<(), String>>);
@@ -157,35 +170,29 @@ impl SupervisorClient {
     /// A client of a container that has exited, without a supervisor to send requests to.
     fn ended(exit: Exit) -> Self {
         let (requests, _) = mpsc::channel(1);
-        let (_, status) = watch::channel(Status::Ended(Arc::new(exit)));
-        let (_, connection) = watch::channel(Connection::SupervisorExited);
-        let (_, oom_kills) = watch::channel(0);
-        Self {
-            status,
-            oom_kills,
-            connection,
-            requests,
-        }
+        let (_, observed) = watch::channel(Observed {
+            status: Status::Ended(Arc::new(exit)),
+            oom_kills: 0,
+            connection: Connection::SupervisorExited,
+        });
+        Self { observed, requests }
     }
 
     /// The current state.
     pub fn status(&self) -> Status {
-        self.status.borrow().clone()
+        self.observed.borrow().status.clone()
     }
 
     /// Waits until the start has succeeded or failed.
     pub async fn start_outcome(&self) -> Status {
-        let mut status = self.status.clone();
-        let outcome = status.wait_for(|status| *status != Status::Starting).await;
-        outcome.map_or_else(|_| self.status(), |status| status.clone())
+        self.wait_for(|observed| observed.status != Status::Starting)
+            .await;
+        self.status()
     }
 
     /// Waits for the exit; `None` if the container never came up.
     pub async fn end(&self) -> Option<Exit> {
-        let mut status = self.status.clone();
-        let _ = status
-            .wait_for(|status| matches!(status, Status::Failed(_) | Status::Ended(_)))
-            .await;
+        self.wait_for(|observed| observed.status.is_final()).await;
         match self.status() {
             Status::Ended(exit) => Some((*exit).clone()),
             _ => None,
@@ -195,29 +202,31 @@ impl SupervisorClient {
     /// Waits until more than `seen` processes of the container have been killed because its memory was used up, and returns how many.
     /// `None` if no more can follow.
     pub async fn oom_kills(&self, seen: u64) -> Option<u64> {
-        let mut kills = self.oom_kills.clone();
-        let more = kills.wait_for(|kills| *kills > seen).await;
-        more.ok().map(|kills| *kills)
+        self.wait_for(|observed| observed.oom_kills > seen || observed.status.is_final())
+            .await;
+        Some(self.observed.borrow().oom_kills).filter(|kills| *kills > seen)
     }
 
     /// Whether the connection to the supervisor is open. If the container has ended, the supervisor is then releasing what it held.
     pub fn is_connected(&self) -> bool {
-        *self.connection.borrow() == Connection::Open
+        self.observed.borrow().connection == Connection::Open
     }
 
     /// Waits until the connection is closed: after the container's end, until the supervisor has released everything.
     pub async fn wait_until_disconnected(&self) {
-        self.wait_for(Connection::Closed).await;
+        self.wait_for(|observed| observed.connection >= Connection::Closed)
+            .await;
     }
 
     /// Waits until the supervisor has released everything and has exited.
     pub async fn wait_until_gone(&self) {
-        self.wait_for(Connection::SupervisorExited).await;
+        self.wait_for(|observed| observed.connection >= Connection::SupervisorExited)
+            .await;
     }
 
-    async fn wait_for(&self, wanted: Connection) {
-        let mut connection = self.connection.clone();
-        let _ = connection.wait_for(|now| *now >= wanted).await;
+    /// Waits until this holds, or no change can follow.
+    async fn wait_for(&self, holds: impl FnMut(&Observed) -> bool) {
+        let _ = self.observed.clone().wait_for(holds).await;
     }
 
     /// Sends a request to the supervisor and waits for the answer. If the supervisor is gone, nothing is left to do.
@@ -240,26 +249,26 @@ fn follow(
     tracker: &TaskTracker,
 ) -> SupervisorClient {
     let (requests_sender, requests) = mpsc::channel(8);
-    let (status, status_seen) = watch::channel(Status::Starting);
-    let (oom_kills, oom_kills_seen) = watch::channel(0);
-    let (left, left_seen) = watch::channel(Connection::Open);
+    let (sender, observed) = watch::channel(Observed {
+        status: Status::Starting,
+        oom_kills: 0,
+        connection: Connection::Open,
+    });
     let follower = Follower {
         connection,
         task_dir,
         known,
-        status,
-        oom_kills,
+        observed: sender,
     };
     tracker.spawn(async move {
-        follower.follow(requests).await;
-        left.send_replace(Connection::Closed);
+        let sender = follower.follow(requests).await;
+        let set = |now| sender.send_modify(|observed| observed.connection = now);
+        set(Connection::Closed);
         wait_for_exit.await;
-        left.send_replace(Connection::SupervisorExited);
+        set(Connection::SupervisorExited);
     });
     SupervisorClient {
-        status: status_seen,
-        oom_kills: oom_kills_seen,
-        connection: left_seen,
+        observed,
         requests: requests_sender,
     }
 }
@@ -287,12 +296,15 @@ struct Follower {
     task_dir: TaskDir,
     /// Whether Nomad already holds a handle of the container, because this plugin did not start it but recovered it.
     known: bool,
-    status: watch::Sender<Status>,
-    oom_kills: watch::Sender<u64>,
+    observed: watch::Sender<Observed>,
 }
 
 impl Follower {
-    async fn follow(mut self, mut requests: mpsc::Receiver<PendingRequest>) {
+    /// Runs until the connection is closed.
+    async fn follow(
+        mut self,
+        mut requests: mpsc::Receiver<PendingRequest>,
+    ) -> watch::Sender<Observed> {
         let mut pending: Vec<(u64, oneshot::Sender<Result<(), String>>)> = Vec::new();
         let mut number = 0;
         let why = loop {
@@ -316,6 +328,7 @@ impl Follower {
             }
         };
         self.on_disconnect(why).await;
+        self.observed
     }
 
     fn handle_event(
@@ -327,7 +340,9 @@ impl Follower {
             Event::Started(started) => self.set(Status::Up(Arc::new(started))),
             Event::Failed(failure) => self.set(Status::Failed(Arc::new(failure))),
             Event::Exited(exit) => self.set(Status::Ended(Arc::new(exit))),
-            Event::OomKills(kills) => drop(self.oom_kills.send_replace(kills)),
+            Event::OomKills(kills) => self
+                .observed
+                .send_modify(|observed| observed.oom_kills = kills),
             Event::Done { request, error } => {
                 if let Some(index) = pending.iter().position(|(number, _)| *number == request) {
                     let _ = pending.swap_remove(index).1.send(error.map_or(Ok(()), Err));
@@ -338,10 +353,10 @@ impl Follower {
 
     /// The first final state is kept.
     fn set(&self, new: Status) {
-        self.status.send_if_modified(|status| {
-            let open = matches!(status, Status::Starting | Status::Up(_));
+        self.observed.send_if_modified(|observed| {
+            let open = !observed.status.is_final();
             if open {
-                *status = new;
+                observed.status = new;
             }
             open
         });
@@ -350,7 +365,7 @@ impl Follower {
     /// The supervisor is gone or its connection is unusable. If it recorded no exit, the exit can't be learned any more: the
     /// container is killed, so that it does not run unsupervised beside its replacement.
     async fn on_disconnect(&self, why: Disconnect) {
-        let status = self.status.borrow().clone();
+        let status = self.observed.borrow().status.clone();
         let was_up = match status {
             Status::Ended(_) | Status::Failed(_) => return,
             Status::Up(_) => true,

@@ -64,7 +64,7 @@ pub(super) enum Command {
 
 /// The result of a call in flight.
 enum Outcome {
-    Up(Result<Started, TaskError>, StartReply),
+    Up(Result<Arc<Started>, TaskError>, StartReply),
     Ended(Exit),
     OomKills(Option<u64>),
     Signalled(Result<(), TaskError>, Reply),
@@ -272,9 +272,9 @@ impl TaskActor {
         }
     }
 
-    fn apply_start(&mut self, up: Result<Started, TaskError>, reply: StartReply) {
+    fn apply_start(&mut self, up: Result<Arc<Started>, TaskError>, reply: StartReply) {
         let started = match up {
-            Ok(started) => Arc::new(started),
+            Ok(started) => started,
             Err(error) => {
                 self.state.apply(Event::StartFailed);
                 // Removed from the store before the caller gets the error: a second attempt may have the same id.

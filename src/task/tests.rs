@@ -50,12 +50,12 @@ impl ContainerBackend for TestBackend {
         self.mock.probe().await
     }
 
-    async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
+    async fn start(&self, spec: ContainerSpec) -> Result<Arc<Started>, BackendError> {
         self.pass().await;
         self.mock.start(spec).await
     }
 
-    async fn attach(&self, started: &Started) -> Result<Started, BackendError> {
+    async fn attach(&self, started: &Started) -> Result<Arc<Started>, BackendError> {
         self.pass().await;
         self.mock.attach(started).await
     }
@@ -154,7 +154,7 @@ pub(crate) fn spec(id: &str) -> ContainerSpec {
 pub(crate) fn starts() -> MockContainerBackend {
     let mut mock = MockContainerBackend::new();
     mock.expect_start()
-        .returning(|spec| Ok(started(&spec.identity.id)));
+        .returning(|spec| Ok(started(&spec.identity.id).into()));
     mock
 }
 
@@ -193,7 +193,7 @@ async fn a_second_start_of_an_id_is_refused() {
     let mut mock = MockContainerBackend::new();
     mock.expect_start()
         .times(1)
-        .returning(|spec| Ok(started(&spec.identity.id)));
+        .returning(|spec| Ok(started(&spec.identity.id).into()));
     let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
     tasks
@@ -211,7 +211,7 @@ async fn after_a_failed_start_the_id_is_free() {
     mock.expect_start().times(1).returning(|_| Err(trouble()));
     mock.expect_start()
         .times(1)
-        .returning(|spec| Ok(started(&spec.identity.id)));
+        .returning(|spec| Ok(started(&spec.identity.id).into()));
     let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
     let first = tasks.start(stage.clone(), info(ID), spec(ID)).await;
@@ -422,7 +422,7 @@ async fn a_panic_is_an_error_of_this_task_alone() {
         .returning(|_| panic!("on purpose"));
     mock.expect_start()
         .withf(|spec| spec.identity.id == ID)
-        .returning(|spec| Ok(started(&spec.identity.id)));
+        .returning(|spec| Ok(started(&spec.identity.id).into()));
     let (stage, _end) = TestBackend::new(mock);
     let tasks = tasks();
     let bad = tasks.start(stage.clone(), info("bad"), spec("bad")).await;
@@ -435,7 +435,7 @@ async fn recovering_a_known_task_attaches_once() {
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .times(1)
-        .returning(|started| Ok(started.clone()));
+        .returning(|started| Ok(started.clone().into()));
     let (stage, end) = TestBackend::new(mock);
     let tasks = tasks();
     for _ in 0..2 {

@@ -59,7 +59,7 @@ async fn a_task_whose_supervisor_has_no_packet_socket_is_recovered(world: World)
     fs::remove_file(TaskDir::new(&started.state).control_socket()).unwrap();
     let other = NspawnBackend::new(world.settings.clone());
     let found = within(other.attach(&started)).await.unwrap();
-    assert_eq!(found, started);
+    assert_eq!(*found, started);
     within(other.stop(&started, Some(signal("TERM")), AMPLE))
         .await
         .unwrap();

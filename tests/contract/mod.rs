@@ -231,7 +231,8 @@ impl World {
 
     /// Starts a container; the start must succeed.
     pub(crate) async fn start(&self, spec: ContainerSpec) -> Started {
-        within(self.backend.start(spec)).await.unwrap()
+        let started = within(self.backend.start(spec)).await.unwrap();
+        Started::clone(&started)
     }
 
     /// Starts a container and waits until its payload prints `up`.

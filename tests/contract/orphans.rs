@@ -5,7 +5,7 @@ use super::*;
 /// Starts a container with a backend that is dropped, as if its process had died: its locks are released.
 async fn abandoned(world: &World, spec: ContainerSpec) -> Started {
     let dead = NspawnBackend::new(world.settings.clone());
-    within(dead.start(spec)).await.unwrap()
+    Started::clone(&*within(dead.start(spec)).await.unwrap())
 }
 
 fn is_cleared(started: &Started) -> bool {

@@ -26,9 +26,9 @@ async fn found_again(world: World, meanwhile: impl FnOnce(&Started)) {
         .await;
     meanwhile(&started);
     let other = NspawnBackend::new(world.settings.clone());
-    assert_eq!(within(other.attach(&started)).await.unwrap(), started);
+    assert_eq!(*within(other.attach(&started)).await.unwrap(), started);
     assert_eq!(
-        within(other.attach(&started)).await.unwrap(),
+        *within(other.attach(&started)).await.unwrap(),
         started,
         "attaching twice"
     );

@@ -16,7 +16,7 @@ async fn requests_are_answered_during_a_long_release(world: World) {
     assert_eq!(ended(&world.end(&started).await), (13, 0));
     within(releasing.reached()).await;
     let other = NspawnBackend::new(world.settings.clone());
-    assert_eq!(within(other.attach(&started)).await.unwrap(), started);
+    assert_eq!(*within(other.attach(&started)).await.unwrap(), started);
     assert_eq!(ended(&within(other.wait(&started)).await.unwrap()), (13, 0));
     within(other.signal(&started, signal("SIGUSR1")))
         .await

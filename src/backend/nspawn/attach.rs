@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::remove::refuse_later_form;
@@ -18,7 +19,7 @@ use crate::supervisor::{Status, SupervisorClient, client};
 const FIRST_STATUS_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl NspawnBackend {
-    pub(super) async fn find(&self, started: &Started) -> Result<Started, BackendError> {
+    pub(super) async fn find(&self, started: &Started) -> Result<Arc<Started>, BackendError> {
         let client = self.resolve(started).await?;
         let task_dir = TaskDir::new(&started.state);
         // The running record is trusted, not the handle.
@@ -31,11 +32,11 @@ impl NspawnBackend {
         else {
             // The supervisor was found, but the process at its control socket gets no CPU time now. That is no reason to give it
             // up.
-            return Ok(recorded.await);
+            return Ok(Arc::new(recorded.await));
         };
         match status {
-            Status::Up(found) => Ok((*found).clone()),
-            Status::Ended(_) => Ok(recorded.await),
+            Status::Up(found) => Ok(found),
+            Status::Ended(_) => Ok(Arc::new(recorded.await)),
             Status::Failed(failure) => Err(BackendError::Lost {
                 machine: started.machine.clone(),
                 reason: failure.reason.clone(),

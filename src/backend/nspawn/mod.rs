@@ -140,11 +140,11 @@ impl ContainerBackend for NspawnBackend {
         .await
     }
 
-    async fn start(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
+    async fn start(&self, spec: ContainerSpec) -> Result<Arc<Started>, BackendError> {
         self.start_container(spec).await
     }
 
-    async fn attach(&self, started: &Started) -> Result<Started, BackendError> {
+    async fn attach(&self, started: &Started) -> Result<Arc<Started>, BackendError> {
         self.find(started).await
     }
 
@@ -153,8 +153,9 @@ impl ContainerBackend for NspawnBackend {
     }
 
     async fn oom_kills(&self, started: &Started, seen: u64) -> Option<u64> {
-        // Boxed: see `wait_for_exit`.
-        let client = Box::pin(self.resolve(started)).await.ok()?;
+        // The start or the recovery has set the client. Not connected again here: this future exists as long as the container runs, and
+        // should be small.
+        let client = self.registry.client(&TaskDir::new(&started.state))?;
         client.oom_kills(seen).await
     }
 

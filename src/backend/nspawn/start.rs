@@ -27,7 +27,7 @@ impl NspawnBackend {
     pub(super) async fn start_container(
         &self,
         spec: ContainerSpec,
-    ) -> Result<Started, BackendError> {
+    ) -> Result<Arc<Started>, BackendError> {
         let (machine, task_dir) = (
             spec.identity.machine.clone(),
             self.task_dir(&spec.identity.id),
@@ -53,7 +53,7 @@ impl NspawnBackend {
     }
 
     /// Starts a container that has no earlier starts. After an error the caller removes what is there of it.
-    async fn start_new(&self, spec: ContainerSpec) -> Result<Started, BackendError> {
+    async fn start_new(&self, spec: ContainerSpec) -> Result<Arc<Started>, BackendError> {
         let (machine, task_dir) = (
             spec.identity.machine.clone(),
             self.task_dir(&spec.identity.id),
@@ -123,9 +123,9 @@ fn earlier_starts(state_dir: &Path, id: &str, machine: &str) -> Result<Vec<TaskD
 async fn wait_until_up(
     client: &SupervisorClient,
     task_dir: &TaskDir,
-) -> Result<Started, StartFailure> {
+) -> Result<Arc<Started>, StartFailure> {
     match tokio::time::timeout(START_TIMEOUT, client.start_outcome()).await {
-        Ok(Status::Up(started)) => Ok((*started).clone()),
+        Ok(Status::Up(started)) => Ok(started),
         Ok(Status::Failed(failure)) => Err((*failure).clone()),
         // The command exited before the event of its start was read.
         Ok(Status::Ended(_)) => recorded(task_dir).await,
@@ -143,11 +143,11 @@ async fn wait_until_up(
 }
 
 /// The container according to its running record.
-async fn recorded(task_dir: &TaskDir) -> Result<Started, StartFailure> {
+async fn recorded(task_dir: &TaskDir) -> Result<Arc<Started>, StartFailure> {
     let place = task_dir.clone();
     let running = blocking::run(move || place.running()).await;
     running
-        .map(|running| running.started)
+        .map(|running| Arc::new(running.started))
         .map_err(|error| watch_failure("its running record can't be read", &error))
 }
 

@@ -184,7 +184,7 @@ async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) ->
     let (asked, mut received) = tokio::sync::mpsc::unbounded_channel();
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()
-        .returning(|started| Ok(started.clone()));
+        .returning(|started| Ok(started.clone().into()));
     mock.expect_wait().returning(|_| Ok(exit(0, 0)));
     mock.expect_reconcile()
         .returning(move |_| asked.send(tokio::time::Instant::now()).unwrap());

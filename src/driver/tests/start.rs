@@ -101,7 +101,7 @@ async fn a_start_returns_a_handle_that_recovers_the_task() {
     let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .times(1)
-        .returning(|started| Ok(started.clone()));
+        .returning(|started| Ok(started.clone().into()));
     let (stage, end) = TestBackend::new(mock);
     let second = driver(stage);
     // What Nomad stores across its own restart lacks the job's config block.

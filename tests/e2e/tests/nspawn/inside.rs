@@ -49,7 +49,8 @@ impl Inside {
     }
 
     async fn start(&self, spec: ContainerSpec) -> Started {
-        within("the start", self.backend.start(spec)).await.unwrap()
+        let started = within("the start", self.backend.start(spec)).await;
+        Started::clone(&started.unwrap())
     }
 
     async fn refused(&self, spec: ContainerSpec) -> BackendError {
