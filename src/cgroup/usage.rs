@@ -1,9 +1,10 @@
-//! What the processes of a cgroup use. The files with the figures stay
-//! open between readings, because opening one takes longer than reading it.
+//! What the processes of a cgroup use. The files with the figures stay open between readings, because opening one takes longer than
+//! reading it. Where no process has run since the last reading, only the CPU time is read.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,11 +13,13 @@ use std::time::{Duration, Instant};
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::processes::Members;
-use crate::container::{Reading, Usage};
+use crate::container::{ProcessUsage, Reading, Usage};
 
 /// How long the sum of the memory of all processes is kept, which is read where there is no memory controller: it takes longer than
 /// everything else together. It is also read with the processes, which is more often.
 const SUM_KEPT: Duration = Duration::from_secs(15);
+/// How long figures are kept while no process of the container runs. Only the kernel changes them then, when it reclaims memory.
+const IDLE_KEPT: Duration = Duration::from_secs(30);
 /// More than any of the files has.
 const BUFFER: usize = 8 * 1024;
 
@@ -37,6 +40,39 @@ pub struct UsageFiles {
     limit: u64,
     /// The sum of the memory of all processes, and when it was read.
     anonymous: Option<(Instant, Option<u64>)>,
+    usage: Option<Kept<Usage>>,
+    processes: Option<Kept<Vec<ProcessUsage>>>,
+}
+
+/// CPU time in user mode and in the kernel, nanoseconds. Their sum is exact, so it grows whenever a process runs.
+type CpuTime = (u64, u64);
+
+/// Figures that hold as long as no process runs.
+#[derive(Debug)]
+struct Kept<T> {
+    read: Instant,
+    /// Read before the figures, so that it differs from the next one if a process ran meanwhile.
+    cpu_time: CpuTime,
+    figures: T,
+}
+
+impl<T> Kept<T> {
+    fn new(read: Instant, cpu_time: Option<CpuTime>, figures: T) -> Option<Self> {
+        cpu_time.map(|cpu_time| Self {
+            read,
+            cpu_time,
+            figures,
+        })
+    }
+
+    /// The figures, if they still hold.
+    fn get(kept: Option<&Self>, now: Instant, cpu_time: Option<CpuTime>) -> Option<&T> {
+        let kept = kept.filter(|kept| {
+            let age = now.saturating_duration_since(kept.read);
+            Some(kept.cpu_time) == cpu_time && age < IDLE_KEPT
+        });
+        kept.map(|kept| &kept.figures)
+    }
 }
 
 /// The directory of a file.
@@ -48,9 +84,11 @@ enum Place {
     CpuAcct,
 }
 
-/// Every file that may have figures. What a host lacks is tried once.
+/// Every file that may have figures, those with the CPU time first. What a host lacks is tried once.
 const FILES: [(Place, &str); 13] = [
     (Place::Group, "cpu.stat"),
+    (Place::CpuAcct, "cpuacct.usage_user"),
+    (Place::CpuAcct, "cpuacct.usage_sys"),
     (Place::Group, "memory.stat"),
     (Place::Group, "memory.current"),
     (Place::Group, "memory.peak"),
@@ -61,9 +99,9 @@ const FILES: [(Place, &str); 13] = [
     (Place::Memory, "memory.kmem.usage_in_bytes"),
     (Place::Memory, "memory.kmem.max_usage_in_bytes"),
     (Place::Cpu, "cpu.stat"),
-    (Place::CpuAcct, "cpuacct.usage_user"),
-    (Place::CpuAcct, "cpuacct.usage_sys"),
 ];
+/// How many of them have the CPU time.
+const CPU_FILES: usize = 3;
 
 impl UsageFiles {
     /// The files of the container with this cgroup and these cgroups of cgroup v1 controllers. Opens nothing yet.
@@ -79,31 +117,39 @@ impl UsageFiles {
             // The other half of the descriptors that this process may have is for starts.
             limit: getrlimit(Resource::RLIMIT_NOFILE).map_or(512, |(limit, _)| limit / 2),
             anonymous: None,
+            usage: None,
+            processes: None,
         }
     }
 
     /// Reads the figures, those of the processes too if asked for. `None` if the container's cgroups do not exist (any more).
     pub fn read(&mut self, with_processes: bool) -> Option<Reading> {
-        let mut read = self.usage();
-        let processes = with_processes.then(|| self.members());
+        let now = Instant::now();
+        let mut usage = Usage::default();
+        self.read_files(0..CPU_FILES, &mut usage);
+        let cpu_time = usage.cpu_user_ns.zip(usage.cpu_system_ns);
+        let processes = with_processes.then(|| self.processes(now, cpu_time));
+        if let Some(usage) = Kept::get(self.usage.as_ref(), now, cpu_time) {
+            let usage = *usage;
+            return Some(Reading { usage, processes });
+        }
+        self.read_files(CPU_FILES..FILES.len(), &mut usage);
         let directory = self.group.as_ref().or(self.memory.as_ref());
-        if read == Usage::default() && directory.is_some_and(|path| !path.is_dir()) {
+        if usage == Usage::default() && directory.is_some_and(|path| !path.is_dir()) {
             return None;
         }
-        if read.memory_rss.is_none() {
-            read.memory_rss = self.anonymous(processes.as_ref());
+        if usage.memory_rss.is_none() {
+            usage.memory_rss = self.anonymous(now, with_processes);
         }
-        Some(Reading {
-            usage: read,
-            processes: processes.map(|members| members.usage()),
-        })
+        self.usage = Kept::new(now, cpu_time, usage);
+        Some(Reading { usage, processes })
     }
 
-    /// The figures in the files. The order of the files is that of preference.
-    fn usage(&mut self) -> Usage {
-        let mut usage = Usage::default();
+    /// Adds the figures in these of the files. Their order is that of preference.
+    fn read_files(&mut self, some: Range<usize>, usage: &mut Usage) {
         let mut buffer = [0; BUFFER];
-        for (index, (place, name)) in FILES.into_iter().enumerate() {
+        for index in some {
+            let (place, name) = FILES[index];
             let is_needed = place != Place::CpuAcct
                 || usage.cpu_user_ns.is_none()
                 || usage.cpu_system_ns.is_none();
@@ -111,11 +157,19 @@ impl UsageFiles {
             if let Some(directory) = self.directory(place).filter(|_| is_needed)
                 && let Some(text) = file.read(|| directory.join(name), self.limit, &mut buffer)
             {
-                take_figures(&mut usage, place, name, text);
+                take_figures(usage, place, name, text);
             }
             self.files[index] = file;
         }
-        usage
+    }
+
+    fn processes(&mut self, now: Instant, cpu_time: Option<CpuTime>) -> Vec<ProcessUsage> {
+        if let Some(kept) = Kept::get(self.processes.as_ref(), now, cpu_time) {
+            return kept.clone();
+        }
+        let read = self.members().usage();
+        self.processes = Kept::new(now, cpu_time, read.clone());
+        read
     }
 
     fn directory(&self, place: Place) -> Option<&Path> {
@@ -132,19 +186,15 @@ impl UsageFiles {
         group.map_or_else(Members::default, |group| Members::of(group))
     }
 
-    /// The sum of the anonymous memory of all processes, of at most [`SUM_KEPT`] ago.
-    fn anonymous(&mut self, members: Option<&Members>) -> Option<u64> {
-        let now = Instant::now();
+    /// The sum of the anonymous memory of all processes, of at most [`SUM_KEPT`] ago unless it is to be `fresh`.
+    fn anonymous(&mut self, now: Instant, fresh: bool) -> Option<u64> {
         if let Some((at, sum)) = self.anonymous
-            && members.is_none()
+            && !fresh
             && now.saturating_duration_since(at) < SUM_KEPT
         {
             return sum;
         }
-        let sum = match members {
-            Some(members) => members.anonymous(),
-            None => self.members().anonymous(),
-        };
+        let sum = self.members().anonymous();
         self.anonymous = Some((now, sum));
         sum
     }
@@ -332,11 +382,17 @@ mod tests {
             ..Usage::default()
         };
         assert_eq!(read(&mut files), wanted);
-        write(
-            root.path(),
-            &[("memory.current", "5\n"), ("memory.stat", "anon 1\n")],
-        );
+        let files_later = [
+            (
+                "cpu.stat",
+                &*CPU.replace("system_usec 20", "system_usec 21"),
+            ),
+            ("memory.current", "5\n"),
+            ("memory.stat", "anon 1\n"),
+        ];
+        write(root.path(), &files_later);
         let wanted = Usage {
+            cpu_system_ns: Some(21_000),
             memory_rss: Some(1),
             memory_cache: None,
             memory_usage: Some(5),
@@ -399,6 +455,47 @@ mod tests {
             ..both
         };
         assert_eq!(read(&mut UsageFiles::new(Some(&group), &controllers)), own);
+    }
+
+    #[test]
+    fn memory_and_processes_are_read_again_once_a_process_has_run() {
+        let root = tempfile::tempdir().unwrap();
+        let own = std::process::id().to_string();
+        let first = [
+            ("cgroup.procs", &*own),
+            ("cpu.stat", CPU),
+            ("memory.current", "1\n"),
+        ];
+        write(root.path(), &first);
+        let mut files = version_2(root.path());
+        let mut read = || {
+            let reading = files.read(true).unwrap();
+            let processes = reading.processes.unwrap().len();
+            (reading.usage.memory_usage, processes)
+        };
+        assert_eq!(read(), (Some(1), 1));
+        write(
+            root.path(),
+            &[("cgroup.procs", ""), ("memory.current", "2\n")],
+        );
+        assert_eq!(read(), (Some(1), 1));
+        for cpu in ["usage_usec 31\nuser_usec 11\nsystem_usec 20\n", ""] {
+            write(root.path(), &[("cpu.stat", cpu)]);
+            assert_eq!(read(), (Some(2), 0));
+        }
+    }
+
+    #[test]
+    fn figures_hold_for_a_while_if_the_cpu_time_is_known_and_the_same() {
+        let (now, time) = (Instant::now(), Some((1, 2)));
+        let kept = Kept::new(now, time, ()).unwrap();
+        let get = |after: Duration, time| Kept::get(Some(&kept), now + after, time).is_some();
+        assert!(get(IDLE_KEPT / 2, time));
+        assert!(!get(IDLE_KEPT, time));
+        for other in [Some((2, 2)), Some((1, 3)), None] {
+            assert!(!get(Duration::ZERO, other));
+        }
+        assert!(Kept::new(now, None, ()).is_none());
     }
 
     /// A file under the same name is not the one that is open.
