@@ -1,5 +1,6 @@
-//! A real Nomad agent, server and client in one, with the driver in its plugin directory: the environment of the tests of tier (b). Listens
-//! on 127.0.0.1 only. Its names contain the agent's mark, and [`Agent::leave`] fails the test if anything with the mark is left.
+//! A real Nomad client agent with the driver in its plugin directory, and a server agent: the environment of the tests of tier (b). Two
+//! processes, because an agent that is both may reject its own client for 20 seconds after a restart. They listen on 127.0.0.1 only. Their
+//! names contain a mark, and [`Agent::leave`] fails the test if anything with the mark is left.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,22 +19,22 @@ mod config;
 
 pub use allocation::{Allocation, Name};
 use api::Api;
-use config::{LABEL, config};
+use config::{LABEL, Ports};
 
-/// A new node that is not ready after this time has stalled: it registered before its server had keys and is in a long backoff.
-const STALLED: Duration = Duration::from_secs(8);
 /// How many times as long an agent may take to start on an emulated processor (`NOMAD_DRIVER_NSPAWN_E2E_EMULATED`).
 const EMULATED: u32 = 5;
 
-/// One agent.
+/// One client agent and its server.
 #[derive(Debug)]
 pub struct Agent {
     dir: TempDir,
     marks: Marks,
     mark: String,
     nomad: PathBuf,
+    /// Of the client agent, which forwards to the server.
     api: Api,
-    process: Option<Child>,
+    server: Option<Child>,
+    client: Option<Child>,
     left: bool,
 }
 
@@ -51,24 +52,25 @@ impl Agent {
             .prefix("nde-")
             .tempdir()
             .expect("a directory");
-        for name in ["data", "plugins", "state", "tmp"] {
+        for name in ["server", "data", "plugins", "state", "tmp"] {
             fs::create_dir(dir.path().join(name)).expect("a directory");
         }
         fs::copy(crate::driver(), dir.path().join("plugins").join(LABEL))
             .expect("a copy of the driver");
         let mark = format!("t{}", crate::unique());
-        let ports = config::free_ports();
-        let text = config(dir.path(), ports, &mark, level);
-        fs::write(dir.path().join("agent.hcl"), text).expect("the configuration");
+        let ports = Ports::free();
+        config::write(dir.path(), &ports, &mark, level);
         let mut agent = Self {
             marks: Marks::new(dir.path()).named(&mark),
             dir,
             mark,
             nomad: config::nomad(),
-            api: Api { port: ports[0] },
-            process: None,
+            api: Api { port: ports.client },
+            server: None,
+            client: None,
             left: false,
         };
+        agent.start_server(Api { port: ports.http });
         agent.start();
         agent
     }
@@ -78,48 +80,48 @@ impl Agent {
         self.dir.path().join(path)
     }
 
-    /// Starts the agent, for the first time or again, and waits until the node is ready and the driver healthy.
+    /// Waits until the server has the key with which it signs what a client registers with: a client that comes earlier is rejected, and
+    /// tries again only after a long delay.
+    fn start_server(&mut self, api: Api) {
+        self.server = Some(self.spawn("server"));
+        self.wait_until("the server is not ready", || {
+            let keys = api.call("GET", "/.well-known/jwks.json", None);
+            keys.is_ok_and(|keys| keys["keys"].as_array().is_some_and(|keys| !keys.is_empty()))
+        });
+    }
+
+    /// Starts the client agent, for the first time or again, and waits until the node is ready and the driver healthy.
     pub fn start(&mut self) {
+        self.client = Some(self.spawn("client"));
+        self.wait_until("the client is not ready", || self.ready());
+    }
+
+    fn wait_until(&self, otherwise: &str, is_so: impl Fn() -> bool) {
         let emulated = std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_EMULATED").is_some();
         let slower = if emulated { EMULATED } else { 1 };
         let end = Instant::now() + slower * DEADLINE;
-        loop {
-            self.spawn();
-            let fresh = !self.join("data/server/raft/raft.db").exists();
-            let patience = slower * if fresh { STALLED } else { 2 * STALLED };
-            let stalled = Instant::now() + patience;
-            while Instant::now() < stalled {
-                if self.ready() {
-                    return;
-                }
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            assert!(
-                Instant::now() < end,
-                "the agent is not ready:\n{}",
-                self.log_tail()
-            );
-            self.kill();
+        while !is_so() {
+            assert!(Instant::now() < end, "{otherwise}:\n{}", self.log_tail());
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 
-    fn spawn(&mut self) {
+    fn spawn(&self, name: &str) -> Child {
         let log = fs::File::options()
             .create(true)
             .append(true)
-            .open(self.join("agent.log"))
+            .open(self.join(format!("{name}.log")))
             .expect("the agent's log");
-        let process = Command::new(&self.nomad)
+        Command::new(&self.nomad)
             .args(["agent", "-config"])
-            .arg(self.join("agent.hcl"))
+            .arg(self.join(format!("{name}.hcl")))
             .env("TMPDIR", self.join("tmp"))
             .env_remove("NOMAD_ADDR")
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("the agent's log"))
             .stderr(log)
             .spawn()
-            .expect("the agent starts");
-        self.process = Some(process);
+            .expect("the agent starts")
     }
 
     fn ready(&self) -> bool {
@@ -130,21 +132,16 @@ impl Agent {
         ready && nodes[0]["Drivers"]["nspawn"]["Healthy"] == true
     }
 
-    /// Kills the agent, as in a crash. Plugins and tasks keep running.
+    /// Kills the client agent, as in a crash. Plugins and tasks keep running.
     pub fn kill(&mut self) {
-        let mut process = self.process.take().expect("the agent runs");
+        let mut process = self.client.take().expect("the agent runs");
         process.kill().expect("it is killed");
         process.wait().expect("it has ended");
     }
 
-    /// Stops the agent gracefully. Tasks keep running, plugins exit.
+    /// Stops the client agent gracefully. Tasks keep running, plugins exit.
     pub fn stop(&mut self) {
-        let mut process = self.process.take().expect("the agent runs");
-        let pid = nix::unistd::Pid::from_raw(process.id().cast_signed());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("it is asked");
-        until("the agent's end", || {
-            process.try_wait().expect("its status")
-        });
+        interrupt(self.client.take());
     }
 
     /// The plugin process: the agent's child that runs the driver.
@@ -206,12 +203,15 @@ impl Agent {
         }
     }
 
-    /// The last lines of the agent's log.
+    /// The last lines of the logs of client and server.
     pub fn log_tail(&self) -> String {
-        let text = fs::read(self.join("agent.log")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        let lines: Vec<_> = text.lines().collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        let tail = |name: &str, count: usize| {
+            let text = fs::read(self.join(name)).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            let lines: Vec<_> = text.lines().collect();
+            lines[lines.len().saturating_sub(count)..].join("\n")
+        };
+        format!("{}\n{}", tail("client.log", 40), tail("server.log", 10))
     }
 
     /// Ends a test: stops all jobs, removes all allocations, stops the agent gracefully and checks that nothing is left.
@@ -238,6 +238,7 @@ impl Agent {
             (left == 0).then_some(())
         });
         self.stop();
+        interrupt(self.server.take());
         self.marks.assert_none_left();
         let mut left = files(&self.join("state"));
         left.extend(self.sockets());
@@ -256,7 +257,7 @@ impl Drop for Agent {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.marks.kill();
-            if let Some(mut process) = self.process.take() {
+            for mut process in self.client.take().into_iter().chain(self.server.take()) {
                 let _ = process.kill();
                 let _ = process.wait();
             }
@@ -276,6 +277,16 @@ impl Agent {
             let _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);
         }
     }
+}
+
+/// Stops an agent gracefully.
+fn interrupt(agent: Option<Child>) {
+    let mut process = agent.expect("the agent runs");
+    let pid = nix::unistd::Pid::from_raw(process.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("it is asked");
+    until("the agent's end", || {
+        process.try_wait().expect("its status")
+    });
 }
 
 fn files(dir: &Path) -> Vec<PathBuf> {

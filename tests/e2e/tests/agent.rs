@@ -389,7 +389,7 @@ fn a_real_agent_shows_no_secret() {
     // The leader is systemd-nspawn's child.
     let nspawn = ancestry(leader)[1];
     // Nomad's own data, which contains the job.
-    let spared = [agent.join("data"), agent.join("plugins")];
+    let spared = ["server", "data", "plugins"].map(|name| agent.join(name));
     let look = |when: &str, nspawn: Option<i32>| {
         for marker in [&marker, &token] {
             let search = Search {

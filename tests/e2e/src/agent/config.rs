@@ -1,40 +1,94 @@
-//! What an agent runs with: its configuration, its ports and its binary.
+//! What the agents run with: their configurations, their ports and their binary.
 
+use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
 /// The name of the driver's binary in the agent's plugin directory, and the label of its `plugin` block.
 pub(super) const LABEL: &str = "nomad-driver-nspawn";
 
-/// The configuration of an agent with its files in this directory, which listens on these ports for HTTP, RPC and Serf.
-pub(super) fn config(dir: &Path, ports: [u16; 3], mark: &str, level: &str) -> String {
-    let dir = dir.display();
-    let [http, rpc, serf] = ports;
-    format!(
+/// The ports of both agents, on 127.0.0.1.
+#[derive(Debug)]
+pub(super) struct Ports {
+    /// Of the server's HTTP API.
+    pub(super) http: u16,
+    rpc: u16,
+    serf: u16,
+    /// Of the client's HTTP API.
+    pub(super) client: u16,
+}
+
+impl Ports {
+    /// Ports that are free at the moment.
+    pub(super) fn free() -> Self {
+        let listeners = [(); 4].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
+        let [http, rpc, serf, client] =
+            listeners.map(|listener| listener.local_addr().expect("its address").port());
+        Self {
+            http,
+            rpc,
+            serf,
+            client,
+        }
+    }
+}
+
+/// Writes `server.hcl` and `client.hcl`, with everything of the two agents in this directory.
+pub(super) fn write(dir: &Path, ports: &Ports, mark: &str, level: &str) {
+    let both = format!(
         r#"
-data_dir             = "{dir}/data"
-plugin_dir           = "{dir}/plugins"
 bind_addr            = "127.0.0.1"
 name                 = "{mark}"
 log_level            = "{level}"
 disable_update_check = true
-ports {{
-  http = {http}
-  rpc  = {rpc}
-  serf = {serf}
-}}
 advertise {{
   http = "127.0.0.1"
   rpc  = "127.0.0.1"
   serf = "127.0.0.1"
+}}
+"#
+    );
+    let text = format!("{both}{}", server(dir, ports));
+    fs::write(dir.join("server.hcl"), text).expect("the server's configuration");
+    let text = format!("{both}{}", client(dir, ports));
+    fs::write(dir.join("client.hcl"), text).expect("the client's configuration");
+}
+
+fn server(dir: &Path, ports: &Ports) -> String {
+    let dir = dir.display();
+    let Ports {
+        http, rpc, serf, ..
+    } = ports;
+    format!(
+        r#"
+data_dir = "{dir}/server"
+ports {{
+  http = {http}
+  rpc  = {rpc}
+  serf = {serf}
 }}
 server {{
   enabled          = true
   bootstrap_expect = 1
   raft_multiplier  = 1
 }}
+"#
+    )
+}
+
+fn client(dir: &Path, ports: &Ports) -> String {
+    let dir = dir.display();
+    let Ports { client, rpc, .. } = ports;
+    format!(
+        r#"
+data_dir   = "{dir}/data"
+plugin_dir = "{dir}/plugins"
+ports {{
+  http = {client}
+}}
 client {{
   enabled           = true
+  servers           = ["127.0.0.1:{rpc}"]
   cpu_total_compute = 10000
   memory_total_mb   = 8000
   network_interface = "lo"
@@ -67,10 +121,4 @@ pub(super) fn nomad() -> PathBuf {
         .map(|dir| dir.join("nomad"))
         .find(|path| path.is_file())
         .expect("no nomad along PATH: install Nomad or set NOMAD_BIN")
-}
-
-/// Ports that are free at the moment.
-pub(super) fn free_ports() -> [u16; 3] {
-    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
-    listeners.map(|listener| listener.local_addr().expect("its address").port())
 }
