@@ -1,12 +1,14 @@
 //! The calls that no safe crate offers: the ioctl for the exit status of the process of a pidfd, for processes other than its parent
-//! (needs Linux 6.15; on older kernels the status is not known), and two settings of malloc.
+//! (needs Linux 6.15; on older kernels the status is not known), bpf(2), and two settings of malloc.
 
 #![expect(
     unsafe_code,
-    reason = "neither nix nor rustix has this ioctl, which takes a raw pointer, or malloc's settings, which are foreign functions"
+    reason = "neither nix nor rustix has this ioctl or bpf(2), which take raw pointers, or malloc's settings, which are foreign functions"
 )]
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::ffi::{CStr, c_int, c_long};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// `struct pidfd_info` of `linux/pidfd.h` in its first version, 64 bytes.
 #[derive(Debug, Default)]
@@ -35,6 +37,101 @@ pub(super) fn exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
     // number, which is that of the structure.
     unsafe { pidfd_get_info(pidfd.as_fd().as_raw_fd(), &raw mut info) }.ok()?;
     (info.mask & EXIT != 0).then_some(info.exit_code)
+}
+
+/// `union bpf_attr` of `linux/bpf.h` for `BPF_PROG_LOAD`, up to the last field that is set here. The kernel takes the rest as zero.
+#[repr(C)]
+struct ProgramAttributes {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+}
+
+/// The same for `BPF_PROG_ATTACH`.
+#[repr(C)]
+struct AttachAttributes {
+    target: RawFd,
+    program: RawFd,
+    kind: u32,
+    flags: u32,
+}
+
+const PROGRAM_LOAD: c_int = 5;
+const PROGRAM_ATTACH: c_int = 8;
+/// `BPF_PROG_TYPE_CGROUP_DEVICE`.
+const PROGRAM_OF_DEVICES: u32 = 15;
+/// `BPF_CGROUP_DEVICE`.
+const ATTACH_TO_DEVICES: u32 = 6;
+/// `BPF_F_ALLOW_MULTI`: what is attached above and below stays in force.
+const BESIDE_OTHERS: u32 = 1 << 1;
+
+/// Loads a program that decides about access to devices. The kernel checks the instructions, each of which is a `struct bpf_insn`.
+pub(super) fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
+    // It calls none of the functions that ask for a license.
+    const LICENSE: &CStr = c"Apache-2.0";
+    let count = u32::try_from(instructions.len()).map_err(io::Error::other)?;
+    let attributes = ProgramAttributes {
+        kind: PROGRAM_OF_DEVICES,
+        count,
+        instructions: address(instructions.as_ptr()),
+        license: address(LICENSE.as_ptr()),
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+        kernel_version: 0,
+        flags: 0,
+        name: *b"nspawn_devices\0\0",
+    };
+    // SAFETY: the kernel reads the structure, `count` instructions and the text, all of which live until the call returns, and writes
+    // nothing.
+    let result = unsafe { bpf(PROGRAM_LOAD, &attributes) }?;
+    let descriptor = RawFd::try_from(result).map_err(io::Error::other)?;
+    // SAFETY: the call has succeeded, so this is a new descriptor that nothing else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Attaches such a program to a cgroup, beside others.
+pub(super) fn attach_device_program(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+) -> io::Result<()> {
+    let attributes = AttachAttributes {
+        target: cgroup.as_raw_fd(),
+        program: program.as_raw_fd(),
+        kind: ATTACH_TO_DEVICES,
+        flags: BESIDE_OTHERS,
+    };
+    // SAFETY: the kernel reads the structure, and the descriptors are open as long as they are borrowed.
+    unsafe { bpf(PROGRAM_ATTACH, &attributes) }?;
+    Ok(())
+}
+
+/// bpf(2). Safe if the attributes are those of the command, without padding, and their pointers are valid.
+unsafe fn bpf<Attributes>(command: c_int, attributes: &Attributes) -> io::Result<c_long> {
+    // SAFETY: the caller's; the kernel reads as many bytes as the structure has.
+    let result = unsafe {
+        nix::libc::syscall(
+            nix::libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<Attributes>(),
+        )
+    };
+    match result {
+        0.. => Ok(result),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn address<T>(pointer: *const T) -> u64 {
+    pointer.expose_provenance() as u64
 }
 
 /// Limits malloc to one arena, which all threads share. By default glibc gives up to eight arenas per processor to threads as they

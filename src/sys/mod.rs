@@ -1,6 +1,7 @@
-//! What the kernel knows: processes by pidfd, `/proc`, mount tables, its version and boot id; and the C library's malloc settings. Knows
+//! What the kernel knows: processes by pidfd, `/proc`, mount tables, its version and boot id, BPF programs for cgroups; and the C library's malloc settings. Knows
 //! nothing of tasks.
 
+pub mod bpf;
 mod ffi;
 pub mod kernel;
 pub mod process;
