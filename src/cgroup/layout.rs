@@ -152,7 +152,7 @@ impl Layout {
         })
     }
 
-    fn tracks_in_version_2(&self) -> bool {
+    pub(super) fn tracks_in_version_2(&self) -> bool {
         matches!(self.kind, CgroupLayout::V2 | CgroupLayout::Hybrid)
     }
 

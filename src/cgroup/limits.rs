@@ -28,6 +28,8 @@ pub enum Limit {
     Pids,
     /// The number and depth of the cgroups that a container may make. No option sets it.
     Cgroups,
+    /// The devices that a container may use, of which `devices` are a part.
+    Devices,
     /// Any other, from a launch spec of a later driver.
     #[serde(other)]
     Unknown,
@@ -45,6 +47,7 @@ impl Limit {
             Self::Cores => "cores",
             Self::Pids => "pids_limit",
             Self::Cgroups => "the number of cgroups",
+            Self::Devices => "devices",
             Self::Unknown => "a limit that this driver does not know",
         }
     }

@@ -2,6 +2,8 @@
 //! cgroup v2 where it is mounted (unified or hybrid), otherwise in the named cgroup v1 hierarchy; limits are in the hierarchy of
 //! their controller. Does not touch cgroups that the driver did not create, except those that Nomad has made for the task.
 
+mod device_policy;
+mod devices;
 pub mod freezer;
 mod group;
 mod layout;
@@ -11,6 +13,8 @@ mod plan;
 mod processes;
 mod usage;
 
+pub use device_policy::has_device_policy;
+pub use devices::DeviceRules;
 pub use group::Group;
 pub use layout::{CgroupPath, Layout, Place};
 pub use limits::{Limit, Setting, Unenforced};

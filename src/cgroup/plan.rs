@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::SUBTREE;
+use super::device_policy::DevicePolicy;
+use super::devices::DeviceRules;
 use super::group::Group;
 use super::layout::{Layout, Place};
 use super::limits::{self, Limit, Setting, Unenforced};
@@ -36,6 +38,9 @@ pub struct CgroupPlan {
     /// Written when the container is up.
     #[serde(default)]
     up: Vec<Setting>,
+    /// Which devices the container may use. None in a launch spec of an earlier driver.
+    #[serde(default)]
+    devices: Option<DevicePolicy>,
     /// The file that counts OOM kills.
     #[serde(default)]
     pub oom: Option<PathBuf>,
@@ -46,11 +51,19 @@ pub struct CgroupPlan {
 
 impl CgroupPlan {
     /// The plan of a start in this place, and the limits for which this host has no controller.
-    pub fn new(layout: &Layout, place: &Place, resources: &Resources) -> (Self, Vec<Unenforced>) {
+    pub fn new(
+        layout: &Layout,
+        place: &Place,
+        resources: &Resources,
+        devices: &DeviceRules,
+    ) -> (Self, Vec<Unenforced>) {
         let version_2 = layout.version_2_controllers();
         let enable = DELEGATED.iter().map(|name| (*name).to_owned());
         let enable: Vec<String> = enable.filter(|name| version_2.contains(name)).collect();
-        let settings = limits::settings(place, &version_2, resources);
+        let mut settings = limits::settings(place, &version_2, resources);
+        let devices = DevicePolicy::new(place, devices)
+            .map_err(|unenforced| settings.unenforced.push(unenforced))
+            .ok();
         let above = match enable.is_empty() {
             true => Vec::new(),
             false => above(layout, &place.tracking.group),
@@ -62,6 +75,7 @@ impl CgroupPlan {
             controllers: place.controllers.clone(),
             before: settings.before,
             up: settings.up,
+            devices,
             required: resources.required,
         };
         (plan, settings.unenforced)
@@ -85,7 +99,9 @@ impl CgroupPlan {
                 }
             }
         }
-        Ok(written(&self.before, &refused))
+        let mut refused = written(&self.before, &refused);
+        refused.extend(self.devices.as_ref().and_then(|it| it.enforce().err()));
+        Ok(refused)
     }
 
     /// Makes the cgroup, with controllers. Starts over if another start removes an empty parent in between, because the next parent
@@ -137,13 +153,18 @@ impl CgroupPlan {
 
     /// Writes what holds for the container alone, once systemd-nspawn has made its cgroup. Returns what the kernel refuses.
     pub fn settle(&self) -> Vec<Unenforced> {
-        written(&self.up, &[])
+        let mut refused = written(&self.up, &[]);
+        refused.extend(self.devices.as_ref().and_then(|it| it.settle().err()));
+        refused
     }
 
     /// In cgroup v1: moves systemd-nspawn out of the cgroups whose limits are the container's alone. It would count as one of the
-    /// container's processes, and could become the victim of an OOM kill that the container has caused.
+    /// container's processes, could become the victim of an OOM kill that the container has caused, and could lack the devices with which it
+    /// releases a disk image.
     pub fn release_nspawn(&self, nspawn: i32) -> io::Result<()> {
-        for controller in ["memory", "pids"] {
+        let lacks_devices = self.devices.as_ref().is_some_and(DevicePolicy::changes);
+        let devices = lacks_devices.then_some("devices");
+        for controller in ["memory", "pids"].into_iter().chain(devices) {
             if let Some(group) = self.controllers.get(controller)
                 && let Some(parent) = group.parent()
             {
@@ -195,7 +216,7 @@ fn inherit_cores(group: &Path) -> io::Result<()> {
 
 /// Lets the container see a cgroup, against the umask of the supervisor: root of a container with a user namespace is another user, who
 /// mounts the hierarchy from its cgroup on and reads its limits there. For the mount the kernel looks up every directory on the way.
-fn make_visible(group: &Path) -> io::Result<()> {
+pub(super) fn make_visible(group: &Path) -> io::Result<()> {
     let subtree = group.parent().filter(|parent| parent.ends_with(SUBTREE));
     for directory in subtree.into_iter().chain([group]) {
         fs::set_permissions(directory, fs::Permissions::from_mode(0o755))?;

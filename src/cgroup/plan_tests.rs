@@ -143,3 +143,41 @@ fn every_directory_that_the_driver_makes_is_visible_to_the_container() {
         assert_eq!(mode, 0o755, "{}", directory.display());
     }
 }
+
+/// As any other limit: a note, or with `require_limits` a refusal.
+#[test]
+fn a_device_policy_that_cannot_be_enforced_is_a_limit() {
+    let temp = tempfile::tempdir().unwrap();
+    let group = temp.path().join("x");
+    let place = Place {
+        tracking: crate::cgroup::CgroupPath {
+            group: group.clone(),
+            mirror: None,
+        },
+        version_2: false,
+        granted: false,
+        controllers: [("devices".to_owned(), group.clone())].into(),
+    };
+    let layout = Layout::of(&[]);
+    let (plan, unenforced) = CgroupPlan::new(
+        &layout,
+        &place,
+        &Resources::default(),
+        &DeviceRules::default(),
+    );
+    assert_eq!(unenforced, []);
+    // No kernel makes the files here.
+    let refused = plan.create(&group).unwrap();
+    let note = unenforced_note(&refused).unwrap();
+    let start = "these limits are not enforced on this node: devices (";
+    assert!(note.starts_with(start), "{note}");
+    assert!(note.contains("devices.deny can't be written"), "{note}");
+    let nowhere = Place {
+        controllers: BTreeMap::new(),
+        ..place
+    };
+    let resources = Resources::default();
+    let (_, unenforced) = CgroupPlan::new(&layout, &nowhere, &resources, &DeviceRules::default());
+    let limits: Vec<Limit> = unenforced.iter().map(|one| one.limit).collect();
+    assert_eq!(limits, [Limit::Devices]);
+}

@@ -93,7 +93,7 @@ fn attributes(
         CgroupLayout::None => "none",
     };
     // Those that a job can set a limit of.
-    let limits = ["cpu", "cpuset", "memory", "pids"];
+    let limits = ["cpu", "cpuset", "devices", "memory", "pids"];
     let limits = limits
         .iter()
         .filter(|name| probe.controllers.contains(**name));

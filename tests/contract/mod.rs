@@ -26,6 +26,7 @@ use super::world;
 
 mod control_socket;
 mod degraded;
+mod devices;
 mod environment;
 mod exits;
 mod force;

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{BackendError, ContainerBackend, UsageReader, chain};
 use crate::blocking;
-use crate::cgroup::{Layout, UsageFiles};
+use crate::cgroup::{Layout, UsageFiles, has_device_policy};
 use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
 use crate::nspawn::probe;
 use crate::nspawn::version::Feature;
@@ -119,7 +119,7 @@ impl ContainerBackend for NspawnBackend {
             let root = nix::unistd::geteuid().is_root();
             Probe {
                 controllers: match root {
-                    true => layout.usable_controllers(),
+                    true => controllers(&layout),
                     false => BTreeSet::new(),
                 },
                 idmapped_mounts: installed
@@ -199,6 +199,15 @@ impl UsageReader for UsageFiles {
 }
 
 /// The id of the current boot.
+/// The controllers with which the driver can limit a container, of whichever version. `devices` also where BPF takes its place.
+fn controllers(layout: &Layout) -> BTreeSet<String> {
+    let mut usable = layout.usable_controllers();
+    if has_device_policy(layout) {
+        usable.insert("devices".to_owned());
+    }
+    usable
+}
+
 fn boot_id() -> Result<String, BackendError> {
     kernel::boot_id().map_err(|source| {
         let file = Path::new("/proc/sys/kernel/random/boot_id");

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::{acquire, boot_id, io_error};
 use crate::backend::BackendError;
-use crate::cgroup::{CgroupPlan, Layout, Place, Unenforced, unenforced_note};
+use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
 use crate::container::{Cause, ContainerSpec, Mount, NetworkNamespace, Root};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::Resource;
@@ -160,7 +160,8 @@ fn cgroups(
     let place = layout
         .place(spec.resources.cgroup.as_deref(), leaf)
         .filter(|_| nix::unistd::geteuid().is_root())?;
-    let plan = CgroupPlan::new(layout, &place, &spec.resources);
+    let devices = DeviceRules::new(&spec.resources.devices, &spec.mounts, &spec.rootfs.source);
+    let plan = CgroupPlan::new(layout, &place, &spec.resources, &devices);
     Some((place, plan))
 }
 

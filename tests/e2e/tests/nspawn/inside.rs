@@ -17,13 +17,13 @@ use super::*;
 const MIB: u64 = 1 << 20;
 
 /// The backend in a stage.
-struct Inside {
-    stage: Stage,
+pub(super) struct Inside {
+    pub(super) stage: Stage,
     backend: NspawnBackend,
 }
 
 impl Inside {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let stage = Stage::new();
         let backend = NspawnBackend::new(Settings {
             state_dir: stage.join("state"),
@@ -36,7 +36,7 @@ impl Inside {
     }
 
     /// A container that runs a shell script in the small tree.
-    fn spec(&self, script: &str) -> ContainerSpec {
+    pub(super) fn spec(&self, script: &str) -> ContainerSpec {
         let name = self.stage.name();
         ContainerSpec::for_test(name, self.stage.join("tree")).with(|spec| {
             spec.identity.id = format!("alloc-{name}/{name}/00000001");
@@ -71,7 +71,7 @@ impl Inside {
     }
 
     /// Runs a container to its end; returns what it printed. Its start must have no notes.
-    async fn run(&self, spec: ContainerSpec) -> String {
+    pub(super) async fn run(&self, spec: ContainerSpec) -> String {
         let started = self.start(spec).await;
         assert!(started.notes.is_empty(), "{:?}", started.notes);
         let (exit, printed) = self.finish(&started).await;
@@ -81,7 +81,7 @@ impl Inside {
 }
 
 /// The user namespace of a job that does not configure one.
-fn private_users() -> Users {
+pub(super) fn private_users() -> Users {
     Users::Private {
         range: "pick".to_owned(),
         ownership: Some("auto".to_owned()),

@@ -15,6 +15,7 @@ use nomad_driver_nspawn::state::TaskDir;
 use nomad_driver_nspawn::sys::process::ProcessHandle;
 use serde_json::{Value, json};
 
+mod devices;
 mod ends;
 mod inside;
 mod limits;
