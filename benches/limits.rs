@@ -138,7 +138,9 @@ fn all_limits(place: &Place, plan: &CgroupPlan, process: &Process) -> anyhow::Re
     }
     // Without a container there is no cgroup of the payload in which some are repeated.
     let payload = place.payload();
-    let reason = refused.iter().find(|one| !one.reason.contains(&*payload.to_string_lossy()));
+    let reason = refused
+        .iter()
+        .find(|one| !one.reason.contains(&*payload.to_string_lossy()));
     ensure!(reason.is_none(), "a limit is refused: {reason:?}");
     Ok(took)
 }

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
+use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
@@ -97,7 +97,10 @@ impl Devices {
     /// The device of a node, links followed. `None` for everything else, and for what can't be examined: systemd-nspawn says so if it
     /// needs it.
     fn of_node(path: &Path) -> Option<Self> {
-        let found = fs::metadata(path).ok()?;
+        Self::of(&fs::metadata(path).ok()?)
+    }
+
+    fn of(found: &Metadata) -> Option<Self> {
         let kind = match found.file_type() {
             kind if kind.is_char_device() => Kind::Character,
             kind if kind.is_block_device() => Kind::Block,
@@ -193,6 +196,11 @@ const DEVICE_MAPPER_CONTROL: Devices = Devices::character(10, 236);
 const LOOP: Devices = Devices::block(7);
 const BLOCK_EXTENDED: Devices = Devices::block(259);
 
+/// The most devices that one mount brings into a container. A `/dev` has some hundred at most.
+const MAX_BOUND: usize = 1024;
+/// The most files that are looked at for that: `/dev/shm` may have any number.
+const MAX_SEEN: usize = 10_000;
+
 /// The devices that one start needs, beside those of every container.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeviceRules {
@@ -208,13 +216,14 @@ impl DeviceRules {
         let named = devices
             .iter()
             .filter_map(|device| Some(rule(Devices::of_node(&device.host)?, Access::of(device))));
-        // As systemd-nspawn allows them in a scope of its own.
-        let bound = mounts.iter().filter_map(|mount| {
+        // Nodes that are bound one by one are allowed as systemd-nspawn allows them in a scope of its own.
+        let bound = mounts.iter().flat_map(|mount| {
             let access = match mount.read_only {
                 true => Access::READ,
                 false => Access::READ_WRITE,
             };
-            Some(rule(Devices::of_node(&mount.source)?, access))
+            let nodes = bound_devices(&mount.source).into_iter();
+            nodes.map(move |devices| rule(devices, access))
         });
         Self {
             container: named.chain(bound).collect(),
@@ -243,6 +252,27 @@ impl DeviceRules {
             });
         beyond.filter(|rule| rule.access != Access::NONE).collect()
     }
+}
+
+/// The devices that a mount brings into the container: the node itself, or those in a directory of the host's `/dev`, such as `/dev/dri`. Links
+/// in it are not followed: what they name is not in the container.
+fn bound_devices(source: &Path) -> Vec<Devices> {
+    let (mut found, mut seen) = (Vec::from_iter(Devices::of_node(source)), 0);
+    let mut pending = Vec::from_iter(source.starts_with("/dev").then(|| source.to_owned()));
+    while let Some(directory) = pending.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            match entry.metadata() {
+                Ok(data) if data.is_dir() => pending.push(entry.path()),
+                Ok(data) => found.extend(Devices::of(&data)),
+                Err(_) => {}
+            }
+            seen += 1;
+            if found.len() == MAX_BOUND || seen == MAX_SEEN {
+                return found;
+            }
+        }
+    }
+    found
 }
 
 /// What systemd-nspawn needs for a disk image, as its unit template `systemd-nspawn@.service` has it, or for a block device with its

@@ -218,6 +218,19 @@ fn devices_of_the_job_and_bound_nodes_are_allowed() {
     assert_eq!(rules.only_nspawn(), []);
 }
 
+#[test]
+fn a_directory_below_dev_brings_the_nodes_in_it() {
+    let node = |path: &str| Devices::of_node(Path::new(path)).unwrap();
+    let all = bound_devices(Path::new("/dev"));
+    for path in ["/dev/null", "/dev/zero", "/dev/tty"] {
+        assert!(all.contains(&node(path)), "{path}");
+    }
+    assert_eq!(bound_devices(Path::new("/dev/null")), [node("/dev/null")]);
+    let temp = tempfile::tempdir().unwrap();
+    symlink("/dev/zero", temp.path().join("link")).unwrap();
+    assert_eq!(bound_devices(temp.path()), []);
+}
+
 /// What the job may use too is not taken from it once the container is up.
 #[test]
 fn only_a_disk_image_needs_more_and_only_until_the_container_is_up() {
