@@ -18,6 +18,7 @@ mod failed_starts;
 mod inspect;
 mod killed;
 mod later_driver;
+mod oom;
 mod processes;
 mod recover;
 mod release;
