@@ -1,9 +1,7 @@
-//! Tier (c): what only a host with systemd as its first process can do to a task. systemd writes the limits of its own units again when it
-//! is reloaded, and a limit in a group that it takes for its own is lost then.
+//! Tier (c) and the guest: what only a host with systemd as its first process can do to a task. systemd writes the limits of its own units
+//! again when it is reloaded, and a limit in a group that it takes for its own is lost then.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -11,13 +9,14 @@ use std::time::Duration;
 use dev_agent::{Plugin, handshake};
 use e2e::stage::{Running, Stage, end};
 use e2e::until;
+use nomad_driver_nspawn::cgroup::Layout;
+use nomad_driver_nspawn::container::CgroupLayout;
+use nomad_driver_nspawn::proto::driver::TaskConfig;
 use nomad_driver_nspawn::sys::procfs;
+use support::limits::Dump;
 use support::{not_applicable, within};
 
 const AMPLE: Duration = Duration::from_secs(30);
-
-/// The contents of a group's files, by path.
-type Dump = BTreeMap<PathBuf, String>;
 
 fn run(program: &str, words: &[&str]) -> String {
     let output = Command::new(program).args(words).output().unwrap();
@@ -153,14 +152,11 @@ fn groups_of(pid: i32) -> Vec<PathBuf> {
     groups.lines().filter_map(group).collect()
 }
 
-/// The files of the task's groups that hold a limit: of the payload, of systemd-nspawn, and of the groups above up to the slice, which is
-/// the operator's.
-fn limits(task: &Running) -> Dump {
-    let mut dump = Dump::new();
-    for group in [task.leader(), task.nspawn()]
-        .into_iter()
-        .flat_map(groups_of)
-    {
+/// The limits of the groups of these tasks: of the payload, of systemd-nspawn, and of the groups above up to the slice, which is the
+/// operator's.
+fn limits(tasks: &[Running]) -> Dump {
+    let processes = tasks.iter().flat_map(|task| [task.leader(), task.nspawn()]);
+    let groups = processes.flat_map(groups_of).flat_map(|group| {
         let above = group.ancestors().take_while(|group| {
             let name = group.file_name().unwrap_or_default().to_string_lossy();
             let is_top = group.parent().is_none_or(|parent| {
@@ -168,79 +164,76 @@ fn limits(task: &Running) -> Dump {
             });
             !is_top && !name.ends_with(".slice")
         });
-        for group in above {
-            dump.extend(files(group));
+        above.map(Path::to_owned).collect::<Vec<_>>()
+    });
+    Dump::of(groups)
+}
+
+/// A cgroup for one task, made as Nomad makes it in cgroup v2: below a slice that is no unit of systemd.
+struct Scope {
+    slice: PathBuf,
+}
+
+impl Scope {
+    /// None where Nomad makes no such cgroup.
+    fn new(name: &str) -> Option<Self> {
+        let layout = Layout::of_this_host();
+        let slice = layout.tracking?.join(format!("{name}nomad.slice"));
+        (layout.kind == CgroupLayout::V2).then(|| {
+            let scope = Self { slice };
+            fs::create_dir_all(scope.path()).unwrap();
+            scope
+        })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.slice.join("share.slice/a.task.scope")
+    }
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        for group in self.path().ancestors().take(3) {
+            let _ = fs::remove_dir(group);
         }
     }
-    dump
 }
 
-fn files(group: &Path) -> Dump {
-    let entries = fs::read_dir(group).unwrap().flatten();
-    let read = |entry: fs::DirEntry| {
-        let name = entry.file_name().into_string().unwrap();
-        let writable = entry.metadata().ok()?.permissions().mode() & 0o222 != 0;
-        let text = is_limit(&name, writable).then(|| fs::read_to_string(entry.path()).ok())??;
-        Some((entry.path(), text))
-    };
-    entries.filter_map(read).collect()
-}
-
-/// Whether a file of a group holds a limit. Writable are also counters that can be reset, and requests to the kernel.
-fn is_limit(name: &str, writable: bool) -> bool {
-    const CONTROLLERS: [&str; 6] = ["memory.", "cpu.", "pids.", "cpuset.", "io.", "hugetlb."];
-    const OTHERS: [&str; 6] = [
-        "usage",
-        "failcnt",
-        "peak",
-        "pressure",
-        "reclaim",
-        "force_empty",
-    ];
-    if name == "devices.list" || name.starts_with("cgroup.max.") {
-        return true;
+/// Starts a task with limits; with a second one in a scope where Nomad makes scopes.
+async fn start(stage: &Stage, plugin: &Plugin, scope: Option<&Scope>) -> Vec<Running> {
+    let mut task = stage.shell("echo up; exec sleep 1000");
+    task.spec.memory_mb = 64;
+    task.spec.memory_max_mb = 96;
+    task.spec.cpu_mhz = 500;
+    let mut tasks = vec![stage.up(plugin, task.clone()).await];
+    if let Some(scope) = scope {
+        let tree = stage.tree("second");
+        let task = task.with("image", tree.to_str().unwrap());
+        let edit = |config: &mut TaskConfig| {
+            let resources = config.resources.as_mut().unwrap();
+            let linux = resources.linux_resources.as_mut().unwrap();
+            linux.cpuset_cgroup = scope.path().to_str().unwrap().to_owned();
+        };
+        let started = stage.start_edited(plugin, stage.allocation(&task), edit);
+        let running = started.await.unwrap();
+        running.stdout.contains("up").await;
+        let own = PathBuf::from(running.state(&["cgroup"]).as_str().unwrap());
+        assert!(own.starts_with(scope.path()), "{}", own.display());
+        tasks.push(running);
     }
-    writable
-        && CONTROLLERS.iter().any(|prefix| name.starts_with(prefix))
-        && !OTHERS.iter().any(|word| name.contains(word))
-}
-
-/// The differences between two dumps, one per line.
-fn differences(before: &Dump, after: &Dump) -> Vec<String> {
-    let paths = before.keys().chain(after.keys());
-    let mut lines: Vec<_> = paths
-        .filter(|path| before.get(*path) != after.get(*path))
-        .map(|path| {
-            format!(
-                "{}: {:?}, then {:?}",
-                path.display(),
-                before.get(path),
-                after.get(path)
-            )
-        })
-        .collect();
-    lines.sort();
-    lines.dedup();
-    lines
+    tasks
 }
 
 /// Checks that a dump has what every host with controllers shows, so that two dumps of nothing are never equal.
 #[track_caller]
 fn assert_complete(dump: &Dump) {
-    let has = |names: [&str; 2]| {
-        let mut found = dump
-            .keys()
-            .filter_map(|path| path.file_name()?.to_str())
-            .filter(|name| names.contains(name));
-        assert!(
-            found.next().is_some(),
-            "no {names:?} in {:?}",
-            dump.keys().collect::<Vec<_>>()
-        );
-    };
-    has(["memory.max", "memory.limit_in_bytes"]);
-    has(["cpu.weight", "cpu.shares"]);
-    has(["pids.max", "pids.max"]);
+    for names in [
+        ["memory.max", "memory.limit_in_bytes"],
+        ["cpu.weight", "cpu.shares"],
+        ["pids.max", "pids.max"],
+    ] {
+        assert!(dump.has(&names), "no {names:?} in {dump:?}");
+    }
 }
 
 /// Real only: systemd's units and slices. The groups of a task keep their limits while systemd is reloaded and executed again, while the
@@ -248,22 +241,19 @@ fn assert_complete(dump: &Dump) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_survive_what_is_done_to_systemd() {
     if fs::read_to_string("/proc/1/comm").unwrap().trim() != "systemd" {
-        not_applicable("needs a host whose first process is systemd: ci/e2e c");
+        not_applicable("needs a host whose first process is systemd: ci/e2e c, ci/e2e vm");
         return;
     }
     let stage = Stage::new();
     let unit = Unit::new(&stage);
     let plugin = unit.plugin().await;
-    let mut task = stage.shell("echo up; exec sleep 1000");
-    task.spec.memory_mb = 64;
-    task.spec.memory_max_mb = 96;
-    task.spec.cpu_mhz = 500;
-    let running = stage.up(&plugin, task).await;
-    let before = limits(&running);
+    let scope = Scope::new(stage.name());
+    let tasks = start(&stage, &plugin, scope.as_ref()).await;
+    let before = limits(&tasks);
     assert_complete(&before);
     let same = |event: &str| {
-        let changed = differences(&before, &limits(&running));
-        assert!(changed.is_empty(), "{event}:\n{}", changed.join("\n"));
+        let changed = before.differences(&limits(&tasks));
+        assert!(changed.is_empty(), "{event}:\n{changed}");
     };
 
     systemctl(&["daemon-reload"]);
@@ -284,17 +274,22 @@ async fn limits_survive_what_is_done_to_systemd() {
     within("the end of the first plugin", plugin.gone()).await;
     same("after the unit was restarted");
     let plugin = unit.plugin().await;
-    within("RecoverTask", plugin.recover(running.stored()))
-        .await
-        .unwrap();
-    same("after the task was recovered");
+    for task in &tasks {
+        within("RecoverTask", plugin.recover(task.stored()))
+            .await
+            .unwrap();
+    }
+    same("after the tasks were recovered");
     systemctl(&["daemon-reload"]);
     same("after a second daemon-reload");
 
-    let exit = running.stop(&plugin, AMPLE, "SIGKILL").await;
-    assert_eq!(exit.signal, 9, "{exit:?}");
-    running.destroy(&plugin).await;
+    for task in &tasks {
+        let exit = task.stop(&plugin, AMPLE, "SIGKILL").await;
+        assert_eq!(exit.signal, 9, "{exit:?}");
+        task.destroy(&plugin).await;
+    }
     end(plugin).await;
     drop(unit);
+    drop(scope);
     stage.leave();
 }

@@ -9,6 +9,7 @@ use std::future::Future;
 use std::io::Write as _;
 use std::time::Duration;
 
+pub mod limits;
 mod lines;
 mod output;
 pub mod secrecy;
