@@ -58,13 +58,16 @@ pub(crate) enum Step {
     Exited,
     EndRecorded,
     EndTold,
+    OutOfMemoryLater,
+    OutOfMemory,
+    OutOfMemoryRecorded,
     Destroying,
     Removing,
     Recovering,
 }
 
 impl Step {
-    pub(crate) const ALL: [Self; 16] = [
+    pub(crate) const ALL: [Self; 19] = [
         Self::BeforeOrder,
         Self::OrderWritten,
         Self::CgroupMade,
@@ -78,6 +81,9 @@ impl Step {
         Self::Exited,
         Self::EndRecorded,
         Self::EndTold,
+        Self::OutOfMemoryLater,
+        Self::OutOfMemory,
+        Self::OutOfMemoryRecorded,
         Self::Destroying,
         Self::Removing,
         Self::Recovering,
@@ -98,10 +104,21 @@ impl Step {
             Self::Exited => "exited, not waited for",
             Self::EndRecorded => "end recorded, unreported",
             Self::EndTold => "end reported, nothing freed",
+            Self::OutOfMemoryLater => "running, later an OOM kill",
+            Self::OutOfMemory => "OOM kill, not waited for",
+            Self::OutOfMemoryRecorded => "OOM kill, end recorded",
             Self::Destroying => "destroying, still alive",
             Self::Removing => "destroying, already dead",
             Self::Recovering => "recovering",
         }
+    }
+
+    /// Whether the task ends because it has used up its memory.
+    pub(crate) fn is_out_of_memory(self) -> bool {
+        matches!(
+            self,
+            Self::OutOfMemoryLater | Self::OutOfMemory | Self::OutOfMemoryRecorded
+        )
     }
 
     /// Whether StartTask has not returned yet, so that Nomad has no handle.
@@ -144,7 +161,7 @@ pub(crate) enum Owed {
     Undone(&'static str),
     /// The same container runs and is supervised: its exit is reported later.
     Same,
-    /// The task exited by itself, and its own exit code is reported.
+    /// The task exited by itself, and its own exit code is reported; or the kernel killed it for its memory, and that is reported.
     ItsOwnEnd,
     /// It is reported dead by SIGKILL, with this text in the error; no error if the driver was asked to kill it.
     Killed(&'static str),
@@ -206,6 +223,7 @@ pub(crate) fn cells() -> Vec<Cell> {
 
 const NOT_STARTED: &str = "is not there yet";
 const OVER: &str = "is gone already";
+const ENDS_IT: &str = "takes the container with it, so no OOM kill comes later";
 const SUPERVISOR: &str = "supervisor was killed";
 const NSPAWN: &str = "systemd-nspawn was ended by SIGKILL";
 
@@ -221,6 +239,9 @@ impl Cell {
                 | Step::Stopping
                 | Step::Exited
                 | Step::EndRecorded
+                | Step::OutOfMemoryLater
+                | Step::OutOfMemory
+                | Step::OutOfMemoryRecorded
                 | Step::Destroying
                 | Step::Recovering
         );
@@ -301,7 +322,11 @@ impl Cell {
             ),
             Step::Running => (Hold::Nobody, ALIVE),
             Step::Signalled | Step::Stopping => (Hold::Driver(Failpoint::Signalled), ALIVE),
-            Step::Exited => (
+            Step::OutOfMemoryLater => (
+                Hold::Nobody,
+                [Ok(Owed::Same), Err(ENDS_IT), Err(ENDS_IT), Err(ENDS_IT)],
+            ),
+            Step::Exited | Step::OutOfMemory => (
                 match self.victim {
                     Victim::Nspawn => Hold::Nspawn(Moment::BeforeExit),
                     _ => Hold::Driver(Failpoint::Exited),
@@ -313,7 +338,9 @@ impl Cell {
                     Err(OVER),
                 ],
             ),
-            Step::EndRecorded => (Hold::Driver(Failpoint::EndRecorded), DEAD),
+            Step::EndRecorded | Step::OutOfMemoryRecorded => {
+                (Hold::Driver(Failpoint::EndRecorded), DEAD)
+            }
             Step::EndTold => (Hold::Driver(Failpoint::EndTold), DEAD),
             Step::Destroying => (
                 Hold::Driver(Failpoint::Killing),

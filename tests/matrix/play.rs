@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use dev_agent::calls::StartedTask;
 use dev_agent::{Allocation, HostError, Plugin, TaskExit};
+use nomad_driver_nspawn::cgroup::Layout;
 use nomad_driver_nspawn::container::Process;
 use nomad_driver_nspawn::failpoint::Failpoint;
 use nomad_driver_nspawn::proto::driver::{
@@ -16,7 +17,8 @@ use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::state::task_dir::TaskDir;
 use nomad_driver_nspawn::sys::kernel;
 use nomad_driver_nspawn::sys::process::{ProcessHandle, first_child, is_alive};
-use support::{DEADLINE, within};
+use support::limits::Dump;
+use support::{DEADLINE, not_applicable, within};
 use tokio::io::AsyncReadExt;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -28,12 +30,14 @@ use support::trap::Trap;
 mod calls;
 
 use calls::{
-    attach, collect, hang_up, hang_up_or, is_our_program, is_running, own_end, signal, strike,
-    supervisor_below,
+    attach, collect, hang_up, hang_up_or, is_our_program, is_running, limits_memory, limits_of,
+    out_of_memory, own_end, signal, strike, supervisor_below,
 };
 
 /// The task's exit code once its gate is opened.
 const CODE: i32 = 5;
+/// The memory of a task that uses it up, in MiB: far more than any other process in its cgroup has.
+const MEMORY_MIB: i64 = 32;
 /// A grace period that no cell uses up.
 const AMPLE: Duration = Duration::from_secs(600);
 
@@ -55,6 +59,11 @@ async fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 
 /// Runs the cell and returns a word for the result.
 pub(super) async fn play<W: World>(world: W, cell: Cell) -> String {
+    if cell.step.is_out_of_memory() && !limits_memory() {
+        not_applicable("needs root and the memory controller");
+        world.unused();
+        return "not here".to_owned();
+    }
     let mut game = Game::new(&world, cell).await;
     game.reach().await;
     game.kill().await;
@@ -81,6 +90,8 @@ struct Game<'w, W> {
     trap: Option<Trap>,
     start: Option<Call<StartedTask>>,
     started: Option<StartedTask>,
+    /// The limits of the task when it was started.
+    limits: Option<Dump>,
     wait: Option<Call<TaskExit>>,
     action: Option<Call<()>>,
     ids: Vec<String>,
@@ -92,11 +103,21 @@ impl<'w, W: World> Game<'w, W> {
         let process = within("the plugin", world.plugin()).await;
         let line = attach(world, &process).await;
         let (_, gate) = world.gate();
+        let end = match cell.step.is_out_of_memory() {
+            true => "x=0123456789abcdef; while :; do x=$x$x; done".to_owned(),
+            false => format!("exit {CODE}"),
+        };
         let text = format!(
-            "trap '' TERM INT; trap 'echo usr1' USR1; echo up; while ! test -e {gate}; do sleep 0.02; done; exit {CODE}"
+            "trap '' TERM INT; trap 'echo usr1' USR1; echo up; while ! test -e {gate}; do sleep 0.02; done; {end}"
         );
         let is_second = cell.victim == Victim::Init;
-        let allocation = world.allocation(world.shell(&text).with("process_two", is_second));
+        let mut task = world.shell(&text).with("process_two", is_second);
+        if cell.step.is_out_of_memory() {
+            task = task
+                .with_memory(MEMORY_MIB)
+                .with("memory_swap", format!("{MEMORY_MIB}m"));
+        }
+        let allocation = world.allocation(task);
         let config = line.task_config(&allocation).await.unwrap();
         let printed = collect(&allocation);
         Self {
@@ -113,6 +134,7 @@ impl<'w, W: World> Game<'w, W> {
             trap: None,
             start: None,
             started: None,
+            limits: None,
             wait: None,
             action: None,
         }
@@ -161,6 +183,7 @@ impl<'w, W: World> Game<'w, W> {
         let start = self.start.take().unwrap();
         self.started = Some(within("StartTask", start).await.unwrap().unwrap());
         self.up().await;
+        self.limits = self.started.as_ref().map(limits_of);
         if step == Step::Recovering {
             self.process.kill().await;
             self.renew().await;
@@ -181,7 +204,11 @@ impl<'w, W: World> Game<'w, W> {
             Step::Stopping => {
                 self.action = Some(tokio::spawn(async move { line.stop(&id, AMPLE, "").await }));
             }
-            Step::Exited | Step::EndRecorded | Step::EndTold => self.open_gate(),
+            Step::Exited
+            | Step::EndRecorded
+            | Step::EndTold
+            | Step::OutOfMemory
+            | Step::OutOfMemoryRecorded => self.open_gate(),
             Step::Destroying => {
                 self.action = Some(tokio::spawn(async move { line.destroy(&id, true).await }));
             }
@@ -416,7 +443,7 @@ impl<'w, W: World> Game<'w, W> {
         }
     }
 
-    /// It is the container that was started, and it runs.
+    /// It is the container that was started, and it runs with the same limits.
     async fn is_the_same(&self) {
         let leader = self.leader();
         assert!(
@@ -430,6 +457,12 @@ impl<'w, W: World> Game<'w, W> {
             leader.pid.to_string()
         );
         assert!(supervisor_below(&self.world.state()).is_some(), "unwatched");
+        let (before, now) = (self.limits.as_ref(), self.started.as_ref().map(limits_of));
+        let (before, now) = before.zip(now.as_ref()).unwrap();
+        let known = before.has(&["memory.limit_in_bytes", "memory.max"]);
+        assert!(known || !limits_memory(), "{before:?}");
+        let changed = before.differences(now);
+        assert!(changed.is_empty(), "other limits:\n{changed}");
     }
 
     async fn inspect(&self) -> InspectTaskResponse {
@@ -471,15 +504,23 @@ impl<'w, W: World> Game<'w, W> {
         if self.owed == Owed::Same {
             match self.cell.step {
                 Step::Stopping => assert_eq!((one.code, one.signal, &one.error), (137, 9, &None)),
-                _ => own_end(&one),
+                _ => self.is_its_own(&one),
             }
         }
         one
     }
 
+    /// It is the exit of the task itself.
+    fn is_its_own(&self, exit: &TaskExit) {
+        match self.cell.step.is_out_of_memory() {
+            true => out_of_memory(exit),
+            false => own_end(exit),
+        }
+    }
+
     fn check(&self, exit: &TaskExit) {
         match self.owed {
-            Owed::ItsOwnEnd => own_end(exit),
+            Owed::ItsOwnEnd => self.is_its_own(exit),
             Owed::Killed("") => {
                 assert_eq!(
                     (exit.code, exit.signal, &exit.error),
@@ -518,7 +559,7 @@ impl<'w, W: World> Game<'w, W> {
             );
         }
         let exit = within("the next WaitTask", self.line.wait(&id)).await;
-        own_end(&exit.unwrap());
+        self.is_its_own(&exit.unwrap());
         within("the next DestroyTask", self.line.destroy(&id, false))
             .await
             .unwrap();
@@ -537,13 +578,12 @@ impl<'w, W: World> Game<'w, W> {
             left(&state).is_empty().then_some(())
         })
         .await;
+        let layout = Layout::of_this_host();
         for id in &self.ids {
             let task_dir = TaskDir::for_task(&state, id);
-            let leaf = Path::new("nomad-driver-nspawn").join(task_dir.path().file_name().unwrap());
-            for hierarchy in ["", "unified", "systemd"] {
-                let group = Path::new("/sys/fs/cgroup").join(hierarchy).join(&leaf);
-                assert!(!group.exists(), "{} is left", group.display());
-            }
+            let leaf = task_dir.path().file_name().unwrap().to_str().unwrap();
+            let groups = layout.find(leaf);
+            assert!(groups.is_empty(), "left: {groups:?}");
         }
         self.world.is_clean(&self.process).await;
         drop(self.line);

@@ -2,7 +2,7 @@
 //! started by the development agent that ships with the driver. Tests share nothing and run in parallel. At the end of a test its [`Host`]
 //! looks for leftover processes and cgroups and fails the test if there are any.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::ops::Deref;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use dev_agent::{Launch, Plugin};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nomad_driver_nspawn::cgroup::Group;
+use nomad_driver_nspawn::cgroup::{Group, Layout};
 use nomad_driver_nspawn::proto::driver::TaskConfig;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
@@ -182,25 +182,20 @@ impl Host {
         eventually("everything has ended", || others().next().is_none()).await;
     }
 
-    /// The cgroups that were created for the starts of this test.
+    /// The cgroups that exist for the starts of this test, in every hierarchy.
     pub(crate) fn groups(&self) -> Vec<PathBuf> {
-        let roots = ["", "unified", "systemd"].map(|name| Path::new("/sys/fs/cgroup").join(name));
-        let mut found = Vec::new();
+        let mut leaves = BTreeSet::new();
         for start in self.starts() {
-            let text = start["cgroup"].as_str().unwrap().to_owned();
-            let made = text
-                .lines()
-                .filter_map(|line| line.splitn(3, ':').nth(2))
-                .filter(|group| group.contains("nomad-driver-nspawn/"));
-            for group in made {
-                found.extend(
-                    roots
-                        .iter()
-                        .map(|root| root.join(group.trim_start_matches('/'))),
-                );
-            }
+            let text = start["cgroup"].as_str().unwrap();
+            let groups = text.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+            let below = groups.filter_map(|group| group.split_once("nomad-driver-nspawn/"));
+            let leaf = |(_, below): (&str, &str)| below.split('/').next().unwrap().to_owned();
+            leaves.extend(below.map(leaf));
         }
-        found
+        match leaves.is_empty() {
+            true => Vec::new(),
+            false => Layout::of_this_host().leaves(|name| leaves.contains(name)),
+        }
     }
 
     /// The processes of this test: its directory is in their arguments, environment or working directory.

@@ -1,4 +1,4 @@
-//! Calls to the plugin, and processes on this host.
+//! Calls to the plugin, and processes and cgroups on this host.
 
 use super::*;
 
@@ -44,8 +44,17 @@ pub(super) async fn hang_up_or<T>(call: Call<T>, answered: impl FnOnce(Result<T,
 
 pub(super) fn own_end(exit: &TaskExit) {
     assert_eq!(
-        (exit.code, exit.signal, &exit.error),
-        (CODE, 0, &None),
+        (exit.code, exit.signal, exit.oom_killed, &exit.error),
+        (CODE, 0, false, &None),
+        "{exit:?}"
+    );
+}
+
+/// The same for a task that was killed for its memory.
+pub(super) fn out_of_memory(exit: &TaskExit) {
+    assert_eq!(
+        (exit.code, exit.signal, exit.oom_killed, &exit.error),
+        (137, 9, true, &None),
         "{exit:?}"
     );
 }
@@ -68,6 +77,24 @@ pub(super) fn is_running(pid: i32) -> bool {
 pub(super) fn is_our_program(pid: i32) -> bool {
     std::fs::read_link(format!("/proc/{pid}/exe"))
         .is_ok_and(|exe| exe.to_string_lossy().contains("nspawn-init"))
+}
+
+/// Whether the driver can limit the memory of a task here.
+pub(super) fn limits_memory() -> bool {
+    let controllers = Layout::of_this_host().usable_controllers();
+    nix::unistd::geteuid().is_root() && controllers.contains("memory")
+}
+
+/// The limits of a task, by the driver state in its handle.
+pub(super) fn limits_of(started: &StartedTask) -> Dump {
+    let state: serde_json::Value = serde_json::from_slice(&started.handle.driver_state).unwrap();
+    let started = &state["started"];
+    let path = |group: &serde_json::Value| group.as_str().map(PathBuf::from);
+    let own = path(&started["cgroup"]);
+    let payload = own.as_ref().map(|group| group.join("payload"));
+    let controllers = started["controllers"].as_object().into_iter().flatten();
+    let controllers = controllers.filter_map(|(_, group)| path(group));
+    Dump::of(own.into_iter().chain(payload).chain(controllers))
 }
 
 /// The supervisor of a start with its task directory below this state directory.
