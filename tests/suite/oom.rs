@@ -2,30 +2,23 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nomad_driver_nspawn::cgroup::Layout;
 use serde_json::json;
-use support::not_applicable;
 
 use super::*;
 
-/// How many tasks die. On an emulated processor (`NOMAD_DRIVER_NSPAWN_E2E_EMULATED`), where each takes a second, it is fewer.
+/// How many tasks die. On an emulated processor (`NOMAD_DRIVER_NSPAWN_E2E_EMULATED`), where each takes seconds, it is fewer.
 const DEATHS: usize = 200;
-const DEATHS_EMULATED: usize = 24;
+const DEATHS_EMULATED: usize = 16;
 /// So much that the script that uses it up is far larger than any other process in the cgroup when the kernel chooses a victim.
 const MEMORY_MIB: i64 = 32;
 /// A script whose shell doubles a variable until the kernel kills it, which takes a fraction of a second.
 const HUNGRY: &str = "x=0123456789abcdef; while :; do x=$x$x; done";
 
 /// The kernel counts a kill while the task exits and its cgroup is removed, so a driver that reads the counter late misses some of them.
-#[rstest]
+#[rstest] // Conformance check 64.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_of_many_fast_deaths_for_memory_is_reported(world: impl World) {
-    if !world.has(&[Need::Root]) {
-        return world.unused();
-    }
-    let controllers = Layout::of_this_host().usable_controllers();
-    if !controllers.contains("memory") {
-        not_applicable("needs the memory controller");
+    if !resources::limits(&world, "memory") {
         return world.unused();
     }
     let emulated = std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_EMULATED").is_some();
