@@ -12,6 +12,7 @@ use super::remove::refuse_later_form;
 use super::{NspawnBackend, io_error};
 use crate::backend::{BackendError, chain};
 use crate::blocking;
+use crate::cgroup::prepare_moves;
 use crate::container::{Cause, ContainerSpec, Started};
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::cause_of_host_error;
@@ -28,6 +29,8 @@ impl NspawnBackend {
         &self,
         spec: ContainerSpec,
     ) -> Result<Arc<Started>, BackendError> {
+        // Nothing waits for it but the supervisor's first cgroup, some milliseconds later.
+        drop(tokio::task::spawn_blocking(prepare_moves));
         let (machine, task_dir) = (
             spec.identity.machine.clone(),
             self.task_dir(&spec.identity.id),
