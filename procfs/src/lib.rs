@@ -147,8 +147,6 @@ pub struct Stat {
     pub system: u64,
     /// When it started, in clock ticks since boot.
     pub start: u64,
-    /// Resident memory in pages, shared ones included.
-    pub resident: u64,
 }
 
 /// Parses the text of a `/proc/<pid>/stat` file. The second field is the name of the process in parentheses, which may contain
@@ -165,18 +163,29 @@ pub fn parse_stat(stat: &str) -> Option<Stat> {
         user: field(14)?.parse().ok()?,
         system: field(15)?.parse().ok()?,
         start: field(22)?.parse().ok()?,
-        // The kernel prints a signed number, which is never negative.
-        resident: field(24)?.parse().unwrap_or(0),
     })
 }
 
-/// The anonymous memory of a process in pages, from the text of its `/proc/<pid>/statm` file: what is resident without what is backed
-/// by a file or shared. The same as `RssAnon` of `status`, which takes the kernel several times as long to write.
-pub fn anonymous_pages(statm: &str) -> Option<u64> {
+/// What is used of a `/proc/<pid>/statm` file: the memory of a process, in pages. From Linux 6.17 on it is exact; `stat` has an estimate, which
+/// may be 0 for a small process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Statm {
+    /// Resident memory, shared pages included.
+    pub resident: u64,
+    /// What is resident without what is backed by a file or shared. The same as `RssAnon` of `status`, which takes the kernel several times as
+    /// long to write.
+    pub anonymous: u64,
+}
+
+/// Parses the text of a `/proc/<pid>/statm` file.
+pub fn parse_statm(statm: &str) -> Option<Statm> {
     let mut fields = statm.split_ascii_whitespace().skip(1);
     let resident: u64 = fields.next()?.parse().ok()?;
     let shared: u64 = fields.next()?.parse().ok()?;
-    Some(resident.saturating_sub(shared))
+    Some(Statm {
+        resident,
+        anonymous: resident.saturating_sub(shared),
+    })
 }
 
 #[cfg(test)]
@@ -240,7 +249,6 @@ mod tests {
             user: 5,
             system: 6,
             start: 98765,
-            resident: 4,
         };
         assert_eq!(parse_stat(line), Some(wanted));
         assert_eq!(parse_stat("7 (a) S 1 2"), None);
@@ -248,15 +256,16 @@ mod tests {
     }
 
     #[rstest]
-    #[case("1500 700 300 20 0 400 0\n", Some(400))]
-    #[case("1500 3 4 20 0 400 0\n", Some(0))]
+    #[case("1500 700 300 20 0 400 0\n", Some((700, 400)))]
+    #[case("1500 3 4 20 0 400 0\n", Some((3, 0)))]
     #[case("1500 700", None)]
     #[case("", None)]
     fn anonymous_memory_is_resident_and_not_shared(
-        #[case] statm: &str,
-        #[case] wanted: Option<u64>,
+        #[case] text: &str,
+        #[case] wanted: Option<(u64, u64)>,
     ) {
-        assert_eq!(anonymous_pages(statm), wanted);
+        let statm = parse_statm(text);
+        assert_eq!(statm.map(|found| (found.resident, found.anonymous)), wanted);
     }
 
     #[test]

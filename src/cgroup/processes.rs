@@ -9,7 +9,7 @@ use rustix::param::{clock_ticks_per_second, page_size};
 
 use super::group::groups_in;
 use crate::container::{Process, ProcessUsage};
-use crate::sys::procfs;
+use crate::sys::procfs::{self, Statm};
 
 /// The most processes of one container whose figures are read.
 pub const MAX_PROCESSES: usize = 512;
@@ -55,10 +55,7 @@ impl Members {
 
     /// Their anonymous memory in bytes; `None` if there is no process, or if these are not all.
     pub(super) fn anonymous(&self) -> Option<u64> {
-        let pages = |pid: &i32| {
-            let text = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
-            procfs::anonymous_pages(&text)
-        };
+        let pages = |pid: &i32| Some(statm(*pid)?.anonymous);
         let all: Vec<u64> = self.pids.iter().filter_map(pages).collect();
         let known = self.complete && !all.is_empty();
         known.then(|| bytes(all.iter().fold(0, |sum, pages| sum.saturating_add(*pages))))
@@ -80,8 +77,12 @@ fn usage(pid: i32) -> Option<ProcessUsage> {
         },
         cpu_user_ns: nanoseconds(stat.user),
         cpu_system_ns: nanoseconds(stat.system),
-        memory_rss: bytes(stat.resident),
+        memory_rss: bytes(statm(pid)?.resident),
     })
+}
+
+fn statm(pid: i32) -> Option<Statm> {
+    procfs::parse_statm(&fs::read_to_string(format!("/proc/{pid}/statm")).ok()?)
 }
 
 fn nanoseconds(ticks: u64) -> u64 {
