@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nomad_driver_nspawn::cgroup::{Group, Layout};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -257,13 +256,12 @@ impl Default for Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.marks.kill();
             for mut process in self.client.take().into_iter().chain(self.server.take()) {
                 let _ = process.kill();
                 let _ = process.wait();
             }
+            self.marks.kill();
             self.unmount();
-            self.remove_cgroups();
         } else {
             assert!(self.left, "the test has to end with Agent::leave");
         }
@@ -277,15 +275,6 @@ impl Agent {
         let points = table.lines().filter_map(|line| line.split(' ').nth(4));
         for point in points.filter(|point| Path::new(point).starts_with(self.dir.path())) {
             let _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);
-        }
-    }
-}
-
-impl Agent {
-    /// For a failed test: Nomad makes cgroups for each task. One that reserves a core would keep every later agent from starting a task.
-    fn remove_cgroups(&self) {
-        for group in Layout::of_this_host().leaves(|name| name.contains(&self.mark)) {
-            let _ = Group::new(&group).remove();
         }
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::{FcntlArg, fcntl};
+use nomad_driver_nspawn::cgroup::{Group, Layout};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -151,11 +152,17 @@ impl Marks {
         })
     }
 
-    /// Kills the run's processes, after a failed test.
+    /// Kills the run's processes and removes their cgroups, after a failed test. A cgroup that reserves a core would keep every later agent
+    /// from starting a task.
     pub fn kill(&self) {
         for found in self.processes() {
             // An error means that it has exited.
             let _ = pidfd_send_signal(&found.pidfd, Signal::KILL);
+        }
+        for group in Layout::of_this_host().leaves(|name| self.carried_by(name)) {
+            let group = Group::new(group);
+            group.wait_empty(Duration::from_secs(1));
+            let _ = group.remove();
         }
     }
 
