@@ -65,6 +65,11 @@ impl Marks {
         self
     }
 
+    /// Whether a lock, which is an empty file, was created since the start of this run.
+    fn is_new(&self, lock: &fs::Metadata) -> bool {
+        lock.modified().is_ok_and(|made| made >= self.since)
+    }
+
     fn carried_by(&self, text: &str) -> bool {
         text.contains(&*self.dir.to_string_lossy())
             || self.names.iter().any(|name| text.contains(name))
@@ -191,7 +196,8 @@ impl Marks {
         }
     }
 
-    /// systemd-nspawn's locks of trees, which are named by device and inode number.
+    /// systemd-nspawn's locks of trees, which are named by device and inode number. One that is older than this run was left for a tree that
+    /// had the inode before.
     fn locks(&self) -> Vec<String> {
         let mut trees = vec![self.dir.clone()];
         let below = fs::read_dir(&self.dir).into_iter().flatten().flatten();
@@ -206,7 +212,7 @@ impl Marks {
                     tree.ino()
                 )
             })
-            .filter(|lock| Path::new(lock).exists())
+            .filter(|lock| fs::metadata(lock).is_ok_and(|lock| self.is_new(&lock)))
             .map(|lock| format!("file {lock}"))
             .collect()
     }
@@ -215,9 +221,8 @@ impl Marks {
     /// leftover of this run; locks of other runs disappear quickly.
     fn ids(&self) -> Vec<String> {
         let locks = fs::read_dir(IDS).into_iter().flatten().flatten();
-        let made = |lock: &fs::DirEntry| lock.metadata().and_then(|about| about.modified());
         locks
-            .filter(|lock| made(lock).is_ok_and(|made| made >= self.since))
+            .filter(|lock| lock.metadata().is_ok_and(|lock| self.is_new(&lock)))
             .map(|lock| lock.path())
             .filter(|lock| !is_held(lock))
             .map(|lock| format!("file {}", lock.display()))

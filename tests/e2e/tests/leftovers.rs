@@ -141,6 +141,11 @@ fn a_lock_of_a_tree_is_found() {
     let lock = locks.join(format!("inode-{}:{}", of.dev(), of.ino()));
     fs::write(&lock, "").unwrap();
     ground.sees("inode-");
+    // Left by an earlier run, for a tree that had the same inode.
+    let earlier = std::time::SystemTime::now() - std::time::Duration::from_secs(60);
+    let file = fs::File::options().write(true).open(&lock).unwrap();
+    file.set_modified(earlier).unwrap();
+    assert_eq!(ground.marks.left(), Vec::<String>::new());
     fs::remove_file(lock).unwrap();
     ground.marks.assert_none_left();
 }
