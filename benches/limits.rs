@@ -15,7 +15,7 @@ use nomad_driver_nspawn::container::{Cpu, CpuQuota, Memory, Resources, Swap};
 
 mod figures;
 
-use figures::ms;
+use figures::{is_check, ms};
 
 /// Pairs of measurements; the first ones warm the caches and are not counted.
 const PAIRS: usize = 60;
@@ -28,15 +28,7 @@ const LIMITS: f64 = 1.0;
 const NOISE: f64 = 1.5;
 
 fn main() -> anyhow::Result<ExitCode> {
-    let mut check = false;
-    for word in std::env::args().skip(1) {
-        match word.as_str() {
-            // Passed by cargo.
-            "--bench" => {}
-            "--check" => check = true,
-            other => anyhow::bail!("{other:?} is not --check"),
-        }
-    }
+    let check = is_check(std::env::args().skip(1))?;
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the benchmark makes cgroups and needs root"

@@ -19,7 +19,7 @@ use serde_json::json;
 
 mod figures;
 
-use figures::{kib, ms, switches};
+use figures::{is_check, kib, ms, switches};
 
 /// Pairs of runs; the first ones warm the caches and are not counted.
 const PAIRS: usize = 40;
@@ -36,15 +36,7 @@ const SPINE: (f64, f64) = (4.4, 6.8);
 const SLOWER: f64 = 2.0;
 
 fn main() -> anyhow::Result<ExitCode> {
-    let mut check = false;
-    for word in std::env::args().skip(1) {
-        match word.as_str() {
-            // Passed by cargo.
-            "--bench" => {}
-            "--check" => check = true,
-            other => anyhow::bail!("{other:?} is not --check"),
-        }
-    }
+    let check = is_check(std::env::args().skip(1))?;
     ensure!(
         nix::unistd::geteuid().is_root(),
         "the benchmark starts real containers and needs root"

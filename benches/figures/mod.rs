@@ -1,4 +1,4 @@
-//! Reads process figures from /proc and formats them for the benchmarks. Measures nothing itself.
+//! Reads process figures from /proc and formats them for the benchmarks, and reads their arguments. Measures nothing itself.
 
 #![allow(
     dead_code,
@@ -8,6 +8,20 @@
 
 use std::fs;
 use std::time::Duration;
+
+/// Whether `--check`, the only argument of some of the benchmarks, is among these.
+pub(crate) fn is_check(words: impl Iterator<Item = String>) -> anyhow::Result<bool> {
+    let mut check = false;
+    for word in words {
+        match word.as_str() {
+            // Passed by cargo.
+            "--bench" => {}
+            "--check" => check = true,
+            other => anyhow::bail!("{other:?} is not --check"),
+        }
+    }
+    Ok(check)
+}
 
 /// In milliseconds.
 pub(crate) fn ms(span: Duration) -> f64 {
