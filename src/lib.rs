@@ -40,6 +40,8 @@ pub mod backend;
 
 pub mod supervisor;
 
+pub mod exec;
+
 pub mod cleanup;
 
 pub mod state;

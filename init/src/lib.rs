@@ -7,6 +7,8 @@
 use packets::Malformed;
 use serde::{Deserialize, Serialize};
 
+pub mod session_spec;
+
 /// The driver never writes a larger init spec. The kernel's limit for arguments and environment is 2 MiB by default, 6 MiB at most.
 pub const MAX_SPEC_BYTES: u64 = 16 * 1024 * 1024;
 
@@ -195,8 +197,16 @@ pub enum Step {
     Order,
     /// Connecting stdout and stderr.
     Streams,
+    /// Joining the container's namespaces and cgroups.
+    Join,
+    /// Opening a terminal.
+    Terminal,
+    /// Looking up the user.
+    User,
     /// Entering the working directory.
     Directory,
+    /// Limiting privileges and resources.
+    Confine,
     /// Installing seccomp programs.
     Filters,
     /// Forking.
@@ -224,7 +234,11 @@ impl std::fmt::Display for StartError {
         let what = match self.step {
             Step::Order => "the container init can't read its init spec",
             Step::Streams => "stdout and stderr can't be connected",
+            Step::Join => "the container can't be entered",
+            Step::Terminal => "no terminal can be opened in the container",
+            Step::User => "user",
             Step::Directory => "working directory",
+            Step::Confine => "the command can't be confined",
             Step::Filters => "seccomp programs can't be installed",
             Step::Fork => "the command's process can't be created",
             Step::Execute | Step::Interpreter => "command",
@@ -233,6 +247,7 @@ impl std::fmt::Display for StartError {
         match (self.step, self.errno) {
             (Step::Execute, 2) => write!(f, "command {:?} not found", self.file),
             (Step::Execute, _) => write!(f, "command {:?} can't be executed: {error}", self.file),
+            (Step::User, 2) => write!(f, "user {:?} does not exist in the container", self.file),
             (Step::Interpreter, _) => write!(
                 f,
                 "command {:?} needs an interpreter or loader that does not exist",

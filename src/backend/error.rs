@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use crate::container::Cause;
+use crate::exec::ExecError;
 
 /// Why the backend could not do what was requested.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,9 @@ pub enum BackendError {
         #[source]
         source: std::io::Error,
     },
+    /// A further command could not be run in the container.
+    #[error(transparent)]
+    Exec(ExecError),
 }
 
 impl BackendError {
@@ -64,7 +68,7 @@ impl BackendError {
             Self::Start { cause, .. } => *cause,
             Self::Io { .. } => Cause::Resources,
             Self::Stuck { .. } => Cause::Busy,
-            Self::Unsupported { .. } | Self::Lost { .. } => Cause::Config,
+            Self::Unsupported { .. } | Self::Lost { .. } | Self::Exec(_) => Cause::Config,
         }
     }
 

@@ -1,4 +1,4 @@
-//! The interface between driver logic and the host: ten operations, in neither Nomad's terms nor systemd's. Implemented by
+//! The interface between driver logic and the host: twelve operations, in neither Nomad's terms nor systemd's. Implemented by
 //! [`nspawn::NspawnBackend`], and by a generated mock in the unit tests of `driver` and `task`. What a job may do is not decided
 //! here but in `config`.
 
@@ -11,6 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
+use crate::exec::{ExecRequest, Session};
 use crate::signal::Signal;
 
 pub mod error;
@@ -47,6 +48,10 @@ pub trait ContainerBackend: Send + Sync + std::fmt::Debug + 'static {
 
     /// Delivers a signal to the payload: the command, or the image's init.
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError>;
+
+    /// Starts a further command in the container, as confined as the payload. It ends with the returned session, with this process, and
+    /// with the container.
+    async fn exec(&self, started: &Started, request: ExecRequest) -> Result<Session, BackendError>;
 
     /// Asks the payload to stop, with `signal` or in the way that suits its mode, and kills it after `grace`. Returns when it is
     /// gone. A container that has exited already is success.

@@ -17,6 +17,7 @@ use super::{BackendError, ContainerBackend, UsageReader, chain};
 use crate::blocking;
 use crate::cgroup::{Layout, UsageFiles, has_device_policy};
 use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
+use crate::exec::{ExecRequest, Session};
 use crate::nspawn::probe;
 use crate::nspawn::version::Feature;
 use crate::signal::Signal;
@@ -27,6 +28,7 @@ use crate::sys::kernel;
 mod acquire;
 mod addresses;
 mod attach;
+mod exec;
 mod installed;
 mod prepare;
 mod reconcile;
@@ -161,6 +163,10 @@ impl ContainerBackend for NspawnBackend {
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
         self.send_signal(started, signal).await
+    }
+
+    async fn exec(&self, started: &Started, request: ExecRequest) -> Result<Session, BackendError> {
+        self.start_session(started, request).await
     }
 
     async fn stop(
