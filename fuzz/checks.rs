@@ -116,9 +116,9 @@ pub(crate) fn news(bytes: &[u8]) {
 }
 
 pub(crate) fn init_order(bytes: &[u8]) {
-    match nspawn_init::parse_spec(bytes) {
+    match nspawn_init::parse_spec::<nspawn_init::InitSpec>(bytes) {
         Ok(order) => {
-            let again = nspawn_init::parse_spec(&packets::encode(&order));
+            let again = nspawn_init::parse_spec::<nspawn_init::InitSpec>(&packets::encode(&order));
             assert_eq!(again.expect("what was written is read"), order);
         }
         Err(error) => is_one_line(&error),

@@ -1,42 +1,29 @@
 //! The init mode: runs as the container's PID 1 with the command as its child. Forwards every signal to the command, reaps all children,
-//! runs exec sessions on request and exits when the command does. Reports wait statuses unchanged and does not interpret them.
+//! and exits when the command does. Reports wait statuses unchanged and does not interpret them.
 
-use std::collections::BTreeMap;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
 
 use nix::libc;
 use nix::sys::prctl;
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nspawn_init::{InitEvent, Request, StartError, Step};
-use packets::{Descriptors, Packet};
+use nspawn_init::{InitEvent, StartError, Step};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, fchdir, kill_process, wait};
 use rustix_libc_wrappers::process::SignalExt;
-use serde::Deserialize;
 
 use crate::channel::Channel;
-use crate::command::{Environment, execute, set_over, start_error};
-use crate::{Command as Task, enter, wait_for_start};
+use crate::command::{execute, start_error};
+use crate::{Command as Task, wait_for_start};
 
 /// The container's PID 1 while its command runs.
 pub(crate) struct Init {
     channel: Channel,
     signals: SignalFd,
-    /// The command's environment, the base for exec sessions.
-    environment: Environment,
-    directory: Option<PathBuf>,
-    /// This process's own working directory. Staying in the command's directory would keep that one busy.
-    home: Option<OwnedFd>,
     command: Pid,
-    /// Running exec sessions by request id.
-    exec_sessions: BTreeMap<u64, Pid>,
 }
 
 /// Starts the command and reports that it runs. On an error nothing has been reported; the caller gets the channel back to do so.
@@ -54,11 +41,7 @@ pub(crate) fn start(mut channel: Channel, task: Task) -> Result<Init, (Channel, 
             Ok(Init {
                 channel,
                 signals,
-                environment: task.environment,
-                directory: task.directory,
-                home,
                 command,
-                exec_sessions: BTreeMap::new(),
             })
         }
         Err(start_error) => Err((channel, start_error)),
@@ -81,27 +64,13 @@ fn start_command(
     .map_err(fork)?;
     task.prepare()?;
     wait_for_start(channel)?;
-    let command = spawn(&task.words, &task.environment, |_| Ok(()))?;
-    restore_directory(home);
-    Ok((signals, command))
-}
-
-/// Starts a child.
-fn spawn(
-    words: &[String],
-    environment: &Environment,
-    connect: impl Fn(&mut Command) -> io::Result<()>,
-) -> Result<Pid, StartError> {
-    execute(words, environment, |command| {
-        connect(command)?;
+    let command = execute(&task.words, &task.environment, |command| {
         let child = command.process_group(0).spawn()?;
         Ok(Pid::from_child(&child))
-    })
-}
-
-fn restore_directory(home: Option<&OwnedFd>) {
-    // The init works in any directory, and every exec session enters its own.
+    })?;
+    // Staying in the command's directory would keep that one busy.
     let _ = home.map(fchdir);
+    Ok((signals, command))
 }
 
 impl Init {
@@ -119,10 +88,9 @@ impl Init {
             }
             if channel.contains(PollFlags::OUT) {
                 self.channel.flush();
-            } else if !channel.is_empty()
-                && let Some(packet) = self.channel.next()
-            {
-                self.answer(packet);
+            } else if !channel.is_empty() {
+                // Nothing is requested any more.
+                drop(self.channel.next());
             }
         }
     }
@@ -153,105 +121,15 @@ impl Init {
     }
 
     /// Reaps all exited children. Returns the command's wait status if it is among them.
-    fn reap(&mut self) -> Option<WaitStatus> {
+    fn reap(&self) -> Option<WaitStatus> {
         let mut ended = None;
         loop {
             match wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) if pid == self.command => ended = Some(status),
-                Ok(Some((pid, status))) => self.report_exec_end(pid, status),
-                Err(Errno::INTR) => {}
+                Ok(Some(_)) | Err(Errno::INTR) => {}
                 Ok(None) | Err(_) => return ended,
             }
         }
-    }
-
-    fn report_exec_end(&mut self, pid: Pid, status: WaitStatus) {
-        let found = self
-            .exec_sessions
-            .iter()
-            .find(|(_, running)| **running == pid);
-        if let Some(id) = found.map(|(id, _)| *id) {
-            self.exec_sessions.remove(&id);
-            self.channel.send(&InitEvent::ExecEnded {
-                id,
-                status: status.as_raw(),
-            });
-        }
-    }
-
-    fn answer(&mut self, packet: Packet) {
-        match packet.message() {
-            Ok(Request::Exec {
-                id,
-                command,
-                environment,
-                directory,
-            }) => {
-                let directory = directory.map(PathBuf::from);
-                let event = match self.start_exec_session(
-                    id,
-                    &command,
-                    environment,
-                    directory,
-                    packet.descriptors,
-                ) {
-                    Ok(pid) => {
-                        self.exec_sessions.insert(id, pid);
-                        let pid = pid.as_raw_pid();
-                        InitEvent::ExecRunning { id, pid }
-                    }
-                    Err(start_error) => InitEvent::ExecFailed { id, start_error },
-                };
-                self.channel.send(&event);
-            }
-            Ok(Request::Signal { id, signal }) => {
-                if let Some(pid) = self.exec_sessions.get(&id)
-                    && packet.descriptors.take::<0>().is_ok()
-                {
-                    send(*pid, signal);
-                }
-            }
-            // The command has been running for a while.
-            Ok(Request::Go) => {}
-            Err(_) => {
-                if let Some(id) = number_of(&packet) {
-                    let start_error = refused(libc::EBADMSG);
-                    self.channel
-                        .send(&InitEvent::ExecFailed { id, start_error });
-                }
-            }
-        }
-    }
-
-    fn start_exec_session(
-        &self,
-        id: u64,
-        command: &[String],
-        over: Vec<(String, String)>,
-        directory: Option<PathBuf>,
-        descriptors: Descriptors,
-    ) -> Result<Pid, StartError> {
-        let [stdin, stdout, stderr] = descriptors.take().map_err(|_| refused(libc::EBADF))?;
-        if command.is_empty() {
-            return Err(refused(libc::EINVAL));
-        }
-        if self.exec_sessions.contains_key(&id) {
-            return Err(refused(libc::EEXIST));
-        }
-        let mut environment = self.environment.clone();
-        set_over(&mut environment, over);
-        let entered = enter(directory.as_deref().or(self.directory.as_deref()));
-        let started = entered.and_then(|()| {
-            spawn(command, &environment, |command| {
-                command
-                    .stdin(Stdio::from(stdin.try_clone()?))
-                    .stdout(Stdio::from(stdout.try_clone()?))
-                    .stderr(Stdio::from(stderr.try_clone()?));
-                Ok(())
-            })
-        });
-        restore_directory(self.home.as_ref());
-        started
     }
 }
 
@@ -261,19 +139,4 @@ fn send(pid: Pid, number: i32) {
         // The only remaining error is EPERM: the program changed its user and the init is not privileged.
         let _ = kill_process(pid, signal);
     }
-}
-
-fn refused(errno: i32) -> StartError {
-    start_error(Step::Order, "", &io::Error::from_raw_os_error(errno))
-}
-
-/// The id of an exec request that can't be decoded otherwise.
-fn number_of(packet: &Packet) -> Option<u64> {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "snake_case")]
-    enum Numbered {
-        Exec { id: u64 },
-    }
-    let Numbered::Exec { id } = packet.message().ok()?;
-    Some(id)
 }

@@ -6,6 +6,7 @@ mod channel;
 mod command;
 mod init;
 mod raw;
+mod session;
 
 use std::convert::Infallible;
 use std::ffi::{OsStr, OsString};
@@ -19,12 +20,14 @@ use std::process::ExitCode;
 
 use nix::libc;
 use nix::sys::signal::SigSet;
+use nspawn_init::session_spec::SESSION;
 use nspawn_init::{
     Filter, InitEvent, InitMode, InitSpec, MAX_SPEC_BYTES, NOT_EXECUTABLE, Request, StartError,
     Step, parse_spec,
 };
 use rustix::process::{WaitStatus, chdir};
 use rustix::stdio::{dup2_stderr, dup2_stdout};
+use serde::de::DeserializeOwned;
 
 use crate::channel::Channel;
 use crate::command::{Environment, environment, execute, start_error};
@@ -32,6 +35,12 @@ use crate::init::Init;
 use crate::raw::Inherited;
 
 fn main() -> ExitCode {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == SESSION)
+    {
+        return session::main();
+    }
     // First of all, so that no signal is lost: PID 1 drops signals that it neither blocks nor handles. Commands are started with no signal
     // blocked.
     let _ = SigSet::all().thread_block();
@@ -118,7 +127,7 @@ fn ready(
     stdout: &OwnedFd,
     stderr: &OwnedFd,
 ) -> Result<(InitMode, Command), StartError> {
-    let spec =
+    let spec: InitSpec =
         read(&File::from(descriptor)).map_err(|error| start_error(Step::Order, "", &error))?;
     if spec.streams {
         dup2_stdout(stdout)
@@ -135,7 +144,7 @@ fn ready(
 }
 
 /// Reads from offset 0: other processes may have moved the offset of the same open file description.
-fn read(file: &File) -> io::Result<InitSpec> {
+pub(crate) fn read<T: DeserializeOwned>(file: &File) -> io::Result<T> {
     struct FromStart<'a>(&'a File, u64);
     impl Read for FromStart<'_> {
         fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {

@@ -1,13 +1,13 @@
-//! The three operations without a safe interface: taking over the inherited descriptors, installing a seccomp program, and starting a
-//! command with default signal dispositions and limits. The only unsafe code of the init. Decides nothing and keeps nothing else.
+//! The operations without a safe interface: taking over the inherited descriptors, installing a seccomp program, starting a command with
+//! default signal dispositions and limits, and forking. The only unsafe code of the init. Decides nothing and keeps nothing else.
 
 #![expect(
     unsafe_code,
-    reason = "descriptors that are known only by number, seccomp(2) without no_new_privs, which no crate wraps, and a step before exec"
+    reason = "descriptors that are known only by number, seccomp(2) without no_new_privs and clone3(2), which no crate wraps, fork, and a step before exec"
 )]
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::ptr;
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::libc;
 use nix::sys::signal::SigSet;
 use nspawn_init::{DESCRIPTORS, Descriptor, Filter};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, setrlimit};
 
 /// The descriptors inherited from systemd-nspawn.
 pub(crate) struct Inherited {
@@ -133,4 +133,92 @@ pub(crate) fn install(filter: &Filter) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Closes everything but stdin, stdout and stderr. Must be called before anything else opens a descriptor.
+pub(crate) fn close_inherited() {
+    const FIRST: libc::c_uint = 3;
+    // SAFETY: nothing in this process owns a descriptor yet.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, FIRST, libc::c_uint::MAX, 0) };
+    if closed != 0 {
+        // Kernels before 5.9.
+        for number in 3..1024 {
+            // SAFETY: the same.
+            unsafe { libc::close(number) };
+        }
+    }
+}
+
+/// `struct clone_args` of `linux/sched.h` in its third version.
+#[derive(Default)]
+#[repr(C)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Forks a child in this cgroup of cgroup v2, or in that of this process. `None` in the child. The process must have no other thread.
+pub(crate) fn fork_into(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Option<Pid>> {
+    const CLONE_INTO_CGROUP: u64 = 1 << 33;
+    let Some(cgroup) = cgroup else {
+        return fork();
+    };
+    let arguments = CloneArguments {
+        flags: CLONE_INTO_CGROUP,
+        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+        cgroup: u64::from(cgroup.as_raw_fd().unsigned_abs()),
+        ..CloneArguments::default()
+    };
+    // SAFETY: the kernel reads the structure. Without a stack and without shared memory this is fork(2): the child continues here with a
+    // copy of everything, and there is no other thread whose state could be torn.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw const arguments,
+            size_of::<CloneArguments>(),
+        )
+    };
+    forked(result)
+}
+
+/// Forks a child of this process's parent. `None` in the child. The process must have no other thread.
+pub(crate) fn fork_sibling() -> io::Result<Option<Pid>> {
+    fork_with(libc::CLONE_PARENT)
+}
+
+/// Forks a child. `None` in the child. The process must have no other thread.
+pub(crate) fn fork() -> io::Result<Option<Pid>> {
+    fork_with(0)
+}
+
+fn fork_with(flags: libc::c_int) -> io::Result<Option<Pid>> {
+    let none = ptr::null_mut::<libc::c_void>();
+    let flags = flags | libc::SIGCHLD;
+    // SAFETY: as in `fork_into`; the arguments after the flags are all zero, so their order, which depends on the architecture, does not
+    // matter.
+    let result = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
+    forked(result)
+}
+
+fn forked(result: libc::c_long) -> io::Result<Option<Pid>> {
+    match i32::try_from(result) {
+        Ok(0) => Ok(None),
+        Ok(pid) if pid > 0 => Ok(Pid::from_raw(pid)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Ends this process at once, without what a program does at its end.
+pub(crate) fn exit(status: i32) -> ! {
+    // SAFETY: has no conditions.
+    unsafe { libc::_exit(status) }
 }

@@ -21,8 +21,8 @@ use serde::de::DeserializeOwned;
 /// The driver never sends a longer packet. One of this length fits into a socket buffer of the kernel's default size.
 pub const MAX_PACKET_BYTES: usize = 128 * 1024;
 
-/// The driver never sends more descriptors with a packet: those of the container init.
-pub const MAX_DESCRIPTORS: usize = 4;
+/// The driver never sends more descriptors with a packet: those of an exec session.
+pub const MAX_DESCRIPTORS: usize = 5;
 
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 

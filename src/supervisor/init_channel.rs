@@ -75,7 +75,7 @@ enum ProtocolState {
 }
 
 impl ProtocolState {
-    /// The state after this event, if the event is valid now. Events of exec sessions are never valid: none is requested.
+    /// The state after this event, if the event is valid now.
     fn then(self, event: &InitEvent) -> Option<Self> {
         match (self, event) {
             (Self::Initial, InitEvent::Ready) => Some(Self::Ready),
@@ -229,7 +229,7 @@ mod tests {
             (vec![InitEvent::Ready, RUNNING, failed.clone()], 2),
             (vec![failed.clone(), InitEvent::Ready], 1),
             (
-                vec![InitEvent::Ready, InitEvent::ExecEnded { id: 1, status: 0 }],
+                vec![InitEvent::Ready, InitEvent::Ready],
                 1,
             ),
         ] {

@@ -91,7 +91,7 @@ fn every_corpus_has_something_that_is_accepted() {
         bytes.first() == Some(&2) && handle::decode(2, &bytes[1..], "a/t/1").is_ok()
     });
     any("init_order", &|bytes| {
-        nspawn_init::parse_spec(bytes).is_ok()
+        nspawn_init::parse_spec::<nspawn_init::InitSpec>(bytes).is_ok()
     });
     any("init_packets", &|bytes| {
         packets::decode::<nspawn_init::Request>(bytes).is_ok()

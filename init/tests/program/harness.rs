@@ -15,7 +15,6 @@ use nspawn_init::{Descriptor, InitEvent, InitMode, InitSpec, PROGRAM, Request, S
 use packets::encode;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -81,7 +80,6 @@ pub(crate) fn pipe() -> (File, OwnedFd) {
 pub(crate) struct Launch {
     command: Command,
     spec: Vec<u8>,
-    little_room: bool,
     go: bool,
 }
 
@@ -100,7 +98,6 @@ impl Launch {
         Self {
             command,
             spec,
-            little_room: false,
             go: true,
         }
     }
@@ -116,12 +113,6 @@ impl Launch {
         self
     }
 
-    /// With the smallest send buffer that the kernel allows for events on the channel.
-    pub(crate) fn with_little_room(mut self) -> Self {
-        self.little_room = true;
-        self
-    }
-
     /// Does not send `Go` yet.
     pub(crate) fn without_go(mut self) -> Self {
         self.go = false;
@@ -132,9 +123,6 @@ impl Launch {
         let (ours, theirs) = packets::pair().unwrap();
         // A request waits for space in the socket buffer.
         rustix::io::ioctl_fionbio(&ours, false).unwrap();
-        if self.little_room {
-            set_socket_send_buffer_size(&theirs, 0).unwrap();
-        }
         let (stdout, their_stdout) = pipe();
         let (stderr, their_stderr) = pipe();
         let descriptors: [(OwnedFd, Descriptor); 5] = [

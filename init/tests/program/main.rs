@@ -6,6 +6,6 @@ mod confinement;
 mod ending;
 mod harness;
 mod hostile;
-mod requests;
+mod session;
 mod signals;
 mod surroundings;

@@ -224,9 +224,6 @@ impl Supervisor {
                     let command = init.and_then(|init| child_by_inner_pid(init, pid));
                     self.command = command.or_else(|| self.command.take());
                 }
-                InitEvent::ExecRunning { .. }
-                | InitEvent::ExecFailed { .. }
-                | InitEvent::ExecEnded { .. } => {}
             }
         }
     }
