@@ -1,5 +1,5 @@
-//! The only parser of what the kernel writes about processes: mount tables (`/proc/<pid>/mountinfo`), `/proc/<pid>/status` and
-//! `/proc/<pid>/stat`, and of the addresses in `/proc/<pid>/net`. A crate, because the driver and the development agent both read them. Mount tables are parsed as bytes, because a
+//! The only parser of what the kernel writes about processes: mount tables (`/proc/<pid>/mountinfo`), `/proc/<pid>/status`,
+//! `/proc/<pid>/stat` and `/proc/<pid>/limits`, and of the addresses in `/proc/<pid>/net`. A crate, because the driver and the development agent both read them. Mount tables are parsed as bytes, because a
 //! path need not be UTF-8.
 
 use std::collections::HashSet;
@@ -9,8 +9,10 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
 mod addresses;
+mod limits;
 
 pub use addresses::parse_addresses;
+pub use limits::{Limit, parse_limits};
 
 /// One line of `/proc/<pid>/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 pub use nspawn_init::session_spec::TerminalSize;
 
 mod error;
+pub mod leader;
 mod session;
 mod terminal;
 
