@@ -8,12 +8,14 @@ use std::collections::BTreeMap;
 pub use nspawn_init::session_spec::TerminalSize;
 
 mod error;
-pub mod leader;
+mod leader;
 mod session;
+mod start;
 mod terminal;
 
 pub use error::ExecError;
 pub use session::{Control, End, Ended, Session, Streams};
+pub use start::{Host, start};
 pub use terminal::Terminal;
 
 /// A command to run in a container.

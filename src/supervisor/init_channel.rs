@@ -228,10 +228,7 @@ mod tests {
             (vec![InitEvent::Ready, InitEvent::Ended { status: 0 }], 1),
             (vec![InitEvent::Ready, RUNNING, failed.clone()], 2),
             (vec![failed.clone(), InitEvent::Ready], 1),
-            (
-                vec![InitEvent::Ready, InitEvent::Ready],
-                1,
-            ),
+            (vec![InitEvent::Ready, InitEvent::Ready], 1),
         ] {
             assert_eq!(
                 received(&state),

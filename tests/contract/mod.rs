@@ -28,6 +28,7 @@ mod control_socket;
 mod degraded;
 mod devices;
 mod environment;
+mod exec;
 mod exits;
 mod force;
 mod inside;

@@ -169,7 +169,7 @@ fn watch_failure(what: &str, error: &io::Error) -> StartFailure {
 }
 
 /// The binary of the container init, made on first use. Two concurrent callers may both make it; one of the two is kept.
-fn init_binary(made: &OnceLock<OwnedFd>, state_dir: &Path) -> io::Result<OwnedFd> {
+pub(super) fn init_binary(made: &OnceLock<OwnedFd>, state_dir: &Path) -> io::Result<OwnedFd> {
     if let Some(program) = made.get() {
         return program.try_clone();
     }

@@ -1,0 +1,202 @@
+//! Starts a session: collects what it has to have in common with the container, and starts the program that enters it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Stdio;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nspawn_init::session_spec::{Order, SESSION, SessionCgroups, SessionSpec};
+use rustix::fs::{Mode, fchmod};
+use tokio::net::unix::pipe;
+use tokio::process::Command;
+
+use super::leader;
+use super::session::{Control, Session, Streams};
+use super::terminal::Terminal;
+use super::{End, ExecError, ExecRequest};
+use crate::blocking;
+use crate::container::Started;
+use crate::sys::process::ProcessHandle;
+
+/// What a session needs besides the container.
+#[derive(Debug)]
+pub struct Host {
+    /// The program of the container init, which sessions run in another mode.
+    pub program: OwnedFd,
+    /// Whether commands may run without the seccomp filters of the task if these can't be read.
+    pub unfiltered: bool,
+}
+
+/// Starts a command in a container, and returns when its streams are open. It may still fail to be executed.
+pub async fn start(
+    host: Host,
+    started: &Started,
+    request: ExecRequest,
+) -> Result<Session, ExecError> {
+    if request.command.is_empty() {
+        return Err(ExecError::EmptyCommand);
+    }
+    let started = started.clone();
+    let launched = blocking::run(move || {
+        let order = match request.terminal {
+            Some(_) => Order::Terminal,
+            None => Order::Pipes,
+        };
+        let (spec, leader) = prepare(&host, &started, request)?;
+        launch(&host.program, &spec, leader.into(), order)
+    });
+    launched.await?.begin().await
+}
+
+/// What is run, and how it is confined; and the container's first process.
+fn prepare(
+    _host: &Host,
+    started: &Started,
+    request: ExecRequest,
+) -> Result<(SessionSpec, ProcessHandle), ExecError> {
+    let step = |step| {
+        move |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => ExecError::NotRunning,
+            _ => ExecError::Host { step, source },
+        }
+    };
+    let leader = ProcessHandle::open_checked(started.leader).map_err(step("finding the task"))?;
+    let (confinement, _seccomp) = leader::confinement(&leader, started.mode)
+        .map_err(step("reading the restrictions of the task"))?;
+    let environment =
+        leader::environment(&leader).map_err(step("reading the environment of the task"))?;
+    let spec = SessionSpec {
+        command: request.command,
+        environment,
+        directory: request.directory.unwrap_or_else(|| "/".to_owned()),
+        user: request.user,
+        size: request.terminal.unwrap_or_default(),
+        cgroups: SessionCgroups::default(),
+        confinement,
+    };
+    Ok((spec, leader))
+}
+
+/// The path through which the program is executed, in the process that executes it.
+fn path_of(program: &OwnedFd) -> String {
+    use std::os::fd::AsRawFd;
+    format!("/proc/self/fd/{}", program.as_raw_fd())
+}
+
+/// A program that was started for a session, and has to be sent its order.
+pub(super) struct Launched {
+    control: Control,
+    order: Order,
+    /// The spec, the leader, and without a terminal the command's ends of the pipes.
+    descriptors: Vec<OwnedFd>,
+    /// The plugin's ends of the pipes.
+    pipes: Option<[OwnedFd; 3]>,
+}
+
+/// Starts the program. Blocks, but must be called within a tokio runtime.
+#[expect(clippy::disallowed_methods, reason = "a session is a process")]
+pub(super) fn launch(
+    program: &OwnedFd,
+    spec: &SessionSpec,
+    leader: OwnedFd,
+    order: Order,
+) -> Result<Launched, ExecError> {
+    let host = |step| move |source: io::Error| ExecError::Host { step, source };
+    let spec = memory_file(&packets::encode(spec)).map_err(host("writing the session spec"))?;
+    let mut descriptors = vec![spec, leader];
+    let pipes = match order {
+        Order::Pipes => {
+            let (ours, theirs) = pipes().map_err(host("making pipes"))?;
+            descriptors.extend(theirs);
+            Some(ours)
+        }
+        Order::Terminal => None,
+    };
+    let (channel, theirs) = packets::pair().map_err(host("making the channel"))?;
+    let mut command = Command::new(path_of(program));
+    command
+        .arg0("nspawn-init")
+        .arg(SESSION)
+        .env_clear()
+        .stdin(theirs)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut child = command.spawn().map_err(host("starting the session"))?;
+    // `command` still holds the other end of the channel.
+    drop(command);
+    let (exited, gone) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let _ = child.wait().await;
+        drop(exited);
+    });
+    let gone = async move { drop(gone.await as Result<(), _>) };
+    let control = Control::new(channel, gone).map_err(host("watching the channel"))?;
+    Ok(Launched {
+        control,
+        order,
+        descriptors,
+        pipes,
+    })
+}
+
+impl Launched {
+    /// Sends the order, and waits for the terminal if there is one.
+    pub(super) async fn begin(mut self) -> Result<Session, ExecError> {
+        let host = |step| move |source: io::Error| ExecError::Host { step, source };
+        let descriptors: Vec<_> = self.descriptors.iter().map(AsFd::as_fd).collect();
+        let order = packets::encode(&self.order);
+        let sent = self.control.send(&order, &descriptors).await;
+        sent.map_err(host("starting the session"))?;
+        // The command has them now, and copies would keep the end of the streams from being seen.
+        self.descriptors.clear();
+        let streams = match self.pipes {
+            Some([stdin, stdout, stderr]) => Streams::Pipes {
+                stdin: pipe::Sender::from_owned_fd(stdin).map_err(host("watching stdin"))?,
+                stdout: pipe::Receiver::from_owned_fd(stdout).map_err(host("watching stdout"))?,
+                stderr: pipe::Receiver::from_owned_fd(stderr).map_err(host("watching stderr"))?,
+            },
+            None => match self.control.terminal().await {
+                Ok(master) => {
+                    let terminal = Terminal::new(master);
+                    Streams::Terminal(terminal.map_err(host("opening the terminal"))?)
+                }
+                Err(End::NotRun(start_error)) => return Err(ExecError::NotRun(start_error)),
+                Err(_) => return Err(ExecError::Lost),
+            },
+        };
+        Ok(Session {
+            streams,
+            control: self.control,
+        })
+    }
+}
+
+/// A file in memory, which has no name. Only the session reads it.
+fn memory_file(content: &[u8]) -> io::Result<OwnedFd> {
+    use std::io::Write;
+    let memory = memfd_create(c"nspawn-session", MFdFlags::MFD_CLOEXEC)?;
+    let mut file = std::fs::File::from(memory);
+    file.write_all(content)?;
+    Ok(file.into())
+}
+
+/// Stdin, stdout and stderr: the plugin's ends, which do not block, and the command's. Programs open `/dev/stdout` and the like by name,
+/// as any user and in any user namespace; nobody else can get at a pipe that has no name.
+fn pipes() -> io::Result<([OwnedFd; 3], [OwnedFd; 3])> {
+    let pair = || -> io::Result<(OwnedFd, OwnedFd)> {
+        let (read, write) = io::pipe()?;
+        let (read, write) = (OwnedFd::from(read), OwnedFd::from(write));
+        fchmod(&read, Mode::from_raw_mode(0o666))?;
+        Ok((read, write))
+    };
+    let (their_stdin, stdin) = pair()?;
+    let (stdout, their_stdout) = pair()?;
+    let (stderr, their_stderr) = pair()?;
+    for ours in [&stdin, &stdout, &stderr] {
+        rustix::io::ioctl_fionbio(ours, true)?;
+    }
+    Ok((
+        [stdin, stdout, stderr],
+        [their_stdin, their_stdout, their_stderr],
+    ))
+}

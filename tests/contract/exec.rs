@@ -1,0 +1,280 @@
+//! Further commands in a container that is up.
+
+use std::time::Instant;
+
+use nomad_driver_nspawn::container::CgroupLayout;
+use nomad_driver_nspawn::exec::{End, Ended, ExecRequest, Session, Streams, TerminalSize};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::*;
+
+/// What a command has written, and how it ended.
+struct Output {
+    stdout: String,
+    stderr: String,
+    end: End,
+}
+
+fn shell(script: &str) -> ExecRequest {
+    ExecRequest {
+        command: vec!["/bin/sh".into(), "-c".into(), script.into()],
+        ..ExecRequest::default()
+    }
+}
+
+async fn exec(world: &World, started: &Started, request: ExecRequest) -> Session {
+    within(world.backend.exec(started, request)).await.unwrap()
+}
+
+/// Runs a command to its end and ends its session.
+async fn run(world: &World, started: &Started, request: ExecRequest) -> Output {
+    let mut session = exec(world, started, request).await;
+    let Streams::Pipes {
+        stdin,
+        mut stdout,
+        mut stderr,
+    } = session.streams
+    else {
+        panic!("no pipes");
+    };
+    drop(stdin);
+    let (mut out, mut err) = (String::new(), String::new());
+    let read = async {
+        tokio::try_join!(
+            stdout.read_to_string(&mut out),
+            stderr.read_to_string(&mut err)
+        )
+        .unwrap();
+        session.control.ended().await
+    };
+    let end = within(read).await;
+    within(session.control.end()).await;
+    Output {
+        stdout: out,
+        stderr: err,
+        end,
+    }
+}
+
+fn exited(code: i32, signal: i32) -> End {
+    End::Exited(Ended { code, signal })
+}
+
+/// Prints everything that restricts a process. What is its own alone is left out.
+const RESTRICTIONS: &str = "grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs|Seccomp|Seccomp_filters|Umask|Cpus_allowed_list|SigBlk|SigIgn):' /proc/self/status; \
+    for name in user mnt pid net ipc uts cgroup; do readlink /proc/self/ns/$name; done; \
+    cat /proc/self/limits /proc/self/oom_score_adj; echo end";
+
+#[rstest]
+#[case::plain(Mode::Plain, false)]
+#[case::plain_with_users(Mode::Plain, true)]
+#[case::init(Mode::ProcessTwo, false)]
+#[case::init_with_users(Mode::ProcessTwo, true)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_is_as_restricted_as_the_payload(
+    world: World,
+    #[case] mode: Mode,
+    #[case] users: bool,
+) {
+    let script = format!("{RESTRICTIONS}; exec sleep 1000");
+    let started = world
+        .start(world.spec(&script).with(|spec| {
+            spec.payload.mode = mode;
+            spec.payload.capabilities = vec!["CAP_NET_ADMIN".into()];
+            if users {
+                spec.users = Users::Private {
+                    range: "pick".into(),
+                    ownership: None,
+                };
+            }
+        }))
+        .await;
+    world.received("end\n").await;
+    let output = run(&world, &started, shell(RESTRICTIONS)).await;
+    assert_eq!((output.end, &*output.stderr), (exited(0, 0), ""));
+    assert_eq!(output.stdout, world.said("stdout"));
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_has_its_own_streams_and_exit(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    for (script, stdout, stderr, end) in [
+        ("echo out; echo err >&2", "out\n", "err\n", exited(0, 0)),
+        ("exit 7", "", "", exited(7, 0)),
+        ("exit 255", "", "", exited(255, 0)),
+        ("kill -USR1 $$", "", "", exited(128 + 10, 10)),
+        ("cat; echo end", "end\n", "", exited(0, 0)),
+        (
+            "echo a >/dev/stdout; echo b >/dev/stderr",
+            "a\n",
+            "b\n",
+            exited(0, 0),
+        ),
+    ] {
+        let output = run(&world, &started, shell(script)).await;
+        assert_eq!(
+            (&*output.stdout, &*output.stderr, output.end),
+            (stdout, stderr, end),
+            "{script}"
+        );
+    }
+    world.leave(&[&started]).await;
+}
+
+/// Reads from the terminal until this text has appeared.
+async fn read_until(session: &Session, text: &str) -> String {
+    let Streams::Terminal(terminal) = &session.streams else {
+        panic!("no terminal");
+    };
+    let mut seen = Vec::new();
+    let read = async {
+        let mut buffer = [0; 4096];
+        while !String::from_utf8_lossy(&seen).contains(text) {
+            let length = terminal.read(&mut buffer).await.unwrap();
+            assert!(
+                length > 0,
+                "{:?} ended without {text:?}",
+                String::from_utf8_lossy(&seen)
+            );
+            seen.extend_from_slice(&buffer[..length]);
+        }
+    };
+    within(read).await;
+    String::from_utf8(seen).unwrap()
+}
+
+async fn type_in(session: &Session, text: &[u8]) {
+    let Streams::Terminal(terminal) = &session.streams else {
+        panic!("no terminal");
+    };
+    assert_eq!(within(terminal.write(text)).await.unwrap(), text.len());
+}
+
+#[rstest]
+#[case::root(false)]
+#[case::with_users(true)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_terminal_is_one_of_the_container(world: World, #[case] users: bool) {
+    let started = world
+        .up(world.spec(DEAF).with(|spec| {
+            if users {
+                spec.users = Users::Private {
+                    range: "pick".into(),
+                    ownership: None,
+                };
+            }
+        }))
+        .await;
+    let request = ExecRequest {
+        terminal: Some(TerminalSize {
+            rows: 41,
+            columns: 113,
+        }),
+        ..shell(
+            "stty size; ls -l $(tty) | cut -c1-10; trap 'echo interrupted' INT; echo ready; read line; stty size; cat; exit 9",
+        )
+    };
+    let mut session = exec(&world, &started, request).await;
+    let text = read_until(&session, "ready\r\n").await;
+    assert_eq!(text, "41 113\r\ncrw--w----\r\nready\r\n");
+    type_in(&session, b"\x03").await;
+    read_until(&session, "interrupted\r\n").await;
+    let Streams::Terminal(terminal) = &session.streams else {
+        panic!("no terminal");
+    };
+    let size = TerminalSize {
+        rows: 50,
+        columns: 70,
+    };
+    terminal.resize(size).unwrap();
+    type_in(&session, b"\r").await;
+    read_until(&session, "50 70\r\n").await;
+    type_in(&session, b"hello\r").await;
+    read_until(&session, "hello\r\nhello\r\n").await;
+    type_in(&session, b"\x04").await;
+    assert_eq!(within(session.control.ended()).await, exited(9, 0));
+    within(session.control.end()).await;
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_command_leaves_ends_with_the_session(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let before = offspring(started.leader.pid).len();
+    for dropped in [false, true] {
+        let mark = format!("sleep 10{}", i32::from(dropped));
+        let script = format!(
+            "trap '' HUP TERM; (setsid {mark} >/dev/null 2>&1 </dev/null &); (exec {mark}) & echo up; wait"
+        );
+        let mut session = exec(&world, &started, shell(&script)).await;
+        let Streams::Pipes { stdout, .. } = &mut session.streams else {
+            panic!("no pipes");
+        };
+        let mut line = [0; 3];
+        within(stdout.read_exact(&mut line)).await.unwrap();
+        match dropped {
+            true => drop(session),
+            false => within(session.control.end()).await,
+        }
+        let clock = Instant::now();
+        while !sleepers(&mark).is_empty() {
+            assert!(clock.elapsed() < LIMIT, "{:?} are left", sleepers(&mark));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    assert_eq!(
+        offspring(started.leader.pid).len(),
+        before,
+        "zombies are left"
+    );
+    assert_no_session_groups(&started).await;
+    world.leave(&[&started]).await;
+}
+
+/// The processes of this host with this command line.
+fn sleepers(command: &str) -> Vec<String> {
+    let all = processes_that_name(command);
+    all.into_iter()
+        .filter(|found| {
+            found
+                .split_once(' ')
+                .is_some_and(|(_, line)| line.trim() == command)
+        })
+        .collect()
+}
+
+/// No cgroup of a session is left.
+async fn assert_no_session_groups(started: &Started) {
+    let groups = started.cgroup.iter().chain(started.controllers.values());
+    for group in groups {
+        for parent in [group.clone(), group.join("payload")] {
+            let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+            let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+            let left: Vec<_> = names
+                .filter(|name| name.starts_with("nomad-exec"))
+                .collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+    }
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_ends_with_the_container(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let mut session = exec(&world, &started, shell("echo up; exec sleep 1000")).await;
+    within(session.control.started()).await;
+    strike(started.leader.pid, signal("SIGKILL"));
+    world.end(&started).await;
+    // The containers of the fake have no pid namespace that would end with their first process.
+    if !world.is_fake() {
+        assert_eq!(within(session.control.ended()).await, End::Lost);
+    }
+    within(session.control.end()).await;
+    let error = within(world.backend.exec(&started, shell("true"))).await;
+    assert_eq!(error.unwrap_err().to_string(), "the task is not running");
+    world.leave(&[&started]).await;
+}
