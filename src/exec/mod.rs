@@ -14,6 +14,7 @@ mod start;
 mod terminal;
 
 pub use error::ExecError;
+pub use filters::FilterCache;
 pub use session::{Control, End, Ended, Session, Streams};
 pub use start::{Host, start};
 pub use terminal::Terminal;

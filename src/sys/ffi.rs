@@ -1,12 +1,13 @@
 //! The calls that no safe crate offers: the ioctl for the exit status of the process of a pidfd, for processes other than its parent
-//! (needs Linux 6.15; on older kernels the status is not known), bpf(2), and two settings of malloc.
+//! (needs Linux 6.15; on older kernels the status is not known), bpf(2), the request of ptrace(2) for seccomp filters, and two settings of
+//! malloc.
 
 #![expect(
     unsafe_code,
-    reason = "neither nix nor rustix has this ioctl or bpf(2), which take raw pointers, or malloc's settings, which are foreign functions"
+    reason = "neither nix nor rustix has these calls, which take raw pointers, or malloc's settings, which are foreign functions"
 )]
 
-use std::ffi::{CStr, c_int, c_long};
+use std::ffi::{CStr, c_int, c_long, c_void};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -132,6 +133,52 @@ unsafe fn bpf<Attributes>(command: c_int, attributes: &Attributes) -> io::Result
 
 fn address<T>(pointer: *const T) -> u64 {
     pointer.expose_provenance() as u64
+}
+
+/// `BPF_MAXINSNS` of `linux/bpf_common.h`: no seccomp program is longer.
+const MAX_INSTRUCTIONS: usize = 4096;
+
+/// A seccomp program of a process that is stopped for this thread as its tracer: 0 is the one that was installed first. Fails with `ENOENT` if
+/// the process has no more.
+pub(super) fn seccomp_filter(pid: i32, index: usize) -> io::Result<Vec<nix::libc::sock_filter>> {
+    let empty = nix::libc::sock_filter {
+        code: 0,
+        jt: 0,
+        jf: 0,
+        k: 0,
+    };
+    // The kernel does not take a length. The longest program fits.
+    let mut instructions = vec![empty; MAX_INSTRUCTIONS];
+    // SAFETY: the kernel writes one program, which has at most as many instructions as the buffer, and these are plain numbers.
+    let count = unsafe { ptrace(GET_FILTER, pid, index, instructions.as_mut_ptr().cast()) }?;
+    let count = usize::try_from(count).map_err(io::Error::other)?;
+    instructions.truncate(count);
+    instructions.shrink_to_fit();
+    Ok(instructions)
+}
+
+/// Lets go of a process that is stopped for this thread as its tracer, and passes this signal on to it; 0 is none. nix knows no real-time
+/// signals.
+pub(super) fn detach(pid: i32, signal: c_int) -> io::Result<()> {
+    let signal = std::ptr::without_provenance_mut(signal.cast_unsigned() as usize);
+    // SAFETY: the kernel takes the last argument as a number.
+    unsafe { ptrace(DETACH, pid, 0, signal) }?;
+    Ok(())
+}
+
+const DETACH: c_long = 17;
+/// `PTRACE_SECCOMP_GET_FILTER`.
+const GET_FILTER: c_long = 0x420c;
+
+/// ptrace(2). Safe if the arguments are those of the request.
+unsafe fn ptrace(request: c_long, pid: i32, at: usize, data: *mut c_void) -> io::Result<c_long> {
+    // SAFETY: the caller's.
+    let result =
+        unsafe { nix::libc::syscall(nix::libc::SYS_ptrace, request, c_long::from(pid), at, data) };
+    match result {
+        0.. => Ok(result),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Limits malloc to one arena, which all threads share. By default glibc gives up to eight arenas per processor to threads as they

@@ -1,10 +1,11 @@
-//! What the kernel knows: processes by pidfd, `/proc`, mount tables, its version and boot id, BPF programs for cgroups; and the C library's malloc settings. Knows
+//! What the kernel knows: processes by pidfd, their seccomp filters, `/proc`, mount tables, its version and boot id, BPF programs for cgroups; and the C library's malloc settings. Knows
 //! nothing of tasks.
 
 pub mod bpf;
 mod ffi;
 pub mod kernel;
 pub mod process;
+pub mod trace;
 
 pub use proc_files as procfs;
 

@@ -1,0 +1,162 @@
+//! The seccomp filters of a task, which every session of it gets. Reading them interrupts the container's first process, so they are kept as
+//! long as the number of its filters is the same: none can be replaced or removed.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nspawn_init::Filter;
+
+use super::ExecError;
+use super::leader::Seccomp;
+use crate::container::Process;
+use crate::sys::process::ProcessHandle;
+use crate::sys::trace::seccomp_filters;
+
+/// The filters that have been read, by the first process of the container. Equal lists are kept once: all containers of an image have the
+/// same.
+#[derive(Debug, Default)]
+pub struct FilterCache(Mutex<HashMap<Process, Entry>>);
+
+#[derive(Debug)]
+struct Entry {
+    /// How many filters the process had; `None` before Linux 5.9, which does not say.
+    count: Option<u32>,
+    filters: Arc<[Filter]>,
+}
+
+impl FilterCache {
+    /// The filters of a container's first process, the oldest first. Blocks, for at most five seconds. If they can't be read, there are none
+    /// with `unfiltered`, and otherwise that is an [`ExecError::Filters`].
+    pub fn get(
+        &self,
+        leader: &ProcessHandle,
+        seccomp: Seccomp,
+        unfiltered: bool,
+    ) -> Result<Arc<[Filter]>, ExecError> {
+        let Seccomp::Filters(count) = seccomp else {
+            return Ok(Arc::new([]));
+        };
+        if let Some(known) = self.known(leader.process(), count) {
+            return Ok(known);
+        }
+        match read(leader) {
+            Ok(filters) => Ok(self.keep(leader.process(), count, filters)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ExecError::NotRunning),
+            Err(error) if unfiltered => {
+                tracing::warn!(%error, "a command runs without seccomp filters: those of its task can't be read");
+                Ok(Arc::new([]))
+            }
+            Err(error) => Err(ExecError::Filters(error)),
+        }
+    }
+
+    /// Forgets those of a container that has ended.
+    pub fn remove(&self, leader: Process) {
+        self.lock().remove(&leader);
+    }
+
+    fn known(&self, leader: Process, count: Option<u32>) -> Option<Arc<[Filter]>> {
+        let entries = self.lock();
+        let entry = entries.get(&leader).filter(|entry| entry.count == count)?;
+        Some(Arc::clone(&entry.filters))
+    }
+
+    /// Keeps what has been read, unless the process has installed another filter since it was counted.
+    fn keep(&self, leader: Process, count: Option<u32>, filters: Vec<Filter>) -> Arc<[Filter]> {
+        let mut entries = self.lock();
+        let mut kept = entries.values().map(|entry| &entry.filters);
+        let filters = match kept.find(|kept| ***kept == *filters) {
+            Some(equal) => Arc::clone(equal),
+            None => filters.into(),
+        };
+        if count.is_none_or(|count| usize::try_from(count) == Ok(filters.len())) {
+            let filters = Arc::clone(&filters);
+            entries.insert(leader, Entry { count, filters });
+        }
+        filters
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Process, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn read(leader: &ProcessHandle) -> io::Result<Vec<Filter>> {
+    let instructions = |program: Vec<nix::libc::sock_filter>| {
+        let each = program.into_iter();
+        Filter(each.map(|one| (one.code, one.jt, one.jf, one.k)).collect())
+    };
+    Ok(seccomp_filters(leader)?
+        .into_iter()
+        .map(instructions)
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(pid: i32) -> Process {
+        Process { pid, start: 7 }
+    }
+
+    fn filters(constants: &[u32]) -> Vec<Filter> {
+        let one = |constant: &u32| Filter(vec![(6, 0, 0, *constant)]);
+        constants.iter().map(one).collect()
+    }
+
+    #[test]
+    fn equal_filters_are_kept_once() {
+        let cache = FilterCache::default();
+        let first = cache.keep(process(1), Some(2), filters(&[1, 2]));
+        let second = cache.keep(process(2), Some(2), filters(&[1, 2]));
+        let other = cache.keep(process(3), None, filters(&[2, 1]));
+        assert!(Arc::ptr_eq(&first, &second) && !Arc::ptr_eq(&first, &other));
+        assert_eq!(cache.known(process(3), None), Some(other));
+        cache.remove(process(1));
+        assert_eq!(cache.known(process(1), Some(2)), None);
+        assert_eq!(cache.known(process(2), Some(2)), Some(first));
+    }
+
+    #[test]
+    fn kept_filters_are_those_of_a_process_that_has_installed_no_more() {
+        let cache = FilterCache::default();
+        let read = cache.keep(process(1), Some(1), filters(&[1, 2]));
+        assert_eq!(*read, *filters(&[1, 2]));
+        assert_eq!(cache.known(process(1), Some(1)), None, "one was installed");
+        cache.keep(process(1), Some(2), filters(&[1, 2]));
+        assert_eq!(cache.known(process(1), Some(3)), None);
+        let reused = Process { pid: 1, start: 8 };
+        assert_eq!(cache.known(reused, Some(2)), None);
+        assert!(cache.known(process(1), Some(2)).is_some());
+    }
+
+    /// This process can't trace itself, so reading is refused everywhere.
+    #[test]
+    fn without_its_filters_a_command_runs_only_if_the_operator_allows_it() {
+        let me = ProcessHandle::open(nix::unistd::getpid().as_raw()).unwrap();
+        let cache = FilterCache::default();
+        let some = Seccomp::Filters(Some(1));
+        let refused = cache.get(&me, some, false).unwrap_err();
+        assert!(matches!(refused, ExecError::Filters(_)), "{refused}");
+        assert!(cache.get(&me, some, true).unwrap().is_empty());
+        assert!(cache.get(&me, Seccomp::Off, false).unwrap().is_empty());
+        assert_eq!(cache.known(me.process(), Some(1)), None);
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "a process that has exited")]
+    #[test]
+    fn a_task_that_has_ended_has_no_filters() {
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let leader = ProcessHandle::open(i32::try_from(child.id()).unwrap()).unwrap();
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        let some = Seccomp::Filters(None);
+        let refused = FilterCache::default().get(&leader, some, true).unwrap_err();
+        assert!(matches!(refused, ExecError::NotRunning), "{refused}");
+    }
+}
