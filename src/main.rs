@@ -105,6 +105,7 @@ fn driver() -> anyhow::Result<Driver> {
                 search: search.clone(),
                 // Not the binary's path: an upgrade may have replaced the file while this version runs.
                 binary: "/proc/self/exe".into(),
+                exec_unfiltered: config.exec_unfiltered,
                 timeouts: Timeouts::default(),
             }))
         };

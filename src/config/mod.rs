@@ -53,6 +53,8 @@ pub struct PluginConfig {
     pub devices: bool,
     /// Whether a task is refused if the host can't enforce one of its limits.
     pub require_limits: bool,
+    /// Whether a command is run in a task whose seccomp filters can't be read, without filters.
+    pub exec_unfiltered: bool,
     /// The directory that holds the state of running tasks.
     pub state_dir: PathBuf,
     /// The systemd-nspawn to use; `None` searches `PATH`.

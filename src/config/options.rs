@@ -124,6 +124,8 @@ options! {
         "devices" => devices: bool [true],
         /// Whether a task is refused if this node can't enforce one of its limits.
         "require_limits" => require_limits: bool [false],
+        /// Whether a command is run in a task whose seccomp filters can't be read.
+        "exec_unfiltered" => exec_unfiltered: bool [false],
         /// The directory that holds the state of running tasks.
         "state_dir" => state_dir: String ["/run/nomad-driver-nspawn"],
         /// The systemd-nspawn program to use instead of the one found in `PATH`.

@@ -26,6 +26,7 @@ pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError>
         volumes: options.volumes,
         devices: options.devices,
         require_limits: options.require_limits,
+        exec_unfiltered: options.exec_unfiltered,
         state_dir,
         nspawn_path: options
             .nspawn_path

@@ -36,6 +36,7 @@ pub(crate) fn plugin_config() -> PluginConfig {
         volumes: true,
         devices: true,
         require_limits: false,
+        exec_unfiltered: false,
         state_dir: "/run/nomad-driver-nspawn".into(),
         nspawn_path: None,
         reconcile_after: None,

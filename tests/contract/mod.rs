@@ -82,6 +82,7 @@ impl World {
             nspawn: Some(nspawn(scratch.path())),
             search: std::ffi::OsString::new(),
             binary: binary.to_owned(),
+            exec_unfiltered: false,
             timeouts: Timeouts::default(),
         };
         Self {

@@ -119,6 +119,7 @@ async fn the_schemas_convert() {
         found.iter().eq([
             "devices",
             "enabled",
+            "exec_unfiltered",
             "nspawn_path",
             "reconcile_after",
             "require_limits",

@@ -51,6 +51,8 @@ pub struct Settings {
     pub search: OsString,
     /// The driver's own binary, which every supervisor runs too.
     pub binary: PathBuf,
+    /// Whether a command is run in a container whose seccomp filters can't be read, without filters.
+    pub exec_unfiltered: bool,
     /// How long a removal waits for a supervisor. Not configurable; shorter in tests.
     pub timeouts: Timeouts,
 }

@@ -30,6 +30,7 @@ impl Inside {
             nspawn: Some("/usr/bin/systemd-nspawn".into()),
             search: std::ffi::OsString::new(),
             binary: e2e::driver(),
+            exec_unfiltered: false,
             timeouts: Timeouts::default(),
         });
         Self { stage, backend }
