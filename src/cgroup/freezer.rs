@@ -4,6 +4,7 @@
 
 use std::fs;
 
+use super::membership::group_of;
 use crate::sys::procfs::{self, Mount};
 
 /// Releases a process from a frozen cgroup v1 cgroup by moving it to the root cgroup, which is never frozen. With a
@@ -29,13 +30,7 @@ pub fn release(pid: i32) {
 
 /// The freezer's cgroup in the text of `/proc/<pid>/cgroup`; `None` for the root cgroup, which is never frozen.
 fn group_in(groups: &str) -> Option<&str> {
-    let group = groups.lines().find_map(|line| {
-        let mut parts = line.splitn(3, ':').skip(1);
-        let controllers = parts.next()?;
-        let mut names = controllers.split(',');
-        names.any(|name| name == "freezer").then(|| parts.next())?
-    });
-    group.filter(|group| *group != "/")
+    group_of(groups, "freezer").filter(|group| *group != "/")
 }
 
 #[cfg(test)]

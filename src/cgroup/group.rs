@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use super::plan::make_visible;
 use super::{SUBTREE, freezer};
 
 /// How long to keep re-killing a cgroup whose members keep forking. [`Group::wait_empty`] reports survivors.
@@ -45,6 +46,19 @@ impl Group {
                 other => return other,
             }
         }
+    }
+
+    /// Creates the cgroup `name` inside this one, which must not exist yet, so that the container can see it.
+    pub fn create_child(&self, name: &str) -> io::Result<Self> {
+        let child = self.child(name);
+        fs::create_dir(&child.0)?;
+        make_visible(&child.0).inspect_err(|_| drop(fs::remove_dir(&child.0)))?;
+        Ok(child)
+    }
+
+    /// The cgroups directly inside this one.
+    pub fn children(&self) -> Vec<Self> {
+        groups_in(&self.0).into_iter().map(Self).collect()
     }
 
     /// Moves the calling process into it.

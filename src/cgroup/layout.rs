@@ -152,7 +152,8 @@ impl Layout {
         })
     }
 
-    pub(super) fn tracks_in_version_2(&self) -> bool {
+    /// Whether processes are tracked in cgroup v2.
+    pub fn tracks_in_version_2(&self) -> bool {
         matches!(self.kind, CgroupLayout::V2 | CgroupLayout::Hybrid)
     }
 

@@ -8,6 +8,7 @@ pub mod freezer;
 mod group;
 mod layout;
 mod limits;
+mod membership;
 mod moves;
 mod oom;
 mod plan;

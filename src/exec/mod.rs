@@ -15,6 +15,7 @@ mod terminal;
 
 pub use error::ExecError;
 pub use filters::FilterCache;
+pub use groups::{SessionGroups, kill_sessions};
 pub use session::{Control, End, Ended, Session, Streams};
 pub use start::{Host, start};
 pub use terminal::Terminal;

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use super::NspawnBackend;
 use crate::backend::BackendError;
-use crate::container::Started;
+use crate::blocking;
+use crate::container::{Mode, Started};
+use crate::exec;
 use crate::signal::Signal;
 use crate::supervisor::{Action, REQUEST_TIMEOUT, Status, client};
 
@@ -41,6 +43,7 @@ impl NspawnBackend {
         client::sigcont(started.supervisor);
         let open = || matches!(client.status(), Status::Up(_) | Status::Starting);
         if !grace.is_zero() && open() {
+            end_sessions(started).await;
             let verb = signal.map_or(Action::Stop, |signal| Action::Signal(signal.number()));
             let gracefully = async {
                 // If the request fails, the container is killed after the grace time.
@@ -81,5 +84,13 @@ impl NspawnBackend {
             .await
             .map(|_| ())
             .map_err(|_| stuck())
+    }
+}
+
+/// An init that powers off waits up to 90 seconds for processes that ignore SIGTERM, and those of sessions are not its own services.
+async fn end_sessions(started: &Started) {
+    if started.mode == Mode::Boot {
+        let started = started.clone();
+        blocking::run(move || exec::kill_sessions(&started)).await;
     }
 }
