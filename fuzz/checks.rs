@@ -142,6 +142,7 @@ pub(crate) fn init_packets(bytes: &[u8]) {
     }
     is_kept::<nspawn_init::InitEvent>(bytes);
     is_kept::<nspawn_init::Request>(bytes);
+    is_kept::<nspawn_init::session_spec::SessionEvent>(bytes);
 }
 
 /// The bytes as the job's `config` block and as the operator's `plugin` block.

@@ -16,7 +16,11 @@ use crate::sys::trace::seccomp_filters;
 /// The filters that have been read, by the first process of the container. Equal lists are kept once: all containers of an image have the
 /// same.
 #[derive(Debug, Default)]
-pub struct FilterCache(Mutex<HashMap<Process, Entry>>);
+pub struct FilterCache {
+    entries: Mutex<HashMap<Process, Entry>>,
+    /// Held while filters are read: a process can have only one tracer.
+    reading: Mutex<()>,
+}
 
 #[derive(Debug)]
 struct Entry {
@@ -28,7 +32,7 @@ struct Entry {
 impl FilterCache {
     /// The filters of a container's first process, the oldest first. Blocks, for at most five seconds. If they can't be read, there are none
     /// with `unfiltered`, and otherwise that is an [`ExecError::Filters`].
-    pub fn get(
+    pub(super) fn get(
         &self,
         leader: &ProcessHandle,
         seccomp: Seccomp,
@@ -37,6 +41,10 @@ impl FilterCache {
         let Seccomp::Filters(count) = seccomp else {
             return Ok(Arc::new([]));
         };
+        if let Some(known) = self.known(leader.process(), count) {
+            return Ok(known);
+        }
+        let _turn = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = self.known(leader.process(), count) {
             return Ok(known);
         }
@@ -78,7 +86,7 @@ impl FilterCache {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Process, Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

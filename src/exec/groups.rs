@@ -23,12 +23,12 @@ const SUFFIX: &str = ".scope";
 
 /// The cgroups of a session that is being started. Dropping it removes those that were made for it.
 #[derive(Debug, Default)]
-pub struct SessionGroups(SessionCgroups);
+pub(super) struct SessionGroups(SessionCgroups);
 
 impl SessionGroups {
     /// Makes the cgroups of a new session in this container, none if it was started without. After an error nothing of them is left. Blocks.
     /// Fails with [`io::ErrorKind::NotFound`] if the container has ended.
-    pub fn create(started: &Started, leader: &ProcessHandle) -> io::Result<Self> {
+    pub(super) fn create(started: &Started, leader: &ProcessHandle) -> io::Result<Self> {
         let memberships = fs::read_to_string(format!("/proc/{}/cgroup", leader.process().pid));
         // Otherwise the pid could be that of another process by now.
         if leader.wait(std::time::Duration::ZERO) {
@@ -83,8 +83,12 @@ impl SessionGroups {
         }
     }
 
+    pub(super) fn cgroups(&self) -> &SessionCgroups {
+        &self.0
+    }
+
     /// Leaves the cgroups to the session, which removes them when it ends.
-    pub fn hand_over(mut self) -> SessionCgroups {
+    pub(super) fn hand_over(mut self) -> SessionCgroups {
         std::mem::take(&mut self.0)
     }
 }

@@ -54,7 +54,7 @@ const OWN_VARIABLES: [&str; 13] = [
 
 /// Whether a process has seccomp filters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seccomp {
+pub(super) enum Seccomp {
     /// It has none.
     Off,
     /// It has this many; `None` before Linux 5.9, which does not say.
@@ -63,7 +63,10 @@ pub enum Seccomp {
 
 /// The restrictions of the first process of a container in this mode, without its seccomp filters, and whether it has some. Fails with
 /// [`io::ErrorKind::NotFound`] if the process has exited.
-pub fn confinement(leader: &ProcessHandle, mode: Mode) -> io::Result<(Confinement, Seccomp)> {
+pub(super) fn confinement(
+    leader: &ProcessHandle,
+    mode: Mode,
+) -> io::Result<(Confinement, Seccomp)> {
     while_alive(leader, || {
         let (confinement, seccomp) = in_status(&read(leader, "status")?)?;
         let limits = parse_limits(&read(leader, "limits")?).ok_or_else(|| unreadable("limits"))?;
@@ -80,7 +83,7 @@ pub fn confinement(leader: &ProcessHandle, mode: Mode) -> io::Result<(Confinemen
 
 /// The environment with which the first process was executed, as far as the process has not overwritten it, without what is meant for that
 /// process alone. Has a `PATH`. Values are secrets. Fails with [`io::ErrorKind::NotFound`] if the process has exited.
-pub fn environment(leader: &ProcessHandle) -> io::Result<BTreeMap<String, String>> {
+pub(super) fn environment(leader: &ProcessHandle) -> io::Result<BTreeMap<String, String>> {
     while_alive(leader, || {
         let area = fs::read(format!("/proc/{}/environ", leader.process().pid))?;
         Ok(variables(&area))

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 pub use nspawn_init::session_spec::TerminalSize;
 
 mod error;
+mod filters;
+mod groups;
 mod leader;
 mod session;
 mod start;
@@ -15,7 +17,7 @@ mod terminal;
 
 pub use error::ExecError;
 pub use filters::FilterCache;
-pub use groups::{SessionGroups, kill_sessions};
+pub use groups::kill_sessions;
 pub use session::{Control, End, Ended, Session, Streams};
 pub use start::{Host, start};
 pub use terminal::Terminal;

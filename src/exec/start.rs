@@ -3,13 +3,16 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Stdio;
+use std::sync::Arc;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nspawn_init::session_spec::{Order, SESSION, SessionCgroups, SessionSpec};
+use nspawn_init::session_spec::{Order, SESSION, SessionSpec};
 use rustix::fs::{Mode, fchmod};
 use tokio::net::unix::pipe;
 use tokio::process::Command;
 
+use super::filters::FilterCache;
+use super::groups::SessionGroups;
 use super::leader;
 use super::session::{Control, Session, Streams};
 use super::terminal::Terminal;
@@ -23,6 +26,8 @@ use crate::sys::process::ProcessHandle;
 pub struct Host {
     /// The program of the container init, which sessions run in another mode.
     pub program: OwnedFd,
+    /// The seccomp filters that are known.
+    pub filters: Arc<FilterCache>,
     /// Whether commands may run without the seccomp filters of the task if these can't be read.
     pub unfiltered: bool,
 }
@@ -42,27 +47,34 @@ pub async fn start(
             Some(_) => Order::Terminal,
             None => Order::Pipes,
         };
-        let (spec, leader) = prepare(&host, &started, request)?;
-        launch(&host.program, &spec, leader.into(), order)
+        let (spec, leader, groups) = prepare(&host, &started, request)?;
+        let launched = launch(&host.program, &spec, leader.into(), order)?;
+        groups.hand_over();
+        Ok(launched)
     });
     launched.await?.begin().await
 }
 
-/// What is run, and how it is confined; and the container's first process.
+/// What is run, and how it is confined; the container's first process; and the cgroups that were made for it.
 fn prepare(
-    _host: &Host,
+    host: &Host,
     started: &Started,
     request: ExecRequest,
-) -> Result<(SessionSpec, ProcessHandle), ExecError> {
+) -> Result<(SessionSpec, ProcessHandle, SessionGroups), ExecError> {
     let step = |step| {
         move |source: io::Error| match source.kind() {
             io::ErrorKind::NotFound => ExecError::NotRunning,
+            _ if source.raw_os_error() == Some(nix::libc::ESRCH) => ExecError::NotRunning,
             _ => ExecError::Host { step, source },
         }
     };
     let leader = ProcessHandle::open_checked(started.leader).map_err(step("finding the task"))?;
-    let (confinement, _seccomp) = leader::confinement(&leader, started.mode)
+    let (mut confinement, seccomp) = leader::confinement(&leader, started.mode)
         .map_err(step("reading the restrictions of the task"))?;
+    let filters = host.filters.get(&leader, seccomp, host.unfiltered)?;
+    confinement.filters = filters.to_vec();
+    let groups = SessionGroups::create(started, &leader)
+        .map_err(step("making the cgroup of the session"))?;
     let environment =
         leader::environment(&leader).map_err(step("reading the environment of the task"))?;
     let spec = SessionSpec {
@@ -71,10 +83,10 @@ fn prepare(
         directory: request.directory.unwrap_or_else(|| "/".to_owned()),
         user: request.user,
         size: request.terminal.unwrap_or_default(),
-        cgroups: SessionCgroups::default(),
+        cgroups: groups.cgroups().clone(),
         confinement,
     };
-    Ok((spec, leader))
+    Ok((spec, leader, groups))
 }
 
 /// The path through which the program is executed, in the process that executes it.

@@ -2,9 +2,8 @@
 
 use std::time::Instant;
 
-use nomad_driver_nspawn::container::CgroupLayout;
 use nomad_driver_nspawn::exec::{End, Ended, ExecRequest, Session, Streams, TerminalSize};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncReadExt as _;
 
 use super::*;
 
@@ -173,7 +172,7 @@ async fn a_terminal_is_one_of_the_container(world: World, #[case] users: bool) {
             columns: 113,
         }),
         ..shell(
-            "stty size; ls -l $(tty) | cut -c1-10; trap 'echo interrupted' INT; echo ready; read line; stty size; cat; exit 9",
+            "stty size; ls -l $(tty) | cut -c1-10; trap 'echo interrupted' INT; (echo ready; exec sleep 1000); read line; stty size; cat; exit 9",
         )
     };
     let mut session = exec(&world, &started, request).await;

@@ -96,4 +96,7 @@ fn every_corpus_has_something_that_is_accepted() {
     any("init_packets", &|bytes| {
         packets::decode::<nspawn_init::Request>(bytes).is_ok()
     });
+    any("init_packets", &|bytes| {
+        packets::decode::<nspawn_init::session_spec::SessionEvent>(bytes).is_ok()
+    });
 }

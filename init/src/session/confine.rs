@@ -55,10 +55,8 @@ pub(super) fn raise_limits(confinement: &Confinement) -> Result<(), StartError> 
 
 /// Immediately before the command is executed.
 pub(super) fn lower_limits(confinement: &Confinement) -> Result<(), StartError> {
-    let limits = confinement.limits.iter();
-    limits
-        .map(|&(number, soft, hard)| set_limit(number, soft, hard))
-        .collect()
+    let mut limits = confinement.limits.iter();
+    limits.try_for_each(|&(number, soft, hard)| set_limit(number, soft, hard))
 }
 
 fn set_limit(number: u32, soft: Option<u64>, hard: Option<u64>) -> Result<(), StartError> {

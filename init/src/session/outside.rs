@@ -97,7 +97,7 @@ fn fork(cgroups: &SessionCgroups) -> Result<(Option<Pid>, OwnedFd, OwnedFd), Sta
     let (session, theirs) = packets::pair().map_err(failed(Step::Fork, ""))?;
     let group = cgroups.unified.as_deref();
     let join = |error: io::Error| {
-        let file = group.unwrap_or(Path::new(""));
+        let file = group.unwrap_or_else(|| Path::new(""));
         start_error(Step::Join, file, &error)
     };
     let directory = group.map(File::open).transpose().map_err(join)?;

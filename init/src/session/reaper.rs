@@ -71,7 +71,7 @@ fn start(
         return Ok((child, signals));
     }
     let unreadable = |_| failed(Step::Execute, "")(Errno::BADMSG);
-    Err(packets::decode(&error).map_or_else(unreadable, |start_error| start_error))
+    Err(packets::decode(&error).unwrap_or_else(unreadable))
 }
 
 /// Until the session is to end.

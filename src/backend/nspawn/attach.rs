@@ -52,7 +52,9 @@ impl NspawnBackend {
         // Boxed, because this future waits as long as the container runs, and the state of `resolve` is needed only at its
         // beginning.
         let client = Box::pin(self.resolve(started)).await?;
-        client.end().await.ok_or_else(|| BackendError::Lost {
+        let exit = client.end().await;
+        self.filters.remove(started.leader);
+        exit.ok_or_else(|| BackendError::Lost {
             machine: started.machine.clone(),
             reason: "it never came up".to_owned(),
         })

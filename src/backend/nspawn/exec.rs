@@ -27,7 +27,8 @@ impl NspawnBackend {
         });
         let host = exec::Host {
             program: program.await?,
-            unfiltered: false,
+            filters: Arc::clone(&self.filters),
+            unfiltered: self.settings.exec_unfiltered,
         };
         exec::start(host, started, request)
             .await

@@ -17,7 +17,7 @@ use super::{BackendError, ContainerBackend, UsageReader, chain};
 use crate::blocking;
 use crate::cgroup::{Layout, UsageFiles, has_device_policy};
 use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
-use crate::exec::{ExecRequest, Session};
+use crate::exec::{ExecRequest, FilterCache, Session};
 use crate::nspawn::probe;
 use crate::nspawn::version::Feature;
 use crate::signal::Signal;
@@ -88,6 +88,8 @@ pub struct NspawnBackend {
     probing: Arc<tokio::sync::Mutex<()>>,
     /// The binary of the container init: one for all containers, made when the first of them starts.
     init: Arc<OnceLock<OwnedFd>>,
+    /// The seccomp filters of the containers in which a command was run.
+    filters: Arc<FilterCache>,
     tracker: TaskTracker,
 }
 
@@ -102,6 +104,7 @@ impl NspawnBackend {
             logged: Mutex::default(),
             probing: Arc::default(),
             init: Arc::default(),
+            filters: Arc::default(),
             tracker: TaskTracker::new(),
         }
     }
