@@ -9,10 +9,12 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+mod exec_defaults;
 mod resources;
 pub mod testing;
 mod usage;
 
+pub use exec_defaults::ExecDefaults;
 pub use resources::{
     Cpu, CpuQuota, Device, InsideSettings, Memory, Resources, Rlimit, Swap, TmpfsSizes,
 };

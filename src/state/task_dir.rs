@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::launch_spec_record::LaunchSpecRecord;
 use crate::cgroup::CgroupPlan;
-use crate::container::{Cause, Exit, InsideSettings, Mode, Process, Started};
+use crate::container::{Cause, ExecDefaults, Exit, InsideSettings, Mode, Process, Started};
 use crate::lease::Resource;
 
 mod directory;
@@ -195,9 +195,21 @@ impl TaskDir {
         Ok(file)
     }
 
+    /// Writes what the supervisor keeps for further commands in the container, which holds secrets.
+    pub fn write_exec_defaults(&self, defaults: &ExecDefaults) -> io::Result<()> {
+        self.write("exec", &encode(defaults)?)
+    }
+
+    /// Opens it and removes its file from the disk; [`read_exec_defaults`] reads the returned file.
+    pub fn take_exec_defaults(&self) -> io::Result<File> {
+        let file = self.open("exec")?;
+        fs::remove_file(self.0.join("exec"))?;
+        Ok(file)
+    }
+
     /// Removes secrets that no process has taken.
     pub fn discard_secrets(&self) {
-        for name in ["environment", "init"] {
+        for name in ["environment", "exec", "init"] {
             let _ = fs::remove_file(self.0.join(name));
         }
     }
@@ -268,6 +280,11 @@ impl TaskDir {
     pub fn failure(&self) -> Option<Refusal> {
         serde_json::from_slice(&self.read("failure").ok()?).ok()
     }
+}
+
+/// Reads a file of [`TaskDir::take_exec_defaults`].
+pub fn read_exec_defaults(file: File) -> io::Result<ExecDefaults> {
+    decode(&directory::read_all(file, "exec")?)
 }
 
 #[derive(Serialize)]

@@ -195,6 +195,17 @@ fn secrets_can_be_read_once() {
     let init_spec = io::read_to_string(task_dir.take_init_spec().unwrap()).unwrap();
     assert_eq!(init_spec, "spec");
     task_dir.take_init_spec().unwrap_err();
+    let defaults = ExecDefaults {
+        directory: Some("/srv".to_owned()),
+        ..ExecDefaults::default()
+    };
+    task_dir.write_exec_defaults(&defaults).unwrap();
+    let file = task_dir.take_exec_defaults().unwrap();
+    assert_eq!(read_exec_defaults(file).unwrap(), defaults);
+    task_dir.take_exec_defaults().unwrap_err();
+    assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
+    task_dir.write_exec_defaults(&defaults).unwrap();
+    task_dir.discard_secrets();
     assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 0);
 }
 
@@ -263,6 +274,7 @@ fn damaged_content_is_not_shown_in_errors() {
 const ORDERS: &str = include_str!("frozen/order.jsonl");
 const RUNNING: &str = include_str!("frozen/running.jsonl");
 const EXITS: &str = include_str!("frozen/exit.jsonl");
+const EXECS: &str = include_str!("frozen/exec.jsonl");
 
 /// All lines can be read, and the last is what is written today.
 fn is_frozen<T: Serialize + DeserializeOwned>(lines: &str) {
@@ -280,6 +292,7 @@ fn every_released_format_is_read_and_the_latest_is_written() {
     is_frozen::<LaunchSpec>(ORDERS);
     is_frozen::<Running>(RUNNING);
     is_frozen::<Exit>(EXITS);
+    is_frozen::<ExecDefaults>(EXECS);
 }
 
 /// Drivers from before the list of resources release what they find in separate fields.

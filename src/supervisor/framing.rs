@@ -2,7 +2,7 @@
 //! have no packet socket use a stream socket with one message per line; the messages are the same. Nothing here waits.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use packets::Descriptors;
 use rustix::net::{RecvFlags, SendFlags};
@@ -46,6 +46,19 @@ impl Framing {
                     _ => Err(io::ErrorKind::WriteZero.into()),
                 }
             }
+        }
+    }
+
+    /// The same with a descriptor. Fails with [`io::ErrorKind::Unsupported`] if messages are lines.
+    pub fn send_with(
+        &self,
+        socket: impl AsFd,
+        message: &impl Serialize,
+        descriptor: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        match self {
+            Self::Packets => packets::send(socket, &packets::encode(message), &[descriptor]),
+            Self::Lines(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

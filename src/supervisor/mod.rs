@@ -3,7 +3,7 @@
 //!
 //! | module | runs in |
 //! |---|---|
-//! | [`client`] | the plugin |
+//! | [`client`], [`exec_defaults`] | the plugin |
 //! | [`supervise`] | the supervisor process |
 //! | [`enter`] | the exec shim, which becomes systemd-nspawn |
 //!
@@ -13,6 +13,7 @@
 pub mod client;
 mod connection;
 pub mod enter;
+pub mod exec_defaults;
 pub mod framing;
 pub mod init_channel;
 pub mod protocol;

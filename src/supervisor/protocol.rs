@@ -1,6 +1,6 @@
 //! The messages on the control socket between plugin and supervisor: JSON objects, in both directions. The supervisor sends its
 //! state to every client and answers requests; the connection closes when the supervisor exits. Messages that are too long or unlike
-//! these are rejected. Carries no secrets.
+//! these are rejected. Carries no secrets but in the file of [`Action::ExecDefaults`].
 //!
 //! The two ends can be of different versions: a supervisor lives as long as its container, and the plugin may be upgraded or
 //! downgraded meanwhile. Messages have no version number but rules: the meaning of a message never changes; a new field is optional;
@@ -119,6 +119,8 @@ pub enum Action {
     Stop,
     /// Kill the container.
     Kill,
+    /// Send what further commands have in common with the task's own. Its file comes with the answer, which only a packet can carry.
+    ExecDefaults,
 }
 
 /// Encodes a message as one line.
@@ -361,6 +363,7 @@ mod tests {
         prop_oneof![
             Just(Action::Stop),
             Just(Action::Kill),
+            Just(Action::ExecDefaults),
             (0..=64i32)
                 .prop_filter("no signal", |number| Signal::from_number(*number).is_some())
                 .prop_map(Action::Signal),

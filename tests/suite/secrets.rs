@@ -27,7 +27,7 @@ const SECRET: &str = "DB_PASSWORD";
 const NO_NAME: &str = "no=name";
 
 /// The files that contain the secrets until the start has read them.
-const ON_DISK: [&str; 2] = ["environment", "init"];
+const ON_DISK: [&str; 3] = ["environment", "exec", "init"];
 
 /// Versions of systemd-nspawn that differ in how they take values; later ones pass them in the same way as 250, and refuse hosts with cgroup
 /// v1.

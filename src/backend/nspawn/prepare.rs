@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::{acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
-use crate::container::{Cause, ContainerSpec, Mount, NetworkNamespace, Root};
+use crate::container::{Cause, ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::Resource;
 use crate::nspawn::argv::{self, CommandLine, Target};
@@ -61,8 +61,12 @@ pub(super) fn prepare(
     let limits = (cgroups, resources);
     let launch_spec = launch_spec(spec, host.program, &mut line, limits, bounded(notes))?;
     failpoint::hit(task_dir, Failpoint::BeforeOrder);
-    task_dir
-        .write_launch_spec(&launch_spec, &line.environment, line.init.as_ref())
+    let exec_defaults = ExecDefaults::of(&spec.payload);
+    let written = task_dir.write_exec_defaults(&exec_defaults);
+    written
+        .and_then(|()| {
+            task_dir.write_launch_spec(&launch_spec, &line.environment, line.init.as_ref())
+        })
         .map_err(|source| io_error("writing the launch spec in", task_dir.path(), source))
 }
 

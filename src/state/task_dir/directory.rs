@@ -16,10 +16,11 @@ use super::{TaskDir, invalid};
 pub(super) const MAX_RECORD_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Every name that may occur in a task directory. A file that is being written has `.<pid>-<number>.new` appended to its name.
-const KNOWN_ENTRIES: [&str; 15] = [
+const KNOWN_ENTRIES: [&str; 16] = [
     "control",
     "entered",
     "environment",
+    "exec",
     "exit",
     "failure",
     "freed",
@@ -237,15 +238,7 @@ impl TaskDir {
     }
 
     pub(super) fn read(&self, name: &str) -> io::Result<Vec<u8>> {
-        let mut text = Vec::new();
-        let file = self.open(name)?;
-        file.take(MAX_RECORD_BYTES + 1).read_to_end(&mut text)?;
-        if text.len() as u64 > MAX_RECORD_BYTES {
-            return Err(invalid(format!(
-                "the record {name:?} is larger than {MAX_RECORD_BYTES} bytes"
-            )));
-        }
-        Ok(text)
+        read_all(self.open(name)?, name)
     }
 
     pub(super) fn open(&self, name: &str) -> io::Result<File> {
@@ -255,6 +248,18 @@ impl TaskDir {
             .custom_flags(flags.bits())
             .open(self.0.join(name))
     }
+}
+
+/// The content of the record with this name.
+pub(super) fn read_all(file: File, name: &str) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    file.take(MAX_RECORD_BYTES + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > MAX_RECORD_BYTES {
+        return Err(invalid(format!(
+            "the record {name:?} is larger than {MAX_RECORD_BYTES} bytes"
+        )));
+    }
+    Ok(text)
 }
 
 /// Allocation and task of an id, without the suffix that is new for every start.

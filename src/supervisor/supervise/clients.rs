@@ -3,7 +3,7 @@
 //! an error.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 use super::event_loop::{EventLoop, Interest, Source, Token};
@@ -15,6 +15,7 @@ use crate::supervisor::protocol::{Event, IncomingRequest, Request};
 const MAX_REQUESTS: usize = 64;
 
 const UNKNOWN_REQUEST: &str = "the task's supervisor, which is of the driver version that started the task, does not support this request";
+const NEEDS_PACKETS: &str = "this request is answered only on the packet socket";
 const UNWANTED_DESCRIPTORS: &str = "this request takes no file descriptors";
 
 /// The sockets on which plugins connect.
@@ -127,10 +128,18 @@ impl Clients {
         }
     }
 
-    /// Answers the client with this id, if it still exists.
-    pub(super) fn answer(&mut self, id: u32, event: &Event) {
-        if let Some(client) = self.get_mut(id) {
-            client.send(event);
+    /// Answers a request of the client with this id, if it still exists.
+    pub(super) fn answer(&mut self, id: u32, request: u64, done: io::Result<Option<OwnedFd>>) {
+        let Some(client) = self.get_mut(id) else {
+            return;
+        };
+        match done {
+            Ok(None) => client.send(&Event::Done {
+                request,
+                error: None,
+            }),
+            Ok(Some(descriptor)) => client.send_descriptor(request, descriptor.as_fd()),
+            Err(error) => client.refuse(request, &error.to_string()),
         }
     }
 
@@ -177,6 +186,17 @@ impl Client {
     fn send(&mut self, event: &Event) {
         if self.framing.send(&*self.socket, event).is_err() {
             self.disconnected = true;
+        }
+    }
+
+    fn send_descriptor(&mut self, request: u64, descriptor: BorrowedFd<'_>) {
+        let error = None;
+        let done = Event::Done { request, error };
+        match self.framing.send_with(&*self.socket, &done, descriptor) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                self.refuse(request, NEEDS_PACKETS);
+            }
+            sent => self.disconnected |= sent.is_err(),
         }
     }
 

@@ -155,6 +155,25 @@ fn a_request_with_descriptors_is_answered_and_they_are_closed() {
     assert!(!is_dropped(&mut clients));
 }
 
+#[test]
+fn a_descriptor_is_sent_in_a_packet_and_not_in_a_line() {
+    let file = || File::open("/dev/null").unwrap().into();
+    let (mut clients, theirs) = client(Framing::Packets);
+    clients.answer(0, 7, Ok(Some(file())));
+    let packet = packets::receive(&theirs.0).unwrap();
+    let done = Event::Done {
+        request: 7,
+        error: None,
+    };
+    let known = IncomingEvent::Known(Box::new(done));
+    assert_eq!(packet.message(), Ok(known));
+    packet.descriptors.take::<1>().unwrap();
+    let (mut clients, mut theirs) = client(lines());
+    clients.answer(0, 7, Ok(Some(file())));
+    assert_eq!(theirs.refusal(7), NEEDS_PACKETS);
+    assert!(!is_dropped(&mut clients));
+}
+
 #[rstest]
 #[case::packets(Framing::Packets)]
 #[case::lines(lines())]

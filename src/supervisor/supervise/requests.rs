@@ -1,7 +1,9 @@
 //! Clients of the control sockets: accepting them, sending them the state, carrying out their requests. How messages travel is in
 //! `clients`.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
 use super::event_loop::{Interest, Token};
@@ -50,28 +52,37 @@ impl Supervisor {
         for request in self.clients.requests(client) {
             let done = self.carry_out(request.verb);
             failpoint::hit(&self.task_dir, Failpoint::Signalled);
-            let error = done.err().map(|error| error.to_string());
-            let request = request.request;
-            self.clients.answer(client, &Event::Done { request, error });
+            self.clients.answer(client, request.request, done);
         }
     }
 
-    fn carry_out(&mut self, action: Action) -> io::Result<()> {
-        // The container has ended, which is what a stop or a kill was to achieve; a signal has no process to go to.
+    /// Returns the descriptor that the answer carries, if it carries one.
+    fn carry_out(&mut self, action: Action) -> io::Result<Option<OwnedFd>> {
         if self.nspawn_has_exited() {
-            return Ok(());
+            return match action {
+                // The container has ended, which is what a stop or a kill was to achieve; a signal has no process to go to.
+                Action::Signal(_) | Action::Stop | Action::Kill => Ok(None),
+                Action::ExecDefaults => Err(io::Error::other("the container has ended")),
+            };
         }
         match action {
             // Sent like any other signal, SIGKILL would end the container too, but systemd-nspawn would report a different exit.
             Action::Signal(number) if number == Signal::KILL.number() => self.kill(),
-            Action::Signal(number) => return self.signal(Signal::from_number(number)),
+            Action::Signal(number) => self.signal(Signal::from_number(number))?,
             Action::Stop => {
                 let stop_signal = self.stop_signal();
-                return self.signal(stop_signal);
+                self.signal(stop_signal)?;
             }
             Action::Kill => self.kill(),
+            Action::ExecDefaults => return self.exec_defaults().map(Some),
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// Opened again, because all who read from one descriptor share its offset.
+    fn exec_defaults(&self) -> io::Result<OwnedFd> {
+        let kept = self.exec_defaults.as_raw_fd();
+        Ok(File::open(format!("/proc/self/fd/{kept}"))?.into())
     }
 
     /// Drops the clients that have closed their connection or do not read their events.

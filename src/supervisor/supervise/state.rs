@@ -1,6 +1,7 @@
 //! Everything a supervisor knows about its container, and its start: what is prepared, what systemd-nspawn and the driver's init
 //! report, and the record of the start. Runs in the supervisor process.
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::MetadataExt;
@@ -35,6 +36,8 @@ pub(super) struct Supervisor {
     pub(super) clients: Clients,
     pub(super) nspawn: Process,
     pub(super) cgroups: Cgroups,
+    /// What further commands have in common with the task's own: a file without a name, so that it takes no memory of this process.
+    pub(super) exec_defaults: File,
     /// The locks of a tree that other containers share, until systemd-nspawn holds them.
     pub(super) tree: Option<SharedLocks>,
     /// Channel to PID 1 of the container, if that is the driver's init.
@@ -130,6 +133,8 @@ impl Supervisor {
         events: EventLoop,
     ) -> Result<Self, StartFailure> {
         let step = |step| move |error: io::Error| failure(step, &error);
+        let exec_defaults = task_dir.take_exec_defaults();
+        let exec_defaults = exec_defaults.map_err(step(StartStep::Order))?;
         let stdout = logs::open(launch_spec.stdout.as_deref()).map_err(step(StartStep::Logs))?;
         let stderr = logs::open(launch_spec.stderr.as_deref()).map_err(step(StartStep::Logs))?;
         let cgroups = Cgroups::create(&launch_spec, &events)?;
@@ -150,6 +155,7 @@ impl Supervisor {
             clients: Clients::default(),
             nspawn,
             cgroups,
+            exec_defaults,
             tree,
             init_channel: None,
             command: None,
