@@ -1,5 +1,6 @@
 //! Starts a session: collects what it has to have in common with the container, and starts the program that enters it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Stdio;
@@ -18,7 +19,9 @@ use super::session::{Control, Session, Streams};
 use super::terminal::Terminal;
 use super::{End, ExecError, ExecRequest};
 use crate::blocking;
-use crate::container::Started;
+use crate::container::{ExecDefaults, Started};
+use crate::state::TaskDir;
+use crate::supervisor::exec_defaults;
 use crate::sys::process::ProcessHandle;
 
 /// What a session needs besides the container.
@@ -75,18 +78,46 @@ fn prepare(
     confinement.filters = filters.to_vec();
     let groups = SessionGroups::create(started, &leader)
         .map_err(step("making the cgroup of the session"))?;
-    let environment =
+    let given =
         leader::environment(&leader).map_err(step("reading the environment of the task"))?;
+    let defaults = exec_defaults::fetch(&TaskDir::new(&started.state))
+        .map_err(step("asking the supervisor for the task's environment"))?
+        .unwrap_or_default();
     let spec = SessionSpec {
+        environment: environment(given, &defaults, &request),
         command: request.command,
-        environment,
-        directory: request.directory.unwrap_or_else(|| "/".to_owned()),
-        user: request.user,
+        directory: request
+            .directory
+            .or(defaults.directory)
+            .unwrap_or_else(|| "/".to_owned()),
+        user: request.user.or(defaults.user),
         size: request.terminal.unwrap_or_default(),
         cgroups: groups.cgroups().clone(),
         confinement,
     };
     Ok((spec, leader, groups))
+}
+
+/// What systemd-nspawn has set, the task's own variables over it, and those of the request over both.
+fn environment(
+    mut environment: BTreeMap<String, String>,
+    defaults: &ExecDefaults,
+    request: &ExecRequest,
+) -> BTreeMap<String, String> {
+    if request.user.is_some() {
+        // Those of the task's user. The session sets those of its own.
+        for name in ["HOME", "USER", "LOGNAME", "SHELL"] {
+            environment.remove(name);
+        }
+    }
+    if request.terminal.is_some() {
+        environment.insert("TERM".to_owned(), "xterm".to_owned());
+    }
+    for variables in [&defaults.environment, &request.environment] {
+        let variables = variables.iter();
+        environment.extend(variables.map(|(name, value)| (name.clone(), value.clone())));
+    }
+    environment
 }
 
 /// The path through which the program is executed, in the process that executes it.

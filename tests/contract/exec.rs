@@ -229,7 +229,7 @@ async fn what_a_command_leaves_ends_with_the_session(world: World) {
         before,
         "zombies are left"
     );
-    assert_no_session_groups(&started).await;
+    without_session_groups(&started).await;
     world.leave(&[&started]).await;
 }
 
@@ -245,19 +245,112 @@ fn sleepers(command: &str) -> Vec<String> {
         .collect()
 }
 
-/// No cgroup of a session is left.
-async fn assert_no_session_groups(started: &Started) {
+/// Waits until no cgroup of a session is left.
+async fn without_session_groups(started: &Started) {
     let groups = started.cgroup.iter().chain(started.controllers.values());
-    for group in groups {
-        for parent in [group.clone(), group.join("payload")] {
-            let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-            let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-            let left: Vec<_> = names
-                .filter(|name| name.starts_with("nomad-exec"))
-                .collect();
-            assert!(left.is_empty(), "{left:?}");
+    let parents: Vec<_> = groups
+        .flat_map(|group| [group.clone(), group.join("payload")])
+        .collect();
+    let left = || {
+        let entries = parents.iter().flat_map(fs::read_dir).flatten().flatten();
+        entries
+            .filter(|entry| {
+                entry
+                    .file_name()
+                    .to_string_lossy()
+                    .starts_with("nomad-exec")
+            })
+            .count()
+    };
+    within(async {
+        while left() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    })
+    .await;
+}
+
+#[rstest]
+#[case::plain(Mode::Plain)]
+#[case::init(Mode::ProcessTwo)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_has_the_environment_and_directory_of_the_task(world: World, #[case] mode: Mode) {
+    const SHOW: &str = "echo $SECRET; echo $OTHER; pwd; id -un; echo $HOME; tr '\\0' '\\n' </proc/self/environ | grep -c ^LISTEN_";
+    let started = world
+        .up(world.spec("echo up; exec sleep 1000").with(|spec| {
+            spec.payload.mode = mode;
+            spec.payload.environment = BTreeMap::from([("SECRET".into(), "a b=c".into())]);
+            spec.payload.working_directory = Some("/tmp".into());
+        }))
+        .await;
+    let output = run(&world, &started, shell(SHOW)).await;
+    let user = run(&world, &started, shell("id -un; echo $HOME"))
+        .await
+        .stdout;
+    assert_eq!(output.stdout, format!("a b=c\n\n/tmp\n{user}0\n"));
+    let request = ExecRequest {
+        directory: Some("/".into()),
+        environment: BTreeMap::from([
+            ("SECRET".into(), "new".into()),
+            ("OTHER".into(), "more".into()),
+        ]),
+        ..shell(SHOW)
+    };
+    let output = run(&world, &started, request).await;
+    assert_eq!(output.stdout, format!("new\nmore\n/\n{user}0\n"));
+    world.leave(&[&started]).await;
+}
+
+/// A missing program, a file that can't be executed, a missing directory and a missing user.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_can_not_be_run_is_an_error_with_a_status(world: World) {
+    let started = world.up(world.spec(DEAF)).await;
+    let command = |command: &str| ExecRequest {
+        command: vec![command.into()],
+        ..ExecRequest::default()
+    };
+    let at = ExecRequest {
+        directory: Some("/nowhere".into()),
+        ..shell("true")
+    };
+    let by = ExecRequest {
+        user: Some("no-such-user".into()),
+        ..shell("true")
+    };
+    for (request, status, text) in [
+        (
+            command("no-such-program"),
+            127,
+            "command \"no-such-program\" not found",
+        ),
+        (
+            command("/proc/version"),
+            126,
+            "command \"/proc/version\" can't be executed: Permission denied",
+        ),
+        (
+            at,
+            126,
+            "working directory \"/nowhere\": No such file or directory",
+        ),
+        (
+            by,
+            126,
+            "user \"no-such-user\" does not exist in the container",
+        ),
+    ] {
+        let output = run(&world, &started, request).await;
+        let End::NotRun(start_error) = output.end else {
+            panic!("{:?}", output.end);
+        };
+        assert_eq!(start_error.status(), status, "{text}");
+        let found = start_error.to_string();
+        assert!(found.starts_with(text), "{found}");
     }
+    let error = within(world.backend.exec(&started, ExecRequest::default())).await;
+    assert_eq!(error.unwrap_err().to_string(), "the command is empty");
+    world.leave(&[&started]).await;
 }
 
 #[rstest]
