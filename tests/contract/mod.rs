@@ -40,6 +40,7 @@ mod own_end;
 mod recover;
 mod release;
 mod roots;
+mod sessions;
 mod shared_tree;
 mod signals;
 mod stops;
