@@ -1,10 +1,9 @@
 //! What further commands in a container depend on: what the supervisor keeps for them, and the cgroups of those that run.
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::Command;
 
 use nomad_driver_nspawn::container::ExecDefaults;
-use nomad_driver_nspawn::exec::SessionGroups;
+use nomad_driver_nspawn::exec::{End, ExecRequest};
 use nomad_driver_nspawn::supervisor::exec_defaults;
 
 use super::*;
@@ -44,31 +43,6 @@ async fn user_directory_and_environment_are_kept_until_the_end(world: World) {
     world.leave(&[&started]).await;
 }
 
-/// A process that takes no notice of SIGTERM, in a cgroup of a session of this container.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "stands for what a session has left"
-)]
-fn leftover(started: &Started) -> std::process::Child {
-    let leader = ProcessHandle::open(started.leader.pid).unwrap();
-    let groups = SessionGroups::create(started, &leader).unwrap().hand_over();
-    let script =
-        "trap '' TERM; for group; do echo $$ >$group/cgroup.procs; done; echo in; exec sleep 600";
-    let mut child = Command::new("sh")
-        .args(["-c", script, "sh"])
-        .args(groups.unified.iter().chain(&groups.joined))
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut word = [0; 3];
-    let stdout = child.stdout.as_mut().unwrap();
-    std::io::Read::read_exact(stdout, &mut word).unwrap();
-    assert_eq!(&word, b"in\n");
-    let memberships = fs::read_to_string(format!("/proc/{}/cgroup", child.id())).unwrap();
-    assert!(memberships.contains("/nomad-exec-"), "{memberships}");
-    child
-}
-
 /// An init that powers off waits 90 seconds for it.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -87,25 +61,28 @@ async fn sessions_of_a_booted_container_are_killed_before_it_is_asked_to_stop(wo
         spec.payload.command = Vec::new();
     });
     let started = world.start(spec).await;
-    let mut left = leftover(&started);
+    let request = ExecRequest {
+        command: ["/bin/sh", "-c", "trap '' TERM; exec sleep 600"]
+            .map(str::to_owned)
+            .into(),
+        ..ExecRequest::default()
+    };
+    let mut session = within(world.backend.exec(&started, request)).await.unwrap();
+    within(session.control.started()).await;
     // A signal that ends no init, and a grace period after which this scenario has failed.
     let stop = world
         .backend
         .stop(&started, Some(signal("CONT")), 2 * LIMIT);
     let mut stop = Box::pin(stop);
-    let ended = tokio::task::spawn_blocking(move || left.wait().unwrap());
-    let status = within(async {
+    let end = within(async {
         tokio::select! {
             biased;
-            ended = ended => ended.unwrap(),
+            end = session.control.ended() => end,
             stopped = &mut stop => panic!("the container was stopped first: {stopped:?}"),
         }
     })
     .await;
-    assert_eq!(
-        std::os::unix::process::ExitStatusExt::signal(&status),
-        Some(9)
-    );
+    assert_eq!(end, End::Lost);
     drop(stop);
     world.leave(&[&started]).await;
 }

@@ -16,10 +16,12 @@ use crate::{DEADLINE, until};
 mod allocation;
 mod api;
 mod config;
+mod exec;
 
 pub use allocation::{Allocation, Name};
 use api::Api;
 use config::{LABEL, Ports};
+pub use exec::{Exec, Message};
 
 /// How many times as long an agent may take to start on an emulated processor (`NOMAD_DRIVER_NSPAWN_E2E_EMULATED`).
 const EMULATED: u32 = 5;
@@ -46,6 +48,15 @@ impl Agent {
 
     /// The same with this log level.
     pub fn logging(level: &'static str) -> Self {
+        Self::with(level, "docker,java,qemu,exec,raw_exec")
+    }
+
+    /// An agent that also has Nomad's own driver raw_exec, to compare with.
+    pub fn beside_raw_exec() -> Self {
+        Self::with("ERROR", "docker,java,qemu,exec")
+    }
+
+    fn with(level: &str, drivers_off: &str) -> Self {
         crate::needs_root();
         // Short, because it contains sockets and their paths are limited.
         let dir = tempfile::Builder::new()
@@ -59,7 +70,7 @@ impl Agent {
             .expect("a copy of the driver");
         let mark = format!("t{}", crate::unique());
         let ports = Ports::free();
-        config::write(dir.path(), &ports, &mark, level);
+        config::write(dir.path(), &ports, &mark, level, drivers_off);
         let mut agent = Self {
             marks: Marks::new(dir.path()).named(&mark),
             dir,

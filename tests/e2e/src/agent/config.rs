@@ -34,7 +34,7 @@ impl Ports {
 }
 
 /// Writes `server.hcl` and `client.hcl`, with everything of the two agents in this directory.
-pub(super) fn write(dir: &Path, ports: &Ports, mark: &str, level: &str) {
+pub(super) fn write(dir: &Path, ports: &Ports, mark: &str, level: &str, drivers_off: &str) {
     let both = format!(
         r#"
 bind_addr            = "127.0.0.1"
@@ -50,7 +50,7 @@ advertise {{
     );
     let text = format!("{both}{}", server(dir, ports));
     fs::write(dir.join("server.hcl"), text).expect("the server's configuration");
-    let text = format!("{both}{}", client(dir, ports));
+    let text = format!("{both}{}", client(dir, ports, drivers_off));
     fs::write(dir.join("client.hcl"), text).expect("the client's configuration");
 }
 
@@ -76,7 +76,7 @@ server {{
     )
 }
 
-fn client(dir: &Path, ports: &Ports) -> String {
+fn client(dir: &Path, ports: &Ports, drivers_off: &str) -> String {
     let dir = dir.display();
     let Ports { client, rpc, .. } = ports;
     format!(
@@ -97,7 +97,12 @@ client {{
   gc_inode_usage_threshold = 100
   options = {{
     "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean,consul,vault"
-    "driver.denylist"      = "docker,java,qemu,exec,raw_exec"
+    "driver.denylist"      = "{drivers_off}"
+  }}
+}}
+plugin "raw_exec" {{
+  config {{
+    enabled = true
   }}
 }}
 plugin "{LABEL}" {{
