@@ -15,6 +15,7 @@ use nomad_driver_nspawn::backend::nspawn::{Settings, Timeouts};
 use nomad_driver_nspawn::config::{ImageSearchPath, MAX_STATE_DIR_BYTES, PluginConfig};
 use nomad_driver_nspawn::container::UNKNOWN_END;
 use nomad_driver_nspawn::driver::Driver;
+use nomad_driver_nspawn::exec::{ExecRequest, command_line};
 use nomad_driver_nspawn::go_plugin::{self, HandshakeEnv, HandshakeError, Owner};
 use nomad_driver_nspawn::supervisor;
 use nomad_driver_nspawn::sys::process::stay_out_of_core_dumps;
@@ -35,7 +36,25 @@ const COMMANDS: cli::Driver = cli::Driver {
     version: env!("CARGO_PKG_VERSION"),
     max_state_dir: MAX_STATE_DIR_BYTES,
     unknown_end: UNKNOWN_END,
+    exec,
 };
+
+fn exec(arguments: cli::Exec) -> ExitCode {
+    stay_out_of_core_dumps();
+    command_line::main(command_line::Arguments {
+        task: arguments.task,
+        request: ExecRequest {
+            command: arguments.command,
+            user: arguments.user,
+            directory: arguments.directory,
+            environment: arguments.environment.into_iter().collect(),
+            terminal: None,
+        },
+        tty: arguments.tty,
+        state_dir: arguments.state_dir,
+        unfiltered: arguments.unfiltered,
+    })
+}
 
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().collect();

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 pub use nspawn_init::session_spec::TerminalSize;
 
+pub mod command_line;
 mod error;
 mod filters;
 mod groups;

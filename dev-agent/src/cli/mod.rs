@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches as _, Parser, Subcommand};
 
 mod directory;
+mod exec;
 mod hcl;
 mod job;
 mod json;
@@ -18,6 +19,7 @@ mod tree;
 mod verdict;
 
 pub use directory::remove_directories;
+pub use exec::Exec;
 pub use job::Job;
 pub use run::BOUND_PLUGIN;
 pub use tree::JobError;
@@ -34,6 +36,8 @@ pub struct Driver {
     pub max_state_dir: usize,
     /// How the error of an exit begins whose code and signal the driver did not see.
     pub unknown_end: &'static str,
+    /// Runs a command in a task that runs already.
+    pub exec: fn(Exec) -> ExitCode,
 }
 
 /// Runs Nomad tasks in systemd-nspawn containers.
@@ -51,6 +55,8 @@ struct Cli {
 enum Command {
     /// Run one task of a Nomad job file directly, without Nomad.
     Run(run::Arguments),
+    /// Run a command in a task that runs already, without Nomad.
+    Exec(Exec),
 }
 
 /// Parses the arguments, the first of which is the program, and runs the subcommand.
@@ -72,6 +78,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>, driver: Driver) -> ExitCod
     };
     match cli.command {
         Some(Command::Run(arguments)) => run::main(&arguments, driver),
+        Some(Command::Exec(arguments)) => (driver.exec)(arguments),
         None => {
             let help = Cli::command().render_help();
             say::line(&format!(

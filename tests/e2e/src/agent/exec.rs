@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use data_encoding::BASE64;
 use serde_json::{Value, json};
+use tungstenite::protocol::Role;
 use tungstenite::{Message as Frame, WebSocket};
 
 use super::Allocation;
@@ -77,6 +78,13 @@ impl Exec {
     /// What the command-line client sends every ten seconds.
     pub fn heartbeat(&mut self) {
         self.send(&json!({}));
+    }
+
+    /// Another sender of the same connection, for input that is written while output is read.
+    pub fn sender(&self) -> Self {
+        let stream = self.socket.get_ref().try_clone().expect("a descriptor");
+        let socket = WebSocket::from_raw_socket(stream, Role::Client, None);
+        Self { socket }
     }
 
     /// The next message.
