@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 
 use crate::backend::{BackendError, chain};
 use crate::config::ConfigError;
+use crate::exec::ExecError;
 use crate::proto::{rpc, structs};
 use crate::signal::UnknownSignal;
 use crate::task::TaskError;
@@ -56,9 +57,9 @@ impl From<CallError> for Status {
             }
             CallError::Unsupported(_) => (Code::Unimplemented, false),
             CallError::Panicked
-            | CallError::Task(TaskError::Panicked | TaskError::AttachTimeout(_)) => {
-                (Code::Internal, false)
-            }
+            | CallError::Task(
+                TaskError::Panicked | TaskError::AttachTimeout(_) | TaskError::ExecTimeout(_),
+            ) => (Code::Internal, false),
             CallError::Task(TaskError::AlreadyKnown(_)) => (Code::AlreadyExists, false),
             CallError::Task(TaskError::Unknown) => (Code::NotFound, false),
             CallError::Task(TaskError::NotRunning | TaskError::StillRunning) => {
@@ -66,7 +67,10 @@ impl From<CallError> for Status {
             }
             CallError::Task(TaskError::Backend(cause)) => match cause {
                 cause if cause.is_transient() => (Code::FailedPrecondition, true),
-                BackendError::Unsupported { .. } => (Code::FailedPrecondition, false),
+                BackendError::Exec(ExecError::EmptyCommand) => (Code::InvalidArgument, false),
+                BackendError::Unsupported { .. } | BackendError::Exec(ExecError::NotRunning) => {
+                    (Code::FailedPrecondition, false)
+                }
                 _ => (Code::Internal, false),
             },
         };

@@ -16,12 +16,15 @@ use super::store::TaskStore;
 use super::{Task, TaskError, TaskInfo, TaskStatus};
 use crate::backend::ContainerBackend;
 use crate::container::{ContainerSpec, Exit, Started, UNKNOWN_END};
+use crate::exec::{ExecRequest, Session};
 use crate::signal::Signal;
 
 /// How long recovering a container may take: the agent recovers its tasks one after the other before its node is up.
 const RECOVER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for the exit status of a stopped container before continuing without it.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it may take until a session has been started. Its command need not run yet.
+pub(super) const EXEC_TIMEOUT: Duration = Duration::from_secs(30);
 /// Delays between removal attempts. After the last one fails, the removal is given up with an error in the log.
 const REMOVE_RETRY_DELAYS: [Duration; 5] = [
     Duration::from_secs(1),
@@ -33,6 +36,7 @@ const REMOVE_RETRY_DELAYS: [Duration; 5] = [
 
 pub(super) type Reply = oneshot::Sender<Result<(), TaskError>>;
 type StartReply = oneshot::Sender<Result<Arc<Started>, TaskError>>;
+type ExecReply = oneshot::Sender<Result<Session, TaskError>>;
 
 /// What the actor begins with.
 #[derive(Debug)]
@@ -51,6 +55,10 @@ pub(super) enum Command {
         signal: Signal,
         reply: Reply,
     },
+    Exec {
+        request: ExecRequest,
+        reply: ExecReply,
+    },
     Stop {
         signal: Option<Signal>,
         grace: Duration,
@@ -68,6 +76,8 @@ enum Outcome {
     Ended(Exit),
     OomKills(Option<u64>),
     Signalled(Result<(), TaskError>, Reply),
+    /// Boxed, because the other outcomes are small.
+    SessionStarted(Box<Result<Session, TaskError>>, ExecReply),
     Stopped(Result<(), TaskError>, Reply),
     Removed(Result<(), TaskError>, Option<Reply>),
     RetryDue,
@@ -177,6 +187,7 @@ impl TaskActor {
     fn handle_command(&mut self, command: Command) {
         let request = match &command {
             Command::Signal { .. } => Request::Signal,
+            Command::Exec { .. } => Request::Exec,
             Command::Stop { .. } => Request::Stop,
             Command::Destroy { force, .. } => Request::Destroy { force: *force },
         };
@@ -184,8 +195,8 @@ impl TaskActor {
         match self.state.request(request) {
             Decision::Do => self.execute(command, running),
             Decision::Later => self.deferred.push(command),
-            Decision::Done => answer(command.into_reply(), Ok(())),
-            Decision::Reject(rejection) => answer(command.into_reply(), Err(rejection.into())),
+            Decision::Done => command.answer(Ok(())),
+            Decision::Reject(rejection) => command.answer(Err(rejection.into())),
         }
     }
 
@@ -197,6 +208,12 @@ impl TaskActor {
             (Command::Signal { signal, reply }, Some(started)) => self.call(async move {
                 let sent = catch_panic(async move { Ok(backend.signal(&started, signal).await?) });
                 Outcome::Signalled(sent.await, reply)
+            }),
+            (Command::Exec { request, reply }, Some(started)) => self.call(async move {
+                let exec = catch_panic(async move { Ok(backend.exec(&started, request).await?) });
+                let session = tokio::time::timeout(EXEC_TIMEOUT, exec).await;
+                let session = session.unwrap_or(Err(TaskError::ExecTimeout(EXEC_TIMEOUT)));
+                Outcome::SessionStarted(Box::new(session), reply)
             }),
             (
                 Command::Stop {
@@ -219,7 +236,7 @@ impl TaskActor {
                     Outcome::Stopped(stopped, reply)
                 });
             }
-            (command, None) => answer(command.into_reply(), Err(TaskError::NotRunning)),
+            (command, None) => command.answer(Err(TaskError::NotRunning)),
         }
     }
 
@@ -256,6 +273,8 @@ impl TaskActor {
             }
             Outcome::OomKills(kills) => self.apply_oom_kills(kills),
             Outcome::Signalled(result, reply) => answer(reply, result),
+            // A session that is not received ends.
+            Outcome::SessionStarted(session, reply) => drop(reply.send(*session)),
             Outcome::Stopped(result, reply) => {
                 if result.is_err() {
                     self.state.apply(Event::StopFailed);
@@ -347,10 +366,16 @@ impl TaskActor {
 }
 
 impl Command {
-    fn into_reply(self) -> Reply {
+    /// Answers it without executing it.
+    fn answer(self, result: Result<(), TaskError>) {
         match self {
             Self::Signal { reply, .. } | Self::Stop { reply, .. } | Self::Destroy { reply, .. } => {
-                reply
+                answer(reply, result);
+            }
+            // Without a session there is no success.
+            Self::Exec { reply, .. } => {
+                let error = result.err().unwrap_or(TaskError::NotRunning);
+                let _ = reply.send(Err(error));
             }
         }
     }

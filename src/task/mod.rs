@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::backend::{BackendError, ContainerBackend, UsageReader};
 use crate::container::{ContainerSpec, Description, Exit, Started};
+use crate::exec::{ExecError, ExecRequest, Session};
 use crate::signal::Signal;
 
 mod actor;
@@ -61,6 +62,9 @@ pub enum TaskError {
     /// The container was not found in time on recovery.
     #[error("the container could not be recovered within {} s", .0.as_secs())]
     AttachTimeout(Duration),
+    /// A session was not started in time.
+    #[error("the command could not be started within {} s", .0.as_secs())]
+    ExecTimeout(Duration),
     /// This process is shutting down, and ends its actors but no container. Says nothing about the task.
     #[error("the plugin is shutting down")]
     ShuttingDown,
@@ -133,6 +137,19 @@ impl Task {
     /// Delivers a signal to the payload.
     pub async fn signal(&self, signal: Signal) -> Result<(), TaskError> {
         self.ask(|reply| Command::Signal { signal, reply }).await
+    }
+
+    /// Starts a further command in the container, whose session the caller owns: dropping it ends the command. Only while the task runs: not
+    /// before it is up, and not once it has ended or has been asked to.
+    pub async fn exec(&self, request: ExecRequest) -> Result<Session, TaskError> {
+        if request.command.is_empty() {
+            return Err(BackendError::Exec(ExecError::EmptyCommand).into());
+        }
+        let (reply, answer) = oneshot::channel();
+        let command = Box::new(Command::Exec { request, reply });
+        let sent = self.mailbox.send(command).await;
+        sent.map_err(|_| self.unanswered())?;
+        self.answered(answer).await
     }
 
     /// Asks the payload to stop, kills it after `grace`, and returns when it has exited. Succeeds if the task has already exited.

@@ -37,6 +37,7 @@ pub(super) enum State {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Request {
     Signal,
+    Exec,
     Stop,
     Destroy { force: bool },
 }
@@ -80,6 +81,15 @@ impl State {
     pub(super) fn request(&mut self, request: Request) -> Decision {
         use Decision::{Do, Done, Later, Reject};
         match (*self, request) {
+            (Self::Running, Request::Exec) => Do,
+            // Not while it is being stopped: what a session leaves in a container delays its end.
+            (Self::Starting | Self::Stopping(_) | Self::Ended, Request::Exec) => {
+                Reject(Rejection::NotRunning)
+            }
+            (Self::Removing | Self::RemoveFailed | Self::Removed, Request::Exec) => {
+                Reject(Rejection::Unknown)
+            }
+
             (Self::Starting, _) => Later,
 
             (Self::Running | Self::Stopping(_), Request::Signal) => Do,
@@ -147,6 +157,7 @@ mod tests {
         prop_oneof![
             select(vec![
                 Request::Signal,
+                Request::Exec,
                 Request::Stop,
                 Request::Destroy { force: false },
                 Request::Destroy { force: true },
@@ -190,6 +201,7 @@ mod tests {
                         if verdict == Decision::Do {
                             match request {
                                 Request::Signal | Request::Stop => prop_assert!(alive),
+                                Request::Exec => prop_assert_eq!(before, State::Running),
                                 Request::Destroy { force } => {
                                     prop_assert!(!alive || force, "only force ends a running task");
                                     prop_assert_eq!(state, State::Removing, "one removal at a time");
@@ -197,7 +209,10 @@ mod tests {
                                 }
                             }
                         }
-                        if before == State::Starting {
+                        if matches!(request, Request::Exec) {
+                            prop_assert_eq!(state, before, "a session does not change the state");
+                            prop_assert!(matches!(verdict, Decision::Do | Decision::Reject(_)), "a session does not wait");
+                        } else if before == State::Starting {
                             prop_assert_eq!(verdict, Decision::Later);
                         }
                         if verdict == Decision::Later {

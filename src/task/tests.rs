@@ -13,6 +13,8 @@ use super::*;
 use crate::backend::{MockContainerBackend, UsageReader};
 use crate::container::{Mode, Probe, Process};
 
+mod exec;
+
 const ID: &str = "a/t/1";
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -78,6 +80,11 @@ impl ContainerBackend for TestBackend {
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
         self.mock.signal(started, signal).await
+    }
+
+    async fn exec(&self, started: &Started, request: ExecRequest) -> Result<Session, BackendError> {
+        self.pass().await;
+        self.mock.exec(started, request).await
     }
 
     async fn stop(

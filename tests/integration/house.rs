@@ -37,6 +37,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "config",
             "task",
             "backend",
+            "exec",
             "nspawn",
             "blocking",
             "container",
@@ -54,10 +55,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "rootfs_path",
         ],
     ),
-    ("task", &["backend", "container", "signal"]),
+    ("task", &["backend", "exec", "container", "signal"]),
     (
         "backend",
         &[
+            "exec",
             "supervisor",
             "cleanup",
             "state",
@@ -70,6 +72,19 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "signal",
             "sys",
             "rootfs_path",
+        ],
+    ),
+    (
+        "exec",
+        &[
+            "supervisor",
+            "state",
+            "nspawn",
+            "cgroup",
+            "blocking",
+            "container",
+            "signal",
+            "sys",
         ],
     ),
     (
