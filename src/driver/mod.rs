@@ -19,6 +19,7 @@ use crate::task::events::EventBus;
 
 mod base;
 mod convert;
+mod exec;
 mod fingerprint;
 mod sampler;
 mod service;
@@ -26,6 +27,7 @@ mod stats;
 mod status;
 mod stream;
 
+pub use exec::ExecStream;
 pub use stream::{EventStream, ProducerStream, StatsStream};
 
 use sampler::Sampler;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::exec::ExecStream;
 use super::status::CallError;
 use super::stream::{EventStream, ProducerStream, StatsStream};
 use super::{Config, Driver, convert};
@@ -28,7 +29,7 @@ fn answer<T>(result: Result<T, CallError>) -> Answer<T> {
 fn capabilities() -> proto::DriverCapabilities {
     proto::DriverCapabilities {
         send_signals: true,
-        exec: false,
+        exec: true,
         fs_isolation: FsIsolation::Image.into(),
         network_isolation_modes: vec![
             NetworkIsolationMode::Host.into(),
@@ -217,19 +218,19 @@ impl DriverService for Driver {
 
     async fn exec_task(
         &self,
-        _: Request<proto::ExecTaskRequest>,
+        request: Request<proto::ExecTaskRequest>,
     ) -> Answer<proto::ExecTaskResponse> {
-        Err(CallError::Unsupported("running a command in a task (exec)").into())
+        let answer = self.exec_to_end(request.into_inner()).await?;
+        Ok(Response::new(answer))
     }
 
-    type ExecTaskStreamingStream =
-        tokio_stream::Pending<Result<proto::ExecTaskStreamingResponse, Status>>;
+    type ExecTaskStreamingStream = ExecStream;
 
     async fn exec_task_streaming(
         &self,
-        _: Request<Streaming<proto::ExecTaskStreamingRequest>>,
+        request: Request<Streaming<proto::ExecTaskStreamingRequest>>,
     ) -> Answer<Self::ExecTaskStreamingStream> {
-        Err(CallError::Unsupported("running a command in a task (exec)").into())
+        Ok(Response::new(self.exec_stream(request.into_inner()).await?))
     }
 
     async fn create_network(

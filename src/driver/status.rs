@@ -2,6 +2,8 @@
 //! that only transient host errors carry), the text, which people read, and the two codes UNAVAILABLE and CANCELLED, which it
 //! takes for the exit of this process; those two are never returned.
 
+use std::time::Duration;
+
 use prost::Message as _;
 use tonic::{Code, Status};
 
@@ -15,6 +17,10 @@ use crate::task::handle::HandleError;
 
 /// The output of a tool can be long; a gRPC trailer can't.
 const MAX_MESSAGE_BYTES: usize = 4 * 1024;
+/// How long the text of an error of exec may be.
+const MAX_EXEC_MESSAGE_BYTES: usize = 85;
+/// How long it may be together with what gRPC puts in front of it: the text of a close frame, without its status code.
+const MAX_FRAME_BYTES: usize = 123;
 const RECOVERABLE_TYPE: &str =
     "type.googleapis.com/hashicorp.nomad.plugins.shared.structs.RecoverableError";
 
@@ -39,6 +45,40 @@ pub(super) enum CallError {
     Unsupported(&'static str),
     #[error("internal error, see the agent's log")]
     Panicked,
+    /// In the middle of a session.
+    #[error("the task has ended")]
+    TaskEnded,
+    /// In the middle of a session.
+    #[error("the command was killed from outside, or the task is being stopped")]
+    SessionLost,
+    /// In the middle of a session.
+    #[error("the client has sent nothing for {} s", .0.as_secs())]
+    ClientGone(Duration),
+    /// In the middle of a session.
+    #[error("the connection to the client is lost")]
+    Disconnected,
+}
+
+impl CallError {
+    /// The status of a call for exec. Its text reaches the user in a websocket frame of limited size: Nomad replaces a longer one by
+    /// "unexpected EOF".
+    pub(super) fn into_short_status(self) -> Status {
+        let status = Status::from(self);
+        // The names of tonic are those of Go, except for `CANCELLED`, which is never returned.
+        let frame = format!("rpc error: code = {:?} desc = ", status.code()).len();
+        let most = MAX_EXEC_MESSAGE_BYTES.min(MAX_FRAME_BYTES.saturating_sub(frame));
+        Status::new(status.code(), shortened(status.message(), most))
+    }
+}
+
+/// At most `most` bytes of a text, cut between two characters.
+fn shortened(text: &str, most: usize) -> String {
+    const CUT: &str = "…";
+    if text.len() <= most {
+        return text.to_owned();
+    }
+    let end = text.floor_char_boundary(most.saturating_sub(CUT.len()));
+    format!("{}{CUT}", &text[..end])
 }
 
 impl From<CallError> for Status {
@@ -60,6 +100,10 @@ impl From<CallError> for Status {
             | CallError::Task(
                 TaskError::Panicked | TaskError::AttachTimeout(_) | TaskError::ExecTimeout(_),
             ) => (Code::Internal, false),
+            CallError::TaskEnded => (Code::FailedPrecondition, false),
+            CallError::SessionLost | CallError::ClientGone(_) | CallError::Disconnected => {
+                (Code::Aborted, false)
+            }
             CallError::Task(TaskError::AlreadyKnown(_)) => (Code::AlreadyExists, false),
             CallError::Task(TaskError::Unknown) => (Code::NotFound, false),
             CallError::Task(TaskError::NotRunning | TaskError::StillRunning) => {
@@ -174,6 +218,42 @@ mod tests {
         };
         assert_eq!(io("full".to_owned()).message(), "write /run/x: full");
         assert!(io("ä".repeat(9000)).message().len() <= MAX_MESSAGE_BYTES);
+    }
+
+    #[rstest]
+    #[case::ascii("x".repeat(200))]
+    #[case::two_bytes(format!("x{}", "ä".repeat(200)))]
+    #[case::four_bytes(format!("xx{}", "🦀".repeat(200)))]
+    fn an_error_of_exec_fits_into_the_frame_that_carries_it(#[case] text: String) {
+        let step = text.leak();
+        let source = std::io::Error::other("a long story");
+        let host = ExecError::Host { step, source };
+        for error in [
+            CallError::Request(step.to_owned()),
+            TaskError::from(BackendError::Exec(host)).into(),
+            CallError::TaskEnded,
+            CallError::SessionLost,
+            CallError::ClientGone(Duration::from_secs(60)),
+            CallError::Closing,
+        ] {
+            let whole = error.to_string();
+            let status = error.into_short_status();
+            let (code, message) = (status.code(), status.message());
+            let frame = format!("rpc error: code = {code:?} desc = {message}");
+            assert!(frame.len() <= 123, "{} bytes: {frame}", frame.len());
+            assert!(message.len() <= 85, "{message}");
+            match message.strip_suffix('…') {
+                Some(start) => {
+                    assert!(whole.starts_with(start), "{message}");
+                    assert!(
+                        message.len() > 85 - 10,
+                        "more is lost than has to: {message}"
+                    );
+                }
+                None => assert_eq!(message, whole),
+            }
+            assert!(status.details().is_empty());
+        }
     }
 
     #[rstest]

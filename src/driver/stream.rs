@@ -39,7 +39,7 @@ pub struct ProducerStream<T> {
 }
 
 impl<T: Send + 'static> ProducerStream<T> {
-    fn new<F: Future<Output = ()> + Send + 'static>(
+    pub(super) fn new<F: Future<Output = ()> + Send + 'static>(
         produce: impl FnOnce(mpsc::Sender<Box<Result<T, Status>>>) -> F,
     ) -> Self {
         let (sender, receiver) = mpsc::channel(4);

@@ -20,10 +20,11 @@ use crate::task::handle;
 use crate::task::tests::{TestBackend, exit, info, spec, started, starts};
 
 mod configure;
+pub(crate) mod exec;
 mod start;
 mod statistics;
 
-const ID: &str = "a/t/1";
+pub(crate) const ID: &str = "a/t/1";
 const LIMIT: Duration = Duration::from_secs(20);
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
@@ -76,7 +77,7 @@ async fn running(mock: MockContainerBackend) -> (Driver, watch::Sender<Option<Ex
     (driver, end)
 }
 
-fn kept(version: i32, id: &str) -> Request<proto::RecoverTaskRequest> {
+pub(crate) fn kept(version: i32, id: &str) -> Request<proto::RecoverTaskRequest> {
     Request::new(proto::RecoverTaskRequest {
         task_id: String::new(),
         handle: Some(proto::TaskHandle {
@@ -121,22 +122,14 @@ fn inspect_request() -> Request<proto::InspectTaskRequest> {
 }
 
 #[tokio::test]
-async fn capabilities_have_the_golden_bytes_but_for_exec() {
+async fn capabilities_have_the_golden_bytes() {
     let driver = driver(Arc::new(MockContainerBackend::new()));
     let response = driver
         .capabilities(Request::new(proto::CapabilitiesRequest {}))
         .await
         .unwrap()
         .into_inner();
-    let given = response.capabilities.unwrap();
-    assert!(!given.exec, "not built");
-    let with_exec = proto::CapabilitiesResponse {
-        capabilities: Some(proto::DriverCapabilities {
-            exec: true,
-            ..given
-        }),
-    };
-    assert_eq!(hex(&with_exec.encode_to_vec()), "0a0a08011001180222020001");
+    assert_eq!(hex(&response.encode_to_vec()), "0a0a08011001180222020001");
 }
 
 #[test]
@@ -425,15 +418,6 @@ async fn events_have_the_fields_by_which_nomad_routes_them() {
 #[tokio::test]
 async fn unimplemented_calls_are_reported_as_such() {
     let driver = driver(Arc::new(MockContainerBackend::new()));
-    let exec = driver
-        .exec_task(Request::new(proto::ExecTaskRequest::default()))
-        .await
-        .unwrap_err();
-    assert_eq!(exec.code(), Code::Unimplemented);
-    assert_eq!(
-        exec.message(),
-        "running a command in a task (exec) is not supported by this driver"
-    );
     let made = driver
         .create_network(Request::new(proto::CreateNetworkRequest::default()))
         .await

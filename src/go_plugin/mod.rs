@@ -34,6 +34,11 @@ use controller::{Controller, NoopBroker, NoopStdio};
 
 /// The largest request that is accepted. The environment of a task can exceed tonic's own limit of 4 MiB.
 const MAX_REQUEST_BYTES: usize = 256 << 20;
+/// How much a client may send on one call before it is read. Enough for the full speed of a unix socket.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+/// The same for all calls of a connection: the most that HTTP/2 allows. With a lower limit, input of commands that do not read it would
+/// use it up, and no call of the agent would be served any more.
+const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 /// How long to wait on exit for queued log lines to be written.
 const LOG_FLUSH_TIMEOUT: Duration = Duration::from_millis(100);
 /// How often [`keep_blocking_thread_alive`] queues a job: below tokio's idle timeout of ten seconds, so that the thread never
@@ -106,6 +111,8 @@ async fn serve_and_print(
     )?;
     let server = Server::builder()
         .max_concurrent_streams(Some(u32::MAX))
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .add_service(health_service)
         .add_service(GrpcControllerServer::new(Controller { root: root.clone() }))
         .add_service(GrpcStdioServer::new(NoopStdio))

@@ -13,14 +13,17 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
 use super::*;
-use crate::backend::MockContainerBackend;
-use crate::driver::tests::driver;
+use crate::backend::{ContainerBackend, MockContainerBackend};
+use crate::driver::tests::exec::other_side::piped;
+use crate::driver::tests::exec::{data, sessions, setup};
+use crate::driver::tests::{driver, kept};
 use crate::proto::driver as wire;
 use crate::proto::driver::driver_client::DriverClient;
 use crate::proto::plugin::grpc_broker_client::GrpcBrokerClient;
 use crate::proto::plugin::grpc_controller_client::GrpcControllerClient;
 use crate::proto::plugin::grpc_stdio_client::GrpcStdioClient;
 use crate::proto::plugin::{ConnInfo, Empty};
+use crate::task::tests::TestBackend;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -31,6 +34,10 @@ struct Served {
 }
 
 async fn served(mock: MockContainerBackend) -> Served {
+    served_by(Arc::new(mock)).await
+}
+
+async fn served_by(backend: Arc<dyn ContainerBackend>) -> Served {
     let dir = tempfile::tempdir().unwrap();
     let handshake_env = HandshakeEnv {
         socket_dir: dir.path().to_owned(),
@@ -38,7 +45,7 @@ async fn served(mock: MockContainerBackend) -> Served {
         multiplex_asked: false,
         workers: None,
     };
-    let driver = driver(Arc::new(mock));
+    let driver = driver(backend);
     let (print_handshake, announced) = oneshot::channel();
     let ended = tokio::spawn(async move {
         let print_handshake = |socket: &Path| {
@@ -172,4 +179,39 @@ async fn a_panic_fails_only_its_call() {
             .is_ok(),
         "on the same connection"
     );
+}
+
+/// It waits in the plugin's windows of HTTP/2, and that of the connection must not be used up by a few calls.
+#[tokio::test]
+async fn input_that_no_command_reads_delays_no_other_call() {
+    const SESSIONS: usize = 20;
+    const MESSAGE_BYTES: usize = 64 * 1024;
+    let (mut mock, mut others) = sessions(piped);
+    mock.expect_attach()
+        .returning(|started| Ok(started.clone().into()));
+    let (backend, _end) = TestBackend::new(mock);
+    let served = served_by(backend).await;
+    let mut driver = DriverClient::new(served.connect().await);
+    driver
+        .recover_task(kept(2, crate::driver::tests::ID))
+        .await
+        .unwrap();
+    let mut open = Vec::new();
+    for _ in 0..SESSIONS {
+        let (input, messages) = tokio::sync::mpsc::channel(1);
+        input.send(setup(&["sleep"], false)).await.unwrap();
+        let messages = tokio_stream::wrappers::ReceiverStream::new(messages);
+        let responses = timeout(LIMIT, driver.exec_task_streaming(messages)).await;
+        let responses = responses.expect("another call is served").unwrap();
+        let other = others.recv().await.unwrap();
+        // Until the plugin accepts no more.
+        let send = async || input.send(data(vec![0; MESSAGE_BYTES])).await.unwrap();
+        while timeout(Duration::from_millis(20), send()).await.is_ok() {}
+        open.push((input, responses, other));
+    }
+    let mut request = kept(2, crate::driver::tests::ID).into_inner();
+    let config = request.handle.as_mut().unwrap().config.as_mut().unwrap();
+    config.env.insert("LONG".to_owned(), "x".repeat(1 << 20));
+    let answer = timeout(LIMIT, driver.recover_task(request)).await;
+    answer.expect("another call is served").unwrap();
 }
