@@ -415,6 +415,8 @@ async fn connect(address: &Path) -> Result<Channel, HostError> {
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
     Endpoint::from_static("http://unused")
+        // As in Go, where output that is not read delays no other call.
+        .initial_connection_window_size((1 << 31) - 1)
         .connect_with_connector(connector)
         .await
         .map_err(|source| HostError::Connect {
