@@ -14,6 +14,7 @@ use super::world;
 
 mod ends;
 mod environment;
+mod exec;
 mod failed_starts;
 mod inspect;
 mod killed;
