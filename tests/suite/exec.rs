@@ -359,3 +359,42 @@ async fn a_shell_in_a_terminal_has_job_control(world: impl World) {
     assert_eq!(output.code, 6);
     done(world, plugin, task).await;
 }
+
+#[rstest]
+#[tokio::test]
+async fn many_checks_at_once_are_right(world: impl World) {
+    let (plugin, task) = running(&world).await;
+    let second = Some(Duration::from_secs(1));
+    let (plugin_of, id) = (&plugin, &*task.id);
+    let checks = (0..20).map(|number| async move {
+        let script = match number % 2 {
+            0 => format!("exit {number}"),
+            _ => "sleep 1000".to_owned(),
+        };
+        let command = ["/bin/sh", "-c", &script];
+        let ended = within("ExecTask", plugin_of.exec(id, &command, second)).await;
+        ended.unwrap().code
+    });
+    let codes = futures_util::future::join_all(checks).await;
+    for (number, code) in (0..).zip(codes) {
+        let wanted = if number % 2 == 0 { number } else { 137 };
+        assert_eq!(code, wanted, "{number}");
+    }
+    done(world, plugin, task).await;
+}
+
+#[rstest]
+#[tokio::test]
+async fn a_hundred_sessions_run_at_once(world: impl World) {
+    let (plugin, task) = running(&world).await;
+    let opened = (0..100).map(|_| open(&plugin, &task, "read line; echo $line", None));
+    let sessions = futures_util::future::join_all(opened).await;
+    for (number, session) in sessions.iter().enumerate() {
+        session.input(format!("{number}\n")).await;
+    }
+    for (number, session) in sessions.into_iter().enumerate() {
+        let output = finish(session).await;
+        assert_eq!(seen(&output), (&*format!("{number}\n"), "", 0, 0));
+    }
+    done(world, plugin, task).await;
+}
