@@ -108,20 +108,8 @@ async fn unimplemented_calls_are_reported_as_such() {
         .into_inner()
         .capabilities
         .unwrap();
-    assert!(!capabilities.exec && !capabilities.must_create_network);
-    let task = host.start(&plugin, host.shell("exec sleep 1000")).await;
-    let exec = proto::ExecTaskRequest {
-        task_id: task.id.clone(),
-        command: vec!["/bin/true".to_owned()],
-        timeout: None,
-    };
-    let setup = proto::ExecTaskStreamingRequest::default();
+    assert!(!capabilities.must_create_network);
     let answers = [
-        driver.exec_task(exec).await.map(drop),
-        driver
-            .exec_task_streaming(tokio_stream::once(setup))
-            .await
-            .map(drop),
         driver
             .create_network(proto::CreateNetworkRequest::default())
             .await
@@ -142,7 +130,18 @@ async fn unimplemented_calls_are_reported_as_such() {
             status.message()
         );
     }
-    task.destroy(&plugin).await;
+}
+
+#[tokio::test]
+async fn a_session_without_setup_is_refused() {
+    let host = Host::new();
+    let plugin = host.plugin().await;
+    let heartbeat = proto::ExecTaskStreamingRequest::default();
+    let messages = tokio_stream::once(heartbeat);
+    let refused = plugin.driver().exec_task_streaming(messages).await;
+    let status = refused.unwrap_err();
+    let seen = (status.code(), status.message());
+    assert_eq!(seen, (Code::InvalidArgument, "the request has no setup"));
 }
 
 #[tokio::test]
