@@ -11,6 +11,7 @@ use super::ExecError;
 use super::leader::Seccomp;
 use crate::container::Process;
 use crate::sys::process::ProcessHandle;
+use crate::sys::procfs::status_field;
 use crate::sys::trace::seccomp_filters;
 
 /// The filters that have been read, by the first process of the container. Equal lists are kept once: all containers of an image have the
@@ -31,7 +32,7 @@ struct Entry {
 
 impl FilterCache {
     /// The filters of a container's first process, the oldest first. Blocks, for at most five seconds. If they can't be read, there are none
-    /// with `unfiltered`, and otherwise that is an [`ExecError::Filters`].
+    /// with `unfiltered` or on a host that is itself a container, and otherwise that is an [`ExecError::Filters`].
     pub(super) fn get(
         &self,
         leader: &ProcessHandle,
@@ -51,9 +52,16 @@ impl FilterCache {
         match read(leader) {
             Ok(filters) => Ok(self.keep(leader.process(), count, filters)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ExecError::NotRunning),
-            Err(error) if unfiltered => {
-                tracing::warn!(%error, "a command runs without seccomp filters: those of its task can't be read");
-                Ok(Arc::new([]))
+            Err(error) if unfiltered || is_refused_to_the_confined(&error) => {
+                tracing::warn!(
+                    %error,
+                    "commands run without the seccomp filters of their task, which can't be read, and with those of the agent, if it has any"
+                );
+                let none: Arc<[Filter]> = Arc::new([]);
+                let filters = Arc::clone(&none);
+                self.lock()
+                    .insert(leader.process(), Entry { count, filters });
+                Ok(none)
             }
             Err(error) => Err(ExecError::Filters(error)),
         }
@@ -88,6 +96,14 @@ impl FilterCache {
     fn lock(&self) -> MutexGuard<'_, HashMap<Process, Entry>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether the kernel refused because this process has seccomp filters itself: the agent runs in a container. No process there can read
+/// filters, so what they restrict beyond those of the agent, which hold for tasks and commands alike, is out of reach on such a host.
+fn is_refused_to_the_confined(error: &io::Error) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mode = status_field(&status, "Seccomp");
+    error.kind() == io::ErrorKind::PermissionDenied && mode.is_some_and(|mode| mode != "0")
 }
 
 fn read(leader: &ProcessHandle) -> io::Result<Vec<Filter>> {

@@ -34,23 +34,32 @@ fn main() -> anyhow::Result<ExitCode> {
         }
     }
     let agent = Agent::beside_raw_exec();
+    let met = measure(&agent);
+    if let Err(error) = &met {
+        writeln!(std::io::stderr(), "{error:#}")?;
+    }
+    agent.leave();
+    Ok(match met? || !check {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// Whether the budgets were met.
+fn measure(agent: &Agent) -> anyhow::Result<bool> {
     let tree = agent.join("tree");
     fs::create_dir(&tree)?;
     e2e::busybox_tree(&tree);
     let image = tree.display().to_string();
     let ours = agent.run(&job("exec"), &[("image", &image)]);
     let raw = agent.run(&job("raw-exec"), &[]);
-    ours.printed("up");
-    raw.printed("up");
+    ours.running();
+    raw.running();
     let met = commands(&ours, &raw)?;
     volume(&ours, &raw)?;
     ours.stop();
     raw.stop();
-    agent.leave();
-    Ok(match met || !check {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
-    })
+    Ok(met)
 }
 
 fn job(name: &str) -> PathBuf {

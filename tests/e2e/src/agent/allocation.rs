@@ -122,11 +122,16 @@ impl Allocation<'_> {
         self.dead()
     }
 
-    /// `nomad alloc signal`. The agent rejects it until it has seen the start, and the command may be running before that.
-    pub fn signal(&self, signal: &str) {
+    /// Waits until the agent has seen the start. The command may be running before that.
+    pub fn running(&self) {
         until("the agent's word of the start", || {
             (self.task()["State"] == "running").then_some(())
         });
+    }
+
+    /// `nomad alloc signal`, which the agent rejects until it has seen the start.
+    pub fn signal(&self, signal: &str) {
+        self.running();
         let path = format!("/v1/client/allocation/{}/signal", self.id);
         let request = json!({ "Signal": signal, "Task": self.task });
         self.agent

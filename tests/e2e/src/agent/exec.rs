@@ -31,7 +31,7 @@ pub enum Message {
 }
 
 impl Allocation<'_> {
-    /// Connects and starts a command in the task.
+    /// Connects and starts a command in the task, which the agent rejects until it has seen the start.
     pub fn exec(&self, command: &[&str], tty: bool) -> Exec {
         let encoded: String = json!(command).to_string().bytes().map(escaped).collect();
         let url = format!(
