@@ -59,6 +59,11 @@ impl Allocation<'_> {
             })
     }
 
+    /// The name of the task.
+    pub fn task_name(&self) -> &str {
+        &self.task
+    }
+
     /// The task's directory on the host.
     pub fn dir(&self) -> PathBuf {
         self.agent
