@@ -3,6 +3,8 @@
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The name of the driver's binary in the agent's plugin directory, and the label of its `plugin` block.
 pub(super) const LABEL: &str = "nomad-driver-nspawn";
@@ -21,14 +23,28 @@ pub(super) struct Ports {
 impl Ports {
     /// Ports that are free at the moment.
     pub(super) fn free() -> Self {
-        let listeners = [(); 4].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
-        let [http, rpc, serf, client] =
-            listeners.map(|listener| listener.local_addr().expect("its address").port());
+        let [http, rpc, serf, client] = [(); 4].map(|()| free_port());
         Self {
             http,
             rpc,
             serf,
             client,
+        }
+    }
+}
+
+/// A port that is free, and that neither the kernel gives to an outgoing connection nor Nomad to a task before the agent has bound it. Each
+/// call returns another one; another process of tests probably starts elsewhere.
+fn free_port() -> u16 {
+    static NEXT: LazyLock<AtomicU32> = LazyLock::new(|| {
+        let random = u32::from_str_radix(&crate::unique(), 16);
+        AtomicU32::new(random.expect("a number"))
+    });
+    loop {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed) % 10_000;
+        let port = 10_000 + u16::try_from(number).expect("a small number");
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
         }
     }
 }
