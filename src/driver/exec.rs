@@ -17,7 +17,7 @@ use super::Driver;
 use super::status::CallError;
 use super::stream::ProducerStream;
 use crate::backend::{BackendError, chain};
-use crate::exec::{Control, End, ExecError, ExecRequest, Session, Streams, TerminalSize};
+use crate::exec::{Control, End, Ended, ExecError, ExecRequest, Session, Streams, TerminalSize};
 use crate::proto::driver as proto;
 use crate::task::{Task, TaskError};
 
@@ -40,6 +40,8 @@ const LAST_OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
 const TASK_END_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long to wait for the end of a task after one of its sessions was killed, most likely because of that end.
 const LOST_TIMEOUT: Duration = Duration::from_secs(2);
+/// The same after a command was killed by SIGKILL, possibly because of that end.
+const KILLED_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The responses of a session.
 pub type ExecStream = ProducerStream<proto::ExecTaskStreamingResponse>;
@@ -183,6 +185,7 @@ where
         () = async { drop(task.wait().await); sleep(TASK_END_TIMEOUT).await } => Err(CallError::TaskEnded),
     };
     let result = match result {
+        Ok(End::Exited(ended)) if was_killed_with(task, ended).await => Err(CallError::TaskEnded),
         Ok(End::Exited(ended)) => {
             output.exited(ended).await;
             Ok(())
@@ -205,6 +208,13 @@ async fn lost(task: &Task) -> CallError {
         Ok(None) => TaskError::ShuttingDown.into(),
         Err(_) => CallError::SessionLost,
     }
+}
+
+/// Whether a command was killed because its task has ended. The process that watches it is killed at the same time, and may still have
+/// reported the command's end before.
+async fn was_killed_with(task: &Task, ended: Ended) -> bool {
+    let is_killed = ended.signal == nix::libc::SIGKILL;
+    is_killed && matches!(timeout(KILLED_TIMEOUT, task.wait()).await, Ok(Some(_)))
 }
 
 /// Passes everything between the client and the command until the command has ended and its output has been passed on.

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nspawn_init::session_spec::SessionCgroups;
@@ -21,6 +22,9 @@ const PAYLOAD: &str = "payload";
 const PREFIX: &str = "nomad-exec-";
 const SUFFIX: &str = ".scope";
 
+/// Read once: a host whose cgroup hierarchies change loses the cgroups of its tasks.
+static LAYOUT: LazyLock<Layout> = LazyLock::new(Layout::of_this_host);
+
 /// The cgroups of a session that is being started. Dropping it removes those that were made for it.
 #[derive(Debug, Default)]
 pub(super) struct SessionGroups(SessionCgroups);
@@ -35,7 +39,7 @@ impl SessionGroups {
             return Err(io::ErrorKind::NotFound.into());
         }
         match &started.cgroup {
-            Some(group) => Self::create_in(&Layout::of_this_host(), group, &memberships?),
+            Some(group) => Self::create_in(&LAYOUT, group, &memberships?),
             None => Ok(Self::default()),
         }
     }

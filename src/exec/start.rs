@@ -50,10 +50,12 @@ pub async fn start(
             Some(_) => Order::Terminal,
             None => Order::Pipes,
         };
+        // First, so that the program begins while the rest is collected; it waits for its order.
+        let control = launch(&host.program)?;
         let (spec, leader, groups) = prepare(&host, &started, request)?;
-        let launched = launch(&host.program, &spec, leader.into(), order)?;
+        let order = Ordered::new(control, order, &spec, leader.into())?;
         groups.hand_over();
-        Ok(launched)
+        Ok(order)
     });
     launched.await?.begin().await
 }
@@ -126,35 +128,10 @@ fn path_of(program: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", program.as_raw_fd())
 }
 
-/// A program that was started for a session, and has to be sent its order.
-pub(super) struct Launched {
-    control: Control,
-    order: Order,
-    /// The spec, the leader, and without a terminal the command's ends of the pipes.
-    descriptors: Vec<OwnedFd>,
-    /// The plugin's ends of the pipes.
-    pipes: Option<[OwnedFd; 3]>,
-}
-
 /// Starts the program. Blocks, but must be called within a tokio runtime.
 #[expect(clippy::disallowed_methods, reason = "a session is a process")]
-pub(super) fn launch(
-    program: &OwnedFd,
-    spec: &SessionSpec,
-    leader: OwnedFd,
-    order: Order,
-) -> Result<Launched, ExecError> {
+fn launch(program: &OwnedFd) -> Result<Control, ExecError> {
     let host = |step| move |source: io::Error| ExecError::Host { step, source };
-    let spec = memory_file(&packets::encode(spec)).map_err(host("writing the session spec"))?;
-    let mut descriptors = vec![spec, leader];
-    let pipes = match order {
-        Order::Pipes => {
-            let (ours, theirs) = pipes().map_err(host("making pipes"))?;
-            descriptors.extend(theirs);
-            Some(ours)
-        }
-        Order::Terminal => None,
-    };
     let (channel, theirs) = packets::pair().map_err(host("making the channel"))?;
     let mut command = Command::new(path_of(program));
     command
@@ -173,18 +150,47 @@ pub(super) fn launch(
         drop(exited);
     });
     let gone = async move { drop(gone.await as Result<(), _>) };
-    let control = Control::new(channel, gone).map_err(host("watching the channel"))?;
-    Ok(Launched {
-        control,
-        order,
-        descriptors,
-        pipes,
-    })
+    Control::new(channel, gone).map_err(host("watching the channel"))
 }
 
-impl Launched {
+/// A program that waits for its order, and the order.
+struct Ordered {
+    control: Control,
+    order: Order,
+    /// The spec, the leader, and without a terminal the command's ends of the pipes.
+    descriptors: Vec<OwnedFd>,
+    /// The plugin's ends of the pipes.
+    pipes: Option<[OwnedFd; 3]>,
+}
+
+impl Ordered {
+    fn new(
+        control: Control,
+        order: Order,
+        spec: &SessionSpec,
+        leader: OwnedFd,
+    ) -> Result<Self, ExecError> {
+        let host = |step| move |source: io::Error| ExecError::Host { step, source };
+        let spec = memory_file(&packets::encode(spec)).map_err(host("writing the session spec"))?;
+        let mut descriptors = vec![spec, leader];
+        let pipes = match order {
+            Order::Pipes => {
+                let (ours, theirs) = pipes().map_err(host("making pipes"))?;
+                descriptors.extend(theirs);
+                Some(ours)
+            }
+            Order::Terminal => None,
+        };
+        Ok(Self {
+            control,
+            order,
+            descriptors,
+            pipes,
+        })
+    }
+
     /// Sends the order, and waits for the terminal if there is one.
-    pub(super) async fn begin(mut self) -> Result<Session, ExecError> {
+    async fn begin(mut self) -> Result<Session, ExecError> {
         let host = |step| move |source: io::Error| ExecError::Host { step, source };
         let descriptors: Vec<_> = self.descriptors.iter().map(AsFd::as_fd).collect();
         let order = packets::encode(&self.order);

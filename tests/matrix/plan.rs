@@ -53,6 +53,8 @@ pub(crate) enum Step {
     Notified,
     StartRecorded,
     Running,
+    /// A further command runs in the task.
+    Exec,
     Signalled,
     Stopping,
     Exited,
@@ -67,7 +69,7 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    pub(crate) const ALL: [Self; 19] = [
+    pub(crate) const ALL: [Self; 20] = [
         Self::BeforeOrder,
         Self::OrderWritten,
         Self::CgroupMade,
@@ -76,6 +78,7 @@ impl Step {
         Self::Notified,
         Self::StartRecorded,
         Self::Running,
+        Self::Exec,
         Self::Signalled,
         Self::Stopping,
         Self::Exited,
@@ -99,6 +102,7 @@ impl Step {
             Self::Notified => "notified, not recorded",
             Self::StartRecorded => "start recorded, unreported",
             Self::Running => "running",
+            Self::Exec => "running a further command",
             Self::Signalled => "signalled",
             Self::Stopping => "stopping",
             Self::Exited => "exited, not waited for",
@@ -235,6 +239,7 @@ impl Cell {
             Step::NspawnSpawned
                 | Step::Notified
                 | Step::Running
+                | Step::Exec
                 | Step::Signalled
                 | Step::Stopping
                 | Step::Exited
@@ -320,7 +325,7 @@ impl Cell {
                     Ok(Owed::NoSuccess),
                 ],
             ),
-            Step::Running => (Hold::Nobody, ALIVE),
+            Step::Running | Step::Exec => (Hold::Nobody, ALIVE),
             Step::Signalled | Step::Stopping => (Hold::Driver(Failpoint::Signalled), ALIVE),
             Step::OutOfMemoryLater => (
                 Hold::Nobody,

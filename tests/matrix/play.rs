@@ -28,11 +28,14 @@ use super::plan::{Again, Cell, Hold, Owed, Step, Victim};
 use support::trap::Trap;
 
 mod calls;
+mod exec;
+mod result;
 
 use calls::{
     attach, collect, hang_up, hang_up_or, is_our_program, is_running, limits_memory, limits_of,
     out_of_memory, own_end, signal, strike, supervisor_below,
 };
+use exec::Command;
 
 /// The task's exit code once its gate is opened.
 const CODE: i32 = 5;
@@ -93,6 +96,8 @@ struct Game<'w, W> {
     /// The limits of the task when it was started.
     limits: Option<Dump>,
     wait: Option<Call<TaskExit>>,
+    /// The further command that runs in the task.
+    command: Option<Command>,
     action: Option<Call<()>>,
     ids: Vec<String>,
 }
@@ -136,6 +141,7 @@ impl<'w, W: World> Game<'w, W> {
             started: None,
             limits: None,
             wait: None,
+            command: None,
             action: None,
         }
     }
@@ -198,6 +204,7 @@ impl<'w, W: World> Game<'w, W> {
         }
         let line = Arc::clone(&self.line);
         match step {
+            Step::Exec => self.run_command().await,
             Step::Signalled => {
                 self.action = Some(tokio::spawn(async move { signal(&line, id).await }));
             }
@@ -292,6 +299,7 @@ impl<'w, W: World> Game<'w, W> {
                 strike(eventually("the first program", ours).await);
             }
         }
+        self.command_has_ended().await;
         if matches!(self.cell.victim, Victim::Plugin | Victim::Agent) {
             // The next agent connects before the held process continues, and makes its calls as soon as that happens.
             self.renew().await;
@@ -349,10 +357,14 @@ impl<'w, W: World> Game<'w, W> {
                 }
                 .to_owned();
             }
-            Owed::Same => self.is_the_same().await,
+            Owed::Same => {
+                self.is_the_same().await;
+                self.runs_commands().await;
+            }
             Owed::ItsOwnEnd | Owed::Killed(_) | Owed::NoSuccess => {}
         }
         let exit = self.end().await;
+        self.runs_no_command().await;
         let id = self.id();
         within("DestroyTask", self.line.destroy(&id, false))
             .await
@@ -431,40 +443,6 @@ impl<'w, W: World> Game<'w, W> {
         }
     }
 
-    /// WaitTask for a failed start returns an error and no exit, because there was no task. Only a task that lost its agent may still be on
-    /// its way out, killed by force.
-    async fn is_undone(&self) {
-        match within("WaitTask", self.line.wait(&self.id())).await {
-            Err(_) => {}
-            Ok(exit) => assert!(
-                self.cell.victim == Victim::Agent && (exit.code, exit.signal) == (137, 9),
-                "nothing is known of it: {exit:?}"
-            ),
-        }
-    }
-
-    /// It is the container that was started, and it runs with the same limits.
-    async fn is_the_same(&self) {
-        let leader = self.leader();
-        assert!(
-            is_alive(leader) && is_running(leader.pid),
-            "the container is gone"
-        );
-        let answer = self.inspect().await;
-        assert_eq!(answer.task.unwrap().state(), TaskState::Running);
-        assert_eq!(
-            answer.driver.unwrap().attributes["pid"],
-            leader.pid.to_string()
-        );
-        assert!(supervisor_below(&self.world.state()).is_some(), "unwatched");
-        let (before, now) = (self.limits.as_ref(), self.started.as_ref().map(limits_of));
-        let (before, now) = before.zip(now.as_ref()).unwrap();
-        let known = before.has(&["memory.limit_in_bytes", "memory.max"]);
-        assert!(known || !limits_memory(), "{before:?}");
-        let changed = before.differences(now);
-        assert!(changed.is_empty(), "other limits:\n{changed}");
-    }
-
     async fn inspect(&self) -> InspectTaskResponse {
         let request = InspectTaskRequest { task_id: self.id() };
         let mut client = self.line.driver();
@@ -508,39 +486,6 @@ impl<'w, W: World> Game<'w, W> {
             }
         }
         one
-    }
-
-    /// It is the exit of the task itself.
-    fn is_its_own(&self, exit: &TaskExit) {
-        match self.cell.step.is_out_of_memory() {
-            true => out_of_memory(exit),
-            false => own_end(exit),
-        }
-    }
-
-    fn check(&self, exit: &TaskExit) {
-        match self.owed {
-            Owed::ItsOwnEnd => self.is_its_own(exit),
-            Owed::Killed("") => {
-                assert_eq!(
-                    (exit.code, exit.signal, &exit.error),
-                    (137, 9, &None),
-                    "{exit:?}"
-                );
-            }
-            Owed::Killed(words) => {
-                assert_eq!((exit.code, exit.signal), (137, 9), "{exit:?}");
-                assert!(
-                    exit.error.as_ref().is_some_and(|text| text.contains(words)),
-                    "{exit:?}"
-                );
-            }
-            Owed::NoSuccess if kernel::version() >= (6, 15) => {
-                assert_eq!((exit.code, exit.signal), (137, 9), "{exit:?}");
-            }
-            Owed::NoSuccess => assert_ne!(exit.code, 0, "{exit:?}"),
-            other => panic!("{other:?} has no end"),
-        }
     }
 
     /// Starts the same task again immediately.

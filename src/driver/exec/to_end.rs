@@ -11,7 +11,7 @@ use tonic::Status;
 
 use super::super::status::CallError;
 use super::super::{Driver, convert};
-use super::{LAST_OUTPUT_TIMEOUT, Start, lost, not_started};
+use super::{LAST_OUTPUT_TIMEOUT, Start, lost, not_started, was_killed_with};
 use crate::exec::{Control, End, Ended, ExecRequest, Session, Streams};
 use crate::proto::driver as proto;
 use crate::task::Task;
@@ -113,6 +113,9 @@ async fn run(
             Ok(Some(End::NotRun(start_error))) => return Ok(not_run(&start_error)),
             Ok(Some(End::Lost)) => return Err(lost(task).await),
             Err(error) => return Err(error),
+            Ok(Some(End::Exited(ended))) if was_killed_with(task, ended).await => {
+                return Err(CallError::TaskEnded);
+            }
             Ok(Some(End::Exited(ended))) => {
                 rest(reading.as_mut()).await;
                 control.end().await;

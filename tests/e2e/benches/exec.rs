@@ -72,7 +72,10 @@ fn commands(ours: &Allocation<'_>, raw: &Allocation<'_>) -> anyhow::Result<bool>
     let run = |allocation: &Allocation<'_>| -> anyhow::Result<f64> {
         std::thread::sleep(PAUSE);
         let clock = Instant::now();
-        match allocation.exec(&["/bin/true"], false).finish().2 {
+        let mut exec = allocation.exec(&["/bin/true"], false);
+        // raw_exec waits for the end of the input too.
+        exec.close_stdin();
+        match exec.finish().2 {
             Message::Exited(0) => Ok(clock.elapsed().as_secs_f64() * 1000.0),
             other => bail!("{other:?}"),
         }
