@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::libc;
 use nspawn_init::session_spec::Confinement;
@@ -52,6 +52,13 @@ const OWN_VARIABLES: [&str; 13] = [
     "_",
 ];
 
+/// How long the first process may take to execute its program once the container is up. It is far less, except on an emulated processor.
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often to look. Nothing reports it.
+const PROGRAM_INTERVAL: Duration = Duration::from_millis(2);
+/// `PF_FORKNOEXEC` of `linux/sched.h`.
+const FORKED_WITHOUT_EXEC: u64 = 0x40;
+
 /// Whether a process has seccomp filters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Seccomp {
@@ -59,6 +66,32 @@ pub(super) enum Seccomp {
     Off,
     /// It has this many; `None` before Linux 5.9, which does not say.
     Filters(Option<u32>),
+}
+
+/// Waits until the first process has executed its program. systemd-nspawn (from 257 on) reports that a container is up when this process is
+/// still a copy of itself, which drops its capabilities and installs its seccomp filters only then. Blocks. Fails with
+/// [`io::ErrorKind::NotFound`] if the process has exited, and with [`io::ErrorKind::TimedOut`].
+pub(super) fn wait_for_program(leader: &ProcessHandle) -> io::Result<()> {
+    let until = Instant::now() + PROGRAM_TIMEOUT;
+    while !while_alive(leader, || has_executed(leader))? {
+        if Instant::now() >= until {
+            let text = "the container's first process has not executed its program";
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        }
+        // Returns early if it exits.
+        leader.wait(PROGRAM_INTERVAL);
+    }
+    Ok(())
+}
+
+/// Whether a process has executed a program since it was forked.
+fn has_executed(process: &ProcessHandle) -> io::Result<bool> {
+    let stat = read(process, "stat")?;
+    // The name before it may contain anything.
+    let fields = stat.rsplit_once(") ").map(|(_, fields)| fields);
+    let flags = fields.and_then(|fields| fields.split(' ').nth(6)?.parse::<u64>().ok());
+    let flags = flags.ok_or_else(|| unreadable("stat"))?;
+    Ok(flags & FORKED_WITHOUT_EXEC == 0)
 }
 
 /// The restrictions of the first process of a container in this mode, without its seccomp filters, and whether it has some. Fails with
@@ -187,7 +220,7 @@ mod tests {
     use super::*;
     use nix::sys::resource::{Resource, getrlimit};
     use rstest::rstest;
-    use std::io::{Read, Write};
+    use std::io::{BufRead, Read, Write};
     use std::process::{Child, Command, Stdio};
 
     /// A process that has executed its program and ends with its stdin.
@@ -215,6 +248,32 @@ mod tests {
     fn status(name: &str) -> String {
         let status = fs::read_to_string("/proc/self/status").unwrap();
         status_field(&status, name).unwrap().to_owned()
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "a process that forks")]
+    #[test]
+    fn the_program_of_a_process_is_waited_for() {
+        let script = "exec 3<&0; (read line <&3; exec cat <&3) & echo $!; wait";
+        let mut shell = Command::new("sh")
+            .args(["-c", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let stdout = shell.stdout.take().unwrap();
+        std::io::BufReader::new(stdout)
+            .read_line(&mut line)
+            .unwrap();
+        let forked = ProcessHandle::open(line.trim().parse().unwrap()).unwrap();
+        assert!(!has_executed(&forked).unwrap());
+        shell.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
+        wait_for_program(&forked).unwrap();
+        assert!(has_executed(&forked).unwrap());
+        drop(shell.stdin.take());
+        shell.wait().unwrap();
+        let gone = wait_for_program(&forked).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

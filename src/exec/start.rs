@@ -74,6 +74,7 @@ fn prepare(
         }
     };
     let leader = ProcessHandle::open_checked(started.leader).map_err(step("finding the task"))?;
+    leader::wait_for_program(&leader).map_err(step("waiting for the task's program"))?;
     let (mut confinement, seccomp) = leader::confinement(&leader, started.mode)
         .map_err(step("reading the restrictions of the task"))?;
     let filters = host.filters.get(&leader, seccomp, host.unfiltered)?;
