@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 mod devices;
 mod ends;
+mod exec;
 mod inside;
 mod limits;
 mod network;
