@@ -14,7 +14,7 @@ use crate::container::ExecDefaults;
 use crate::state::{TaskDir, task_dir};
 
 /// How long to wait for the answer. It comes within a millisecond.
-const LIMIT: Duration = Duration::from_secs(2);
+const LIMIT: Duration = Duration::from_secs(10);
 
 const REQUEST: Request = Request {
     request: 1,
@@ -22,7 +22,7 @@ const REQUEST: Request = Request {
 };
 
 /// What the supervisor of this task directory keeps for further commands. `None` if it keeps nothing: it is of a driver that did not, or its
-/// container has ended. Blocks, for at most two seconds: fails with [`io::ErrorKind::TimedOut`] if a supervisor that is stopped does not
+/// container has ended. Blocks, for at most ten seconds: fails with [`io::ErrorKind::TimedOut`] if a supervisor that is stopped does not
 /// answer.
 pub fn fetch(task_dir: &TaskDir) -> io::Result<Option<ExecDefaults>> {
     match ask(task_dir) {
