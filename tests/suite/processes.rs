@@ -143,9 +143,11 @@ async fn supervisor_has_nothing_of_the_agent(world: &impl World, supervisor: i32
             .collect::<BTreeSet<_>>()
     };
     // It opens a file of a cgroup for a moment after the start, to move systemd-nspawn out of it.
+    // The removed file is what further commands get.
     let wanted: BTreeSet<String> = SUPERVISOR_HAS
         .iter()
         .map(|kind| (*kind).to_owned())
+        .chain([format!("{directory}/exec (deleted)")])
         .collect();
     eventually("the supervisor has only what it needs", || {
         descriptors(supervisor).is_some_and(|open| beside(&open) == wanted)
