@@ -301,6 +301,44 @@ async fn a_command_has_the_environment_and_directory_of_the_task(world: World, #
     world.leave(&[&started]).await;
 }
 
+/// Its streams belong to root of the host, which a container with a user namespace does not know.
+#[rstest]
+#[case::without_users(false)]
+#[case::with_users(true)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_user_can_open_its_streams_by_name(world: World, #[case] users: bool) {
+    if world.is_fake() {
+        return not_applicable("needs root and the users of a real container");
+    }
+    let started = world
+        .up(world.spec(DEAF).with(|spec| {
+            if users {
+                spec.users = Users::Private {
+                    range: "pick".into(),
+                    ownership: None,
+                };
+            }
+        }))
+        .await;
+    let script =
+        "id -u; id -g; cat /dev/stdin; echo a >/dev/stdout; echo b >/dev/stderr; echo $HOME";
+    let request = |terminal| ExecRequest {
+        user: Some("33:44".into()),
+        terminal,
+        ..shell(script)
+    };
+    let output = run(&world, &started, request(None)).await;
+    assert_eq!((&*output.stderr, output.end), ("b\n", exited(0, 0)));
+    assert_eq!(output.stdout, "33\n44\na\n/\n");
+    let mut session = exec(&world, &started, request(Some(TerminalSize::default()))).await;
+    type_in(&session, b"\x04").await;
+    let text = read_until(&session, "/\r\n").await;
+    assert!(text.ends_with("33\r\n44\r\na\r\nb\r\n/\r\n"), "{text}");
+    assert_eq!(within(session.control.ended()).await, exited(0, 0));
+    within(session.control.end()).await;
+    world.leave(&[&started]).await;
+}
+
 /// A missing program, a file that can't be executed, a missing directory and a missing user.
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
