@@ -7,7 +7,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nspawn_init::session_spec::{Order, SESSION, SessionSpec};
+use nspawn_init::session_spec::{Confinement, Order, SESSION, SessionSpec};
 use rustix::fs::{Mode, fchmod};
 use tokio::net::unix::pipe;
 use tokio::process::Command;
@@ -44,61 +44,80 @@ pub async fn start(
     if request.command.is_empty() {
         return Err(ExecError::EmptyCommand);
     }
-    let started = started.clone();
+    let (program, container) = (host.program, started.clone());
+    let task_dir = TaskDir::new(&started.state);
+    // At the same time, because each takes a while: the program begins, and waits for its order.
     let launched = blocking::run(move || {
-        let order = match request.terminal {
-            Some(_) => Order::Terminal,
-            None => Order::Pipes,
-        };
-        // First, so that the program begins while the rest is collected; it waits for its order.
-        let control = launch(&host.program)?;
-        let (spec, leader, groups) = prepare(&host, &started, request)?;
-        let order = Ordered::new(control, order, &spec, leader.into())?;
-        groups.hand_over();
-        Ok(order)
+        let control = launch(&program)?;
+        let defaults = exec_defaults::fetch(&task_dir);
+        Ok::<_, ExecError>((control, defaults))
     });
-    launched.await?.begin().await
+    let prepared = blocking::run(move || Prepared::of(&container, &host.filters, host.unfiltered));
+    let (launched, prepared) = tokio::join!(launched, prepared);
+    let ((control, defaults), prepared) = (launched?, prepared?);
+    let defaults = defaults.map_err(failed("asking the supervisor for the task's environment"))?;
+    let order = match request.terminal {
+        Some(_) => Order::Terminal,
+        None => Order::Pipes,
+    };
+    let spec = prepared.spec(request, defaults.unwrap_or_default());
+    let order = Ordered::new(control, order, &spec, prepared.leader.into())?;
+    prepared.groups.hand_over();
+    order.begin().await
 }
 
-/// What is run, and how it is confined; the container's first process; and the cgroups that were made for it.
-fn prepare(
-    host: &Host,
-    started: &Started,
-    request: ExecRequest,
-) -> Result<(SessionSpec, ProcessHandle, SessionGroups), ExecError> {
-    let step = |step| {
-        move |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => ExecError::NotRunning,
-            _ if source.raw_os_error() == Some(nix::libc::ESRCH) => ExecError::NotRunning,
-            _ => ExecError::Host { step, source },
+/// The error of a step on the host. What no longer exists, or no such process, is the task.
+fn failed(step: &'static str) -> impl FnOnce(io::Error) -> ExecError {
+    move |source| match source.kind() {
+        io::ErrorKind::NotFound => ExecError::NotRunning,
+        _ if source.raw_os_error() == Some(nix::libc::ESRCH) => ExecError::NotRunning,
+        _ => ExecError::Host { step, source },
+    }
+}
+
+/// What a session takes over from the container's first process, and the cgroups that were made for it.
+struct Prepared {
+    leader: ProcessHandle,
+    confinement: Confinement,
+    environment: BTreeMap<String, String>,
+    groups: SessionGroups,
+}
+
+impl Prepared {
+    /// Blocks.
+    fn of(started: &Started, filters: &FilterCache, unfiltered: bool) -> Result<Self, ExecError> {
+        let leader = ProcessHandle::open_checked(started.leader);
+        let leader = leader.map_err(failed("finding the task"))?;
+        leader::wait_for_program(&leader).map_err(failed("waiting for the task's program"))?;
+        let confinement = leader::confinement(&leader, started.mode);
+        let (mut confinement, seccomp) =
+            confinement.map_err(failed("reading the restrictions of the task"))?;
+        confinement.filters = filters.get(&leader, seccomp, unfiltered)?.to_vec();
+        let environment = leader::environment(&leader);
+        let environment = environment.map_err(failed("reading the environment of the task"))?;
+        let groups = SessionGroups::create(started, &leader);
+        Ok(Self {
+            confinement,
+            environment,
+            groups: groups.map_err(failed("making the cgroup of the session"))?,
+            leader,
+        })
+    }
+
+    fn spec(&self, request: ExecRequest, defaults: ExecDefaults) -> SessionSpec {
+        SessionSpec {
+            environment: environment(self.environment.clone(), &defaults, &request),
+            command: request.command,
+            directory: request
+                .directory
+                .or(defaults.directory)
+                .unwrap_or_else(|| "/".to_owned()),
+            user: request.user.or(defaults.user),
+            size: request.terminal.unwrap_or_default(),
+            cgroups: self.groups.cgroups().clone(),
+            confinement: self.confinement.clone(),
         }
-    };
-    let leader = ProcessHandle::open_checked(started.leader).map_err(step("finding the task"))?;
-    leader::wait_for_program(&leader).map_err(step("waiting for the task's program"))?;
-    let (mut confinement, seccomp) = leader::confinement(&leader, started.mode)
-        .map_err(step("reading the restrictions of the task"))?;
-    let filters = host.filters.get(&leader, seccomp, host.unfiltered)?;
-    confinement.filters = filters.to_vec();
-    let groups = SessionGroups::create(started, &leader)
-        .map_err(step("making the cgroup of the session"))?;
-    let given =
-        leader::environment(&leader).map_err(step("reading the environment of the task"))?;
-    let defaults = exec_defaults::fetch(&TaskDir::new(&started.state))
-        .map_err(step("asking the supervisor for the task's environment"))?
-        .unwrap_or_default();
-    let spec = SessionSpec {
-        environment: environment(given, &defaults, &request),
-        command: request.command,
-        directory: request
-            .directory
-            .or(defaults.directory)
-            .unwrap_or_else(|| "/".to_owned()),
-        user: request.user.or(defaults.user),
-        size: request.terminal.unwrap_or_default(),
-        cgroups: groups.cgroups().clone(),
-        confinement,
-    };
-    Ok((spec, leader, groups))
+    }
 }
 
 /// What systemd-nspawn has set, the task's own variables over it, and those of the request over both.
