@@ -1,7 +1,9 @@
 //! Which devices the processes of a container may use. The nodes are in its tree, as root of a container without a user namespace could make
 //! them. A disk of the host is only ever opened for reading.
 
-use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod, umask};
+use std::os::unix::fs::PermissionsExt as _;
+
+use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
 use nomad_driver_nspawn::cgroup::Layout;
 use nomad_driver_nspawn::container::{CgroupLayout, Mount};
 
@@ -29,15 +31,9 @@ fn can_restrict() -> bool {
 
 /// A node that every user may use.
 fn node(path: PathBuf, kind: SFlag, (major, minor): (u64, u64)) -> PathBuf {
-    let before = umask(Bits::empty());
-    mknod(
-        &path,
-        kind,
-        Bits::from_bits_truncate(0o666),
-        makedev(major, minor),
-    )
-    .unwrap();
-    umask(before);
+    mknod(&path, kind, Bits::empty(), makedev(major, minor)).unwrap();
+    // Not by the umask, which other tests of this process share: their directories would be writable by everyone for a moment.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
     path
 }
 
