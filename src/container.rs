@@ -246,6 +246,10 @@ pub struct Started {
     /// On a host with controllers on cgroup v1: the container's cgroup of each controller.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub controllers: BTreeMap<String, PathBuf>,
+    /// How many seccomp filters systemd-nspawn gave to the container's first process. `None` if that is not known: an image's own init
+    /// may have been running already, or the kernel does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filters: Option<u32>,
     /// When the container was up.
     pub started_at: SystemTime,
     /// What the user should know about this start, one sentence each.

@@ -1,11 +1,12 @@
-//! A container spec for tests. Not `cfg(test)`: the integration tests and the end-to-end tests link the library as the plugin does.
+//! A container spec and a started container for tests. Not `cfg(test)`: the integration tests and the end-to-end tests link the library as the plugin does.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use super::{
     Console, ContainerSpec, Description, Identity, Mode, Network, NetworkNamespace, Payload,
-    Resources, Root, Rootfs, Users, Volatile,
+    Process, Resources, Root, Rootfs, Started, Users, Volatile,
 };
 
 impl ContainerSpec {
@@ -52,5 +53,26 @@ impl ContainerSpec {
     pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
         change(&mut self);
         self
+    }
+}
+
+impl Started {
+    /// A plain container that has been started under this id, in this boot, without cgroups. Its processes do not exist.
+    pub fn for_test(id: &str, boot: &str) -> Self {
+        let nobody = Process { pid: 0, start: 0 };
+        Self {
+            id: id.to_owned(),
+            machine: "t-a".to_owned(),
+            state: "/none".into(),
+            boot: boot.to_owned(),
+            supervisor: nobody,
+            leader: nobody,
+            mode: Mode::Plain,
+            cgroup: None,
+            controllers: BTreeMap::new(),
+            filters: None,
+            started_at: SystemTime::UNIX_EPOCH,
+            notes: Vec::new(),
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! The seccomp filters of a task, which every session of it gets. Reading them interrupts the container's first process, so they are kept as
-//! long as the number of its filters is the same: none can be replaced or removed.
+//! long as the number of its filters is the same: none can be replaced or removed. Where the number at the start is known, those that the
+//! task's command has installed itself since then are left out: a command that restricts itself, such as a server that gives up execve(2),
+//! would otherwise restrict every shell.
 
 use std::collections::HashMap;
 use std::io;
@@ -52,7 +54,10 @@ impl FilterCache {
             return Ok(known);
         }
         match read(leader) {
-            Ok(filters) => Ok(self.keep(leader.process(), count, filters)),
+            Ok(filters) => {
+                let filters = oldest(filters, count).map_err(ExecError::Filters)?;
+                Ok(self.keep(leader.process(), count, filters))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ExecError::NotRunning),
             Err(error) if is_confined() && error.kind() == io::ErrorKind::PermissionDenied => {
                 warn(&error);
@@ -81,7 +86,7 @@ impl FilterCache {
         Some(Arc::clone(&entry.filters))
     }
 
-    /// Keeps what has been read, unless the process has installed another filter since it was counted.
+    /// Keeps what has been read.
     fn keep(&self, leader: Process, count: Option<u32>, filters: Vec<Filter>) -> Arc<[Filter]> {
         let mut entries = self.lock();
         let mut kept = entries.values().map(|entry| &entry.filters);
@@ -89,10 +94,11 @@ impl FilterCache {
             Some(equal) => Arc::clone(equal),
             None => filters.into(),
         };
-        if count.is_none_or(|count| usize::try_from(count) == Ok(filters.len())) {
-            let filters = Arc::clone(&filters);
-            entries.insert(leader, Entry { count, filters });
-        }
+        let entry = Entry {
+            count,
+            filters: Arc::clone(&filters),
+        };
+        entries.insert(leader, entry);
         filters
     }
 
@@ -106,6 +112,20 @@ impl FilterCache {
 fn is_confined() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     status_field(&status, "Seccomp").is_some_and(|mode| mode != "0")
+}
+
+/// So many of them, the oldest first; all if the number is not known.
+fn oldest(mut filters: Vec<Filter>, count: Option<u32>) -> io::Result<Vec<Filter>> {
+    let Some(count) = count else {
+        return Ok(filters);
+    };
+    let wanted = usize::try_from(count).unwrap_or(usize::MAX);
+    if filters.len() < wanted {
+        let text = format!("{} of {count} filters are shown", filters.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    filters.truncate(wanted);
+    Ok(filters)
 }
 
 fn warn(error: &io::Error) {
@@ -155,14 +175,22 @@ mod tests {
     #[test]
     fn kept_filters_are_those_of_a_process_that_has_installed_no_more() {
         let cache = FilterCache::default();
-        let read = cache.keep(process(1), Some(1), filters(&[1, 2]));
-        assert_eq!(*read, *filters(&[1, 2]));
-        assert_eq!(cache.known(process(1), Some(1)), None, "one was installed");
         cache.keep(process(1), Some(2), filters(&[1, 2]));
         assert_eq!(cache.known(process(1), Some(3)), None);
         let reused = Process { pid: 1, start: 8 };
         assert_eq!(cache.known(reused, Some(2)), None);
         assert!(cache.known(process(1), Some(2)).is_some());
+    }
+
+    #[test]
+    fn filters_that_were_installed_later_are_left_out() {
+        let all = || filters(&[1, 2, 3]);
+        assert_eq!(oldest(all(), Some(2)).unwrap(), filters(&[1, 2]));
+        for count in [Some(3), None] {
+            assert_eq!(oldest(all(), count).unwrap(), all());
+        }
+        let missing = oldest(all(), Some(4)).unwrap_err();
+        assert_eq!(missing.to_string(), "3 of 4 filters are shown");
     }
 
     /// This process can't trace itself, so reading is refused everywhere.

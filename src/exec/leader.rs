@@ -68,6 +68,16 @@ pub(super) enum Seccomp {
     Filters(Option<u32>),
 }
 
+impl Seccomp {
+    /// So many filters.
+    pub(super) fn installed(count: u32) -> Self {
+        match count {
+            0 => Self::Off,
+            some => Self::Filters(Some(some)),
+        }
+    }
+}
+
 /// Waits until the first process has executed its program. systemd-nspawn (from 257 on) reports that a container is up when this process is
 /// still a copy of itself, which drops its capabilities and installs its seccomp filters only then. Blocks. Fails with
 /// [`io::ErrorKind::NotFound`] if the process has exited, and with [`io::ErrorKind::TimedOut`].

@@ -14,7 +14,7 @@ use tokio::process::Command;
 
 use super::filters::FilterCache;
 use super::groups::SessionGroups;
-use super::leader;
+use super::leader::{self, Seccomp};
 use super::session::{Control, Session, Streams};
 use super::terminal::Terminal;
 use super::{End, ExecError, ExecRequest};
@@ -92,6 +92,7 @@ impl Prepared {
         let confinement = leader::confinement(&leader, started.mode);
         let (mut confinement, seccomp) =
             confinement.map_err(failed("reading the restrictions of the task"))?;
+        let seccomp = started.filters.map_or(seccomp, Seccomp::installed);
         confinement.filters = filters.get(&leader, seccomp, unfiltered)?.to_vec();
         let environment = leader::environment(&leader);
         let environment = environment.map_err(failed("reading the environment of the task"))?;

@@ -49,19 +49,7 @@ pub(crate) fn an_order(id: &str) -> LaunchSpec {
 pub(crate) fn a_running(id: &str, boot: &str) -> Running {
     let nobody = Process { pid: 0, start: 0 };
     Running {
-        started: Started {
-            id: id.to_owned(),
-            machine: "t-a".to_owned(),
-            state: "/none".into(),
-            boot: boot.to_owned(),
-            supervisor: nobody,
-            leader: nobody,
-            mode: Mode::Plain,
-            cgroup: None,
-            controllers: BTreeMap::new(),
-            started_at: SystemTime::UNIX_EPOCH,
-            notes: Vec::new(),
-        },
+        started: Started::for_test(id, boot),
         nspawn: nobody,
         copy: None,
         uids: None,
@@ -494,9 +482,16 @@ fn mode() -> impl Strategy<Value = Mode> {
 pub(crate) fn started() -> impl Strategy<Value = Started> {
     let names = (any::<String>(), any::<String>(), any::<String>(), path());
     let cgroup = proptest::option::of(path());
-    let rest = (mode(), cgroup, moment(), any::<Vec<String>>());
+    let rest = (
+        mode(),
+        cgroup,
+        any::<Option<u32>>(),
+        moment(),
+        any::<Vec<String>>(),
+    );
     (names, process(), process(), rest).prop_map(
-        |((id, machine, boot, state), supervisor, leader, (mode, cgroup, started_at, notes))| {
+        |((id, machine, boot, state), supervisor, leader, rest)| {
+            let (mode, cgroup, filters, started_at, notes) = rest;
             Started {
                 id,
                 machine,
@@ -507,6 +502,7 @@ pub(crate) fn started() -> impl Strategy<Value = Started> {
                 mode,
                 cgroup,
                 controllers: BTreeMap::new(),
+                filters,
                 started_at,
                 notes,
             }

@@ -69,17 +69,9 @@ impl Odd {
         task_dir.create().unwrap();
         let leader = Sleeper::new();
         let started = Started {
-            id: "a/t/1".into(),
-            machine: "t-a".into(),
             state: task_dir.path().to_owned(),
-            boot: crate::sys::kernel::boot_id().unwrap(),
-            supervisor: Process { pid: 0, start: 0 },
             leader: leader.process(),
-            mode: crate::container::Mode::Plain,
-            cgroup: None,
-            controllers: BTreeMap::new(),
-            started_at: SystemTime::UNIX_EPOCH,
-            notes: Vec::new(),
+            ..Started::for_test("a/t/1", &crate::sys::kernel::boot_id().unwrap())
         };
         let running = crate::state::task_dir::Running {
             started: started.clone(),

@@ -161,6 +161,14 @@ pub fn ignores_signal(pid: i32, signal: Signal) -> bool {
     mask(pid, "SigIgn").is_some_and(|mask| has(mask, signal))
 }
 
+/// How many seccomp filters the main thread of a process has. `None` before Linux 5.9, which does not say, and if the process is gone.
+pub fn seccomp_filter_count(pid: i32) -> Option<u32> {
+    let status = status(pid)?;
+    procfs::status_field(&status, "Seccomp_filters")?
+        .parse()
+        .ok()
+}
+
 fn has(mask: u64, signal: Signal) -> bool {
     u32::try_from(signal.number() - 1)
         .is_ok_and(|bit| mask.checked_shr(bit).is_some_and(|rest| rest & 1 == 1))

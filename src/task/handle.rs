@@ -205,10 +205,16 @@ mod tests {
         let names: [_; 4] = std::array::from_fn(|_| any::<String>());
         let modes = proptest::sample::select(vec![Mode::Plain, Mode::ProcessTwo, Mode::Boot]);
         let moment = (0..1u64 << 40, 0..1_000_000_000u32);
-        let rest = (any::<Option<String>>(), moment, any::<Vec<String>>());
+        let filters = any::<Option<u32>>();
+        let rest = (
+            any::<Option<String>>(),
+            filters,
+            moment,
+            any::<Vec<String>>(),
+        );
         (names, process(), process(), modes, rest).prop_map(
             |([id, machine, state, boot], supervisor, leader, mode, rest)| {
-                let (cgroup, (seconds, nanos), notes) = rest;
+                let (cgroup, filters, (seconds, nanos), notes) = rest;
                 Started {
                     id,
                     machine,
@@ -219,6 +225,7 @@ mod tests {
                     mode,
                     cgroup: cgroup.map(PathBuf::from),
                     controllers: std::collections::BTreeMap::new(),
+                    filters,
                     started_at: SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos),
                     notes,
                 }

@@ -115,10 +115,7 @@ impl ContainerBackend for TestBackend {
 
 pub(crate) fn started(id: &str) -> Started {
     Started {
-        id: id.to_owned(),
-        machine: "t-a".to_owned(),
         state: "/run/nomad-driver-nspawn/x".into(),
-        boot: "11111111-2222-3333-4444-555555555555".to_owned(),
         supervisor: Process {
             pid: 10,
             start: 100,
@@ -127,11 +124,10 @@ pub(crate) fn started(id: &str) -> Started {
             pid: 11,
             start: 101,
         },
-        mode: Mode::Plain,
         cgroup: Some("/sys/fs/cgroup/x".into()),
-        controllers: std::collections::BTreeMap::new(),
         started_at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
         notes: vec!["a note".to_owned()],
+        ..Started::for_test(id, "11111111-2222-3333-4444-555555555555")
     }
 }
 

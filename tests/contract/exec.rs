@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use nomad_driver_nspawn::container::Mount;
 use nomad_driver_nspawn::exec::{End, Ended, ExecRequest, Session, Streams, TerminalSize};
 use tokio::io::AsyncReadExt as _;
 
@@ -406,5 +407,51 @@ async fn a_session_ends_with_the_container(world: World) {
     within(session.control.end()).await;
     let error = within(world.backend.exec(&started, shell("true"))).await;
     assert_eq!(error.unwrap_err().to_string(), "the task is not running");
+    world.leave(&[&started]).await;
+}
+
+/// A Perl program that refuses the system call `uname(2)` to itself and what it executes, with a seccomp filter, and prints `up`.
+fn refuses_uname() -> String {
+    let (prctl, uname) = if cfg!(target_arch = "aarch64") {
+        (167, 160)
+    } else {
+        (157, 63)
+    };
+    // Load the number of the call; unless it is that of uname, skip the next; return EPERM; allow.
+    let program = format!("0x20,0,0,0, 0x15,0,1,{uname}, 0x06,0,0,0x50001, 0x06,0,0,0x7fff0000");
+    format!(
+        "my $program = pack('SCCL' x 4, {program}); my $all = pack('Sx6P', 4, $program); \
+         syscall({prctl}, 38, 1, 0, 0, 0); syscall({prctl}, 22, 2, $all) == 0 or die \"seccomp: $!\"; \
+         exec '/bin/sh', '-c', 'test -n \"$(uname 2>/dev/null)\" || echo up; exec sleep 1000';"
+    )
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn filters_that_a_task_has_installed_itself_do_not_hold_for_commands(world: World) {
+    let mut mounts = Vec::new();
+    if !world.is_fake() {
+        // Perl and its libraries.
+        for name in ["lib", "lib64"] {
+            std::os::unix::fs::symlink(format!("usr/{name}"), world.tree.join(name)).unwrap();
+        }
+        mounts.push(Mount {
+            source: "/usr".into(),
+            target: "/usr".into(),
+            read_only: true,
+        });
+    }
+    let started = world
+        .up(world.spec("").with(|spec| {
+            spec.payload.command = vec!["/usr/bin/perl".into(), "-e".into(), refuses_uname()];
+            spec.mounts = mounts;
+        }))
+        .await;
+    let output = run(&world, &started, shell("uname")).await;
+    assert_eq!((&*output.stdout, output.end), ("Linux\n", exited(0, 0)));
+    let count = "grep Seccomp_filters /proc/self/status";
+    let output = run(&world, &started, shell(count)).await;
+    let count = output.stdout.split_ascii_whitespace().nth(1);
+    assert_eq!(count.map(|count| count.parse().unwrap()), started.filters);
     world.leave(&[&started]).await;
 }

@@ -24,7 +24,9 @@ use crate::signal::Signal;
 use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
 use crate::supervisor::init_channel::InitChannel;
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
-use crate::sys::process::{ProcessHandle, child_by_inner_pid, current_process};
+use crate::sys::process::{
+    ProcessHandle, child_by_inner_pid, current_process, seccomp_filter_count,
+};
 
 /// One container and all the supervisor knows about it.
 #[derive(Debug)]
@@ -280,7 +282,7 @@ impl Supervisor {
         let (pid, start) = (leader, 0);
         let leader_process = handle.map_or(Process { pid, start }, ProcessHandle::process);
         Running {
-            started: self.started(leader_process),
+            started: self.started(leader_process, self.filters(handle)),
             nspawn: self.nspawn,
             copy,
             uids: lease::first_uid_of(leader),
@@ -288,7 +290,14 @@ impl Supervisor {
         }
     }
 
-    fn started(&self, leader: Process) -> Started {
+    /// How many seccomp filters systemd-nspawn has installed. A command that is waited for has not installed any yet; an image's own init
+    /// may have.
+    fn filters(&self, leader: Option<&ProcessHandle>) -> Option<u32> {
+        self.init_channel.as_ref()?;
+        seccomp_filter_count(leader?.process().pid)
+    }
+
+    fn started(&self, leader: Process, filters: Option<u32>) -> Started {
         let launch_spec = &self.launch_spec;
         Started {
             id: launch_spec.id.clone(),
@@ -300,6 +309,7 @@ impl Supervisor {
             mode: launch_spec.mode,
             cgroup: launch_spec.cgroup().map(Path::to_owned),
             controllers: self.controllers(),
+            filters,
             started_at: SystemTime::now(),
             notes: [&launch_spec.notes, self.cgroups.notes()].concat(),
         }
