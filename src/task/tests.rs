@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::backend::{MockContainerBackend, UsageReader};
-use crate::container::{Mode, Probe, Process};
+use crate::container::{Probe, Process};
 
 mod exec;
 
