@@ -63,6 +63,30 @@ fn an_unsupported_job_is_refused_before_anything_is_started(
     assert_eq!(output.status.code(), Some(status));
 }
 
+#[rstest]
+#[case(&["exec"], 2, "ID")]
+#[case(&["exec", "web"], 2, "COMMAND")]
+#[case(&["exec", "web", "true"], 2, "'true'")]
+#[case(&["exec", "web", "--"], 2, "COMMAND")]
+#[case(&["exec", "--directory", "tmp", "web", "--", "true"], 2, "expected an absolute path")]
+#[case(&["exec", "--environment", "=x", "web", "--", "true"], 2, "expected NAME=VALUE or NAME")]
+#[case(&["exec", "--environment", "NOT_SET_AT_ALL", "web", "--", "true"], 2, "NOT_SET_AT_ALL is not set here")]
+#[case(&["exec", "--state-dir", "alloc", "web", "--", "true"], 125, "error: no task runs whose records are in alloc")]
+#[case(&["exec", "--state-dir", "nowhere", "web", "--", "true"], 125, "error: nowhere: No such file")]
+fn an_exec_that_can_not_work_is_refused(
+    #[case] words: &[&str],
+    #[case] status: i32,
+    #[case] part: &str,
+) {
+    let output = person(&Host::new(), words);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains(part), "{text}");
+    assert_eq!(
+        (output.status.code(), output.stdout.len()),
+        (Some(status), 0)
+    );
+}
+
 /// The result of running one task in this process.
 struct Ran {
     end: Result<TaskExit, HostError>,

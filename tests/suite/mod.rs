@@ -15,6 +15,7 @@ use super::world;
 mod ends;
 mod environment;
 mod exec;
+mod exec_command;
 mod failed_starts;
 mod inspect;
 mod killed;

@@ -13,11 +13,13 @@ pub mod limits;
 mod lines;
 mod output;
 pub mod secrecy;
+mod sleep;
 pub mod trap;
 pub mod wire;
 
 pub use lines::Lines;
 pub use output::Output;
+pub use sleep::Sleep;
 
 /// How long a test waits for anything before it fails. Only a broken test ever waits this long.
 pub const DEADLINE: Duration = Duration::from_secs(60);
