@@ -4,9 +4,7 @@
 //!
 //! `--check` exits with status 1 if a budget is exceeded. On a busy machine the result means little.
 
-use std::fs;
 use std::io::Write as _;
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -18,7 +16,7 @@ use serde_json::json;
 
 mod figures;
 
-use figures::{is_check, kib, ms};
+use figures::{is_check, kib, make_tree, ms, run};
 
 /// Commands that are measured; the first ones warm the caches and are not counted.
 const COMMANDS: usize = 60;
@@ -35,27 +33,14 @@ const SPEED: f64 = 100.0;
 const GROWTH: f64 = 4096.0;
 
 fn main() -> anyhow::Result<ExitCode> {
-    let check = is_check(std::env::args().skip(1))?;
-    ensure!(
-        nix::unistd::geteuid().is_root(),
-        "the benchmark starts a real container and needs root"
-    );
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let met = runtime.block_on(measure())?;
-    Ok(match met || !check {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
-    })
+    run(is_check(std::env::args().skip(1))?, measure())
 }
 
 /// Whether all budgets are met.
 async fn measure() -> anyhow::Result<bool> {
     let scratch = tempfile::tempdir()?;
     let tree = scratch.path().join("tree");
-    make_tree(&tree)?;
+    make_tree(&tree, &["sh", "sleep", "true", "cat"])?;
     let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
     let state = scratch.path().join("state");
     plugin.configure(&json!({ "state_dir": state })).await?;
@@ -187,21 +172,4 @@ async fn pass_watched(
         "cat ended with {code:?} after {received} bytes"
     );
     Ok(most)
-}
-
-fn make_tree(tree: &Path) -> anyhow::Result<()> {
-    for directory in ["bin", "etc", "usr", "alloc", "local", "secrets"] {
-        fs::create_dir_all(tree.join(directory))?;
-    }
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
-        .iter()
-        .find(|path| Path::new(path).exists());
-    fs::copy(
-        busybox.context("busybox is not installed (Debian: busybox-static)")?,
-        tree.join("bin/busybox"),
-    )?;
-    for applet in ["sh", "sleep", "true", "cat"] {
-        std::os::unix::fs::symlink("busybox", tree.join("bin").join(applet))?;
-    }
-    Ok(fs::write(tree.join("etc/os-release"), "ID=bench\n")?)
 }

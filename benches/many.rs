@@ -27,7 +27,7 @@ use tokio::task::JoinSet;
 
 mod figures;
 
-use figures::{kib, ms, switches, ticks};
+use figures::{kib, ms, runtime, switches, ticks};
 
 /// The number of simultaneous starts.
 const AT_ONCE: usize = 200;
@@ -102,11 +102,7 @@ fn run(asked: &Asked) -> anyhow::Result<bool> {
     // Two pipes per task here, and as many descriptors again in the plugin.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    runtime.block_on(measure(asked.tasks))
+    runtime()?.block_on(measure(asked.tasks))
 }
 
 async fn measure(count: usize) -> anyhow::Result<bool> {

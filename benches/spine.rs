@@ -19,7 +19,7 @@ use serde_json::json;
 
 mod figures;
 
-use figures::{is_check, kib, ms, switches};
+use figures::{is_check, kib, make_tree, ms, run, switches};
 
 /// Pairs of runs; the first ones warm the caches and are not counted.
 const PAIRS: usize = 40;
@@ -36,28 +36,14 @@ const SPINE: (f64, f64) = (4.4, 6.8);
 const SLOWER: f64 = 2.0;
 
 fn main() -> anyhow::Result<ExitCode> {
-    let check = is_check(std::env::args().skip(1))?;
-    ensure!(
-        nix::unistd::geteuid().is_root(),
-        "the benchmark starts real containers and needs root"
-    );
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    let met = runtime.block_on(compare())?;
-    Ok(if met || !check {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    run(is_check(std::env::args().skip(1))?, compare())
 }
 
 /// Whether the budget was met.
 async fn compare() -> anyhow::Result<bool> {
     let scratch = tempfile::tempdir()?;
     let tree = scratch.path().join("tree");
-    make_tree(&tree)?;
+    make_tree(&tree, &["sh"])?;
     let state = scratch.path().join("state");
     let launched = Instant::now();
     let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
@@ -344,20 +330,4 @@ fn fifo(directory: &Path) -> anyhow::Result<PathBuf> {
     let path = directory.join("go");
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
     Ok(path)
-}
-
-fn make_tree(tree: &Path) -> anyhow::Result<()> {
-    for directory in ["bin", "etc", "usr", "alloc", "local", "secrets"] {
-        fs::create_dir_all(tree.join(directory))?;
-    }
-    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
-        .iter()
-        .find(|path| Path::new(path).exists());
-    fs::copy(
-        busybox.context("busybox is not installed (Debian: busybox-static)")?,
-        tree.join("bin/busybox"),
-    )?;
-    std::os::unix::fs::symlink("busybox", tree.join("bin/sh"))?;
-    fs::write(tree.join("etc/os-release"), "ID=bench\n")?;
-    Ok(())
 }

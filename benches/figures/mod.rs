@@ -1,4 +1,5 @@
-//! Reads process figures from /proc and formats them for the benchmarks, and reads their arguments. Measures nothing itself.
+//! What the benchmarks have in common: their arguments, their runtime, the tree of their containers, and figures of processes from /proc.
+//! Measures nothing itself.
 
 #![allow(
     dead_code,
@@ -7,7 +8,55 @@
 )]
 
 use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use tokio::runtime::{Builder, Runtime};
+
+/// Runs a benchmark that starts real containers and returns whether its budgets are met; a missed one is a failure if `check` is set.
+pub(crate) fn run(
+    check: bool,
+    met: impl Future<Output = anyhow::Result<bool>>,
+) -> anyhow::Result<ExitCode> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the benchmark starts real containers and needs root"
+    );
+    let met = runtime()?.block_on(met)?;
+    Ok(match met || !check {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// The runtime of every benchmark that calls the plugin.
+pub(crate) fn runtime() -> anyhow::Result<Runtime> {
+    Ok(Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?)
+}
+
+/// Creates a small tree around busybox, with these commands.
+pub(crate) fn make_tree(tree: &Path, applets: &[&str]) -> anyhow::Result<()> {
+    for directory in ["bin", "sbin", "etc", "usr", "alloc", "local", "secrets"] {
+        fs::create_dir_all(tree.join(directory))?;
+    }
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"]
+        .iter()
+        .find(|path| Path::new(path).exists());
+    fs::copy(
+        busybox.context("busybox is not installed (Debian: busybox-static)")?,
+        tree.join("bin/busybox"),
+    )?;
+    for applet in applets {
+        symlink("busybox", tree.join("bin").join(applet))?;
+    }
+    Ok(fs::write(tree.join("etc/os-release"), "ID=bench\n")?)
+}
 
 /// Whether `--check`, the only argument of some of the benchmarks, is among these.
 pub(crate) fn is_check(words: impl Iterator<Item = String>) -> anyhow::Result<bool> {
