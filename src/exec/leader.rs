@@ -228,32 +228,11 @@ fn is_name(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::testing::Echo;
     use nix::sys::resource::{Resource, getrlimit};
     use rstest::rstest;
-    use std::io::{BufRead, Read, Write};
-    use std::process::{Child, Command, Stdio};
-
-    /// A process that has executed its program and ends with its stdin.
-    #[expect(clippy::disallowed_methods, reason = "a process to read about")]
-    fn child(command: &[&str], variables: &[(&str, &str)]) -> (Child, ProcessHandle) {
-        let mut child = Command::new(command[0])
-            .args(&command[1..])
-            .envs(variables.iter().copied())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut byte = [7];
-        child.stdin.as_mut().unwrap().write_all(&byte).unwrap();
-        child
-            .stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut byte)
-            .unwrap();
-        let handle = ProcessHandle::open(i32::try_from(child.id()).unwrap()).unwrap();
-        (child, handle)
-    }
+    use std::io::{BufRead, Write};
+    use std::process::{Command, Stdio};
 
     fn status(name: &str) -> String {
         let status = fs::read_to_string("/proc/self/status").unwrap();
@@ -288,8 +267,8 @@ mod tests {
 
     #[test]
     fn a_child_is_as_confined_as_this_process() {
-        let (mut child, handle) = child(&["cat"], &[]);
-        let (found, seccomp) = confinement(&handle, Mode::Plain).unwrap();
+        let child = Echo::start(&["cat"], &[]);
+        let (found, seccomp) = confinement(&child.handle, Mode::Plain).unwrap();
         assert_eq!(found.namespaces, 0);
         let masks = [found.bounding, found.inheritable, found.ambient];
         let own = ["CapBnd", "CapInh", "CapAmb"].map(status);
@@ -308,22 +287,20 @@ mod tests {
             let wanted = (number, limited(soft), limited(hard));
             assert!(found.limits.contains(&wanted), "{wanted:?}");
         }
-        drop(child.stdin.take());
-        child.wait().unwrap();
+        child.end();
     }
 
     #[test]
     fn a_process_that_has_exited_has_no_confinement() {
-        let (mut child, handle) = child(&["cat"], &[]);
-        drop(child.stdin.take());
-        assert!(handle.wait(Duration::from_secs(60)));
+        let mut child = Echo::start(&["cat"], &[]);
+        child.exit();
         for reaped in [false, true] {
             if reaped {
-                child.wait().unwrap();
+                child.reap();
             }
-            let error = confinement(&handle, Mode::Plain).unwrap_err();
+            let error = confinement(&child.handle, Mode::Plain).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::NotFound, "reaped: {reaped}");
-            let error = environment(&handle).unwrap_err();
+            let error = environment(&child.handle).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::NotFound, "reaped: {reaped}");
         }
     }
@@ -334,12 +311,11 @@ mod tests {
             return support::not_applicable("new namespaces need root");
         }
         let command = ["unshare", "--uts", "--ipc", "--net", "cat"];
-        let (mut child, handle) = child(&command, &[]);
-        let (found, _) = confinement(&handle, Mode::Plain).unwrap();
+        let child = Echo::start(&command, &[]);
+        let (found, _) = confinement(&child.handle, Mode::Plain).unwrap();
         let wanted = libc::CLONE_NEWUTS | libc::CLONE_NEWIPC | libc::CLONE_NEWNET;
         assert_eq!(found.namespaces, wanted.cast_unsigned());
-        drop(child.stdin.take());
-        child.wait().unwrap();
+        child.end();
     }
 
     #[test]
@@ -390,11 +366,10 @@ mod tests {
 
     #[test]
     fn the_environment_of_a_process_is_read() {
-        let (mut child, handle) = child(&["cat"], &[("EXEC_TEST", "a b\nc"), ("MANAGERPID", "1")]);
-        let found = environment(&handle).unwrap();
+        let child = Echo::start(&["cat"], &[("EXEC_TEST", "a b\nc"), ("MANAGERPID", "1")]);
+        let found = environment(&child.handle).unwrap();
         assert_eq!(found["EXEC_TEST"], "a b\nc");
         assert!(!found.contains_key("MANAGERPID"));
-        drop(child.stdin.take());
-        child.wait().unwrap();
+        child.end();
     }
 }

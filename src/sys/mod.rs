@@ -5,6 +5,8 @@ pub mod bpf;
 mod ffi;
 pub mod kernel;
 pub mod process;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod trace;
 
 pub use proc_files as procfs;

@@ -108,14 +108,13 @@ fn all(pid: Pid) -> io::Result<Vec<Vec<sock_filter>>> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::io::{Read, Write};
-    use std::process::{Child, Command, Stdio};
 
     use nix::sys::signal::{Signal, kill};
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
     use super::*;
     use crate::sys::procfs::{parse_stat, status_field};
+    use crate::sys::testing::Echo;
 
     /// A program that denies this system call with this error.
     fn program(call: i64, errno: i32) -> BpfProgram {
@@ -126,42 +125,17 @@ mod tests {
         filter.try_into().unwrap()
     }
 
-    /// A process with these filters, which repeats its input. Filters are inherited; the thread that installs them ends with the test.
-    #[expect(clippy::disallowed_methods, reason = "a process to read about")]
-    fn child(programs: &[BpfProgram]) -> (Child, ProcessHandle) {
-        let mut child = std::thread::scope(|scope| {
-            let spawn = || {
+    /// A process with these filters. Filters are inherited; the thread that installs them ends here.
+    fn child(programs: &[BpfProgram]) -> Echo {
+        std::thread::scope(|scope| {
+            let start = || {
                 for program in programs {
                     seccompiler::apply_filter(program).unwrap();
                 }
-                Command::new("cat")
-                    .stdin(Stdio::piped())
-                    .stdout(Stdio::piped())
-                    .spawn()
-                    .unwrap()
+                Echo::start(&["cat"], &[])
             };
-            scope.spawn(spawn).join().unwrap()
-        });
-        repeat(&mut child);
-        let handle = ProcessHandle::open(i32::try_from(child.id()).unwrap()).unwrap();
-        (child, handle)
-    }
-
-    fn repeat(child: &mut Child) {
-        let mut byte = [7];
-        child.stdin.as_mut().unwrap().write_all(&byte).unwrap();
-        child
-            .stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut byte)
-            .unwrap();
-    }
-
-    fn end(mut child: Child) {
-        repeat(&mut child);
-        drop(child.stdin.take());
-        assert!(child.wait().unwrap().success());
+            scope.spawn(start).join().unwrap()
+        })
     }
 
     fn two() -> [BpfProgram; 2] {
@@ -217,10 +191,16 @@ mod tests {
         if !may_read() {
             return;
         }
-        let (child, handle) = child(&two());
-        assert_eq!(plain(&seccomp_filters(&handle).unwrap()), wanted(&two()));
-        assert_eq!(plain(&seccomp_filters(&handle).unwrap()), wanted(&two()));
-        end(child);
+        let child = child(&two());
+        assert_eq!(
+            plain(&seccomp_filters(&child.handle).unwrap()),
+            wanted(&two())
+        );
+        assert_eq!(
+            plain(&seccomp_filters(&child.handle).unwrap()),
+            wanted(&two())
+        );
+        child.end();
     }
 
     #[test]
@@ -228,15 +208,15 @@ mod tests {
         if !may_read() {
             return;
         }
-        let (child, handle) = child(&two());
-        let pid = Pid::from_raw(handle.process().pid);
+        let child = child(&two());
+        let pid = Pid::from_raw(child.handle.process().pid);
         kill(pid, Signal::SIGSTOP).unwrap();
-        wait_for_state(&handle, 'T');
-        assert_eq!(seccomp_filters(&handle).unwrap().len(), 2);
+        wait_for_state(&child.handle, 'T');
+        assert_eq!(seccomp_filters(&child.handle).unwrap().len(), 2);
         // It stops again by itself, which takes it a moment.
-        wait_for_state(&handle, 'T');
+        wait_for_state(&child.handle, 'T');
         kill(pid, Signal::SIGCONT).unwrap();
-        end(child);
+        child.end();
     }
 
     #[test]
@@ -244,22 +224,21 @@ mod tests {
         if !may_read() {
             return;
         }
-        let (child, handle) = child(&[]);
-        let error = seccomp_filters(&handle).unwrap_err();
+        let child = child(&[]);
+        let error = seccomp_filters(&child.handle).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(nix::libc::EINVAL), "{error}");
-        end(child);
+        child.end();
     }
 
     #[test]
     fn a_process_that_has_exited_has_no_filters() {
-        let (mut child, handle) = child(&[]);
-        drop(child.stdin.take());
-        assert!(handle.wait(Duration::from_secs(60)));
+        let mut child = child(&[]);
+        child.exit();
         for reaped in [false, true] {
             if reaped {
-                child.wait().unwrap();
+                child.reap();
             }
-            let error = seccomp_filters(&handle).unwrap_err();
+            let error = seccomp_filters(&child.handle).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::NotFound, "reaped: {reaped}");
         }
     }
