@@ -172,6 +172,25 @@ fn tasks() -> Tasks {
     Tasks::new(EventBus::default(), CancellationToken::new())
 }
 
+/// A task that runs on this backend.
+async fn running(stage: &Arc<TestBackend>) -> (Tasks, Task) {
+    let tasks = tasks();
+    let start = tasks.start(stage.clone(), info(ID), spec(ID));
+    start.await.unwrap();
+    let task = tasks.get(ID).unwrap();
+    (tasks, task)
+}
+
+/// The task, as soon as its start has begun.
+async fn known(tasks: &Tasks) -> Task {
+    loop {
+        match tasks.get(ID) {
+            Ok(task) => break task,
+            Err(_) => tokio::task::yield_now().await,
+        }
+    }
+}
+
 async fn in_time<T>(work: impl Future<Output = T>) -> T {
     timeout(LIMIT, work).await.expect("in time")
 }
@@ -179,9 +198,7 @@ async fn in_time<T>(work: impl Future<Output = T>) -> T {
 #[tokio::test]
 async fn every_waiter_gets_the_same_exit() {
     let (stage, end) = TestBackend::new(starts());
-    let tasks = tasks();
-    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
-    let task = tasks.get(ID).unwrap();
+    let (_tasks, task) = running(&stage).await;
     let early =
         [task.clone(), task.clone()].map(|task| tokio::spawn(async move { task.wait().await }));
     end.send_replace(Some(exit(7, 0)));
@@ -235,9 +252,7 @@ async fn a_stop_returns_after_the_exit_and_may_be_repeated() {
         });
     let (stage, end) = TestBackend::new(mock);
     ends.send(end).unwrap();
-    let tasks = tasks();
-    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
-    let task = tasks.get(ID).unwrap();
+    let (_tasks, task) = running(&stage).await;
     for _ in 0..2 {
         in_time(task.stop(Some(Signal::TERM), Duration::from_secs(3)))
             .await
@@ -257,9 +272,7 @@ async fn a_failed_stop_is_reported_and_may_be_retried() {
         .times(2)
         .returning(|_, _, _| Err(trouble()));
     let (stage, _end) = TestBackend::new(mock);
-    let tasks = tasks();
-    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
-    let task = tasks.get(ID).unwrap();
+    let (_tasks, task) = running(&stage).await;
     for _ in 0..2 {
         assert!(matches!(
             in_time(task.stop(None, Duration::ZERO)).await,
@@ -285,12 +298,7 @@ async fn force_kills_a_running_task_and_reports_its_real_exit() {
         .returning(|_| Ok(()));
     let (stage, end) = TestBackend::new(mock);
     ends.send(end).unwrap();
-    let tasks = tasks();
-    tasks
-        .start(stage.clone(), info(ID), spec(ID))
-        .await
-        .unwrap();
-    let task = tasks.get(ID).unwrap();
+    let (tasks, task) = running(&stage).await;
     let pending = tokio::spawn({
         let task = task.clone();
         async move { task.wait().await }
@@ -359,12 +367,7 @@ async fn a_failed_removal_is_reported_once_and_retried() {
     mock.expect_remove().times(3).returning(|_| Err(trouble()));
     mock.expect_remove().times(1).returning(|_| Ok(()));
     let (stage, end) = TestBackend::new(mock);
-    let tasks = tasks();
-    tasks
-        .start(stage.clone(), info(ID), spec(ID))
-        .await
-        .unwrap();
-    let task = tasks.get(ID).unwrap();
+    let (tasks, task) = running(&stage).await;
     end.send_replace(Some(exit(0, 0)));
     task.wait().await.unwrap().unwrap();
     let destroyed = tasks.destroy(stage.clone(), ID, false).await;
@@ -481,12 +484,7 @@ async fn requests_during_a_start_wait_for_it() {
         let (tasks, stage) = (tasks.clone(), stage.clone());
         async move { tasks.start(stage, info(ID), spec(ID)).await.map(drop) }
     });
-    let task = loop {
-        match tasks.get(ID) {
-            Ok(task) => break task,
-            Err(_) => tokio::task::yield_now().await,
-        }
-    };
+    let task = known(&tasks).await;
     let signal = tokio::spawn(async move { task.signal(Signal::INT).await });
     tokio::task::yield_now().await;
     assert!(!signal.is_finished());
@@ -498,9 +496,7 @@ async fn requests_during_a_start_wait_for_it() {
 #[tokio::test]
 async fn the_exit_of_the_plugin_ends_no_task() {
     let (stage, _end) = TestBackend::new(starts());
-    let tasks = tasks();
-    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
-    let task = tasks.get(ID).unwrap();
+    let (tasks, task) = running(&stage).await;
     tasks.close(LIMIT).await;
     assert!(in_time(task.wait()).await.is_none(), "no conclusion");
 }
@@ -516,12 +512,7 @@ async fn a_call_interrupted_by_a_shutdown_is_not_reported_as_unknown_task() {
         tokio::spawn(async move { tasks.start(stage, info(id), spec(id)).await.map(drop) })
     };
     let start = begin(ID);
-    let task = loop {
-        match tasks.get(ID) {
-            Ok(task) => break task,
-            Err(_) => tokio::task::yield_now().await,
-        }
-    };
+    let task = known(&tasks).await;
     let recover = tokio::spawn({
         let (tasks, stage) = (tasks.clone(), stage.clone());
         async move { tasks.recover(stage, info(ID), started(ID)).await.map(drop) }

@@ -55,12 +55,7 @@ async fn a_command_runs_only_while_its_task_does() {
         let (tasks, stage) = (tasks.clone(), stage.clone());
         tokio::spawn(async move { tasks.start(stage, info(ID), spec(ID)).await })
     };
-    let task = loop {
-        match tasks.get(ID) {
-            Ok(task) => break task,
-            Err(_) => tokio::task::yield_now().await,
-        }
-    };
+    let task = known(&tasks).await;
     let before = in_time(task.exec(request())).await;
     assert!(is_not_running(before), "while it starts");
     stage.gate.add_permits(permits);
@@ -94,9 +89,7 @@ async fn a_command_runs_only_while_its_task_does() {
 #[tokio::test]
 async fn an_empty_command_is_refused_before_anything_is_started() {
     let (stage, _end) = TestBackend::new(starts());
-    let tasks = tasks();
-    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
-    let task = tasks.get(ID).unwrap();
+    let (_tasks, task) = running(&stage).await;
     let refused = in_time(task.exec(ExecRequest::default())).await;
     assert_eq!(refused.unwrap_err().to_string(), "the command is empty");
 }
@@ -104,12 +97,7 @@ async fn an_empty_command_is_refused_before_anything_is_started() {
 #[tokio::test(start_paused = true)]
 async fn the_start_of_a_session_has_a_time_limit() {
     let (stage, _end) = TestBackend::new(starts());
-    let tasks = tasks();
-    tasks
-        .start(stage.clone(), info(ID), spec(ID))
-        .await
-        .unwrap();
-    let task = tasks.get(ID).unwrap();
+    let (_tasks, task) = running(&stage).await;
     stage.gate.forget_permits(Semaphore::MAX_PERMITS);
     let late = task.exec(request()).await;
     assert!(matches!(late, Err(TaskError::ExecTimeout(_))), "{late:?}");
@@ -120,9 +108,7 @@ async fn a_panic_in_the_start_of_a_session_is_an_error_of_this_call_alone() {
     let mut mock = starts();
     mock.expect_exec().returning(|_, _| panic!("a bug"));
     let (stage, end) = TestBackend::new(mock);
-    let tasks = tasks();
-    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
-    let task = tasks.get(ID).unwrap();
+    let (_tasks, task) = running(&stage).await;
     let failed = in_time(task.exec(request())).await;
     assert!(matches!(failed, Err(TaskError::Panicked)), "{failed:?}");
     end.send_replace(Some(exit(0, 0)));
