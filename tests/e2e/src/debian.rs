@@ -7,6 +7,9 @@ use std::process::Command;
 
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::agent::{Agent, Allocation};
+use crate::until;
+
 /// Where the tree is cached, unless `NOMAD_DRIVER_NSPAWN_E2E_CACHE` is set.
 const CACHE: &str = "/var/cache/nomad-driver-nspawn-e2e";
 const SUITE: &str = "bookworm";
@@ -59,8 +62,9 @@ fn make(tree: &Path) {
     }
 }
 
-/// Copies the cached tree to `target` and adds this unit, started at boot as `e2e.service`.
-pub fn copy(target: &Path, unit: &str) {
+/// Copies the cached tree to `target` and adds the unit `e2e.service`, which runs one shell command when the system has started and one when
+/// it stops, neither with a single quote in it.
+pub fn copy(target: &Path, start: &str, stop: &str) {
     let copied = Command::new("cp")
         .args(["-a", "--reflink=auto", "--"])
         .arg(tree())
@@ -69,8 +73,43 @@ pub fn copy(target: &Path, unit: &str) {
         .expect("cp");
     assert!(copied.success(), "cp: {copied}");
     let units = target.join("etc/systemd/system");
+    let unit = format!(
+        "[Service]\nType=oneshot\nRemainAfterExit=yes\n\
+         ExecStart=/bin/sh -c '{start}'\nExecStop=/bin/sh -c '{stop}'\n"
+    );
     fs::write(units.join("e2e.service"), unit).expect("the unit");
     let wants = units.join("multi-user.target.wants");
     fs::create_dir_all(&wants).expect("multi-user.target.wants");
     std::os::unix::fs::symlink("../e2e.service", wants.join("e2e.service")).expect("the link");
+}
+
+/// The job `boot`: a Debian system as a task of an agent. Its unit writes to a file when it is started and when it is stopped.
+#[derive(Debug)]
+pub struct Booted<'a> {
+    /// The task.
+    pub task: Allocation<'a>,
+    said: PathBuf,
+}
+
+impl<'a> Booted<'a> {
+    /// Starts one and waits until all its units are started.
+    pub fn start(agent: &'a Agent) -> Self {
+        let tree = agent.join("debian");
+        let say = |what: &str| format!("echo {what} >> /alloc/data/said");
+        copy(&tree, &say("started"), &say("stopped"));
+        let job = Path::new(env!("CARGO_MANIFEST_DIR")).join("jobs/boot.nomad.hcl");
+        let image = tree.to_str().expect("a path in UTF-8");
+        let task = agent.run(&job, &[("image", image)]);
+        let said = task.dir().join("../alloc/data/said");
+        let booted = Self { task, said };
+        until("the unit's start", || {
+            (booted.said() == "started\n").then_some(())
+        });
+        booted
+    }
+
+    /// What its unit has written.
+    pub fn said(&self) -> String {
+        fs::read_to_string(&self.said).unwrap_or_default()
+    }
 }

@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use e2e::agent::{Agent, Allocation};
-use e2e::{debian, until};
+use e2e::debian::Booted;
+use e2e::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -351,19 +352,9 @@ fn a_task_that_ended_while_the_agent_was_down_has_its_true_exit_code() {
 #[test]
 fn a_debian_system_boots_and_shuts_down_cleanly() {
     let agent = Agent::new();
-    let tree = agent.join("debian");
-    debian::copy(
-        &tree,
-        "[Service]\nType=oneshot\nRemainAfterExit=yes\n\
-         ExecStart=/bin/sh -c 'echo started >> /alloc/data/said'\n\
-         ExecStop=/bin/sh -c 'echo stopped >> /alloc/data/said'\n",
-    );
-    let task = agent.run(&file("boot"), &[("image", tree.to_str().unwrap())]);
-    let said = task.dir().join("../alloc/data/said");
-    let read = || fs::read_to_string(&said).unwrap_or_default();
-    until("the unit's start", || (read() == "started\n").then_some(()));
-    assert_eq!(task.stop(), [0]);
-    assert_eq!(read(), "started\nstopped\n");
+    let debian = Booted::start(&agent);
+    assert_eq!(debian.task.stop(), [0]);
+    assert_eq!(debian.said(), "started\nstopped\n");
     agent.leave();
 }
 

@@ -4,16 +4,15 @@ use std::fs;
 use std::path::Path;
 
 use e2e::agent::{Agent, Allocation, Exec, Message};
-use e2e::{debian, unique, until};
+use e2e::debian::Booted;
+use e2e::{unique, until};
 use serde_json::json;
 
 /// Starts a job with this image, and waits until the agent has seen the start: it refuses commands before.
 fn start<'a>(agent: &'a Agent, job: &str, variables: &[(&str, &str)]) -> Allocation<'a> {
     let jobs = Path::new(env!("CARGO_MANIFEST_DIR")).join("jobs");
     let task = agent.run(&jobs.join(format!("{job}.nomad.hcl")), variables);
-    until("the agent's word of the start", || {
-        (task.task()["State"] == "running").then_some(())
-    });
+    task.running();
     task
 }
 
@@ -196,20 +195,12 @@ fn a_changed_template_runs_its_script() {
 #[test]
 fn commands_run_in_a_booted_debian() {
     let agent = Agent::new();
-    let tree = agent.join("debian");
-    debian::copy(
-        &tree,
-        "[Service]\nType=oneshot\nRemainAfterExit=yes\n\
-         ExecStart=/bin/sh -c 'echo started >> /alloc/data/said'\n\
-         ExecStop=/bin/sh -c 'echo stopped >> /alloc/data/said'\n",
-    );
-    let task = start(&agent, "boot", &[("image", tree.to_str().unwrap())]);
-    let said = task.dir().join("../alloc/data/said");
-    let read = || fs::read_to_string(&said).unwrap_or_default();
-    until("the unit's start", || (read() == "started\n").then_some(()));
+    let debian = Booted::start(&agent);
+    let task = &debian.task;
+    task.running();
 
     let script = "cat /proc/1/comm; id -un; echo $NOMAD_TASK_NAME; cat; exit 44";
-    let mut exec = shell(&task, script, false);
+    let mut exec = shell(task, script, false);
     exec.write(b"input\n");
     exec.close_stdin();
     let (stdout, stderr, last) = exec.finish();
@@ -223,7 +214,7 @@ fn commands_run_in_a_booted_debian() {
     let shown = read_until(&mut terminal, "31 41\r\ny\r\n");
     assert!(shown.contains("/dev/pts/"), "{shown}");
     assert_eq!(task.stop(), [0]);
-    assert_eq!(read(), "started\nstopped\n");
+    assert_eq!(debian.said(), "started\nstopped\n");
     assert!(matches!(terminal.finish().2, Message::Failed(_)));
     agent.leave();
 }

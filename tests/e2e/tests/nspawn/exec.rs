@@ -34,9 +34,8 @@ impl Debian {
         let tree = stage.join("debian");
         debian::copy(
             &tree,
-            "[Service]\nType=oneshot\nRemainAfterExit=yes\n\
-             ExecStart=/bin/sh -c '/bin/sh /srv/facts >/local/new && mv /local/new /local/facts'\n\
-             ExecStop=/bin/sh -c 'echo stopped >/local/stopped'\n",
+            "/bin/sh /srv/facts >/local/new && mv /local/new /local/facts",
+            "echo stopped >/local/stopped",
         );
         fs::write(tree.join("srv/facts"), FACTS).unwrap();
         let plugin = stage.plugin().await;

@@ -9,9 +9,8 @@ async fn a_debian_tree_boots_in_a_user_namespace_and_stops_cleanly() {
     let tree = stage.join("debian");
     debian::copy(
         &tree,
-        "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/sh -c 'echo started >> /local/said; \
-         cat /proc/1/comm /proc/1/uid_map >> /local/said'\n\
-         ExecStop=/bin/sh -c 'echo stopped >> /local/said'\n",
+        "echo started >> /local/said; cat /proc/1/comm /proc/1/uid_map >> /local/said",
+        "echo stopped >> /local/said",
     );
     let plugin = stage.plugin().await;
     let mut task = stage.words(&[]).with("image", json!(tree));
@@ -45,11 +44,8 @@ async fn shut_down(
     let tree = stage.join("debian");
     debian::copy(
         &tree,
-        &format!(
-            "[Service]\nType=oneshot\nRemainAfterExit=yes\n\
-             ExecStart=/bin/sh -c 'echo started >> /local/said'\n\
-             ExecStop=/bin/sh -c 'echo stopping >> /local/said; {stop_by}'\n"
-        ),
+        "echo started >> /local/said",
+        &format!("echo stopping >> /local/said; {stop_by}"),
     );
     let plugin = stage.plugin().await;
     let task = stage.words(&[]).with("image", json!(tree));
@@ -105,7 +101,7 @@ async fn a_signal_reaches_the_init() {
 async fn a_signal_right_after_the_start_reaches_the_init() {
     let stage = Stage::new();
     let tree = stage.join("debian");
-    debian::copy(&tree, "[Service]\nType=oneshot\nExecStart=true\n");
+    debian::copy(&tree, "true", "true");
     let plugin = stage.plugin().await;
     for signal in [None, Some("SIGRTMIN+4")] {
         let task = stage.words(&[]).with("image", json!(tree));
