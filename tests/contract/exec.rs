@@ -22,6 +22,18 @@ fn shell(script: &str) -> ExecRequest {
     }
 }
 
+/// This container, in a user namespace of its own if `users` is set.
+fn with_users(spec: ContainerSpec, users: bool) -> ContainerSpec {
+    spec.with(|spec| {
+        if users {
+            spec.users = Users::Private {
+                range: "pick".into(),
+                ownership: None,
+            };
+        }
+    })
+}
+
 async fn exec(world: &World, started: &Started, request: ExecRequest) -> Session {
     within(world.backend.exec(started, request)).await.unwrap()
 }
@@ -77,18 +89,11 @@ async fn a_command_is_as_restricted_as_the_payload(
     #[case] users: bool,
 ) {
     let script = format!("{RESTRICTIONS}; exec sleep 1000");
-    let started = world
-        .start(world.spec(&script).with(|spec| {
-            spec.payload.mode = mode;
-            spec.payload.capabilities = vec!["CAP_NET_ADMIN".into()];
-            if users {
-                spec.users = Users::Private {
-                    range: "pick".into(),
-                    ownership: None,
-                };
-            }
-        }))
-        .await;
+    let spec = with_users(world.spec(&script), users).with(|spec| {
+        spec.payload.mode = mode;
+        spec.payload.capabilities = vec!["CAP_NET_ADMIN".into()];
+    });
+    let started = world.start(spec).await;
     world.received("end\n").await;
     let output = run(&world, &started, shell(RESTRICTIONS)).await;
     assert_eq!((output.end, &*output.stderr), (exited(0, 0), ""));
@@ -157,16 +162,7 @@ async fn type_in(session: &Session, text: &[u8]) {
 #[case::with_users(true)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_terminal_is_one_of_the_container(world: World, #[case] users: bool) {
-    let started = world
-        .up(world.spec(DEAF).with(|spec| {
-            if users {
-                spec.users = Users::Private {
-                    range: "pick".into(),
-                    ownership: None,
-                };
-            }
-        }))
-        .await;
+    let started = world.up(with_users(world.spec(DEAF), users)).await;
     let request = ExecRequest {
         terminal: Some(TerminalSize {
             rows: 41,
@@ -311,16 +307,7 @@ async fn any_user_can_open_its_streams_by_name(world: World, #[case] users: bool
     if world.is_fake() {
         return not_applicable("needs root and the users of a real container");
     }
-    let started = world
-        .up(world.spec(DEAF).with(|spec| {
-            if users {
-                spec.users = Users::Private {
-                    range: "pick".into(),
-                    ownership: None,
-                };
-            }
-        }))
-        .await;
+    let started = world.up(with_users(world.spec(DEAF), users)).await;
     let script =
         "id -u; id -g; cat /dev/stdin; echo a >/dev/stdout; echo b >/dev/stderr; echo $HOME";
     let request = |terminal| ExecRequest {
