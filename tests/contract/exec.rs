@@ -1,9 +1,8 @@
 //! Further commands in a container that is up.
 
-use std::time::Instant;
-
 use nomad_driver_nspawn::container::Mount;
 use nomad_driver_nspawn::exec::{End, Ended, ExecRequest, Session, Streams, TerminalSize};
+use support::{Sleep, eventually};
 use tokio::io::AsyncReadExt as _;
 
 use super::*;
@@ -201,9 +200,9 @@ async fn what_a_command_leaves_ends_with_the_session(world: World) {
     let started = world.up(world.spec(DEAF)).await;
     let before = offspring(started.leader.pid).len();
     for dropped in [false, true] {
-        let mark = format!("sleep 10{}", i32::from(dropped));
+        let sleep = Sleep::new();
         let script = format!(
-            "trap '' HUP TERM; (setsid {mark} >/dev/null 2>&1 </dev/null &); (exec {mark}) & echo up; wait"
+            "trap '' HUP TERM; (setsid {sleep} >/dev/null 2>&1 </dev/null &); (exec {sleep}) & echo up; wait"
         );
         let mut session = exec(&world, &started, shell(&script)).await;
         let Streams::Pipes { stdout, .. } = &mut session.streams else {
@@ -211,15 +210,12 @@ async fn what_a_command_leaves_ends_with_the_session(world: World) {
         };
         let mut line = [0; 3];
         within(stdout.read_exact(&mut line)).await.unwrap();
+        eventually("both run", || sleep.running() == 2).await;
         match dropped {
             true => drop(session),
             false => within(session.control.end()).await,
         }
-        let clock = Instant::now();
-        while !sleepers(&mark).is_empty() {
-            assert!(clock.elapsed() < LIMIT, "{:?} are left", sleepers(&mark));
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        eventually("both are killed", || sleep.running() == 0).await;
     }
     assert_eq!(
         offspring(started.leader.pid).len(),
@@ -228,18 +224,6 @@ async fn what_a_command_leaves_ends_with_the_session(world: World) {
     );
     without_session_groups(&started).await;
     world.leave(&[&started]).await;
-}
-
-/// The processes of this host with this command line.
-fn sleepers(command: &str) -> Vec<String> {
-    let all = processes_that_name(command);
-    all.into_iter()
-        .filter(|found| {
-            found
-                .split_once(' ')
-                .is_some_and(|(_, line)| line.trim() == command)
-        })
-        .collect()
 }
 
 /// Waits until no cgroup of a session is left.

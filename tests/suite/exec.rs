@@ -3,6 +3,7 @@
 use std::fs;
 
 use dev_agent::{ExecOutput, ExecSession};
+use support::Sleep;
 
 use super::*;
 
@@ -237,35 +238,27 @@ async fn a_check_reports_its_output_and_its_exit(world: impl World) {
     assert_eq!(seen(&ok), ("out\n", "", 0, 0));
     let failed = check("echo err >&2; exit 2", Some(DEADLINE)).await;
     assert_eq!(seen(&failed), ("err\n", "", 2, 0));
-    // With a marker in the command lines of the whole tree.
     let second = Some(Duration::from_secs(1));
-    let late = check("echo begun; setsid sleep 9871 & sleep 9871", second).await;
+    let sleep = Sleep::new();
+    let script = format!("echo begun; setsid {sleep} & {sleep}");
+    let late = check(&script, second).await;
     let text = "begun\nthe command was killed after its timeout of 1s\n";
     assert_eq!(seen(&late), (text, "", 137, 9));
-    assert_eq!(processes_with(&["sleep", "9871"]), 0);
+    assert_eq!(sleep.running(), 0);
     done(world, plugin, task).await;
-}
-
-/// The processes of this host with this command line.
-fn processes_with(words: &[&str]) -> usize {
-    let wanted = words.join("\0") + "\0";
-    let lines = fs::read_dir("/proc").unwrap().flatten();
-    let lines = lines.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
-    lines.filter(|line| *line == wanted.as_bytes()).count()
 }
 
 #[rstest]
 #[tokio::test]
 async fn a_cancelled_call_ends_everything_that_the_command_has_started(world: impl World) {
     let (plugin, task) = running(&world).await;
-    let script = "setsid sleep 9872 & echo up; sleep 9872";
-    let mut session = open(&plugin, &task, script, None).await;
+    let sleep = Sleep::new();
+    let script = format!("setsid {sleep} & echo up; {sleep}");
+    let mut session = open(&plugin, &task, &script, None).await;
     until(&mut session, "up").await;
+    eventually("both run", || sleep.running() == 2).await;
     drop(session);
-    eventually("both are killed", || {
-        processes_with(&["sleep", "9872"]) == 0
-    })
-    .await;
+    eventually("both are killed", || sleep.running() == 0).await;
     done(world, plugin, task).await;
 }
 
@@ -273,13 +266,15 @@ async fn a_cancelled_call_ends_everything_that_the_command_has_started(world: im
 #[tokio::test]
 async fn a_session_ends_with_its_task(world: impl World) {
     let (plugin, task) = running(&world).await;
-    let mut session = open(&plugin, &task, "echo up; sleep 9873", None).await;
+    let sleep = Sleep::new();
+    let script = format!("echo up; {sleep}");
+    let mut session = open(&plugin, &task, &script, None).await;
     until(&mut session, "up").await;
     task.stop(&plugin, Duration::ZERO, "").await;
     let ended = refusal(within("the end of the session", session.finish()).await);
     assert_eq!(format!("{:?}", ended.code()), "FailedPrecondition");
     assert_eq!(ended.message(), "the task has ended");
-    assert_eq!(processes_with(&["sleep", "9873"]), 0);
+    assert_eq!(sleep.running(), 0);
     let later = within("the start", plugin.exec_streaming(&task.id, &["x"], None)).await;
     assert_eq!(refusal(later).message(), "the task is not running");
     done(world, plugin, task).await;
@@ -333,10 +328,11 @@ async fn a_session_with_a_terminal_ends_with_its_command(world: impl World) {
         return world.unused();
     }
     let (plugin, task) = running(&world).await;
-    let script = "setsid sleep 9874 & echo done";
-    let session = open(&plugin, &task, script, Some((24, 80))).await;
+    let sleep = Sleep::new();
+    let script = format!("setsid {sleep} & echo done");
+    let session = open(&plugin, &task, &script, Some((24, 80))).await;
     assert_eq!(seen(&finish(session).await), ("done\r\n", "", 0, 0));
-    assert_eq!(processes_with(&["sleep", "9874"]), 0);
+    assert_eq!(sleep.running(), 0);
     done(world, plugin, task).await;
 }
 
