@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy, stderr, stdin, stdout};
+use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, copy, stderr, stdin, stdout};
 use tokio::net::unix::pipe;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -180,23 +180,25 @@ fn running(state_dir: &Path) -> io::Result<Vec<Started>> {
 }
 
 /// Passes the streams of this process on until nothing has the command's output open.
-async fn pass(mut input: pipe::Sender, mut output: pipe::Receiver, mut errors: pipe::Receiver) {
+async fn pass(mut input: pipe::Sender, output: pipe::Receiver, errors: pipe::Receiver) {
     let read = async move {
         // Whether the command reads no more or nothing is left to read: its input ends here.
         let _ = copy(&mut stdin(), &mut input).await;
         drop(input);
         std::future::pending::<()>().await;
     };
-    let write = async {
-        let (mut out, mut err) = (stdout(), stderr());
-        // If nobody reads the output any more, the command gets SIGPIPE, because the pipe is closed when this returns.
-        let _ = tokio::join!(copy(&mut output, &mut out), copy(&mut errors, &mut err));
-        let _ = tokio::join!(out.flush(), err.flush());
-    };
+    let write = async { tokio::join!(pass_out(output, stdout()), pass_out(errors, stderr())) };
     tokio::select! {
-        () = write => {}
+        _ = write => {}
         () = read => {}
     }
+}
+
+/// Passes one stream of the command on. If nobody reads it any more, the command gets SIGPIPE, because the pipe is closed when this returns,
+/// even if another stream is still open.
+async fn pass_out(mut from: pipe::Receiver, mut to: impl AsyncWrite + Unpin) {
+    let _ = copy(&mut from, &mut to).await;
+    let _ = to.flush().await;
 }
 
 /// Connects this process's terminal until the command has ended.

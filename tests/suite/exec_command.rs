@@ -125,6 +125,25 @@ async fn input_reaches_the_command_and_ends(world: impl World) {
     done(world, plugin, task).await;
 }
 
+/// As in `exec ID -- yes | head`; the other stream stays open.
+#[rstest]
+#[case::output(false)]
+#[case::errors(true)]
+#[tokio::test]
+async fn a_command_whose_output_nobody_reads_gets_sigpipe(world: impl World, #[case] errors: bool) {
+    let (plugin, task) = running(&world).await;
+    let stream = if errors { ">&2" } else { "" };
+    let script = format!("echo up; while echo on {stream}; do :; done; exit 9");
+    let mut child = shell(&world, &[], &task.id, &script).spawn().unwrap();
+    prints(&mut child, "up\n").await;
+    match errors {
+        true => drop(child.stderr.take()),
+        false => drop(child.stdout.take()),
+    }
+    assert_eq!(finish(child).await.status.code(), Some(128 + 13));
+    done(world, plugin, task).await;
+}
+
 /// As much in both directions at once as fills every buffer on the way many times.
 #[rstest]
 #[tokio::test]
