@@ -1,5 +1,5 @@
 //! What passes through a command in a running task, over the plugin's socket: how long a command takes from the call to its exit, how fast
-//! data passes in both directions at once, and how the memory of plugin and supervisor grows meanwhile. Needs root, systemd-nspawn and
+//! data passes in both directions at once, compared byte for byte, and how the memory of plugin and supervisor grows meanwhile. Needs root, systemd-nspawn and
 //! busybox (Debian: busybox-static). The comparison with Nomad's own driver needs an agent: `tests/e2e/benches/exec.rs`.
 //!
 //! `--check` exits with status 1 if a budget is exceeded. On a busy machine the result means little.
@@ -148,16 +148,17 @@ async fn pass_watched(
         ..ExecTaskStreamingRequest::default()
     };
     let writer = tokio::spawn(async move {
-        for _ in 0..volume / PIECE {
-            messages.send(input(vec![b'x'; PIECE], false)).await?;
+        for number in 0..volume / PIECE {
+            messages.send(input(piece(number), false)).await?;
         }
         messages.send(input(Vec::new(), true)).await
     });
-    let (mut received, mut measured, mut most) = (0, 0, [0.0_f64; 2]);
+    let mut received = Received::default();
+    let (mut measured, mut most) = (0, [0.0_f64; 2]);
     let mut code = None;
     while let Some(response) = session.next().await? {
-        received += response.stdout.map_or(0, |stdout| stdout.data.len());
-        if received >= measured {
+        received.compare(&response.stdout.unwrap_or_default().data)?;
+        if received.length >= measured {
             measured += volume / 64;
             let now = memory();
             most = [most[0].max(now[0]), most[1].max(now[1])];
@@ -168,8 +169,51 @@ async fn pass_watched(
     }
     writer.await?.ok().context("the input was not taken")?;
     ensure!(
-        (code, received) == (Some(0), volume),
-        "cat ended with {code:?} after {received} bytes"
+        (code, received.length) == (Some(0), volume),
+        "cat ended with {code:?} after {} bytes",
+        received.length
     );
     Ok(most)
+}
+
+/// What is sent. No two pieces are equal.
+fn piece(number: usize) -> Vec<u8> {
+    let mut piece = vec![0; PIECE];
+    let (words, _) = piece.as_chunks_mut::<8>();
+    for (index, word) in words.iter_mut().enumerate() {
+        *word = (number * PIECE + index)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .to_le_bytes();
+    }
+    piece
+}
+
+/// What has come back so far, in whatever chunks.
+#[derive(Debug, Default)]
+struct Received {
+    length: usize,
+    /// The piece whose first bytes have come.
+    piece: Vec<u8>,
+}
+
+impl Received {
+    /// Compares the next bytes with what was sent.
+    fn compare(&mut self, mut data: &[u8]) -> anyhow::Result<()> {
+        while !data.is_empty() {
+            let at = self.length % PIECE;
+            if at == 0 {
+                self.piece = piece(self.length / PIECE);
+            }
+            let (some, rest) = data.split_at(data.len().min(PIECE - at));
+            ensure!(
+                *some == self.piece[at..at + some.len()],
+                "other data came back than was sent, within {} bytes after byte {}",
+                some.len(),
+                self.length
+            );
+            self.length += some.len();
+            data = rest;
+        }
+        Ok(())
+    }
 }

@@ -7,8 +7,8 @@ use support::wire::Task;
 
 use super::*;
 
-/// Prints what restricts a process, except for its inheritable capabilities: a command has those that systemd-nspawn has left to systemd,
-/// and a unit has none.
+/// Prints what restricts a process, except for its inheritable capabilities: a command has those of systemd, and a
+/// unit has none.
 const FACTS: &str = "grep -E '^(Uid|Gid|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs|Seccomp|Seccomp_filters):' /proc/self/status
 for name in user mnt pid net ipc uts cgroup; do readlink /proc/self/ns/$name; done
 ";
@@ -129,6 +129,12 @@ async fn a_booting_system_runs_commands_as_restricted_as_its_units(
         let name = name.and_then(|name| name.strip_suffix(".scope"));
         assert!(name.is_some_and(|name| !name.contains('/')), "{groups}");
     }
+    let script = "for process in 1 self; do grep ^CapInh: /proc/$process/status; done";
+    let (output, code) = debian.run(script).await;
+    let [of_systemd, of_the_command] = *output.lines().collect::<Vec<_>>() else {
+        panic!("{output}");
+    };
+    assert_eq!((of_the_command, code), (of_systemd, 0));
     debian.leave().await;
 }
 
