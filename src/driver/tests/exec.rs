@@ -221,12 +221,23 @@ impl Exec {
     async fn stdin(&mut self) -> Vec<u8> {
         let mut input = Vec::new();
         let stdin = self.other.stdin.as_mut().unwrap();
-        timeout(LIMIT, stdin.read_to_end(&mut input))
-            .await
-            .unwrap()
-            .unwrap();
+        let read = timeout(LIMIT, stdin.read_to_end(&mut input));
+        in_real_time(read).await.unwrap().unwrap();
         input
     }
+}
+
+/// Waits for a pipe while paused time stands still, as it does while a blocking task runs. Another test of this process that forks has a copy
+/// of the pipe's other end until it executes a program; with nothing else to do, paused time would pass the limit at once.
+async fn in_real_time<T>(wait: impl Future<Output = T>) -> T {
+    let (done, waiting) = std::sync::mpsc::channel::<()>();
+    let blocks = tokio::task::spawn_blocking(move || {
+        let _ = waiting.recv_timeout(LIMIT);
+    });
+    let result = wait.await;
+    drop(done);
+    blocks.await.unwrap();
+    result
 }
 
 #[tokio::test]
