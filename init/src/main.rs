@@ -65,7 +65,7 @@ fn main() -> ExitCode {
     let start_error = match ready(spec, &stdout, &stderr) {
         Ok((InitMode::Launcher, command)) => {
             drop((stdout, stderr));
-            match launch(&channel, &command) {
+            match launch(&mut channel, &command) {
                 Ok(never) => match never {},
                 Err(start_error) => start_error,
             }
@@ -85,6 +85,7 @@ fn main() -> ExitCode {
     print_error(&start_error.to_string());
     let status = status(start_error.status());
     channel.send(&InitEvent::Failed(start_error));
+    channel.finish();
     status
 }
 
@@ -163,7 +164,7 @@ pub(crate) fn read<T: DeserializeOwned>(file: &File) -> io::Result<T> {
 }
 
 /// Execs the command after `Go`.
-fn launch(channel: &Channel, command: &Command) -> Result<Infallible, StartError> {
+fn launch(channel: &mut Channel, command: &Command) -> Result<Infallible, StartError> {
     command.prepare()?;
     wait_for_start(channel)?;
     execute(&command.words, &command.environment, |command| {
@@ -172,7 +173,7 @@ fn launch(channel: &Channel, command: &Command) -> Result<Infallible, StartError
 }
 
 /// Reports `Ready` and waits for `Go`. If the supervisor dies first the command must not run: nothing would supervise it.
-fn wait_for_start(channel: &Channel) -> Result<(), StartError> {
+fn wait_for_start(channel: &mut Channel) -> Result<(), StartError> {
     channel.send(&InitEvent::Ready);
     while let Some(packet) = channel.await_packet() {
         let is_go = matches!(packet.message(), Ok(Request::Go));

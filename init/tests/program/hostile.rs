@@ -58,7 +58,8 @@ fn whatever_is_sent_while_the_command_runs_is_ignored() {
         b"null",
         b"\"go\"",
         b"{\"exec\":{\"id\":1}}",
-        &[b'['; 1000],
+        &[b'['; 100_000],
+        &[b' '; packets::MAX_PACKET_BYTES + 1],
     ] {
         program.send(nonsense, &[]);
         program.send(nonsense, &[null.as_fd(); 3]);
