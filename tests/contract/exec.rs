@@ -197,7 +197,8 @@ async fn a_terminal_is_one_of_the_container(world: World, #[case] users: bool) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_command_leaves_ends_with_the_session(world: World) {
-    let started = world.up(world.spec(DEAF)).await;
+    // Without children that come and go.
+    let started = world.up(world.spec("echo up; exec sleep 1000")).await;
     let before = offspring(started.leader.pid).len();
     for dropped in [false, true] {
         let sleep = Sleep::new();
