@@ -294,6 +294,8 @@ pub struct Probe {
     pub idmapped_mounts: bool,
     /// Whether root trees can be looked into, or why not, in text for an operator who can fix it.
     pub openat2: Result<(), String>,
+    /// Whether captured seccomp filters are used, or why not, in text for an operator.
+    pub seccomp_cache: Result<(), String>,
     /// Whether the state directory can be used, or why not, in text for an operator who can fix it.
     pub state_dir: Result<(), String>,
 }

@@ -13,6 +13,7 @@
 //! | [`cleanup`] | the records of a start | nothing of it left: processes killed, leases released |
 //! | [`state`] | records | files of the task directory, locks on it |
 //! | [`lease`] | one resource of a start | it released |
+//! | [`seccomp`] | a container, or the kind of one | the filters of systemd-nspawn, read or kept |
 //! | [`nspawn`], [`cgroup`] | plain values | argv, parsed tool output, readings |
 //!
 //! The commands for people are in the crate `dev-agent`, with a small Nomad-like host that starts a plugin the way Nomad does; only
@@ -50,3 +51,4 @@ pub mod lease;
 
 pub mod cgroup;
 pub mod nspawn;
+pub mod seccomp;

@@ -125,6 +125,7 @@ fn driver() -> anyhow::Result<Driver> {
                 // Not the binary's path: an upgrade may have replaced the file while this version runs.
                 binary: "/proc/self/exe".into(),
                 exec_unfiltered: config.exec_unfiltered,
+                seccomp_cache: config.seccomp_cache,
                 timeouts: Timeouts::default(),
             }))
         };

@@ -33,6 +33,10 @@ pub enum Descriptor {
     Spec = 7,
 }
 
+/// The argument that makes this program, outside any container, a process with one seccomp filter that allows everything. It writes a byte to
+/// stdout when it has installed that, and exits when its stdin ends. Only to find out whether the kernel shows filters.
+pub const FILTERED: &str = "filtered";
+
 /// The number of inherited descriptors: the value of `LISTEN_FDS`.
 pub const DESCRIPTORS: i32 = 5;
 

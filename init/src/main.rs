@@ -22,8 +22,8 @@ use nix::libc;
 use nix::sys::signal::SigSet;
 use nspawn_init::session_spec::SESSION;
 use nspawn_init::{
-    Filter, InitEvent, InitMode, InitSpec, MAX_SPEC_BYTES, NOT_EXECUTABLE, Request, StartError,
-    Step, parse_spec,
+    FILTERED, Filter, InitEvent, InitMode, InitSpec, MAX_SPEC_BYTES, NOT_EXECUTABLE, Request,
+    StartError, Step, parse_spec,
 };
 use rustix::process::{WaitStatus, chdir};
 use rustix::stdio::{dup2_stderr, dup2_stdout};
@@ -35,11 +35,10 @@ use crate::init::Init;
 use crate::raw::Inherited;
 
 fn main() -> ExitCode {
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|word| word == SESSION)
-    {
-        return session::main();
+    match std::env::args_os().nth(1) {
+        Some(word) if word == SESSION => return session::main(),
+        Some(word) if word == FILTERED => return filtered(),
+        _ => {}
     }
     // First of all, so that no signal is lost: PID 1 drops signals that it neither blocks nor handles. Commands are started with no signal
     // blocked.
@@ -87,6 +86,20 @@ fn main() -> ExitCode {
     channel.send(&InitEvent::Failed(start_error));
     channel.finish();
     status
+}
+
+/// The instruction of a seccomp program that ends it: allowed (`BPF_RET`, `SECCOMP_RET_ALLOW`).
+const ALLOW: (u16, u8, u8, u32) = (0x06, 0, 0, libc::SECCOMP_RET_ALLOW);
+
+/// Installs a filter that allows everything, says so, and waits for the end of its stdin.
+fn filtered() -> ExitCode {
+    let installed = raw::install(&Filter(vec![ALLOW]));
+    let mut stdout = io::stdout();
+    let said = installed
+        .and_then(|()| stdout.write_all(b"1"))
+        .and_then(|()| stdout.flush());
+    let waited = said.and_then(|()| io::copy(&mut io::stdin(), &mut io::sink()));
+    waited.map_or(ExitCode::FAILURE, |_| ExitCode::SUCCESS)
 }
 
 /// The command to execute, with its environment, directory and filters.

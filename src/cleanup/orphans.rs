@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::kill::descendants;
 use crate::cgroup::{Group, Layout};
+use crate::seccomp;
 use crate::signal::Signal;
 use crate::state::state_dir;
 use crate::state::task_dir::{LaunchSpec, TaskDir, is_of_later_form};
@@ -51,6 +52,9 @@ pub fn scan(state_dir: &Path) -> io::Result<Scan> {
     };
     for entry in entries {
         let path = entry?.path();
+        if path.ends_with(seccomp::DIRECTORY) {
+            continue;
+        }
         match verify(state_dir, &path) {
             Ok(None) => scan.starts.push(TaskDir::new(path)),
             Ok(Some(reason)) => scan.not_ours.push((path, reason)),

@@ -55,6 +55,8 @@ pub struct PluginConfig {
     pub require_limits: bool,
     /// Whether a command is run in a task whose seccomp filters can't be read, without filters.
     pub exec_unfiltered: bool,
+    /// Whether seccomp filters that systemd-nspawn has built are installed in later containers of the same kind.
+    pub seccomp_cache: bool,
     /// The directory that holds the state of running tasks.
     pub state_dir: PathBuf,
     /// The systemd-nspawn to use; `None` searches `PATH`.

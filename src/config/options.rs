@@ -126,6 +126,8 @@ options! {
         "require_limits" => require_limits: bool [false],
         /// Whether a command is run in a task whose seccomp filters can't be read.
         "exec_unfiltered" => exec_unfiltered: bool [false],
+        /// Whether seccomp filters that systemd-nspawn has built are installed in later containers of the same kind.
+        "seccomp_cache" => seccomp_cache: bool [true],
         /// The directory that holds the state of running tasks.
         "state_dir" => state_dir: String ["/run/nomad-driver-nspawn"],
         /// The systemd-nspawn program to use instead of the one found in `PATH`.

@@ -27,6 +27,7 @@ pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError>
         devices: options.devices,
         require_limits: options.require_limits,
         exec_unfiltered: options.exec_unfiltered,
+        seccomp_cache: options.seccomp_cache,
         state_dir,
         nspawn_path: options
             .nspawn_path

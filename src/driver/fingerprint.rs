@@ -120,6 +120,10 @@ fn attributes(
             Value::BoolVal(probe.idmapped_mounts),
         ),
         (
+            "driver.nspawn.seccomp_cache",
+            Value::BoolVal(probe.seccomp_cache.is_ok()),
+        ),
+        (
             "driver.nspawn.boot_environment_hidden",
             Value::BoolVal(Feature::HiddenValues.is_in(version)),
         ),

@@ -38,6 +38,7 @@ pub(crate) fn plugin_config() -> PluginConfig {
         devices: true,
         require_limits: false,
         exec_unfiltered: false,
+        seccomp_cache: true,
         state_dir: "/run/nomad-driver-nspawn".into(),
         nspawn_path: None,
         reconcile_after: None,
@@ -54,6 +55,7 @@ pub(crate) fn probe() -> Probe {
         controllers: ["cpu", "cpuset", "memory"].map(str::to_owned).into(),
         idmapped_mounts: true,
         openat2: Ok(()),
+        seccomp_cache: Ok(()),
         state_dir: Ok(()),
     }
 }

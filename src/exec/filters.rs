@@ -12,9 +12,9 @@ use nspawn_init::Filter;
 use super::ExecError;
 use super::leader::Seccomp;
 use crate::container::Process;
+use crate::seccomp;
 use crate::sys::process::ProcessHandle;
 use crate::sys::procfs::status_field;
-use crate::sys::trace::seccomp_filters;
 
 /// The filters that have been read, by the first process of the container. Equal lists are kept once: all containers of an image have the
 /// same.
@@ -53,7 +53,7 @@ impl FilterCache {
         if let Some(known) = self.known(leader.process(), count) {
             return Ok(known);
         }
-        match read(leader) {
+        match seccomp::read(leader) {
             Ok(filters) => {
                 let filters = oldest(filters, count).map_err(ExecError::Filters)?;
                 Ok(self.keep(leader.process(), count, filters))
@@ -133,17 +133,6 @@ fn warn(error: &io::Error) {
         %error,
         "commands run without the seccomp filters of their task, which can't be read, and with those of the agent, if it has any"
     );
-}
-
-fn read(leader: &ProcessHandle) -> io::Result<Vec<Filter>> {
-    let instructions = |program: Vec<nix::libc::sock_filter>| {
-        let each = program.into_iter();
-        Filter(each.map(|one| (one.code, one.jt, one.jf, one.k)).collect())
-    };
-    Ok(seccomp_filters(leader)?
-        .into_iter()
-        .map(instructions)
-        .collect())
 }
 
 #[cfg(test)]

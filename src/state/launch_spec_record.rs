@@ -13,6 +13,7 @@ use crate::lease::{
     Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
     TreeLock, UidRange, ZoneBridge,
 };
+use crate::seccomp;
 
 #[derive(Serialize, Deserialize)]
 pub(super) struct LaunchSpecRecord {
@@ -40,6 +41,8 @@ pub(super) struct LaunchSpecRecord {
     resources: Option<Vec<Resource>>,
     #[serde(default, skip_serializing_if = "InsideSettings::is_empty")]
     inside: InsideSettings,
+    #[serde(default, skip_serializing_if = "seccomp::Source::is_nspawn")]
+    seccomp: seccomp::Source,
     notes: Vec<String>,
 }
 
@@ -75,6 +78,7 @@ impl From<LaunchSpecRecord> for LaunchSpec {
             oom_score_adj: form.oom_score_adj,
             resources: form.resources.unwrap_or_else(|| form.older.resources()),
             inside: form.inside,
+            seccomp: form.seccomp,
             notes: form.notes,
         }
     }
@@ -99,6 +103,7 @@ impl From<LaunchSpec> for LaunchSpecRecord {
             oom_score_adj: launch_spec.oom_score_adj,
             resources: Some(launch_spec.resources),
             inside: launch_spec.inside,
+            seccomp: launch_spec.seccomp,
             notes: launch_spec.notes,
         }
     }

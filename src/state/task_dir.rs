@@ -20,6 +20,7 @@ use super::launch_spec_record::LaunchSpecRecord;
 use crate::cgroup::CgroupPlan;
 use crate::container::{Cause, ExecDefaults, Exit, InsideSettings, Mode, Process, Started};
 use crate::lease::Resource;
+use crate::seccomp;
 
 mod directory;
 
@@ -65,6 +66,8 @@ pub struct LaunchSpec {
     pub resources: Vec<Resource>,
     /// What the supervisor applies to the container before its command runs.
     pub inside: InsideSettings,
+    /// Where its seccomp filters come from.
+    pub seccomp: seccomp::Source,
     /// What the user should know about this start.
     pub notes: Vec<String>,
 }

@@ -6,6 +6,7 @@ use crate::container::{Device, TmpfsSizes};
 use crate::lease::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Skeleton, TreeLock, UidRange, ZoneBridge,
 };
+use crate::seccomp::{Kind, Source};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -41,6 +42,7 @@ pub(crate) fn an_order(id: &str) -> LaunchSpec {
         oom_score_adj: 0,
         resources: Vec::new(),
         inside: InsideSettings::default(),
+        seccomp: Source::default(),
         notes: Vec::new(),
     }
 }
@@ -437,6 +439,16 @@ fn inside() -> impl Strategy<Value = InsideSettings> {
     })
 }
 
+fn seccomp() -> impl Strategy<Value = Source> {
+    let spec = crate::container::ContainerSpec::for_test("task", "/tree");
+    let kind = Kind::of(&spec, Path::new("/bin/sh")).unwrap().unwrap();
+    prop_oneof![
+        Just(Source::Nspawn),
+        Just(Source::Capture(Box::new(kind))),
+        any::<(u32, u64)>().prop_map(|(count, bounding)| Source::Captured { count, bounding }),
+    ]
+}
+
 fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
     let first = prop_oneof![
         Just(Pid1::Image),
@@ -448,10 +460,10 @@ fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
     let paths = (maybe(), maybe(), maybe(), maybe());
     let resources = proptest::collection::vec(resource(), 0..9);
     let limits = (proptest::option::of(cgroup_plan()), any::<i32>());
-    let rest = (resources, inside(), any::<Vec<String>>(), limits);
+    let rest = (resources, inside(), any::<Vec<String>>(), limits, seccomp());
     (names, call, paths, rest).prop_map(
         |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
-            let (resources, inside, notes, (cgroups, oom_score_adj)) = rest;
+            let (resources, inside, notes, (cgroups, oom_score_adj), seccomp) = rest;
             let (stdout, stderr, network_namespace, alloc_dir) = paths;
             LaunchSpec {
                 id,
@@ -469,6 +481,7 @@ fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
                 oom_score_adj,
                 resources,
                 inside,
+                seccomp,
                 notes,
             }
         },

@@ -83,6 +83,7 @@ pub enum StartStep {
     Nspawn,
     Watch,
     Inside,
+    Filters,
 }
 
 impl StartStep {
@@ -96,6 +97,7 @@ impl StartStep {
             Self::Nspawn => "starting systemd-nspawn",
             Self::Watch => "supervising the container",
             Self::Inside => "setting up the container",
+            Self::Filters => "installing captured seccomp filters",
         }
     }
 }

@@ -19,7 +19,7 @@ use nomad_driver_nspawn::state::TaskDir;
 use nomad_driver_nspawn::sys::process::{ProcessHandle, children, handles_signal, is_alive};
 
 use rstest::rstest;
-use support::not_applicable;
+use support::{not_applicable, starts_in};
 
 // Defined beside this module by the crate that runs the suite.
 use super::world;
@@ -30,6 +30,7 @@ mod devices;
 mod environment;
 mod exec;
 mod exits;
+mod filters;
 mod force;
 mod inside;
 mod lifecycle;
@@ -84,6 +85,7 @@ impl World {
             search: std::ffi::OsString::new(),
             binary: binary.to_owned(),
             exec_unfiltered: false,
+            seccomp_cache: true,
             timeouts: Timeouts::default(),
         };
         Self {
@@ -280,9 +282,7 @@ impl World {
             let propagate = Path::new("/run/systemd/nspawn/propagate").join(&started.machine);
             assert!(!propagate.exists(), "{} is left", propagate.display());
         }
-        let state: Vec<_> = fs::read_dir(&self.settings.state_dir)
-            .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
-            .unwrap_or_default();
+        let state = starts_in(&self.settings.state_dir);
         assert!(state.is_empty(), "left in the state directory: {state:?}");
         let marker = self.scratch.path().to_string_lossy().into_owned();
         let left = processes_that_name(&marker);

@@ -55,6 +55,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "state",
             "lease",
             "nspawn",
+            "seccomp",
             "cgroup",
             "blocking",
             "container",
@@ -69,6 +70,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "supervisor",
             "state",
+            "seccomp",
             "cgroup",
             "blocking",
             "container",
@@ -82,6 +84,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "state",
             "lease",
             "nspawn",
+            "seccomp",
             "cgroup",
             "blocking",
             "container",
@@ -92,11 +95,20 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "cleanup",
-        &["state", "lease", "cgroup", "container", "signal", "sys"],
+        &[
+            "state",
+            "lease",
+            "seccomp",
+            "cgroup",
+            "container",
+            "signal",
+            "sys",
+        ],
     ),
-    ("state", &["lease", "cgroup", "container"]),
+    ("state", &["lease", "seccomp", "cgroup", "container"]),
     ("lease", &["cgroup", "failpoint", "sys"]),
     ("nspawn", &["container", "rootfs_path"]),
+    ("seccomp", &["container", "sys"]),
     ("cgroup", &["container", "sys"]),
 ];
 

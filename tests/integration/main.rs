@@ -14,6 +14,7 @@ mod events;
 mod examples;
 mod fake;
 mod faults;
+mod fingerprint;
 mod handshake;
 mod harness;
 mod hostile;

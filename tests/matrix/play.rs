@@ -513,14 +513,8 @@ impl<'w, W: World> Game<'w, W> {
     /// Checks that nothing is left.
     async fn leave(self) -> Plugin {
         let state = self.world.state();
-        let left = |directory: &Path| -> Vec<PathBuf> {
-            let entries = std::fs::read_dir(directory);
-            entries
-                .map(|all| all.flatten().map(|entry| entry.path()).collect())
-                .unwrap_or_default()
-        };
         eventually("an empty state directory", || {
-            left(&state).is_empty().then_some(())
+            support::starts_in(&state).is_empty().then_some(())
         })
         .await;
         let layout = Layout::of_this_host();

@@ -29,6 +29,7 @@ mod acquire;
 mod addresses;
 mod attach;
 mod exec;
+mod filters;
 mod installed;
 mod prepare;
 mod reconcile;
@@ -37,6 +38,7 @@ mod remove;
 mod start;
 mod stop;
 
+use filters::CapturedFilters;
 use installed::Installed;
 use registry::Registry;
 
@@ -53,6 +55,8 @@ pub struct Settings {
     pub binary: PathBuf,
     /// Whether a command is run in a container whose seccomp filters can't be read, without filters.
     pub exec_unfiltered: bool,
+    /// Whether seccomp filters that systemd-nspawn has built are installed in later containers of the same kind.
+    pub seccomp_cache: bool,
     /// How long a removal waits for a supervisor. Not configurable; shorter in tests.
     pub timeouts: Timeouts,
 }
@@ -90,6 +94,7 @@ pub struct NspawnBackend {
     init: Arc<OnceLock<OwnedFd>>,
     /// The seccomp filters of the containers in which a command was run.
     filters: Arc<FilterCache>,
+    captured: Arc<CapturedFilters>,
     tracker: TaskTracker,
 }
 
@@ -105,6 +110,7 @@ impl NspawnBackend {
             probing: Arc::default(),
             init: Arc::default(),
             filters: Arc::default(),
+            captured: Arc::default(),
             tracker: TaskTracker::new(),
         }
     }
@@ -120,11 +126,14 @@ impl ContainerBackend for NspawnBackend {
         let installed = self.installed.get(&self.settings).await;
         let turn = Arc::clone(&self.probing).lock_owned().await;
         let (settings, kernel) = (Arc::clone(&self.settings), self.kernel);
+        let (init, captured) = (Arc::clone(&self.init), Arc::clone(&self.captured));
         blocking::run(move || {
             let _turn = turn;
             let layout = Layout::of_this_host();
             let root = nix::unistd::geteuid().is_root();
+            let program = || start::init_binary(&init, &settings.state_dir);
             Probe {
+                seccomp_cache: captured.usable(&settings, program),
                 controllers: match root {
                     true => controllers(&layout),
                     false => BTreeSet::new(),
@@ -209,7 +218,6 @@ impl UsageReader for UsageFiles {
     }
 }
 
-/// The id of the current boot.
 /// The controllers with which the driver can limit a container, of whichever version. `devices` also where BPF takes its place.
 fn controllers(layout: &Layout) -> BTreeSet<String> {
     let mut usable = layout.usable_controllers();
@@ -219,6 +227,7 @@ fn controllers(layout: &Layout) -> BTreeSet<String> {
     usable
 }
 
+/// The id of the current boot.
 fn boot_id() -> Result<String, BackendError> {
     kernel::boot_id().map_err(|source| {
         let file = Path::new("/proc/sys/kernel/random/boot_id");

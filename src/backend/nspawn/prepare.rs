@@ -4,6 +4,8 @@
 use std::fs;
 use std::path::PathBuf;
 
+use nspawn_init::Filter;
+
 use super::{acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
@@ -15,6 +17,7 @@ use crate::nspawn::ports::{self, Addresses};
 use crate::nspawn::refusal::cause_of_host_error;
 use crate::nspawn::version;
 use crate::nspawn::{idmap, ownership, skeleton};
+use crate::seccomp::Source;
 use crate::state::{LaunchSpec, Pid1, TaskDir};
 
 /// The versions that decide what is possible.
@@ -28,11 +31,12 @@ pub(super) struct Host {
     pub(super) kernel: (u32, u32),
 }
 
-/// Prepares the start in this task directory and writes its launch spec.
+/// Prepares the start in this task directory, with these seccomp filters, and writes its launch spec.
 pub(super) fn prepare(
     spec: &ContainerSpec,
     task_dir: &TaskDir,
     host: Host,
+    (seccomp, filters): (Source, Vec<Filter>),
 ) -> Result<(), BackendError> {
     let layout = Layout::of_this_host();
     if let Some(reason) = version::unusable(host.version, layout.kind) {
@@ -45,6 +49,11 @@ pub(super) fn prepare(
     let notify_socket = task_dir.notify_socket().to_string_lossy().into_owned();
     let variable = "NOTIFY_SOCKET".to_owned();
     line.environment.insert(variable, notify_socket);
+    if let (Source::Captured { .. }, Some(init)) = (&seccomp, &mut line.init) {
+        init.filters = filters;
+        let variable = "SYSTEMD_SECCOMP".to_owned();
+        line.environment.insert(variable, "0".to_owned());
+    }
     let (version, kernel) = (host.version, host.kernel);
     notes.extend(ownership::notes(&spec.rootfs, &spec.users, version, kernel));
     let (cgroups, unenforced) = match cgroups {
@@ -59,7 +68,10 @@ pub(super) fn prepare(
     notes.extend(unenforced);
     let resources = acquire::resources(spec, place.as_ref(), &root);
     let limits = (cgroups, resources);
-    let launch_spec = launch_spec(spec, host.program, &mut line, limits, bounded(notes))?;
+    let launch_spec = LaunchSpec {
+        seccomp,
+        ..launch_spec(spec, host.program, &mut line, limits, bounded(notes))?
+    };
     failpoint::hit(task_dir, Failpoint::BeforeOrder);
     let exec_defaults = ExecDefaults::of(&spec.payload);
     let written = task_dir.write_exec_defaults(&exec_defaults);
@@ -149,6 +161,7 @@ fn launch_spec(
         oom_score_adj: spec.resources.oom_score_adj,
         resources,
         inside: spec.resources.inside(),
+        seccomp: Source::default(),
         notes,
     })
 }

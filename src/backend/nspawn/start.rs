@@ -45,7 +45,14 @@ impl NspawnBackend {
         for start in earlier {
             self.remove_start(&start).await?;
         }
-        let started = self.start_new(spec).await;
+        let mut started = self.start_new(spec.clone()).await;
+        if let Err(BackendError::Start { step, reason, .. }) = &started
+            && *step == StartStep::Filters.as_str()
+        {
+            self.captured.give_up(&self.settings, reason);
+            self.remove_start(&task_dir).await?;
+            started = self.start_new(spec).await;
+        }
         if started.is_err()
             && let Err(error) = self.remove_start(&task_dir).await
         {
@@ -81,11 +88,14 @@ impl NspawnBackend {
     ) -> Result<SupervisorClient, BackendError> {
         let (settings, tracker) = (Arc::clone(&self.settings), self.tracker.clone());
         let (init, task_dir) = (Arc::clone(&self.init), self.task_dir(&spec.identity.id));
+        let captured = Arc::clone(&self.captured);
         let place = task_dir.clone();
         let launched = blocking::run_start(move || {
             let lock = TaskLock::create(&place)
                 .map_err(|source| io_error("creating the directory", place.path(), source))?;
-            prepare(&spec, &place, host)?;
+            let program = || init_binary(&init, &settings.state_dir);
+            let filters = captured.source(&spec, &host.program, &settings, program);
+            prepare(&spec, &place, host, filters)?;
             failpoint::hit(&place, Failpoint::OrderWritten);
             let client = init_binary(&init, &settings.state_dir)
                 .and_then(|init| client::launch(&settings.binary, &place, init, &tracker))

@@ -5,7 +5,7 @@ use super::*;
 #[rstest]
 #[case(&[], true, "/run/nomad-driver-nspawn", None)]
 #[case(
-    b"\x87\xa7enabled\xc2\xa7volumes\xc2\xa7devices\xc2\xaerequire_limits\xc3\xafexec_unfiltered\xc3\xa9state_dir\xa2/x\xabnspawn_path\xa4/n/s",
+    b"\x88\xa7enabled\xc2\xa7volumes\xc2\xa7devices\xc2\xaerequire_limits\xc3\xafexec_unfiltered\xc3\xadseccomp_cache\xc2\xa9state_dir\xa2/x\xabnspawn_path\xa4/n/s",
     false,
     "/x",
     Some("/n/s")
@@ -28,6 +28,7 @@ fn valid_plugin_configurations_are_decoded(
         devices: switches,
         require_limits: !switches,
         exec_unfiltered: !switches,
+        seccomp_cache: switches,
         state_dir: state_dir.into(),
         nspawn_path: nspawn_path.map(Into::into),
         reconcile_after: Some(Duration::from_secs(600)),

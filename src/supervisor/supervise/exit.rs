@@ -6,6 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
+use nspawn_init::Step;
 use rustix::process::{WaitOptions, wait};
 
 use super::event_loop::Interest;
@@ -260,7 +261,11 @@ impl Supervisor {
         if let Some(start_error) = &self.exit.start_error {
             let error = io::Error::from_raw_os_error(start_error.errno);
             let cause = cause_of_exec_error(&error);
-            return StartFailure::new(StartStep::Nspawn, cause, start_error.to_string());
+            let step = match start_error.step {
+                Step::Filters => StartStep::Filters,
+                _ => StartStep::Nspawn,
+            };
+            return StartFailure::new(step, cause, start_error.to_string());
         }
         let messages = self.task_dir.nspawn_stderr_tail();
         let what = match in_one_line(&messages) {

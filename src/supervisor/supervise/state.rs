@@ -20,6 +20,7 @@ use super::{Sockets, failure, logs, spawn};
 use crate::container::{Process, Started};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::{self, SharedLocks};
+use crate::seccomp::{self, Store};
 use crate::signal::Signal;
 use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
 use crate::supervisor::init_channel::InitChannel;
@@ -246,6 +247,9 @@ impl Supervisor {
         if let Err(failure) = self.cgroups.settle(&self.launch_spec) {
             return self.fail_with(failure);
         }
+        if let Err(error) = self.settle_filters(handle.as_deref()) {
+            return self.fail_with(failure(StartStep::Filters, &error));
+        }
         if !self.apply_inside(handle.as_deref()) {
             return;
         }
@@ -288,6 +292,34 @@ impl Supervisor {
             uids: lease::first_uid_of(leader),
             alloc_dir: self.launch_spec.alloc_dir.clone(),
         }
+    }
+
+    /// Keeps the filters that systemd-nspawn has installed, for later starts; or fails if those that were kept are not installed. A leader
+    /// that has exited runs no command.
+    fn settle_filters(&self, leader: Option<&ProcessHandle>) -> io::Result<()> {
+        let (Some(leader), Some(state_dir)) = (leader, self.task_dir.path().parent()) else {
+            return Ok(());
+        };
+        match &self.launch_spec.seccomp {
+            seccomp::Source::Nspawn => {}
+            seccomp::Source::Captured { count, bounding } => {
+                seccomp::verify(leader, *count, *bounding)?;
+            }
+            seccomp::Source::Capture(kind) => {
+                let captured = seccomp::capture(kind, self.nspawn, leader);
+                let kept = captured.and_then(|captured| match captured {
+                    Some(captured) => Store::of(state_dir).save(&captured),
+                    None => Ok(()),
+                });
+                if let Err(error) = kept {
+                    let _ = writeln!(
+                        io::stderr(),
+                        "the seccomp filters of this container are not kept for later starts: {error}"
+                    );
+                }
+            }
+        }
+        Ok(())
     }
 
     /// How many seccomp filters systemd-nspawn has installed. A command that is waited for has not installed any yet; an image's own init

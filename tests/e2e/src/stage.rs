@@ -99,8 +99,8 @@ impl World for Stage {
     async fn is_clean(&self, plugin: &Plugin) {
         let own = format!("process {} ", plugin.pid());
         let left = || {
-            let recorded = fs::read_dir(self.state()).into_iter().flatten().flatten();
-            let recorded = recorded.map(|entry| format!("record {}", entry.path().display()));
+            let recorded = support::starts_in(&self.state()).into_iter();
+            let recorded = recorded.map(|path| format!("record {}", path.display()));
             let mut left = self.marks.left();
             left.retain(|line| !line.starts_with(&own));
             left.extend(recorded);
@@ -244,11 +244,7 @@ impl Stage {
     pub fn leave(mut self) {
         self.left = true;
         self.marks.assert_none_left();
-        let state: Vec<_> = fs::read_dir(self.join("state"))
-            .expect("the state directory")
-            .flatten()
-            .map(|entry| entry.path())
-            .collect();
+        let state = support::starts_in(&self.join("state"));
         assert!(state.is_empty(), "left in the state directory: {state:?}");
         let plugins = fs::read_dir(self.join("plugins")).expect("the plugin directory");
         assert_eq!(plugins.count(), 1, "something was put beside the plugin");

@@ -7,6 +7,7 @@
 
 use std::future::Future;
 use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub mod limits;
@@ -40,6 +41,13 @@ pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
         }
     };
     within(what, looking).await;
+}
+
+/// What starts have left in a state directory. The filters that are kept for later starts are not theirs.
+pub fn starts_in(state: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(state).into_iter().flatten().flatten();
+    let paths = entries.map(|entry| entry.path());
+    paths.filter(|path| !path.ends_with(".seccomp")).collect()
 }
 
 /// Reports that this host can't run the current test. The test runner has no such result and counts the test as passed, so the caller

@@ -31,6 +31,7 @@ impl Inside {
             search: std::ffi::OsString::new(),
             binary: e2e::driver(),
             exec_unfiltered: false,
+            seccomp_cache: true,
             timeouts: Timeouts::default(),
         });
         Self { stage, backend }

@@ -179,10 +179,9 @@ impl Arena {
         self.plugin.send_replace(Arc::new(next.await));
     }
 
-    /// The entries of the state directory.
-    fn recorded(&self) -> Vec<OsString> {
-        let entries = fs::read_dir(self.stage.join("state")).unwrap();
-        entries.map(|entry| entry.unwrap().file_name()).collect()
+    /// The task directories.
+    fn recorded(&self) -> Vec<PathBuf> {
+        support::starts_in(&self.stage.join("state"))
     }
 
     /// Runs a plugin that removes the leftovers of dead ones.
@@ -504,7 +503,7 @@ async fn hundreds_of_tasks_leave_nothing_behind() {
         descriptors.push(holds(pid, "fd"));
         assert_eq!(
             arena.recorded(),
-            Vec::<OsString>::new(),
+            Vec::<PathBuf>::new(),
             "after part {number}"
         );
     }
