@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::container::{ContainerSpec, Mode, NetworkNamespace};
+use crate::container::{ContainerSpec, Mode, NetworkNamespace, Users};
 
 /// Everything that decides which filters systemd-nspawn builds and is known before it is started. The libraries that it has loaded are known
 /// only then: they are kept with the filters.
@@ -24,6 +24,16 @@ pub struct Kind {
     capabilities: BTreeSet<String>,
     /// With a network of its own a container has `CAP_NET_ADMIN`.
     private_network: bool,
+    /// systemd-nspawn takes other capabilities from a container with a user namespace than from one without.
+    users: UserIds,
+}
+
+/// How the ids of a container are mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum UserIds {
+    Host,
+    Identity,
+    Mapped,
 }
 
 impl Kind {
@@ -40,6 +50,11 @@ impl Kind {
             architecture: std::env::consts::ARCH.to_owned(),
             capabilities: spec.payload.capabilities.iter().cloned().collect(),
             private_network: matches!(spec.network.namespace, NetworkNamespace::Private { .. }),
+            users: match &spec.users {
+                Users::Host => UserIds::Host,
+                Users::Private { range, .. } if range == "identity" => UserIds::Identity,
+                Users::Private { .. } => UserIds::Mapped,
+            },
         }))
     }
 
@@ -121,6 +136,16 @@ mod tests {
                 resolv_conf: None,
             };
         });
+        let users = ["pick", "identity"].map(|range| {
+            let change = |spec: &mut ContainerSpec| {
+                spec.users = Users::Private {
+                    range: range.into(),
+                    ownership: None,
+                };
+            };
+            kind(change).unwrap().file_name()
+        });
+        assert!(users[0] != plain && users[1] != plain && users[0] != users[1]);
         assert_ne!(added, plain);
         assert_ne!(private, plain);
     }

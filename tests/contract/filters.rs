@@ -4,6 +4,7 @@ use nomad_driver_nspawn::exec::{End, ExecRequest, Streams};
 use nomad_driver_nspawn::seccomp::{self, Captured, Filter, Kind, Source, Store};
 use nomad_driver_nspawn::sys::procfs::status_field;
 use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe;
 
 use super::*;
 
@@ -158,11 +159,23 @@ async fn filters_that_can_not_be_installed_are_built(
     let mut damaged = whole.clone();
     damage(&mut damaged);
     store.save(&damaged).unwrap();
-    let second = start(&world, "second", |_| {}).await;
+    // A log collector stops reading when nobody has the pipe open any more.
+    let log = world.scratch.path().join("log");
+    nix::unistd::mkfifo(&log, nix::sys::stat::Mode::from_bits_truncate(0o600)).unwrap();
+    let mut pipe = pipe::OpenOptions::new().open_receiver(&log).unwrap();
+    let collector = tokio::spawn(async move {
+        let mut text = String::new();
+        pipe.read_to_string(&mut text).await.unwrap();
+        text
+    });
+    let spec = world.named("second", "echo up; exec sleep 1000");
+    let spec = spec.with(|spec| spec.payload.stdout = Some(log.clone()));
+    let second = world.start(spec).await;
     assert_eq!(source(&second), Source::Nspawn);
     assert_eq!(filters(&second), whole.filters);
     assert_eq!(store.load(&kind), None, "they are not used again");
     world.leave(&[&second]).await;
+    assert_eq!(within(collector).await.unwrap(), "up\n");
 }
 
 #[rstest]

@@ -142,6 +142,8 @@ async fn run(task: TaskSpec, mut plugin_config: Value, driver: Driver) -> Result
         config
             .entry("state_dir")
             .or_insert_with(|| directory.state().to_string_lossy().into());
+        // There is no later start that could use them, and the directory is removed.
+        config.entry("seccomp_cache").or_insert(false.into());
     }
     let (log, mut lines) = mpsc::unbounded_channel();
     let binary =

@@ -1,7 +1,9 @@
 //! Whether a start can use captured seccomp filters, or else whether they are captured from it.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,30 +47,36 @@ impl CapturedFilters {
         readable.clone()
     }
 
-    /// Where the filters of a start come from, and those that are captured.
-    pub(super) fn source(
+    /// Where the filters of a start come from.
+    pub(super) fn of_start(
         &self,
         spec: &ContainerSpec,
         nspawn: &Path,
         settings: &Settings,
         program: impl FnOnce() -> io::Result<OwnedFd>,
-    ) -> (Source, Vec<Filter>) {
-        let by_nspawn = (Source::Nspawn, Vec::new());
+    ) -> StartFilters {
         let Ok(Some(kind)) = Kind::of(spec, nspawn) else {
-            return by_nspawn;
+            return StartFilters::default();
         };
         if self.usable(settings, program).is_err() {
-            return by_nspawn;
+            return StartFilters::default();
         }
-        match Store::of(&settings.state_dir).load(&kind) {
-            None => (Source::Capture(Box::new(kind)), Vec::new()),
-            Some(captured) => match u32::try_from(captured.filters.len()) {
-                Ok(count) => {
-                    let bounding = captured.bounding;
-                    (Source::Captured { count, bounding }, captured.filters)
-                }
-                Err(_) => by_nspawn,
+        let Some(captured) = Store::of(&settings.state_dir).load(&kind) else {
+            return StartFilters {
+                source: Source::Capture(Box::new(kind)),
+                ..StartFilters::default()
+            };
+        };
+        match (u32::try_from(captured.filters.len()), hold_logs(spec)) {
+            (Ok(count), Ok(logs)) => StartFilters {
+                source: Source::Captured {
+                    count,
+                    bounding: captured.bounding,
+                },
+                filters: captured.filters,
+                logs,
             },
+            _ => StartFilters::default(),
         }
     }
 
@@ -82,6 +90,31 @@ impl CapturedFilters {
             "captured seccomp filters can't be installed: from now on systemd-nspawn builds those of every start"
         );
     }
+}
+
+/// The filters of a start.
+#[derive(Debug, Default)]
+pub(super) struct StartFilters {
+    pub(super) source: Source,
+    /// Those that are captured.
+    pub(super) filters: Vec<Filter>,
+    /// The log pipes of the task, open for writing as long as the start may have to be begun again: the log collector stops reading when
+    /// nobody has them open any more.
+    pub(super) logs: Vec<File>,
+}
+
+/// Opens the log pipes. Fails if one has no reader yet.
+fn hold_logs(spec: &ContainerSpec) -> io::Result<Vec<File>> {
+    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
+    let paths = [&spec.payload.stdout, &spec.payload.stderr];
+    let mut held = Vec::new();
+    for path in paths.into_iter().flatten() {
+        match File::options().append(true).custom_flags(flags).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            log => held.push(log?),
+        }
+    }
+    Ok(held)
 }
 
 #[cfg(test)]
@@ -114,8 +147,11 @@ mod tests {
             filters.usable(&off, no_program),
             Err("seccomp_cache is false".to_owned())
         );
-        let (source, captured) = filters.source(&spec, Path::new("/bin/sh"), &off, no_program);
-        assert_eq!((source, captured.len()), (Source::Nspawn, 0));
+        let filters = filters.of_start(&spec, Path::new("/bin/sh"), &off, no_program);
+        assert_eq!(
+            (filters.source, filters.filters),
+            (Source::Nspawn, Vec::new())
+        );
     }
 
     #[test]

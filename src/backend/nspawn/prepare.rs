@@ -31,7 +31,7 @@ pub(super) struct Host {
     pub(super) kernel: (u32, u32),
 }
 
-/// Prepares the start in this task directory, with these seccomp filters, and writes its launch spec.
+/// Prepares the start in this task directory, with seccomp filters from this source and those that are captured, and writes its launch spec.
 pub(super) fn prepare(
     spec: &ContainerSpec,
     task_dir: &TaskDir,

@@ -1,6 +1,7 @@
 //! Starts a container. First removes the earlier starts of the same task, then only goes forward: prepares the new start
 //! (`prepare`), launches its supervisor, and waits until the container is up.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -45,14 +46,15 @@ impl NspawnBackend {
         for start in earlier {
             self.remove_start(&start).await?;
         }
-        let mut started = self.start_new(spec.clone()).await;
+        let (mut started, logs) = self.start_new(spec.clone()).await;
         if let Err(BackendError::Start { step, reason, .. }) = &started
             && *step == StartStep::Filters.as_str()
         {
             self.captured.give_up(&self.settings, reason);
             self.remove_start(&task_dir).await?;
-            started = self.start_new(spec).await;
+            (started, _) = self.start_new(spec).await;
         }
+        drop(logs);
         if started.is_err()
             && let Err(error) = self.remove_start(&task_dir).await
         {
@@ -62,22 +64,30 @@ impl NspawnBackend {
         started
     }
 
-    /// Starts a container that has no earlier starts. After an error the caller removes what is there of it.
-    async fn start_new(&self, spec: ContainerSpec) -> Result<Arc<Started>, BackendError> {
+    /// Starts a container that has no earlier starts. After an error the caller removes what is there of it. Also returns the log pipes that
+    /// have to stay open if the start is begun again.
+    async fn start_new(
+        &self,
+        spec: ContainerSpec,
+    ) -> (Result<Arc<Started>, BackendError>, Vec<File>) {
         let (machine, task_dir) = (
             spec.identity.machine.clone(),
             self.task_dir(&spec.identity.id),
         );
-        let installed = self.installed.get(&self.settings).await;
-        let (program, version) = installed.map_err(|error| error.of_start(&machine))?;
-        let host = Host {
-            program,
-            version,
-            kernel: self.kernel,
+        let host = match self.installed.get(&self.settings).await {
+            Ok((program, version)) => Host {
+                program,
+                version,
+                kernel: self.kernel,
+            },
+            Err(error) => return (Err(error.of_start(&machine)), Vec::new()),
         };
-        let client = self.launch(spec, host).await?;
+        let (client, logs) = match self.launch(spec, host).await {
+            Ok(launched) => launched,
+            Err(error) => return (Err(error), Vec::new()),
+        };
         let up = wait_until_up(&client, &task_dir).await;
-        up.map_err(|failure| failed(machine, failure))
+        (up.map_err(|failure| failed(machine, failure)), logs)
     }
 
     /// Prepares a start in a new, locked task directory and launches its supervisor: one call that may block.
@@ -85,7 +95,7 @@ impl NspawnBackend {
         &self,
         spec: ContainerSpec,
         host: Host,
-    ) -> Result<SupervisorClient, BackendError> {
+    ) -> Result<(SupervisorClient, Vec<File>), BackendError> {
         let (settings, tracker) = (Arc::clone(&self.settings), self.tracker.clone());
         let (init, task_dir) = (Arc::clone(&self.init), self.task_dir(&spec.identity.id));
         let captured = Arc::clone(&self.captured);
@@ -94,19 +104,19 @@ impl NspawnBackend {
             let lock = TaskLock::create(&place)
                 .map_err(|source| io_error("creating the directory", place.path(), source))?;
             let program = || init_binary(&init, &settings.state_dir);
-            let filters = captured.source(&spec, &host.program, &settings, program);
-            prepare(&spec, &place, host, filters)?;
+            let filters = captured.of_start(&spec, &host.program, &settings, program);
+            prepare(&spec, &place, host, (filters.source, filters.filters))?;
             failpoint::hit(&place, Failpoint::OrderWritten);
             let client = init_binary(&init, &settings.state_dir)
                 .and_then(|init| client::launch(&settings.binary, &place, init, &tracker))
                 .map_err(|error| watch_failure("its supervisor can't be started", &error))
                 .map_err(|failure| failed(spec.identity.machine, failure))?;
-            Ok((lock, client))
+            Ok((lock, client, filters.logs))
         });
-        let (lock, client) = launched.await?;
+        let (lock, client, logs) = launched.await?;
         self.registry.set_lock(&task_dir, lock);
         self.registry.set_client(&task_dir, client.clone());
-        Ok(client)
+        Ok((client, logs))
     }
 }
 
