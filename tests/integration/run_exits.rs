@@ -50,6 +50,8 @@ async fn an_unknown_exit_is_not_the_status_of_the_task() {
         return;
     }
     run.prints("up").await;
+    // The command begins before its start is reported.
+    run.stderr.contains("is running").await;
     kill(process(&host, "supervise"), Signal::SIGKILL).unwrap();
     run.ends_with(125).await;
     let text = run.stderr.text();
@@ -67,6 +69,8 @@ async fn a_killed_systemd_nspawn_ends_the_task_with_its_signal() {
         return;
     }
     run.prints("up").await;
+    // The command begins before its start is reported.
+    run.stderr.contains("is running").await;
     kill(process(&host, "--keep-unit"), Signal::SIGKILL).unwrap();
     run.ends_with(137).await;
     let text = run.stderr.text();
