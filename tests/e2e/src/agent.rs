@@ -251,7 +251,7 @@ impl Agent {
         self.stop();
         interrupt(self.server.take());
         self.marks.assert_none_left();
-        let mut left = files(&self.join("state"));
+        let mut left = support::starts_in(&self.join("state"));
         left.extend(self.sockets());
         assert!(left.is_empty(), "left: {left:?}");
         self.left = true;
