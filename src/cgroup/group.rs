@@ -37,12 +37,17 @@ impl Group {
 
     /// Creates it and its parents. Retries if another start removes an empty parent at the same time.
     pub fn create(&self) -> io::Result<()> {
+        // Which of the two errors that is depends on whether the parent was removed before or after it was found to exist.
+        let is_raced = |error: &io::Error| {
+            matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists
+            )
+        };
         let mut attempts = 0;
         loop {
             match fs::create_dir_all(&self.0) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound && attempts < 100 => {
-                    attempts += 1
-                }
+                Err(error) if is_raced(&error) && attempts < 100 => attempts += 1,
                 other => return other,
             }
         }
@@ -246,5 +251,28 @@ mod tests {
         group.remove().unwrap();
         group.remove().unwrap();
         assert!(!root.path().join(SUBTREE).exists());
+    }
+
+    #[test]
+    fn an_empty_parent_that_other_starts_make_and_remove_is_no_error() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let root = tempfile::tempdir().unwrap();
+        let parent = root.path().join("parent");
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let _ = fs::create_dir(&parent);
+                    let _ = fs::remove_dir(&parent);
+                }
+            });
+            let created = (0..5000).try_for_each(|_| {
+                let group = Group::new(parent.join("group"));
+                group.create()?;
+                fs::remove_dir(group.path())
+            });
+            over.store(true, Ordering::Relaxed);
+            created.unwrap();
+        });
     }
 }
