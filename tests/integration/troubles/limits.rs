@@ -323,6 +323,8 @@ async fn a_supervisor_without_descriptors_keeps_serving() {
     let plugin = host.plugin().await;
     let gate = host.join("gate");
     let task = host.up(&plugin, host.shell(&gated(&gate))).await;
+    // Its answer shows that the start is over: the supervisor moves systemd-nspawn out of the limits after the command has begun.
+    task.signal(&plugin, "SIGURG").await.unwrap();
     limit(task.supervisor(), Limited::Descriptors, "1");
     // The first one wakes the supervisor up, the second is carried out by one that has waited with this limit.
     for _ in 0..2 {
