@@ -58,14 +58,14 @@ fn seen(output: &ExecOutput) -> (&str, &str, i32, i32) {
 }
 
 /// A plugin and a task that runs on.
-async fn running(world: &impl World) -> (Plugin, Running) {
+pub(super) async fn running(world: &impl World) -> (Plugin, Running) {
     let plugin = world.plugin().await;
     let job = world.shell(ON_AND_ON).env("OF_THE_JOB", "its value");
     let task = world.up(&plugin, job).await;
     (plugin, task)
 }
 
-async fn done(world: impl World, plugin: Plugin, task: Running) {
+pub(super) async fn done(world: impl World, plugin: Plugin, task: Running) {
     task.destroy(&plugin).await;
     world.leave(plugin).await;
 }

@@ -8,6 +8,7 @@ use support::Sleep;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
 
+use super::exec::{done, running};
 use super::*;
 
 /// The exit code of an `exec` that has run no command or does not know its end.
@@ -72,19 +73,6 @@ async fn prints(child: &mut Child, line: &str) {
     let read = child.stdout.as_mut().unwrap().read_exact(&mut printed);
     within(line, read).await.unwrap();
     assert_eq!(String::from_utf8_lossy(&printed), line);
-}
-
-/// A plugin and a task that runs on.
-async fn running(world: &impl World) -> (Plugin, Running) {
-    let plugin = world.plugin().await;
-    let job = world.shell(ON_AND_ON).env("OF_THE_JOB", "its value");
-    let task = world.up(&plugin, job).await;
-    (plugin, task)
-}
-
-async fn done(world: impl World, plugin: Plugin, task: Running) {
-    task.destroy(&plugin).await;
-    world.leave(plugin).await;
 }
 
 #[rstest]
