@@ -15,7 +15,7 @@ use nomad_driver_nspawn::container::{Cpu, CpuQuota, Memory, Resources, Swap};
 
 mod figures;
 
-use figures::{is_check, ms};
+use figures::{is_check, median, ms};
 
 /// Pairs of measurements; the first ones warm the caches and are not counted.
 const PAIRS: usize = 60;
@@ -181,9 +181,4 @@ impl Drop for Process {
 /// The top of the hierarchy of a cgroup in the driver's subtree.
 fn top(group: &Path) -> PathBuf {
     group.ancestors().nth(2).unwrap_or(group).to_owned()
-}
-
-fn median(mut all: Vec<f64>) -> f64 {
-    all.sort_by(f64::total_cmp);
-    all[all.len() / 2]
 }

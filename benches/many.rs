@@ -27,7 +27,7 @@ use tokio::task::JoinSet;
 
 mod figures;
 
-use figures::{kib, ms, runtime, switches, ticks};
+use figures::{Report, kib, ms, runtime, switches, ticks};
 
 /// The number of simultaneous starts.
 const AT_ONCE: usize = 200;
@@ -221,51 +221,6 @@ impl Drop for Site {
             }
             let _ = cleanup::kill_and_release(&task_dir);
         }
-    }
-}
-
-/// A figure for people: with a decimal if it is small.
-fn short(figure: f64) -> String {
-    let decimals = usize::from(figure < 10.0 && figure.fract() != 0.0);
-    format!("{figure:.decimals$}")
-}
-
-#[derive(Debug)]
-struct Report {
-    met: bool,
-}
-
-impl Default for Report {
-    fn default() -> Self {
-        Self { met: true }
-    }
-}
-
-impl Report {
-    fn say(&self, line: &str) {
-        let _ = writeln!(std::io::stdout(), "{line}");
-    }
-
-    /// Reports whether a budget was met. It counts as exceeded only beyond `limit`.
-    fn judge(&mut self, what: &str, figure: f64, budget: f64, limit: f64) {
-        let verdict = if figure <= budget {
-            "met"
-        } else if figure <= limit {
-            "exceeded, but within the tolerated noise"
-        } else {
-            self.met = false;
-            "NOT MET"
-        };
-        let noise = if limit > budget {
-            format!(" ({} tolerated)", short(limit))
-        } else {
-            String::new()
-        };
-        self.say(&format!(
-            "    budget of {what}: {}{noise}, is {}: {verdict}",
-            short(budget),
-            short(figure)
-        ));
     }
 }
 

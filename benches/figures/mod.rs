@@ -8,6 +8,7 @@
 )]
 
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::ExitCode;
@@ -15,6 +16,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use tokio::runtime::{Builder, Runtime};
+
+pub(crate) mod bare;
 
 /// Runs a benchmark that starts real containers and returns whether its budgets are met; a missed one is a failure if `check` is set.
 pub(crate) fn run(
@@ -107,4 +110,60 @@ pub(crate) fn ticks(pid: i32) -> anyhow::Result<u64> {
     let fields = text.rsplit(')').next().unwrap_or_default();
     let fields = fields.split_ascii_whitespace().skip(11).take(2);
     Ok(fields.filter_map(|field| field.parse::<u64>().ok()).sum())
+}
+
+/// A figure for people: with decimals if it is small.
+fn short(figure: f64) -> String {
+    let decimals = match figure {
+        _ if figure.fract() == 0.0 => 0,
+        small if small < 3.0 => 2,
+        _ => usize::from(figure < 10.0),
+    };
+    format!("{figure:.decimals$}")
+}
+
+/// Prints figures and whether their budgets are met.
+#[derive(Debug)]
+pub(crate) struct Report {
+    pub(crate) met: bool,
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        Self { met: true }
+    }
+}
+
+impl Report {
+    pub(crate) fn say(&self, line: &str) {
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
+
+    /// Reports whether a budget was met. It counts as exceeded only beyond `limit`.
+    pub(crate) fn judge(&mut self, what: &str, figure: f64, budget: f64, limit: f64) {
+        let verdict = if figure <= budget {
+            "met"
+        } else if figure <= limit {
+            "exceeded, but within the tolerated noise"
+        } else {
+            self.met = false;
+            "NOT MET"
+        };
+        let noise = if limit > budget {
+            format!(" ({} tolerated)", short(limit))
+        } else {
+            String::new()
+        };
+        self.say(&format!(
+            "    budget of {what}: {}{noise}, is {}: {verdict}",
+            short(budget),
+            short(figure)
+        ));
+    }
+}
+
+/// The middle one, or the higher of the two in the middle.
+pub(crate) fn median(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
 }
