@@ -1,8 +1,9 @@
-//! What the kernel knows: processes by pidfd, their seccomp filters, `/proc`, mount tables, its version and boot id, BPF programs for cgroups; and the C library's malloc settings. Knows
-//! nothing of tasks.
+//! What the kernel knows: processes by pidfd, their seccomp filters, `/proc`, mount tables, its version and boot id, BPF programs for
+//! cgroups; files that are replaced as a whole; and the C library's malloc settings. Knows nothing of tasks.
 
 pub mod bpf;
 mod ffi;
+mod files;
 pub mod kernel;
 pub mod process;
 #[cfg(test)]
@@ -12,3 +13,4 @@ pub mod trace;
 pub use proc_files as procfs;
 
 pub use ffi::{return_free_memory, share_malloc_arena};
+pub use files::replace_file;

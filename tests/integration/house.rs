@@ -105,7 +105,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "sys",
         ],
     ),
-    ("state", &["lease", "seccomp", "cgroup", "container"]),
+    ("state", &["lease", "seccomp", "cgroup", "container", "sys"]),
     ("lease", &["cgroup", "failpoint", "sys"]),
     ("nspawn", &["container", "rootfs_path"]),
     ("seccomp", &["container", "sys"]),

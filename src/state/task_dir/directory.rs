@@ -2,15 +2,15 @@
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Seek};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::fcntl::OFlag;
 use sha2::{Digest, Sha256};
 
 use super::{TaskDir, invalid};
+use crate::sys::replace_file;
 
 /// The driver never writes a larger file, so a larger one is not the driver's.
 pub(super) const MAX_RECORD_BYTES: u64 = 64 * 1024 * 1024;
@@ -211,30 +211,7 @@ impl TaskDir {
     }
 
     pub(super) fn write(&self, name: &str, text: &[u8]) -> io::Result<()> {
-        // Plugin and supervisor may write the same record at the same time.
-        static WRITTEN: AtomicU32 = AtomicU32::new(0);
-        let (beside, mut file) = loop {
-            let (pid, number) = (std::process::id(), WRITTEN.fetch_add(1, Ordering::Relaxed));
-            let beside = self.0.join(format!("{name}.{pid}-{number}.new"));
-            let made = OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&beside);
-            match made {
-                // Left by an earlier process with the same pid.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                made => break (beside, made?),
-            }
-        };
-        let written = file
-            .write_all(text)
-            .and_then(|()| fs::rename(&beside, self.0.join(name)));
-        if written.is_err() {
-            // An incomplete file may contain part of a secret.
-            let _ = fs::remove_file(beside);
-        }
-        written
+        replace_file(&self.0, name, &[text])
     }
 
     pub(super) fn read(&self, name: &str) -> io::Result<Vec<u8>> {
