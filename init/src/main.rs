@@ -81,7 +81,10 @@ fn main() -> ExitCode {
         }
         Err(start_error) => start_error,
     };
-    print_error(&start_error.to_string());
+    // Without filters the start is begun again, and the task should not see the attempt.
+    if start_error.step != Step::Filters {
+        print_error(&start_error.to_string());
+    }
     let status = status(start_error.status());
     channel.send(&InitEvent::Failed(start_error));
     channel.finish();

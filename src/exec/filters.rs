@@ -1,5 +1,6 @@
-//! The seccomp filters of a task, which every session of it gets. Reading them interrupts the container's first process, so they are kept as
-//! long as the number of its filters is the same: none can be replaced or removed. Where the number at the start is known, those that the
+//! The seccomp filters of a task, which every session of it gets. They are known if the container was started with captured ones. Reading
+//! others interrupts the container's first process, so they are kept as long as the number of its filters is the same: none can be replaced
+//! or removed. Where the number at the start is known, those that the
 //! task's command has installed itself since then are left out: a command that restricts itself, such as a server that gives up execve(2),
 //! would otherwise restrict every shell.
 
@@ -56,7 +57,7 @@ impl FilterCache {
         match seccomp::read(leader) {
             Ok(filters) => {
                 let filters = oldest(filters, count).map_err(ExecError::Filters)?;
-                Ok(self.keep(leader.process(), count, filters))
+                Ok(self.keep((leader.process(), count), &filters))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ExecError::NotRunning),
             Err(error) if is_confined() && error.kind() == io::ErrorKind::PermissionDenied => {
@@ -86,8 +87,12 @@ impl FilterCache {
         Some(Arc::clone(&entry.filters))
     }
 
-    /// Keeps what has been read.
-    fn keep(&self, leader: Process, count: Option<u32>, filters: Vec<Filter>) -> Arc<[Filter]> {
+    /// Keeps those of a container's first process, and how many it has.
+    pub fn keep(
+        &self,
+        (leader, count): (Process, Option<u32>),
+        filters: &[Filter],
+    ) -> Arc<[Filter]> {
         let mut entries = self.lock();
         let mut kept = entries.values().map(|entry| &entry.filters);
         let filters = match kept.find(|kept| ***kept == *filters) {
@@ -151,9 +156,9 @@ mod tests {
     #[test]
     fn equal_filters_are_kept_once() {
         let cache = FilterCache::default();
-        let first = cache.keep(process(1), Some(2), filters(&[1, 2]));
-        let second = cache.keep(process(2), Some(2), filters(&[1, 2]));
-        let other = cache.keep(process(3), None, filters(&[2, 1]));
+        let first = cache.keep((process(1), Some(2)), &filters(&[1, 2]));
+        let second = cache.keep((process(2), Some(2)), &filters(&[1, 2]));
+        let other = cache.keep((process(3), None), &filters(&[2, 1]));
         assert!(Arc::ptr_eq(&first, &second) && !Arc::ptr_eq(&first, &other));
         assert_eq!(cache.known(process(3), None), Some(other));
         cache.remove(process(1));
@@ -164,7 +169,7 @@ mod tests {
     #[test]
     fn kept_filters_are_those_of_a_process_that_has_installed_no_more() {
         let cache = FilterCache::default();
-        cache.keep(process(1), Some(2), filters(&[1, 2]));
+        cache.keep((process(1), Some(2)), &filters(&[1, 2]));
         assert_eq!(cache.known(process(1), Some(3)), None);
         let reused = Process { pid: 1, start: 8 };
         assert_eq!(cache.known(reused, Some(2)), None);

@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use nspawn_init::FILTERED;
 
@@ -55,7 +56,13 @@ pub fn capture(
 /// Checks that the first process of a container, the container init, has so many filters, and the capabilities for which they were captured.
 pub fn verify(leader: &ProcessHandle, count: u32, bounding: u64) -> io::Result<()> {
     let pid = leader.process().pid;
-    let (found, held) = (seccomp_filter_count(pid), capabilities(pid, "CapBnd")?);
+    let held = capabilities(pid, "CapBnd");
+    let found = seccomp_filter_count(pid);
+    if leader.wait(Duration::ZERO) {
+        // It has exited, so no command can run in it.
+        return Ok(());
+    }
+    let held = held?;
     if (found, held) != (Some(count), bounding) {
         let text = format!(
             "the container has {found:?} seccomp filters and the capabilities {held:x}, expected are {count} and {bounding:x}"
@@ -149,6 +156,25 @@ pub fn is_supported(init: &OwnedFd) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A container that was killed before its command should not make the driver start another.
+    #[expect(clippy::disallowed_methods, reason = "a process to look at")]
+    #[test]
+    fn a_process_that_has_exited_needs_no_filters() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let process = ProcessHandle::open(i32::try_from(child.id()).unwrap()).unwrap();
+        let others = u32::MAX;
+        let refused = verify(&process, others, 0).unwrap_err().to_string();
+        assert!(
+            refused.ends_with("expected are 4294967295 and 0"),
+            "{refused}"
+        );
+        drop(child.stdin.take());
+        assert!(process.wait(Duration::from_secs(10)));
+        verify(&process, others, 0).unwrap();
+        child.wait().unwrap();
+        verify(&process, others, 0).unwrap();
+    }
 
     #[test]
     fn files_are_found_among_mappings() {

@@ -10,10 +10,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::container::{ContainerSpec, Mode, NetworkNamespace, Users};
+use crate::sys::kernel;
 
 /// Everything that decides which filters systemd-nspawn builds and is known before it is started. The libraries that it has loaded are known
 /// only then: they are kept with the filters.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Kind {
     /// systemd-nspawn itself.
     pub(super) program: FileIdentity,
@@ -29,7 +30,7 @@ pub struct Kind {
 }
 
 /// How the ids of a container are mapped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum UserIds {
     Host,
     Identity,
@@ -43,10 +44,9 @@ impl Kind {
         if spec.payload.mode == Mode::Boot || spec.payload.user.is_some() {
             return Ok(None);
         }
-        let kernel = |name| fs::read_to_string(format!("/proc/sys/kernel/{name}"));
         Ok(Some(Self {
             program: FileIdentity::of(program)?,
-            kernel: [kernel("osrelease")?, kernel("version")?],
+            kernel: kernel::build()?,
             architecture: std::env::consts::ARCH.to_owned(),
             capabilities: spec.payload.capabilities.iter().cloned().collect(),
             private_network: matches!(spec.network.namespace, NetworkNamespace::Private { .. }),
@@ -70,7 +70,7 @@ impl Kind {
 }
 
 /// A file that was not changed or replaced as long as all of this is the same.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct FileIdentity {
     pub(super) path: PathBuf,
     device: u64,

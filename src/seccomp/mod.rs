@@ -17,7 +17,7 @@ mod store;
 
 pub use capture::{capture, is_supported, verify};
 pub use kind::Kind;
-pub use store::{Captured, DIRECTORY, Store};
+pub use store::{Captured, DIRECTORY, MAX_KINDS, Store};
 
 /// Where the filters of a start come from.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,17 +1,17 @@
 //! The captured filters on disk, a file for each kind in a directory of the state directory. Whatever is not exactly what the driver has
 //! written is not used, and replaced by the next capture.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use nspawn_init::Filter;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::kind::{FileIdentity, Kind};
+use crate::sys::replace_file;
 
 /// The directory. Its name can't be that of a task directory.
 pub const DIRECTORY: &str = ".seccomp";
@@ -22,8 +22,8 @@ const FORM: u32 = 1;
 /// Files are about 30 KiB long.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// How many files there may be: each kind of container has one, and jobs choose capabilities.
-const MAX_FILES: usize = 64;
+/// How many kinds are kept: jobs choose capabilities.
+pub const MAX_KINDS: usize = 64;
 
 /// Filters that were read from a container of this kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,12 +54,23 @@ impl Captured {
         }
     }
 
-    /// Whether these are the filters that systemd-nspawn would build now.
-    fn holds_for(&self, kind: &Kind) -> bool {
-        self.form == FORM
-            && self.kind == *kind
-            && !self.filters.is_empty()
-            && self.libraries.iter().all(FileIdentity::holds)
+    /// That of the container from which they come.
+    pub fn kind(&self) -> &Kind {
+        &self.kind
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        u32::try_from(self.filters.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Whether these are the filters that systemd-nspawn would build now for their kind.
+    pub fn holds(&self) -> bool {
+        self.libraries.iter().all(FileIdentity::holds)
+    }
+
+    fn is_complete(&self) -> bool {
+        self.form == FORM && !self.filters.is_empty()
     }
 }
 
@@ -77,7 +88,11 @@ impl Store {
     pub fn load(&self, kind: &Kind) -> Option<Captured> {
         let path = self.0.join(kind.file_name());
         match self.read(&path) {
-            Ok(captured) if captured.holds_for(kind) => Some(captured),
+            Ok(captured)
+                if captured.is_complete() && captured.kind == *kind && captured.holds() =>
+            {
+                Some(captured)
+            }
             Ok(_) => None,
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
@@ -112,7 +127,6 @@ impl Store {
 
     /// Keeps filters, in place of earlier ones of their kind.
     pub fn save(&self, captured: &Captured) -> io::Result<()> {
-        static WRITTEN: AtomicU32 = AtomicU32::new(0);
         match DirBuilder::new().mode(0o700).create(&self.0) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => made?,
@@ -120,37 +134,31 @@ impl Store {
         check(&fs::symlink_metadata(&self.0)?)?;
         self.make_room()?;
         let content = packets::encode(captured);
-        let number = WRITTEN.fetch_add(1, Ordering::Relaxed);
-        let beside = self.0.join(format!("{}-{number}.new", std::process::id()));
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&beside)?;
-        let written = file
-            .write_all(&Sha256::digest(&content))
-            .and_then(|()| file.write_all(&content))
-            .and_then(|()| fs::rename(&beside, self.0.join(captured.kind.file_name())));
-        written.inspect_err(|_| drop(fs::remove_file(&beside)))
+        let name = captured.kind.file_name();
+        replace_file(&self.0, &name, &[&Sha256::digest(&content), &content])
     }
 
     /// Removes everything if there is too much of it.
     fn make_room(&self) -> io::Result<()> {
-        if fs::read_dir(&self.0)?.count() >= MAX_FILES {
-            self.clear()?;
+        if fs::read_dir(&self.0)?.count() >= MAX_KINDS {
+            for entry in fs::read_dir(&self.0)? {
+                remove_file(&entry?.path())?;
+            }
         }
         Ok(())
     }
 
-    /// Removes all filters.
-    pub fn clear(&self) -> io::Result<()> {
-        for entry in fs::read_dir(&self.0)? {
-            match fs::remove_file(entry?.path()) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                removed => removed?,
-            }
-        }
-        Ok(())
+    /// Removes the filters of this kind.
+    pub fn remove(&self, kind: &Kind) -> io::Result<()> {
+        remove_file(&self.0.join(kind.file_name()))
+    }
+}
+
+/// Removes a file. A missing one is success: another process may have removed it.
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
@@ -271,7 +279,7 @@ mod tests {
     #[test]
     fn the_number_of_files_is_limited() {
         let kept = kept();
-        for number in 1..MAX_FILES {
+        for number in 1..MAX_KINDS {
             fs::write(kept.store.0.join(number.to_string()), "").unwrap();
         }
         kept.store.save(&kept.captured).unwrap();

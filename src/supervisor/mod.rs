@@ -8,7 +8,7 @@
 //! | [`enter`] | the exec shim, which becomes systemd-nspawn |
 //!
 //! [`protocol`] is what client and supervisor process exchange, [`framing`] how a message is delimited; [`init_channel`] is what the
-//! supervisor process and the container's init exchange.
+//! supervisor process and the container's init exchange; [`logs`] opens the output of a container, in both.
 
 pub mod client;
 mod connection;
@@ -16,6 +16,7 @@ pub mod enter;
 pub mod exec_defaults;
 pub mod framing;
 pub mod init_channel;
+pub mod logs;
 pub mod protocol;
 pub mod supervise;
 

@@ -10,6 +10,13 @@ pub fn version() -> (u32, u32) {
     parse_version(&release.unwrap_or_default())
 }
 
+/// Release and build of the running kernel.
+pub fn build() -> io::Result<[String; 2]> {
+    let names = nix::sys::utsname::uname()?;
+    let [release, version] = [names.release(), names.version()];
+    Ok([release, version].map(|text| text.to_string_lossy().into_owned()))
+}
+
 fn parse_version(release: &str) -> (u32, u32) {
     let mut numbers = release
         .split(|c: char| !c.is_ascii_digit())

@@ -1,5 +1,7 @@
 //! Seccomp filters that were captured from one container and are installed in another. The fake installs none.
 
+use std::sync::{Arc, mpsc};
+
 use nomad_driver_nspawn::exec::{End, ExecRequest, Streams};
 use nomad_driver_nspawn::seccomp::{self, Captured, Filter, Kind, Source, Store};
 use nomad_driver_nspawn::sys::procfs::status_field;
@@ -99,15 +101,51 @@ async fn captured_filters_are_those_of_systemd_nspawn(
     assert_eq!(restrictions(&second), wanted);
     assert_eq!(second.filters, first.filters);
     // A further command has them too.
+    let text = seccomp_of_a_command(&world, &second).await;
+    assert_eq!(text, format!("Seccomp:\t2\nSeccomp_filters:\t{count}\n"));
+    world.leave(&[&second]).await;
+}
+
+/// A command gets captured filters without a look at the container's first process, which another tracer holds here.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_gets_captured_filters_without_tracing_the_task(world: World) {
+    if !is_possible(&world) {
+        return world.leave(&[]).await;
+    }
+    let (_, _, captured) = captured(&world).await;
+    let second = start(&world, "second", |_| {}).await;
+    let leader = nix::unistd::Pid::from_raw(second.leader.pid);
+    // The kernel ties a tracer to its thread.
+    let (let_go, until) = mpsc::channel::<()>();
+    let held = Arc::new(tokio::sync::Notify::new());
+    let seized = Arc::clone(&held);
+    let tracer = std::thread::spawn(move || {
+        nix::sys::ptrace::seize(leader, nix::sys::ptrace::Options::empty()).unwrap();
+        seized.notify_one();
+        until.recv().unwrap_err();
+    });
+    within(held.notified()).await;
+    let traced = ProcessHandle::open(second.leader.pid).unwrap();
+    seccomp::read(&traced).unwrap_err();
+    let count = captured.filters.len();
+    assert_eq!(
+        seccomp_of_a_command(&world, &second).await,
+        format!("Seccomp:\t2\nSeccomp_filters:\t{count}\n")
+    );
+    drop(let_go);
+    tracer.join().unwrap();
+    world.leave(&[&second]).await;
+}
+
+/// What the kernel says about the filters of a further command.
+async fn seccomp_of_a_command(world: &World, started: &Started) -> String {
+    let command = ["/bin/grep", "^Seccomp", "/proc/self/status"];
     let request = ExecRequest {
-        command: vec![
-            "/bin/grep".into(),
-            "^Seccomp".into(),
-            "/proc/self/status".into(),
-        ],
+        command: command.map(str::to_owned).to_vec(),
         ..ExecRequest::default()
     };
-    let mut session = within(world.backend.exec(&second, request)).await.unwrap();
+    let mut session = within(world.backend.exec(started, request)).await.unwrap();
     let Streams::Pipes { mut stdout, .. } = session.streams else {
         panic!("no pipes");
     };
@@ -118,8 +156,7 @@ async fn captured_filters_are_those_of_systemd_nspawn(
         End::Exited(_)
     ));
     within(session.control.end()).await;
-    assert_eq!(text, format!("Seccomp:\t2\nSeccomp_filters:\t{count}\n"));
-    world.leave(&[&second]).await;
+    text
 }
 
 /// Ends a container and removes what is left of it.

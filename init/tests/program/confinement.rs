@@ -125,6 +125,7 @@ fn invalid_filters_are_refused() {
                 (Step::Filters, libc::EINVAL)
             );
             assert_eq!((left.words.len(), left.code()), (1, 126));
+            assert_eq!(left.stderr, "", "the task should not see an attempt");
         }
     }
 }

@@ -92,7 +92,7 @@ pub struct NspawnBackend {
     probing: Arc<tokio::sync::Mutex<()>>,
     /// The binary of the container init: one for all containers, made when the first of them starts.
     init: Arc<OnceLock<OwnedFd>>,
-    /// The seccomp filters of the containers in which a command was run.
+    /// The seccomp filters of containers, for commands that are run in them.
     filters: Arc<FilterCache>,
     captured: Arc<CapturedFilters>,
     tracker: TaskTracker,

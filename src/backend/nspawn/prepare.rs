@@ -4,8 +4,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use nspawn_init::Filter;
-
+use super::filters::StartFilters;
 use super::{acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
@@ -31,12 +30,12 @@ pub(super) struct Host {
     pub(super) kernel: (u32, u32),
 }
 
-/// Prepares the start in this task directory, with seccomp filters from this source and those that are captured, and writes its launch spec.
+/// Prepares the start in this task directory with these seccomp filters, and writes its launch spec.
 pub(super) fn prepare(
     spec: &ContainerSpec,
     task_dir: &TaskDir,
     host: Host,
-    (seccomp, filters): (Source, Vec<Filter>),
+    filters: &StartFilters,
 ) -> Result<(), BackendError> {
     let layout = Layout::of_this_host();
     if let Some(reason) = version::unusable(host.version, layout.kind) {
@@ -49,8 +48,8 @@ pub(super) fn prepare(
     let notify_socket = task_dir.notify_socket().to_string_lossy().into_owned();
     let variable = "NOTIFY_SOCKET".to_owned();
     line.environment.insert(variable, notify_socket);
-    if let (Source::Captured { .. }, Some(init)) = (&seccomp, &mut line.init) {
-        init.filters = filters;
+    if let (Some(captured), Some(init)) = (filters.captured(), &mut line.init) {
+        init.filters.clone_from(&captured.filters);
         let variable = "SYSTEMD_SECCOMP".to_owned();
         line.environment.insert(variable, "0".to_owned());
     }
@@ -69,7 +68,7 @@ pub(super) fn prepare(
     let resources = acquire::resources(spec, place.as_ref(), &root);
     let limits = (cgroups, resources);
     let launch_spec = LaunchSpec {
-        seccomp,
+        seccomp: filters.source(),
         ..launch_spec(spec, host.program, &mut line, limits, bounded(notes))?
     };
     failpoint::hit(task_dir, Failpoint::BeforeOrder);

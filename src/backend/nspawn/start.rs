@@ -1,13 +1,13 @@
 //! Starts a container. First removes the earlier starts of the same task, then only goes forward: prepares the new start
 //! (`prepare`), launches its supervisor, and waits until the container is up.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use super::filters::StartFilters;
 use super::prepare::{Host, prepare};
 use super::remove::refuse_later_form;
 use super::{NspawnBackend, io_error};
@@ -46,15 +46,7 @@ impl NspawnBackend {
         for start in earlier {
             self.remove_start(&start).await?;
         }
-        let (mut started, logs) = self.start_new(spec.clone()).await;
-        if let Err(BackendError::Start { step, reason, .. }) = &started
-            && *step == StartStep::Filters.as_str()
-        {
-            self.captured.give_up(&self.settings, reason);
-            self.remove_start(&task_dir).await?;
-            (started, _) = self.start_new(spec).await;
-        }
-        drop(logs);
+        let started = self.start_new(spec).await;
         if started.is_err()
             && let Err(error) = self.remove_start(&task_dir).await
         {
@@ -64,38 +56,49 @@ impl NspawnBackend {
         started
     }
 
-    /// Starts a container that has no earlier starts. After an error the caller removes what is there of it. Also returns the log pipes that
-    /// have to stay open if the start is begun again.
-    async fn start_new(
-        &self,
-        spec: ContainerSpec,
-    ) -> (Result<Arc<Started>, BackendError>, Vec<File>) {
+    /// Starts a container that has no earlier starts: once more if captured seccomp filters can't be installed. After an error the caller
+    /// removes what is there of it.
+    async fn start_new(&self, spec: ContainerSpec) -> Result<Arc<Started>, BackendError> {
         let (machine, task_dir) = (
             spec.identity.machine.clone(),
             self.task_dir(&spec.identity.id),
         );
-        let host = match self.installed.get(&self.settings).await {
-            Ok((program, version)) => Host {
-                program,
-                version,
-                kernel: self.kernel,
-            },
-            Err(error) => return (Err(error.of_start(&machine)), Vec::new()),
-        };
-        let (client, logs) = match self.launch(spec, host).await {
-            Ok(launched) => launched,
-            Err(error) => return (Err(error), Vec::new()),
-        };
+        let (client, filters) = self.launch(spec.clone()).await?;
         let up = wait_until_up(&client, &task_dir).await;
-        (up.map_err(|failure| failed(machine, failure)), logs)
+        let Some(captured) = filters.captured() else {
+            return up.map_err(|failure| failed(machine, failure));
+        };
+        match up {
+            Ok(started) => {
+                let installed = (started.leader, started.filters);
+                self.filters.keep(installed, &captured.filters);
+                Ok(started)
+            }
+            Err(failure) if failure.step == StartStep::Filters => {
+                self.captured
+                    .give_up(captured.kind(), &self.settings, &failure.reason);
+                self.remove_start(&task_dir).await?;
+                let (client, _) = self.launch(spec).await?;
+                let up = wait_until_up(&client, &task_dir).await;
+                up.map_err(|failure| failed(machine, failure))
+            }
+            Err(failure) => Err(failed(machine, failure)),
+        }
     }
 
     /// Prepares a start in a new, locked task directory and launches its supervisor: one call that may block.
     async fn launch(
         &self,
         spec: ContainerSpec,
-        host: Host,
-    ) -> Result<(SupervisorClient, Vec<File>), BackendError> {
+    ) -> Result<(SupervisorClient, StartFilters), BackendError> {
+        let installed = self.installed.get(&self.settings).await;
+        let (program, version) =
+            installed.map_err(|error| error.of_start(&spec.identity.machine))?;
+        let host = Host {
+            program,
+            version,
+            kernel: self.kernel,
+        };
         let (settings, tracker) = (Arc::clone(&self.settings), self.tracker.clone());
         let (init, task_dir) = (Arc::clone(&self.init), self.task_dir(&spec.identity.id));
         let captured = Arc::clone(&self.captured);
@@ -103,20 +106,22 @@ impl NspawnBackend {
         let launched = blocking::run_start(move || {
             let lock = TaskLock::create(&place)
                 .map_err(|source| io_error("creating the directory", place.path(), source))?;
-            let program = || init_binary(&init, &settings.state_dir);
-            let filters = captured.of_start(&spec, &host.program, &settings, program);
-            prepare(&spec, &place, host, (filters.source, filters.filters))?;
+            let no_supervisor = |error| {
+                let failure = watch_failure("its supervisor can't be started", &error);
+                failed(spec.identity.machine.clone(), failure)
+            };
+            let init = init_binary(&init, &settings.state_dir).map_err(no_supervisor)?;
+            let filters = captured.of_start(&spec, &host.program, &settings, || init.try_clone());
+            prepare(&spec, &place, host, &filters)?;
             failpoint::hit(&place, Failpoint::OrderWritten);
-            let client = init_binary(&init, &settings.state_dir)
-                .and_then(|init| client::launch(&settings.binary, &place, init, &tracker))
-                .map_err(|error| watch_failure("its supervisor can't be started", &error))
-                .map_err(|failure| failed(spec.identity.machine, failure))?;
-            Ok((lock, client, filters.logs))
+            let client =
+                client::launch(&settings.binary, &place, init, &tracker).map_err(no_supervisor)?;
+            Ok((lock, client, filters))
         });
-        let (lock, client, logs) = launched.await?;
+        let (lock, client, filters) = launched.await?;
         self.registry.set_lock(&task_dir, lock);
         self.registry.set_client(&task_dir, client.clone());
-        Ok((client, logs))
+        Ok((client, filters))
     }
 }
 

@@ -13,7 +13,7 @@
 //! | `signals` | signals, stop and kill |
 //! | `exit`, `exit_status` | the exit; its status |
 //! | `release` | what is left to do after it |
-//! | `logs`, `spawn` | log pipes; the process that becomes systemd-nspawn |
+//! | `spawn` | the process that becomes systemd-nspawn |
 //!
 //! ```text
 //!         launch spec     leader's datagram           systemd-nspawn exited
@@ -32,7 +32,6 @@ mod event_loop;
 mod exit;
 mod exit_status;
 mod inside;
-mod logs;
 mod release;
 mod requests;
 mod run;

@@ -16,7 +16,7 @@ use super::clients::Clients;
 use super::event_loop::{EventLoop, Pollable, Source, Token};
 use super::exit_status::NspawnFinalStatus;
 use super::release::ReleaseThread;
-use super::{Sockets, failure, logs, spawn};
+use super::{Sockets, failure, spawn};
 use crate::container::{Process, Started};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::{self, SharedLocks};
@@ -24,6 +24,7 @@ use crate::seccomp::{self, Store};
 use crate::signal::Signal;
 use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
 use crate::supervisor::init_channel::InitChannel;
+use crate::supervisor::logs;
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
 use crate::sys::process::{
     ProcessHandle, child_by_inner_pid, current_process, seccomp_filter_count,

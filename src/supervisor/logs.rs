@@ -18,7 +18,7 @@ const READER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Opens the file for stdout or stderr. Rejects anything but a FIFO or a regular file: tasks can write to the directory, and one of
 /// them may have put a device there. With no path, the null device or a path that does not exist, the output is discarded.
-pub(super) fn open(path: Option<&Path>) -> io::Result<File> {
+pub fn open(path: Option<&Path>) -> io::Result<File> {
     let Some(path) = path else {
         return open_null();
     };
@@ -49,7 +49,8 @@ fn open_null() -> io::Result<File> {
     OpenOptions::new().write(true).open(NULL)
 }
 
-fn open_now(path: &Path) -> io::Result<File> {
+/// Opens a log for writing. Fails if it is a FIFO that no process has open for reading.
+pub fn open_now(path: &Path) -> io::Result<File> {
     let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_APPEND | OFlag::O_NOCTTY;
     OpenOptions::new()
         .write(true)
