@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _}
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::unistd::{Gid, Group};
+use nix::unistd::Gid;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
@@ -191,14 +191,35 @@ fn is_old(path: &Path) -> bool {
     matches!(made, Ok(Ok(age)) if age > STALE_AFTER)
 }
 
+/// A group by number or name. getent(1) knows those of directory services too; a program that is linked statically can't ask them itself.
 fn find_group(name: &str) -> Result<Gid, ListenError> {
     if let Ok(number) = name.parse() {
         return Ok(Gid::from_raw(number));
     }
-    match Group::from_name(name) {
-        Ok(Some(group)) => Ok(group.gid),
-        _ => Err(ListenError::UnknownGroup(name.to_owned())),
-    }
+    let listed = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    let found = gid_in(&listed, name).or_else(|| gid_in(&getent(name).unwrap_or_default(), name));
+    found.ok_or_else(|| ListenError::UnknownGroup(name.to_owned()))
+}
+
+/// The number of a group among lines in the form of group(5).
+fn gid_in(lines: &str, name: &str) -> Option<Gid> {
+    let mut found = lines.lines().filter_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next()? == name).then(|| fields.nth(1)?.parse().ok())?
+    });
+    found.next().map(Gid::from_raw)
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "it ends by itself, before there are tasks"
+)]
+fn getent(name: &str) -> std::io::Result<String> {
+    let output = std::process::Command::new("getent")
+        .args(["group", name])
+        .stdin(std::process::Stdio::null())
+        .output()?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[cfg(test)]
@@ -304,6 +325,17 @@ mod tests {
             UtimensatFlags::NoFollowSymlink,
         )
         .unwrap();
+    }
+
+    #[test]
+    fn a_group_is_found_by_name_or_number() {
+        let lines = "root:x:0:\nplugins:x:990:a,b\nbroken:x\n";
+        assert_eq!(gid_in(lines, "plugins"), Some(Gid::from_raw(990)));
+        for other in ["plug", "broken", "", "990"] {
+            assert_eq!(gid_in(lines, other), None, "{other}");
+        }
+        assert_eq!(find_group("990").unwrap(), Gid::from_raw(990));
+        assert_eq!(find_group("root").unwrap(), Gid::from_raw(0));
     }
 
     #[tokio::test]
