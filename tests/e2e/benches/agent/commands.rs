@@ -1,16 +1,12 @@
-//! Commands in a running task, beside Nomad's own driver raw_exec, pair by pair in one run on one agent: the time from connecting to the
-//! agent's websocket to the exit of `true`, and how fast data passes in both directions. Needs root and a Nomad agent.
-//!
-//! `--check` exits with status 1 if a budget is exceeded. On a busy machine the result means little.
+//! Commands in a running task, beside raw_exec, pair by pair: the time from connecting to the agent's websocket to the exit of `true`, and
+//! how fast data passes in both directions.
 
-use std::fs;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use e2e::agent::{Agent, Allocation, Exec, Message};
+
+use crate::{Report, job, median};
 
 /// Pairs of measurements; the first ones warm the caches and are not counted.
 const PAIRS: usize = 60;
@@ -23,52 +19,23 @@ const COMMAND: f64 = 2.0;
 const VOLUME: usize = 64 << 20;
 const PIECE: usize = 64 << 10;
 
-fn main() -> anyhow::Result<ExitCode> {
-    let mut check = false;
-    for word in std::env::args().skip(1) {
-        match &*word {
-            // Passed by cargo.
-            "--bench" => {}
-            "--check" => check = true,
-            other => bail!("{other:?} is not --check"),
-        }
-    }
-    let agent = Agent::beside_raw_exec();
-    let met = measure(&agent);
-    if let Err(error) = &met {
-        writeln!(std::io::stderr(), "{error:#}")?;
-    }
-    agent.leave();
-    Ok(match met? || !check {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
-    })
-}
-
-/// Whether the budgets were met.
-fn measure(agent: &Agent) -> anyhow::Result<bool> {
-    let tree = agent.join("tree");
-    fs::create_dir(&tree)?;
-    e2e::busybox_tree(&tree);
-    let image = tree.display().to_string();
-    let ours = agent.run(&job("exec"), &[("image", &image)]);
+pub(crate) fn measure(agent: &Agent, image: &str, report: &mut Report) -> anyhow::Result<()> {
+    let ours = agent.run(&job("exec"), &[("image", image)]);
     let raw = agent.run(&job("raw-exec"), &[]);
     ours.running();
     raw.running();
-    let met = commands(&ours, &raw)?;
-    volume(&ours, &raw)?;
+    commands(&ours, &raw, report)?;
+    volume(&ours, &raw, report)?;
     ours.stop();
     raw.stop();
-    Ok(met)
+    Ok(())
 }
 
-fn job(name: &str) -> PathBuf {
-    let jobs = Path::new(env!("CARGO_MANIFEST_DIR")).join("jobs");
-    jobs.join(format!("{name}.nomad.hcl"))
-}
-
-/// Whether the budget for a command was met.
-fn commands(ours: &Allocation<'_>, raw: &Allocation<'_>) -> anyhow::Result<bool> {
+fn commands(
+    ours: &Allocation<'_>,
+    raw: &Allocation<'_>,
+    report: &mut Report,
+) -> anyhow::Result<()> {
     let run = |allocation: &Allocation<'_>| -> anyhow::Result<f64> {
         std::thread::sleep(PAUSE);
         let clock = Instant::now();
@@ -89,26 +56,22 @@ fn commands(ours: &Allocation<'_>, raw: &Allocation<'_>) -> anyhow::Result<bool>
         }
     }
     let (of_raw, of_ours) = (median(raw_times), median(our_times));
-    let ratio = of_ours / of_raw;
-    writeln!(
-        std::io::stdout(),
-        "connect to exit of true, median of {PAIRS}: raw_exec {of_raw:.2} ms, nspawn {of_ours:.2} ms\n  \
-         {} {ratio:.2} times raw_exec, the budget is {COMMAND}",
-        mark(ratio <= COMMAND)
-    )?;
-    Ok(ratio <= COMMAND)
+    report.say(&format!(
+        "connect to exit of true, median of {PAIRS}: raw_exec {of_raw:.2} ms, nspawn {of_ours:.2} ms"
+    ));
+    report.judge("a command", of_ours / of_raw, COMMAND);
+    Ok(())
 }
 
 /// Data through `cat` and back, over the agent's websocket, which encodes it as base64 in JSON.
-fn volume(ours: &Allocation<'_>, raw: &Allocation<'_>) -> anyhow::Result<()> {
+fn volume(ours: &Allocation<'_>, raw: &Allocation<'_>, report: &mut Report) -> anyhow::Result<()> {
     let of_raw = through(raw)?;
     let of_ours = through(ours)?;
-    writeln!(
-        std::io::stdout(),
+    report.say(&format!(
         "through cat and back, {} MiB over the agent: raw_exec {of_raw:.0} MiB/s, nspawn {of_ours:.0} MiB/s ({:.2} times)",
         VOLUME >> 20,
         of_ours / of_raw
-    )?;
+    ));
     Ok(())
 }
 
@@ -136,16 +99,4 @@ fn through(allocation: &Allocation<'_>) -> anyhow::Result<f64> {
         bail!("the input could not be written");
     }
     Ok(f64::from(u32::try_from(VOLUME >> 20)?) / span.as_secs_f64())
-}
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
-fn mark(met: bool) -> &'static str {
-    match met {
-        true => "ok  ",
-        false => "MISS",
-    }
 }
