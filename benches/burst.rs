@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 mod figures;
 
 use figures::bare::Bare;
-use figures::{Report, is_check, make_tree, median, ms, run};
+use figures::{Report, in_memory, is_check, make_tree, median, ms, run};
 
 /// The number of containers.
 const AT_ONCE: usize = 200;
@@ -44,7 +44,8 @@ async fn compare() -> anyhow::Result<bool> {
     let scratch = tempfile::Builder::new().prefix("nd-").tempdir()?;
     let trees = trees(scratch.path())?;
     let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
-    let state = scratch.path().join("state");
+    let memory = in_memory()?;
+    let state = memory.path().join("state");
     plugin.configure(&json!({ "state_dir": state })).await?;
     let (mut bare, mut driven) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {

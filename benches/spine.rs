@@ -17,7 +17,7 @@ use serde_json::json;
 mod figures;
 
 use figures::bare::Bare;
-use figures::{Report, is_check, kib, make_tree, median, ms, run, switches};
+use figures::{Report, in_memory, is_check, kib, make_tree, median, ms, run, switches};
 
 /// Pairs of runs; the first ones warm the caches and are not counted.
 const PAIRS: usize = 40;
@@ -45,9 +45,10 @@ async fn compare() -> anyhow::Result<bool> {
     let launched = Instant::now();
     let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
     let handshake = launched.elapsed();
-    let capturing = Site::new(plugin, scratch.path().join("captured"), true).await?;
+    let memory = in_memory()?;
+    let capturing = Site::new(plugin, memory.path().join("captured"), true).await?;
     let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
-    let building = Site::new(plugin, scratch.path().join("built"), false).await?;
+    let building = Site::new(plugin, memory.path().join("built"), false).await?;
 
     let mut bare = Series::default();
     let mut driven = Series::default();

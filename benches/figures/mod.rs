@@ -43,6 +43,13 @@ pub(crate) fn runtime() -> anyhow::Result<Runtime> {
         .build()?)
 }
 
+/// A directory in memory, as the default state directory is where a systemd is the host's init. Short, because paths of sockets are limited.
+pub(crate) fn in_memory() -> anyhow::Result<tempfile::TempDir> {
+    Ok(tempfile::Builder::new()
+        .prefix("nd-")
+        .tempdir_in("/dev/shm")?)
+}
+
 /// Creates a small tree around busybox, with these commands.
 pub(crate) fn make_tree(tree: &Path, applets: &[&str]) -> anyhow::Result<()> {
     for directory in ["bin", "sbin", "etc", "usr", "alloc", "local", "secrets"] {
