@@ -10,10 +10,10 @@ use e2e::agent::Agent;
 use crate::{Report, job, median};
 
 /// Pairs of tasks; the first ones warm the caches and are not counted.
-const PAIRS: usize = 30;
-const WARM_UP: usize = 3;
+const PAIRS: usize = 20;
+const WARM_UP: usize = 2;
 /// What the agent and the kernel still do after a start or an end must not count for what is measured next.
-const PAUSE: Duration = Duration::from_millis(300);
+const PAUSE: Duration = Duration::from_millis(200);
 /// The budget from `Task Setup` to `Started`: this many times raw_exec.
 const START: f64 = 0.9;
 /// The budget from the last line that the command prints to `Terminated`.
