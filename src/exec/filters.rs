@@ -1,8 +1,7 @@
 //! The seccomp filters of a task, which every session of it gets. They are known if the container was started with captured ones. Reading
 //! others interrupts the container's first process, so they are kept as long as the number of its filters is the same: none can be replaced
-//! or removed. Where the number at the start is known, those that the
-//! task's command has installed itself since then are left out: a command that restricts itself, such as a server that gives up execve(2),
-//! would otherwise restrict every shell.
+//! or removed. Where the number at the start is known, those that the task's command has installed itself since then are left out: a command
+//! that restricts itself, such as a server that gives up execve(2), would otherwise restrict every shell.
 
 use std::collections::HashMap;
 use std::io;
