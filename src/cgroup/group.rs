@@ -12,6 +12,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use super::plan::make_visible;
 use super::{SUBTREE, freezer};
 
+/// How long to keep creating a cgroup whose parent other starts remove.
+const CREATE_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// How long to keep re-killing a cgroup whose members keep forking. [`Group::wait_empty`] reports survivors.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -35,22 +38,9 @@ impl Group {
         Self(self.0.join(name))
     }
 
-    /// Creates it and its parents. Retries if another start removes an empty parent at the same time.
+    /// Creates it and its parents, also if another start removes an empty parent at the same time.
     pub fn create(&self) -> io::Result<()> {
-        // Which of the two errors that is depends on whether the parent was removed before or after it was found to exist.
-        let is_raced = |error: &io::Error| {
-            matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists
-            )
-        };
-        let mut attempts = 0;
-        loop {
-            match fs::create_dir_all(&self.0) {
-                Err(error) if is_raced(&error) && attempts < 100 => attempts += 1,
-                other => return other,
-            }
-        }
+        retry_raced(|| fs::create_dir_all(&self.0))
     }
 
     /// Creates the cgroup `name` inside this one, which must not exist yet, so that the container can see it.
@@ -167,6 +157,29 @@ impl Group {
             }
             visit(&directory);
             pending.extend(groups_in(&directory));
+        }
+    }
+}
+
+/// Makes a directory whose parent other starts create and remove, and tries again for up to [`CREATE_TIMEOUT`]. The pauses grow:
+/// without them this and another process can take turns on the parent's lock so that no attempt ever succeeds.
+pub(super) fn retry_raced<T>(mut create: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    // Which of the two errors that is depends on whether the parent was removed before or after it was found to exist.
+    let is_raced = |error: &io::Error| {
+        matches!(
+            error.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists
+        )
+    };
+    let end = Instant::now() + CREATE_TIMEOUT;
+    let mut pause = Duration::from_micros(10);
+    loop {
+        match create() {
+            Err(error) if is_raced(&error) && Instant::now() < end => {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(5));
+            }
+            other => return other,
         }
     }
 }

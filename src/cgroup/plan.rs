@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::SUBTREE;
 use super::device_policy::DevicePolicy;
 use super::devices::DeviceRules;
-use super::group::Group;
+use super::group::{Group, retry_raced};
 use super::layout::{Layout, Place};
 use super::limits::{self, Limit, Setting, Unenforced};
 use crate::container::Resources;
@@ -107,24 +107,17 @@ impl CgroupPlan {
     /// Makes the cgroup, with controllers. Starts over if another start removes an empty parent in between, because the next parent
     /// of that name has no controllers.
     fn create_tracking(&self, tracking: &Path) -> io::Result<Vec<(String, String)>> {
-        const ATTEMPTS: u32 = 100;
-        let mut attempt = 1;
-        loop {
+        retry_raced(|| {
             if let Some(parent) = tracking.parent() {
                 Group::new(parent).create()?;
             }
             let refused = self.enable_controllers();
             match fs::create_dir(tracking) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound && attempt < ATTEMPTS => {
-                    attempt += 1;
-                }
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {
-                    make_visible(tracking)?;
-                    return Ok(refused);
-                }
+                _ => make_visible(tracking)?,
             }
-        }
+            Ok(refused)
+        })
     }
 
     /// Passes the controllers on from the top to the cgroup of the start. Returns those that can't be, with the reason.
