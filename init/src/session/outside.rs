@@ -105,15 +105,14 @@ fn fork(cgroups: &SessionCgroups) -> Result<(Option<Pid>, OwnedFd, OwnedFd), Sta
     Ok((child, session, theirs))
 }
 
-/// Passes the events of the session on until the plugin or the session has ended.
+/// Passes the events of the session on until the plugin or the session has ended. Then waits for the reaper to kill and wait for
+/// everything that is left: the cgroup is killed only after it, because what outlives the reaper becomes a zombie of a first process that
+/// may not wait for it.
 fn watch(channel: &OwnedFd, session: &OwnedFd) {
     loop {
         let [from_plugin, from_session] = wait([channel, session], None);
-        if from_session && !pass_on(channel, session) {
-            return;
-        }
-        // There are no further requests, so this is the end.
-        if from_plugin {
+        // There are no requests, so what comes from the plugin is the end.
+        if from_session && !pass_on(channel, session) || from_plugin {
             break;
         }
     }
@@ -128,7 +127,7 @@ fn watch(channel: &OwnedFd, session: &OwnedFd) {
     }
 }
 
-/// Passes an event on. `false` once the session has ended.
+/// Passes an event on. `false` once the session has ended, or nobody receives its events any more.
 fn pass_on(channel: &OwnedFd, session: &OwnedFd) -> bool {
     let packet = match packets::receive(session) {
         Ok(packet) => packet,
