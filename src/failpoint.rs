@@ -30,7 +30,7 @@ pub enum Failpoint {
     Signalled,
     /// Supervisor: about to kill the container.
     Killing,
-    /// Supervisor: a child has exited and has not been waited for.
+    /// Supervisor: the container's PID 1 has exited, and nothing of that is recorded.
     Exited,
     /// Supervisor: the exit has been recorded, but not reported.
     EndRecorded,

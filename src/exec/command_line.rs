@@ -164,12 +164,15 @@ fn running(state_dir: &Path) -> io::Result<Vec<Started>> {
     for entry in std::fs::read_dir(state_dir)? {
         let entry = entry?;
         // The directory may contain files of others, and starts that are just coming or going.
-        let is_task = entry.file_name().to_str().is_some_and(TaskDir::is_name);
-        if let Some(record) = is_task
-            .then(|| TaskDir::new(entry.path()).running().ok())
-            .flatten()
+        if !entry.file_name().to_str().is_some_and(TaskDir::is_name) {
+            continue;
+        }
+        let task_dir = TaskDir::new(entry.path());
+        if let Ok(record) = task_dir.running()
             && record.started.boot == boot
             && record.started.state == entry.path()
+            // An exit is reported a moment before the leader is gone.
+            && !matches!(task_dir.exit(), Ok(Some(_)))
             && process::is_alive(record.started.leader)
         {
             running.push(record.started);

@@ -2,7 +2,8 @@
 //! Containers that do not write the tree hold a shared lock. When one of them exits, systemd-nspawn tries to make its lock
 //! exclusive, and removes the file if no other process holds it. During that moment another start finds the tree busy and fails.
 //! So the supervisor of a start that shares its tree takes the locks itself before it starts systemd-nspawn, where waiting for
-//! that moment to pass is harmless, and holds them until systemd-nspawn has its own.
+//! that moment to pass is harmless, and holds them until systemd-nspawn has its own. A start that writes its tree waits too: the
+//! exit of the container before it is reported a moment before systemd-nspawn releases its locks.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -18,8 +19,9 @@ use crate::failpoint::{self, Failpoint};
 /// Where systemd-nspawn keeps the locks that it names by inode.
 const BY_INODE: &str = "/run/systemd/nspawn/locks";
 
-/// How long a start waits before each new attempt to share a lock, in milliseconds. The lock is exclusive for microseconds,
-/// longer on a loaded host. A container that writes the tree holds its lock as long as it runs; the start does not wait for that.
+/// How long a start waits before each new attempt to share a lock, or to find it free, in milliseconds. A container that is being
+/// ended holds its lock for microseconds to milliseconds, longer on a loaded host. One that goes on holds it as long as it runs; the
+/// start does not wait for that.
 const PAUSES: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
 /// A shared lock. The field is narrower than the constant on all platforms.
@@ -29,6 +31,10 @@ const SHARED: i16 = nix::libc::F_RDLCK as i16;
 /// An exclusive lock.
 #[expect(clippy::cast_possible_truncation, reason = "the constant is 1")]
 pub(super) const EXCLUSIVE: i16 = nix::libc::F_WRLCK as i16;
+
+/// No lock.
+#[expect(clippy::cast_possible_truncation, reason = "the constant is 2")]
+const UNLOCKED: i16 = nix::libc::F_UNLCK as i16;
 
 /// Locks that are shared with other containers of the same tree. Dropping them releases them as systemd-nspawn does: the last
 /// holder removes the files.
@@ -62,6 +68,25 @@ impl SharedLocks {
         }
         locks
     }
+}
+
+/// Waits until no process holds a lock of a tree or image that the start is going to write. Takes no lock itself, which would be
+/// in systemd-nspawn's way. If it is still held after all [`PAUSES`], systemd-nspawn is left to report that.
+pub(super) fn wait_until_free(task_dir: &Path, tree: &Path) {
+    let paths = paths_of(tree);
+    let mut pauses = PAUSES.iter();
+    while paths.iter().flatten().any(|path| is_held(path)) {
+        failpoint::hit(task_dir, Failpoint::TreeBusy);
+        let Some(pause) = pauses.next() else { return };
+        std::thread::sleep(Duration::from_millis(*pause));
+    }
+}
+
+/// Whether a process holds this lock. One that can't be examined is left to systemd-nspawn.
+fn is_held(path: &Path) -> bool {
+    let Ok(file) = open(path) else { return false };
+    let mut found = whole_file(EXCLUSIVE);
+    fcntl(&file, FcntlArg::F_OFD_GETLK(&mut found)).is_ok() && found.l_type != UNLOCKED
 }
 
 impl Drop for SharedLocks {
@@ -101,14 +126,28 @@ fn errno(error: io::Error) -> Errno {
 /// Locks a whole file, for its open file description (`F_OFD_SETLK`), as systemd-nspawn does. Fails with `EAGAIN` or `EACCES` if another
 /// process holds a lock that excludes this one.
 pub(super) fn lock(file: &File, kind: i16) -> Result<(), Errno> {
-    let whole = nix::libc::flock {
+    fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(kind))).map(drop)
+}
+
+/// A lock of this kind on a whole file.
+fn whole_file(kind: i16) -> nix::libc::flock {
+    nix::libc::flock {
         l_type: kind,
         l_whence: 0,
         l_start: 0,
         l_len: 0,
         l_pid: 0,
-    };
-    fcntl(file, FcntlArg::F_OFD_SETLK(&whole)).map(drop)
+    }
+}
+
+/// Opens a lock file that exists.
+fn open(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags.bits())
+        .open(path)
 }
 
 /// The two lock files of a tree or an image.
@@ -140,13 +179,7 @@ pub(super) fn remove(task_dir: &Path, path: &Path) {
 
 /// Takes one of systemd-nspawn's locks, if it exists and no process holds it.
 pub(super) fn take(path: &Path) -> Option<File> {
-    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(flags.bits())
-        .open(path)
-        .ok()?;
+    let file = open(path).ok()?;
     lock(&file, EXCLUSIVE).ok()?;
     // Its last holder may have removed it before this lock was granted; the file at this path may be another one's by now.
     (file.metadata().ok()?.nlink() > 0).then_some(file)
@@ -196,6 +229,31 @@ mod tests {
         assert!(file.exists());
         drop(second);
         assert!(!file.exists());
+    }
+
+    #[test]
+    fn a_start_that_writes_waits_for_a_lock_without_taking_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let tree = temp.path().join("tree");
+        fs::create_dir(&tree).unwrap();
+        let task_dir = temp.path().join("state/start");
+        let file = temp.path().join(".#tree.lck");
+        wait_until_free(&task_dir, &tree);
+        assert!(!file.exists());
+        fs::write(&file, "").unwrap();
+        let held = take(&file).unwrap();
+        assert!(is_held(&file));
+        let (going, waited) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                wait_until_free(&task_dir, &tree);
+                going.send(()).unwrap();
+            });
+            assert!(waited.try_recv().is_err());
+            drop(held);
+            waited.recv().unwrap();
+        });
+        assert!(take(&file).is_some());
     }
 
     #[test]

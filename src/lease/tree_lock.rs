@@ -1,11 +1,12 @@
 //! The two lock files by which systemd-nspawn keeps others from using a tree or an image at the same time.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Context, Lease, nspawn_lock};
+use super::nspawn_lock::{self, SharedLocks};
+use super::{Context, Lease};
 
 /// The lock of a tree or an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +16,18 @@ pub struct TreeLock {
     /// Whether the lock is shared with other containers that do not write the tree.
     #[serde(default)]
     pub shared: bool,
+}
+
+impl TreeLock {
+    /// Makes a start that finds the tree locked for a moment wait for it, instead of systemd-nspawn, which never waits. Returns the
+    /// locks to hold until systemd-nspawn has its own.
+    pub fn prepare(&self, task_dir: &Path) -> Option<SharedLocks> {
+        if self.shared {
+            return Some(SharedLocks::take(task_dir, &self.tree));
+        }
+        nspawn_lock::wait_until_free(task_dir, &self.tree);
+        None
+    }
 }
 
 impl Lease for TreeLock {

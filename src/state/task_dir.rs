@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::launch_spec_record::LaunchSpecRecord;
 use crate::cgroup::CgroupPlan;
 use crate::container::{Cause, ExecDefaults, Exit, InsideSettings, Mode, Process, Started};
-use crate::lease::Resource;
+use crate::lease::{Resource, TreeLock};
 use crate::seccomp;
 
 mod directory;
@@ -90,10 +90,10 @@ impl LaunchSpec {
         groups.unwrap_or_default()
     }
 
-    /// The tree whose lock is shared with other containers that do not write it.
-    pub fn shared_tree(&self) -> Option<&Path> {
+    /// The lock of the tree or image, unless the root is a copy.
+    pub fn tree_lock(&self) -> Option<&TreeLock> {
         self.resources.iter().find_map(|resource| match resource {
-            Resource::TreeLock(lock) if lock.shared => Some(&*lock.tree),
+            Resource::TreeLock(lock) => Some(lock),
             _ => None,
         })
     }

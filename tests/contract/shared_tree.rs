@@ -4,6 +4,7 @@
 use nomad_driver_nspawn::container::Cause;
 use nomad_driver_nspawn::failpoint::Failpoint;
 
+use support::eventually;
 use support::trap::Trap;
 
 use super::*;
@@ -73,7 +74,7 @@ async fn the_locks_of_a_container_that_ended_by_itself_are_left_alone(world: Wor
         .unwrap();
     assert_eq!(ended(&world.end(&started).await), (3, 0));
     let lock = world.tree.with_file_name(".#tree.lck");
-    assert!(!lock.exists());
+    eventually("the lock is gone", || !lock.exists()).await;
     fs::write(&lock, "").unwrap();
     within(world.backend.remove(&started.id)).await.unwrap();
     assert!(lock.exists(), "the lock of another was removed");

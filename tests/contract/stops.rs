@@ -80,8 +80,8 @@ async fn a_payload_that_ignores_signals_is_killed_after_the_timeout(world: World
         .await
         .unwrap();
         assert_eq!(ended(&world.end(&started).await), (137, 9));
-        assert!(!is_alive(started.leader));
         within(world.backend.remove(&started.id)).await.unwrap();
+        assert!(!is_alive(started.leader));
         fs::write(world.file("stdout"), "").unwrap();
     }
     world.leave(&[]).await;
@@ -132,8 +132,8 @@ async fn a_stop_right_after_the_start_is_carried_out(world: World) {
             [(3, 0), (137, 9), (130, 0), (0, 0)].contains(&ended(&exit)),
             "{number}: {exit:?}"
         );
-        assert!(!is_alive(started.leader));
         within(world.backend.remove(&started.id)).await.unwrap();
+        assert!(!is_alive(started.leader));
     }
     world.leave(&[]).await;
 }

@@ -273,7 +273,7 @@ async fn a_late_kill_does_not_change_the_exit(#[case] ephemeral: bool, #[case] o
     within("systemd-nspawn", clearing.reached()).await;
     let stop = within("StopTask", plugin.stop(&task.id, Duration::ZERO, ""));
     let release = async {
-        if !ephemeral || old || !kernel_tells() {
+        if old || !kernel_tells() {
             within("the supervisor", force.reached()).await;
         }
         drop(force);
@@ -286,23 +286,20 @@ async fn a_late_kill_does_not_change_the_exit(#[case] ephemeral: bool, #[case] o
     nothing_left(&host, &plugin).await;
 }
 
-/// systemd-nspawn may need a long time to remove an ephemeral root.
+/// It may need a long time for that, to remove an ephemeral root.
 #[rstest]
-#[case::a_code(false, 7)]
-#[case::success(false, 0)]
-#[case::a_code_of_a_second_process(true, 7)]
-#[case::success_of_a_second_process(true, 0)]
 #[tokio::test]
-async fn an_exit_is_reported_before_an_ephemeral_root_is_deleted(
-    #[case] two: bool,
-    #[case] code: i32,
+async fn an_exit_is_reported_before_systemd_nspawn_exits(
+    #[values(false, true)] ephemeral: bool,
+    #[values(false, true)] two: bool,
+    #[values(0, 7)] code: i32,
 ) {
     let host = Host::new();
     let mut clearing = Trap::named(&host.state(), "before_exit");
     host.scenario(&json!({"calls": [{"pause_before_exit": clearing.socket()}]}));
     let plugin = host.plugin().await;
     let job = host.shell(&format!("exit {code}"));
-    let job = job.with("ephemeral", json!(true));
+    let job = job.with("ephemeral", json!(ephemeral));
     let task = host
         .start(&plugin, job.with("process_two", json!(two)))
         .await;
@@ -317,6 +314,32 @@ async fn an_exit_is_reported_before_an_ephemeral_root_is_deleted(
     assert_eq!(recorded.map(|exit| exit.code), Some(code));
     drop(clearing);
     task.destroy(&plugin).await;
+    nothing_left(&host, &plugin).await;
+}
+
+/// Nomad may start another task on the tree as soon as the exit is reported.
+#[tokio::test]
+async fn a_start_waits_for_the_tree_of_a_task_whose_exit_was_reported() {
+    let host = Host::new();
+    let mut clearing = Trap::named(&host.state(), "before_exit");
+    let mut busy = Trap::at(&host.state(), Failpoint::TreeBusy);
+    host.scenario(&json!({"calls": [{"pause_before_exit": clearing.socket()}]}));
+    let plugin = host.plugin().await;
+    let job = host.shell("exit 7").with("process_two", json!(true));
+    let first = host.start(&plugin, job).await;
+    within("systemd-nspawn", clearing.reached()).await;
+    assert_eq!(first.wait(&plugin).await.code, 7);
+    let second = host.start(&plugin, host.shell("exit 8").named("second"));
+    let release = async {
+        within("the second supervisor", busy.reached()).await;
+        drop(clearing);
+        drop(busy);
+    };
+    let (second, ()) = tokio::join!(second, release);
+    assert_eq!(second.wait(&plugin).await.code, 8);
+    for task in [&first, &second] {
+        task.destroy(&plugin).await;
+    }
     nothing_left(&host, &plugin).await;
 }
 

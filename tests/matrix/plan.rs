@@ -1,8 +1,9 @@
-//! The cells: what can be killed at which step, and the expected result. Data only.
+//! The cells: what can be killed at which step, and the expected result.
 
 use std::fmt;
 
 use nomad_driver_nspawn::failpoint::Failpoint;
+use nomad_driver_nspawn::sys::kernel;
 
 use super::Moment;
 
@@ -105,11 +106,11 @@ impl Step {
             Self::Exec => "running a further command",
             Self::Signalled => "signalled",
             Self::Stopping => "stopping",
-            Self::Exited => "exited, not waited for",
+            Self::Exited => "exited, not recorded",
             Self::EndRecorded => "end recorded, unreported",
             Self::EndTold => "end reported, nothing freed",
             Self::OutOfMemoryLater => "running, later an OOM kill",
-            Self::OutOfMemory => "OOM kill, not waited for",
+            Self::OutOfMemory => "OOM kill, not recorded",
             Self::OutOfMemoryRecorded => "OOM kill, end recorded",
             Self::Destroying => "destroying, still alive",
             Self::Removing => "destroying, already dead",
@@ -339,7 +340,11 @@ impl Cell {
                 [
                     Ok(Owed::ItsOwnEnd),
                     Ok(Owed::Killed(SUPERVISOR)),
-                    Ok(Owed::Killed(NSPAWN)),
+                    // Its own exit is reported before systemd-nspawn exits, where the kernel shows it.
+                    match self.step == Step::Exited && kernel::version() >= (6, 15) {
+                        true => Ok(Owed::ItsOwnEnd),
+                        false => Ok(Owed::Killed(NSPAWN)),
+                    },
                     Err(OVER),
                 ],
             ),

@@ -233,11 +233,7 @@ impl<'w, W: World> Game<'w, W> {
         }
         self.reached().await;
         if self.hold == Hold::Driver(Failpoint::Exited) {
-            let nspawn = first_child(self.supervisor()).expect("systemd-nspawn");
-            assert!(
-                !is_running(nspawn),
-                "systemd-nspawn has exited and has not been reaped"
-            );
+            assert!(!is_running(self.leader().pid), "the leader has exited");
         }
     }
 

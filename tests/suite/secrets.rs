@@ -179,10 +179,11 @@ impl<W: World> Case<W> {
         let reported = running.inspect(&plugin).await.unwrap();
         self.marker
             .not_in("what InspectTask says", &format!("{reported:?}"));
-        // The exit is reported once the processes have been killed; the kernel needs a moment to end them.
+        // The exit is reported a moment before systemd-nspawn and the last processes have ended.
         let left = self.marker.in_environments();
         eventually("the end of all processes of the task", || {
             !left.keys().any(|pid| self.marker.in_environment(*pid))
+                && self.marker.in_command_lines().is_empty()
         })
         .await;
         self.search(&format!("after {death:?}"), None);

@@ -15,20 +15,19 @@ use super::release::Release;
 use super::{
     Ending, LeaderState, NSPAWN_ANNOUNCED_TIMEOUT, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor,
 };
-use crate::container::{Exit, Process};
+use crate::container::Exit;
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_messages};
 use crate::signal::Signal;
+use crate::state::task_dir::Pid1;
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
 use crate::sys::process::ProcessHandle;
 
 impl Supervisor {
-    /// Whether the leader's exit is reported before systemd-nspawn exits: systemd-nspawn may take minutes to delete an ephemeral
-    /// root. Any other root stays locked until systemd-nspawn has exited.
+    /// Whether the leader's exit can still be reported before systemd-nspawn exits, which takes it milliseconds, and minutes if it
+    /// has to delete an ephemeral root.
     fn may_report_early(&self) -> bool {
-        self.exit.reported.is_none()
-            && !self.nspawn_has_exited()
-            && self.launch_spec.copies().is_some()
+        self.exit.reported.is_none() && !self.nspawn_has_exited()
     }
 
     /// Whether systemd-nspawn has exited and has been waited for.
@@ -52,6 +51,9 @@ impl Supervisor {
             false => LeaderState::Ended,
         };
         let first = std::mem::replace(&mut self.exit.leader, seen) == LeaderState::Alive;
+        if first {
+            failpoint::hit(&self.task_dir, Failpoint::Exited);
+        }
         self.watch_leader();
         if first && !self.nspawn_has_exited() {
             self.sigcont_nspawn();
@@ -112,7 +114,7 @@ impl Supervisor {
     /// The exit status to assume for systemd-nspawn, once the leader has exited and nothing that systemd-nspawn could add would
     /// change the reported exit.
     fn early_exit_status(&self) -> Option<ExitStatus> {
-        if !self.may_report_early() || self.exit.leader == LeaderState::Alive {
+        if !self.may_report_early() || !self.has_written_all() {
             return None;
         }
         let by_force = ExitStatus::from_raw(Signal::KILL.number());
@@ -121,6 +123,17 @@ impl Supervisor {
             return Some(by_force);
         }
         predict_nspawn_status(self.raw_status()?, self.exit.nspawn_status)
+    }
+
+    /// Whether everything that the container has written has reached the logs. What systemd-nspawn forwards from a terminal has once
+    /// systemd-nspawn has waited for the leader.
+    fn has_written_all(&self) -> bool {
+        let is_direct = self.launch_spec.first == Pid1::Driver { streams: true };
+        match self.exit.leader {
+            LeaderState::Alive => false,
+            LeaderState::Ended => is_direct || self.exit.nspawn_status.is_some(),
+            LeaderState::Reaped => true,
+        }
     }
 
     /// The leader's raw wait status, if the kernel reports it to processes other than the parent.
@@ -153,8 +166,9 @@ impl Supervisor {
         })
     }
 
-    /// Records the exit and reports it to all clients.
+    /// Records the exit and reports it to all clients. Nothing needs the environment any more.
     fn report_exit(&mut self, exit: Exit) {
+        self.task_dir.discard_secrets();
         if let Err(error) = self.task_dir.write_exit(&exit) {
             let _ = writeln!(
                 io::stderr(),
@@ -176,10 +190,6 @@ impl Supervisor {
     pub(super) fn see_children(&mut self) {
         // While systemd-nspawn has not been waited for: afterwards it is too late to be early.
         self.report_early();
-        // The kernel reports the first process too, when it stops for a reader of its filters.
-        if cfg!(debug_assertions) && has_exited(self.nspawn) {
-            failpoint::hit(&self.task_dir, Failpoint::Exited);
-        }
         while let Ok(Some(_)) = self.sockets.signals.read_signal() {}
         let Some(status) = self.reap().filter(|_| !self.nspawn_has_exited()) else {
             return;
@@ -278,11 +288,6 @@ impl Supervisor {
         let reason = format!("{} before the container was up{what}", describe(status));
         StartFailure::new(StartStep::Nspawn, cause_of_messages(&messages), reason)
     }
-}
-
-/// Whether a child has exited, waited for or not.
-fn has_exited(child: Process) -> bool {
-    ProcessHandle::open_checked(child).map_or(true, |child| child.wait(Duration::ZERO))
 }
 
 fn in_one_line(words: &str) -> String {

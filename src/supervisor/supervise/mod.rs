@@ -17,12 +17,15 @@
 //!
 //! ```text
 //!         launch spec     leader's datagram           systemd-nspawn exited
-//!   preparing ──▶ starting ───────────────▶ running ───────────────────────▶ exited: kill what is left, record, report
+//!   preparing ──▶ starting ───────────────▶ running ───────────────────────▶ exited: kill what is left
 //!       │             │   init's "ready"       │ the start can't be recorded    │
 //!       │             │ nspawn exited,         ▼                                ▼
 //!       │             │ or the owner is gone  failing: kill                   releasing, in a thread: clients are still served
 //!       └──▶ failed ◀─┴────────────────────────┘   report, release
 //! ```
+//!
+//! An exit is recorded and reported as soon as it is certain: usually a moment before systemd-nspawn exits, otherwise when what is
+//! left has been killed.
 //!
 //! If PID 1 of the container is the driver's init, it runs no command before the start is recorded and the supervisor has sent it "go".
 

@@ -58,14 +58,13 @@ impl Supervisor {
 
     /// Returns the descriptor that the answer carries, if it carries one.
     fn carry_out(&mut self, action: Action) -> io::Result<Option<OwnedFd>> {
-        if self.nspawn_has_exited() {
-            return match action {
-                // The container has ended, which is what a stop or a kill was to achieve; a signal has no process to go to.
-                Action::Signal(_) | Action::Stop | Action::Kill => Ok(None),
-                Action::ExecDefaults => Err(io::Error::other("the container has ended")),
-            };
-        }
+        let has_ended = self.exit.reported.is_some() || self.nspawn_has_exited();
         match action {
+            // That is what a stop was to achieve; a signal has no process to go to.
+            Action::Signal(_) | Action::Stop if has_ended => {}
+            Action::ExecDefaults if has_ended => {
+                return Err(io::Error::other("the container has ended"));
+            }
             // Sent like any other signal, SIGKILL would end the container too, but systemd-nspawn would report a different exit.
             Action::Signal(number) if number == Signal::KILL.number() => self.kill(),
             Action::Signal(number) => self.signal(Signal::from_number(number))?,

@@ -144,8 +144,8 @@ impl Supervisor {
         let cgroups = Cgroups::create(&launch_spec, &events)?;
         failpoint::hit(&task_dir, Failpoint::CgroupMade);
         lease::remove_leaked_mounts(&launch_spec.machine);
-        let tree = launch_spec.shared_tree();
-        let tree = tree.map(|tree| SharedLocks::take(task_dir.path(), tree));
+        let tree = launch_spec.tree_lock();
+        let tree = tree.and_then(|lock| lock.prepare(task_dir.path()));
         let (nspawn, init_channel) = spawn::spawn(&task_dir, launch_spec.first, stdout, stderr)
             .inspect_err(|_| cgroups::remove(&launch_spec))
             .map_err(step(StartStep::Nspawn))?;
