@@ -12,11 +12,11 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::SigSet;
 use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
+use super::group_network;
 use crate::cgroup::{CgroupPlan, Group};
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
@@ -113,9 +113,7 @@ fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
     // namespace. Lowering it needs CAP_SYS_RESOURCE.
     let _ = set_oom_score_adj(nix::unistd::getpid().as_raw(), launch_spec.oom_score_adj);
     if let Some(path) = &launch_spec.network_namespace {
-        let entered = File::open(path).and_then(|file| Ok(setns(file, CloneFlags::CLONE_NEWNET)?));
-        let what = format!("can't enter the network namespace {}", path.display());
-        entered.map_err(because(&what))?;
+        group_network::enter(path, &launch_spec.inside.sysctls)?;
     }
     umask(Mode::from_bits_truncate(0o022));
     SigSet::empty()

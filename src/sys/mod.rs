@@ -1,10 +1,11 @@
-//! What the kernel knows: processes by pidfd, their seccomp filters, `/proc`, mount tables, its version and boot id, BPF programs for
+//! What the kernel knows: processes by pidfd, their seccomp filters, `/proc`, mount tables, its version and boot id, network namespaces, BPF programs for
 //! cgroups; files that are replaced as a whole; and the C library's malloc settings. Knows nothing of tasks.
 
 pub mod bpf;
 mod ffi;
 mod files;
 pub mod kernel;
+pub mod netns;
 pub mod process;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -36,6 +36,7 @@ mod inside;
 mod lifecycle;
 mod limits;
 mod logs;
+mod network;
 mod orphans;
 mod own_end;
 mod recover;

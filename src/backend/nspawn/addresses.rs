@@ -1,11 +1,29 @@
-//! Finds the addresses of a container.
+//! Finds the addresses of a container, and of the network of a group.
 
 use std::fs;
 use std::net::IpAddr;
 
-use crate::container::Process;
+use crate::backend::BackendError;
+use crate::container::{Cause, ContainerSpec, NetworkNamespace, Process};
+use crate::sys::netns::Netns;
 use crate::sys::process::is_alive;
 use crate::sys::procfs::parse_addresses;
+
+/// The addresses in the network namespace that a container is to join, without loopback ones; empty if it joins none. Fails if the
+/// namespace does not exist: the container would otherwise be in the host's.
+pub(super) fn of_group(spec: &ContainerSpec) -> Result<Vec<IpAddr>, BackendError> {
+    let NetworkNamespace::Join(path) = &spec.network.namespace else {
+        return Ok(Vec::new());
+    };
+    let found = Netns::open(path).and_then(|namespace| namespace.addresses());
+    found.map_err(|error| BackendError::Start {
+        machine: spec.identity.machine.clone(),
+        step: "checking the network of its group",
+        reason: format!("the network namespace {}: {error}", path.display()),
+        // Nomad makes the namespace again after a reboot.
+        cause: Cause::Resources,
+    })
+}
 
 /// The addresses in the network namespace of a container with this first process, without loopback ones. Empty in the host's network, and
 /// once the process has exited.

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::filters::StartFilters;
-use super::{acquire, boot_id, io_error};
+use super::{acquire, addresses, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
 use crate::container::{Cause, ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root};
@@ -41,6 +41,7 @@ pub(super) fn prepare(
     if let Some(reason) = version::unusable(host.version, layout.kind) {
         return Err(unsupported(spec, reason));
     }
+    addresses::of_group(spec)?;
     let (root, mounts) = root(spec, task_dir)?;
     let (place, cgroups) = cgroups(spec, task_dir, &layout).unzip();
     let mut notes = port_notes(spec)?;

@@ -109,3 +109,23 @@ async fn the_addresses_of_a_network_of_its_own_are_shown() {
     drop(namespace);
     stage.leave();
 }
+
+/// Real only: network and user namespaces. The user namespace of the container does not own the network of the group.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_user_listens_on_a_low_port_in_a_groups_network() {
+    let stage = Stage::new();
+    let namespace = Namespace::new(stage.name());
+    let plugin = stage.plugin().await;
+    for user in ["root", "bob"] {
+        let task = stage
+            .shell("httpd -p 80 -h / && echo bound")
+            .with("user_namespacing", true)
+            .with("user", user)
+            .network(&namespace.path());
+        let ended = stage.run_on(&plugin, task).await;
+        assert!(ended.said() == "bound\n", "{user}: {ended:?}");
+    }
+    end(plugin).await;
+    drop(namespace);
+    stage.leave();
+}
