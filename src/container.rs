@@ -108,8 +108,39 @@ pub struct Network {
     /// The network namespace.
     pub namespace: NetworkNamespace,
     /// How the container's `/etc/resolv.conf` is set up: a value of systemd-nspawn's `--resolv-conf`. `None` leaves it to
-    /// systemd-nspawn.
+    /// the backend.
     pub resolv_conf: Option<String>,
+    /// What the job or its network says about name resolution.
+    pub dns: Dns,
+    /// The host name, where it is not the machine name.
+    pub host_name: Option<HostName>,
+}
+
+/// What replaces the host's configuration of name resolution. An empty list replaces nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Dns {
+    /// The name servers.
+    pub servers: Vec<IpAddr>,
+    /// The domains in which short names are looked up.
+    pub searches: Vec<String>,
+    /// Options of resolv.conf.
+    pub options: Vec<String>,
+}
+
+impl Dns {
+    /// Whether it replaces nothing.
+    pub fn is_empty(&self) -> bool {
+        self.servers.is_empty() && self.searches.is_empty() && self.options.is_empty()
+    }
+}
+
+/// The host name of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostName {
+    /// The name.
+    pub name: String,
+    /// Its address; `None` is those of the network.
+    pub address: Option<IpAddr>,
 }
 
 /// Where a root file system comes from. The paths are absolute host paths that existed when they were checked.

@@ -95,7 +95,7 @@ fn label(name: &str, most: usize) -> String {
 }
 
 /// Whether this is a label of a host name.
-fn is_label(part: &str) -> bool {
+pub(super) fn is_label(part: &str) -> bool {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
     !part.is_empty()
         && !part.starts_with('-')

@@ -16,6 +16,7 @@ mod cpu;
 mod decode;
 mod description;
 mod devices;
+mod dns;
 mod environment;
 mod identity;
 mod mounts;
@@ -88,6 +89,10 @@ pub struct TaskContext {
     pub mounts: Vec<VolumeMount>,
     /// The network namespace that Nomad made for the group (mode `bridge`, `cni/…`, `none`), if any.
     pub network_namespace: Option<PathBuf>,
+    /// The `dns` block of the network.
+    pub dns: RequestedDns,
+    /// The host name that comes with the group's network.
+    pub host_name: RequestedHostName,
     /// Ports of the group or of the task, with the number on the host and, where the job sets one, the number inside.
     pub ports: Vec<AllocatedPort>,
     /// The absolute path of the cgroup that Nomad made; it may not exist.
@@ -111,6 +116,26 @@ pub struct AllocatedResources {
     pub cpu_fraction: f64,
     /// The processors that are reserved for the task, in the kernel's list format; empty if none are.
     pub cores: String,
+}
+
+/// What the network of a job says about name resolution. The texts are those of the request: none of them is checked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RequestedDns {
+    /// Name servers.
+    pub servers: Vec<String>,
+    /// Domains in which short names are looked up.
+    pub searches: Vec<String>,
+    /// Options of resolv.conf.
+    pub options: Vec<String>,
+}
+
+/// A host name with its address, as in the request. Empty texts are not set.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RequestedHostName {
+    /// The name.
+    pub name: String,
+    /// The address in the network of the group.
+    pub address: String,
 }
 
 /// A device that a device plugin reserved.

@@ -17,7 +17,8 @@ use super::rootfs::RootOptions;
 use super::users::users;
 use super::values::{self, one_of};
 use super::{
-    ConfigError, ImageSearchPath, PluginConfig, TaskContext, Validated, identity, mounts, network,
+    ConfigError, ImageSearchPath, PluginConfig, TaskContext, Validated, dns, identity, mounts,
+    network,
 };
 
 /// Returns the container, or the first error. Checks that need no look-up on the host come first; their order is the order in
@@ -74,15 +75,19 @@ fn network(
     if let Some(word) = &options.resolv_conf {
         one_of("config.resolv_conf", word, values::RESOLV_CONF)?;
     }
-    let (namespace, notes) = network::network(options, context)?;
-    let resolv_conf = options.resolv_conf.clone();
-    Ok((
-        Network {
-            namespace,
-            resolv_conf,
-        },
-        notes,
-    ))
+    let (namespace, mut notes) = network::network(options, context)?;
+    let network = Network {
+        namespace,
+        resolv_conf: options.resolv_conf.clone(),
+        dns: dns::dns(&context.dns)?,
+        host_name: dns::host_name(&context.host_name)?,
+    };
+    if let (Some(word), false) = (&network.resolv_conf, network.dns.is_empty()) {
+        notes.push(format!(
+            "the dns block of the network is not applied, because config.resolv_conf is {word:?}. Remove config.resolv_conf to apply it"
+        ));
+    }
+    Ok((network, notes))
 }
 
 /// What runs in the container. Adds to `notes` what it will not get.

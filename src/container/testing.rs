@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use super::{
-    Console, ContainerSpec, Description, Identity, Mode, Network, NetworkNamespace, Payload,
+    Console, ContainerSpec, Description, Dns, Identity, Mode, Network, NetworkNamespace, Payload,
     Process, Resources, Root, Rootfs, Started, Users, Volatile,
 };
 
@@ -43,6 +43,8 @@ impl ContainerSpec {
             network: Network {
                 namespace: NetworkNamespace::Host,
                 resolv_conf: None,
+                dns: Dns::default(),
+                host_name: None,
             },
             resources: Resources::default(),
         }

@@ -9,7 +9,10 @@ use std::time::{Duration, SystemTime};
 use prost_types::Timestamp;
 
 use super::status::CallError;
-use crate::config::{AllocatedDevice, AllocatedPort, AllocatedResources, TaskContext, VolumeMount};
+use crate::config::{
+    AllocatedDevice, AllocatedPort, AllocatedResources, RequestedDns, RequestedHostName,
+    TaskContext, VolumeMount,
+};
 use crate::container::{Description, Exit, Started};
 use crate::proto::driver as proto;
 use crate::proto::driver::network_isolation_spec::NetworkIsolationMode;
@@ -50,6 +53,8 @@ pub(super) fn task_context(task: &proto::TaskConfig) -> Result<TaskContext, Call
         stderr: task.stderr_path.clone().into(),
         mounts: task.mounts.iter().map(mount).collect(),
         network_namespace: group.and_then(|network| path(&network.path)),
+        dns: dns(task.dns.as_ref()),
+        host_name: host_name(group.and_then(|network| network.hosts_config.as_ref())),
         ports: ports(&resources)?,
         cgroup: resources
             .linux_resources
@@ -78,6 +83,24 @@ fn allocated(resources: &proto::Resources) -> AllocatedResources {
     }
 }
 
+/// The texts as they are: `config` checks them.
+fn dns(given: Option<&proto::DnsConfig>) -> RequestedDns {
+    let given = given.cloned().unwrap_or_default();
+    RequestedDns {
+        servers: given.servers,
+        searches: given.searches,
+        options: given.options,
+    }
+}
+
+fn host_name(given: Option<&proto::HostsConfig>) -> RequestedHostName {
+    let given = given.cloned().unwrap_or_default();
+    RequestedHostName {
+        name: given.hostname,
+        address: given.address,
+    }
+}
+
 fn device(device: &proto::Device) -> AllocatedDevice {
     AllocatedDevice {
         source: device.host_path.clone().into(),
@@ -89,13 +112,6 @@ fn device(device: &proto::Device) -> AllocatedDevice {
 /// The settings of the request that this driver does not apply, one sentence each: nothing that a job asks for may be dropped
 /// silently.
 pub(super) fn ignored_settings(task: &proto::TaskConfig) -> Vec<String> {
-    let dns = task
-        .dns
-        .as_ref()
-        .filter(|dns| **dns != proto::DnsConfig::default());
-    let dns = dns.map(|_| {
-        "the dns block of the network is not applied. Put a resolv.conf into the image and set config.resolv_conf = \"off\"".to_owned()
-    });
     let modes = task
         .mounts
         .iter()
@@ -106,7 +122,7 @@ pub(super) fn ignored_settings(task: &proto::TaskConfig) -> Vec<String> {
             "the volume at {target} is mounted without propagation_mode {mode:?}, which is not supported. Remove it from the volume_mount block"
         )
     });
-    dns.into_iter().chain(modes).collect()
+    modes.collect()
 }
 
 fn mount(mount: &proto::Mount) -> VolumeMount {
@@ -339,25 +355,17 @@ mod tests {
             ..Default::default()
         };
         let plain = proto::TaskConfig {
-            dns: Some(proto::DnsConfig::default()),
             mounts: vec![mount(""), mount("private")],
             ..Default::default()
         };
         assert_eq!(ignored_settings(&plain), Vec::<String>::new());
-        let servers = proto::DnsConfig {
-            servers: vec!["192.0.2.1".to_owned()],
-            ..Default::default()
-        };
         let full = proto::TaskConfig {
-            dns: Some(servers),
             mounts: vec![mount("bidirectional")],
             ..Default::default()
         };
         let published = ignored_settings(&full);
-        for (sentence, part) in published.iter().zip(["dns", "bidirectional"]) {
-            assert!(sentence.contains(part), "{published:?}");
-        }
-        assert_eq!(published.len(), 2);
+        assert_eq!(published.len(), 1);
+        assert!(published[0].contains("bidirectional"), "{published:?}");
     }
 
     #[test]
@@ -420,7 +428,16 @@ mod tests {
             network_isolation_spec: Some(proto::NetworkIsolationSpec {
                 mode: NetworkIsolationMode::Group.into(),
                 path: "/var/run/netns/a".to_owned(),
+                hosts_config: Some(proto::HostsConfig {
+                    hostname: "shop".to_owned(),
+                    address: "172.26.64.7".to_owned(),
+                }),
                 ..Default::default()
+            }),
+            dns: Some(proto::DnsConfig {
+                servers: vec!["192.0.2.1".to_owned()],
+                searches: vec!["example".to_owned()],
+                options: vec!["ndots:3".to_owned()],
             }),
             ..Default::default()
         };

@@ -240,6 +240,10 @@ impl CommandBuilder {
     }
 
     fn network(&mut self, network: &Network) {
+        // Otherwise it is the machine name.
+        if let Some(host_name) = &network.host_name {
+            self.flag("--hostname", &host_name.name);
+        }
         if let Some(mode) = &network.resolv_conf {
             self.flag("--resolv-conf", mode);
         }

@@ -8,5 +8,6 @@ pub mod ownership;
 pub mod ports;
 pub mod probe;
 pub mod refusal;
+pub mod resolver;
 pub mod skeleton;
 pub mod version;

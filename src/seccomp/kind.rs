@@ -109,7 +109,6 @@ impl FileIdentity {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::container::Network;
     use std::os::unix::fs::symlink;
 
     fn kind(change: impl FnOnce(&mut ContainerSpec)) -> Option<Kind> {
@@ -126,14 +125,11 @@ mod tests {
         assert_eq!(name(|spec| spec.identity.machine = "other".into()), plain);
         let added = name(|spec| spec.payload.capabilities = vec!["CAP_SYS_TIME".into()]);
         let private = name(|spec| {
-            spec.network = Network {
-                namespace: NetworkNamespace::Private {
-                    veth: false,
-                    zone: None,
-                    bridge: None,
-                    ports: Vec::new(),
-                },
-                resolv_conf: None,
+            spec.network.namespace = NetworkNamespace::Private {
+                veth: false,
+                zone: None,
+                bridge: None,
+                ports: Vec::new(),
             };
         });
         let users = ["pick", "identity"].map(|range| {

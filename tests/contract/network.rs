@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
+use nomad_driver_nspawn::container::{Dns, HostName, Mount};
 
 use super::*;
 
@@ -154,4 +155,86 @@ async fn a_sysctl_of_the_job_is_kept_in_the_groups_network(world: World) {
     assert_eq!(ended(&world.end(&other).await), (23, 0));
     assert_eq!(namespace.read(FIRST_PORT), "80");
     world.leave(&[&own, &other]).await;
+}
+
+fn dns() -> Dns {
+    Dns {
+        servers: vec!["192.0.2.53".parse().unwrap()],
+        searches: vec!["trial.example".to_owned()],
+        options: vec!["ndots:3".to_owned()],
+    }
+}
+
+/// The fake shows the files of the host to its payload.
+#[rstest]
+#[case::writable(false)]
+#[case::read_only(true)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dns_block_is_in_the_resolv_conf(world: World, #[case] read_only: bool) {
+    const TEXT: &str = "nameserver 192.0.2.53\nsearch trial.example\noptions ndots:3\n";
+    let _ = fs::remove_file(world.tree.join("etc/resolv.conf"));
+    let spec = world.spec("cat /etc/resolv.conf; exit 24").with(|spec| {
+        spec.rootfs.read_only = read_only;
+        spec.network.resolv_conf = None;
+        spec.network.dns = dns();
+    });
+    let started = world.start(spec).await;
+    let file = fs::read_to_string(started.state.join("resolver"));
+    assert_eq!(ended(&world.end(&started).await), (24, 0));
+    assert_eq!(file.unwrap(), TEXT);
+    if !world.is_fake() {
+        assert_eq!(world.said("stdout"), TEXT);
+    }
+    assert_eq!(started.notes, Vec::<String>::new());
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resolv_conf_of_the_job_is_kept(world: World) {
+    let own = world.file("own");
+    fs::write(&own, "nameserver 192.0.2.1\n").unwrap();
+    let spec = world.spec("cat /etc/resolv.conf; exit 25").with(|spec| {
+        spec.network.resolv_conf = None;
+        spec.network.dns = dns();
+        spec.mounts = vec![Mount {
+            source: own.clone(),
+            target: "/etc/resolv.conf".into(),
+            read_only: false,
+        }];
+    });
+    let started = world.start(spec).await;
+    assert_eq!(ended(&world.end(&started).await), (25, 0));
+    if !world.is_fake() {
+        assert_eq!(world.said("stdout"), "nameserver 192.0.2.1\n");
+    }
+    assert_eq!(fs::read_to_string(own).unwrap(), "nameserver 192.0.2.1\n");
+    let [note] = started.notes.as_slice() else {
+        panic!("{:?}", started.notes)
+    };
+    assert!(note.contains("mounts its own /etc/resolv.conf"), "{note}");
+    world.leave(&[&started]).await;
+}
+
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_has_the_host_name_of_its_group(world: World) {
+    let Some(namespace) = Namespace::new() else {
+        return world.leave(&[]).await;
+    };
+    let spec = world.spec("hostname; exit 26").with(|spec| {
+        spec.network.namespace = NetworkNamespace::Join(namespace.path.clone());
+        spec.network.host_name = Some(HostName {
+            name: "shop".to_owned(),
+            address: Some("172.26.64.7".parse().unwrap()),
+        });
+    });
+    let started = world.start(spec).await;
+    let file = fs::read_to_string(started.state.join("hosts")).unwrap();
+    assert_eq!(ended(&world.end(&started).await), (26, 0));
+    assert!(file.ends_with("\n172.26.64.7 shop\n"), "{file}");
+    if !world.is_fake() {
+        assert_eq!(world.said("stdout"), "shop\n");
+    }
+    world.leave(&[&started]).await;
 }

@@ -317,7 +317,9 @@ async fn absent_lists_are_empty() {
         .await
         .unwrap();
     let words = argv(&host.starts()[0]);
+    let is_of_driver = |word: &str| word.ends_with(":/etc/resolv.conf");
     let binds = words.iter().filter(|word| word.starts_with("--bind"));
+    let binds = binds.filter(|word| !is_of_driver(word));
     assert_eq!(binds.count(), 3, "Nomad's own and no others: {words:?}");
     assert!(
         words

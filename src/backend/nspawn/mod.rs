@@ -31,6 +31,7 @@ mod attach;
 mod exec;
 mod filters;
 mod installed;
+mod name_files;
 mod prepare;
 mod reconcile;
 mod registry;

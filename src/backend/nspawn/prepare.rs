@@ -5,7 +5,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::filters::StartFilters;
-use super::{acquire, addresses, boot_id, io_error};
+use super::name_files::{self, NameFiles};
+use super::{acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
 use crate::container::{Cause, ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root};
@@ -41,11 +42,12 @@ pub(super) fn prepare(
     if let Some(reason) = version::unusable(host.version, layout.kind) {
         return Err(unsupported(spec, reason));
     }
-    addresses::of_group(spec)?;
-    let (root, mounts) = root(spec, task_dir)?;
+    let files = name_files::write(spec, task_dir)?;
+    let (root, mounts) = root(spec, &files, task_dir)?;
     let (place, cgroups) = cgroups(spec, task_dir, &layout).unzip();
     let mut notes = port_notes(spec)?;
-    let mut line = command_line(spec, &root, mounts, &host, &layout, &mut notes)?;
+    let mut line = command_line(spec, (&root, mounts), &files, &host, &layout, &mut notes)?;
+    notes.extend(files.notes);
     let notify_socket = task_dir.notify_socket().to_string_lossy().into_owned();
     let variable = "NOTIFY_SOCKET".to_owned();
     line.environment.insert(variable, notify_socket);
@@ -116,21 +118,26 @@ fn bounded(notes: Vec<String>) -> Vec<String> {
 /// The command line of systemd-nspawn. Adds to `notes` what is lost because a bind mount can't be mapped.
 fn command_line(
     spec: &ContainerSpec,
-    root: &Root,
-    mut mounts: Vec<Mount>,
+    (root, mut mounts): (&Root, Vec<Mount>),
+    files: &NameFiles,
     host: &Host,
     layout: &Layout,
     notes: &mut Vec<String>,
 ) -> Result<CommandLine, BackendError> {
     mounts.extend(spec.mounts.iter().cloned());
-    let (binds, unmapped) = idmap::binds(mounts, &spec.users, host.version, host.kernel);
+    let (mut binds, unmapped) = idmap::binds(mounts, &spec.users, host.version, host.kernel);
     notes.extend(unmapped);
+    // Everybody may read them, so nothing is lost without the mapping.
+    let mounts = files.mounts.clone();
+    binds.extend(idmap::binds(mounts, &spec.users, host.version, host.kernel).0);
+    let mut spec = spec.clone();
+    spec.network.resolv_conf.clone_from(&files.resolv_conf);
     let target = Target {
         version: host.version,
         cgroup: layout.kind,
     };
-    argv::command_line(spec, root, &binds, target)
-        .map_err(|error| unsupported(spec, error.to_string()))
+    argv::command_line(&spec, root, &binds, target)
+        .map_err(|error| unsupported(&spec, error.to_string()))
 }
 
 fn launch_spec(
@@ -182,11 +189,16 @@ fn cgroups(
     Some((place, plan))
 }
 
-fn root(spec: &ContainerSpec, task_dir: &TaskDir) -> Result<(Root, Vec<Mount>), BackendError> {
+fn root(
+    spec: &ContainerSpec,
+    files: &NameFiles,
+    task_dir: &TaskDir,
+) -> Result<(Root, Vec<Mount>), BackendError> {
     let Root::Directory(image) = &spec.rootfs.source else {
         return Ok((spec.rootfs.source.clone(), Vec::new()));
     };
-    let missing = skeleton::missing_mount_points(&spec.rootfs, &spec.mounts)
+    let mounts = [spec.mounts.as_slice(), files.mounts.as_slice()].concat();
+    let missing = skeleton::missing_mount_points(&spec.rootfs, &mounts)
         .map_err(|source| io_error("looking for mount points in", image, source))?;
     if missing.is_empty() {
         return Ok((spec.rootfs.source.clone(), Vec::new()));

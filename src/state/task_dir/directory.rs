@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
@@ -16,7 +16,7 @@ use crate::sys::replace_file;
 pub(super) const MAX_RECORD_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Every name that may occur in a task directory. A file that is being written has `.<pid>-<number>.new` appended to its name.
-const KNOWN_ENTRIES: [&str; 16] = [
+const KNOWN_ENTRIES: [&str; 18] = [
     "control",
     "entered",
     "environment",
@@ -24,12 +24,14 @@ const KNOWN_ENTRIES: [&str; 16] = [
     "exit",
     "failure",
     "freed",
+    "hosts",
     "init",
     "lifeline",
     "log",
     "notify",
     "order",
     "released",
+    "resolver",
     "root",
     "running",
     "words",
@@ -212,6 +214,14 @@ impl TaskDir {
 
     pub(super) fn write(&self, name: &str, text: &[u8]) -> io::Result<()> {
         replace_file(&self.0, name, &[text])
+    }
+
+    /// Writes a file that everybody may read, because it is mounted in the container. Returns its path.
+    pub fn write_visible(&self, name: &str, text: &[u8]) -> io::Result<PathBuf> {
+        self.write(name, text)?;
+        let path = self.0.join(name);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+        Ok(path)
     }
 
     pub(super) fn read(&self, name: &str) -> io::Result<Vec<u8>> {

@@ -114,5 +114,7 @@ pub fn busybox_tree(tree: &Path) {
     fs::write(&getent, GETENT).expect("getent");
     fs::set_permissions(getent, fs::Permissions::from_mode(0o755)).expect("getent");
     fs::write(tree.join("etc/group"), "root:x:0:\nbob:x:1000:\n").expect("group");
+    fs::write(tree.join("etc/hosts"), "127.0.0.1 localhost\n").expect("hosts");
+    fs::write(tree.join("etc/resolv.conf"), "").expect("resolv.conf");
     fs::write(tree.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").expect("os-release");
 }

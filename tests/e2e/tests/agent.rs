@@ -85,6 +85,18 @@ fn a_batch_task_has_the_exit_code_of_its_command() {
 
 /// What a Nomad user sees of an exit: `Exit Code`, `Signal`, and a message if there is more to report.
 #[test]
+fn the_dns_block_of_a_network_is_applied() {
+    let agent = Agent::new();
+    let dns = run(&agent, "dns");
+    assert_eq!(dns.dead(), [0]);
+    assert_eq!(
+        dns.output("stdout"),
+        "nameserver 192.0.2.53\nsearch trial.example\noptions ndots:3\n"
+    );
+    agent.leave();
+}
+
+#[test]
 fn nomad_shows_the_exit_of_a_task() {
     let agent = Agent::new();
     let shell = "/bin/sh";

@@ -232,6 +232,8 @@ pub(crate) fn fill_tree(root: &Path) {
     for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/bin"), ("lib", "usr/lib")] {
         std::os::unix::fs::symlink(target, root.join(link)).unwrap();
     }
+    fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n").unwrap();
+    fs::write(root.join("etc/resolv.conf"), "").unwrap();
     fs::write(root.join("etc/os-release"), "ID=test\nVERSION_ID=1\n").unwrap();
     fs::write(
         root.join("etc/passwd"),

@@ -259,7 +259,7 @@ fn remember_empty(dir: PathBuf, about: &fs::Metadata) {
 }
 
 /// The entries of a state directory that others than the owner could access, one per line: task directories must be 0700, files in them
-/// 0600, sockets closed to others. The skeleton root belongs to the container; only its parent directory is checked.
+/// 0600 except for those that the container sees, sockets closed to others. The skeleton root belongs to the container; only its parent directory is checked.
 pub fn open_to_others(state: &Path) -> Vec<String> {
     let mut open = Vec::new();
     for start in fs::read_dir(state).unwrap().flatten() {
@@ -280,8 +280,11 @@ pub fn open_to_others(state: &Path) -> Vec<String> {
         };
         look(&start.path(), 0o700);
         for entry in fs::read_dir(start.path()).into_iter().flatten().flatten() {
-            if entry.file_name() != "root" {
-                look(&entry.path(), 0o600);
+            match entry.file_name().to_str() {
+                Some("root") => {}
+                // Mounted in the container, for all of its users.
+                Some("hosts" | "resolver") => look(&entry.path(), 0o644),
+                _ => look(&entry.path(), 0o600),
             }
         }
     }

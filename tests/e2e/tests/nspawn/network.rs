@@ -1,5 +1,11 @@
 //! Networks. Everything that creates interfaces runs in the test's own network namespace.
 
+use std::os::unix::fs::symlink;
+
+use nomad_driver_nspawn::container::{Dns, NetworkNamespace, Users};
+use rstest::rstest;
+
+use super::inside::{Inside, private_users};
 use super::*;
 
 /// Real only: network namespaces.
@@ -128,4 +134,80 @@ async fn every_user_listens_on_a_low_port_in_a_groups_network() {
     end(plugin).await;
     drop(namespace);
     stage.leave();
+}
+
+/// Real only: mount points. In the group's network and then in the host's.
+#[rstest]
+#[case::files("files", false, Users::Host)]
+#[case::files_in_a_user_namespace("files", false, private_users())]
+#[case::links("links", false, private_users())]
+#[case::links_in_a_read_only_root("links", true, Users::Host)]
+#[case::read_only_links_in_a_user_namespace("links", true, private_users())]
+#[case::nothing("nothing", false, private_users())]
+#[case::nothing_in_a_read_only_root("nothing", true, Users::Host)]
+#[case::read_only_nothing_in_a_user_namespace("nothing", true, private_users())]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_has_resolv_conf_and_hosts_in_any_tree(
+    #[case] tree: &str,
+    #[case] read_only: bool,
+    #[case] users: Users,
+) {
+    let inside = Inside::new();
+    let namespace = Namespace::new(inside.stage.name());
+    namespace.ip(&["address", "add", "192.0.2.7/24", "dev", "lo"]);
+    let etc = inside.stage.join("tree/etc");
+    for (name, target) in [
+        ("hosts", "/run/none/hosts"),
+        ("resolv.conf", "../run/systemd/resolve/stub-resolv.conf"),
+    ] {
+        let path = etc.join(name);
+        fs::remove_file(&path).unwrap();
+        match tree {
+            "files" => fs::write(path, "192.0.2.99 old\n").unwrap(),
+            "links" => symlink(target, path).unwrap(),
+            _ => {}
+        }
+    }
+    let spec = |namespace, dns| {
+        inside
+            .spec("cat /etc/resolv.conf; tail -n 1 /etc/hosts; hostname; echo x >> /etc/hosts")
+            .with(|spec| {
+                spec.users = users.clone();
+                spec.rootfs.read_only = read_only;
+                spec.network.resolv_conf = None;
+                spec.network.namespace = namespace;
+                spec.network.dns = dns;
+                spec.payload.command[2].push_str(" || exit 0");
+            })
+    };
+    let dns = Dns {
+        servers: vec!["192.0.2.53".parse().unwrap()],
+        searches: vec!["trial.example".to_owned()],
+        options: vec!["ndots:3".to_owned()],
+    };
+    let name = spec(NetworkNamespace::Host, Dns::default())
+        .identity
+        .machine;
+    let printed = inside
+        .run(spec(NetworkNamespace::Join(namespace.path()), dns))
+        .await;
+    assert_eq!(
+        printed,
+        format!(
+            "nameserver 192.0.2.53\nsearch trial.example\noptions ndots:3\n192.0.2.7 {name}\n{name}\n"
+        )
+    );
+    let of_host = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    fs::write(inside.stage.join("stdout"), "").unwrap();
+    let printed = inside
+        .run(spec(NetworkNamespace::Host, Dns::default()))
+        .await;
+    // An empty file that the first container has left as a mount point counts as none.
+    let line = match tree {
+        "files" => "192.0.2.99 old\n".to_owned(),
+        _ => format!("127.0.1.1 {name}\n"),
+    };
+    assert_eq!(printed, format!("{of_host}{line}{name}\n"));
+    drop(namespace);
+    inside.stage.leave();
 }

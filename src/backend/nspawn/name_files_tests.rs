@@ -1,0 +1,198 @@
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+use rstest::rstest;
+
+use super::*;
+use crate::container::{Dns, HostName};
+
+/// A tree with `/etc`, and a task directory.
+struct Ground {
+    temp: tempfile::TempDir,
+}
+
+impl Ground {
+    fn new() -> Self {
+        let temp = tempfile::tempdir().unwrap();
+        fs::create_dir_all(temp.path().join("tree/etc")).unwrap();
+        Self { temp }
+    }
+
+    fn tree(&self) -> PathBuf {
+        self.temp.path().join("tree")
+    }
+
+    fn files(&self, change: impl FnOnce(&mut ContainerSpec)) -> NameFiles {
+        let task_dir = TaskDir::new(self.temp.path().join("task"));
+        let _ = task_dir.create();
+        let spec = ContainerSpec::for_test("web", self.tree()).with(change);
+        write(&spec, &task_dir).unwrap()
+    }
+
+    /// Enables systemd-resolved, to which `/etc/resolv.conf` is a link.
+    fn enable_resolved(&self) {
+        let link = "../run/systemd/resolve/stub-resolv.conf";
+        symlink(link, self.tree().join("etc/resolv.conf")).unwrap();
+        let wants = self.tree().join("etc/systemd/system/sysinit.target.wants");
+        fs::create_dir_all(&wants).unwrap();
+        symlink(
+            "/lib/systemd/system/x",
+            wants.join("systemd-resolved.service"),
+        )
+        .unwrap();
+    }
+}
+
+/// The content of the file that is mounted here.
+fn mounted(files: &NameFiles, target: &str) -> Option<String> {
+    let mut mounts = files.mounts.iter();
+    let mount = mounts.find(|mount| mount.target == Path::new(target))?;
+    let mode = fs::metadata(&mount.source).unwrap().permissions().mode();
+    assert_eq!((mode & 0o777, mount.read_only), (0o644, true));
+    Some(fs::read_to_string(&mount.source).unwrap())
+}
+
+fn dns() -> Dns {
+    Dns {
+        servers: vec!["192.0.2.53".parse().unwrap()],
+        searches: vec!["trial.example".to_owned()],
+        options: vec!["ndots:3".to_owned()],
+    }
+}
+
+fn private() -> NetworkNamespace {
+    NetworkNamespace::Private {
+        veth: true,
+        zone: None,
+        bridge: None,
+        ports: Vec::new(),
+    }
+}
+
+const WANTED: &str = "nameserver 192.0.2.53\nsearch trial.example\noptions ndots:3\n";
+
+#[rstest]
+#[case::of_the_host(NetworkNamespace::Host)]
+#[case::of_its_own(private())]
+fn a_dns_block_is_in_the_resolv_conf_of_any_network(#[case] namespace: NetworkNamespace) {
+    let ground = Ground::new();
+    let files = ground.files(|spec| {
+        spec.network.namespace = namespace;
+        spec.network.dns = dns();
+    });
+    assert_eq!(mounted(&files, RESOLV_CONF).as_deref(), Some(WANTED));
+    assert_eq!(files.resolv_conf.as_deref(), Some("off"));
+    assert_eq!(files.notes, Vec::<String>::new());
+}
+
+#[test]
+fn in_the_hosts_network_the_resolv_conf_is_the_hosts() {
+    let host = fs::read_to_string(RESOLV_CONF).ok();
+    let ground = Ground::new();
+    symlink(
+        "../run/none/resolv.conf",
+        ground.tree().join("etc/resolv.conf"),
+    )
+    .unwrap();
+    let files = ground.files(|_| {});
+    assert_eq!(mounted(&files, RESOLV_CONF), host);
+}
+
+#[test]
+fn what_the_job_says_is_left_alone() {
+    let ground = Ground::new();
+    let own = |target: &str| Mount {
+        source: "/srv/x".into(),
+        target: target.into(),
+        read_only: false,
+    };
+    let files = ground.files(|spec| {
+        spec.network.dns = dns();
+        spec.network.resolv_conf = Some("copy-host".to_owned());
+        spec.mounts = vec![own(HOSTS)];
+    });
+    assert_eq!(files.mounts, []);
+    assert_eq!(files.resolv_conf.as_deref(), Some("copy-host"));
+    for target in [RESOLV_CONF, "/etc"] {
+        let files = ground.files(|spec| {
+            spec.network.dns = dns();
+            spec.mounts = vec![own(target)];
+        });
+        assert_eq!(mounted(&files, RESOLV_CONF), None);
+        assert_eq!(files.resolv_conf.as_deref(), Some("off"));
+        assert!(files.notes[0].contains("mounts its own /etc/resolv.conf"));
+    }
+    symlink("/alloc/resolv.conf", ground.tree().join("etc/resolv.conf")).unwrap();
+    let files = ground.files(|spec| spec.mounts = vec![own("/alloc")]);
+    assert_eq!(mounted(&files, RESOLV_CONF), None);
+}
+
+#[test]
+fn a_network_of_its_own_and_a_disk_image_are_left_to_systemd_nspawn() {
+    let ground = Ground::new();
+    let files = ground.files(|spec| spec.network.namespace = private());
+    assert_eq!((files.mounts, files.resolv_conf), (vec![], None));
+    let files = ground.files(|spec| spec.rootfs.source = Root::Image("/srv/disk.raw".into()));
+    assert_eq!((files.mounts, files.resolv_conf), (vec![], None));
+}
+
+#[test]
+fn links_without_an_end_are_left_alone() {
+    let ground = Ground::new();
+    for name in ["hosts", "resolv.conf"] {
+        symlink(name, ground.tree().join("etc").join(name)).unwrap();
+    }
+    let files = ground.files(|spec| spec.network.dns = dns());
+    assert_eq!((files.mounts, files.resolv_conf), (vec![], None));
+    assert!(
+        files.notes[0].contains("is not applied"),
+        "{:?}",
+        files.notes
+    );
+}
+
+#[test]
+fn a_resolved_of_the_image_is_configured_and_not_disturbed() {
+    let ground = Ground::new();
+    ground.enable_resolved();
+    let files = ground.files(|spec| {
+        spec.payload.mode = Mode::Boot;
+        spec.network.dns = dns();
+    });
+    assert_eq!(mounted(&files, RESOLV_CONF), None);
+    let text = mounted(&files, RESOLVED_CONF).unwrap();
+    assert!(
+        text.contains("DNS=192.0.2.53\nDomains=trial.example "),
+        "{text}"
+    );
+    assert_eq!(files.resolv_conf.as_deref(), Some("off"));
+    assert!(
+        files.notes[0].contains("systemd-resolved"),
+        "{:?}",
+        files.notes
+    );
+    // A command does not start it.
+    let files = ground.files(|spec| spec.network.dns = dns());
+    assert_eq!(mounted(&files, RESOLV_CONF).as_deref(), Some(WANTED));
+}
+
+#[test]
+fn only_a_missing_hosts_file_is_added_in_the_hosts_network() {
+    let ground = Ground::new();
+    let added = mounted(&ground.files(|_| {}), HOSTS).unwrap();
+    assert!(added.ends_with("\n127.0.1.1 web-0f1e\n"), "{added}");
+    let named = HostName {
+        name: "shop".to_owned(),
+        address: None,
+    };
+    let named = ground.files(|spec| spec.network.host_name = Some(named));
+    assert!(mounted(&named, HOSTS).unwrap().ends_with(" shop\n"));
+    // Left as a mount point.
+    fs::write(ground.tree().join("etc/hosts"), "").unwrap();
+    assert!(mounted(&ground.files(|_| {}), HOSTS).is_some());
+    fs::write(ground.tree().join("etc/hosts"), "10.0.0.1 db\n").unwrap();
+    assert_eq!(mounted(&ground.files(|_| {}), HOSTS), None);
+    // The image's is not visible.
+    let volatile = ground.files(|spec| spec.rootfs.volatile = Volatile::Yes);
+    assert!(mounted(&volatile, HOSTS).is_some());
+}
