@@ -19,6 +19,7 @@ mod devices;
 mod dns;
 mod environment;
 mod identity;
+mod low_ports;
 mod mounts;
 mod network;
 mod options;

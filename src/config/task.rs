@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::container::{ContainerSpec, Description, Mode, Network, Payload};
+use crate::sys::kernel;
 
 use super::decode::quoted;
 use super::description::describe;
@@ -17,8 +18,8 @@ use super::rootfs::RootOptions;
 use super::users::users;
 use super::values::{self, one_of};
 use super::{
-    ConfigError, ImageSearchPath, PluginConfig, TaskContext, Validated, dns, identity, mounts,
-    network,
+    ConfigError, ImageSearchPath, PluginConfig, TaskContext, Validated, dns, identity, low_ports,
+    mounts, network,
 };
 
 /// Returns the container, or the first error. Checks that need no look-up on the host come first; their order is the order in
@@ -39,6 +40,12 @@ pub(super) fn check(
         &network.namespace,
         &mut notes,
     )?;
+    notes.extend(low_ports::note(
+        &context.ports,
+        &network.namespace,
+        &users,
+        kernel::first_unprivileged_port(),
+    ));
     let payload = payload(&options, context, mode, &network, &mut notes)?;
     if let Some(path) = &context.cgroup {
         absolute("task.cgroup", path)?;

@@ -37,6 +37,14 @@ pub fn has_user_namespaces() -> bool {
     Path::new("/proc/self/ns/user").exists() && limit.map_or(true, |text| text.trim() != "0")
 }
 
+/// The first port that needs no privilege, in the network namespace of this thread.
+pub fn first_unprivileged_port() -> u16 {
+    /// Before Linux 4.11 it can't be changed.
+    const FIXED: u16 = 1024;
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start");
+    text.map_or(FIXED, |text| text.trim().parse().unwrap_or(FIXED))
+}
+
 /// The processors that are online, in the kernel's list format: `0-3,7`.
 pub fn online_cpus() -> io::Result<String> {
     let list = std::fs::read_to_string("/sys/devices/system/cpu/online")?;

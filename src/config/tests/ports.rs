@@ -186,3 +186,21 @@ fn private_networks(
     };
     assert_eq!(plain(&TestHost::new(), extra).network.namespace, expected);
 }
+
+#[test]
+fn a_low_port_in_the_hosts_network_is_a_note() {
+    let mut host = with_ports();
+    host.context.ports[0].host = 1;
+    let first = crate::sys::kernel::first_unprivileged_port();
+    for (extra, noted) in [
+        ("", first > 1),
+        ("user_namespacing = false", false),
+        ("private_users = \"no\"", false),
+        ("network_veth = true", false),
+    ] {
+        let body = format!("image = \"tree\"\nboot = false\n{extra}");
+        let notes = host.check(&body).unwrap().notes;
+        let is_noted = notes.iter().any(|note| note.contains("\"web\" (1)"));
+        assert_eq!(is_noted, noted, "{extra}: {notes:?}");
+    }
+}
