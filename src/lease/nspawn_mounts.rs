@@ -31,6 +31,8 @@ pub fn remove_leaked_mounts(machine: &str) {
         let _ = umount2(&path, MntFlags::MNT_DETACH);
         let _ = fs::remove_dir(&path);
     }
+    // The directory around it, which is new in version 262. Only an empty one is removed.
+    let _ = fs::remove_dir(Path::new(BASE).join(machine));
 }
 
 fn mounts_of(machine: &str) -> [PathBuf; 2] {
