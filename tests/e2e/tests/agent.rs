@@ -83,7 +83,6 @@ fn a_batch_task_has_the_exit_code_of_its_command() {
     agent.leave();
 }
 
-/// What a Nomad user sees of an exit: `Exit Code`, `Signal`, and a message if there is more to report.
 #[test]
 fn the_dns_block_of_a_network_is_applied() {
     let agent = Agent::new();
@@ -96,6 +95,7 @@ fn the_dns_block_of_a_network_is_applied() {
     agent.leave();
 }
 
+/// What a Nomad user sees of an exit: `Exit Code`, `Signal`, and a message if there is more to report.
 #[test]
 fn nomad_shows_the_exit_of_a_task() {
     let agent = Agent::new();
