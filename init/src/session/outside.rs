@@ -12,8 +12,9 @@ use nix::sys::prctl;
 use nix::sys::signal::SigSet;
 use nspawn_init::session_spec::{Order, SessionCgroups, SessionEvent, SessionSpec};
 use nspawn_init::{StartError, Step};
+use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process};
 use rustix::stdio::dup2_stdin;
 
 use super::{Begin, Reports, entrance, failed, wait};
@@ -22,7 +23,7 @@ use crate::{raw, read};
 
 /// How long, in milliseconds, the reaper may take to kill what is left of the session. Then the cgroup is killed.
 const REAPER_TIMEOUT: i64 = 2000;
-/// How long killed processes may take to leave the cgroup, which can be removed only then.
+/// How long killed processes may take to leave the cgroup, which can be removed only then, and to be waited for.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(super) fn run() -> ExitCode {
@@ -58,6 +59,7 @@ pub(super) fn run() -> ExitCode {
         Err(start_error) => Reports(channel).send(&SessionEvent::Failed(start_error)),
     }
     remove(&cgroups);
+    reap();
     ExitCode::SUCCESS
 }
 
@@ -158,6 +160,19 @@ fn remove(cgroups: &SessionCgroups) {
         {
             std::thread::sleep(Duration::from_millis(1));
             kill(group);
+        }
+    }
+}
+
+/// Waits for the processes of the session. One of them is in the container's pid namespace, which does not end before somebody has waited
+/// for it, and the host's first process may do that late or never.
+fn reap() {
+    let end = Instant::now() + REMOVE_TIMEOUT;
+    loop {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(None) if Instant::now() < end => std::thread::sleep(Duration::from_millis(1)),
+            Ok(Some(_)) | Err(Errno::INTR) => {}
+            _ => return,
         }
     }
 }
