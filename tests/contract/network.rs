@@ -185,8 +185,16 @@ async fn a_dns_block_is_in_the_resolv_conf(world: World, #[case] read_only: bool
     if !world.is_fake() {
         assert_eq!(world.said("stdout"), TEXT);
     }
-    assert_eq!(started.notes, Vec::<String>::new());
+    assert_eq!(notes_about_dns(&started), Vec::<&String>::new());
     world.leave(&[&started]).await;
+}
+
+/// There are others on hosts without cgroups.
+fn notes_about_dns(started: &Started) -> Vec<&String> {
+    let notes = started.notes.iter();
+    notes
+        .filter(|note| note.contains("resolv.conf") || note.contains("dns"))
+        .collect()
 }
 
 #[rstest]
@@ -209,7 +217,7 @@ async fn a_resolv_conf_of_the_job_is_kept(world: World) {
         assert_eq!(world.said("stdout"), "nameserver 192.0.2.1\n");
     }
     assert_eq!(fs::read_to_string(own).unwrap(), "nameserver 192.0.2.1\n");
-    let [note] = started.notes.as_slice() else {
+    let [note] = *notes_about_dns(&started) else {
         panic!("{:?}", started.notes)
     };
     assert!(note.contains("mounts its own /etc/resolv.conf"), "{note}");
