@@ -4,7 +4,6 @@
 use nomad_driver_nspawn::container::Cause;
 use nomad_driver_nspawn::failpoint::Failpoint;
 
-use support::eventually;
 use support::trap::Trap;
 
 use super::*;
