@@ -82,6 +82,19 @@ case $1 in
 esac
 ";
 
+/// Copies a program in a process of its own. While this process has a file open for writing, so has every process that another of its
+/// threads forks at that moment, and the program can't be executed (`ETXTBSY`).
+fn install(program: &Path, target: &Path) {
+    let status = std::process::Command::new("cp")
+        .args([program, target])
+        .status();
+    assert!(
+        status.expect("cp").success(),
+        "a copy of {}",
+        program.display()
+    );
+}
+
 /// Fills an empty directory with a small system around a static busybox.
 pub fn busybox_tree(tree: &Path) {
     for directory in [
@@ -93,7 +106,7 @@ pub fn busybox_tree(tree: &Path) {
         .iter()
         .find(|path| Path::new(path).exists());
     let busybox = busybox.expect("busybox is not installed (Debian: busybox-static)");
-    fs::copy(busybox, tree.join("bin/busybox")).expect("a copy of busybox");
+    install(Path::new(busybox), &tree.join("bin/busybox"));
     let listed = std::process::Command::new(busybox)
         .arg("--list")
         .output()
@@ -110,9 +123,11 @@ pub fn busybox_tree(tree: &Path) {
     )
     .expect("passwd");
     // systemd-nspawn runs this program of the image to look up users.
-    let getent = tree.join("bin/getent");
-    fs::write(&getent, GETENT).expect("getent");
-    fs::set_permissions(getent, fs::Permissions::from_mode(0o755)).expect("getent");
+    let script = tree.join("etc/getent");
+    fs::write(&script, GETENT).expect("getent");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("getent");
+    install(&script, &tree.join("bin/getent"));
+    fs::remove_file(script).expect("getent");
     fs::write(tree.join("etc/group"), "root:x:0:\nbob:x:1000:\n").expect("group");
     fs::write(tree.join("etc/hosts"), "127.0.0.1 localhost\n").expect("hosts");
     fs::write(tree.join("etc/resolv.conf"), "").expect("resolv.conf");
