@@ -215,13 +215,17 @@ pub(super) fn dead<T>(
 mod tests {
     use super::*;
 
+    /// A tree, the directory of a start on it, and one of the tree's lock files.
+    fn places(temp: &tempfile::TempDir) -> [PathBuf; 3] {
+        let places = ["tree", "state/start", ".#tree.lck"].map(|name| temp.path().join(name));
+        fs::create_dir(&places[0]).unwrap();
+        places
+    }
+
     #[test]
     fn the_last_holder_of_a_shared_lock_removes_it() {
         let temp = tempfile::tempdir().unwrap();
-        let tree = temp.path().join("tree");
-        fs::create_dir(&tree).unwrap();
-        let task_dir = temp.path().join("state/start");
-        let file = temp.path().join(".#tree.lck");
+        let [tree, task_dir, file] = places(&temp);
         let first = SharedLocks::take(&task_dir, &tree);
         let second = SharedLocks::take(&task_dir, &tree);
         assert!(take(&file).is_none());
@@ -234,10 +238,7 @@ mod tests {
     #[test]
     fn a_start_that_writes_waits_for_a_lock_without_taking_it() {
         let temp = tempfile::tempdir().unwrap();
-        let tree = temp.path().join("tree");
-        fs::create_dir(&tree).unwrap();
-        let task_dir = temp.path().join("state/start");
-        let file = temp.path().join(".#tree.lck");
+        let [tree, task_dir, file] = places(&temp);
         wait_until_free(&task_dir, &tree);
         assert!(!file.exists());
         fs::write(&file, "").unwrap();
@@ -249,7 +250,8 @@ mod tests {
                 wait_until_free(&task_dir, &tree);
                 going.send(()).unwrap();
             });
-            assert!(waited.try_recv().is_err());
+            let early = waited.recv_timeout(Duration::from_millis(30));
+            assert!(early.is_err(), "it does not wait");
             drop(held);
             waited.recv().unwrap();
         });
@@ -259,10 +261,7 @@ mod tests {
     #[test]
     fn an_exclusive_lock_is_not_shared() {
         let temp = tempfile::tempdir().unwrap();
-        let tree = temp.path().join("tree");
-        fs::create_dir(&tree).unwrap();
-        let task_dir = temp.path().join("state/start");
-        let file = temp.path().join(".#tree.lck");
+        let [tree, task_dir, file] = places(&temp);
         fs::write(&file, "").unwrap();
         let held = take(&file).unwrap();
         assert!(SharedLocks::take(&task_dir, &tree).0.is_empty());

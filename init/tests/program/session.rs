@@ -271,17 +271,18 @@ fn what_the_command_leaves_lives_until_the_session_ends() {
 #[test]
 fn an_event_that_comes_too_late_does_not_cut_the_end_short() {
     let mut session = start(&shell(
-        "sleep 1000 >/dev/null 2>&1 </dev/null & echo $!; read line",
+        "sleep 1000 >/dev/null 2>&1 </dev/null & echo $!; echo $$; read line",
     ));
     session.expect_running();
-    let left = crate::harness::line(&mut session.stdout);
-    let left = left.trim().parse().unwrap();
+    let [left, command] = [(); 2].map(|()| {
+        let line = crate::harness::line(&mut session.stdout);
+        line.trim().parse().unwrap()
+    });
     let program = Pid::from_child(&session.program);
     rustix::process::kill_process(program, rustix::process::Signal::STOP).unwrap();
     drop(session.stdin.take());
-    // The command has exited, so its reaper reports that to the stopped program.
-    assert_eq!(rest(&mut session.stdout), "");
-    std::thread::sleep(std::time::Duration::from_millis(50));
+    // Its reaper reports that to the stopped program.
+    eventually("the command is waited for", || is_gone(command));
     drop(session.channel.take());
     rustix::process::kill_process(program, rustix::process::Signal::CONT).unwrap();
     session.end();
