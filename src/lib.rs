@@ -50,5 +50,6 @@ pub mod state;
 pub mod lease;
 
 pub mod cgroup;
+pub mod network;
 pub mod nspawn;
 pub mod seccomp;
