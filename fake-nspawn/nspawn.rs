@@ -273,7 +273,11 @@ impl Nspawn<'_> {
         if let Some(groups) = &groups {
             groups.enter("payload")?;
         }
-        let child = command.spawn();
+        let mut spawn = || -> anyhow::Result<_> { Ok(command.spawn()?) };
+        let child = match self.options.private_network {
+            true => process::in_new_network(spawn),
+            false => spawn(),
+        };
         before.thread_set_mask()?;
         let child = child?;
         // Like the real one it keeps none of the descriptors that it passes on.

@@ -2,13 +2,14 @@
 
 use std::collections::HashSet;
 use std::convert::Infallible;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{self, SigSet, Signal};
 use nix::unistd::Pid;
@@ -38,6 +39,19 @@ pub(crate) fn send(pid: i32, number: i32) {
                 .ok();
         }
     }
+}
+
+/// Calls it in a new network namespace, so that a process that it starts has one of its own as in the real container. Without privileges in
+/// that of the host.
+pub(crate) fn in_new_network<T>(start: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    if !nix::unistd::geteuid().is_root() {
+        return start();
+    }
+    let own = File::open("/proc/self/ns/net")?;
+    unshare(CloneFlags::CLONE_NEWNET)?;
+    let started = start();
+    setns(own, CloneFlags::CLONE_NEWNET)?;
+    started
 }
 
 /// Ends this process by a signal, with a core dump in this directory or without one. Returns only if that failed.

@@ -219,17 +219,26 @@ pub enum NetworkNamespace {
     Host,
     /// An existing network namespace: the path of its file.
     Join(PathBuf),
-    /// A network namespace of its own, created by systemd-nspawn.
+    /// A network namespace of its own.
     Private {
-        /// A veth pair to the host. Implied by a zone and a bridge.
-        veth: bool,
-        /// A zone (a bridge that systemd-nspawn creates and removes) to join.
-        zone: Option<String>,
-        /// An existing bridge to join.
-        bridge: Option<String>,
+        /// What connects it.
+        link: Link,
         /// Host ports forwarded to the container.
         ports: Vec<PortForward>,
     },
+}
+
+/// What connects a network namespace of a container's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Link {
+    /// Nothing.
+    None,
+    /// A link to the host, made and configured by the driver, which routes between it and everything else.
+    Routed,
+    /// A zone (a bridge that systemd-nspawn creates and removes).
+    Zone(String),
+    /// An existing bridge of the host.
+    Bridge(String),
 }
 
 /// A host port forwarded to a port of the container, TCP and UDP.
@@ -281,10 +290,22 @@ pub struct Started {
     /// may have been running already, or the kernel does not say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filters: Option<u32>,
+    /// The network that the driver made for the container, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<StartedNetwork>,
     /// When the container was up.
     pub started_at: SystemTime,
     /// What the user should know about this start, one sentence each.
     pub notes: Vec<String>,
+}
+
+/// The network that the driver made for a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StartedNetwork {
+    /// The address of the container.
+    pub address: IpAddr,
+    /// The ports in the container, by the labels of the job.
+    pub ports: BTreeMap<String, u16>,
 }
 
 /// Prefix of [`Exit::error`] when code and signal are not those of the task, because its exit was not observed.

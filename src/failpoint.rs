@@ -20,6 +20,10 @@ pub enum Failpoint {
     Entered,
     /// Supervisor: systemd-nspawn has been started, nothing has been received from it.
     Spawned,
+    /// Supervisor: what needs no container of its network has been made.
+    NetworkPrepared,
+    /// Supervisor: the container has been connected to its network.
+    NetworkConnected,
     /// Supervisor: systemd-nspawn has reported the leader, nothing about it has been recorded.
     Heard,
     /// Supervisor: the start has been recorded, but not reported.
@@ -60,6 +64,8 @@ impl Failpoint {
             Self::CgroupMade => "cgroup_made",
             Self::Entered => "entered",
             Self::Spawned => "spawned",
+            Self::NetworkPrepared => "network_prepared",
+            Self::NetworkConnected => "network_connected",
             Self::Heard => "heard",
             Self::Recorded => "recorded",
             Self::Signalling => "signalling",

@@ -126,6 +126,7 @@ fn driver() -> anyhow::Result<Driver> {
                 binary: "/proc/self/exe".into(),
                 exec_unfiltered: config.exec_unfiltered,
                 seccomp_cache: config.seccomp_cache,
+                network_pool: config.network_pool.clone(),
                 timeouts: Timeouts::default(),
             }))
         };

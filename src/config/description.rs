@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::environment::redact_all;
-use crate::container::{ContainerSpec, Description, NetworkNamespace, Root};
+use crate::container::{ContainerSpec, Description, Link, NetworkNamespace, Root};
 
 /// The longest description of a command, in bytes: it is stored with every task.
 const MAX_COMMAND_BYTES: usize = 1024;
@@ -47,13 +47,11 @@ fn network(namespace: &NetworkNamespace) -> String {
     match namespace {
         NetworkNamespace::Host => "host".to_owned(),
         NetworkNamespace::Join(path) => format!("namespace {}", path.display()),
-        NetworkNamespace::Private {
-            veth, zone, bridge, ..
-        } => match (zone, bridge) {
-            (Some(zone), _) => format!("zone {zone}"),
-            (None, Some(bridge)) => format!("bridge {bridge}"),
-            (None, None) if *veth => "veth".to_owned(),
-            (None, None) => "private".to_owned(),
+        NetworkNamespace::Private { link, .. } => match link {
+            Link::None => "none".to_owned(),
+            Link::Routed => "veth".to_owned(),
+            Link::Zone(zone) => format!("zone {zone}"),
+            Link::Bridge(bridge) => format!("bridge {bridge}"),
         },
     }
 }
@@ -104,10 +102,8 @@ mod tests {
 
     #[test]
     fn the_kind_of_network_is_named() {
-        let private = |veth, zone: Option<&str>, bridge: Option<&str>| NetworkNamespace::Private {
-            veth,
-            zone: zone.map(str::to_owned),
-            bridge: bridge.map(str::to_owned),
+        let private = |link| NetworkNamespace::Private {
+            link,
             ports: Vec::new(),
         };
         for (namespace, wanted) in [
@@ -115,10 +111,10 @@ mod tests {
                 NetworkNamespace::Join("/run/netns/a".into()),
                 "namespace /run/netns/a",
             ),
-            (private(true, Some("web"), None), "zone web"),
-            (private(true, None, Some("br0")), "bridge br0"),
-            (private(true, None, None), "veth"),
-            (private(false, None, None), "private"),
+            (private(Link::Zone("web".to_owned())), "zone web"),
+            (private(Link::Bridge("br0".to_owned())), "bridge br0"),
+            (private(Link::Routed), "veth"),
+            (private(Link::None), "none"),
         ] {
             assert_eq!(network(&namespace), wanted);
         }

@@ -2,7 +2,8 @@
 
 use super::decode;
 use super::options::{
-    DeviceOptions, ImageDownload, Kind, OptionSpec, Options as _, PluginOptions, TaskOptions,
+    DeviceOptions, ImageDownload, Kind, NetworkPool, OptionSpec, Options as _, PluginOptions,
+    TaskOptions,
 };
 use super::testing;
 
@@ -29,6 +30,7 @@ fn described(option: &OptionSpec) -> String {
 #[case("Task options", TaskOptions::OPTIONS)]
 #[case("The `image_download` block", ImageDownload::OPTIONS)]
 #[case("The `devices` block", DeviceOptions::OPTIONS)]
+#[case("The `network_pool` block", NetworkPool::OPTIONS)]
 fn every_option_is_documented(#[case] title: &str, #[case] options: &[OptionSpec]) {
     let mut sections = chapter(title).split("\n### `").skip(1);
     for option in options {

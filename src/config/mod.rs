@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::container::{Cause, ContainerSpec};
+use crate::network::pool::Pool;
 use crate::nspawn::refusal::cause_of_exec_error;
 use crate::proto::hclspec;
 
@@ -59,6 +60,10 @@ pub struct PluginConfig {
     pub exec_unfiltered: bool,
     /// Whether seccomp filters that systemd-nspawn has built are installed in later containers of the same kind.
     pub seccomp_cache: bool,
+    /// Whether a task that asks for no network has one of its own instead of the host's.
+    pub private_network: bool,
+    /// The addresses for containers with a network of their own.
+    pub network_pool: Pool,
     /// The directory that holds the state of running tasks.
     pub state_dir: PathBuf,
     /// The systemd-nspawn to use; `None` searches `PATH`.

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::container::{NetworkNamespace, PortForward};
+use crate::container::{Link, NetworkNamespace, PortForward};
 
 use super::decode::{Number, entry, quoted};
 use super::options::TaskOptions;
@@ -12,63 +12,146 @@ use super::values::is_interface_name;
 use super::{AllocatedPort, ConfigError, TaskContext};
 
 const BRIDGE: &str = "config.network_bridge";
+const MODE: &str = "config.network_mode";
 const PORT_MAP: &str = "config.port_map";
 const PORTS: &str = "config.ports";
 const VETH: &str = "config.network_veth";
 const ZONE: &str = "config.network_zone";
 
-/// The network of the container, and notes about it for the user.
+/// The network of the container, and notes about it for the user. `private` is whether a task that asks for nothing has a network of its
+/// own.
 pub(super) fn network(
     options: &TaskOptions,
     context: &TaskContext,
+    private: bool,
 ) -> Result<(NetworkNamespace, Vec<String>), ConfigError> {
-    names(options)?;
+    let requested = requested(options)?;
     let ports = forwards(options, context)?;
-    let named = [
-        (ZONE, &options.network_zone),
-        (BRIDGE, &options.network_bridge),
-    ];
-    let attached = named
-        .into_iter()
-        .find_map(|(option, name)| Some((option, name.as_deref()?)));
     if let Some(namespace) = &context.network_namespace {
-        check_group_network(namespace, attached)?;
+        check_group_network(namespace, options, requested.as_ref())?;
         let notes = joined(options, context)?;
         return Ok((NetworkNamespace::Join(namespace.clone()), notes));
     }
-    let wanted = options.network_veth == Some(true);
-    if attached.is_none() && ports.is_empty() && !wanted {
-        return Ok((NetworkNamespace::Host, Vec::new()));
-    }
-    if options.network_veth == Some(false) && attached.is_none() {
-        let reason = format!(
-            "false can't be combined with {PORTS} or {PORT_MAP}: ports are forwarded into a private network"
-        );
-        return Err(ConfigError::new(VETH, reason));
-    }
-    let private = NetworkNamespace::Private {
-        veth: wanted || attached.is_none(),
-        zone: options.network_zone.clone(),
-        bridge: options.network_bridge.clone(),
-        ports,
+    let by_default = match private || !ports.is_empty() {
+        true => Requested::Link(Link::Routed),
+        false => Requested::Host,
     };
-    Ok((private, Vec::new()))
+    let (option, requested) = requested.unwrap_or((MODE, by_default));
+    let link = match requested {
+        Requested::Host if ports.is_empty() => return Ok((NetworkNamespace::Host, Vec::new())),
+        Requested::Link(link) if ports.is_empty() || link != Link::None => link,
+        Requested::Host | Requested::Link(_) => {
+            let value = match option {
+                VETH => "false".to_owned(),
+                _ => quoted(options.network_mode.as_deref().unwrap_or_default()),
+            };
+            let reason = format!(
+                "{value} can't be combined with {PORTS} or {PORT_MAP}: ports are forwarded into a private network"
+            );
+            return Err(ConfigError::new(option, reason));
+        }
+    };
+    Ok((NetworkNamespace::Private { link, ports }, Vec::new()))
 }
 
-/// Rejects a zone or a bridge beside the namespace of the group.
+/// What the options for the network ask for.
+#[derive(Debug)]
+enum Requested {
+    /// The host's network.
+    Host,
+    /// A network of the container's own.
+    Link(Link),
+}
+
+/// What the options ask for, and the option that says so; `None` if they say nothing.
+fn requested(options: &TaskOptions) -> Result<Option<(&'static str, Requested)>, ConfigError> {
+    let mut requested = Vec::new();
+    if let Some(mode) = &options.network_mode {
+        requested.push((MODE, quoted(mode), of_mode(mode)?));
+    }
+    if let Some(zone) = &options.network_zone {
+        let link = of_zone(ZONE, zone)?;
+        requested.push((ZONE, quoted(zone), Requested::Link(link)));
+    }
+    if let Some(bridge) = &options.network_bridge {
+        let link = of_bridge(bridge)?;
+        requested.push((BRIDGE, quoted(bridge), Requested::Link(link)));
+    }
+    // A zone and a bridge imply it, and neither can be had without.
+    let is_implied = options.network_zone.is_some() || options.network_bridge.is_some();
+    if let Some(veth) = options.network_veth.filter(|_| !is_implied) {
+        let wanted = match veth {
+            true => Requested::Link(Link::Routed),
+            false => Requested::Host,
+        };
+        requested.push((VETH, veth.to_string(), wanted));
+    }
+    let mut requested = requested.into_iter();
+    let first = requested.next();
+    if let (Some((option, ..)), Some((other, value, _))) = (&first, requested.next()) {
+        let reason = format!("{value} can't be combined with {option}");
+        return Err(ConfigError::new(other, reason));
+    }
+    Ok(first.map(|(option, _, requested)| (option, requested)))
+}
+
+fn of_mode(mode: &str) -> Result<Requested, ConfigError> {
+    Ok(match mode {
+        "host" => Requested::Host,
+        "none" => Requested::Link(Link::None),
+        "bridge" => Requested::Link(Link::Routed),
+        _ => match mode.split_once(':') {
+            Some(("zone", zone)) => Requested::Link(of_zone(MODE, zone)?),
+            _ => {
+                let reason = format!("{} is not host, none, bridge or zone:NAME", quoted(mode));
+                return Err(ConfigError::new(MODE, reason));
+            }
+        },
+    })
+}
+
+fn of_zone(option: &str, zone: &str) -> Result<Link, ConfigError> {
+    // systemd-nspawn names the bridge of a zone after the zone.
+    if is_interface_name(&format!("vz-{zone}")) && !zone.is_empty() {
+        return Ok(Link::Zone(zone.to_owned()));
+    }
+    let reason = format!(
+        "{} is not a valid zone name: use 1 to 12 printable characters other than space, :, / and %",
+        quoted(zone)
+    );
+    Err(ConfigError::new(option, reason))
+}
+
+fn of_bridge(bridge: &str) -> Result<Link, ConfigError> {
+    if is_interface_name(bridge) {
+        return Ok(Link::Bridge(bridge.to_owned()));
+    }
+    let reason = format!(
+        "{} is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits",
+        quoted(bridge)
+    );
+    Err(ConfigError::new(BRIDGE, reason))
+}
+
+/// Rejects a mode, a zone or a bridge beside the namespace of the group.
 fn check_group_network(
     namespace: &Path,
-    attached: Option<(&str, &str)>,
+    options: &TaskOptions,
+    requested: Option<&(&'static str, Requested)>,
 ) -> Result<(), ConfigError> {
     if !namespace.is_absolute() {
         let path = quoted(&namespace.to_string_lossy());
         let reason = format!("{path} is not an absolute path");
         return Err(ConfigError::new("task.network_isolation", reason));
     }
-    let Some((option, name)) = attached else {
-        return Ok(());
+    let (option, name) = match requested {
+        Some((option @ MODE, _)) => (*option, &options.network_mode),
+        Some((option @ ZONE, _)) => (*option, &options.network_zone),
+        Some((option @ BRIDGE, _)) => (*option, &options.network_bridge),
+        // Without effect, which a note says.
+        _ => return Ok(()),
     };
-    let name = quoted(name);
+    let name = quoted(name.as_deref().unwrap_or_default());
     let reason = format!("{name} can't be combined with a network mode of the group");
     Err(ConfigError::new(option, reason))
 }
@@ -89,34 +172,6 @@ pub(super) fn variables(network: &NetworkNamespace) -> BTreeMap<String, String> 
         .iter()
         .map(|port| (name(&port.label), port.container.to_string()))
         .collect()
-}
-
-fn names(options: &TaskOptions) -> Result<(), ConfigError> {
-    if let Some(zone) = &options.network_zone
-        // systemd-nspawn names the bridge of a zone after the zone.
-        && !is_interface_name(&format!("vz-{zone}"))
-    {
-        let reason = format!(
-            "{} is not a valid zone name: use 1 to 12 printable characters other than space, :, / and %",
-            quoted(zone)
-        );
-        return Err(ConfigError::new(ZONE, reason));
-    }
-    let Some(bridge) = &options.network_bridge else {
-        return Ok(());
-    };
-    if !is_interface_name(bridge) {
-        let reason = format!(
-            "{} is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits",
-            quoted(bridge)
-        );
-        return Err(ConfigError::new(BRIDGE, reason));
-    }
-    if options.network_zone.is_some() {
-        let reason = format!("{} can't be combined with {ZONE}", quoted(bridge));
-        return Err(ConfigError::new(BRIDGE, reason));
-    }
-    Ok(())
 }
 
 /// Checks the options for a private network in a container whose network Nomad made: there they have no effect, or
@@ -187,7 +242,11 @@ fn add(
         let reason = format!("{label} has no host port");
         return Err(ConfigError::new(option, reason));
     }
-    if let Some(earlier) = forwards.iter().find(|earlier| earlier.host == port.host) {
+    let is_same = |earlier: &&PortForward| {
+        let (one, other) = (earlier.address, port.address);
+        earlier.host == port.host && (one.is_none() || other.is_none() || one == other)
+    };
+    if let Some(earlier) = forwards.iter().find(is_same) {
         let reason = format!(
             "{label} has the host port {}, which {} already uses",
             port.host,

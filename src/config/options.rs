@@ -128,12 +128,26 @@ options! {
         "exec_unfiltered" => exec_unfiltered: bool [false],
         /// Whether seccomp filters that systemd-nspawn has built are installed in later containers of the same kind.
         "seccomp_cache" => seccomp_cache: bool [true],
+        /// Whether a task that asks for no network has one of its own instead of the host's.
+        "private_network" => private_network: bool [false],
+        /// The addresses for containers with a network of their own.
+        "network_pool" => network_pool: NetworkPool [],
         /// The directory that holds the state of running tasks.
         "state_dir" => state_dir: String ["/run/nomad-driver-nspawn"],
         /// The systemd-nspawn program to use instead of the one found in `PATH`.
         "nspawn_path" => nspawn_path: String [],
         /// How long to wait for the agent to recover its tasks before those it did not ask for are killed and removed.
         "reconcile_after" => reconcile_after: String ["10m"],
+    }
+}
+
+options! {
+    /// The `network_pool` block of the agent's `plugin` block.
+    struct NetworkPool {
+        /// The range of IPv4 addresses.
+        "ipv4" => ipv4: String ["10.213.0.0/16"],
+        /// The range of IPv6 addresses; by default unique local ones that follow from the host's machine id.
+        "ipv6" => ipv6: String [],
     }
 }
 
@@ -186,6 +200,8 @@ options! {
         "capability" => capability: Vec<String> [],
         /// Give the container its own network, with a veth pair to the host.
         "network_veth" => network_veth: bool [],
+        /// The network of the task: `host`, `none`, `bridge` or `zone:NAME`.
+        "network_mode" => network_mode: String [],
         /// Join a zone: a bridge shared by the containers of the same zone.
         "network_zone" => network_zone: String [],
         /// Join an existing bridge of the host.

@@ -33,7 +33,7 @@ pub(super) fn check(
     let identity = identity::identity(context)?;
     let mode = mode(&options)?;
     let root_options = RootOptions::of(&options)?;
-    let (network, mut notes) = network(&options, context)?;
+    let (network, mut notes) = network(&options, context, plugin_config)?;
     let users = users(
         &options,
         root_options.volatile,
@@ -78,11 +78,12 @@ pub(super) fn check(
 fn network(
     options: &TaskOptions,
     context: &TaskContext,
+    plugin_config: &PluginConfig,
 ) -> Result<(Network, Vec<String>), ConfigError> {
     if let Some(word) = &options.resolv_conf {
         one_of("config.resolv_conf", word, values::RESOLV_CONF)?;
     }
-    let (namespace, mut notes) = network::network(options, context)?;
+    let (namespace, mut notes) = network::network(options, context, plugin_config.private_network)?;
     let network = Network {
         namespace,
         resolv_conf: options.resolv_conf.clone(),

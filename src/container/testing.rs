@@ -73,6 +73,7 @@ impl Started {
             cgroup: None,
             controllers: BTreeMap::new(),
             filters: None,
+            network: None,
             started_at: SystemTime::UNIX_EPOCH,
             notes: Vec::new(),
         }

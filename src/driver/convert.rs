@@ -233,8 +233,25 @@ pub(super) fn inspect_response(task: &Task, addresses: &[IpAddr]) -> proto::Insp
                 })
                 .collect(),
         }),
-        network_override: None,
+        network_override: status
+            .started
+            .as_ref()
+            .and_then(|started| network_override(started)),
     }
+}
+
+/// The network that Nomad does not know: services with `address_mode = "driver"` get its address. Others keep that of the host, on which
+/// the ports are forwarded.
+pub(super) fn network_override(started: &Started) -> Option<proto::NetworkOverride> {
+    let network = started.network.as_ref()?;
+    let ports = network.ports.iter();
+    Some(proto::NetworkOverride {
+        addr: network.address.to_string(),
+        port_map: ports
+            .map(|(label, port)| (label.clone(), i32::from(*port)))
+            .collect(),
+        auto_advertise: false,
+    })
 }
 
 fn attributes(

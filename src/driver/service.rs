@@ -274,6 +274,7 @@ impl Driver {
                 state: proto::TaskState::Running.into(),
                 driver_state,
             }),
+            network_override: convert::network_override(&started),
             ..Default::default()
         })
     }

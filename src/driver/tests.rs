@@ -39,6 +39,8 @@ pub(crate) fn plugin_config() -> PluginConfig {
         require_limits: false,
         exec_unfiltered: false,
         seccomp_cache: true,
+        private_network: false,
+        network_pool: Default::default(),
         state_dir: "/run/nomad-driver-nspawn".into(),
         nspawn_path: None,
         reconcile_after: None,

@@ -16,6 +16,7 @@ use serde_json::Value;
 
 mod cgroup;
 mod ephemeral_copy;
+mod network;
 mod nspawn_lock;
 mod nspawn_mounts;
 mod remove_tree;
@@ -26,6 +27,7 @@ mod zone_bridge;
 
 pub use cgroup::{Cgroup, CgroupMirror, ControllerCgroups};
 pub use ephemeral_copy::{EphemeralCopy, ephemeral_root_of};
+pub use network::Network;
 pub use nspawn_lock::SharedLocks;
 pub use nspawn_mounts::{NspawnMounts, remove_leaked_mounts};
 pub use skeleton::Skeleton;
@@ -45,6 +47,8 @@ pub enum Resource {
     ControllerCgroups(ControllerCgroups),
     /// The bridge of a zone.
     ZoneBridge(ZoneBridge),
+    /// The network that the driver makes.
+    Network(Network),
     /// The lock of a uid range that systemd-nspawn picks.
     UidRange(UidRange),
     /// systemd-nspawn's lock of a tree or an image.
@@ -112,6 +116,7 @@ impl Resource {
             Self::CgroupMirror(lease) => lease,
             Self::ControllerCgroups(lease) => lease,
             Self::ZoneBridge(lease) => lease,
+            Self::Network(lease) => lease,
             Self::UidRange(lease) => lease,
             Self::TreeLock(lease) => lease,
             Self::Skeleton(lease) => lease,

@@ -2,12 +2,29 @@
 //! DHCP client, no systemd-networkd and no systemd-nspawn takes part, on either side. The plugin plans a network ([`NetworkPlan`], part of
 //! the launch spec), the supervisor makes it, and a lease releases it. Knows nothing of jobs and of systemd-nspawn.
 
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::BorrowedFd;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
+use self::pool::Reserved;
 use crate::container::Cause;
+
+mod forwarding;
+pub mod host_addresses;
+mod link;
+mod netlink;
+pub mod pool;
+mod unprivileged;
+
+pub use link::{GATEWAY, INSIDE};
+pub use unprivileged::open_network;
+
+/// How the name of the host's end of a container's link begins.
+pub const LINK_PREFIX: &str = "nd-";
 
 /// The network of one start, as it is to be made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,5 +73,97 @@ impl NetworkError {
             cause: crate::nspawn::refusal::cause_of_host_error(error),
             reason: format!("{step}: {error}"),
         }
+    }
+}
+
+impl NetworkPlan {
+    /// The plan for the start with this task directory, whose name no other start has.
+    pub fn new(owner: String, task_dir: &str, reserved: Reserved, ports: Vec<Mapping>) -> Self {
+        let hash = Sha256::digest(format!("mac {owner}"));
+        Self {
+            link: link_name(task_dir),
+            // Locally administered, and of one interface.
+            mac: [0x02, hash[0], hash[1], hash[2], hash[3], hash[4]],
+            address: reserved.address,
+            address6: reserved.address6,
+            owner,
+            ports,
+        }
+    }
+}
+
+/// The name of the host's end of the link of a start: it follows from the name of its task directory, so a record can't name another link.
+pub fn link_name(task_dir: &str) -> String {
+    let hash = Sha256::digest(task_dir);
+    let digits = hash[..6].iter().map(|byte| format!("{byte:02x}"));
+    [LINK_PREFIX.to_owned()].into_iter().chain(digits).collect()
+}
+
+/// What makes the networks that the plugin has planned. Runs in the supervisor.
+pub trait NetworkBackend: fmt::Debug + Send + Sync {
+    /// Does what needs no container, while systemd-nspawn starts. Returns what the user should know.
+    fn prepare(&self, plan: &NetworkPlan) -> Result<Vec<String>, NetworkError>;
+
+    /// Connects the network namespace of a container in which nothing of the job runs yet. `None` is a container that has none of its own.
+    fn connect(
+        &self,
+        plan: &NetworkPlan,
+        namespace: Option<BorrowedFd<'_>>,
+    ) -> Result<(), NetworkError>;
+
+    /// Undoes both, as far as they were done. May be repeated.
+    fn release(&self, plan: &NetworkPlan) -> io::Result<()>;
+}
+
+/// The backend for this process.
+pub fn backend() -> &'static dyn NetworkBackend {
+    match nix::unistd::geteuid().is_root() {
+        true => &HostNetwork,
+        false => &NoNetwork,
+    }
+}
+
+/// The real one: netlink, nftables and kernel settings.
+#[derive(Debug)]
+struct HostNetwork;
+
+impl NetworkBackend for HostNetwork {
+    fn prepare(&self, plan: &NetworkPlan) -> Result<Vec<String>, NetworkError> {
+        forwarding::of_host(plan)
+    }
+
+    fn connect(
+        &self,
+        plan: &NetworkPlan,
+        namespace: Option<BorrowedFd<'_>>,
+    ) -> Result<(), NetworkError> {
+        let namespace = namespace.ok_or_else(|| NetworkError {
+            cause: Cause::Unknown,
+            reason: "the container has no network namespace of its own".to_owned(),
+        })?;
+        link::connect(plan, namespace)
+    }
+
+    fn release(&self, plan: &NetworkPlan) -> io::Result<()> {
+        link::disconnect(plan)
+    }
+}
+
+/// That of a driver without privileges, which can make no network. Its containers start all the same, as they do without cgroups.
+#[derive(Debug)]
+struct NoNetwork;
+
+impl NetworkBackend for NoNetwork {
+    fn prepare(&self, _: &NetworkPlan) -> Result<Vec<String>, NetworkError> {
+        let note = "the network of this task has no link to the host, no address and no ports, because the driver does not run as root";
+        Ok(vec![note.to_owned()])
+    }
+
+    fn connect(&self, _: &NetworkPlan, _: Option<BorrowedFd<'_>>) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    fn release(&self, _: &NetworkPlan) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::env_filter::safe_for_nspawn_env;
 use super::version::Feature;
 use crate::container::{
-    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, NetworkNamespace, Payload,
+    CgroupLayout, Console, ContainerSpec, Link, Mode, Mount, Network, NetworkNamespace, Payload,
     Resources, Rlimit, Root, Rootfs, Users, Volatile,
 };
 
@@ -249,24 +249,14 @@ impl CommandBuilder {
         }
         // systemd-nspawn must not join the namespace: it rejects one together with a user namespace. It is started
         // inside the namespace and does not know about it.
-        let NetworkNamespace::Private {
-            veth,
-            zone,
-            bridge,
-            ports,
-        } = &network.namespace
-        else {
+        let NetworkNamespace::Private { link, ports } = &network.namespace else {
             return;
         };
-        // A zone and a bridge imply a veth pair.
-        let attached = zone.is_some() || bridge.is_some();
-        self.switch("--private-network", !veth && !attached);
-        self.switch("--network-veth", *veth && !attached);
-        if let Some(zone) = zone {
-            self.flag("--network-zone", zone);
-        }
-        if let Some(bridge) = bridge {
-            self.flag("--network-bridge", bridge);
+        match link {
+            // The driver makes the link and forwards the ports.
+            Link::None | Link::Routed => return self.switch("--private-network", true),
+            Link::Zone(zone) => self.flag("--network-zone", zone),
+            Link::Bridge(bridge) => self.flag("--network-bridge", bridge),
         }
         for port in ports {
             for protocol in ["tcp", "udp"] {

@@ -56,9 +56,7 @@ fn every_option_has_its_argument() {
             limit("MEMLOCK", Some(0), None),
         ];
         spec.network.namespace = NetworkNamespace::Private {
-            veth: true,
-            zone: None,
-            bridge: None,
+            link: Link::Zone("web".into()),
             ports: vec![crate::container::PortForward {
                 label: "http".into(),
                 address: None,
@@ -82,7 +80,7 @@ fn every_option_has_its_argument() {
     --private-users=pick
     --private-users-ownership=auto
     --resolv-conf=copy-host
-    --network-veth
+    --network-zone=web
     --port=tcp:25000:80
     --port=udp:25000:80
     --rlimit=RLIMIT_NOFILE=2048:4096
@@ -146,9 +144,10 @@ fn a_mode_has_its_arguments(#[case] mode: Mode, #[case] word: Option<&str>) {
 }
 
 #[rstest]
-#[case(NetworkNamespace::Private { veth: false, zone: None, bridge: None, ports: vec![] }, &["--private-network"])]
-#[case(NetworkNamespace::Private { veth: true, zone: Some("z".into()), bridge: None, ports: vec![] }, &["--network-zone=z"])]
-#[case(NetworkNamespace::Private { veth: false, zone: None, bridge: Some("br0".into()), ports: vec![] }, &["--network-bridge=br0"])]
+#[case(NetworkNamespace::Private { link: Link::None, ports: vec![] }, &["--private-network"])]
+#[case(NetworkNamespace::Private { link: Link::Routed, ports: vec![] }, &["--private-network"])]
+#[case(NetworkNamespace::Private { link: Link::Zone("z".into()), ports: vec![] }, &["--network-zone=z"])]
+#[case(NetworkNamespace::Private { link: Link::Bridge("br0".into()), ports: vec![] }, &["--network-bridge=br0"])]
 #[case(NetworkNamespace::Join("/run/netns/a".into()), &[])]
 #[case(NetworkNamespace::Host, &[])]
 fn a_network_has_its_arguments(#[case] network: NetworkNamespace, #[case] words: &[&str]) {

@@ -5,7 +5,6 @@ pub mod argv;
 pub mod env_filter;
 pub mod idmap;
 pub mod ownership;
-pub mod ports;
 pub mod probe;
 pub mod refusal;
 pub mod resolver;

@@ -109,6 +109,7 @@ impl FileIdentity {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::container::Link;
     use std::os::unix::fs::symlink;
 
     fn kind(change: impl FnOnce(&mut ContainerSpec)) -> Option<Kind> {
@@ -126,9 +127,7 @@ mod tests {
         let added = name(|spec| spec.payload.capabilities = vec!["CAP_SYS_TIME".into()]);
         let private = name(|spec| {
             spec.network.namespace = NetworkNamespace::Private {
-                veth: false,
-                zone: None,
-                bridge: None,
+                link: Link::None,
                 ports: Vec::new(),
             };
         });

@@ -158,7 +158,7 @@ impl Older {
                 // Older drivers release these without a field.
                 Resource::Skeleton(Skeleton {}) | Resource::NspawnMounts(NspawnMounts {}) => {}
                 // They have none.
-                Resource::ControllerCgroups(ControllerCgroups { .. }) => {}
+                Resource::ControllerCgroups(ControllerCgroups { .. }) | Resource::Network(_) => {}
                 Resource::Unknown(_) => {}
             }
         }

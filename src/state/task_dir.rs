@@ -20,6 +20,7 @@ use super::launch_spec_record::LaunchSpecRecord;
 use crate::cgroup::CgroupPlan;
 use crate::container::{Cause, ExecDefaults, Exit, InsideSettings, Mode, Process, Started};
 use crate::lease::{Resource, TreeLock};
+use crate::network::NetworkPlan;
 use crate::seccomp;
 
 mod directory;
@@ -88,6 +89,14 @@ impl LaunchSpec {
             _ => None,
         });
         groups.unwrap_or_default()
+    }
+
+    /// The network to make, if the driver makes it.
+    pub fn network(&self) -> Option<&NetworkPlan> {
+        self.resources.iter().find_map(|resource| match resource {
+            Resource::Network(network) => Some(&network.plan),
+            _ => None,
+        })
     }
 
     /// The lock of the tree or image, unless the root is a copy.

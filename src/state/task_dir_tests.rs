@@ -516,6 +516,7 @@ pub(crate) fn started() -> impl Strategy<Value = Started> {
                 cgroup,
                 controllers: BTreeMap::new(),
                 filters,
+                network: None,
                 started_at,
                 notes,
             }

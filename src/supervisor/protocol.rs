@@ -84,6 +84,7 @@ pub enum StartStep {
     Watch,
     Inside,
     Filters,
+    Network,
 }
 
 impl StartStep {
@@ -97,6 +98,7 @@ impl StartStep {
             Self::Nspawn => "starting systemd-nspawn",
             Self::Watch => "supervising the container",
             Self::Inside => "setting up the container",
+            Self::Network => "making the network of the container",
             Self::Filters => "installing captured seccomp filters",
         }
     }

@@ -226,6 +226,7 @@ mod tests {
                     cgroup: cgroup.map(PathBuf::from),
                     controllers: std::collections::BTreeMap::new(),
                     filters,
+                    network: None,
                     started_at: SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos),
                     notes,
                 }

@@ -14,6 +14,7 @@ use nomad_driver_nspawn::container::{
     ContainerSpec, Exit, Identity, Mode, NetworkNamespace, Root, Started, Users, Volatile,
 };
 use nomad_driver_nspawn::failpoint::OLD_KERNEL;
+use nomad_driver_nspawn::network::pool::Pool;
 use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::state::TaskDir;
 use nomad_driver_nspawn::sys::process::{ProcessHandle, children, handles_signal, is_alive};
@@ -39,6 +40,7 @@ mod logs;
 mod network;
 mod orphans;
 mod own_end;
+mod own_network;
 mod recover;
 mod release;
 mod roots;
@@ -87,6 +89,7 @@ impl World {
             binary: binary.to_owned(),
             exec_unfiltered: false,
             seccomp_cache: true,
+            network_pool: Pool::default(),
             timeouts: Timeouts::default(),
         };
         Self {

@@ -1,7 +1,7 @@
 //! What the plugin reports about itself before any task, and how it decodes plugin and task configuration: what is accepted, and that
 //! everything else is refused before anything is started.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use dev_agent::Plugin;
@@ -119,7 +119,11 @@ async fn the_schemas_convert() {
             "devices",
             "enabled",
             "exec_unfiltered",
+            "ipv4",
+            "ipv6",
+            "network_pool",
             "nspawn_path",
+            "private_network",
             "reconcile_after",
             "require_limits",
             "seccomp_cache",
@@ -258,15 +262,13 @@ async fn start_with_number(
 #[case::float64(&[0xcb, 0x40, 0xbf, 0x90, 0, 0, 0, 0, 0], 8080)]
 #[case::string(b"\xa48080", 8080)]
 #[tokio::test]
-async fn numbers_come_in_many_encodings(#[case] number: &[u8], #[case] port: u16) {
+async fn numbers_come_in_many_encodings(#[case] number: &[u8], #[case] port: i32) {
     let host = Host::new();
-    let plugin = host.plugin().await;
+    let plugin = host.plugin_in_new_network().await;
     let started = start_with_number(&host, &plugin, number).await.unwrap();
-    let words = argv(&host.starts()[0]);
-    assert!(
-        words.contains(&format!("--port=tcp:25000:{port}")),
-        "{words:?}"
-    );
+    let inspected = started.inspect(&plugin).await.unwrap();
+    let ports = inspected.network_override.unwrap().port_map;
+    assert_eq!(ports, HashMap::from([("http".to_owned(), port)]));
     started.destroy(&plugin).await;
 }
 

@@ -1,5 +1,6 @@
 //! Ports in Nomad's messages, with the address on which they are allocated.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use nomad_driver_nspawn::proto::driver::{PortMapping, Resources, TaskConfig};
@@ -22,13 +23,11 @@ fn allotted(host_ip: &str) -> impl FnOnce(&mut TaskConfig) {
     }
 }
 
-#[rstest]
-#[case("127.0.0.1")]
-#[case("203.0.113.7")]
 #[tokio::test]
-async fn a_port_of_one_address_is_refused(#[case] host_ip: &str) {
+async fn a_port_of_an_address_that_the_host_does_not_have_is_refused() {
+    let host_ip = "203.0.113.7";
     let host = Host::new();
-    let plugin = host.plugin().await;
+    let plugin = host.plugin_in_new_network().await;
     let task = host.shell("exit 0").with("ports", json!(["http"]));
     let allocation = Arc::new(host.allocation(task));
     let status = refusal(
@@ -45,23 +44,26 @@ async fn a_port_of_one_address_is_refused(#[case] host_ip: &str) {
 #[case("")]
 #[case("0.0.0.0")]
 #[case("::")]
+#[case("127.0.0.1")]
 #[tokio::test]
-async fn a_port_of_every_address_is_forwarded(#[case] host_ip: &str) {
+async fn the_agent_is_told_of_a_network_that_it_has_not_made(#[case] host_ip: &str) {
     let host = Host::new();
-    let plugin = host.plugin().await;
+    let plugin = host.plugin_in_new_network().await;
     let task = host.shell("exit 0").with("ports", json!(["http"]));
     let allocation = Arc::new(host.allocation(task));
     let started = host
         .start_edited(&plugin, allocation, allotted(host_ip))
         .await;
     let running = started.unwrap();
+    let inspected = running.inspect(&plugin).await.unwrap();
+    let network = inspected.network_override.unwrap();
+    assert_eq!(network.port_map, HashMap::from([("http".to_owned(), 80)]));
+    assert!(network.addr.starts_with("10.213."), "{network:?}");
+    assert!(!network.auto_advertise);
     running.wait(&plugin).await;
     running.destroy(&plugin).await;
     let words = argv(&host.starts()[0]);
-    assert!(
-        words.contains(&"--port=tcp:25918:80".to_owned()),
-        "{words:?}"
-    );
+    assert!(words.contains(&"--private-network".to_owned()), "{words:?}");
 }
 
 /// The command itself listens on the address that Nomad passes to it.

@@ -4,27 +4,35 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use crate::cgroup::{CgroupPath, Place};
-use crate::container::{ContainerSpec, NetworkNamespace, Root, Rootfs, Users, Volatile};
+use crate::container::{ContainerSpec, Link, NetworkNamespace, Root, Rootfs, Users, Volatile};
 use crate::lease::{
-    Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
-    TreeLock, UidRange, ZoneBridge,
+    Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, Network, NspawnMounts, Resource,
+    Skeleton, TreeLock, UidRange, ZoneBridge,
 };
+use crate::network::NetworkPlan;
 use crate::rootfs_path::copy_place;
 
 /// The resources of a start with this cgroup, in the order of acquisition; they are released in the reverse order. `used` is the
 /// root that systemd-nspawn gets, which may be a skeleton in place of the spec's root.
-pub(super) fn resources(spec: &ContainerSpec, place: Option<&Place>, used: &Root) -> Vec<Resource> {
+pub(super) fn resources(
+    spec: &ContainerSpec,
+    place: Option<&Place>,
+    network: Option<NetworkPlan>,
+    used: &Root,
+) -> Vec<Resource> {
     let mut resources = Vec::new();
     if let Some(place) = place {
         resources.extend(cgroups(place));
     }
     if let NetworkNamespace::Private {
-        zone: Some(zone), ..
+        link: Link::Zone(zone),
+        ..
     } = &spec.network.namespace
     {
         let zone = zone.clone();
         resources.push(Resource::ZoneBridge(ZoneBridge { zone }));
     }
+    resources.extend(network.map(|plan| Resource::Network(Network { plan })));
     if matches!(&spec.users, Users::Private { range, .. } if range == "pick") {
         resources.push(Resource::UidRange(UidRange {}));
     }

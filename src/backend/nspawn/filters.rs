@@ -168,7 +168,8 @@ fn hold_logs(spec: &ContainerSpec) -> io::Result<Vec<File>> {
 mod tests {
     use super::*;
     use crate::backend::nspawn::Timeouts;
-    use crate::container::NetworkNamespace;
+    use crate::container::{Link, NetworkNamespace};
+    use crate::network::pool::Pool;
 
     fn settings(seccomp_cache: bool) -> Settings {
         Settings {
@@ -178,6 +179,7 @@ mod tests {
             binary: "/none".into(),
             exec_unfiltered: false,
             seccomp_cache,
+            network_pool: Pool::default(),
             timeouts: Timeouts::default(),
         }
     }
@@ -206,9 +208,7 @@ mod tests {
             let spec = ContainerSpec::for_test("task", "/tree").with(|spec| {
                 if private {
                     spec.network.namespace = NetworkNamespace::Private {
-                        veth: false,
-                        zone: None,
-                        bridge: None,
+                        link: Link::None,
                         ports: Vec::new(),
                     };
                 }

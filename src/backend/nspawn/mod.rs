@@ -18,6 +18,7 @@ use crate::blocking;
 use crate::cgroup::{Layout, UsageFiles, has_device_policy};
 use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
 use crate::exec::{ExecRequest, FilterCache, Session};
+use crate::network::pool::Pool;
 use crate::nspawn::probe;
 use crate::nspawn::version::Feature;
 use crate::signal::Signal;
@@ -32,6 +33,7 @@ mod exec;
 mod filters;
 mod installed;
 mod name_files;
+mod own_network;
 mod prepare;
 mod reconcile;
 mod registry;
@@ -58,6 +60,8 @@ pub struct Settings {
     pub exec_unfiltered: bool,
     /// Whether seccomp filters that systemd-nspawn has built are installed in later containers of the same kind.
     pub seccomp_cache: bool,
+    /// The addresses for containers with a network of their own.
+    pub network_pool: Pool,
     /// How long a removal waits for a supervisor. Not configurable; shorter in tests.
     pub timeouts: Timeouts,
 }

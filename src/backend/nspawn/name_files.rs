@@ -1,5 +1,6 @@
 //! The container's `/etc/resolv.conf` and `/etc/hosts`: files in the task directory that are mounted read-only, so that nothing is written
-//! to the image, a link that leads nowhere is filled, and a read-only root has both too. What a job mounts there itself is left alone.
+//! to the image, a link that leads nowhere is filled, and a read-only root has both too. What a job mounts there itself is left alone. With
+//! a network that the driver makes, also the file that keeps an image's systemd-networkd from configuring it.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 use super::{addresses, io_error};
 use crate::backend::BackendError;
 use crate::container::{ContainerSpec, Mode, Mount, NetworkNamespace, Root, Volatile};
+use crate::network::NetworkPlan;
 use crate::nspawn::resolver::{self, Resolver};
 use crate::rootfs_path::RootDir;
 use crate::state::TaskDir;
@@ -20,6 +22,11 @@ const UPLINK: &str = "/run/systemd/resolve/resolv.conf";
 /// Where an image's systemd-resolved writes, which can't do so where something is mounted: it does not start then.
 const RESOLVED_DIR: &str = "/run/systemd/resolve";
 const RESOLVED_CONF: &str = "/run/systemd/resolved.conf.d/50-nomad.conf";
+
+/// Named so that it comes after what an image has for its link itself, and before systemd's own `80-container-host0.network`. With that one
+/// systemd-networkd (257 and later) would remove addresses and routes that it did not set.
+const UNMANAGED: &str = "/run/systemd/network/79-nomad.network";
+const UNMANAGED_TEXT: &str = "[Match]\nName=host0\n\n[Link]\nUnmanaged=yes\n";
 
 /// The maximum size of a resolv.conf of the host. Those that work have a few lines.
 const TEXT_MAX: u64 = 64 * 1024;
@@ -35,9 +42,16 @@ pub(super) struct NameFiles {
     pub(super) notes: Vec<String>,
 }
 
-/// Writes the files. Fails if the network of the group does not exist.
-pub(super) fn write(spec: &ContainerSpec, task_dir: &TaskDir) -> Result<NameFiles, BackendError> {
-    let addresses = addresses::of_group(spec)?;
+/// Writes the files. `network` is the network that the driver makes. Fails if the network of the group does not exist.
+pub(super) fn write(
+    spec: &ContainerSpec,
+    network: Option<&NetworkPlan>,
+    task_dir: &TaskDir,
+) -> Result<NameFiles, BackendError> {
+    let addresses = match network {
+        Some(plan) => vec![plan.address.into(), plan.address6.into()],
+        None => addresses::of_group(spec)?,
+    };
     let tree = Tree::open(spec)?;
     let mut files = NameFiles {
         resolv_conf: spec.network.resolv_conf.clone(),
@@ -69,28 +83,37 @@ pub(super) fn write(spec: &ContainerSpec, task_dir: &TaskDir) -> Result<NameFile
                     "the dns block of the network is not applied, because {why} {RESOLV_CONF}"
                 ));
             }
-        } else if let Some((text, target)) = resolv_conf(spec, &tree, &place, &mut files.notes) {
+        } else if let Some((text, target)) =
+            resolv_conf(spec, network, &tree, &place, &mut files.notes)
+        {
             files.resolv_conf = Some("off".to_owned());
             files.mounts.push(add("resolver", &text, target)?);
         }
     }
-    if let Some(text) = hosts(spec, &tree, &addresses) {
+    if let Some(text) = hosts(spec, network, &tree, &addresses) {
         files.mounts.push(add("hosts", &text, HOSTS)?);
+    }
+    if network.is_some() && spec.payload.mode == Mode::Boot {
+        files
+            .mounts
+            .push(add("network", UNMANAGED_TEXT, UNMANAGED)?);
     }
     Ok(files)
 }
 
-/// The resolver's configuration and where it is mounted. `None` where systemd-nspawn decides: in a network of the container's own,
-/// which has servers of its own, and in a disk image, which may be read-only and lack the file.
+/// The resolver's configuration and where it is mounted. `None` where systemd-nspawn decides: in a network of the container's own that the
+/// driver does not make, which has servers of its own, and in a disk image, which may be read-only and lack the file.
 fn resolv_conf(
     spec: &ContainerSpec,
+    network: Option<&NetworkPlan>,
     tree: &Tree<'_>,
     place: &Place,
     notes: &mut Vec<String>,
 ) -> Option<(String, &'static str)> {
     let dns = &spec.network.dns;
     let in_host = spec.network.namespace == NetworkNamespace::Host;
-    let is_private = matches!(spec.network.namespace, NetworkNamespace::Private { .. });
+    let is_private =
+        network.is_none() && matches!(spec.network.namespace, NetworkNamespace::Private { .. });
     let is_image = matches!(spec.rootfs.source, Root::Image(_));
     if dns.is_empty() && (is_private || is_image) {
         return None;
@@ -125,16 +148,22 @@ fn resolv_conf(
     Some((resolver.resolved_conf(), RESOLVED_CONF))
 }
 
-/// The content of `/etc/hosts`: in the network of a group always, in the host's network if the image has none.
-fn hosts(spec: &ContainerSpec, tree: &Tree<'_>, addresses: &[IpAddr]) -> Option<String> {
+/// The content of `/etc/hosts`: in the network of a group and in one that the driver makes always, in the host's network if the image has none.
+fn hosts(
+    spec: &ContainerSpec,
+    network: Option<&NetworkPlan>,
+    tree: &Tree<'_>,
+    addresses: &[IpAddr],
+) -> Option<String> {
     let place = tree.place(HOSTS);
     let given = spec.network.host_name.as_ref();
     let name = given.map_or(&spec.identity.machine, |given| &given.name);
     match (&spec.network.namespace, place) {
-        (_, Place::OfTheJob | Place::Unusable) | (NetworkNamespace::Private { .. }, _) => None,
+        (_, Place::OfTheJob | Place::Unusable) => None,
+        (NetworkNamespace::Private { .. }, _) if network.is_none() => None,
         // Whether it lacks the file can't be seen.
         (_, Place::Unknown) if spec.rootfs.read_only => None,
-        (NetworkNamespace::Join(_), _) => {
+        (NetworkNamespace::Join(_) | NetworkNamespace::Private { .. }, _) => {
             let address = given.and_then(|given| given.address);
             let addresses = address.map_or_else(|| addresses.to_vec(), |address| vec![address]);
             Some(resolver::hosts(name, &addresses))

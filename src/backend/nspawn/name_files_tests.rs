@@ -4,7 +4,7 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 use rstest::rstest;
 
 use super::*;
-use crate::container::{Dns, HostName};
+use crate::container::{Dns, HostName, Link};
 
 /// A tree with `/etc`, and a task directory.
 struct Ground {
@@ -26,7 +26,7 @@ impl Ground {
         let task_dir = TaskDir::new(self.temp.path().join("task"));
         let _ = task_dir.create();
         let spec = ContainerSpec::for_test("web", self.tree()).with(change);
-        write(&spec, &task_dir).unwrap()
+        write(&spec, None, &task_dir).unwrap()
     }
 
     /// Enables systemd-resolved, to which `/etc/resolv.conf` is a link.
@@ -62,9 +62,7 @@ fn dns() -> Dns {
 
 fn private() -> NetworkNamespace {
     NetworkNamespace::Private {
-        veth: true,
-        zone: None,
-        bridge: None,
+        link: Link::Routed,
         ports: Vec::new(),
     }
 }

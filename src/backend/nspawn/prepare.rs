@@ -6,15 +6,13 @@ use std::path::PathBuf;
 
 use super::filters::StartFilters;
 use super::name_files::{self, NameFiles};
-use super::{acquire, boot_id, io_error};
+use super::{Settings, acquire, boot_id, io_error, own_network};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
-use crate::container::{Cause, ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root};
+use crate::container::{ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::Resource;
 use crate::nspawn::argv::{self, CommandLine, Target};
-use crate::nspawn::ports::{self, Addresses};
-use crate::nspawn::refusal::cause_of_host_error;
 use crate::nspawn::version;
 use crate::nspawn::{idmap, ownership, skeleton};
 use crate::seccomp::Source;
@@ -37,15 +35,17 @@ pub(super) fn prepare(
     task_dir: &TaskDir,
     host: Host,
     filters: &StartFilters,
+    settings: &Settings,
 ) -> Result<(), BackendError> {
     let layout = Layout::of_this_host();
     if let Some(reason) = version::unusable(host.version, layout.kind) {
         return Err(unsupported(spec, reason));
     }
-    let files = name_files::write(spec, task_dir)?;
+    let network = own_network::plan(spec, task_dir, settings)?;
+    let files = name_files::write(spec, network.plan.as_ref(), task_dir)?;
     let (root, mounts) = root(spec, &files, task_dir)?;
     let (place, cgroups) = cgroups(spec, task_dir, &layout).unzip();
-    let mut notes = port_notes(spec)?;
+    let mut notes = network.notes;
     let mut line = command_line(spec, (&root, mounts), &files, &host, &layout, &mut notes)?;
     notes.extend(files.notes);
     let notify_socket = task_dir.notify_socket().to_string_lossy().into_owned();
@@ -68,7 +68,7 @@ pub(super) fn prepare(
         return Err(unsupported(spec, reason));
     }
     notes.extend(unenforced);
-    let resources = acquire::resources(spec, place.as_ref(), &root);
+    let resources = acquire::resources(spec, place.as_ref(), network.plan, &root);
     let limits = (cgroups, resources);
     let launch_spec = LaunchSpec {
         seccomp: filters.source(),
@@ -208,32 +208,6 @@ fn root(
         .and_then(|()| skeleton::build(image, &skeleton, &missing, spec.rootfs.volatile));
     let binds = made.map_err(|source| io_error("making mount points in", &skeleton, source))?;
     Ok((Root::Directory(skeleton), binds))
-}
-
-/// What the user should know about the ports of a container. A port that would be reachable on more addresses than it was
-/// allocated on is refused.
-fn port_notes(spec: &ContainerSpec) -> Result<Vec<String>, BackendError> {
-    let NetworkNamespace::Private { ports, .. } = &spec.network.namespace else {
-        return Ok(Vec::new());
-    };
-    // Without addresses there is nothing to check that could fail.
-    if ports.iter().all(|port| port.address.is_none()) {
-        return Ok(Vec::new());
-    }
-    let failed = |cause, reason| match cause {
-        Cause::Config => unsupported(spec, reason),
-        cause => BackendError::Start {
-            machine: spec.identity.machine.clone(),
-            step: "checking the addresses of its ports",
-            reason,
-            cause,
-        },
-    };
-    let host = Addresses::of_this_host().map_err(|error| {
-        let reason = format!("the addresses of this host can't be read: {error}");
-        failed(cause_of_host_error(&error), reason)
-    })?;
-    ports::check(ports, &host).map_err(|refused| failed(refused.cause, refused.reason))
 }
 
 fn unsupported(spec: &ContainerSpec, reason: String) -> BackendError {

@@ -112,7 +112,7 @@ impl NspawnBackend {
             };
             let init = init_binary(&init, &settings.state_dir).map_err(no_supervisor)?;
             let filters = captured.of_start(&spec, &host.program, &settings, || init.try_clone());
-            prepare(&spec, &place, host, &filters)?;
+            prepare(&spec, &place, host, &filters, &settings)?;
             failpoint::hit(&place, Failpoint::OrderWritten);
             let client =
                 client::launch(&settings.binary, &place, init, &tracker).map_err(no_supervisor)?;

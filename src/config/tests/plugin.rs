@@ -29,6 +29,8 @@ fn valid_plugin_configurations_are_decoded(
         require_limits: !switches,
         exec_unfiltered: !switches,
         seccomp_cache: switches,
+        private_network: false,
+        network_pool: crate::network::pool::Pool::default(),
         state_dir: state_dir.into(),
         nspawn_path: nspawn_path.map(Into::into),
         reconcile_after: Some(Duration::from_secs(600)),

@@ -1,6 +1,7 @@
 //! Networks and ports.
 
 use super::*;
+use crate::container::Link;
 
 fn forward(label: &str, host: u16, container: u16) -> PortForward {
     PortForward {
@@ -60,9 +61,7 @@ fn ports_are_forwarded_into_the_container() {
     let host = with_ports();
     let spec = plain(&host, r#"ports = ["web", "raw"]"#);
     let private = |ports| NetworkNamespace::Private {
-        veth: true,
-        zone: None,
-        bridge: None,
+        link: Link::Routed,
         ports,
     };
     let expected = vec![forward("web", 18080, 80), forward("raw", 19000, 19000)];
@@ -160,31 +159,68 @@ fn a_network_of_the_group_is_joined() {
         host.refusal(&format!("{body}network_zone = \"z\"")),
         r#"config.network_zone: "z" can't be combined with a network mode of the group"#
     );
+    assert_eq!(
+        host.refusal(&format!("{body}network_mode = \"none\"")),
+        r#"config.network_mode: "none" can't be combined with a network mode of the group"#
+    );
+}
+
+fn zone(name: &str) -> Link {
+    Link::Zone(name.to_owned())
+}
+
+fn bridge(name: &str) -> Link {
+    Link::Bridge(name.to_owned())
 }
 
 #[rstest]
-#[case("network_veth = true", true, None, None)]
-#[case("network_zone = \"z\"", false, Some("z"), None)]
-#[case("network_zone = \"12\"\nnetwork_veth = false", false, Some("12"), None)]
-#[case(
-    "network_bridge = \"br0\"\nnetwork_veth = true",
-    true,
-    None,
-    Some("br0")
-)]
-fn private_networks(
-    #[case] extra: &str,
-    #[case] veth: bool,
-    #[case] zone: Option<&str>,
-    #[case] bridge: Option<&str>,
-) {
-    let expected = NetworkNamespace::Private {
-        veth,
-        zone: zone.map(Into::into),
-        bridge: bridge.map(Into::into),
-        ports: vec![],
-    };
+#[case("network_veth = true", Link::Routed)]
+#[case("network_mode = \"bridge\"", Link::Routed)]
+#[case("network_mode = \"none\"", Link::None)]
+#[case("network_zone = \"z\"", zone("z"))]
+#[case("network_mode = \"zone:z\"", zone("z"))]
+#[case("network_zone = \"12\"\nnetwork_veth = false", zone("12"))]
+#[case("network_bridge = \"br0\"\nnetwork_veth = true", bridge("br0"))]
+fn private_networks(#[case] extra: &str, #[case] link: Link) {
+    let ports = vec![];
+    let expected = NetworkNamespace::Private { link, ports };
     assert_eq!(plain(&TestHost::new(), extra).network.namespace, expected);
+}
+
+#[test]
+fn an_operator_decides_what_a_task_has_that_asks_for_nothing() {
+    let mut host = TestHost::new();
+    host.plugin_config.private_network = true;
+    let (link, ports) = (Link::Routed, vec![]);
+    let private = NetworkNamespace::Private { link, ports };
+    assert_eq!(plain(&host, "").network.namespace, private);
+    for extra in ["network_veth = false", "network_mode = \"host\""] {
+        assert_eq!(
+            plain(&host, extra).network.namespace,
+            NetworkNamespace::Host
+        );
+    }
+}
+
+#[rstest]
+#[case(
+    "network_mode = \"nat\"",
+    r#"config.network_mode: "nat" is not host, none, bridge or zone:NAME"#
+)]
+#[case("network_mode = \"zone:\"", r#"config.network_mode: "" is not a valid zone name: use 1 to 12 printable characters other than space, :, / and %"#)]
+#[case(
+    "network_mode = \"none\"\nnetwork_zone = \"z\"",
+    r#"config.network_zone: "z" can't be combined with config.network_mode"#
+)]
+#[case(
+    "network_mode = \"host\"\nnetwork_veth = true",
+    "config.network_veth: true can't be combined with config.network_mode"
+)]
+#[case("network_mode = \"none\"\nports = [\"web\"]", r#"config.network_mode: "none" can't be combined with config.ports or config.port_map: ports are forwarded into a private network"#)]
+#[case("network_mode = \"host\"\nport_map = { old = 80 }", r#"config.network_mode: "host" can't be combined with config.ports or config.port_map: ports are forwarded into a private network"#)]
+fn a_bad_network_is_refused_with_a_reason(#[case] extra: &str, #[case] message: &str) {
+    let body = format!("image = \"tree\"\nboot = false\n{extra}");
+    assert_eq!(with_ports().refusal(&body), message);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::io::{self, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use nspawn_init::Step;
@@ -246,6 +247,7 @@ impl Supervisor {
         let release = Release {
             task_dir: self.task_dir.clone(),
             launch_spec: self.launch_spec.clone(),
+            network: Mutex::new(self.network.take()),
             running: match &self.state {
                 State::Running { running, .. } => Some((**running).clone()),
                 State::Starting { .. } | State::Failing(_) => None,

@@ -67,7 +67,7 @@ fn refused(cause: Cause, reason: String) -> StartFailure {
 
 /// Whether the process has exited, or is exiting: it then has no root and no namespaces any more, and the first process of a pid namespace
 /// still waits for all others. While it has not exited, what `/proc` shows under its pid is its own.
-fn has_exited(leader: &ProcessHandle) -> bool {
+pub(super) fn has_exited(leader: &ProcessHandle) -> bool {
     let root = format!("/proc/{}/root", leader.process().pid);
     leader.wait(Duration::ZERO)
         || std::fs::read_link(root).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
@@ -137,7 +137,7 @@ fn device_of(stat: &Stat) -> (u32, u32) {
 }
 
 /// One of the leader's namespaces, if it is neither this process's nor that of the host's init.
-fn own_namespace(leader: &ProcessHandle, kind: &str) -> io::Result<Option<File>> {
+pub(super) fn own_namespace(leader: &ProcessHandle, kind: &str) -> io::Result<Option<File>> {
     let namespace = File::open(format!("/proc/{}/ns/{kind}", leader.process().pid))?;
     if has_exited(leader) {
         return Err(io::Error::other("the container has exited"));

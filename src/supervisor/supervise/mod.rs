@@ -1,13 +1,14 @@
 //! The supervisor process (`supervise DIR`): parent of one systemd-nspawn from before its start until after its exit. Outlives
 //! plugin and agent, sleeps in the kernel until something happens, and is small on purpose: no async runtime, no gRPC, and no
-//! thread besides the main one while the container runs. It starts one for a log FIFO that has no reader yet (`logs`), one that writes
-//! sysctls before the command runs (`inside`), and one when the container has ended (`release`). It makes no decisions about jobs and reads only its
+//! thread besides the main one while the container runs. It starts one for a log FIFO that has no reader yet (`logs`), those that make the
+//! network (`network`) and write sysctls (`inside`) before the command runs, and one when the container has ended (`release`). It makes no decisions about jobs and reads only its
 //! launch spec. This file is the start of the process; the rest is
 //!
 //! | module | subject |
 //! |---|---|
 //! | `state` | everything known about the container; its start |
 //! | `inside` | what is applied to the container before its command runs |
+//! | `network` | the network that the driver makes for it |
 //! | `run`, `event_loop` | the loop; epoll and timers |
 //! | `requests`, `clients` | what clients request; how it travels |
 //! | `signals` | signals, stop and kill |
@@ -35,6 +36,7 @@ mod event_loop;
 mod exit;
 mod exit_status;
 mod inside;
+mod network;
 mod release;
 mod requests;
 mod run;

@@ -15,6 +15,7 @@ use super::cgroups::{self, Cgroups};
 use super::clients::Clients;
 use super::event_loop::{EventLoop, Pollable, Source, Token};
 use super::exit_status::NspawnFinalStatus;
+use super::network::{self, Preparation};
 use super::release::ReleaseThread;
 use super::{Sockets, failure, spawn};
 use crate::container::{Process, Started};
@@ -42,6 +43,8 @@ pub(super) struct Supervisor {
     pub(super) cgroups: Cgroups,
     /// What further commands have in common with the task's own: a file without a name, so that it takes no memory of this process.
     pub(super) exec_defaults: File,
+    /// The network that is being prepared, until the container is connected to it.
+    pub(super) network: Option<Preparation>,
     /// The locks of a tree that other containers share, until systemd-nspawn holds them.
     pub(super) tree: Option<SharedLocks>,
     /// Channel to PID 1 of the container, if that is the driver's init.
@@ -146,6 +149,9 @@ impl Supervisor {
         lease::remove_leaked_mounts(&launch_spec.machine);
         let tree = launch_spec.tree_lock();
         let tree = tree.and_then(|lock| lock.prepare(task_dir.path()));
+        let network = network::prepare(launch_spec.network())
+            .inspect_err(|_| cgroups::remove(&launch_spec))
+            .map_err(step(StartStep::Network))?;
         let (nspawn, init_channel) = spawn::spawn(&task_dir, launch_spec.first, stdout, stderr)
             .inspect_err(|_| cgroups::remove(&launch_spec))
             .map_err(step(StartStep::Nspawn))?;
@@ -160,6 +166,7 @@ impl Supervisor {
             nspawn,
             cgroups,
             exec_defaults,
+            network,
             tree,
             init_channel: None,
             command: None,
@@ -250,6 +257,9 @@ impl Supervisor {
         }
         if let Err(error) = self.settle_filters(handle.as_deref()) {
             return self.fail_with(failure(StartStep::Filters, &error));
+        }
+        if !self.connect_network(handle.as_deref()) {
+            return;
         }
         if !self.apply_inside(handle.as_deref()) {
             return;
@@ -343,6 +353,7 @@ impl Supervisor {
             cgroup: launch_spec.cgroup().map(Path::to_owned),
             controllers: self.controllers(),
             filters,
+            network: launch_spec.network().map(network::started),
             started_at: SystemTime::now(),
             notes: [&launch_spec.notes, self.cgroups.notes()].concat(),
         }

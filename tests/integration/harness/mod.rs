@@ -51,6 +51,16 @@ impl Deref for Host {
     }
 }
 
+impl Host {
+    /// A plugin for tasks with networks that the driver makes. Without root it makes none.
+    pub(crate) async fn plugin_in_new_network(&self) -> Plugin {
+        match is_root() {
+            true => self.plugin_by("exec unshare --net \"$0\"").await,
+            false => self.plugin().await,
+        }
+    }
+}
+
 impl World for Host {
     fn lacks(&self, need: Need) -> Option<&'static str> {
         match need {

@@ -47,7 +47,16 @@ pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
 pub fn starts_in(state: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(state).into_iter().flatten().flatten();
     let paths = entries.map(|entry| entry.path());
-    paths.filter(|path| !path.ends_with(".seccomp")).collect()
+    let reserved = std::fs::read_dir(state.join(".addresses"));
+    let reserved = reserved.into_iter().flatten().flatten();
+    paths
+        .filter(|path| {
+            ![".addresses", ".seccomp"]
+                .iter()
+                .any(|name| path.ends_with(name))
+        })
+        .chain(reserved.map(|entry| entry.path()))
+        .collect()
 }
 
 /// Reports that this host can't run the current test. The test runner has no such result and counts the test as passed, so the caller

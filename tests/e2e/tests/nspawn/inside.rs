@@ -8,8 +8,10 @@ use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
 use nomad_driver_nspawn::backend::nspawn::{Settings, Timeouts};
 use nomad_driver_nspawn::backend::{BackendError, ContainerBackend, NspawnBackend};
 use nomad_driver_nspawn::container::{
-    Cause, ContainerSpec, Device, Exit, Mode, Mount, NetworkNamespace, Started, TmpfsSizes, Users,
+    Cause, ContainerSpec, Device, Exit, Link, Mode, Mount, NetworkNamespace, Started, TmpfsSizes,
+    Users,
 };
+use nomad_driver_nspawn::network::pool::Pool;
 use rstest::rstest;
 
 use super::*;
@@ -32,6 +34,7 @@ impl Inside {
             binary: e2e::driver(),
             exec_unfiltered: false,
             seccomp_cache: true,
+            network_pool: Pool::default(),
             timeouts: Timeouts::default(),
         });
         Self { stage, backend }
@@ -92,9 +95,7 @@ pub(super) fn private_users() -> Users {
 
 fn private_network() -> NetworkNamespace {
     NetworkNamespace::Private {
-        veth: false,
-        zone: None,
-        bridge: None,
+        link: Link::None,
         ports: Vec::new(),
     }
 }

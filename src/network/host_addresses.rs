@@ -1,20 +1,19 @@
-//! Checks ports that Nomad allocated on one address of the host. systemd-nspawn's `--port=` takes no address: it
-//! forwards what arrives at any address of the host except loopback ones. So a port of one address is forwarded only
-//! where that address is the only one, or is the host's default address, on which Nomad allocates every port without a
-//! `host_network`, or if the host has no default address; all others are rejected. Addresses on interfaces that lead
-//! only to containers of this host do not count: a container that reaches one of them reaches the others too.
+//! The addresses of this host, and on which of them a port is forwarded. Nomad allocates every port on one address: without a
+//! `host_network` on the host's default one, and then it is forwarded on every address, as it always was with systemd-nspawn; otherwise only
+//! on that one. Addresses on interfaces that lead only to containers of this host do not count as the host's.
 
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::Path;
 
-use super::refusal::cause_of_host_error;
+use super::{LINK_PREFIX, Mapping, NetworkError};
 use crate::container::{Cause, PortForward};
+use crate::nspawn::refusal::cause_of_host_error;
 
-/// How the names of the host's ends of containers' veth pairs begin: those of systemd-nspawn, and those of Docker and
-/// CNI, Nomad's group networks included.
-const CONTAINER_LINKS: [&str; 3] = ["ve-", "vb-", "veth"];
+/// How the names of the host's ends of containers' veth pairs begin: those of the driver, of systemd-nspawn, and those of
+/// Docker and CNI, Nomad's group networks included.
+const CONTAINER_LINKS: [&str; 4] = [LINK_PREFIX, "ve-", "vb-", "veth"];
 
 /// The addresses of the host on which a forwarded port can be reached.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,15 +24,6 @@ pub struct Addresses {
     pub container: Vec<IpAddr>,
     /// The source addresses of the host's default routes, at most one of each family.
     pub default: Vec<IpAddr>,
-}
-
-/// Why a port can't be forwarded.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refused {
-    /// Whether that can change by itself: [`Cause::Resources`] or [`Cause::Config`].
-    pub cause: Cause,
-    /// The port's label and address, and what the operator can do.
-    pub reason: String,
 }
 
 impl Addresses {
@@ -120,41 +110,56 @@ fn none_without_route(source: io::Result<IpAddr>) -> io::Result<Option<IpAddr>> 
     }
 }
 
-/// Notes for the user about these ports, one sentence each, or why one of them can't be forwarded.
-pub fn check(ports: &[PortForward], host: &Addresses) -> Result<Vec<String>, Refused> {
-    let result = ports.iter().map(|port| check_one(port, host));
-    Ok(result
-        .collect::<Result<Vec<_>, _>>()?
-        .into_iter()
-        .flatten()
-        .collect())
+/// Where these ports are forwarded, with notes for the user; or why one of them can't be.
+pub fn place(
+    ports: &[PortForward],
+    host: &Addresses,
+) -> Result<(Vec<Mapping>, Vec<String>), NetworkError> {
+    let mut notes = Vec::new();
+    let placed = ports.iter().map(|port| {
+        let address = only_address(port, host, &mut notes)?;
+        Ok(Mapping {
+            label: port.label.clone(),
+            address,
+            host: port.host,
+            container: port.container,
+        })
+    });
+    let mappings = placed.collect::<Result<Vec<_>, _>>()?;
+    Ok((mappings, notes))
 }
 
-fn check_one(port: &PortForward, host: &Addresses) -> Result<Option<String>, Refused> {
+/// The only address on which a port is forwarded; `None` is every one.
+fn only_address(
+    port: &PortForward,
+    host: &Addresses,
+    notes: &mut Vec<String>,
+) -> Result<Option<IpAddr>, NetworkError> {
     let Some(address) = port.address else {
         return Ok(None);
     };
-    let others: Vec<&IpAddr> = host.all.iter().filter(|other| **other != address).collect();
-    let of_this_host = host.all.contains(&address) || host.container.contains(&address);
     if address.is_loopback() {
-        return Err(refused_for_good(port, address));
+        return Ok(Some(address));
     }
-    if !of_this_host {
-        let what = "which this host does not have at the moment";
-        return Err(refused_for_now(port, address, what));
+    if !host.all.contains(&address) && !host.container.contains(&address) {
+        return Err(NetworkError {
+            // An interface that is missing may come back.
+            cause: Cause::Resources,
+            reason: format!(
+                "port {:?} is allocated on {address}, which this host does not have at the moment. Check the host's interfaces; if they are \
+                 correct, correct network_interface or host_network in the agent's client block",
+                port.label
+            ),
+        });
     }
-    if others.is_empty() {
-        return Ok(None);
+    if !host.default.is_empty() && !host.default.contains(&address) {
+        return Ok(Some(address));
     }
-    if host.default.is_empty() || host.default.contains(&address) {
-        return Ok(Some(note(port, address, &others)));
+    let others: Vec<&IpAddr> = host.all.iter().filter(|other| **other != address).collect();
+    if !others.is_empty() {
+        notes.push(note(port, address, &others));
     }
-    let same_family = |other: &IpAddr| other.is_ipv4() == address.is_ipv4();
-    if !host.default.iter().any(same_family) {
-        let what = "and at the moment this host has no default route of that address family, which would show its default address";
-        return Err(refused_for_now(port, address, what));
-    }
-    Err(refused_for_good(port, address))
+    Ok(None)
 }
 
 fn note(port: &PortForward, address: IpAddr, others: &[&IpAddr]) -> String {
@@ -165,43 +170,10 @@ fn note(port: &PortForward, address: IpAddr, others: &[&IpAddr]) -> String {
         more => format!(" and {more} more"),
     };
     format!(
-        "port {label:?} ({number}) is allocated on {address}, but it can be reached on all addresses of this host, also on {}{more}: \
-         systemd-nspawn can't restrict a forwarded port to one address. To restrict it, use a group network in mode \"bridge\" \
-         or a firewall",
+        "port {label:?} ({number}) can be reached on all addresses of this host, also on {}{more}, because it is allocated on the default one, \
+         {address}. To restrict it to one address, set host_network in the port block",
         shown.join(", ")
     )
-}
-
-/// Another attempt may succeed: an interface or a route that is missing may come back.
-fn refused_for_now(port: &PortForward, address: IpAddr, what: &str) -> Refused {
-    let label = &port.label;
-    Refused {
-        cause: Cause::Resources,
-        reason: format!(
-            "port {label:?} is allocated on {address}, {what}. Check the host's interfaces and routes; if they are correct, \
-             correct network_interface or host_network in the agent's client block, or use a group network in mode \"bridge\""
-        ),
-    }
-}
-
-fn refused_for_good(port: &PortForward, address: IpAddr) -> Refused {
-    let label = &port.label;
-    let (reach, remedy) = match address.is_loopback() {
-        true => ("all addresses of this host except loopback ones", ""),
-        false => (
-            "all addresses of this host, and this is not the default one",
-            ", or set network_interface in the agent's client block to the interface with the default route, if all ports are allocated on that address",
-        ),
-    };
-    Refused {
-        cause: Cause::Config,
-        reason: format!(
-            "port {label:?} is allocated on {address}, and systemd-nspawn can't restrict a forwarded port to one address: \
-             the port would be reachable on {reach}. Use a group network in mode \"bridge\", in which Nomad forwards the port; or remove it \
-             from config.ports and config.port_map and let the task listen on that address in the host's network; or remove host_network \
-             from the port{remedy}"
-        ),
-    }
 }
 
 #[cfg(test)]
@@ -214,12 +186,12 @@ mod tests {
         list.iter().map(|text| text.parse().unwrap()).collect()
     }
 
-    /// The result for a port on `address`, on a host with these addresses and these default ones.
-    fn checked(
+    /// Where a port on `address` is forwarded, on a host with these addresses and these default ones, and the notes.
+    fn placed(
         address: Option<&str>,
         all: &[&str],
         default: &[&str],
-    ) -> Result<Vec<String>, Refused> {
+    ) -> Result<(Option<IpAddr>, Vec<String>), NetworkError> {
         let port = PortForward {
             label: "http".to_owned(),
             address: address.map(|text| text.parse().unwrap()),
@@ -231,65 +203,70 @@ mod tests {
             container: addresses(&["172.17.0.1"]),
             default: addresses(default),
         };
-        check(&[port], &host)
+        let (mappings, notes) = place(&[port], &host)?;
+        Ok((mappings[0].address, notes))
     }
 
     #[rstest]
     #[case::no_address(None, &["192.0.2.2", "10.0.0.5"], &["192.0.2.2"])]
     #[case::the_only_one(Some("192.0.2.2"), &["192.0.2.2"], &["192.0.2.2"])]
     #[case::the_only_one_without_a_route(Some("10.0.0.5"), &["10.0.0.5"], &[])]
-    fn a_port_forwarded_as_allocated_needs_no_event(
+    fn a_port_without_host_network_is_on_every_address(
         #[case] address: Option<&str>,
         #[case] all: &[&str],
         #[case] default: &[&str],
     ) {
-        assert_eq!(checked(address, all, default), Ok(Vec::new()));
+        assert_eq!(placed(address, all, default).unwrap(), (None, Vec::new()));
     }
 
     #[rstest]
     #[case::a_private_interface("10.0.0.5", &["10.0.0.5", "192.0.2.2"], &["192.0.2.2"])]
     #[case::a_private_address_of_the_default_interface("10.0.0.5", &["10.0.0.5", "192.0.2.2", "fd00::2"], &["192.0.2.2", "fd00::2"])]
+    #[case::another_family("192.0.2.2", &["192.0.2.2", "fd00::2"], &["fd00::2"])]
     #[case::a_bridge_of_containers("172.17.0.1", &["192.0.2.2"], &["192.0.2.2"])]
     #[case::loopback("127.0.0.1", &["192.0.2.2"], &["192.0.2.2"])]
     #[case::loopback_alone("::1", &[], &[])]
-    fn a_port_reachable_on_more_addresses_is_refused(
+    fn a_port_on_another_address_is_on_that_one_only(
         #[case] address: &str,
         #[case] all: &[&str],
         #[case] default: &[&str],
     ) {
-        let Refused { cause, reason } = checked(Some(address), all, default).unwrap_err();
-        assert_eq!(cause, Cause::Config);
-        for part in ["\"http\"", address, "bridge", "host_network"] {
-            assert!(reason.contains(part), "{reason}");
-        }
-        // On a loopback address, only an agent with -dev has allotted it.
-        let loopback = address.parse::<IpAddr>().unwrap().is_loopback();
-        assert_eq!(reason.contains("network_interface"), !loopback, "{reason}");
+        let want = Some(address.parse().unwrap());
+        let found = placed(Some(address), all, default).unwrap();
+        assert_eq!(found, (want, Vec::new()));
     }
 
     #[rstest]
     #[case::not_of_this_host("203.0.113.7", &["192.0.2.2"], &["192.0.2.2"])]
     #[case::no_address_at_all("192.0.2.2", &[], &[])]
-    #[case::no_route_of_its_family("192.0.2.2", &["192.0.2.2", "fd00::2"], &["fd00::2"])]
-    fn a_missing_address_or_route_is_recoverable(
+    fn a_missing_address_is_recoverable(
         #[case] address: &str,
         #[case] all: &[&str],
         #[case] default: &[&str],
     ) {
-        let Refused { cause, reason } = checked(Some(address), all, default).unwrap_err();
+        let NetworkError { cause, reason } = placed(Some(address), all, default).unwrap_err();
         assert!(cause.is_recoverable(), "{cause:?}");
         for part in ["\"http\"", address, "network_interface", "host_network"] {
             assert!(reason.contains(part), "{reason}");
         }
     }
 
-    #[test]
-    fn without_a_default_route_a_port_is_forwarded_with_an_event() {
-        let result = checked(Some("10.0.0.5"), &["10.0.0.5", "192.0.2.2"], &[]).unwrap();
-        let [result] = result.as_slice() else {
-            panic!("{result:?}")
+    #[rstest]
+    #[case::the_default_one(&["10.0.0.5", "10.0.1.5", "192.0.2.2", "fd00::2", "fd00::3"], &["192.0.2.2"], "also on 10.0.0.5, 10.0.1.5, fd00::2 and 1 more,")]
+    #[case::without_a_route(&["10.0.0.5", "192.0.2.2"], &[], "also on 10.0.0.5,")]
+    fn an_event_lists_the_other_addresses(
+        #[case] all: &[&str],
+        #[case] default: &[&str],
+        #[case] want: &str,
+    ) {
+        let (address, notes) = placed(Some("192.0.2.2"), all, default).unwrap();
+        assert_eq!(address, None);
+        let [note] = notes.as_slice() else {
+            panic!("{notes:?}")
         };
-        assert!(result.contains("also on 192.0.2.2:"), "{result}");
+        for part in ["\"http\" (25000)", "the default one, 192.0.2.2", want] {
+            assert!(note.contains(part), "{note}");
+        }
     }
 
     #[rstest]
@@ -326,22 +303,6 @@ mod tests {
             fs::create_dir(members_of.join(member)).unwrap();
         }
         assert_eq!(is_for_containers(name, interfaces.path()), expected);
-    }
-
-    #[test]
-    fn a_port_on_the_default_address_is_forwarded_and_the_event_lists_the_other_addresses() {
-        let all = ["10.0.0.5", "10.0.1.5", "192.0.2.2", "fd00::2", "fd00::3"];
-        let result = checked(Some("192.0.2.2"), &all, &["192.0.2.2"]).unwrap();
-        let [result] = result.as_slice() else {
-            panic!("{result:?}")
-        };
-        for part in [
-            "\"http\" (25000)",
-            "allocated on 192.0.2.2",
-            "also on 10.0.0.5, 10.0.1.5, fd00::2 and 1 more",
-        ] {
-            assert!(result.contains(part), "{result}");
-        }
     }
 
     #[test]

@@ -1,0 +1,76 @@
+//! Plans the network that the driver makes for a container: reserves its addresses, and decides where its ports are forwarded.
+
+use super::Settings;
+use crate::backend::BackendError;
+use crate::container::{ContainerSpec, Link, NetworkNamespace, PortForward};
+use crate::network::host_addresses::{self, Addresses};
+use crate::network::{Mapping, NetworkError, NetworkPlan, pool};
+use crate::nspawn::refusal::cause_of_host_error;
+use crate::state::TaskDir;
+
+/// The network of a start, and what the user should know about it.
+#[derive(Debug, Default)]
+pub(super) struct OwnNetwork {
+    /// `None` if the driver makes none.
+    pub(super) plan: Option<NetworkPlan>,
+    pub(super) notes: Vec<String>,
+}
+
+/// Plans the network of the start in this task directory.
+pub(super) fn plan(
+    spec: &ContainerSpec,
+    task_dir: &TaskDir,
+    settings: &Settings,
+) -> Result<OwnNetwork, BackendError> {
+    let NetworkNamespace::Private { link, ports } = &spec.network.namespace else {
+        return Ok(OwnNetwork::default());
+    };
+    let failed = |error: NetworkError| BackendError::Start {
+        machine: spec.identity.machine.clone(),
+        step: "planning its network",
+        reason: error.reason,
+        cause: error.cause,
+    };
+    let (ports, notes) = place(ports).map_err(failed)?;
+    match link {
+        Link::None => Ok(OwnNetwork::default()),
+        // systemd-nspawn makes the link and forwards the ports.
+        Link::Zone(_) | Link::Bridge(_) => match ports.iter().find_map(|port| port.address) {
+            None => Ok(OwnNetwork { plan: None, notes }),
+            Some(address) => {
+                let machine = spec.identity.machine.clone();
+                let reason = format!(
+                    "a port is allocated on {address} only, and ports of a container in a zone or a bridge are forwarded on all addresses: use \
+                     network_mode = \"bridge\", or remove host_network from the port"
+                );
+                Err(BackendError::Unsupported { machine, reason })
+            }
+        },
+        Link::Routed => {
+            let path = task_dir.path();
+            let leaf = path.file_name().unwrap_or_default().to_string_lossy();
+            // Without the number of the start: a task keeps its addresses when it is restarted.
+            let id = &spec.identity.id;
+            let owner = id.rsplit_once('/').map_or(&**id, |(owner, _)| owner);
+            let pool = &settings.network_pool;
+            let reserved = pool::reserve(pool, &settings.state_dir, path, owner).map_err(failed)?;
+            let plan = NetworkPlan::new(owner.to_owned(), &leaf, reserved, ports);
+            Ok(OwnNetwork {
+                plan: Some(plan),
+                notes,
+            })
+        }
+    }
+}
+
+fn place(ports: &[PortForward]) -> Result<(Vec<Mapping>, Vec<String>), NetworkError> {
+    // Without addresses there is nothing to look up that could fail.
+    if ports.iter().all(|port| port.address.is_none()) {
+        return host_addresses::place(ports, &Addresses::default());
+    }
+    let host = Addresses::of_this_host().map_err(|error| NetworkError {
+        cause: cause_of_host_error(&error),
+        reason: format!("the addresses of this host can't be read: {error}"),
+    })?;
+    host_addresses::place(ports, &host)
+}

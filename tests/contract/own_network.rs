@@ -1,0 +1,150 @@
+//! Networks that the driver makes. Each scenario runs in a network namespace of its own, which stands for the host's.
+
+use nix::sched::{CloneFlags, unshare};
+use nomad_driver_nspawn::container::{Cause, Link, PortForward};
+use nomad_driver_nspawn::network::host_addresses::{self, Addresses};
+
+use super::*;
+
+/// Runs a scenario in a network namespace of its own, with loopback. Without root in that of the host, where the driver makes no network.
+fn in_own_network<F: Future<Output = ()>>(scenario: impl FnOnce() -> F) {
+    if is_root() {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        run("ip", &["link", "set", "lo", "up"]);
+    }
+    // Its threads, and the processes that they start, are in the namespace too.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(scenario());
+}
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+#[expect(clippy::disallowed_methods, reason = "tools that show the network")]
+fn run(program: &str, words: &[&str]) -> String {
+    let output = std::process::Command::new(program)
+        .args(words)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{program} {words:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn http(address: Option<&str>) -> PortForward {
+    PortForward {
+        label: "http".to_owned(),
+        address: address.map(|text| text.parse().unwrap()),
+        host: 25_917,
+        container: 80,
+    }
+}
+
+fn routed(world: &World, script: &str, ports: &[PortForward]) -> ContainerSpec {
+    world.spec(script).with(|spec| {
+        spec.network.namespace = NetworkNamespace::Private {
+            link: Link::Routed,
+            ports: ports.to_vec(),
+        };
+    })
+}
+
+/// The first instruction of the command finds addresses and routes.
+#[rstest]
+fn a_container_is_connected_before_its_command_runs(world: World) {
+    in_own_network(|| async {
+        let script = "cat /proc/net/route /proc/net/if_inet6";
+        let started = world.start(routed(&world, script, &[])).await;
+        world.end(&started).await;
+        let plan = started.network.clone().unwrap();
+        let said = world.said("stdout");
+        if is_root() {
+            assert!(said.contains("host0\t00000000\t0101FEA9\t"), "{said}");
+            let mut addresses6 = said.lines().filter(|line| line.ends_with("host0"));
+            assert!(addresses6.any(|line| line.starts_with("fd")), "{said}");
+            assert!(started.notes.is_empty(), "{:?}", started.notes);
+        } else {
+            let [note] = started.notes.as_slice() else {
+                panic!("{:?}", started.notes)
+            };
+            assert!(note.contains("does not run as root"), "{note}");
+        }
+        let reservation = world
+            .settings
+            .state_dir
+            .join(".addresses")
+            .join(plan.address.to_string());
+        assert!(reservation.symlink_metadata().is_ok());
+        world.leave(&[&started]).await;
+        assert!(reservation.symlink_metadata().is_err());
+        if is_root() {
+            let links = run("ip", &["-o", "link"]);
+            assert!(!links.contains("nd-"), "{links}");
+        }
+    });
+}
+
+/// Nomad's usual case. The test determines this host's default addresses in the same way as the driver.
+#[rstest]
+fn a_port_of_a_default_address_is_forwarded_and_reported(world: World) {
+    in_own_network(|| async {
+        if is_root() {
+            for address in ["192.0.2.2/24", "198.51.100.2/24"] {
+                run("ip", &["address", "add", address, "dev", "lo"]);
+            }
+        }
+        let host = Addresses::of_this_host().unwrap();
+        let address = host.all.first().map(ToString::to_string);
+        let port = http(address.as_deref());
+        let (_, wanted) = host_addresses::place(std::slice::from_ref(&port), &host).unwrap();
+        let started = world.up(routed(&world, DEAF, &[port])).await;
+        let reported = started
+            .notes
+            .iter()
+            .filter(|note| note.starts_with("port "));
+        assert_eq!(
+            reported.collect::<Vec<_>>(),
+            wanted.iter().collect::<Vec<_>>()
+        );
+        let network = started.network.clone().unwrap();
+        assert_eq!(network.ports, BTreeMap::from([("http".to_owned(), 80)]));
+        world.leave(&[&started]).await;
+    });
+}
+
+/// The host of the tests has no such pool, so nothing else has an address of it.
+#[rstest]
+fn no_two_containers_have_the_same_address(world: World) {
+    in_own_network(|| async {
+        let small = Pool {
+            ipv4: "198.18.7.0/30".parse().unwrap(),
+            ipv6: None,
+        };
+        let backend = NspawnBackend::new(Settings {
+            network_pool: small,
+            ..world.settings.clone()
+        });
+        let start = |task: &str| {
+            let spec = routed(&world, DEAF, &[]).with(|spec| {
+                spec.identity.id = format!("alloc/{task}/00000001");
+                spec.identity.machine = format!("m-{task}");
+                // Several may use the tree at once.
+                spec.rootfs.read_only = true;
+            });
+            within(backend.start(spec))
+        };
+        let (first, second) = (start("one").await.unwrap(), start("two").await.unwrap());
+        let address = |started: &Started| started.network.as_ref().unwrap().address;
+        assert_ne!(address(&first), address(&second));
+        let error = start("three").await.unwrap_err();
+        assert_eq!(error.cause(), Cause::Resources);
+        for part in ["all 2 addresses", "plugin.network_pool.ipv4"] {
+            assert!(error.to_string().contains(part), "{error}");
+        }
+        world.leave(&[&first, &second]).await;
+    });
+}
