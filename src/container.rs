@@ -114,6 +114,8 @@ pub struct Network {
     pub dns: Dns,
     /// The host name, where it is not the machine name.
     pub host_name: Option<HostName>,
+    /// Further names for `/etc/hosts`.
+    pub extra_hosts: Vec<(String, IpAddr)>,
 }
 
 /// What replaces the host's configuration of name resolution. An empty list replaces nothing.

@@ -1,5 +1,4 @@
-//! Validates what Nomad says about name resolution: the `dns` block of the network, and the host name that comes with a network that
-//! another driver has made. Does no I/O.
+//! Validates what concerns names: the `dns` block of the network, the host name, and names for `/etc/hosts`. Does no I/O.
 
 use std::net::IpAddr;
 
@@ -92,19 +91,24 @@ fn in_name(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')
 }
 
-/// The host name of a group whose network another driver has made. Nomad names none for a network of its own.
-pub(super) fn host_name(given: &RequestedHostName) -> Result<Option<HostName>, ConfigError> {
+const HOST_NAME_FAULT: &str = "is not a host name: use letters, digits, - and dots, at most 64 bytes, no part of it empty or with a - at an end";
+
+fn is_host_name(name: &str) -> bool {
+    name.len() <= HOST_NAME_MAX && name.split('.').all(is_label)
+}
+
+/// The host name: that of the job, or of a group whose network another driver has made. Nomad names none for a network of its own.
+pub(super) fn host_name(
+    of_job: Option<&str>,
+    given: &RequestedHostName,
+) -> Result<Option<HostName>, ConfigError> {
     const OPTION: &str = "task.network_isolation.hosts_config";
+    let refused = |option: &str, name: &str| {
+        ConfigError::new(option, format!("{} {HOST_NAME_FAULT}", quoted(name)))
+    };
     let RequestedHostName { name, address } = given;
-    if name.is_empty() {
-        return Ok(None);
-    }
-    if name.len() > HOST_NAME_MAX || !name.split('.').all(is_label) {
-        let reason = format!(
-            "{} is not a host name: use letters, digits, - and dots, at most 64 bytes, no part of it empty or with a - at an end",
-            quoted(name)
-        );
-        return Err(ConfigError::new(format!("{OPTION}.hostname"), reason));
+    if !name.is_empty() && !is_host_name(name) {
+        return Err(refused(&format!("{OPTION}.hostname"), name));
     }
     let address = match address.as_str() {
         "" => None,
@@ -113,10 +117,36 @@ pub(super) fn host_name(given: &RequestedHostName) -> Result<Option<HostName>, C
             ConfigError::new(format!("{OPTION}.address"), reason)
         })?),
     };
-    Ok(Some(HostName {
-        name: name.clone(),
-        address,
-    }))
+    match of_job {
+        Some(own) if !is_host_name(own) => Err(refused("config.hostname", own)),
+        None if name.is_empty() => Ok(None),
+        own => Ok(Some(HostName {
+            name: own.unwrap_or(name).to_owned(),
+            address,
+        })),
+    }
+}
+
+/// The names for `/etc/hosts`.
+pub(super) fn extra_hosts(given: &[String]) -> Result<Vec<(String, IpAddr)>, ConfigError> {
+    let entries = given.iter().enumerate().map(|(index, text)| {
+        let entry = text.split_once(':').and_then(|(name, address)| {
+            // As docker accepts it too.
+            let inner = address
+                .strip_prefix('[')
+                .and_then(|rest| rest.strip_suffix(']'));
+            let address = inner.unwrap_or(address).parse().ok()?;
+            is_host_name(name).then(|| (name.to_owned(), address))
+        });
+        entry.ok_or_else(|| {
+            let reason = format!(
+                "{} is not NAME:ADDRESS, a host name and an IP address",
+                quoted(text)
+            );
+            ConfigError::new(format!("config.extra_hosts[{index}]"), reason)
+        })
+    });
+    entries.collect()
 }
 
 #[cfg(test)]
@@ -194,10 +224,13 @@ mod tests {
     }
 
     fn named(name: &str, address: &str) -> Result<Option<HostName>, ConfigError> {
-        host_name(&RequestedHostName {
-            name: name.to_owned(),
-            address: address.to_owned(),
-        })
+        host_name(
+            None,
+            &RequestedHostName {
+                name: name.to_owned(),
+                address: address.to_owned(),
+            },
+        )
     }
 
     #[test]
@@ -226,5 +259,69 @@ mod tests {
         );
         let long = named(&"a".repeat(65), "").unwrap_err();
         assert!(long.reason.contains("at most 64 bytes"), "{long}");
+    }
+
+    #[rstest]
+    #[case::of_the_job(Some("web.example"), "", Some("web.example"))]
+    #[case::of_the_group(None, "of-group", Some("of-group"))]
+    #[case::of_both(Some("web"), "of-group", Some("web"))]
+    #[case::of_none(None, "", None)]
+    fn the_job_decides_about_its_host_name(
+        #[case] of_job: Option<&str>,
+        #[case] of_group: &str,
+        #[case] want: Option<&str>,
+    ) {
+        let given = RequestedHostName {
+            name: of_group.to_owned(),
+            address: "192.0.2.7".to_owned(),
+        };
+        let found = host_name(of_job, &given).unwrap();
+        assert_eq!(found.as_ref().map(|found| &*found.name), want);
+        let address = found.and_then(|found| found.address);
+        assert_eq!(address.is_some(), want.is_some());
+    }
+
+    #[rstest]
+    #[case("")]
+    #[case("a b")]
+    #[case("-a")]
+    #[case("a..b")]
+    fn a_bad_host_name_of_the_job_is_refused(#[case] name: &str) {
+        let error = host_name(Some(name), &RequestedHostName::default()).unwrap_err();
+        assert_eq!(error.option, "config.hostname");
+        assert!(error.reason.contains("is not a host name"), "{error}");
+    }
+
+    #[test]
+    fn names_for_hosts_are_read() {
+        let given = [
+            "db.example:192.0.2.10",
+            "cache:[2001:db8::1]",
+            "c:2001:db8::2",
+        ];
+        let read = extra_hosts(&given.map(str::to_owned)).unwrap();
+        let want = [
+            ("db.example", "192.0.2.10"),
+            ("cache", "2001:db8::1"),
+            ("c", "2001:db8::2"),
+        ];
+        assert_eq!(
+            read,
+            want.map(|(name, address)| (name.to_owned(), address.parse().unwrap()))
+        );
+    }
+
+    #[rstest]
+    #[case("db")]
+    #[case("db:")]
+    #[case(":192.0.2.1")]
+    #[case("db:192.0.2.1 evil")]
+    #[case("d b:192.0.2.1")]
+    #[case("db:other")]
+    #[case("db\nx:192.0.2.1")]
+    fn other_entries_for_hosts_are_refused(#[case] entry: &str) {
+        let error = extra_hosts(&["a:192.0.2.1".to_owned(), entry.to_owned()]).unwrap_err();
+        assert_eq!(error.option, "config.extra_hosts[1]");
+        assert!(error.reason.contains("is not NAME:ADDRESS"), "{error}");
     }
 }

@@ -206,6 +206,10 @@ options! {
         "network_zone" => network_zone: String [],
         /// Join an existing bridge of the host.
         "network_bridge" => network_bridge: String [],
+        /// The host name of the container, instead of the machine name.
+        "hostname" => hostname: String [],
+        /// Names for the container's `/etc/hosts`, each as `NAME:ADDRESS`.
+        "extra_hosts" => extra_hosts: Vec<String> [],
         /// Limit the task to its share of processor time, also when processors are idle.
         "cpu_hard_limit" => cpu_hard_limit: bool [false],
         /// The length of a period of `cpu_hard_limit`, in microseconds.

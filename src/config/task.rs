@@ -88,7 +88,8 @@ fn network(
         namespace,
         resolv_conf: options.resolv_conf.clone(),
         dns: dns::dns(&context.dns)?,
-        host_name: dns::host_name(&context.host_name)?,
+        host_name: dns::host_name(options.hostname.as_deref(), &context.host_name)?,
+        extra_hosts: dns::extra_hosts(options.extra_hosts.as_deref().unwrap_or_default())?,
     };
     if let (Some(word), false) = (&network.resolv_conf, network.dns.is_empty()) {
         notes.push(format!(

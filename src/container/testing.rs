@@ -45,6 +45,7 @@ impl ContainerSpec {
                 resolv_conf: None,
                 dns: Dns::default(),
                 host_name: None,
+                extra_hosts: Vec::new(),
             },
             resources: Resources::default(),
         }

@@ -96,7 +96,7 @@ fn is_loopback(server: &str) -> bool {
 
 /// An `/etc/hosts` for a container with this name and these addresses. Without one that others can reach, it is a loopback address,
 /// so that the name can be looked up at all.
-pub fn hosts(name: &str, addresses: &[IpAddr]) -> String {
+pub fn hosts(name: &str, addresses: &[IpAddr], extra: &[(String, IpAddr)]) -> String {
     let is_usable = |address: &&IpAddr| match address {
         IpAddr::V4(_) => true,
         // Means nothing without an interface.
@@ -111,7 +111,9 @@ pub fn hosts(name: &str, addresses: &[IpAddr]) -> String {
                     ff02::1 ip6-allnodes\n\
                     ff02::2 ip6-allrouters\n"
         .to_owned();
-    for address in own {
+    let own = own.iter().map(|address| (address, name));
+    let extra = extra.iter().map(|(name, address)| (address, name.as_str()));
+    for (address, name) in own.chain(extra) {
         let _ = writeln!(text, "{address} {name}");
     }
     text
@@ -183,7 +185,7 @@ mod tests {
     fn a_container_is_in_its_own_hosts_file() {
         let end = |addresses: &[&str]| {
             let addresses: Vec<_> = addresses.iter().map(|text| text.parse().unwrap()).collect();
-            let text = hosts("web-1", &addresses);
+            let text = hosts("web-1", &addresses, &[]);
             let begin = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\nff02::1 ip6-allnodes\nff02::2 ip6-allrouters\n";
             text.strip_prefix(begin).unwrap().to_owned()
         };

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use super::{addresses, io_error};
@@ -90,7 +90,8 @@ pub(super) fn write(
             files.mounts.push(add("resolver", &text, target)?);
         }
     }
-    if let Some(text) = hosts(spec, network, &tree, &addresses) {
+    let text = hosts(spec, network, &tree, &addresses, &mut files.notes);
+    if let Some(text) = text {
         files.mounts.push(add("hosts", &text, HOSTS)?);
     }
     if network.is_some() && spec.payload.mode == Mode::Boot {
@@ -137,7 +138,7 @@ fn resolv_conf(
     }
     let resolver = host.with(dns);
     if resolver.servers.is_empty() {
-        notes.push("the task has no name server: the host has none, or only on loopback addresses, which the network of the task does not reach. Name servers in the dns block of the network".to_owned());
+        notes.push("the task has no name server: the host has none, or only on loopback addresses, which the network of the task does not reach. Set servers in the dns block of the network".to_owned());
     }
     if !resolved {
         return Some((resolver.resolv_conf(), RESOLV_CONF));
@@ -148,31 +149,38 @@ fn resolv_conf(
     Some((resolver.resolved_conf(), RESOLVED_CONF))
 }
 
-/// The content of `/etc/hosts`: in the network of a group and in one that the driver makes always, in the host's network if the image has none.
+/// The content of `/etc/hosts`. `None` leaves it as it is: where the image has one for the host's network, and in a network that nobody has
+/// configured yet; unless the job has names for it.
 fn hosts(
     spec: &ContainerSpec,
     network: Option<&NetworkPlan>,
     tree: &Tree<'_>,
     addresses: &[IpAddr],
+    notes: &mut Vec<String>,
 ) -> Option<String> {
     let place = tree.place(HOSTS);
+    let extra = &spec.network.extra_hosts;
+    if matches!(place, Place::OfTheJob | Place::Unusable) {
+        if !extra.is_empty() {
+            notes.push(format!("config.extra_hosts is not applied, because the task mounts its own {HOSTS}, or a link of the image there can't be followed"));
+        }
+        return None;
+    }
+    let is_needed = match (&spec.network.namespace, place) {
+        // Whether it lacks the file can't be seen.
+        (_, Place::Unknown) if spec.rootfs.read_only => false,
+        (NetworkNamespace::Join(_), _) => true,
+        (NetworkNamespace::Private { .. }, _) => network.is_some(),
+        (NetworkNamespace::Host, place) => matches!(place, Place::Missing(_)),
+    };
+    if !is_needed && extra.is_empty() {
+        return None;
+    }
     let given = spec.network.host_name.as_ref();
     let name = given.map_or(&spec.identity.machine, |given| &given.name);
-    match (&spec.network.namespace, place) {
-        (_, Place::OfTheJob | Place::Unusable) => None,
-        (NetworkNamespace::Private { .. }, _) if network.is_none() => None,
-        // Whether it lacks the file can't be seen.
-        (_, Place::Unknown) if spec.rootfs.read_only => None,
-        (NetworkNamespace::Join(_) | NetworkNamespace::Private { .. }, _) => {
-            let address = given.and_then(|given| given.address);
-            let addresses = address.map_or_else(|| addresses.to_vec(), |address| vec![address]);
-            Some(resolver::hosts(name, &addresses))
-        }
-        (NetworkNamespace::Host, Place::Missing(_)) => {
-            Some(resolver::hosts(name, &[Ipv4Addr::new(127, 0, 1, 1).into()]))
-        }
-        (NetworkNamespace::Host, _) => None,
-    }
+    let address = given.and_then(|given| given.address);
+    let addresses = address.map_or_else(|| addresses.to_vec(), |address| vec![address]);
+    Some(resolver::hosts(name, &addresses, extra))
 }
 
 /// The start of a file of the host; `None` without one. A note says why one can't be read.

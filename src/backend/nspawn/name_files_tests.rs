@@ -5,6 +5,7 @@ use rstest::rstest;
 
 use super::*;
 use crate::container::{Dns, HostName, Link};
+use crate::network::pool::Reserved;
 
 /// A tree with `/etc`, and a task directory.
 struct Ground {
@@ -23,10 +24,19 @@ impl Ground {
     }
 
     fn files(&self, change: impl FnOnce(&mut ContainerSpec)) -> NameFiles {
+        self.files_in(None, change)
+    }
+
+    /// The files in a network that the driver makes.
+    fn files_in(
+        &self,
+        network: Option<&NetworkPlan>,
+        change: impl FnOnce(&mut ContainerSpec),
+    ) -> NameFiles {
         let task_dir = TaskDir::new(self.temp.path().join("task"));
         let _ = task_dir.create();
         let spec = ContainerSpec::for_test("web", self.tree()).with(change);
-        write(&spec, None, &task_dir).unwrap()
+        write(&spec, network, &task_dir).unwrap()
     }
 
     /// Enables systemd-resolved, to which `/etc/resolv.conf` is a link.
@@ -193,4 +203,65 @@ fn only_a_missing_hosts_file_is_added_in_the_hosts_network() {
     // The image's is not visible.
     let volatile = ground.files(|spec| spec.rootfs.volatile = Volatile::Yes);
     assert!(mounted(&volatile, HOSTS).is_some());
+}
+
+#[test]
+fn names_of_the_job_are_added_in_every_network() {
+    let ground = Ground::new();
+    fs::write(ground.tree().join("etc/hosts"), "10.0.0.1 db\n").unwrap();
+    let names = vec![("db.example".to_owned(), "192.0.2.10".parse().unwrap())];
+    for namespace in [NetworkNamespace::Host, private()] {
+        let files = ground.files(|spec| {
+            spec.network.namespace = namespace;
+            spec.network.extra_hosts = names.clone();
+        });
+        let text = mounted(&files, HOSTS).unwrap();
+        assert!(text.contains(" web-0f1e\n"), "{text}");
+        assert!(text.ends_with("\n192.0.2.10 db.example\n"), "{text}");
+        assert!(files.notes.is_empty(), "{:?}", files.notes);
+    }
+    let files = ground.files(|spec| {
+        spec.network.extra_hosts = names;
+        spec.mounts.push(Mount {
+            source: "/srv/hosts".into(),
+            target: HOSTS.into(),
+            read_only: true,
+        });
+    });
+    assert_eq!(mounted(&files, HOSTS), None);
+    let [note] = files.notes.as_slice() else {
+        panic!("{:?}", files.notes)
+    };
+    assert!(note.contains("config.extra_hosts"), "{note}");
+}
+
+fn plan() -> NetworkPlan {
+    let reserved = Reserved {
+        address: "198.51.100.7".parse().unwrap(),
+        address6: "fd00::7".parse().unwrap(),
+    };
+    NetworkPlan::new("a/t".to_owned(), "t.0123", reserved, Vec::new())
+}
+
+#[test]
+fn a_network_of_the_driver_has_names_and_is_left_alone_by_networkd() {
+    let ground = Ground::new();
+    let files = |mode| {
+        ground.files_in(Some(&plan()), |spec| {
+            spec.network.namespace = private();
+            spec.payload.mode = mode;
+        })
+    };
+    let booted = files(Mode::Boot);
+    let text = mounted(&booted, HOSTS).unwrap();
+    assert!(
+        text.contains("\n198.51.100.7 web-0f1e\nfd00::7 web-0f1e\n"),
+        "{text}"
+    );
+    assert!(
+        mounted(&booted, UNMANAGED)
+            .unwrap()
+            .contains("Unmanaged=yes")
+    );
+    assert_eq!(mounted(&files(Mode::Plain), UNMANAGED), None);
 }
