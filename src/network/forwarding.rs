@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{LINK_PREFIX, NetworkError, NetworkPlan};
+use super::{Attachment, NetworkError, NetworkPlan, is_of_containers};
 
 const CONF4: &str = "/proc/sys/net/ipv4/conf";
 const CONF6: &str = "/proc/sys/net/ipv6/conf";
@@ -35,10 +35,13 @@ pub(super) fn of_host(plan: &NetworkPlan) -> Result<Vec<String>, NetworkError> {
     let mut notes = Vec::new();
     let interfaces =
         interfaces().map_err(|error| NetworkError::new("listing interfaces", &error))?;
-    let used = match plan.ports.is_empty() {
+    let mut used = match plan.ports.is_empty() {
         true => default_interfaces(),
         false => interfaces,
     };
+    if let Attachment::Bridge(bridge) = &plan.attachment {
+        used.push(bridge.clone());
+    }
     let ipv6_everywhere = is_on(&Path::new(CONF6).join("all/forwarding"));
     let mut without = Vec::new();
     for interface in used {
@@ -80,9 +83,7 @@ fn write(file: &PathBuf, value: &str) -> Result<(), NetworkError> {
 fn interfaces() -> io::Result<Vec<String>> {
     let names = fs::read_dir(CONF4)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     Ok(names
-        .filter(|name| {
-            !["all", "default", "lo"].contains(&&**name) && !name.starts_with(LINK_PREFIX)
-        })
+        .filter(|name| !["all", "default", "lo"].contains(&&**name) && !is_of_containers(name))
         .collect())
 }
 

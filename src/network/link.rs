@@ -20,7 +20,7 @@ use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, setns};
 
 use super::netlink::{Netlink, Peer};
-use super::{NetworkError, NetworkPlan, forwarding, unprivileged};
+use super::{Attachment, NetworkError, NetworkPlan, bridge, forwarding, unprivileged};
 use crate::container::Cause;
 
 /// The name of the container's end, as systemd-nspawn names it.
@@ -32,48 +32,83 @@ pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 /// The same of IPv6.
 pub(super) const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 
+/// The metric of a default route that leads to a bridge of the host: one that the container gets there has a lower one.
+const LAST_METRIC: u32 = 4096;
+
 /// Makes the link between the host and this network namespace, in which nothing of it exists yet.
 pub(super) fn connect(plan: &NetworkPlan, namespace: BorrowedFd<'_>) -> Result<(), NetworkError> {
-    let link = &*plan.link;
     let step = |what: &'static str| move |error: io::Error| NetworkError::new(what, &error);
     let netlink = Netlink::open().map_err(step("opening a netlink socket"))?;
+    let bridge = bridge::find(&netlink, &plan.attachment)?;
     let peer = Peer {
         name: INSIDE,
         mac: plan.mac,
         namespace,
     };
-    let made = netlink.add_veth(link, &peer);
+    let index = bridge.as_ref().map(|bridge| bridge.index);
+    let made = netlink.add_veth(&plan.link, index, &peer);
     made.map_err(step("creating the link of the container"))?;
-    let has_ipv6 = has_ipv6(link);
-    inside(plan, namespace, has_ipv6)?;
-    host_end(&netlink, plan, has_ipv6)
-}
-
-/// Removes the link. One that does not exist is success.
-pub(super) fn disconnect(plan: &NetworkPlan) -> io::Result<()> {
-    Netlink::open()?.remove_link(&plan.link)
-}
-
-fn host_end(netlink: &Netlink, plan: &NetworkPlan, has_ipv6: bool) -> Result<(), NetworkError> {
-    let step = |what: &'static str| move |error: io::Error| NetworkError::new(what, &error);
-    let index = index_of(&plan.link)?;
-    forwarding::of_container(&plan.link)?;
-    let mut addresses = vec![(IpAddr::from(GATEWAY), 32, IpAddr::from(plan.address))];
-    if has_ipv6 {
-        addresses.push((GATEWAY6.into(), 64, plan.address6.into()));
-    }
+    let link = index_of(&plan.link)?;
     netlink
-        .set_up(index)
+        .set_up(link)
         .map_err(step("setting the link of the container up"))?;
-    for (gateway, prefix, container) in addresses {
+    let has_ipv6 = has_ipv6(&plan.link);
+    let gateways = match &bridge {
+        Some(bridge) => bridge.gateways.clone(),
+        None => {
+            forwarding::of_container(&plan.link)?;
+            let gateways = vec![GATEWAY.into(), GATEWAY6.into()];
+            add_gateways(&netlink, link, &gateways, has_ipv6)
+                .map_err(step("adding the gateway's address"))?;
+            gateways
+        }
+    };
+    let metric = match plan.attachment {
+        Attachment::Bridge(_) => LAST_METRIC,
+        Attachment::Host | Attachment::Zone(_) => 0,
+    };
+    inside(plan, namespace, has_ipv6, (&gateways, metric))?;
+    for to in addresses(plan, has_ipv6) {
         netlink
-            .add_address(index, gateway, prefix)
-            .map_err(step("adding the gateway's address"))?;
-        netlink
-            .add_host_route(index, container)
-            .map_err(|error| refused_route(container, &error))?;
+            .add_host_route(index.unwrap_or(link), to)
+            .map_err(|error| refused_route(to, &error))?;
     }
     Ok(())
+}
+
+/// Removes the link, and what it has left on a bridge. What does not exist is success.
+pub(super) fn disconnect(plan: &NetworkPlan) -> io::Result<()> {
+    let netlink = Netlink::open()?;
+    netlink.remove_link(&plan.link)?;
+    // Other routes go with the link.
+    if let Some(name) = bridge::name(&plan.attachment)
+        && let Ok(index) = index_of(&name)
+    {
+        for to in addresses(plan, true) {
+            netlink.remove_host_route(index, to)?;
+        }
+    }
+    bridge::remove_unused(&netlink, &plan.attachment)
+}
+
+/// The addresses of the container.
+fn addresses(plan: &NetworkPlan, has_ipv6: bool) -> impl Iterator<Item = IpAddr> {
+    let address6 = has_ipv6.then_some(IpAddr::from(plan.address6));
+    [IpAddr::from(plan.address)].into_iter().chain(address6)
+}
+
+fn add_gateways(
+    netlink: &Netlink,
+    index: u32,
+    gateways: &[IpAddr],
+    has_ipv6: bool,
+) -> io::Result<()> {
+    gateways
+        .iter()
+        .filter(|gateway| gateway.is_ipv4() || has_ipv6)
+        .try_for_each(|gateway| {
+            netlink.add_address(index, *gateway, if gateway.is_ipv4() { 32 } else { 64 })
+        })
 }
 
 fn refused_route(to: IpAddr, error: &io::Error) -> NetworkError {
@@ -91,6 +126,7 @@ fn inside(
     plan: &NetworkPlan,
     namespace: BorrowedFd<'_>,
     has_ipv6: bool,
+    (gateways, metric): (&[IpAddr], u32),
 ) -> Result<(), NetworkError> {
     let step = |what: &'static str| move |error: io::Error| NetworkError::new(what, &error);
     let configure = || {
@@ -100,7 +136,18 @@ fn inside(
         let netlink =
             Netlink::open().map_err(step("opening a netlink socket in the container's network"))?;
         let index = index_of(INSIDE)?;
-        let configured = configure_inside(&netlink, index, plan, has_ipv6);
+        let configured = addresses(plan, has_ipv6)
+            .try_for_each(|address| {
+                let prefix = if address.is_ipv4() { 32 } else { 128 };
+                netlink.add_address(index, address, prefix)
+            })
+            .and_then(|()| netlink.set_up(index))
+            .and_then(|()| {
+                let mut usable = gateways
+                    .iter()
+                    .filter(|gateway| gateway.is_ipv4() || has_ipv6);
+                usable.try_for_each(|gateway| add_gateway(&netlink, index, *gateway, metric))
+            });
         configured.map_err(step("configuring the container's end of its link"))
     };
     thread::scope(|scope| {
@@ -113,21 +160,12 @@ fn inside(
     })
 }
 
-fn configure_inside(
-    netlink: &Netlink,
-    index: u32,
-    plan: &NetworkPlan,
-    has_ipv6: bool,
-) -> io::Result<()> {
-    netlink.add_address(index, plan.address.into(), 32)?;
-    netlink.set_up(index)?;
-    netlink.add_host_route(index, GATEWAY.into())?;
-    netlink.add_default_route(index, GATEWAY.into())?;
-    if has_ipv6 {
-        netlink.add_address(index, plan.address6.into(), 128)?;
-        netlink.add_default_route(index, GATEWAY6.into())?;
+/// Adds a default route, and one to its gateway, without which some programs do not accept it.
+fn add_gateway(netlink: &Netlink, index: u32, gateway: IpAddr, metric: u32) -> io::Result<()> {
+    if gateway.is_ipv4() {
+        netlink.add_host_route(index, gateway)?;
     }
-    Ok(())
+    netlink.add_default_route(index, gateway, metric)
 }
 
 /// Whether the host has IPv6, and has not switched it off for new links.
@@ -138,7 +176,8 @@ fn has_ipv6(link: &str) -> bool {
     fs::read_to_string(file).is_ok_and(|text| text.trim() == "0")
 }
 
-fn index_of(link: &str) -> Result<u32, NetworkError> {
+/// The index of an interface of this thread's network namespace.
+pub(super) fn index_of(link: &str) -> Result<u32, NetworkError> {
     let step = format!("finding the interface {link}");
     if_nametoindex(link).map_err(|error| NetworkError::new(&step, &error.into()))
 }

@@ -13,6 +13,7 @@ use sha2::{Digest as _, Sha256};
 use self::pool::Reserved;
 use crate::container::Cause;
 
+mod bridge;
 mod forwarding;
 pub mod host_addresses;
 mod link;
@@ -26,6 +27,16 @@ pub use unprivileged::open_network;
 /// How the name of the host's end of a container's link begins.
 pub const LINK_PREFIX: &str = "nd-";
 
+/// How the name of the bridge of a zone begins.
+pub const ZONE_PREFIX: &str = "nz-";
+
+/// Whether an interface of the host is one that the driver has made.
+fn is_of_containers(interface: &str) -> bool {
+    [LINK_PREFIX, ZONE_PREFIX]
+        .iter()
+        .any(|prefix| interface.starts_with(prefix))
+}
+
 /// The network of one start, as it is to be made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkPlan {
@@ -33,6 +44,9 @@ pub struct NetworkPlan {
     pub owner: String,
     /// The name of the host's end of the link: of the driver, and of this start only.
     pub link: String,
+    /// What the host's end is connected to.
+    #[serde(default)]
+    pub attachment: Attachment,
     /// The hardware address of the container's end.
     pub mac: [u8; 6],
     /// The container's address.
@@ -41,6 +55,19 @@ pub struct NetworkPlan {
     pub address6: Ipv6Addr,
     /// The ports of the host that are forwarded to it, over TCP and UDP.
     pub ports: Vec<Mapping>,
+}
+
+/// What the host's end of a link is connected to.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Attachment {
+    /// The host alone.
+    #[default]
+    Host,
+    /// The bridge of a zone, which the driver makes with the first container of the zone and removes with the last.
+    Zone(String),
+    /// A bridge of the host.
+    Bridge(String),
 }
 
 /// A port of the host that is forwarded to one of the container.
@@ -78,10 +105,17 @@ impl NetworkError {
 
 impl NetworkPlan {
     /// The plan for the start with this task directory, whose name no other start has.
-    pub fn new(owner: String, task_dir: &str, reserved: Reserved, ports: Vec<Mapping>) -> Self {
+    pub fn new(
+        owner: String,
+        task_dir: &str,
+        attachment: Attachment,
+        reserved: Reserved,
+        ports: Vec<Mapping>,
+    ) -> Self {
         let hash = Sha256::digest(format!("mac {owner}"));
         Self {
             link: link_name(task_dir),
+            attachment,
             // Locally administered, and of one interface.
             mac: [0x02, hash[0], hash[1], hash[2], hash[3], hash[4]],
             address: reserved.address,
@@ -129,7 +163,9 @@ struct HostNetwork;
 
 impl NetworkBackend for HostNetwork {
     fn prepare(&self, plan: &NetworkPlan) -> Result<Vec<String>, NetworkError> {
-        forwarding::of_host(plan)
+        let mut notes = forwarding::of_host(plan)?;
+        notes.extend(bridge::check(plan)?);
+        Ok(notes)
     }
 
     fn connect(

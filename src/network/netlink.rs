@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
     NetlinkPayload,
 };
 use netlink_packet_route::address::{
@@ -50,8 +50,37 @@ impl Netlink {
         Ok(Self(socket))
     }
 
-    /// Makes a veth pair whose other end is in another network namespace.
-    pub(super) fn add_veth(&self, name: &str, peer: &Peer<'_>) -> io::Result<()> {
+    /// Makes a bridge.
+    pub(super) fn add_bridge(&self, name: &str) -> io::Result<()> {
+        let mut link = LinkMessage::default();
+        link.attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]),
+        ];
+        self.request(RouteNetlinkMessage::NewLink(link), CREATE)
+    }
+
+    /// Whether links are connected to the bridge with this index.
+    pub(super) fn has_members(&self, bridge: u32) -> io::Result<bool> {
+        let mut is_found = false;
+        self.dump(
+            RouteNetlinkMessage::GetLink(LinkMessage::default()),
+            |message| {
+                if let RouteNetlinkMessage::NewLink(link) = message {
+                    is_found |= link.attributes.contains(&LinkAttribute::Controller(bridge));
+                }
+            },
+        )?;
+        Ok(is_found)
+    }
+
+    /// Makes a veth pair whose other end is in another network namespace, connected to the bridge with this index if there is one.
+    pub(super) fn add_veth(
+        &self,
+        name: &str,
+        bridge: Option<u32>,
+        peer: &Peer<'_>,
+    ) -> io::Result<()> {
         let mut other = LinkMessage::default();
         other.attributes = vec![
             LinkAttribute::IfName(peer.name.to_owned()),
@@ -66,6 +95,8 @@ impl Netlink {
                 LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(other))),
             ]),
         ];
+        link.attributes
+            .extend(bridge.map(LinkAttribute::Controller));
         self.request(RouteNetlinkMessage::NewLink(link), CREATE)
     }
 
@@ -120,41 +151,95 @@ impl Netlink {
 
     /// Adds a route to one address that is on the link itself.
     pub(super) fn add_host_route(&self, index: u32, to: IpAddr) -> io::Result<()> {
-        let mut route = new_route(index, to, RouteScope::Link);
-        route.header.destination_prefix_length = if to.is_ipv4() { 32 } else { 128 };
-        route
-            .attributes
-            .push(RouteAttribute::Destination(to.into()));
-        self.request(RouteNetlinkMessage::NewRoute(route), CREATE)
+        self.request(RouteNetlinkMessage::NewRoute(host_route(index, to)), CREATE)
     }
 
-    /// Adds the default route. The gateway is on the link, whatever the addresses of the link are.
-    pub(super) fn add_default_route(&self, index: u32, gateway: IpAddr) -> io::Result<()> {
+    /// Removes it. One that does not exist is success.
+    pub(super) fn remove_host_route(&self, index: u32, to: IpAddr) -> io::Result<()> {
+        match self.request(RouteNetlinkMessage::DelRoute(host_route(index, to)), 0) {
+            Err(error) if error.raw_os_error() == Some(nix::Error::ESRCH as i32) => Ok(()),
+            removed => removed,
+        }
+    }
+
+    /// Adds a default route. The gateway is on the link, whatever the addresses of the link are. Routes with a higher metric are used only
+    /// if there are no others.
+    pub(super) fn add_default_route(
+        &self,
+        index: u32,
+        gateway: IpAddr,
+        metric: u32,
+    ) -> io::Result<()> {
         let mut route = new_route(index, gateway, RouteScope::Universe);
         route.header.flags = RouteFlags::Onlink;
-        route
-            .attributes
-            .push(RouteAttribute::Gateway(RouteAddress::from(gateway)));
+        route.attributes.extend([
+            RouteAttribute::Gateway(RouteAddress::from(gateway)),
+            RouteAttribute::Priority(metric),
+        ]);
         self.request(RouteNetlinkMessage::NewRoute(route), CREATE)
     }
 
+    /// Sends a request that is answered by an acknowledgement or an error.
     fn request(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.send(message, NLM_F_ACK | flags)?;
+        let (bytes, _) = self.0.recv_from_full()?;
+        match decode(&bytes)?.payload {
+            NetlinkPayload::Error(outcome) if outcome.code.is_none() => Ok(()),
+            NetlinkPayload::Error(outcome) => Err(outcome.to_io()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Sends a request that is answered by any number of messages.
+    fn dump(
+        &self,
+        message: RouteNetlinkMessage,
+        mut each: impl FnMut(RouteNetlinkMessage),
+    ) -> io::Result<()> {
+        self.send(message, NLM_F_DUMP)?;
+        loop {
+            let (bytes, _) = self.0.recv_from_full()?;
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let message = decode(rest)?;
+                let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
+                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+                match message.payload {
+                    NetlinkPayload::InnerMessage(message) => each(message),
+                    NetlinkPayload::Done(_) => return Ok(()),
+                    NetlinkPayload::Error(outcome) => return Err(outcome.to_io()),
+                    other => return Err(unexpected(&other)),
+                }
+            }
+        }
+    }
+
+    fn send(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        header.flags = NLM_F_REQUEST | flags;
         let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
         request.finalize();
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);
-        self.0.send(&bytes, 0)?;
-        let (answer, _) = self.0.recv_from_full()?;
-        let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer);
-        let answer = answer.map_err(|error| io::Error::other(error.to_string()))?;
-        match answer.payload {
-            NetlinkPayload::Error(outcome) if outcome.code.is_none() => Ok(()),
-            NetlinkPayload::Error(outcome) => Err(outcome.to_io()),
-            other => Err(io::Error::other(format!("unexpected answer {other:?}"))),
-        }
+        self.0.send(&bytes, 0).map(drop)
     }
+}
+
+fn decode(bytes: &[u8]) -> io::Result<NetlinkMessage<RouteNetlinkMessage>> {
+    NetlinkMessage::deserialize(bytes).map_err(|error| io::Error::other(error.to_string()))
+}
+
+fn unexpected(answer: &NetlinkPayload<RouteNetlinkMessage>) -> io::Error {
+    io::Error::other(format!("unexpected answer {answer:?}"))
+}
+
+fn host_route(index: u32, to: IpAddr) -> RouteMessage {
+    let mut route = new_route(index, to, RouteScope::Link);
+    route.header.destination_prefix_length = if to.is_ipv4() { 32 } else { 128 };
+    route
+        .attributes
+        .push(RouteAttribute::Destination(to.into()));
+    route
 }
 
 fn family(address: IpAddr) -> AddressFamily {

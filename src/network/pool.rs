@@ -11,7 +11,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest as _, Sha256};
 
-use super::{LINK_PREFIX, NetworkError};
+use super::NetworkError;
 use crate::container::Cause;
 
 /// The ranges of addresses for containers.
@@ -55,7 +55,8 @@ pub fn reserve(
     task_dir: &Path,
     owner: &str,
 ) -> Result<Reserved, NetworkError> {
-    let routes = fs::read_to_string("/proc/net/route").unwrap_or_default();
+    let text = fs::read_to_string("/proc/net/route").unwrap_or_default();
+    let routes = routes(&text);
     if let Some(route) = overlapping(pool.ipv4, &routes) {
         return Err(NetworkError {
             cause: Cause::Config,
@@ -75,6 +76,12 @@ pub fn reserve(
         // The first one is the network's own.
         let index = 1 + (first + step) % usable;
         let address = Ipv4Addr::from_bits(pool.ipv4.network().to_bits() + index);
+        if routes
+            .iter()
+            .any(|(route, _)| *route == Ipv4Net::from(address))
+        {
+            continue;
+        }
         let reservation = directory.join(address.to_string());
         remove_orphan(state_dir, &reservation).map_err(failed)?;
         match symlink(leaf, reservation) {
@@ -163,21 +170,28 @@ fn number(text: &str) -> u32 {
     u32::from_be_bytes([hash[0], hash[1], hash[2], hash[3]])
 }
 
-/// A route of the host, as in `/proc/net/route`, to a part of the range. One to a larger range does not matter: those of containers are more
-/// specific.
-fn overlapping(range: Ipv4Net, routes: &str) -> Option<String> {
-    routes.lines().skip(1).find_map(|line| {
-        let fields: Vec<_> = line.split_ascii_whitespace().collect();
-        let interface = *fields.first()?;
-        let number = |at: usize| {
-            let number = u32::from_str_radix(fields.get(at)?, 16).ok()?;
-            Some(Ipv4Addr::from(number.to_le_bytes()))
-        };
-        let (network, mask) = (number(1)?, number(7)?);
-        let route = Ipv4Net::with_netmask(network, mask).ok()?;
-        let is_part = range.contains(&route) && !interface.starts_with(LINK_PREFIX);
-        is_part.then(|| format!("the route {route} of interface {interface}"))
-    })
+/// The routes of the host in `/proc/net/route`, with their interfaces.
+fn routes(text: &str) -> Vec<(Ipv4Net, &str)> {
+    let lines = text.lines().skip(1);
+    lines
+        .filter_map(|line| {
+            let fields: Vec<_> = line.split_ascii_whitespace().collect();
+            let number = |at: usize| {
+                let number = u32::from_str_radix(fields.get(at)?, 16).ok()?;
+                Some(Ipv4Addr::from(number.to_le_bytes()))
+            };
+            let route = Ipv4Net::with_netmask(number(1)?, number(7)?).ok()?;
+            Some((route, *fields.first()?))
+        })
+        .collect()
+}
+
+/// A route to a part of the range. One to a larger range does not matter: those of containers are more specific. One to a single address is
+/// that of a container, perhaps of another agent.
+fn overlapping(range: Ipv4Net, routes: &[(Ipv4Net, &str)]) -> Option<String> {
+    let is_part = |(route, _): &&(Ipv4Net, &str)| range.contains(route) && route.prefix_len() < 32;
+    let (route, interface) = routes.iter().find(is_part)?;
+    Some(format!("the route {route} of interface {interface}"))
 }
 
 #[cfg(test)]
@@ -290,7 +304,7 @@ br0\t0001D50A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
     #[case::a_part("10.213.0.0/16", Some("the route 10.213.1.0/24 of interface br0"))]
     #[case::the_same("10.213.1.0/24", Some("the route 10.213.1.0/24 of interface br0"))]
     fn a_range_that_the_host_uses_is_found(#[case] range: &str, #[case] want: Option<&str>) {
-        let found = overlapping(range.parse().unwrap(), ROUTES);
+        let found = overlapping(range.parse().unwrap(), &routes(ROUTES));
         assert_eq!(found.as_deref(), want);
     }
 

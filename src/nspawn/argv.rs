@@ -8,7 +8,7 @@ use std::path::Path;
 use super::env_filter::safe_for_nspawn_env;
 use super::version::Feature;
 use crate::container::{
-    CgroupLayout, Console, ContainerSpec, Link, Mode, Mount, Network, NetworkNamespace, Payload,
+    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, NetworkNamespace, Payload,
     Resources, Rlimit, Root, Rootfs, Users, Volatile,
 };
 
@@ -249,21 +249,9 @@ impl CommandBuilder {
         }
         // systemd-nspawn must not join the namespace: it rejects one together with a user namespace. It is started
         // inside the namespace and does not know about it.
-        let NetworkNamespace::Private { link, ports } = &network.namespace else {
-            return;
-        };
-        match link {
-            // The driver makes the link and forwards the ports.
-            Link::None | Link::Routed => return self.switch("--private-network", true),
-            Link::Zone(zone) => self.flag("--network-zone", zone),
-            Link::Bridge(bridge) => self.flag("--network-bridge", bridge),
-        }
-        for port in ports {
-            for protocol in ["tcp", "udp"] {
-                let forward = format!("{protocol}:{}:{}", port.host, port.container);
-                self.flag("--port", &forward);
-            }
-        }
+        // The driver makes the link and forwards the ports.
+        let is_private = matches!(network.namespace, NetworkNamespace::Private { .. });
+        self.switch("--private-network", is_private);
     }
 
     /// Without these the payload gets the kernel's defaults, not those of the caller.

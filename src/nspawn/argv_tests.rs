@@ -1,4 +1,5 @@
 use super::*;
+use crate::container::Link;
 use rstest::rstest;
 
 const HOST: Target = Target {
@@ -80,9 +81,7 @@ fn every_option_has_its_argument() {
     --private-users=pick
     --private-users-ownership=auto
     --resolv-conf=copy-host
-    --network-zone=web
-    --port=tcp:25000:80
-    --port=udp:25000:80
+    --private-network
     --rlimit=RLIMIT_NOFILE=2048:4096
     --rlimit=RLIMIT_MEMLOCK=0:infinity
     --capability=CAP_SYS_TIME,CAP_NET_ADMIN
@@ -146,8 +145,8 @@ fn a_mode_has_its_arguments(#[case] mode: Mode, #[case] word: Option<&str>) {
 #[rstest]
 #[case(NetworkNamespace::Private { link: Link::None, ports: vec![] }, &["--private-network"])]
 #[case(NetworkNamespace::Private { link: Link::Routed, ports: vec![] }, &["--private-network"])]
-#[case(NetworkNamespace::Private { link: Link::Zone("z".into()), ports: vec![] }, &["--network-zone=z"])]
-#[case(NetworkNamespace::Private { link: Link::Bridge("br0".into()), ports: vec![] }, &["--network-bridge=br0"])]
+#[case(NetworkNamespace::Private { link: Link::Zone("z".into()), ports: vec![] }, &["--private-network"])]
+#[case(NetworkNamespace::Private { link: Link::Bridge("br0".into()), ports: vec![] }, &["--private-network"])]
 #[case(NetworkNamespace::Join("/run/netns/a".into()), &[])]
 #[case(NetworkNamespace::Host, &[])]
 fn a_network_has_its_arguments(#[case] network: NetworkNamespace, #[case] words: &[&str]) {

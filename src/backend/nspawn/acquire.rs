@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use crate::cgroup::{CgroupPath, Place};
-use crate::container::{ContainerSpec, Link, NetworkNamespace, Root, Rootfs, Users, Volatile};
+use crate::container::{ContainerSpec, Root, Rootfs, Users, Volatile};
 use crate::lease::{
     Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, Network, NspawnMounts, Resource,
-    Skeleton, TreeLock, UidRange, ZoneBridge,
+    Skeleton, TreeLock, UidRange,
 };
 use crate::network::NetworkPlan;
 use crate::rootfs_path::copy_place;
@@ -23,14 +23,6 @@ pub(super) fn resources(
     let mut resources = Vec::new();
     if let Some(place) = place {
         resources.extend(cgroups(place));
-    }
-    if let NetworkNamespace::Private {
-        link: Link::Zone(zone),
-        ..
-    } = &spec.network.namespace
-    {
-        let zone = zone.clone();
-        resources.push(Resource::ZoneBridge(ZoneBridge { zone }));
     }
     resources.extend(network.map(|plan| Resource::Network(Network { plan })));
     if matches!(&spec.users, Users::Private { range, .. } if range == "pick") {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use super::{addresses, io_error};
 use crate::backend::BackendError;
 use crate::container::{ContainerSpec, Mode, Mount, NetworkNamespace, Root, Volatile};
-use crate::network::NetworkPlan;
+use crate::network::{Attachment, NetworkPlan};
 use crate::nspawn::resolver::{self, Resolver};
 use crate::rootfs_path::RootDir;
 use crate::state::TaskDir;
@@ -94,7 +94,9 @@ pub(super) fn write(
     if let Some(text) = text {
         files.mounts.push(add("hosts", &text, HOSTS)?);
     }
-    if network.is_some() && spec.payload.mode == Mode::Boot {
+    // On a bridge of the host the image may have to ask a DHCP server there.
+    let is_alone = network.is_some_and(|plan| !matches!(plan.attachment, Attachment::Bridge(_)));
+    if is_alone && spec.payload.mode == Mode::Boot {
         files
             .mounts
             .push(add("network", UNMANAGED_TEXT, UNMANAGED)?);

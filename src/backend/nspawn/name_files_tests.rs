@@ -240,7 +240,13 @@ fn plan() -> NetworkPlan {
         address: "198.51.100.7".parse().unwrap(),
         address6: "fd00::7".parse().unwrap(),
     };
-    NetworkPlan::new("a/t".to_owned(), "t.0123", reserved, Vec::new())
+    NetworkPlan::new(
+        "a/t".to_owned(),
+        "t.0123",
+        Attachment::Host,
+        reserved,
+        Vec::new(),
+    )
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::Settings;
 use crate::backend::BackendError;
 use crate::container::{ContainerSpec, Link, NetworkNamespace, PortForward};
 use crate::network::host_addresses::{self, Addresses};
-use crate::network::{Mapping, NetworkError, NetworkPlan, pool};
+use crate::network::{Attachment, Mapping, NetworkError, NetworkPlan, pool};
 use crate::nspawn::refusal::cause_of_host_error;
 use crate::state::TaskDir;
 
@@ -32,35 +32,24 @@ pub(super) fn plan(
         cause: error.cause,
     };
     let (ports, notes) = place(ports).map_err(failed)?;
-    match link {
-        Link::None => Ok(OwnNetwork::default()),
-        // systemd-nspawn makes the link and forwards the ports.
-        Link::Zone(_) | Link::Bridge(_) => match ports.iter().find_map(|port| port.address) {
-            None => Ok(OwnNetwork { plan: None, notes }),
-            Some(address) => {
-                let machine = spec.identity.machine.clone();
-                let reason = format!(
-                    "a port is allocated on {address} only, and ports of a container in a zone or a bridge are forwarded on all addresses: use \
-                     network_mode = \"bridge\", or remove host_network from the port"
-                );
-                Err(BackendError::Unsupported { machine, reason })
-            }
-        },
-        Link::Routed => {
-            let path = task_dir.path();
-            let leaf = path.file_name().unwrap_or_default().to_string_lossy();
-            // Without the number of the start: a task keeps its addresses when it is restarted.
-            let id = &spec.identity.id;
-            let owner = id.rsplit_once('/').map_or(&**id, |(owner, _)| owner);
-            let pool = &settings.network_pool;
-            let reserved = pool::reserve(pool, &settings.state_dir, path, owner).map_err(failed)?;
-            let plan = NetworkPlan::new(owner.to_owned(), &leaf, reserved, ports);
-            Ok(OwnNetwork {
-                plan: Some(plan),
-                notes,
-            })
-        }
-    }
+    let attachment = match link {
+        Link::None => return Ok(OwnNetwork::default()),
+        Link::Routed => Attachment::Host,
+        Link::Zone(zone) => Attachment::Zone(zone.clone()),
+        Link::Bridge(bridge) => Attachment::Bridge(bridge.clone()),
+    };
+    let path = task_dir.path();
+    let leaf = path.file_name().unwrap_or_default().to_string_lossy();
+    // Without the number of the start: a task keeps its addresses when it is restarted.
+    let id = &spec.identity.id;
+    let owner = id.rsplit_once('/').map_or(&**id, |(owner, _)| owner);
+    let pool = &settings.network_pool;
+    let reserved = pool::reserve(pool, &settings.state_dir, path, owner).map_err(failed)?;
+    let plan = NetworkPlan::new(owner.to_owned(), &leaf, attachment, reserved, ports);
+    Ok(OwnNetwork {
+        plan: Some(plan),
+        notes,
+    })
 }
 
 fn place(ports: &[PortForward]) -> Result<(Vec<Mapping>, Vec<String>), NetworkError> {

@@ -292,6 +292,11 @@ impl Namespace {
         namespace
     }
 
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The file that represents it.
     pub fn path(&self) -> PathBuf {
         Path::new("/run/netns").join(&self.name)

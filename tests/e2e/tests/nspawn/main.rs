@@ -21,6 +21,7 @@ mod exec;
 mod inside;
 mod limits;
 mod network;
+mod own_network;
 mod root;
 mod system;
 mod users;
