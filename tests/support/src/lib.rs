@@ -12,6 +12,7 @@ use std::time::Duration;
 
 pub mod limits;
 mod lines;
+pub mod netns;
 mod output;
 pub mod secrecy;
 mod sleep;
