@@ -1,6 +1,6 @@
 //! Entry point of the binary. Selects what this process is: the plugin if a go-plugin host set the magic cookie, the supervisor
-//! (`supervise`) or the exec shim that starts systemd-nspawn (`enter`) by their command, and the command line interface
-//! otherwise.
+//! (`supervise`), the exec shim that starts systemd-nspawn (`enter`) or what forwards connections on `::1` (`relay`) by their command, and the
+//! command line interface otherwise.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write as _;
@@ -17,6 +17,7 @@ use nomad_driver_nspawn::container::UNKNOWN_END;
 use nomad_driver_nspawn::driver::Driver;
 use nomad_driver_nspawn::exec::{ExecRequest, command_line};
 use nomad_driver_nspawn::go_plugin::{self, HandshakeEnv, HandshakeError, Owner};
+use nomad_driver_nspawn::network;
 use nomad_driver_nspawn::supervisor;
 use nomad_driver_nspawn::sys::process::stay_out_of_core_dumps;
 use nomad_driver_nspawn::sys::share_malloc_arena;
@@ -67,6 +68,11 @@ fn main() -> ExitCode {
         [life, directory] if *life == "enter" => {
             stay_out_of_core_dumps();
             supervisor::enter::enter(Path::new(directory))
+        }
+        // The second word is for people who look at the processes of the host.
+        [life, _owner] if *life == "relay" => {
+            stay_out_of_core_dumps();
+            network::relay::run()
         }
         _ => match HandshakeEnv::from_environment() {
             Ok(handshake_env) => match words.as_slice() {

@@ -14,6 +14,7 @@ use self::pool::Reserved;
 use crate::container::Cause;
 
 mod bridge;
+pub mod relay;
 pub mod dhcp;
 mod forwarding;
 pub mod host_addresses;

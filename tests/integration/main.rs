@@ -24,6 +24,7 @@ mod logs;
 mod ports;
 mod reconcile;
 mod recover;
+mod relay;
 mod rerun;
 mod responsive;
 mod run_command;
