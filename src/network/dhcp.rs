@@ -15,6 +15,8 @@ use nix::libc;
 use nix::sys::socket::{LinkAddr, MsgFlags};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 
+use super::{Attachment, GATEWAY, NetworkError, NetworkPlan, bridge};
+
 /// How many packets are read at once. A client sends a few in a second.
 const BATCH: usize = 16;
 
@@ -62,6 +64,31 @@ pub struct DhcpResponder {
     index: usize,
     mac: [u8; 6],
     lease: Lease,
+}
+
+/// What answers the DHCP client of this container. None on a bridge of the host, where a server of its network may.
+pub(super) fn of_container(plan: &NetworkPlan) -> Result<Option<DhcpResponder>, NetworkError> {
+    let lease = Lease {
+        address: plan.address,
+        mac: plan.mac,
+        router: GATEWAY,
+        // The container has a resolv.conf.
+        dns: Vec::new(),
+        search: Vec::new(),
+        host_name: None,
+        mtu: None,
+    };
+    let link = match &plan.attachment {
+        Attachment::Host => plan.link.clone(),
+        // What arrives at a member of a bridge is received by the bridge.
+        Attachment::Zone(_) => bridge::name(&plan.attachment).unwrap_or_default(),
+        Attachment::Bridge(_) => return Ok(None),
+    };
+    let bound = DhcpResponder::bind(&link, lease);
+    let step = "listening for DHCP requests of the container";
+    bound
+        .map(Some)
+        .map_err(|error| NetworkError::new(step, &error))
 }
 
 impl DhcpResponder {

@@ -10,17 +10,19 @@ use std::os::fd::BorrowedFd;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use self::dhcp::DhcpResponder;
 use self::pool::Reserved;
+use self::relay::Relay;
 use crate::container::Cause;
 
 mod bridge;
-pub mod relay;
 pub mod dhcp;
 mod forwarding;
 pub mod host_addresses;
 mod link;
 mod netlink;
 pub mod pool;
+pub mod relay;
 mod unprivileged;
 
 pub use link::{GATEWAY, INSIDE};
@@ -145,10 +147,21 @@ pub trait NetworkBackend: fmt::Debug + Send + Sync {
         &self,
         plan: &NetworkPlan,
         namespace: Option<BorrowedFd<'_>>,
-    ) -> Result<(), NetworkError>;
+    ) -> Result<Connected, NetworkError>;
 
     /// Undoes both, as far as they were done. May be repeated.
     fn release(&self, plan: &NetworkPlan) -> io::Result<()>;
+}
+
+/// What serves a container that is connected, as long as it runs.
+#[derive(Debug, Default)]
+pub struct Connected {
+    /// Answers its DHCP client.
+    pub dhcp: Option<DhcpResponder>,
+    /// Forwards what arrives on `::1`.
+    pub relay: Option<Relay>,
+    /// What the user should know.
+    pub notes: Vec<String>,
 }
 
 /// The backend for this process.
@@ -165,8 +178,9 @@ struct HostNetwork;
 
 impl NetworkBackend for HostNetwork {
     fn prepare(&self, plan: &NetworkPlan) -> Result<Vec<String>, NetworkError> {
+        let bridge = bridge::check(plan)?;
         let mut notes = forwarding::of_host(plan)?;
-        notes.extend(bridge::check(plan)?);
+        notes.extend(bridge);
         Ok(notes)
     }
 
@@ -174,12 +188,18 @@ impl NetworkBackend for HostNetwork {
         &self,
         plan: &NetworkPlan,
         namespace: Option<BorrowedFd<'_>>,
-    ) -> Result<(), NetworkError> {
+    ) -> Result<Connected, NetworkError> {
         let namespace = namespace.ok_or_else(|| NetworkError {
             cause: Cause::Unknown,
             reason: "the container has no network namespace of its own".to_owned(),
         })?;
-        link::connect(plan, namespace)
+        link::connect(plan, namespace)?;
+        let (relay, notes) = Relay::bind(plan);
+        Ok(Connected {
+            dhcp: dhcp::of_container(plan)?,
+            relay: Some(relay),
+            notes,
+        })
     }
 
     fn release(&self, plan: &NetworkPlan) -> io::Result<()> {
@@ -197,8 +217,12 @@ impl NetworkBackend for NoNetwork {
         Ok(vec![note.to_owned()])
     }
 
-    fn connect(&self, _: &NetworkPlan, _: Option<BorrowedFd<'_>>) -> Result<(), NetworkError> {
-        Ok(())
+    fn connect(
+        &self,
+        _: &NetworkPlan,
+        _: Option<BorrowedFd<'_>>,
+    ) -> Result<Connected, NetworkError> {
+        Ok(Connected::default())
     }
 
     fn release(&self, _: &NetworkPlan) -> io::Result<()> {

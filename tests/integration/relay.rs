@@ -20,6 +20,7 @@ fn plan() -> NetworkPlan {
     NetworkPlan {
         owner: "alloc/task".to_owned(),
         link: LINK.to_owned(),
+        attachment: nomad_driver_nspawn::network::Attachment::Host,
         mac: MAC,
         address: ADDRESS.parse().unwrap(),
         address6: ADDRESS6.parse().unwrap(),

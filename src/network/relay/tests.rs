@@ -18,6 +18,7 @@ fn plan(ports: &[(u16, Option<&str>)]) -> NetworkPlan {
     NetworkPlan {
         owner: "alloc/task".to_owned(),
         link: "link0".to_owned(),
+        attachment: super::super::Attachment::Host,
         mac: [0; 6],
         address: Ipv4Addr::LOCALHOST,
         address6: Ipv6Addr::LOCALHOST,

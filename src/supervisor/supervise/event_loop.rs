@@ -35,6 +35,12 @@ pub(super) enum Token {
     UnregisteredClients,
     /// Timer: signals that the image's init does not handle yet are tried again.
     PendingSignals,
+    /// The DHCP client of the container asks.
+    Dhcp,
+    /// Timer: it is listened to again.
+    DhcpPause,
+    /// Something has arrived for the container on `::1`.
+    Relay,
     /// The leader has exited. Before its parent: what the leader's exit says is lost if the supervisor has already concluded.
     Leader,
     /// A child has exited.

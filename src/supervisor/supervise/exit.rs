@@ -12,6 +12,7 @@ use rustix::process::{WaitOptions, wait};
 
 use super::event_loop::Interest;
 use super::exit_status::{ExitEvidence, describe, exit_of, predict_nspawn_status};
+use super::network::Services;
 use super::release::Release;
 use super::{
     Ending, LeaderState, NSPAWN_ANNOUNCED_TIMEOUT, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor,
@@ -197,6 +198,8 @@ impl Supervisor {
         };
         let until = Instant::now() + NSPAWN_CLEANUP_TIMEOUT;
         self.ending = Ending::KillingRest { status, until };
+        // Otherwise its process would count as one of the container's that is left.
+        self.services = Services::default();
         // The last messages may still be queued in the sockets: a short command exits before they have been read.
         self.read_reports();
         self.task_dir.discard_secrets();
@@ -213,6 +216,8 @@ impl Supervisor {
                 found = Some(ExitStatus::from_raw(status.as_raw()));
             } else if Some(pid) == leader {
                 self.exit.reaped = Some(status.as_raw());
+            } else {
+                self.see_relay(pid);
             }
         }
         found

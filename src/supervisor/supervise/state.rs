@@ -15,7 +15,7 @@ use super::cgroups::{self, Cgroups};
 use super::clients::Clients;
 use super::event_loop::{EventLoop, Pollable, Source, Token};
 use super::exit_status::NspawnFinalStatus;
-use super::network::{self, Preparation};
+use super::network::{self, Preparation, Services};
 use super::release::ReleaseThread;
 use super::{Sockets, failure, spawn};
 use crate::container::{Process, Started};
@@ -45,6 +45,8 @@ pub(super) struct Supervisor {
     pub(super) exec_defaults: File,
     /// The network that is being prepared, until the container is connected to it.
     pub(super) network: Option<Preparation>,
+    /// What serves the connected container.
+    pub(super) services: Services,
     /// The locks of a tree that other containers share, until systemd-nspawn holds them.
     pub(super) tree: Option<SharedLocks>,
     /// Channel to PID 1 of the container, if that is the driver's init.
@@ -167,6 +169,7 @@ impl Supervisor {
             cgroups,
             exec_defaults,
             network,
+            services: Services::default(),
             tree,
             init_channel: None,
             command: None,

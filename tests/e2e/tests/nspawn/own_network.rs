@@ -171,7 +171,9 @@ async fn a_port_is_reached_from_everywhere(#[case] users: bool) {
         format!("http://[2001:db8::1]:{PORT}"),
     ];
     let get = |urls: &[String]| {
-        let gets = urls.iter().map(|url| format!("timeout 5 wget -q -O - {url}; "));
+        let gets = urls
+            .iter()
+            .map(|url| format!("timeout 5 wget -q -O - {url}; "));
         gets.collect::<String>()
     };
     let command = get(&urls);
