@@ -17,12 +17,16 @@ use crate::container::Cause;
 
 mod bridge;
 pub mod dhcp;
+mod exchange;
 mod forwarding;
 pub mod host_addresses;
+pub mod host_ports;
 mod link;
 mod netlink;
 pub mod pool;
 pub mod relay;
+#[cfg(test)]
+mod testing;
 mod unprivileged;
 
 pub use link::{GATEWAY, INSIDE};
@@ -85,6 +89,16 @@ pub struct Mapping {
     pub host: u16,
     /// The port in the container.
     pub container: u16,
+}
+
+impl fmt::Display for Mapping {
+    fn fmt(&self, text: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(text, "port {:?} ({})", self.label, self.host)?;
+        match self.address {
+            Some(address) => write!(text, " on {address}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Why a network can't be made.
