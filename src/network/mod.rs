@@ -16,6 +16,7 @@ use self::relay::Relay;
 use crate::container::Cause;
 
 mod bridge;
+pub mod conntrack;
 pub mod dhcp;
 mod exchange;
 mod forwarding;
