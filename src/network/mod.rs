@@ -19,6 +19,7 @@ mod bridge;
 pub mod conntrack;
 pub mod dhcp;
 mod exchange;
+pub mod firewall;
 mod forwarding;
 pub mod host_addresses;
 pub mod host_ports;
