@@ -111,12 +111,13 @@ fn of_mode(mode: &str) -> Result<Requested, ConfigError> {
 }
 
 fn of_zone(option: &str, zone: &str) -> Result<Link, ConfigError> {
-    // systemd-nspawn names the bridge of a zone after the zone.
-    if is_interface_name(&format!("vz-{zone}")) && !zone.is_empty() {
+    // Its bridge is named after it, and the name of an interface has at most 15 characters.
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if (1..=12).contains(&zone.len()) && zone.bytes().all(is_plain) {
         return Ok(Link::Zone(zone.to_owned()));
     }
     let reason = format!(
-        "{} is not a valid zone name: use 1 to 12 printable characters other than space, :, / and %",
+        "{} is not a valid zone name: use 1 to 12 letters, digits, -, _ and dots",
         quoted(zone)
     );
     Err(ConfigError::new(option, reason))

@@ -195,7 +195,7 @@ fn a_job_with_many_options() {
     r#"command = ["a", "b\u0000c"]"#,
     "config.command[1]: a NUL character is not allowed"
 )]
-#[case(r#"network_zone = "thirteenchars""#, r#"config.network_zone: "thirteenchars" is not a valid zone name: use 1 to 12 printable characters other than space, :, / and %"#)]
+#[case(r#"network_zone = "thirteenchars""#, r#"config.network_zone: "thirteenchars" is not a valid zone name: use 1 to 12 letters, digits, -, _ and dots"#)]
 #[case(r#"network_bridge = "br 0""#, r#"config.network_bridge: "br 0" is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits"#)]
 #[case(r#"network_bridge = "17""#, r#"config.network_bridge: "17" is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits"#)]
 #[case(

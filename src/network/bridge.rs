@@ -42,12 +42,9 @@ pub(super) fn check(plan: &NetworkPlan) -> Result<Option<String>, NetworkError> 
 }
 
 /// The bridge of this plan, made if it is that of a zone; `None` if the link is connected to the host alone.
-pub(super) fn find(
-    netlink: &Netlink,
-    attachment: &Attachment,
-) -> Result<Option<Bridge>, NetworkError> {
+pub(super) fn find(netlink: &Netlink, plan: &NetworkPlan) -> Result<Option<Bridge>, NetworkError> {
     let step = |what: &'static str| move |error: io::Error| NetworkError::new(what, &error);
-    match attachment {
+    match &plan.attachment {
         Attachment::Host => Ok(None),
         Attachment::Bridge(name) => Ok(Some(Bridge {
             index: index_of(name)?,
@@ -60,7 +57,7 @@ pub(super) fn find(
             let made = existing_or(netlink.add_bridge(&name));
             made.map_err(step("creating the bridge of the zone"))?;
             let index = index_of(&name)?;
-            forwarding::of_container(&name)?;
+            forwarding::of_container(&name, !plan.ports.is_empty())?;
             let configured = netlink
                 .set_up(index)
                 .and_then(|()| existing_or(netlink.add_address(index, GATEWAY.into(), 32)))

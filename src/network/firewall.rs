@@ -89,9 +89,10 @@ pub fn close(plan: &NetworkPlan) -> io::Result<()> {
         .into_iter()
         .map(|(element, _)| element)
         .collect();
-    // A link is of one start only: as long as its element is there, the others are this plan's too, or nobody's. So the table need not be
-    // read to see whose they are, which takes longer the more elements it has.
-    if rules::is_link(&plan.link) && nft::load(&rules::remove_all(&own, &owner)).is_ok() {
+    // A link is of one start only, and so is an address behind it: as long as its element is there, the others are this plan's too, or
+    // nobody's. So the table need not be read to see whose they are, which takes longer the more elements it has.
+    let is_link = plan.arrives_on().is_some_and(|link| rules::is_link(&link));
+    if is_link && nft::load(&rules::remove_all(&own, &owner)).is_ok() {
         return Ok(());
     }
     remove(|held| held.owner == owner && own.contains(&held.element))

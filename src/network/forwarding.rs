@@ -12,10 +12,11 @@ const CONF6: &str = "/proc/sys/net/ipv6/conf";
 /// Forwards IPv6 on one interface, without which `all` has to be set. Linux 6.17 and later.
 const FORCE6: &str = "force_forwarding";
 
-/// Configures the host's end of a container's link.
-pub(super) fn of_container(link: &str) -> Result<(), NetworkError> {
-    // Answers to connections from the host's own 127.0.0.1 go back there. The firewall keeps everything else from reaching it.
-    for setting in ["forwarding", "route_localnet"] {
+/// Configures the host's end of a container's link. `has_ports` is whether ports are forwarded to it: then answers to connections from the
+/// host's own 127.0.0.1 have to go back there. The firewall keeps everything else from reaching it.
+pub(super) fn of_container(link: &str, has_ports: bool) -> Result<(), NetworkError> {
+    let settings = ["forwarding", "route_localnet"];
+    for setting in settings.iter().take(1 + usize::from(has_ports)) {
         write(&Path::new(CONF4).join(link).join(setting), "1")?;
     }
     let ipv6 = Path::new(CONF6).join(link);

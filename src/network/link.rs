@@ -39,7 +39,7 @@ const LAST_METRIC: u32 = 4096;
 pub(super) fn connect(plan: &NetworkPlan, namespace: BorrowedFd<'_>) -> Result<(), NetworkError> {
     let step = |what: &'static str| move |error: io::Error| NetworkError::new(what, &error);
     let netlink = Netlink::open().map_err(step("opening a netlink socket"))?;
-    let bridge = bridge::find(&netlink, &plan.attachment)?;
+    let bridge = bridge::find(&netlink, plan)?;
     let peer = Peer {
         name: INSIDE,
         mac: plan.mac,
@@ -56,7 +56,7 @@ pub(super) fn connect(plan: &NetworkPlan, namespace: BorrowedFd<'_>) -> Result<(
     let gateways = match &bridge {
         Some(bridge) => bridge.gateways.clone(),
         None => {
-            forwarding::of_container(&plan.link)?;
+            forwarding::of_container(&plan.link, !plan.ports.is_empty())?;
             let gateways = vec![GATEWAY.into(), GATEWAY6.into()];
             add_gateways(&netlink, link, &gateways, has_ipv6)
                 .map_err(step("adding the gateway's address"))?;

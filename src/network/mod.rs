@@ -26,6 +26,7 @@ pub mod host_ports;
 mod link;
 mod netlink;
 pub mod pool;
+mod ports;
 pub mod relay;
 #[cfg(test)]
 mod testing;
@@ -146,6 +147,17 @@ impl NetworkPlan {
     }
 }
 
+impl NetworkPlan {
+    /// The interface of the host on which packets of the container arrive, if they are only those of containers of the driver.
+    fn arrives_on(&self) -> Option<String> {
+        match &self.attachment {
+            Attachment::Host => Some(self.link.clone()),
+            Attachment::Zone(_) => bridge::name(&self.attachment),
+            Attachment::Bridge(_) => None,
+        }
+    }
+}
+
 /// The name of the host's end of the link of a start: it follows from the name of its task directory, so a record can't name another link.
 pub fn link_name(task_dir: &str) -> String {
     let hash = Sha256::digest(task_dir);
@@ -195,8 +207,10 @@ struct HostNetwork;
 impl NetworkBackend for HostNetwork {
     fn prepare(&self, plan: &NetworkPlan) -> Result<Vec<String>, NetworkError> {
         let bridge = bridge::check(plan)?;
+        host_ports::check_free(&plan.ports)?;
         let mut notes = forwarding::of_host(plan)?;
         notes.extend(bridge);
+        notes.extend(ports::open(plan)?);
         Ok(notes)
     }
 
@@ -219,7 +233,8 @@ impl NetworkBackend for HostNetwork {
     }
 
     fn release(&self, plan: &NetworkPlan) -> io::Result<()> {
-        link::disconnect(plan)
+        let closed = ports::close(plan);
+        link::disconnect(plan).and(closed)
     }
 }
 

@@ -8,13 +8,14 @@ use std::thread;
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::{Mapping, NetworkPlan};
+use super::{Attachment, Mapping, NetworkPlan};
 
 /// A plan whose addresses, link and owner are those of this number.
 pub(super) fn plan(number: u8, ports: &[Mapping]) -> NetworkPlan {
     NetworkPlan {
         owner: format!("alloc{number}/task"),
         link: format!("nd-{number}"),
+        attachment: Attachment::Host,
         mac: [2, 0, 0, 0, 0, number],
         address: [10, 77, 0, number].into(),
         address6: [0xfd77, 0, 0, 0, 0, 0, 0, number.into()].into(),

@@ -113,7 +113,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &["lease", "network", "seccomp", "cgroup", "container", "sys"],
     ),
     ("lease", &["network", "cgroup", "failpoint", "sys"]),
-    ("network", &["nspawn", "container"]),
+    ("network", &["nspawn", "container", "sys"]),
     ("nspawn", &["container", "rootfs_path"]),
     ("seccomp", &["container", "sys"]),
     ("cgroup", &["container", "sys"]),

@@ -207,7 +207,7 @@ fn an_operator_decides_what_a_task_has_that_asks_for_nothing() {
     "network_mode = \"nat\"",
     r#"config.network_mode: "nat" is not host, none, bridge or zone:NAME"#
 )]
-#[case("network_mode = \"zone:\"", r#"config.network_mode: "" is not a valid zone name: use 1 to 12 printable characters other than space, :, / and %"#)]
+#[case("network_mode = \"zone:\"", r#"config.network_mode: "" is not a valid zone name: use 1 to 12 letters, digits, -, _ and dots"#)]
 #[case(
     "network_mode = \"none\"\nnetwork_zone = \"z\"",
     r#"config.network_zone: "z" can't be combined with config.network_mode"#

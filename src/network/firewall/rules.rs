@@ -8,10 +8,13 @@ use std::net::{IpAddr, Ipv6Addr};
 use sha2::{Digest as _, Sha256};
 
 use crate::container::Cause;
-use crate::network::{LINK_PREFIX, NetworkError, NetworkPlan};
+use crate::network::{LINK_PREFIX, NetworkError, NetworkPlan, ZONE_PREFIX};
 
 /// The driver's table, of the family `inet`. A name with other characters could be no word of nft's language, or one with a meaning.
 pub(super) const TABLE: &str = "nomad_driver_nspawn";
+
+/// How the names of the interfaces begin on which only packets of containers arrive.
+const PREFIXES: [&str; 2] = [LINK_PREFIX, ZONE_PREFIX];
 
 /// The longest comment of an element, in bytes.
 const MAX_COMMENT: usize = 128;
@@ -178,12 +181,15 @@ pub(super) fn base() -> String {
 fn chains() -> [(&'static str, &'static str, Vec<String>); 4] {
     // With `route_localnet` on a link, a container could reach what listens on a loopback address only. An address of a neighbour, or of
     // anyone else, is not the container's to use; 0.0.0.0, :: and link-local addresses are for finding out the own one.
-    let from = format!("iifname \"{LINK_PREFIX}*\"");
-    let incoming = vec![
-        format!("{from} ip daddr 127.0.0.0/8 drop"),
-        format!("{from} ip saddr != 0.0.0.0 iifname . ip saddr != @links4 drop"),
-        format!("{from} ip6 saddr != {{ ::, fe80::/10 }} iifname . ip6 saddr != @links6 drop"),
-    ];
+    let incoming = PREFIXES.iter().flat_map(|prefix| {
+        let from = format!("iifname \"{prefix}*\"");
+        [
+            format!("{from} ip daddr 127.0.0.0/8 drop"),
+            format!("{from} ip saddr != 0.0.0.0 iifname . ip saddr != @links4 drop"),
+            format!("{from} ip6 saddr != {{ ::, fe80::/10 }} iifname . ip6 saddr != @links6 drop"),
+        ]
+    });
+    let incoming = incoming.collect();
     // A packet that is not in the map goes on to the next rule. Not ::1: the kernel drops the answers of a container to it, so a connection
     // would end after minutes instead of being refused.
     let forwarded = [
@@ -237,10 +243,10 @@ pub(super) fn elements(plan: &NetworkPlan) -> Vec<(Element, String)> {
         (Element::set(Set::Addresses4, &[v4]), address(v4)),
         (Element::set(Set::Addresses6, &[v6]), address(v6)),
     ];
-    if is_link(&plan.link) {
-        let about = format!("the link {}", plan.link);
-        all.push((Element::set(Set::Links4, &[&plan.link, v4]), about.clone()));
-        all.push((Element::set(Set::Links6, &[&plan.link, v6]), about));
+    if let Some(link) = plan.arrives_on() {
+        let about = format!("the link {link}");
+        all.push((Element::set(Set::Links4, &[&link, v4]), about.clone()));
+        all.push((Element::set(Set::Links6, &[&link, v6]), about));
     }
     for port in &plan.ports {
         let about = port.to_string();
@@ -276,8 +282,8 @@ pub(super) fn check(
         let cause = Cause::Config;
         Err(NetworkError { cause, reason })
     };
-    if !is_link(&plan.link) {
-        return refused(format!("{:?} is no name of a container's link", plan.link));
+    if let Some(link) = plan.arrives_on().filter(|link| !is_link(link)) {
+        return refused(format!("{link:?} is no name of a container's link"));
     }
     for (index, (element, about)) in elements.iter().enumerate() {
         let mut before = elements.iter().take(index);
@@ -293,7 +299,8 @@ pub(super) fn check(
 /// Whether the rules match a link of this name, and nft's language can express it.
 pub(super) fn is_link(name: &str) -> bool {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-    name.len() <= 15 && name.starts_with(LINK_PREFIX) && name.bytes().all(is_plain)
+    let has_prefix = PREFIXES.iter().any(|prefix| name.starts_with(prefix));
+    name.len() <= 15 && has_prefix && name.bytes().all(is_plain)
 }
 
 /// The comment of an owner's elements: the owner, unless nft could not print and read it again. Different owners have different ones.

@@ -4,11 +4,10 @@
 use std::io::{self, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use nspawn_init::Step;
-use rustix::process::{WaitOptions, wait};
+use rustix::process::{Pid, WaitOptions, WaitStatus, wait, waitpid};
 
 use super::event_loop::Interest;
 use super::exit_status::{ExitEvidence, describe, exit_of, predict_nspawn_status};
@@ -196,6 +195,10 @@ impl Supervisor {
         let Some(status) = self.reap().filter(|_| !self.nspawn_has_exited()) else {
             return;
         };
+        if let Some(preparation) = self.network.take() {
+            // What is made after the release would stay. Its result is not needed any more.
+            let _ = preparation.join();
+        }
         let until = Instant::now() + NSPAWN_CLEANUP_TIMEOUT;
         self.ending = Ending::KillingRest { status, until };
         // Otherwise its process would count as one of the container's that is left.
@@ -206,12 +209,12 @@ impl Supervisor {
     }
 
     /// Reaps every child that has exited; returns the status of systemd-nspawn if it is among them. The leader becomes a child only
-    /// after a systemd-nspawn that exited without having waited for it.
+    /// after a systemd-nspawn that exited without having waited for it. A thread that prepares the network, or releases it, waits for its own
+    /// children: meanwhile none but systemd-nspawn is reaped.
     fn reap(&mut self) -> Option<ExitStatus> {
         let leader = self.leader_handle().map(|leader| leader.process().pid);
         let mut found = None;
-        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            let pid = pid.as_raw_nonzero().get();
+        while let Some((pid, status)) = self.reap_one() {
             if pid == self.nspawn.pid {
                 found = Some(ExitStatus::from_raw(status.as_raw()));
             } else if Some(pid) == leader {
@@ -221,6 +224,18 @@ impl Supervisor {
             }
         }
         found
+    }
+
+    fn reap_one(&self) -> Option<(i32, WaitStatus)> {
+        let waited = match (&self.ending, &self.network) {
+            (Ending::NspawnRuns, Some(_)) => {
+                waitpid(Pid::from_raw(self.nspawn.pid), WaitOptions::NOHANG)
+            }
+            (Ending::NspawnRuns | Ending::KillingRest { .. }, _) => wait(WaitOptions::NOHANG),
+            (Ending::Releasing(_) | Ending::Released, _) => return None,
+        };
+        let (pid, status) = waited.ok()??;
+        Some((pid.as_raw_nonzero().get(), status))
     }
 
     /// Once systemd-nspawn has exited: kills what has outlived it, and when that is done or takes too long, records and reports the exit and lets
@@ -252,7 +267,6 @@ impl Supervisor {
         let release = Release {
             task_dir: self.task_dir.clone(),
             launch_spec: self.launch_spec.clone(),
-            network: Mutex::new(self.network.take()),
             running: match &self.state {
                 State::Running { running, .. } => Some((**running).clone()),
                 State::Starting { .. } | State::Failing(_) => None,

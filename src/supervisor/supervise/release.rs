@@ -3,12 +3,11 @@
 //! the thread has ended. It first waits for the cgroup to become empty, and after a few seconds releases what it can.
 
 use std::io::{self, PipeReader, Write};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use super::NSPAWN_CLEANUP_TIMEOUT;
 use super::event_loop::{EventLoop, Source, Token};
-use super::network::Preparation;
 use crate::cgroup::Group;
 use crate::cleanup;
 use crate::failpoint::{self, Failpoint};
@@ -34,8 +33,6 @@ impl ReleaseThread {
 pub(super) struct Release {
     pub(super) task_dir: TaskDir,
     pub(super) launch_spec: LaunchSpec,
-    /// The network, if it may still be in preparation: what is made after the release would stay.
-    pub(super) network: Mutex<Option<Preparation>>,
     /// Only of a container that came up.
     pub(super) running: Option<Running>,
     /// Whether systemd-nspawn exited by itself, and so has released its locks.
@@ -81,11 +78,6 @@ impl Release {
                 io::stderr(),
                 "the record released can't be written, so the locks of systemd-nspawn are checked once more: {error}"
             );
-        }
-        let network = self.network.lock();
-        if let Some(preparation) = network.ok().and_then(|mut network| network.take()) {
-            // Its result is not needed any more.
-            let _ = preparation.join();
         }
         failpoint::hit(&self.task_dir, Failpoint::Releasing);
         let running = self.running.as_ref();
