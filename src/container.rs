@@ -294,7 +294,7 @@ pub struct Started {
     pub filters: Option<u32>,
     /// The network that the driver made for the container, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub network: Option<StartedNetwork>,
+    pub network: Option<Box<StartedNetwork>>,
     /// When the container was up.
     pub started_at: SystemTime,
     /// What the user should know about this start, one sentence each.

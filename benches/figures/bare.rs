@@ -39,11 +39,23 @@ impl Bare {
         })
     }
 
+    /// Starts it with this script.
+    pub(crate) fn spawn(&self, tree: &Path, alloc: &Path, script: &str) -> anyhow::Result<Child> {
+        self.spawn_with(&[], tree, alloc, script)
+    }
+
+    /// The same with further options.
     #[expect(
         clippy::disallowed_methods,
         reason = "the baseline is started without the driver"
     )]
-    pub(crate) fn spawn(&self, tree: &Path, alloc: &Path, script: &str) -> anyhow::Result<Child> {
+    pub(crate) fn spawn_with(
+        &self,
+        options: &[&str],
+        tree: &Path,
+        alloc: &Path,
+        script: &str,
+    ) -> anyhow::Result<Child> {
         let enter = "echo 0 > \"$1\"/cgroup.procs; shift; exec systemd-nspawn \"$@\"";
         let mut command = Command::new("/bin/sh");
         command
@@ -59,6 +71,7 @@ impl Bare {
             "--oom-score-adjust=0",
             "--private-users=no",
         ]);
+        command.args(options);
         command.arg(format!("--machine={}", self.name));
         command.arg(format!("--directory={}", tree.display()));
         // The same mounts: the cost of Nomad's directories is not a cost of the driver.

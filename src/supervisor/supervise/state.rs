@@ -356,7 +356,7 @@ impl Supervisor {
             cgroup: launch_spec.cgroup().map(Path::to_owned),
             controllers: self.controllers(),
             filters,
-            network: launch_spec.network().map(network::started),
+            network: launch_spec.network().map(network::started).map(Box::new),
             started_at: SystemTime::now(),
             notes: [&launch_spec.notes, self.cgroups.notes()].concat(),
         }
