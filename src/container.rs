@@ -227,7 +227,29 @@ pub enum NetworkNamespace {
         link: Link,
         /// Host ports forwarded to the container.
         ports: Vec<PortForward>,
+        /// Interfaces of the host that the container uses besides.
+        interfaces: Vec<HostInterface>,
     },
+}
+
+/// An interface of the host in a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostInterface {
+    /// How the container uses it.
+    pub mode: InterfaceMode,
+    /// Its name on the host.
+    pub name: String,
+}
+
+/// How a container uses an interface of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InterfaceMode {
+    /// Through an interface with a hardware address of its own on top of it.
+    Macvlan,
+    /// Through an interface with the same hardware address on top of it.
+    Ipvlan,
+    /// Alone: the host has it back when the container has ended.
+    Moved,
 }
 
 /// What connects a network namespace of a container's own.

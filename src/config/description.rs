@@ -105,6 +105,7 @@ mod tests {
         let private = |link| NetworkNamespace::Private {
             link,
             ports: Vec::new(),
+            interfaces: Vec::new(),
         };
         for (namespace, wanted) in [
             (

@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::container::{Link, NetworkNamespace, PortForward};
+use crate::container::{HostInterface, InterfaceMode, Link, NetworkNamespace, PortForward};
 
 use super::decode::{Number, entry, quoted};
 use super::options::TaskOptions;
 use super::values::is_interface_name;
-use super::{AllocatedPort, ConfigError, TaskContext};
+use super::{AllocatedPort, ConfigError, PluginConfig, TaskContext};
 
 const BRIDGE: &str = "config.network_bridge";
 const MODE: &str = "config.network_mode";
@@ -18,26 +18,37 @@ const PORTS: &str = "config.ports";
 const VETH: &str = "config.network_veth";
 const ZONE: &str = "config.network_zone";
 
-/// The network of the container, and notes about it for the user. `private` is whether a task that asks for nothing has a network of its
-/// own.
+const INTERFACE_FAULT: &str = "is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits";
+
+/// The network of the container, and notes about it for the user.
 pub(super) fn network(
     options: &TaskOptions,
     context: &TaskContext,
-    private: bool,
+    plugin_config: &PluginConfig,
 ) -> Result<(NetworkNamespace, Vec<String>), ConfigError> {
     let requested = requested(options)?;
     let ports = forwards(options, context)?;
+    let interfaces = interfaces(options, context, plugin_config)?;
     if let Some(namespace) = &context.network_namespace {
         check_group_network(namespace, options, requested.as_ref())?;
         let notes = joined(options, context)?;
         return Ok((NetworkNamespace::Join(namespace.clone()), notes));
     }
-    let by_default = match private || !ports.is_empty() {
-        true => Requested::Link(Link::Routed),
-        false => Requested::Host,
+    let by_default = match (!ports.is_empty(), !interfaces.is_empty()) {
+        (true, _) => Requested::Link(Link::Routed),
+        (false, true) => Requested::Link(Link::None),
+        (false, false) if plugin_config.private_network => Requested::Link(Link::Routed),
+        (false, false) => Requested::Host,
     };
     let (option, requested) = requested.unwrap_or((MODE, by_default));
     let link = match requested {
+        Requested::Host if let Some(interface) = interfaces.first() => {
+            let reason = format!(
+                "can't be combined with {}: an interface is used by a network of the container's own",
+                option_of(interface.mode)
+            );
+            return Err(ConfigError::new(option, reason));
+        }
         Requested::Host if ports.is_empty() => return Ok((NetworkNamespace::Host, Vec::new())),
         Requested::Link(link) if ports.is_empty() || link != Link::None => link,
         Requested::Host | Requested::Link(_) => {
@@ -51,7 +62,61 @@ pub(super) fn network(
             return Err(ConfigError::new(option, reason));
         }
     };
-    Ok((NetworkNamespace::Private { link, ports }, Vec::new()))
+    let private = NetworkNamespace::Private {
+        link,
+        ports,
+        interfaces,
+    };
+    Ok((private, Vec::new()))
+}
+
+fn option_of(mode: InterfaceMode) -> &'static str {
+    match mode {
+        InterfaceMode::Macvlan => "config.network_macvlan",
+        InterfaceMode::Ipvlan => "config.network_ipvlan",
+        InterfaceMode::Moved => "config.network_interface",
+    }
+}
+
+/// The interfaces of the host that the container uses.
+fn interfaces(
+    options: &TaskOptions,
+    context: &TaskContext,
+    plugin_config: &PluginConfig,
+) -> Result<Vec<HostInterface>, ConfigError> {
+    let lists = [
+        (InterfaceMode::Macvlan, &options.network_macvlan),
+        (InterfaceMode::Ipvlan, &options.network_ipvlan),
+        (InterfaceMode::Moved, &options.network_interface),
+    ];
+    let mut found: Vec<HostInterface> = Vec::new();
+    for (mode, list) in lists {
+        for (index, name) in list.iter().flatten().enumerate() {
+            let refused = |reason: &str| {
+                let option = format!("{}[{index}]", option_of(mode));
+                ConfigError::new(option, format!("{} {reason}", quoted(name)))
+            };
+            if !is_interface_name(name) {
+                return Err(refused(INTERFACE_FAULT));
+            }
+            if context.network_namespace.is_some() {
+                return Err(refused(
+                    "can't be combined with a network mode of the group",
+                ));
+            }
+            if !plugin_config.devices {
+                return Err(refused(
+                    "is a device of the host, and the plugin option devices is false on this node",
+                ));
+            }
+            if found.iter().any(|earlier| earlier.name == *name) {
+                return Err(refused("is listed twice"));
+            }
+            let name = name.clone();
+            found.push(HostInterface { mode, name });
+        }
+    }
+    Ok(found)
 }
 
 /// What the options for the network ask for.
@@ -127,10 +192,7 @@ fn of_bridge(bridge: &str) -> Result<Link, ConfigError> {
     if is_interface_name(bridge) {
         return Ok(Link::Bridge(bridge.to_owned()));
     }
-    let reason = format!(
-        "{} is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits",
-        quoted(bridge)
-    );
+    let reason = format!("{} {INTERFACE_FAULT}", quoted(bridge));
     Err(ConfigError::new(BRIDGE, reason))
 }
 

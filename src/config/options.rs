@@ -206,6 +206,12 @@ options! {
         "network_zone" => network_zone: String [],
         /// Join an existing bridge of the host.
         "network_bridge" => network_bridge: String [],
+        /// Interfaces of the host on which the container has one of its own (macvlan).
+        "network_macvlan" => network_macvlan: Vec<String> [],
+        /// The same with the hardware address of the host's interface (ipvlan).
+        "network_ipvlan" => network_ipvlan: Vec<String> [],
+        /// Interfaces of the host that the container has to itself.
+        "network_interface" => network_interface: Vec<String> [],
         /// The host name of the container, instead of the machine name.
         "hostname" => hostname: String [],
         /// Names for the container's `/etc/hosts`, each as `NAME:ADDRESS`.

@@ -83,7 +83,7 @@ fn network(
     if let Some(word) = &options.resolv_conf {
         one_of("config.resolv_conf", word, values::RESOLV_CONF)?;
     }
-    let (namespace, mut notes) = network::network(options, context, plugin_config.private_network)?;
+    let (namespace, mut notes) = network::network(options, context, plugin_config)?;
     let network = Network {
         namespace,
         resolv_conf: options.resolv_conf.clone(),

@@ -8,8 +8,8 @@ use std::path::Path;
 use super::env_filter::safe_for_nspawn_env;
 use super::version::Feature;
 use crate::container::{
-    CgroupLayout, Console, ContainerSpec, Mode, Mount, Network, NetworkNamespace, Payload,
-    Resources, Rlimit, Root, Rootfs, Users, Volatile,
+    CgroupLayout, Console, ContainerSpec, InterfaceMode, Mode, Mount, Network, NetworkNamespace,
+    Payload, Resources, Rlimit, Root, Rootfs, Users, Volatile,
 };
 
 /// The properties of the host that the command line depends on.
@@ -249,9 +249,19 @@ impl CommandBuilder {
         }
         // systemd-nspawn must not join the namespace: it rejects one together with a user namespace. It is started
         // inside the namespace and does not know about it.
+        let NetworkNamespace::Private { interfaces, .. } = &network.namespace else {
+            return;
+        };
         // The driver makes the link and forwards the ports.
-        let is_private = matches!(network.namespace, NetworkNamespace::Private { .. });
-        self.switch("--private-network", is_private);
+        self.switch("--private-network", true);
+        for interface in interfaces {
+            let option = match interface.mode {
+                InterfaceMode::Macvlan => "--network-macvlan",
+                InterfaceMode::Ipvlan => "--network-ipvlan",
+                InterfaceMode::Moved => "--network-interface",
+            };
+            self.flag(option, &interface.name);
+        }
     }
 
     /// Without these the payload gets the kernel's defaults, not those of the caller.

@@ -1,5 +1,5 @@
 use super::*;
-use crate::container::Link;
+use crate::container::{HostInterface, Link};
 use rstest::rstest;
 
 const HOST: Target = Target {
@@ -64,6 +64,16 @@ fn every_option_has_its_argument() {
                 host: 25000,
                 container: 80,
             }],
+            interfaces: [
+                (InterfaceMode::Macvlan, "eth1"),
+                (InterfaceMode::Ipvlan, "eth2"),
+                (InterfaceMode::Moved, "eth3"),
+            ]
+            .map(|(mode, name)| HostInterface {
+                mode,
+                name: name.into(),
+            })
+            .into(),
         };
     });
     insta::assert_snapshot!(line(&full, HOST).arguments.join("\n"), @r"
@@ -82,6 +92,9 @@ fn every_option_has_its_argument() {
     --private-users-ownership=auto
     --resolv-conf=copy-host
     --private-network
+    --network-macvlan=eth1
+    --network-ipvlan=eth2
+    --network-interface=eth3
     --rlimit=RLIMIT_NOFILE=2048:4096
     --rlimit=RLIMIT_MEMLOCK=0:infinity
     --capability=CAP_SYS_TIME,CAP_NET_ADMIN
@@ -143,10 +156,10 @@ fn a_mode_has_its_arguments(#[case] mode: Mode, #[case] word: Option<&str>) {
 }
 
 #[rstest]
-#[case(NetworkNamespace::Private { link: Link::None, ports: vec![] }, &["--private-network"])]
-#[case(NetworkNamespace::Private { link: Link::Routed, ports: vec![] }, &["--private-network"])]
-#[case(NetworkNamespace::Private { link: Link::Zone("z".into()), ports: vec![] }, &["--private-network"])]
-#[case(NetworkNamespace::Private { link: Link::Bridge("br0".into()), ports: vec![] }, &["--private-network"])]
+#[case(NetworkNamespace::Private { link: Link::None, ports: vec![], interfaces: Vec::new() }, &["--private-network"])]
+#[case(NetworkNamespace::Private { link: Link::Routed, ports: vec![], interfaces: Vec::new() }, &["--private-network"])]
+#[case(NetworkNamespace::Private { link: Link::Zone("z".into()), ports: vec![], interfaces: Vec::new() }, &["--private-network"])]
+#[case(NetworkNamespace::Private { link: Link::Bridge("br0".into()), ports: vec![], interfaces: Vec::new() }, &["--private-network"])]
 #[case(NetworkNamespace::Join("/run/netns/a".into()), &[])]
 #[case(NetworkNamespace::Host, &[])]
 fn a_network_has_its_arguments(#[case] network: NetworkNamespace, #[case] words: &[&str]) {

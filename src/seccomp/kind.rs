@@ -129,6 +129,7 @@ mod tests {
             spec.network.namespace = NetworkNamespace::Private {
                 link: Link::None,
                 ports: Vec::new(),
+                interfaces: Vec::new(),
             };
         });
         let users = ["pick", "identity"].map(|range| {

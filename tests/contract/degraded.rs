@@ -24,6 +24,7 @@ fn with_port(world: &World, address: Option<&str>) -> ContainerSpec {
         spec.network.namespace = NetworkNamespace::Private {
             link: Link::Routed,
             ports: vec![port],
+            interfaces: Vec::new(),
         }
     })
 }

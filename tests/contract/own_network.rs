@@ -49,6 +49,7 @@ fn routed(world: &World, script: &str, ports: &[PortForward]) -> ContainerSpec {
         spec.network.namespace = NetworkNamespace::Private {
             link: Link::Routed,
             ports: ports.to_vec(),
+            interfaces: Vec::new(),
         };
     })
 }

@@ -210,6 +210,7 @@ mod tests {
                     spec.network.namespace = NetworkNamespace::Private {
                         link: Link::None,
                         ports: Vec::new(),
+                        interfaces: Vec::new(),
                     };
                 }
             });

@@ -74,6 +74,7 @@ fn private() -> NetworkNamespace {
     NetworkNamespace::Private {
         link: Link::Routed,
         ports: Vec::new(),
+        interfaces: Vec::new(),
     }
 }
 

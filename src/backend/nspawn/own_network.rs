@@ -22,7 +22,7 @@ pub(super) fn plan(
     task_dir: &TaskDir,
     settings: &Settings,
 ) -> Result<OwnNetwork, BackendError> {
-    let NetworkNamespace::Private { link, ports } = &spec.network.namespace else {
+    let NetworkNamespace::Private { link, ports, .. } = &spec.network.namespace else {
         return Ok(OwnNetwork::default());
     };
     let failed = |error: NetworkError| BackendError::Start {

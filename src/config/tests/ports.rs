@@ -1,7 +1,7 @@
 //! Networks and ports.
 
 use super::*;
-use crate::container::Link;
+use crate::container::{HostInterface, InterfaceMode, Link};
 
 fn forward(label: &str, host: u16, container: u16) -> PortForward {
     PortForward {
@@ -63,6 +63,7 @@ fn ports_are_forwarded_into_the_container() {
     let private = |ports| NetworkNamespace::Private {
         link: Link::Routed,
         ports,
+        interfaces: Vec::new(),
     };
     let expected = vec![forward("web", 18080, 80), forward("raw", 19000, 19000)];
     assert_eq!(spec.network.namespace, private(expected));
@@ -183,7 +184,11 @@ fn bridge(name: &str) -> Link {
 #[case("network_bridge = \"br0\"\nnetwork_veth = true", bridge("br0"))]
 fn private_networks(#[case] extra: &str, #[case] link: Link) {
     let ports = vec![];
-    let expected = NetworkNamespace::Private { link, ports };
+    let expected = NetworkNamespace::Private {
+        link,
+        ports,
+        interfaces: Vec::new(),
+    };
     assert_eq!(plain(&TestHost::new(), extra).network.namespace, expected);
 }
 
@@ -192,7 +197,11 @@ fn an_operator_decides_what_a_task_has_that_asks_for_nothing() {
     let mut host = TestHost::new();
     host.plugin_config.private_network = true;
     let (link, ports) = (Link::Routed, vec![]);
-    let private = NetworkNamespace::Private { link, ports };
+    let private = NetworkNamespace::Private {
+        link,
+        ports,
+        interfaces: Vec::new(),
+    };
     assert_eq!(plain(&host, "").network.namespace, private);
     for extra in ["network_veth = false", "network_mode = \"host\""] {
         assert_eq!(
@@ -239,4 +248,56 @@ fn a_low_port_in_the_hosts_network_is_a_note() {
         let is_noted = notes.iter().any(|note| note.contains("\"web\" (1)"));
         assert_eq!(is_noted, noted, "{extra}: {notes:?}");
     }
+}
+
+#[test]
+fn interfaces_of_the_host_are_used_besides() {
+    let interface = |mode, name: &str| HostInterface {
+        mode,
+        name: name.to_owned(),
+    };
+    for (extra, expected) in [("", Link::None), ("network_veth = true", Link::Routed)] {
+        let body = format!(
+            "network_macvlan = [\"eth1\"]\nnetwork_ipvlan = [\"eth2\"]\nnetwork_interface = [\"eth3\"]\n{extra}"
+        );
+        let NetworkNamespace::Private {
+            link, interfaces, ..
+        } = plain(&TestHost::new(), &body).network.namespace
+        else {
+            panic!("no private network")
+        };
+        assert_eq!(link, expected);
+        let wanted = [
+            interface(InterfaceMode::Macvlan, "eth1"),
+            interface(InterfaceMode::Ipvlan, "eth2"),
+            interface(InterfaceMode::Moved, "eth3"),
+        ];
+        assert_eq!(interfaces, wanted);
+    }
+}
+
+#[rstest]
+#[case("network_macvlan = [\"a:b\"]", r#"config.network_macvlan[0]: "a:b" is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits"#)]
+#[case("network_interface = [\"sixteencharacter\"]", r#"config.network_interface[0]: "sixteencharacter" is not a valid interface name: use 1 to 15 printable characters other than space, :, / and %, not only digits"#)]
+#[case(
+    "network_ipvlan = [\"eth1\", \"eth1\"]",
+    r#"config.network_ipvlan[1]: "eth1" is listed twice"#
+)]
+#[case(
+    "network_mode = \"host\"\nnetwork_ipvlan = [\"eth1\"]",
+    "config.network_mode: can't be combined with config.network_ipvlan: an interface is used by a network of the container's own"
+)]
+fn bad_interfaces_are_refused_with_a_reason(#[case] extra: &str, #[case] message: &str) {
+    let body = format!("image = \"tree\"\nboot = false\n{extra}");
+    assert_eq!(TestHost::new().refusal(&body), message);
+}
+
+#[test]
+fn an_operator_keeps_the_interfaces_of_the_host() {
+    let mut host = TestHost::new();
+    host.plugin_config.devices = false;
+    assert_eq!(
+        host.refusal("image = \"tree\"\nboot = false\nnetwork_interface = [\"eth0\"]"),
+        r#"config.network_interface[0]: "eth0" is a device of the host, and the plugin option devices is false on this node"#
+    );
 }

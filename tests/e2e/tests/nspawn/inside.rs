@@ -97,6 +97,7 @@ fn private_network() -> NetworkNamespace {
     NetworkNamespace::Private {
         link: Link::None,
         ports: Vec::new(),
+        interfaces: Vec::new(),
     }
 }
 
