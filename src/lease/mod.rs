@@ -23,7 +23,6 @@ mod remove_tree;
 mod skeleton;
 mod tree_lock;
 mod uid_range;
-mod zone_bridge;
 
 pub use cgroup::{Cgroup, CgroupMirror, ControllerCgroups};
 pub use ephemeral_copy::{EphemeralCopy, ephemeral_root_of};
@@ -33,7 +32,6 @@ pub use nspawn_mounts::{NspawnMounts, remove_leaked_mounts};
 pub use skeleton::Skeleton;
 pub use tree_lock::TreeLock;
 pub use uid_range::{UidRange, first_uid_of};
-pub use zone_bridge::ZoneBridge;
 
 /// A resource that a start holds on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,8 +43,6 @@ pub enum Resource {
     CgroupMirror(CgroupMirror),
     /// The cgroups of the start in the hierarchies of cgroup v1 controllers.
     ControllerCgroups(ControllerCgroups),
-    /// The bridge of a zone.
-    ZoneBridge(ZoneBridge),
     /// The network that the driver makes.
     Network(Network),
     /// The lock of a uid range that systemd-nspawn picks.
@@ -115,7 +111,6 @@ impl Resource {
             Self::Cgroup(lease) => lease,
             Self::CgroupMirror(lease) => lease,
             Self::ControllerCgroups(lease) => lease,
-            Self::ZoneBridge(lease) => lease,
             Self::Network(lease) => lease,
             Self::UidRange(lease) => lease,
             Self::TreeLock(lease) => lease,
@@ -241,10 +236,9 @@ mod tests {
 
     #[test]
     fn a_kind_of_a_newer_driver_is_kept_unchanged() {
-        let text = r#"[{"kind":"zone_bridge","zone":"web"},{"kind":"address","number":7}]"#;
+        let text = r#"[{"kind":"uid_range"},{"kind":"address","number":7}]"#;
         let resources: Vec<Resource> = serde_json::from_str(text).unwrap();
-        let zone = "web".to_owned();
-        assert_eq!(resources[0], Resource::ZoneBridge(ZoneBridge { zone }));
+        assert_eq!(resources[0], Resource::UidRange(UidRange {}));
         assert!(matches!(resources[1], Resource::Unknown(_)));
         assert_eq!(serde_json::to_string(&resources).unwrap(), text);
     }

@@ -11,7 +11,7 @@ use crate::cgroup::{CgroupPath, CgroupPlan};
 use crate::container::{InsideSettings, Mode};
 use crate::lease::{
     Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
-    TreeLock, UidRange, ZoneBridge,
+    TreeLock, UidRange,
 };
 use crate::seccomp;
 
@@ -56,8 +56,6 @@ struct Older {
     copies: Option<PathBuf>,
     #[serde(default)]
     picks: bool,
-    #[serde(default)]
-    zone: Option<String>,
 }
 
 impl From<LaunchSpecRecord> for LaunchSpec {
@@ -121,8 +119,6 @@ impl Older {
         let held = [
             group.map(|group| Resource::Cgroup(Cgroup { group })),
             mirror.map(|group| Resource::CgroupMirror(CgroupMirror { group })),
-            self.zone
-                .map(|zone| Resource::ZoneBridge(ZoneBridge { zone })),
             self.picks.then_some(Resource::UidRange(UidRange {})),
             Some(Resource::Skeleton(Skeleton {})),
             self.locks
@@ -146,7 +142,6 @@ impl Older {
                     });
                 }
                 Resource::CgroupMirror(CgroupMirror { group }) => mirror = Some(group),
-                Resource::ZoneBridge(ZoneBridge { zone }) => older.zone = Some(zone),
                 Resource::UidRange(UidRange {}) => older.picks = true,
                 Resource::TreeLock(TreeLock { tree, shared }) => {
                     older.locks = Some(tree);

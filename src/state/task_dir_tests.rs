@@ -4,7 +4,7 @@ use super::directory::MAX_RECORD_BYTES;
 use super::*;
 use crate::container::{Device, TmpfsSizes};
 use crate::lease::{
-    Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Skeleton, TreeLock, UidRange, ZoneBridge,
+    Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Skeleton, TreeLock, UidRange,
 };
 use crate::seccomp::{Kind, Source};
 use proptest::prelude::*;
@@ -288,7 +288,7 @@ fn every_released_format_is_read_and_the_latest_is_written() {
 /// Drivers from before the list of resources release what they find in separate fields.
 #[test]
 fn fields_of_older_launch_specs_become_resources_and_are_kept() {
-    const OLDER: [&str; 6] = ["place", "locks", "shares", "copies", "picks", "zone"];
+    const OLDER: [&str; 5] = ["place", "locks", "shares", "copies", "picks"];
     let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
     for line in ORDERS.lines() {
         let launch_spec: LaunchSpec = decode(line.as_bytes()).unwrap();
@@ -327,7 +327,6 @@ fn fields_of_older_launch_specs_become_resources_and_are_kept() {
     ];
     assert_eq!(of(0), want);
     let want = [
-        Resource::ZoneBridge(ZoneBridge { zone: "web".into() }),
         Resource::UidRange(UidRange {}),
         Resource::Skeleton(Skeleton {}),
         Resource::TreeLock(TreeLock {
@@ -393,7 +392,6 @@ fn resource() -> impl Strategy<Value = Resource> {
     prop_oneof![
         path().prop_map(|group| Resource::Cgroup(Cgroup { group })),
         path().prop_map(|group| Resource::CgroupMirror(CgroupMirror { group })),
-        any::<String>().prop_map(|zone| Resource::ZoneBridge(ZoneBridge { zone })),
         Just(Resource::UidRange(UidRange {})),
         (path(), any::<bool>())
             .prop_map(|(tree, shared)| Resource::TreeLock(TreeLock { tree, shared })),

@@ -10,7 +10,7 @@ use super::*;
 fn in_own_network<F: Future<Output = ()>>(scenario: impl FnOnce() -> F) {
     if is_root() {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        run("ip", &["link", "set", "lo", "up"]);
+        support::run("ip", &["link", "set", "lo", "up"]);
     }
     // Its threads, and the processes that they start, are in the namespace too.
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -23,16 +23,6 @@ fn in_own_network<F: Future<Output = ()>>(scenario: impl FnOnce() -> F) {
 
 fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
-}
-
-#[expect(clippy::disallowed_methods, reason = "tools that show the network")]
-fn run(program: &str, words: &[&str]) -> String {
-    let output = std::process::Command::new(program)
-        .args(words)
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{program} {words:?}: {output:?}");
-    String::from_utf8(output.stdout).unwrap()
 }
 
 fn http(address: Option<&str>) -> PortForward {
@@ -83,7 +73,7 @@ fn a_container_is_connected_before_its_command_runs(world: World) {
         world.leave(&[&started]).await;
         assert!(reservation.symlink_metadata().is_err());
         if is_root() {
-            let links = run("ip", &["-o", "link"]);
+            let links = support::run("ip", &["-o", "link"]);
             assert!(!links.contains("nd-"), "{links}");
         }
     });
@@ -95,7 +85,7 @@ fn a_port_of_a_default_address_is_forwarded_and_reported(world: World) {
     in_own_network(|| async {
         if is_root() {
             for address in ["192.0.2.2/24", "198.51.100.2/24"] {
-                run("ip", &["address", "add", address, "dev", "lo"]);
+                support::run("ip", &["address", "add", address, "dev", "lo"]);
             }
         }
         let host = Addresses::of_this_host().unwrap();

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nomad_driver_nspawn::cgroup::{Group, Layout};
+use nomad_driver_nspawn::network::{LINK_PREFIX, ZONE_PREFIX};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -229,16 +230,12 @@ impl Marks {
             .collect()
     }
 
-    /// Network interfaces. Their names are truncated, so a prefix of a mark is enough.
+    /// Network interfaces. Those of the driver carry no mark: every test that makes some runs in a network namespace of its own, so none may
+    /// be in that of the machine.
     fn links(&self) -> Vec<String> {
         let ours = |link: &str| {
-            let short = link
-                .strip_prefix("ve-")
-                .or_else(|| link.strip_prefix("vb-"))
-                .or_else(|| link.strip_prefix("vz-"))
-                .and_then(|name| name.get(..SHORTEST));
-            short.is_some_and(|short| self.names.iter().any(|name| name.starts_with(short)))
-                || self.carried_by(link)
+            let of_driver = [LINK_PREFIX, ZONE_PREFIX];
+            of_driver.iter().any(|prefix| link.starts_with(prefix)) || self.carried_by(link)
         };
         let links = fs::read_dir("/sys/class/net").into_iter().flatten();
         links

@@ -44,6 +44,15 @@ pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
     within(what, looking).await;
 }
 
+/// Runs a tool to its successful end, and returns what it has printed.
+#[expect(clippy::disallowed_methods, reason = "tools that the tests use")]
+pub fn run(program: &str, words: &[&str]) -> String {
+    let output = std::process::Command::new(program).args(words).output();
+    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(output.status.success(), "{program} {words:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 /// What starts have left in a state directory. The filters that are kept for later starts are not theirs.
 pub fn starts_in(state: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(state).into_iter().flatten().flatten();

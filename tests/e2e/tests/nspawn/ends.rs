@@ -122,7 +122,7 @@ async fn the_bridge_of_a_zone_goes_with_the_last_systemd_nspawn_that_is_killed()
     let namespace = Namespace::new(stage.name());
     let plugin = stage.plugin_in(&namespace).await;
     let zone = format!("z{}", e2e::unique());
-    let bridge = format!("vz-{zone}");
+    let bridge = format!("nz-{zone}");
     let links = || namespace.ip(&["-brief", "link"]);
     let mut all = Vec::new();
     for tree in ["one", "two"] {

@@ -20,54 +20,6 @@ async fn without_network_options_the_container_is_in_the_hosts_network() {
     stage.leave();
 }
 
-/// Real only: network interfaces.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_veth_a_zone_and_a_bridge_come_and_go_with_the_container() {
-    let stage = Stage::new();
-    let namespace = Namespace::new(stage.name());
-    namespace.ip(&["link", "add", "e2ebr", "type", "bridge"]);
-    let plugin = stage.plugin_in(&namespace).await;
-    let names = || namespace.ip(&["-o", "link"]);
-    let text = "ls /sys/class/net; trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done";
-    let wanted = [
-        ("network_veth", json!(true), vec!["ve-"]),
-        (
-            "network_zone",
-            json!("e2e"),
-            vec!["vb-", "vz-e2e", "master vz-e2e"],
-        ),
-        (
-            "network_bridge",
-            json!("e2ebr"),
-            vec!["vb-", "master e2ebr"],
-        ),
-    ];
-    for (option, value, links) in wanted {
-        let task = stage.shell(text).with(option, value);
-        let running = stage.start(&plugin, task).await;
-        let inside = running.stdout.contains("up").await;
-        assert!(inside.contains("host0"), "{option}: {inside}");
-        let outside = names();
-        for link in links {
-            assert!(outside.contains(link), "{option}: {outside}");
-        }
-        assert_eq!(running.stop(&plugin, AMPLE, "SIGTERM").await.code, 0);
-        running.destroy(&plugin).await;
-        within(option, async {
-            while ["ve-", "vb-", "vz-"]
-                .iter()
-                .any(|kind| names().contains(kind))
-            {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        })
-        .await;
-    }
-    end(plugin).await;
-    drop(namespace);
-    stage.leave();
-}
-
 /// Real only: network namespaces.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_groups_network_is_joined_with_and_without_user_namespaces() {
