@@ -5,12 +5,12 @@ use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use nix::ifaddrs::getifaddrs;
 
 use super::link::{GATEWAY, GATEWAY6, index_of};
 use super::netlink::Netlink;
-use super::{Attachment, NetworkError, NetworkPlan, ZONE_PREFIX, forwarding};
+use super::{Attachment, NetworkError, NetworkPlan, ZONE_PREFIX, forwarding, lock};
 use crate::container::Cause;
 
 /// A bridge to which the container's link is connected.
@@ -52,7 +52,7 @@ pub(super) fn find(netlink: &Netlink, plan: &NetworkPlan) -> Result<Option<Bridg
             _lock: None,
         })),
         Attachment::Zone(zone) => {
-            let lock = lock().map_err(step("locking the zones"))?;
+            let lock = lock::exclusive().map_err(step("locking the zones"))?;
             let name = zone_name(zone);
             let made = existing_or(netlink.add_bridge(&name));
             made.map_err(step("creating the bridge of the zone"))?;
@@ -78,7 +78,7 @@ pub(super) fn remove_unused(netlink: &Netlink, attachment: &Attachment) -> io::R
         return Ok(());
     };
     let name = zone_name(zone);
-    let _lock = lock()?;
+    let _lock = lock::exclusive()?;
     let Ok(index) = index_of(&name) else {
         return Ok(());
     };
@@ -99,12 +99,6 @@ pub(super) fn name(attachment: &Attachment) -> Option<String> {
 
 fn zone_name(zone: &str) -> String {
     format!("{ZONE_PREFIX}{zone}")
-}
-
-/// Locks the zones of this network namespace. The lock is on the namespace itself: it leaves no file, and no two namespaces share it.
-fn lock() -> io::Result<Flock<File>> {
-    let namespace = File::open("/proc/thread-self/ns/net")?;
-    Flock::lock(namespace, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
 }
 
 /// The first address of each family that others can reach on this interface; of IPv6 the link-local one if there is no other.

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use self::nft::Held;
 use self::rules::{Element, TABLE};
-use super::{NetworkError, NetworkPlan};
+use super::{NetworkError, NetworkPlan, lock};
 use crate::container::Cause;
 
 pub use self::rules::tag;
@@ -28,6 +28,7 @@ pub fn open(plan: &NetworkPlan) -> Result<(), NetworkError> {
     rules::check(plan, &wanted)?;
     let owner = tag(&plan.owner);
     let step = |error: &io::Error| NetworkError::new("its ports can't be forwarded", error);
+    let _lock = lock::shared().map_err(|error| step(&error))?;
     let all: Vec<Element> = wanted.iter().map(|(element, _)| element.clone()).collect();
     // Usually the table exists, and then the elements alone take a third of the time.
     let mut statements = rules::create(&all, &owner);
@@ -81,9 +82,23 @@ fn taken(about: &str, held: &Held, owner: &str) -> NetworkError {
     }
 }
 
-/// Removes the elements of a plan, as far as they are there with this owner and this value. Repeatable. The table stays, also without
-/// elements: nothing in a transaction can make its removal depend on that, so it could take elements that are added at that moment.
+/// Removes the elements of a plan, as far as they are there with this owner and this value, and the table with the last of all elements.
+/// Repeatable.
 pub fn close(plan: &NetworkPlan) -> io::Result<()> {
+    close_elements(plan)?;
+    remove_if_empty()
+}
+
+/// Removes the table, if it has no elements. Nothing in a transaction can make that depend on them, hence the lock.
+fn remove_if_empty() -> io::Result<()> {
+    let _lock = lock::exclusive()?;
+    match nft::has_elements()? {
+        Some(false) => nft::load(&rules::delete()),
+        Some(true) | None => Ok(()),
+    }
+}
+
+fn close_elements(plan: &NetworkPlan) -> io::Result<()> {
     let owner = tag(&plan.owner);
     let own: Vec<Element> = rules::elements(plan)
         .into_iter()
@@ -107,7 +122,8 @@ pub fn retain(is_known: impl Fn(&str) -> bool) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     }
-    remove(|held| !is_known(&held.owner))
+    remove(|held| !is_known(&held.owner))?;
+    remove_if_empty()
 }
 
 /// Removes elements. One that goes meanwhile is success; one that another takes meanwhile stays.

@@ -24,6 +24,7 @@ mod forwarding;
 pub mod host_addresses;
 pub mod host_ports;
 mod link;
+mod lock;
 mod netlink;
 pub mod pool;
 mod ports;

@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use super::rules::{Element, Set, TABLE};
+use super::rules::{EVERY, Element, Set, TABLE};
 
 /// Where the program is looked for. The first is along `PATH`, which often lacks the directories of the superuser in a service.
 const PROGRAMS: [&str; 3] = ["nft", "/usr/sbin/nft", "/sbin/nft"];
@@ -48,6 +48,17 @@ pub(super) fn elements() -> io::Result<Option<Vec<Held>>> {
             Err(_) => Err(error),
         }
     })
+}
+
+/// Whether the driver's table has elements; `None` if it does not exist. Reads one set, of which every plan has an element.
+pub(super) fn has_elements() -> io::Result<Option<bool>> {
+    match list(&["set", "inet", TABLE, EVERY.name()]) {
+        Ok(listed) => Ok(Some(!parse(&listed).is_empty())),
+        Err(error) => match table_exists() {
+            Ok(false) => Ok(None),
+            Ok(true) | Err(_) => Err(error),
+        },
+    }
 }
 
 fn list(what: &[&str]) -> io::Result<Value> {

@@ -53,7 +53,7 @@ impl Set {
     ];
 
     /// Part of what drivers of other versions find: they remove elements that this one has added.
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Ports4 => "ports4",
             Self::Ports4At => "ports4_at",
@@ -156,6 +156,14 @@ pub(super) fn remove_all(elements: &[Element], owner: &str) -> String {
     });
     statements.collect()
 }
+
+/// The statement that removes the table.
+pub(super) fn delete() -> String {
+    format!("delete table inet {TABLE}\n")
+}
+
+/// The set of which every plan has an element.
+pub(super) const EVERY: Set = Set::Addresses4;
 
 /// The statements that make the table with its sets, chains and rules, or replace the rules of one that exists. Elements stay.
 pub(super) fn base() -> String {
