@@ -61,6 +61,10 @@ async fn compare() -> anyhow::Result<bool> {
     let scratch = tempfile::Builder::new().prefix("nd-").tempdir()?;
     let tree = scratch.path().join("tree");
     make_tree(&tree, &["sh", "sleep"])?;
+    // All containers share it read-only, and by hand nothing makes mount points.
+    for directory in ["dev", "proc", "run", "sys", "tmp", "var"] {
+        fs::create_dir(tree.join(directory))?;
+    }
     let memory = in_memory()?;
     let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
     let config = json!({ "state_dir": memory.path().join("state") });
@@ -284,7 +288,7 @@ fn joined(link: &str, address: &str) -> anyhow::Result<Arc<File>> {
     let namespace = new_namespace()?;
     let path = format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd());
     shell(&format!(
-        "ip link add {link} type veth peer name eth1; mkdir -p /run/netns; ip link set eth1 netns {path}"
+        "ip link add {link} type veth peer name eth1; ip link set eth1 netns {path}"
     ))?;
     within(&namespace, || {
         shell(&format!(
