@@ -98,6 +98,7 @@ impl Site {
             "command": ["/bin/sh", "-c", PAYLOAD],
         });
         let allocation = Allocation::create(&self.directory, TaskSpec::new(name, config))?;
+        let _logs = allocation.open_logs()?;
         let mut task: TaskConfig = self.plugin.task_config(&allocation).await?;
         let mapping = |label: &str, value: u16| PortMapping {
             label: label.to_owned(),
