@@ -46,6 +46,10 @@ pub trait ContainerBackend: Send + Sync + std::fmt::Debug + 'static {
     /// lives on, and returns how many it has killed. `None` if no more can follow.
     async fn oom_kills(&self, started: &Started, seen: u64) -> Option<u64>;
 
+    /// Waits until others have removed something of the container's network from the host's firewall, and this has made it again. Returns
+    /// what the user should know. `None` if the driver has made no network for the container, or if it is removed.
+    async fn network_restored(&self, started: &Started) -> Option<String>;
+
     /// Delivers a signal to the payload: the command, or the image's init.
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError>;
 

@@ -3,6 +3,7 @@
 //! until they have been checked, and symlinks are never followed. Whether a plugin still uses a start is decided by `lock`. Runs
 //! in the plugin.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::kill::descendants;
 use crate::cgroup::{Group, Layout};
+use crate::network::pool;
 use crate::seccomp;
 use crate::signal::Signal;
 use crate::state::state_dir;
@@ -52,7 +54,10 @@ pub fn scan(state_dir: &Path) -> io::Result<Scan> {
     };
     for entry in entries {
         let path = entry?.path();
-        if path.ends_with(seccomp::DIRECTORY) {
+        if [seccomp::DIRECTORY, pool::DIRECTORY]
+            .iter()
+            .any(|name| path.ends_with(name))
+        {
             continue;
         }
         match verify(state_dir, &path) {
@@ -148,11 +153,25 @@ pub struct SupervisorProcess {
 
 /// The supervisors whose task directories belong in this state directory.
 pub fn supervisors(state_dir: &Path) -> Vec<SupervisorProcess> {
+    let mut found = all_supervisors();
+    found.retain(|supervisor| supervisor.directory.parent() == Some(state_dir));
+    found
+}
+
+/// The state directories of all supervisors of this host, as this process sees them.
+pub fn state_dirs_in_use() -> BTreeSet<PathBuf> {
+    let seen = |supervisor: SupervisorProcess| {
+        let state_dir = supervisor.directory.parent()?.strip_prefix("/").ok()?;
+        let root = format!("/proc/{}/root", supervisor.handle.process().pid);
+        Some(Path::new(&root).join(state_dir))
+    };
+    all_supervisors().into_iter().filter_map(seen).collect()
+}
+
+fn all_supervisors() -> Vec<SupervisorProcess> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    numbers
-        .filter_map(|pid: i32| supervisor(pid, state_dir))
-        .collect()
+    numbers.filter_map(supervisor).collect()
 }
 
 /// The supervisors of this start.
@@ -163,7 +182,7 @@ pub fn supervisors_of(task_dir: &TaskDir) -> Vec<SupervisorProcess> {
     found
 }
 
-fn supervisor(pid: i32, state_dir: &Path) -> Option<SupervisorProcess> {
+fn supervisor(pid: i32) -> Option<SupervisorProcess> {
     // Opened before `/proc` is read: what is read afterwards belongs to this process or to none.
     let handle = ProcessHandle::open(pid).ok()?;
     let about = fs::metadata(format!("/proc/{pid}")).ok()?;
@@ -174,8 +193,7 @@ fn supervisor(pid: i32, state_dir: &Path) -> Option<SupervisorProcess> {
         && words.next() == Some(b"supervise");
     let directory = PathBuf::from(OsString::from_vec(words.next()?.to_owned()));
     let name = directory.file_name()?.to_str()?;
-    (ours && directory.parent() == Some(state_dir) && TaskDir::is_name(name))
-        .then_some(SupervisorProcess { handle, directory })
+    (ours && TaskDir::is_name(name)).then_some(SupervisorProcess { handle, directory })
 }
 
 impl SupervisorProcess {

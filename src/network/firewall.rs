@@ -7,16 +7,19 @@ mod rules;
 #[cfg(test)]
 mod table_tests;
 
+use std::collections::BTreeSet;
 use std::io;
 
 use serde_json::Value;
 
 use self::nft::Held;
-use self::rules::{Element, TABLE};
+use self::rules::Element;
+use super::pool::InUse;
 use super::{NetworkError, NetworkPlan, lock};
 use crate::container::Cause;
 
-pub use self::rules::tag;
+pub use self::rules::TABLE;
+use self::rules::tag;
 
 /// How often a transaction is tried that others make fail. They make it fail only by changing the same table at that moment.
 const ATTEMPTS: usize = 5;
@@ -49,6 +52,21 @@ pub fn open(plan: &NetworkPlan) -> Result<(), NetworkError> {
         }
         statements = rules::base() + &rules::create(&missing, &owner);
     }
+}
+
+/// Opens it again, if something of it is missing. Returns whether something was.
+pub fn restore(plan: &NetworkPlan) -> Result<bool, NetworkError> {
+    let held =
+        nft::elements().map_err(|error| NetworkError::new("reading the firewall", &error))?;
+    let wanted = rules::elements(plan);
+    let is_complete = match held {
+        Some(held) => missing(&wanted, &held, &tag(&plan.owner))?.is_empty(),
+        None => false,
+    };
+    if is_complete {
+        return Ok(false);
+    }
+    open(plan).map(|()| true)
 }
 
 /// The elements that are not there yet, unless one is another's.
@@ -113,17 +131,31 @@ fn close_elements(plan: &NetworkPlan) -> io::Result<()> {
     remove(|held| held.owner == owner && own.contains(&held.element))
 }
 
-/// Removes the elements whose owner is not known any more, and brings the rules of a table that exists up to this driver's. `is_known` is
-/// given the comment of an element, which is the [`tag`] of its owner. A host without `nft` has no such table.
-pub fn retain(is_known: impl Fn(&str) -> bool) -> io::Result<()> {
+/// Removes the elements of owners that have no address in use, and brings the rules of a table that exists up to this driver's. Returns the
+/// comments of what was removed. A host without `nft` has no such table.
+///
+/// `in_use` is called when the elements have been read, and its result lives until they are removed: an address is reserved before it has
+/// elements, so none of a start that begins meanwhile is removed. An element without a comment is not one that the driver has made.
+pub fn retain(in_use: impl FnOnce() -> io::Result<InUse>) -> io::Result<BTreeSet<String>> {
     match table_exists() {
         Ok(true) => nft::load(&rules::base())?,
-        Ok(false) => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Ok(false) => return Ok(BTreeSet::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
         Err(error) => return Err(error),
     }
-    remove(|held| !is_known(&held.owner))?;
-    remove_if_empty()
+    let held = nft::elements()?.unwrap_or_default();
+    let in_use = in_use()?;
+    let is_used = |held: &&Held| {
+        let address = held.element.container().and_then(|text| text.parse().ok());
+        address.is_some_and(|address| in_use.addresses.contains(&address))
+    };
+    let owner = |held: &Held| held.owner.clone();
+    let known: BTreeSet<String> = held.iter().filter(is_used).map(owner).collect();
+    let mut gone: BTreeSet<String> = held.iter().map(owner).collect();
+    gone.retain(|owner| !owner.is_empty() && !known.contains(owner));
+    remove(|now| gone.contains(&now.owner) && held.contains(now))?;
+    remove_if_empty()?;
+    Ok(gone)
 }
 
 /// Removes elements. One that goes meanwhile is success; one that another takes meanwhile stays.

@@ -26,12 +26,14 @@ pub mod host_ports;
 mod link;
 mod lock;
 mod netlink;
+pub mod orphans;
 pub mod pool;
 mod ports;
 pub mod relay;
 #[cfg(test)]
 mod testing;
 mod unprivileged;
+pub mod watch;
 
 pub use link::{GATEWAY, INSIDE};
 pub use unprivileged::open_network;
@@ -166,7 +168,7 @@ pub fn link_name(task_dir: &str) -> String {
     [LINK_PREFIX.to_owned()].into_iter().chain(digits).collect()
 }
 
-/// What makes the networks that the plugin has planned. Runs in the supervisor.
+/// What makes the networks that the plugin has planned. Runs in the supervisor, and in the plugin where that has to repair something.
 pub trait NetworkBackend: fmt::Debug + Send + Sync {
     /// Does what needs no container, while systemd-nspawn starts. Returns what the user should know.
     fn prepare(&self, plan: &NetworkPlan) -> Result<Vec<String>, NetworkError>;
@@ -178,7 +180,10 @@ pub trait NetworkBackend: fmt::Debug + Send + Sync {
         namespace: Option<BorrowedFd<'_>>,
     ) -> Result<Connected, NetworkError>;
 
-    /// Undoes both, as far as they were done. May be repeated.
+    /// Makes again what others have removed from the host's firewall. Returns whether they have.
+    fn restore(&self, plan: &NetworkPlan) -> Result<bool, NetworkError>;
+
+    /// Undoes it all, as far as it was done. May be repeated.
     fn release(&self, plan: &NetworkPlan) -> io::Result<()>;
 }
 
@@ -233,6 +238,10 @@ impl NetworkBackend for HostNetwork {
         })
     }
 
+    fn restore(&self, plan: &NetworkPlan) -> Result<bool, NetworkError> {
+        ports::restore(plan)
+    }
+
     fn release(&self, plan: &NetworkPlan) -> io::Result<()> {
         let closed = ports::close(plan);
         link::disconnect(plan).and(closed)
@@ -255,6 +264,10 @@ impl NetworkBackend for NoNetwork {
         _: Option<BorrowedFd<'_>>,
     ) -> Result<Connected, NetworkError> {
         Ok(Connected::default())
+    }
+
+    fn restore(&self, _: &NetworkPlan) -> Result<bool, NetworkError> {
+        Ok(false)
     }
 
     fn release(&self, _: &NetworkPlan) -> io::Result<()> {

@@ -1,6 +1,7 @@
 //! The addresses that the driver gives to containers. An address is reserved by a symbolic link `<address> -> <task directory>` below the
 //! state directory, made under a lock, so no two starts get the same, whatever process asks, and it outlives them all. Which address a start gets follows from allocation and task, so it usually keeps it when it is restarted.
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -13,6 +14,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::NetworkError;
 use crate::container::Cause;
+
+/// The routes of this thread's network namespace.
+const ROUTES: &str = "/proc/thread-self/net/route";
 
 /// The ranges of addresses for containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,9 +47,11 @@ pub struct Reserved {
     pub address6: Ipv6Addr,
 }
 
-/// The directory of the reservations.
+/// The directory of the reservations, in the state directory.
+pub const DIRECTORY: &str = ".addresses";
+
 fn directory(state_dir: &Path) -> PathBuf {
-    state_dir.join(".addresses")
+    state_dir.join(DIRECTORY)
 }
 
 /// Reserves addresses for the start with this task directory. Of the same `owner` it tries the same ones first.
@@ -55,7 +61,7 @@ pub fn reserve(
     task_dir: &Path,
     owner: &str,
 ) -> Result<Reserved, NetworkError> {
-    let text = fs::read_to_string("/proc/net/route").unwrap_or_default();
+    let text = fs::read_to_string(ROUTES).unwrap_or_default();
     let routes = routes(&text);
     if let Some(route) = overlapping(pool.ipv4, &routes) {
         return Err(NetworkError {
@@ -126,6 +132,52 @@ pub fn remove_orphans(state_dir: &Path) -> io::Result<()> {
     }
     let _lock = lock(&directory)?;
     fs::read_dir(directory)?.try_for_each(|entry| remove_orphan(state_dir, &entry?.path()))
+}
+
+/// The addresses that containers have or are about to have.
+#[derive(Debug)]
+pub struct InUse {
+    /// The reserved ones, and those that a route of this host leads to.
+    pub addresses: BTreeSet<Ipv4Addr>,
+    /// As long as this exists, no start reserves another one in the state directory.
+    _lock: Option<Flock<File>>,
+}
+
+/// The addresses that are reserved in this state directory or in one of the `others`, and those of containers that are connected, whoever
+/// made them. After an error nothing is certain.
+pub fn in_use(state_dir: &Path, others: &BTreeSet<PathBuf>) -> io::Result<InUse> {
+    let directory = directory(state_dir);
+    let lock = match directory.exists() {
+        true => Some(lock(&directory)?),
+        false => None,
+    };
+    let text = fs::read_to_string(ROUTES)?;
+    let routes = routes(&text).into_iter().map(|(route, _)| route);
+    let mut addresses: BTreeSet<Ipv4Addr> = routes
+        .filter(|route| route.prefix_len() == 32)
+        .map(|route| route.addr())
+        .collect();
+    for state_dir in others.iter().map(PathBuf::as_path).chain([state_dir]) {
+        addresses.extend(reserved(state_dir)?);
+    }
+    Ok(InUse {
+        addresses,
+        _lock: lock,
+    })
+}
+
+/// The addresses that are reserved in a state directory.
+fn reserved(state_dir: &Path) -> io::Result<Vec<Ipv4Addr>> {
+    let entries = match fs::read_dir(directory(state_dir)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let names = entries.map(|entry| Ok(entry?.file_name()));
+    let names: io::Result<Vec<_>> = names.collect();
+    let names = names?.into_iter();
+    Ok(names
+        .filter_map(|name| name.to_str()?.parse().ok())
+        .collect())
 }
 
 /// Removes a reservation, if its start has no task directory any more. A start has one before it reserves an address.
@@ -291,7 +343,7 @@ mod tests {
         scene.reserve(&scene.start("last"), "a/last").unwrap();
     }
 
-    const ROUTES: &str = "\
+    const LISTED: &str = "\
 Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
 eth0\t00000000\t010200C0\t0003\t0\t0\t0\t00000000\t0\t0\t0
 tun0\t0000000A\t00000000\t0001\t0\t0\t0\t000000FF\t0\t0\t0
@@ -304,7 +356,7 @@ br0\t0001D50A\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
     #[case::a_part("10.213.0.0/16", Some("the route 10.213.1.0/24 of interface br0"))]
     #[case::the_same("10.213.1.0/24", Some("the route 10.213.1.0/24 of interface br0"))]
     fn a_range_that_the_host_uses_is_found(#[case] range: &str, #[case] want: Option<&str>) {
-        let found = overlapping(range.parse().unwrap(), &routes(ROUTES));
+        let found = overlapping(range.parse().unwrap(), &routes(LISTED));
         assert_eq!(found.as_deref(), want);
     }
 

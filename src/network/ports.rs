@@ -32,6 +32,21 @@ pub(super) fn open(plan: &NetworkPlan) -> Result<Vec<String>, NetworkError> {
     })
 }
 
+/// Opens it again, if others have removed something. Returns whether they have.
+pub(super) fn restore(plan: &NetworkPlan) -> Result<bool, NetworkError> {
+    // Then nothing was opened either.
+    if !has_nft() {
+        return Ok(false);
+    }
+    let is_restored = firewall::restore(plan)?;
+    if is_restored {
+        // A flow that began meanwhile would go on to miss the container.
+        conntrack::forget_udp(&plan.ports)
+            .map_err(|error| NetworkError::new("forgetting flows to its ports", &error))?;
+    }
+    Ok(is_restored)
+}
+
 /// Undoes it. May be repeated.
 pub(super) fn close(plan: &NetworkPlan) -> io::Result<()> {
     match firewall::close(plan) {

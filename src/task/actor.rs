@@ -75,6 +75,7 @@ enum Outcome {
     Up(Result<Arc<Started>, TaskError>, StartReply),
     Ended(Exit),
     OomKills(Option<u64>),
+    NetworkRestored(Option<String>),
     Signalled(Result<(), TaskError>, Reply),
     /// Boxed, because the other outcomes are small.
     SessionStarted(Box<Result<Session, TaskError>>, ExecReply),
@@ -272,6 +273,7 @@ impl TaskActor {
                 self.status.send_modify(|status| status.exit = Some(exit));
             }
             Outcome::OomKills(kills) => self.apply_oom_kills(kills),
+            Outcome::NetworkRestored(note) => self.apply_network_restored(note),
             Outcome::Signalled(result, reply) => answer(reply, result),
             // A session that is not received ends.
             Outcome::SessionStarted(session, reply) => drop(reply.send(*session)),
@@ -313,6 +315,7 @@ impl TaskActor {
             Outcome::Ended(end.await.unwrap_or_else(|error| lost_exit(&id, &error)))
         });
         self.watch_oom_kills(&started);
+        self.watch_network(&started);
         let _ = reply.send(Ok(started));
     }
 
@@ -339,6 +342,26 @@ impl TaskActor {
         );
         self.oom_kills = kills;
         self.watch_oom_kills(&started);
+    }
+
+    fn watch_network(&self, started: &Arc<Started>) {
+        if started.network.is_none() {
+            return;
+        }
+        let (backend, started) = (Arc::clone(&self.backend), Arc::clone(started));
+        self.call(async move {
+            let note = catch_panic(async move { Ok(backend.network_restored(&started).await) });
+            Outcome::NetworkRestored(note.await.unwrap_or_default())
+        });
+    }
+
+    /// `None` if nothing more can follow.
+    fn apply_network_restored(&self, note: Option<String>) {
+        let started = self.status.borrow().started.clone();
+        if let (Some(note), Some(started)) = (note, started) {
+            self.events.publish(&self.info, note);
+            self.watch_network(&started);
+        }
     }
 
     fn apply_removal(&mut self, result: Result<(), TaskError>, reply: Option<Reply>) {

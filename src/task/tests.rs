@@ -1,6 +1,6 @@
 //! The task actors against a mock backend that cooperates, and one that does not.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::backend::{MockContainerBackend, UsageReader};
-use crate::container::{Probe, Process};
+use crate::container::{Probe, Process, StartedNetwork};
 
 mod exec;
 
@@ -24,6 +24,8 @@ pub(crate) struct TestBackend {
     pub(crate) mock: MockContainerBackend,
     pub(crate) end: watch::Sender<Option<Exit>>,
     pub(crate) oom_kills: watch::Sender<u64>,
+    /// What is told of the next network that has been restored.
+    pub(crate) restored: Mutex<Option<String>>,
     pub(crate) gate: Semaphore,
 }
 
@@ -36,6 +38,7 @@ impl TestBackend {
             mock,
             end: end.clone(),
             oom_kills: watch::Sender::new(0),
+            restored: Mutex::default(),
             gate,
         };
         (Arc::new(stage), end)
@@ -76,6 +79,14 @@ impl ContainerBackend for TestBackend {
         let mut kills = self.oom_kills.subscribe();
         let more = kills.wait_for(|kills| *kills > seen).await.unwrap();
         Some(*more)
+    }
+
+    async fn network_restored(&self, _: &Started) -> Option<String> {
+        let note = self.restored.lock().unwrap().take();
+        match note {
+            Some(note) => Some(note),
+            None => std::future::pending().await,
+        }
     }
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {
@@ -206,6 +217,30 @@ async fn every_waiter_gets_the_same_exit() {
         assert_eq!(in_time(wait).await.unwrap().unwrap().unwrap(), exit(7, 0));
     }
     assert_eq!(in_time(task.wait()).await.unwrap().unwrap(), exit(7, 0));
+}
+
+#[tokio::test]
+async fn a_restored_network_is_an_event_of_the_task() {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_start().returning(|spec| {
+        let network = StartedNetwork {
+            address: [10, 213, 0, 1].into(),
+            ports: BTreeMap::new(),
+        };
+        let started = Started {
+            network: Some(Box::new(network)),
+            ..started(&spec.identity.id)
+        };
+        Ok(started.into())
+    });
+    let (stage, _end) = TestBackend::new(mock);
+    *stage.restored.lock().unwrap() = Some("restored".to_owned());
+    let events = EventBus::default();
+    let mut told = events.subscribe();
+    let tasks = Tasks::new(events, CancellationToken::new());
+    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
+    let event = in_time(told.recv()).await.unwrap();
+    assert_eq!((event.task.id.as_str(), &*event.message), (ID, "restored"));
 }
 
 #[tokio::test]

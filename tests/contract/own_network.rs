@@ -139,3 +139,109 @@ fn no_two_containers_have_the_same_address(world: World) {
         world.leave(&[&first, &second]).await;
     });
 }
+
+/// The driver's table in the firewall of this network namespace.
+fn firewall() -> String {
+    support::run("nft", &["list", "table", "inet", "nomad_driver_nspawn"])
+}
+
+fn has_firewall() -> bool {
+    let has = is_root() && std::path::Path::new("/usr/sbin/nft").exists();
+    if !has {
+        not_applicable("needs root and nft");
+    }
+    has
+}
+
+/// A reload of the firewall while a plugin runs, and one while none runs.
+#[rstest]
+fn the_rules_of_a_container_are_restored_after_a_reload(world: World) {
+    if !has_firewall() {
+        return;
+    }
+    in_own_network(|| async {
+        let started = world.up(routed(&world, DEAF, &[http(None)])).await;
+        let before = firewall();
+        assert!(before.contains("25917 comment"), "{before}");
+        support::run("nft", &["flush", "ruleset"]);
+        let note = within(world.backend.network_restored(&started)).await;
+        assert!(note.unwrap().contains("have been restored"));
+        assert_eq!(firewall(), before);
+        support::run("nft", &["flush", "ruleset"]);
+        let later = NspawnBackend::new(world.settings.clone());
+        within(later.attach(&started)).await.unwrap();
+        let note = within(later.network_restored(&started)).await;
+        assert!(note.unwrap().contains("have been restored"));
+        assert_eq!(firewall(), before);
+        world.leave(&[&started]).await;
+        let left = firewall();
+        assert!(!left.contains("comment"), "{left}");
+    });
+}
+
+/// What starts without records have left is removed. Another agent, whose state directory is another one, keeps what it has.
+#[rstest]
+fn networks_without_records_are_removed_by_reconciliation(world: World) {
+    if !has_firewall() {
+        return;
+    }
+    in_own_network(|| async {
+        let started = world.up(routed(&world, DEAF, &[http(None)])).await;
+        let own = firewall();
+        let gone = "addresses4 { 10.213.0.0 comment \"gone/task\" }";
+        support::run("nft", &["add element inet nomad_driver_nspawn", gone]);
+        let with_gone = firewall();
+        assert_ne!(with_gone, own);
+        let reservation = world.settings.state_dir.join(".addresses/10.213.0.0");
+        std::os::unix::fs::symlink("task.0123456789abcdef", &reservation).unwrap();
+        let state_dir = world.scratch.path().join("other");
+        let other = NspawnBackend::new(Settings {
+            state_dir: state_dir.clone(),
+            ..world.settings.clone()
+        });
+        within(other.reconcile(&world.alloc_roots())).await;
+        assert_eq!(firewall(), with_gone);
+        assert!(reservation.symlink_metadata().is_ok());
+        within(world.backend.reconcile(&world.alloc_roots())).await;
+        assert!(reservation.symlink_metadata().is_err());
+        assert_eq!(firewall(), own);
+        world.leave(&[&started]).await;
+    });
+}
+
+/// The bridge of a zone, whose last container has lost its supervisor and its plugin.
+#[rstest]
+fn the_bridge_of_a_zone_does_not_outlive_a_killed_supervisor(world: World) {
+    in_own_network(|| async {
+        let spec = world.spec(DEAF).with(|spec| {
+            spec.network.namespace = NetworkNamespace::Private {
+                link: Link::Zone("z".to_owned()),
+                ports: Vec::new(),
+                interfaces: Vec::new(),
+            };
+        });
+        let dead = NspawnBackend::new(world.settings.clone());
+        let started = Started::clone(&*within(dead.start(spec)).await.unwrap());
+        world.received("up").await;
+        drop(dead);
+        if is_root() {
+            let links = support::run("ip", &["-o", "link"]);
+            assert!(links.contains("nz-z"), "{links}");
+        }
+        let supervisor = ProcessHandle::open_checked(started.supervisor).unwrap();
+        supervisor.signal(signal("KILL")).unwrap();
+        within(async {
+            while started.state.exists() {
+                world.backend.reconcile(&world.alloc_roots()).await;
+            }
+        })
+        .await;
+        if is_root() {
+            let links = support::run("ip", &["-o", "link"]);
+            assert!(!links.contains("nd-") && !links.contains("nz-"), "{links}");
+            let routes = support::run("ip", &["route"]);
+            assert!(!routes.contains("10.213."), "{routes}");
+        }
+        world.leave(&[&started]).await;
+    });
+}

@@ -52,6 +52,8 @@ pub(crate) enum Step {
     NspawnSpawned,
     BeforeNotification,
     Notified,
+    NetworkPrepared,
+    NetworkConnected,
     StartRecorded,
     Running,
     /// A further command runs in the task.
@@ -70,13 +72,15 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    pub(crate) const ALL: [Self; 20] = [
+    pub(crate) const ALL: [Self; 22] = [
         Self::BeforeOrder,
         Self::OrderWritten,
         Self::CgroupMade,
         Self::NspawnSpawned,
         Self::BeforeNotification,
         Self::Notified,
+        Self::NetworkPrepared,
+        Self::NetworkConnected,
         Self::StartRecorded,
         Self::Running,
         Self::Exec,
@@ -101,6 +105,8 @@ impl Step {
             Self::NspawnSpawned => "nspawn spawned",
             Self::BeforeNotification => "before the notification",
             Self::Notified => "notified, not recorded",
+            Self::NetworkPrepared => "network prepared",
+            Self::NetworkConnected => "network connected",
             Self::StartRecorded => "start recorded, unreported",
             Self::Running => "running",
             Self::Exec => "running a further command",
@@ -136,8 +142,15 @@ impl Step {
                 | Self::NspawnSpawned
                 | Self::BeforeNotification
                 | Self::Notified
+                | Self::NetworkPrepared
+                | Self::NetworkConnected
                 | Self::StartRecorded
         )
+    }
+
+    /// Whether the driver makes a network for the task.
+    pub(crate) fn has_network(self) -> bool {
+        matches!(self, Self::NetworkPrepared | Self::NetworkConnected)
     }
 }
 
@@ -239,6 +252,8 @@ impl Cell {
             self.step,
             Step::NspawnSpawned
                 | Step::Notified
+                | Step::NetworkPrepared
+                | Step::NetworkConnected
                 | Step::Running
                 | Step::Exec
                 | Step::Signalled
@@ -308,8 +323,12 @@ impl Cell {
                     Ok(Owed::NoSuccess),
                 ],
             ),
-            Step::Notified => (
-                Hold::Driver(Failpoint::Heard),
+            Step::Notified | Step::NetworkPrepared | Step::NetworkConnected => (
+                Hold::Driver(match self.step {
+                    Step::NetworkPrepared => Failpoint::NetworkPrepared,
+                    Step::NetworkConnected => Failpoint::NetworkConnected,
+                    _ => Failpoint::Heard,
+                }),
                 [
                     Ok(Owed::Undone("")),
                     Ok(Owed::Undone(SUPERVISOR)),

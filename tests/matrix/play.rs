@@ -29,6 +29,7 @@ use support::trap::Trap;
 
 mod calls;
 mod exec;
+mod network;
 mod result;
 
 use calls::{
@@ -36,6 +37,7 @@ use calls::{
     out_of_memory, own_end, signal, strike, supervisor_below,
 };
 use exec::Command;
+use network::{Network, config_of, with_network};
 
 /// The task's exit code once its gate is opened.
 const CODE: i32 = 5;
@@ -67,7 +69,11 @@ pub(super) async fn play<W: World>(world: W, cell: Cell) -> String {
         world.unused();
         return "not here".to_owned();
     }
-    let mut game = Game::new(&world, cell).await;
+    let Some(network) = Network::of(cell) else {
+        world.unused();
+        return "not here".to_owned();
+    };
+    let mut game = Game::new(&world, cell, network).await;
     game.reach().await;
     game.kill().await;
     let word = game.next().await;
@@ -83,6 +89,7 @@ struct Game<'w, W> {
     cell: Cell,
     hold: Hold,
     owed: Owed,
+    network: Network,
     /// The plugin process.
     process: Plugin,
     /// The agent's connection to it.
@@ -103,9 +110,9 @@ struct Game<'w, W> {
 }
 
 impl<'w, W: World> Game<'w, W> {
-    async fn new(world: &'w W, cell: Cell) -> Self {
+    async fn new(world: &'w W, cell: Cell, network: Network) -> Self {
         let (hold, owed) = cell.plan().unwrap();
-        let process = within("the plugin", world.plugin()).await;
+        let process = within("the plugin", network.plugin(world)).await;
         let line = attach(world, &process).await;
         let (_, gate) = world.gate();
         let end = match cell.step.is_out_of_memory() {
@@ -122,14 +129,15 @@ impl<'w, W: World> Game<'w, W> {
                 .with_memory(MEMORY_MIB)
                 .with("memory_swap", format!("{MEMORY_MIB}m"));
         }
-        let allocation = world.allocation(task);
-        let config = line.task_config(&allocation).await.unwrap();
+        let allocation = world.allocation(with_network(task, cell.step));
+        let config = config_of(&line, &allocation, cell.step).await;
         let printed = collect(&allocation);
         Self {
             world,
             cell,
             hold,
             owed,
+            network,
             process,
             line,
             allocation,
@@ -184,6 +192,7 @@ impl<'w, W: World> Game<'w, W> {
         self.start = Some(tokio::spawn(async move { line.start(config).await }));
         if step.is_start() {
             self.reached().await;
+            self.network.is_made(step);
             return;
         }
         let start = self.start.take().unwrap();
@@ -306,7 +315,7 @@ impl<'w, W: World> Game<'w, W> {
     /// A new agent, with a new plugin if the old one has exited.
     async fn renew(&mut self) {
         if self.process.has_exited() {
-            self.process = within("the next plugin", self.world.plugin()).await;
+            self.process = within("the next plugin", self.network.plugin(self.world)).await;
         }
         self.line = attach(self.world, &self.process).await;
     }
@@ -489,7 +498,7 @@ impl<'w, W: World> Game<'w, W> {
         self.open_gate();
         let config = match self.cell.again {
             Again::SameId => self.config.clone(),
-            Again::NewId => self.line.task_config(&self.allocation).await.unwrap(),
+            Again::NewId => config_of(&self.line, &self.allocation, self.cell.step).await,
         };
         let id = config.id.clone();
         self.ids.push(id.clone());
@@ -521,6 +530,7 @@ impl<'w, W: World> Game<'w, W> {
             assert!(groups.is_empty(), "left: {groups:?}");
         }
         self.world.is_clean(&self.process).await;
+        self.network.is_gone();
         drop(self.line);
         let log = self.world.log().text().join("\n");
         assert!(!log.contains("panicked"), "{log}");

@@ -37,6 +37,7 @@ mod own_network;
 mod prepare;
 mod reconcile;
 mod registry;
+mod reload;
 mod remove;
 mod start;
 mod stop;
@@ -44,6 +45,7 @@ mod stop;
 use filters::CapturedFilters;
 use installed::Installed;
 use registry::Registry;
+use reload::Reloads;
 
 /// What an operator may configure.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,6 +102,7 @@ pub struct NspawnBackend {
     /// The seccomp filters of containers, for commands that are run in them.
     filters: Arc<FilterCache>,
     captured: Arc<CapturedFilters>,
+    reloads: Reloads,
     tracker: TaskTracker,
 }
 
@@ -116,6 +119,7 @@ impl NspawnBackend {
             init: Arc::default(),
             filters: Arc::default(),
             captured: Arc::default(),
+            reloads: Reloads::default(),
             tracker: TaskTracker::new(),
         }
     }
@@ -178,6 +182,10 @@ impl ContainerBackend for NspawnBackend {
         // should be small.
         let client = self.registry.client(&TaskDir::new(&started.state))?;
         client.oom_kills(seen).await
+    }
+
+    async fn network_restored(&self, started: &Started) -> Option<String> {
+        self.restore_after_reload(started).await
     }
 
     async fn signal(&self, started: &Started, signal: Signal) -> Result<(), BackendError> {

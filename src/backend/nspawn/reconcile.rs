@@ -13,6 +13,7 @@ use super::NspawnBackend;
 use crate::backend::chain;
 use crate::blocking;
 use crate::cleanup::orphans::{self, Scan, SupervisorProcess};
+use crate::network;
 use crate::state::lock::TryLock;
 use crate::state::owner::{self, Owner};
 use crate::state::{TaskDir, TaskLock};
@@ -70,6 +71,7 @@ impl NspawnBackend {
             tracing::info!(path = %directory.display(), pid, "ended a supervisor without records");
         }
         self.reconcile_cgroups(state_dir).await;
+        reconcile_networks(state_dir).await;
     }
 
     /// Cleans up one start, unless it is locked, may belong to another agent or was made by a later driver; `false` if it is locked.
@@ -228,6 +230,19 @@ fn describe(task_dir: &TaskDir) -> &'static str {
         }
         (_, Ok(_)) => "a container that died without a supervisor",
         (_, Err(_)) => "an incomplete start",
+    }
+}
+
+/// Removes what starts that are gone have left of their networks, if it is nobody's.
+async fn reconcile_networks(state_dir: &Path) {
+    let remove = |dir: &Path| network::orphans::remove(dir, orphans::state_dirs_in_use);
+    match run_in_state_dir(state_dir, remove).await {
+        Ok(owners) => {
+            for task in owners {
+                tracing::info!(task, "removed rules of a network without records");
+            }
+        }
+        Err(error) => tracing::error!(error, "the search for networks without records failed"),
     }
 }
 

@@ -12,6 +12,8 @@ use crate::supervisor::SupervisorClient;
 struct Entry {
     client: Option<SupervisorClient>,
     lock: Option<TaskLock>,
+    /// How many reloads of the host's firewall there were when its network was last checked; `None` if it was not.
+    checked_reloads: Option<u64>,
 }
 
 /// The starts of this backend, from their start or recovery until their removal.
@@ -32,6 +34,20 @@ impl Registry {
     /// Keeps the lock of a start.
     pub(super) fn set_lock(&self, task_dir: &TaskDir, lock: TaskLock) {
         self.entry(task_dir, |entry| entry.lock = Some(lock));
+    }
+
+    /// How many reloads of the host's firewall there were when the network of a start was last checked, if it was. `None` if the start is not
+    /// held here any more.
+    pub(super) fn checked_reloads(&self, task_dir: &TaskDir) -> Option<Option<u64>> {
+        let entries = self.entries();
+        Some(entries.get(task_dir.path())?.checked_reloads)
+    }
+
+    /// Keeps that number, if the start is still held here.
+    pub(super) fn set_checked_reloads(&self, task_dir: &TaskDir, count: u64) {
+        if let Some(entry) = self.entries().get_mut(task_dir.path()) {
+            entry.checked_reloads = Some(count);
+        }
     }
 
     /// Whether this backend holds the lock of a start.

@@ -47,6 +47,7 @@ impl NspawnBackend {
                 "its supervisor still runs {limit} s after it was killed: look for the process in state D"
             )));
         }
+        self.reloads.settled().await;
         let place = task_dir.clone();
         let removed = tokio::task::spawn_blocking(move || kill_and_remove(&place)).await;
         self.registry.forget(task_dir);

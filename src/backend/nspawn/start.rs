@@ -14,7 +14,7 @@ use super::{NspawnBackend, io_error};
 use crate::backend::{BackendError, chain};
 use crate::blocking;
 use crate::cgroup::prepare_moves;
-use crate::container::{Cause, ContainerSpec, Started};
+use crate::container::{Cause, ContainerSpec, Link, NetworkNamespace, Started};
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::cause_of_host_error;
 use crate::state::state_dir::{self, StateDirError};
@@ -102,6 +102,8 @@ impl NspawnBackend {
         let (settings, tracker) = (Arc::clone(&self.settings), self.tracker.clone());
         let (init, task_dir) = (Arc::clone(&self.init), self.task_dir(&spec.identity.id));
         let captured = Arc::clone(&self.captured);
+        // Before its network is made, so that no later reload is missed.
+        let reloads = has_own_network(&spec).then(|| *self.reloads.watch().borrow());
         let place = task_dir.clone();
         let launched = blocking::run_start(move || {
             let lock = TaskLock::create(&place)
@@ -121,7 +123,18 @@ impl NspawnBackend {
         let (lock, client, filters) = launched.await?;
         self.registry.set_lock(&task_dir, lock);
         self.registry.set_client(&task_dir, client.clone());
+        if let Some(reloads) = reloads {
+            self.registry.set_checked_reloads(&task_dir, reloads);
+        }
         Ok((client, filters))
+    }
+}
+
+/// Whether the driver makes a network for it.
+fn has_own_network(spec: &ContainerSpec) -> bool {
+    match &spec.network.namespace {
+        NetworkNamespace::Private { link, .. } => *link != Link::None,
+        _ => false,
     }
 }
 

@@ -11,7 +11,7 @@ use crate::container::Cause;
 use crate::network::{LINK_PREFIX, NetworkError, NetworkPlan, ZONE_PREFIX};
 
 /// The driver's table, of the family `inet`. A name with other characters could be no word of nft's language, or one with a meaning.
-pub(super) const TABLE: &str = "nomad_driver_nspawn";
+pub const TABLE: &str = "nomad_driver_nspawn";
 
 /// How the names of the interfaces begin on which only packets of containers arrive.
 const PREFIXES: [&str; 2] = [LINK_PREFIX, ZONE_PREFIX];
@@ -108,6 +108,16 @@ impl Element {
             value: Some(value.iter().map(|part| part.to_string()).collect()),
             ..Self::set(set, key)
         }
+    }
+
+    /// The address of the container that it is about.
+    pub(super) fn container(&self) -> Option<&str> {
+        let text = match (self.set, &self.value) {
+            (Set::Links4 | Set::Links6, _) => self.key.get(1),
+            (_, Some(value)) => value.first(),
+            (_, None) => self.key.first(),
+        };
+        text.map(String::as_str)
     }
 
     /// Whether both can't be in the table at once.
@@ -312,7 +322,7 @@ pub(super) fn is_link(name: &str) -> bool {
 }
 
 /// The comment of an owner's elements: the owner, unless nft could not print and read it again. Different owners have different ones.
-pub fn tag(owner: &str) -> String {
+pub(super) fn tag(owner: &str) -> String {
     let is_plain = |char: char| matches!(char, ' ' | '!' | '#'..='&' | '('..='[' | ']'..='~');
     if owner.len() <= MAX_COMMENT && !owner.is_empty() && owner.chars().all(is_plain) {
         return owner.to_owned();

@@ -4,6 +4,7 @@ use rstest::rstest;
 
 use super::*;
 use crate::network::Mapping;
+use crate::network::pool;
 use crate::network::testing::{Namespace, plan, port};
 
 const HOST: &str = "192.0.2.1";
@@ -25,6 +26,25 @@ fn run_open(host: &Namespace, plan: &NetworkPlan) -> Result<(), NetworkError> {
 fn run_close(host: &Namespace, plan: &NetworkPlan) {
     let plan = plan.clone();
     host.run(move || close(&plan)).unwrap();
+}
+
+/// Removes the elements of all owners but those whose addresses are reserved, here or in another state directory.
+fn run_retain(host: &Namespace, here: &[u8], elsewhere: &[u8]) -> Vec<String> {
+    let state_dirs = [here, elsewhere].map(|numbers| {
+        let state_dir = tempfile::tempdir().unwrap();
+        let directory = state_dir.path().join(pool::DIRECTORY);
+        std::fs::create_dir(&directory).unwrap();
+        for number in numbers {
+            let address = plan(*number, &[]).address.to_string();
+            std::os::unix::fs::symlink("start", directory.join(address)).unwrap();
+        }
+        state_dir
+    });
+    host.run(move || {
+        let [here, elsewhere] = state_dirs.each_ref().map(|state_dir| state_dir.path());
+        let in_use = || pool::in_use(here, &BTreeSet::from([elsewhere.to_owned()]));
+        retain(in_use).unwrap().into_iter().collect()
+    })
 }
 
 /// The elements in the table that have this owner.
@@ -110,20 +130,32 @@ fn an_earlier_start_of_the_same_task_keeps_its_port_until_it_is_released() {
 }
 
 #[test]
-fn elements_of_unknown_owners_are_removed_and_rules_renewed() {
-    let Some(host) = host_only() else { return };
-    host.run(|| retain(|_| false)).unwrap();
+fn elements_of_owners_that_are_gone_are_removed_and_rules_renewed() {
+    let Some(host) = Namespace::new(&["nft", "ip"]) else {
+        return;
+    };
+    assert!(run_retain(&host, &[], &[]).is_empty());
     assert_eq!(listed(&host), "");
-    let plans = [1, 2, 3].map(|number| plan(number, &[port("http", None, number.into(), 80)]));
+    let plans =
+        [1, 2, 3, 4, 5].map(|number| plan(number, &[port("http", None, number.into(), 80)]));
     for plan in &plans {
         run_open(&host, plan).unwrap();
     }
     let complete = listed(&host);
     host.call("nft flush chain inet nomad_driver_nspawn forwarded");
-    host.run(|| retain(|_| true)).unwrap();
+    assert!(run_retain(&host, &[1, 2, 3], &[4, 5]).is_empty());
     assert_eq!(listed(&host), complete);
-    host.run(|| retain(|tag| tag == "alloc2/task")).unwrap();
-    assert_eq!(plans.each_ref().map(|plan| owned(&host, plan)), [0, 6, 0]);
+    // Those that nobody owns are not the driver's.
+    host.call("nft add element inet nomad_driver_nspawn addresses4 { 10.77.0.9 }");
+    // A connected container of an agent that this one does not see.
+    host.call("ip link add nd-4 type veth peer name host0");
+    host.call("ip link set nd-4 up");
+    host.call("ip route add 10.77.0.4 dev nd-4");
+    let removed = run_retain(&host, &[2], &[3]);
+    assert_eq!(removed, ["alloc1/task", "alloc5/task"]);
+    let left = plans.each_ref().map(|plan| owned(&host, plan));
+    assert_eq!(left, [0, 6, 6, 6, 0]);
+    assert!(listed(&host).contains("10.77.0.9"));
 }
 
 /// A table of this name can't be written in nft's language, so nothing of it could be put back.
@@ -138,7 +170,7 @@ fn tables_of_others_are_left_alone() {
     assert!(before.contains("table inet log"), "{before}");
     let plan = plan(1, &[port("http", None, 8080, 80)]);
     run_open(&host, &plan).unwrap();
-    host.run(|| retain(|_| true)).unwrap();
+    run_retain(&host, &[1], &[]);
     run_close(&host, &plan);
     assert_eq!(listed(&host), before);
 }

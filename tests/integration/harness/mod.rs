@@ -98,7 +98,7 @@ impl World for Host {
 
     async fn is_clean(&self, plugin: &Plugin) {
         self.quiet(&[plugin.pid()]).await;
-        let empty = || fs::read_dir(self.state()).unwrap().next().is_none();
+        let empty = || support::starts_in(&self.state()).is_empty();
         eventually("the state directory is empty", empty).await;
         for group in self.groups() {
             eventually("the control group is gone", || !group.exists()).await;

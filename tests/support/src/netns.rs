@@ -68,6 +68,11 @@ impl Space {
         }
     }
 
+    /// The file that represents the network namespace.
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/task/{}/ns/net", std::process::id(), self.id).into()
+    }
+
     /// Runs this in its thread.
     pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
         let (answer, answers) = mpsc::channel();
@@ -86,6 +91,15 @@ impl Space {
             assert!(output.status.success(), "{words:?}: {said}{error}");
             said
         })
+    }
+
+    /// Whether a program is installed; reports it if not.
+    pub fn has(&self, program: &str) -> bool {
+        let has = Command::new(program).arg("--version").output().is_ok();
+        if !has {
+            not_applicable(&format!("{program} is not installed"));
+        }
+        has
     }
 
     fn ip(&self, arguments: &str) {
