@@ -16,7 +16,7 @@ pub(crate) struct Prepared {
     pub(crate) machine: String,
     /// The environment of the payload, in the real tool's order.
     pub(crate) environment: Vec<(String, String)>,
-    /// An identity that no other container has; empty if it was given by the caller or the tree.
+    /// An identity that no other container has at the same time; empty if it is the tree's.
     pub(crate) own_uuid: String,
     /// The host's directory in which the payload starts, or the error: the real tool notices it only after it has announced the container.
     pub(crate) cwd: Result<PathBuf, String>,
@@ -47,19 +47,18 @@ pub(crate) fn prepare(options: &Options, scenario: &Scenario) -> Result<Prepared
     }
     check_network(options)?;
     let machine = machine_name(options, root.as_deref());
-    let given = identity(options, root.as_deref());
+    let stored = stored_identity(root.as_deref());
     let random = || {
         fs::read_to_string("/proc/sys/kernel/random/uuid")
             .unwrap_or_default()
             .trim()
             .to_owned()
     };
-    let own_uuid = if given.is_none() {
-        random()
-    } else {
-        String::new()
+    let own_uuid = match &stored {
+        None => options.uuid.clone().unwrap_or_else(random),
+        Some(_) => String::new(),
     };
-    let uuid = given.unwrap_or_else(|| own_uuid.clone());
+    let uuid = stored.unwrap_or_else(|| own_uuid.clone());
     let home = home(options, root.as_deref())?;
     let environment = environment(options, &uuid, &home);
     let cwd = cwd(options, root.as_deref());
@@ -375,12 +374,10 @@ fn machine_name(options: &Options, root: Option<&Path>) -> String {
     options.machine.clone().unwrap_or_else(last)
 }
 
-fn identity(options: &Options, root: Option<&Path>) -> Option<String> {
-    let stored = || {
-        let text = fs::read_to_string(root?.join("etc/machine-id")).ok()?;
-        crate::values::uuid(text.trim()).ok()
-    };
-    options.uuid.clone().or_else(stored)
+/// The machine id of the tree, which takes precedence over `--uuid`.
+fn stored_identity(root: Option<&Path>) -> Option<String> {
+    let text = fs::read_to_string(root?.join("etc/machine-id")).ok()?;
+    crate::values::uuid(text.trim()).ok()
 }
 
 /// Name and home directory of the user.

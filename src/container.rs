@@ -53,6 +53,15 @@ pub struct Identity {
     pub machine: String,
 }
 
+impl Identity {
+    /// The id without the part that is new for every start: `<allocation id>/<task name>`.
+    pub fn owner(&self) -> &str {
+        self.id
+            .rsplit_once('/')
+            .map_or(&*self.id, |(owner, _)| owner)
+    }
+}
+
 /// What a person recognizes a container by. Contains no secrets: it becomes part of the handle that Nomad stores.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Description {

@@ -168,6 +168,11 @@ fn add_gateway(netlink: &Netlink, index: u32, gateway: IpAddr, metric: u32) -> i
     netlink.add_default_route(index, gateway, metric)
 }
 
+/// Whether new links of the host have IPv6.
+pub fn new_links_have_ipv6() -> bool {
+    has_ipv6("default")
+}
+
 /// Whether the host has IPv6, and has not switched it off for new links.
 fn has_ipv6(link: &str) -> bool {
     let file = Path::new("/proc/sys/net/ipv6/conf")

@@ -35,7 +35,7 @@ mod testing;
 mod unprivileged;
 pub mod watch;
 
-pub use link::{GATEWAY, INSIDE};
+pub use link::{GATEWAY, INSIDE, new_links_have_ipv6};
 pub use unprivileged::open_network;
 
 /// How the name of the host's end of a container's link begins.

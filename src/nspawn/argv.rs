@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::env_filter::safe_for_nspawn_env;
+use super::machine_id;
 use super::version::Feature;
 use crate::container::{
     CgroupLayout, Console, ContainerSpec, InterfaceMode, Mode, Mount, Network, NetworkNamespace,
@@ -81,6 +82,8 @@ pub fn command_line(
     let mut builder = CommandBuilder::new(host);
     builder.fixed(&spec.resources);
     builder.flag("--machine", &spec.identity.machine);
+    // An id that the image has takes precedence.
+    builder.flag("--uuid", &machine_id::of(spec.identity.owner()));
     builder.root(root);
     builder.rootfs(&spec.rootfs);
     builder.users(&spec.users)?;

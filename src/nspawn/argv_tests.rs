@@ -24,6 +24,7 @@ fn a_minimal_container_has_the_basic_arguments() {
     --link-journal=no
     --oom-score-adjust=0
     --machine=web-0f1e
+    --uuid=9835216411ef49a99b8acf8017c672f5
     --directory=/srv/root
     --private-users=no
     --console=pipe
@@ -83,6 +84,7 @@ fn every_option_has_its_argument() {
     --link-journal=no
     --oom-score-adjust=300
     --machine=web-0f1e
+    --uuid=9835216411ef49a99b8acf8017c672f5
     --image=/srv/disk.raw
     --ephemeral
     --read-only
@@ -121,7 +123,7 @@ fn a_booted_container_gets_everything_from_systemd_nspawn() {
     });
     let line = line(&spec, HOST);
     assert_eq!(line.init, None);
-    insta::assert_snapshot!(line.arguments[7..].join("\n"), @r"
+    insta::assert_snapshot!(line.arguments[8..].join("\n"), @r"
     --private-users=no
     --boot
     --console=pipe

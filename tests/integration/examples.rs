@@ -6,11 +6,13 @@ use std::path::Path;
 use dev_agent::cli::Job;
 use dev_agent::configure::encode;
 use dev_agent::{Allocation, TaskSpec};
-use nomad_driver_nspawn::config::{self, AllocatedResources, ImageSearchPath, TaskContext};
+use nomad_driver_nspawn::config::{
+    self, AllocatedPort, AllocatedResources, ImageSearchPath, TaskContext,
+};
 use nomad_driver_nspawn::container::ContainerSpec;
 
 /// Everything between a file and the container: operators try the examples first. Whether a cluster has the volumes and
-/// ports of an example is not checked.
+/// ports of an example is not checked: each has a port `http`.
 #[test]
 fn every_example_becomes_a_container() {
     let mut seen = Vec::new();
@@ -33,7 +35,8 @@ fn every_example_becomes_a_container() {
             "hello.nomad.hcl",
             "resources.nomad.hcl",
             "service.nomad.hcl",
-            "volume.nomad.hcl"
+            "volume.nomad.hcl",
+            "web-own-network.nomad.hcl"
         ]
     );
 }
@@ -64,6 +67,13 @@ fn container(spec: &TaskSpec) -> Result<ContainerSpec, String> {
         alloc_dir: allocation.dir().to_owned(),
         environment: allocation.variables().environment.clone(),
         resources: resources(&allocation),
+        ports: vec![AllocatedPort {
+            label: "http".to_owned(),
+            host: 25_080,
+            to: 80,
+            address: None,
+            task_level: false,
+        }],
         ..TaskContext::default()
     };
     let plugin_config = config::PluginConfig::decode(&[]).map_err(|error| error.to_string())?;

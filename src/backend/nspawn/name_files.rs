@@ -1,6 +1,6 @@
-//! The container's `/etc/resolv.conf` and `/etc/hosts`: files in the task directory that are mounted read-only, so that nothing is written
-//! to the image, a link that leads nowhere is filled, and a read-only root has both too. What a job mounts there itself is left alone. With
-//! a network that the driver makes, also the file that keeps an image's systemd-networkd from configuring it.
+//! The container's `/etc/resolv.conf`, `/etc/hosts` and `/etc/machine-id`: files in the task directory that are mounted read-only, so that
+//! nothing is written to the image, a link that leads nowhere is filled, and a read-only root has them too. What a job mounts there itself
+//! is left alone. With a network that the driver makes, also the file by which an image's systemd-networkd keeps it as it is.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -10,10 +10,14 @@ use std::path::{Path, PathBuf};
 use super::{addresses, io_error};
 use crate::backend::BackendError;
 use crate::container::{ContainerSpec, Mode, Mount, NetworkNamespace, Root, Volatile};
-use crate::network::{Attachment, NetworkPlan};
+use crate::network::{self, Attachment, NetworkPlan};
+use crate::nspawn::machine_id;
 use crate::nspawn::resolver::{self, Resolver};
 use crate::rootfs_path::RootDir;
 use crate::state::TaskDir;
+
+#[path = "name_files/machine_id.rs"]
+mod own_id;
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 const HOSTS: &str = "/etc/hosts";
@@ -25,8 +29,7 @@ const RESOLVED_CONF: &str = "/run/systemd/resolved.conf.d/50-nomad.conf";
 
 /// Named so that it comes after what an image has for its link itself, and before systemd's own `80-container-host0.network`. With that one
 /// systemd-networkd (257 and later) would remove addresses and routes that it did not set.
-const UNMANAGED: &str = "/run/systemd/network/79-nomad.network";
-const UNMANAGED_TEXT: &str = "[Match]\nName=host0\n\n[Link]\nUnmanaged=yes\n";
+const NETWORKD: &str = "/run/systemd/network/79-nomad.network";
 
 /// The maximum size of a resolv.conf of the host. Those that work have a few lines.
 const TEXT_MAX: u64 = 64 * 1024;
@@ -94,12 +97,23 @@ pub(super) fn write(
     if let Some(text) = text {
         files.mounts.push(add("hosts", &text, HOSTS)?);
     }
+    let own_id = machine_id::of(spec.identity.owner()) + "\n";
+    let with_id = own_id::to_replace(spec, &tree, &mut files.notes);
+    for target in &with_id {
+        files.mounts.push(add("machine-id", &own_id, target)?);
+    }
+    if spec.payload.mode == Mode::Boot && with_id.contains(&own_id::MACHINE_ID) {
+        let mount = add("machine-id-commit", own_id::COMMIT_TEXT, own_id::COMMIT)?;
+        files.mounts.push(mount);
+    }
     // On a bridge of the host the image may have to ask a DHCP server there.
     let is_alone = network.is_some_and(|plan| !matches!(plan.attachment, Attachment::Bridge(_)));
     if is_alone && spec.payload.mode == Mode::Boot {
-        files
-            .mounts
-            .push(add("network", UNMANAGED_TEXT, UNMANAGED)?);
+        files.mounts.push(add(
+            "network",
+            &networkd(network::new_links_have_ipv6()),
+            NETWORKD,
+        )?);
     }
     Ok(files)
 }
@@ -183,6 +197,15 @@ fn hosts(
     let address = given.and_then(|given| given.address);
     let addresses = address.map_or_else(|| addresses.to_vec(), |address| vec![address]);
     Some(resolver::hosts(name, &addresses, extra))
+}
+
+/// By this systemd-networkd keeps the link as it is. Not by `Unmanaged=yes`: systemd-networkd-wait-online waits for a link that it manages,
+/// until its timeout. It would also wait for a link-local address without IPv6.
+fn networkd(has_ipv6: bool) -> String {
+    let link_local = if has_ipv6 { "ipv6" } else { "no" };
+    format!(
+        "[Match]\nName=host0\n\n[Network]\nKeepConfiguration=yes\nDHCP=no\nLinkLocalAddressing={link_local}\nIPv6AcceptRA=no\n"
+    )
 }
 
 /// The start of a file of the host; `None` without one. A note says why one can't be read.

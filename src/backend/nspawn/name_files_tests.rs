@@ -251,7 +251,7 @@ fn plan() -> NetworkPlan {
 }
 
 #[test]
-fn a_network_of_the_driver_has_names_and_is_left_alone_by_networkd() {
+fn a_network_of_the_driver_has_names_and_is_kept_by_networkd() {
     let ground = Ground::new();
     let files = |mode| {
         ground.files_in(Some(&plan()), |spec| {
@@ -265,10 +265,49 @@ fn a_network_of_the_driver_has_names_and_is_left_alone_by_networkd() {
         text.contains("\n198.51.100.7 web-0f1e\nfd00::7 web-0f1e\n"),
         "{text}"
     );
+    let networkd = mounted(&booted, NETWORKD).unwrap();
+    assert!(networkd.contains("KeepConfiguration=yes"), "{networkd}");
+    assert_eq!(mounted(&files(Mode::Plain), NETWORKD), None);
+}
+
+/// The files that give an image a machine id are replaced where tasks share the image.
+#[rstest]
+#[case::an_id(Some("11112222333344445555666677778888\n"), true)]
+#[case::empty(Some(""), true)]
+#[case::first_boot(Some("uninitialized\n"), false)]
+#[case::none(None, false)]
+fn a_machine_id_of_a_shared_image_is_replaced(#[case] text: Option<&str>, #[case] replaced: bool) {
+    let ground = Ground::new();
+    let dbus = ground.tree().join("var/lib/dbus");
+    fs::create_dir_all(&dbus).unwrap();
+    if let Some(text) = text {
+        fs::write(ground.tree().join("etc/machine-id"), text).unwrap();
+    }
+    fs::write(dbus.join("machine-id"), "1111\n").unwrap();
+    let files = |ephemeral, mode| {
+        ground.files(|spec| {
+            spec.rootfs.ephemeral = ephemeral;
+            spec.payload.mode = mode;
+        })
+    };
+    let id = machine_id::of("0f1e/web") + "\n";
+    let booted = files(true, Mode::Boot);
+    let etc = mounted(&booted, own_id::MACHINE_ID);
+    assert_eq!(etc.as_ref(), replaced.then_some(&id));
+    assert_eq!(mounted(&booted, own_id::COMMIT).is_some(), replaced);
+    assert_eq!(mounted(&booted, "/var/lib/dbus/machine-id"), Some(id));
+    let command = files(true, Mode::Plain);
+    assert_eq!(mounted(&command, own_id::MACHINE_ID).is_some(), replaced);
+    assert_eq!(mounted(&command, own_id::COMMIT), None);
+    let kept = files(false, Mode::Boot);
     assert!(
-        mounted(&booted, UNMANAGED)
-            .unwrap()
-            .contains("Unmanaged=yes")
+        !kept
+            .mounts
+            .iter()
+            .any(|mount| mount.target.ends_with("machine-id"))
     );
-    assert_eq!(mounted(&files(Mode::Plain), UNMANAGED), None);
+    fs::remove_file(dbus.join("machine-id")).unwrap();
+    symlink("/etc/machine-id", dbus.join("machine-id")).unwrap();
+    let linked = files(true, Mode::Boot);
+    assert_eq!(mounted(&linked, "/var/lib/dbus/machine-id"), None);
 }

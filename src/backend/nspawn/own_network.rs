@@ -41,8 +41,7 @@ pub(super) fn plan(
     let path = task_dir.path();
     let leaf = path.file_name().unwrap_or_default().to_string_lossy();
     // Without the number of the start: a task keeps its addresses when it is restarted.
-    let id = &spec.identity.id;
-    let owner = id.rsplit_once('/').map_or(&**id, |(owner, _)| owner);
+    let owner = spec.identity.owner();
     let pool = &settings.network_pool;
     let reserved = pool::reserve(pool, &settings.state_dir, path, owner).map_err(failed)?;
     let plan = NetworkPlan::new(owner.to_owned(), &leaf, attachment, reserved, ports);

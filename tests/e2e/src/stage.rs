@@ -9,9 +9,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use dev_agent::{Allocation, Launch, Plugin};
+use nix::sched::{CloneFlags, setns};
 use nomad_driver_nspawn::proto::driver::TaskConfig;
 use serde_json::{Value, json};
 use support::not_applicable;
@@ -313,6 +315,19 @@ impl Namespace {
 impl Drop for Namespace {
     fn drop(&mut self) {
         ip(&["netns", "delete", &self.name]);
+    }
+}
+
+/// Calls it in the network namespace of this file. What it starts is there too.
+pub fn within_network<T: Send>(path: &Path, call: impl FnOnce() -> T + Send) -> T {
+    let file = fs::File::open(path).expect("the network namespace");
+    let enter = move || {
+        setns(file, CloneFlags::CLONE_NEWNET).expect("the network namespace");
+        call()
+    };
+    match thread::scope(|scope| scope.spawn(enter).join()) {
+        Ok(returned) => returned,
+        Err(panic) => std::panic::resume_unwind(panic),
     }
 }
 

@@ -1,10 +1,13 @@
 //! Tier (b): a real Nomad agent runs real job files, one per guarantee.
 
 use std::fs;
+use std::io::{self, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 
 use e2e::agent::{Agent, Allocation};
 use e2e::debian::Booted;
+use e2e::stage::{Namespace, within_network};
 use e2e::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,6 +17,12 @@ use support::secrecy::{self, Marker, Search, ancestry, environment};
 fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("jobs")
+        .join(format!("{name}.nomad.hcl"))
+}
+
+fn example(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../examples")
         .join(format!("{name}.nomad.hcl"))
 }
 
@@ -51,8 +60,7 @@ fn goes_on(writer: &Allocation<'_>) {
 #[test]
 fn the_example_says_hello() {
     let agent = Agent::new();
-    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/hello.nomad.hcl");
-    let hello = agent.run(&example, &[]);
+    let hello = agent.run(&example("hello"), &[]);
     assert_eq!(hello.dead(), [0]);
     let printed = hello.printed("greetings from a file");
     assert!(printed.starts_with("hello from "), "{printed}");
@@ -61,6 +69,40 @@ fn the_example_says_hello() {
         Some("this line goes to stderr")
     );
     agent.leave();
+}
+
+/// The agent is in a network namespace of the test, because the driver makes a link and a firewall table.
+#[test]
+fn the_example_of_a_network_of_its_own_serves_its_page() {
+    e2e::needs_root();
+    let host = Namespace::new(&format!("t{}", e2e::unique()));
+    within_network(&host.path(), || {
+        let agent = Agent::new();
+        let web = agent.run(&example("web-own-network"), &[]);
+        let printed = web.printed("/\n");
+        let address = printed
+            .lines()
+            .find_map(|line| line.strip_prefix("http://")?.strip_suffix('/'))
+            .unwrap_or_else(|| panic!("{printed}"));
+        // The address is printed before the server listens.
+        let page = until("the page", || {
+            let said = get(address).ok()?;
+            said.starts_with("HTTP/1.").then_some(said)
+        });
+        assert!(page.contains("a page of allocation "), "{page}");
+        web.stop();
+        agent.leave();
+    });
+}
+
+/// What a web server says.
+fn get(address: &str) -> io::Result<String> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(e2e::DEADLINE))?;
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said)?;
+    Ok(said)
 }
 
 #[test]

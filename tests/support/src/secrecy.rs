@@ -283,7 +283,9 @@ pub fn open_to_others(state: &Path) -> Vec<String> {
             match entry.file_name().to_str() {
                 Some("root") => {}
                 // Mounted in the container, for all of its users.
-                Some("hosts" | "network" | "resolver") => look(&entry.path(), 0o644),
+                Some("hosts" | "machine-id" | "machine-id-commit" | "network" | "resolver") => {
+                    look(&entry.path(), 0o644);
+                }
                 _ => look(&entry.path(), 0o600),
             }
         }

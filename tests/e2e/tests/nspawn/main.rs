@@ -24,6 +24,7 @@ mod network;
 mod own_network;
 mod root;
 mod system;
+mod system_network;
 mod users;
 
 /// More time than any task needs that exits on request.

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 
 use dev_agent::Plugin;
-use nix::sched::{CloneFlags, setns};
+use e2e::stage;
 use nomad_driver_nspawn::proto::driver::{PortMapping, TaskConfig};
 use rstest::rstest;
 
@@ -15,13 +15,13 @@ use super::*;
 const PORT: u16 = 25_080;
 
 /// Two hosts. The driver runs on the first.
-struct Hosts {
-    host: Namespace,
-    other: Namespace,
+pub(super) struct Hosts {
+    pub(super) host: Namespace,
+    pub(super) other: Namespace,
 }
 
 impl Hosts {
-    fn new(stage: &Stage) -> Self {
+    pub(super) fn new(stage: &Stage) -> Self {
         let host = Namespace::new(stage.name());
         let other = Namespace::new(&format!("{}o", stage.name()));
         let peer = format!("{}o", stage.name());
@@ -47,23 +47,12 @@ impl Hosts {
 }
 
 /// Calls it in a network namespace.
-fn within_network<T: Send>(namespace: &Namespace, call: impl FnOnce() -> T + Send) -> T {
-    within_network_at(&namespace.path(), call)
-}
-
-fn within_network_at<T: Send>(path: &Path, call: impl FnOnce() -> T + Send) -> T {
-    let file = fs::File::open(path).unwrap();
-    thread::scope(|scope| {
-        let thread = scope.spawn(move || {
-            setns(file, CloneFlags::CLONE_NEWNET).unwrap();
-            call()
-        });
-        thread.join().unwrap()
-    })
+pub(super) fn within_network<T: Send>(namespace: &Namespace, call: impl FnOnce() -> T + Send) -> T {
+    stage::within_network(&namespace.path(), call)
 }
 
 /// What a server at this address says over TCP.
-fn ask(address: &str, port: u16) -> io::Result<String> {
+pub(super) fn ask(address: &str, port: u16) -> io::Result<String> {
     let address = SocketAddr::new(address.parse().unwrap(), port);
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -93,7 +82,7 @@ async fn answer_datagrams(running: &Running, plugin: &Plugin) {
     let inspected = running.inspect(plugin).await.unwrap().driver.unwrap();
     let path = format!("/proc/{}/ns/net", inspected.attributes["pid"]);
     let bind = || UdpSocket::bind("[::]:5353");
-    let socket = within_network_at(Path::new(&path), bind).unwrap();
+    let socket = stage::within_network(Path::new(&path), bind).unwrap();
     thread::spawn(move || {
         let mut asked = [0; 64];
         while let Ok((length, from)) = socket.recv_from(&mut asked) {
@@ -132,7 +121,7 @@ async fn serve(stage: &Stage, plugin: &Plugin, address: &str, users: bool) -> Ru
 }
 
 /// The addresses that a task shows of itself: of IPv4 and of IPv6.
-async fn addresses(running: &Running, plugin: &Plugin) -> Vec<String> {
+pub(super) async fn addresses(running: &Running, plugin: &Plugin) -> Vec<String> {
     let inspected = running.inspect(plugin).await.unwrap().driver.unwrap();
     let all = inspected.attributes["addresses"].split(", ");
     all.filter(|address| !address.starts_with("fe80"))

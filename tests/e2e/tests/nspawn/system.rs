@@ -1,5 +1,7 @@
 //! A complete system, booted.
 
+use rstest::rstest;
+
 use super::*;
 
 /// Real only: a real init.
@@ -116,6 +118,61 @@ async fn a_signal_right_after_the_start_reaches_the_init() {
         assert_eq!((exit.code, exit.signal), (0, 0), "{signal:?}: {exit:?}");
         running.destroy(&plugin).await;
     }
+    end(plugin).await;
+    stage.leave();
+}
+
+/// Real only: a real init, which makes and stores machine ids.
+#[rstest]
+#[case::an_id("11112222333344445555666677778888\n")]
+#[case::empty("")]
+#[case::first_boot("uninitialized\n")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tasks_that_share_an_image_do_not_share_a_machine_id(#[case] of_image: &str) {
+    let stage = Stage::new();
+    let tree = stage.join("debian");
+    debian::copy(
+        &tree,
+        "{ cat /etc/machine-id; systemctl is-failed systemd-machine-id-commit; echo end; } >> /local/said 2>&1",
+        "true",
+    );
+    fs::remove_file(tree.join("etc/machine-id")).unwrap();
+    fs::write(tree.join("etc/machine-id"), of_image).unwrap();
+    let plugin = stage.plugin().await;
+    let mut ids = Vec::new();
+    for _ in 0..2 {
+        let task = stage.words(&[]).with("image", json!(tree));
+        let task = task.with("boot", true).with("ephemeral", true);
+        let running = stage.start(&plugin, task).await;
+        let said = running.allocation.task_dir().join("local/said");
+        let said = tokio::task::block_in_place(|| {
+            until("the unit's start", || {
+                let text = fs::read_to_string(&said).unwrap_or_default();
+                text.ends_with("end\n").then_some(text)
+            })
+        });
+        let [id, "active" | "inactive", "end"] = said.lines().collect::<Vec<_>>()[..] else {
+            panic!("{said}");
+        };
+        let script = [
+            "/bin/sh",
+            "-c",
+            "cat /etc/machine-id; tr '\\0' '\\n' </proc/1/environ | grep ^container_uuid=",
+        ];
+        let seen = plugin.exec(&running.id, &script, None).await.unwrap();
+        let seen = String::from_utf8_lossy(&seen.stdout).replace('-', "");
+        assert_eq!(seen, format!("{id}\ncontainer_uuid={id}\n"));
+        ids.push(id.to_owned());
+        let exit = running.stop(&plugin, AMPLE, "").await;
+        assert_eq!((exit.code, exit.signal), (0, 0), "{exit:?}");
+        running.destroy(&plugin).await;
+    }
+    assert_ne!(ids[0], ids[1]);
+    assert!(!ids.contains(&of_image.trim().to_owned()), "{ids:?}");
+    assert_eq!(
+        fs::read_to_string(tree.join("etc/machine-id")).unwrap(),
+        of_image
+    );
     end(plugin).await;
     stage.leave();
 }
