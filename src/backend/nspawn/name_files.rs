@@ -25,11 +25,13 @@ const HOSTS: &str = "/etc/hosts";
 const UPLINK: &str = "/run/systemd/resolve/resolv.conf";
 /// Where an image's systemd-resolved writes, which can't do so where something is mounted: it does not start then.
 const RESOLVED_DIR: &str = "/run/systemd/resolve";
-const RESOLVED_CONF: &str = "/run/systemd/resolved.conf.d/50-nomad.conf";
+/// Not below `/run/systemd`: systemd-nspawn makes missing directories as root of the host, and an init with a user namespace ends if it can't
+/// write to that one.
+const RESOLVED_CONF: &str = "/etc/systemd/resolved.conf.d/50-nomad.conf";
 
 /// Named so that it comes after what an image has for its link itself, and before systemd's own `80-container-host0.network`. With that one
 /// systemd-networkd (257 and later) would remove addresses and routes that it did not set.
-const NETWORKD: &str = "/run/systemd/network/79-nomad.network";
+const NETWORKD: &str = "/etc/systemd/network/79-nomad.network";
 
 /// The maximum size of a resolv.conf of the host. Those that work have a few lines.
 const TEXT_MAX: u64 = 64 * 1024;

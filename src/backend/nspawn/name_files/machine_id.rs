@@ -13,7 +13,7 @@ const OF_DBUS: &str = "/var/lib/dbus/machine-id";
 
 /// It would fail, because it expects a file in memory over the image's. The condition is not met.
 pub(super) const COMMIT: &str =
-    "/run/systemd/system/systemd-machine-id-commit.service.d/50-nomad.conf";
+    "/etc/systemd/system/systemd-machine-id-commit.service.d/50-nomad.conf";
 pub(super) const COMMIT_TEXT: &str = "[Unit]\nConditionPathExists=!/etc/machine-id\n";
 
 /// Longer than any content that is a machine id or stands for one.

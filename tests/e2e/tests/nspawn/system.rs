@@ -151,7 +151,9 @@ async fn tasks_that_share_an_image_do_not_share_a_machine_id(#[case] of_image: &
                 text.ends_with("end\n").then_some(text)
             })
         });
-        let [id, "active" | "inactive", "end"] = said.lines().collect::<Vec<_>>()[..] else {
+        let [id, "active" | "activating" | "inactive", "end"] =
+            said.lines().collect::<Vec<_>>()[..]
+        else {
             panic!("{said}");
         };
         let script = [

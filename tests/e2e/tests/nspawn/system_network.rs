@@ -23,7 +23,7 @@ fn network_units(tree: &Path) {
     write("page.socket", "[Socket]\nListenStream=80\nAccept=yes\n");
     write(
         "page@.service",
-        "[Service]\nExecStart=/bin/echo page\nStandardOutput=socket\n",
+        "[Service]\nExecStart=/bin/sh -c \"read get; read empty; echo page\"\nStandardInput=socket\n",
     );
     for (target, unit) in [
         ("multi-user", "systemd-networkd.service"),
