@@ -76,6 +76,10 @@ fn the_example_says_hello() {
 fn the_example_of_a_network_of_its_own_serves_its_page() {
     e2e::needs_root();
     let host = Namespace::new(&format!("t{}", e2e::unique()));
+    // Masquerading needs an address of the host that is not a loopback one.
+    host.ip(&["link", "add", "eth0", "type", "bridge"]);
+    host.ip(&["address", "add", "192.0.2.1/24", "dev", "eth0"]);
+    host.ip(&["link", "set", "eth0", "up"]);
     within_network(&host.path(), || {
         let agent = Agent::new();
         let web = agent.run(&example("web-own-network"), &[]);
