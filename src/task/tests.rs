@@ -24,7 +24,7 @@ pub(crate) struct TestBackend {
     pub(crate) mock: MockContainerBackend,
     pub(crate) end: watch::Sender<Option<Exit>>,
     pub(crate) oom_kills: watch::Sender<u64>,
-    /// What is told of the next network that has been restored.
+    /// The note about the next network that has been restored.
     pub(crate) restored: Mutex<Option<String>>,
     pub(crate) gate: Semaphore,
 }
@@ -236,10 +236,10 @@ async fn a_restored_network_is_an_event_of_the_task() {
     let (stage, _end) = TestBackend::new(mock);
     *stage.restored.lock().unwrap() = Some("restored".to_owned());
     let events = EventBus::default();
-    let mut told = events.subscribe();
+    let mut published = events.subscribe();
     let tasks = Tasks::new(events, CancellationToken::new());
     tasks.start(stage, info(ID), spec(ID)).await.unwrap();
-    let event = in_time(told.recv()).await.unwrap();
+    let event = in_time(published.recv()).await.unwrap();
     assert_eq!((event.task.id.as_str(), &*event.message), (ID, "restored"));
 }
 

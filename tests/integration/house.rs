@@ -101,6 +101,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "state",
             "lease",
+            "network",
             "seccomp",
             "cgroup",
             "container",
