@@ -24,7 +24,7 @@ use figures::{Report, in_memory, is_check, make_tree, median, ms, run};
 /// The number of containers.
 const AT_ONCE: usize = 200;
 /// Rounds of both; the first one warms the caches and is not counted.
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 3;
 /// Between two rounds, for what the kernel still does after the end of the containers.
 const PAUSE: Duration = Duration::from_secs(2);
 /// The budget, as a ratio to the starts by hand.

@@ -20,7 +20,7 @@ use figures::bare::Bare;
 use figures::{Report, in_memory, is_check, kib, make_tree, median, ms, run, switches};
 
 /// Pairs of runs; the first ones warm the caches and are not counted.
-const PAIRS: usize = 40;
+const PAIRS: usize = 24;
 const WARM_UP: usize = 5;
 /// An upper bound for every step.
 const LONG: Duration = Duration::from_secs(30);
