@@ -6,12 +6,14 @@ use std::path::PathBuf;
 
 use super::filters::StartFilters;
 use super::name_files::{self, NameFiles};
-use super::{Settings, acquire, boot_id, io_error, own_network};
+use super::own_network::{self, OwnNetwork};
+use super::{Settings, acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
 use crate::container::{ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::Resource;
+use crate::network::pool;
 use crate::nspawn::argv::{self, CommandLine, Target};
 use crate::nspawn::version;
 use crate::nspawn::{idmap, ownership, skeleton};
@@ -37,11 +39,28 @@ pub(super) fn prepare(
     filters: &StartFilters,
     settings: &Settings,
 ) -> Result<(), BackendError> {
+    let network = own_network::plan(spec, task_dir, settings)?;
+    let address = network.plan.as_ref().map(|plan| plan.address);
+    let prepared = prepare_in(spec, task_dir, host, filters, network);
+    if let (Err(_), Some(address)) = (&prepared, address) {
+        // No launch spec names it. One that can't be released now is when a plugin starts.
+        let _ = pool::release(&settings.state_dir, task_dir.path(), address);
+    }
+    prepared
+}
+
+/// The same with this network.
+fn prepare_in(
+    spec: &ContainerSpec,
+    task_dir: &TaskDir,
+    host: Host,
+    filters: &StartFilters,
+    network: OwnNetwork,
+) -> Result<(), BackendError> {
     let layout = Layout::of_this_host();
     if let Some(reason) = version::unusable(host.version, layout.kind) {
         return Err(unsupported(spec, reason));
     }
-    let network = own_network::plan(spec, task_dir, settings)?;
     let files = name_files::write(spec, network.plan.as_ref(), task_dir)?;
     let (root, mounts) = root(spec, &files, task_dir)?;
     let (place, cgroups) = cgroups(spec, task_dir, &layout).unzip();
