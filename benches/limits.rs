@@ -18,7 +18,7 @@ mod figures;
 use figures::{is_check, median, ms};
 
 /// Pairs of measurements; the first ones warm the caches and are not counted.
-const PAIRS: usize = 40;
+const PAIRS: usize = 24;
 const WARM_UP: usize = 5;
 /// An upper bound for emptying a cgroup.
 const LONG: Duration = Duration::from_secs(10);

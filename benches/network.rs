@@ -28,7 +28,7 @@ use figures::bare::Bare;
 use figures::{Report, in_memory, is_check, make_tree, median, ms, run};
 
 /// Pairs of starts; the first ones warm the caches and are not counted.
-const PAIRS: usize = 15;
+const PAIRS: usize = 11;
 const WARM_UP: usize = 3;
 /// The budget of a start, in ms more than one by hand.
 const MORE: f64 = 10.0;
@@ -38,7 +38,7 @@ const TASKS: usize = 200;
 const SAMPLE: usize = 20;
 const LAST: f64 = 1.5;
 /// Pairs of transfers, how long each takes, and the budget as a ratio to the transfer by hand.
-const TRANSFERS: usize = 8;
+const TRANSFERS: usize = 6;
 const TRANSFER: Duration = Duration::from_millis(500);
 const THROUGHPUT: f64 = 0.95;
 /// The command of every container.

@@ -24,7 +24,7 @@ mod figures;
 use figures::{kib, make_tree, run};
 
 /// Stops per case.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 /// The grace period of the cases whose payload ignores the signal.
 const GRACE: Duration = Duration::from_millis(300);
 /// An upper bound for every step.

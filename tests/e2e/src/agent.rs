@@ -66,8 +66,7 @@ impl Agent {
         for name in ["server", "data", "plugins", "state", "tmp"] {
             fs::create_dir(dir.path().join(name)).expect("a directory");
         }
-        fs::copy(crate::driver(), dir.path().join("plugins").join(LABEL))
-            .expect("a copy of the driver");
+        crate::install(&crate::driver(), &dir.path().join("plugins").join(LABEL));
         let mark = format!("t{}", crate::unique());
         let ports = Ports::free();
         config::write(dir.path(), &ports, &mark, level, drivers_off);

@@ -134,7 +134,7 @@ impl Stage {
         crate::needs_root();
         let dir = Fixture::directory("nde-", &[]);
         let plugin = dir.path().join("plugins/nomad-driver-nspawn");
-        fs::copy(crate::driver(), &plugin).expect("a copy of the driver");
+        crate::install(&crate::driver(), &plugin);
         let name = format!("t{}", crate::unique());
         let marks = Marks::new(dir.path()).named(&name);
         let fixture = Fixture::new(dir, Launch::new(plugin), &name, "tree");
