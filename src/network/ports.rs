@@ -3,13 +3,12 @@
 use std::io;
 
 use super::{Attachment, NetworkError, NetworkPlan, conntrack, firewall};
-use crate::container::Cause;
 
 /// Opens the host's firewall for the container. Returns what the user should know.
 pub(super) fn open(plan: &NetworkPlan) -> Result<Vec<String>, NetworkError> {
     match firewall::open(plan) {
         // Without ports it only lacks connections to the outside, which a job may not need.
-        Err(error) if error.cause == Cause::Config && plan.ports.is_empty() && !has_nft() => {
+        Err(_) if plan.ports.is_empty() && !has_nft() => {
             return Ok(vec![
                 "the container reaches only this host, because nft is not installed here (Debian: nftables)".to_owned(),
             ]);
