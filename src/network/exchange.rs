@@ -9,6 +9,7 @@ use netlink_packet_core::{
 use netlink_sys::{Socket, SocketAddr};
 
 /// A socket for one request at a time.
+#[derive(Debug)]
 pub(super) struct Kernel(Socket);
 
 impl Kernel {

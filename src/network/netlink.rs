@@ -5,10 +5,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL};
 use netlink_packet_route::address::{
     AddressAttribute, AddressHeader, AddressHeaderFlags, AddressMessage, AddressScope,
 };
@@ -21,14 +18,15 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
-use netlink_sys::{Socket, SocketAddr};
+
+use super::exchange::Kernel;
 
 /// Fails if the thing exists already.
 const CREATE: u16 = NLM_F_CREATE | NLM_F_EXCL;
 
 /// A connection to the kernel.
 #[derive(Debug)]
-pub(super) struct Netlink(Socket);
+pub(super) struct Netlink(Kernel);
 
 /// The container's end of a new link.
 #[derive(Debug)]
@@ -44,10 +42,7 @@ pub(super) struct Peer<'a> {
 impl Netlink {
     /// Acts on the network namespace of the calling thread.
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
-        Ok(Self(socket))
+        Kernel::connect(NETLINK_ROUTE).map(Self)
     }
 
     /// Makes a bridge.
@@ -62,16 +57,14 @@ impl Netlink {
 
     /// Whether links are connected to the bridge with this index.
     pub(super) fn has_members(&self, bridge: u32) -> io::Result<bool> {
-        let mut is_found = false;
-        self.dump(
-            RouteNetlinkMessage::GetLink(LinkMessage::default()),
-            |message| {
-                if let RouteNetlinkMessage::NewLink(link) = message {
-                    is_found |= link.attributes.contains(&LinkAttribute::Controller(bridge));
-                }
-            },
-        )?;
-        Ok(is_found)
+        let all = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let is_member = |message: &RouteNetlinkMessage| match message {
+            RouteNetlinkMessage::NewLink(link) => {
+                link.attributes.contains(&LinkAttribute::Controller(bridge))
+            }
+            _ => false,
+        };
+        Ok(self.0.request(NLM_F_DUMP, all)?.iter().any(is_member))
     }
 
     /// Makes a veth pair whose other end is in another network namespace, connected to the bridge with this index if there is one.
@@ -181,56 +174,8 @@ impl Netlink {
 
     /// Sends a request that is answered by an acknowledgement or an error.
     fn request(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        self.send(message, NLM_F_ACK | flags)?;
-        let (bytes, _) = self.0.recv_from_full()?;
-        match decode(&bytes)?.payload {
-            NetlinkPayload::Error(outcome) if outcome.code.is_none() => Ok(()),
-            NetlinkPayload::Error(outcome) => Err(outcome.to_io()),
-            other => Err(unexpected(&other)),
-        }
+        self.0.request(NLM_F_ACK | flags, message).map(drop)
     }
-
-    /// Sends a request that is answered by any number of messages.
-    fn dump(
-        &self,
-        message: RouteNetlinkMessage,
-        mut each: impl FnMut(RouteNetlinkMessage),
-    ) -> io::Result<()> {
-        self.send(message, NLM_F_DUMP)?;
-        loop {
-            let (bytes, _) = self.0.recv_from_full()?;
-            let mut rest = &bytes[..];
-            while !rest.is_empty() {
-                let message = decode(rest)?;
-                let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
-                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-                match message.payload {
-                    NetlinkPayload::InnerMessage(message) => each(message),
-                    NetlinkPayload::Done(_) => return Ok(()),
-                    NetlinkPayload::Error(outcome) => return Err(outcome.to_io()),
-                    other => return Err(unexpected(&other)),
-                }
-            }
-        }
-    }
-
-    fn send(&self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
-        let mut header = NetlinkHeader::default();
-        header.flags = NLM_F_REQUEST | flags;
-        let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
-        self.0.send(&bytes, 0).map(drop)
-    }
-}
-
-fn decode(bytes: &[u8]) -> io::Result<NetlinkMessage<RouteNetlinkMessage>> {
-    NetlinkMessage::deserialize(bytes).map_err(|error| io::Error::other(error.to_string()))
-}
-
-fn unexpected(answer: &NetlinkPayload<RouteNetlinkMessage>) -> io::Error {
-    io::Error::other(format!("unexpected answer {answer:?}"))
 }
 
 fn host_route(index: u32, to: IpAddr) -> RouteMessage {

@@ -234,7 +234,6 @@ async fn a_port_of_one_address_is_reached_there_only() {
         let said = within_network(from, || ask(to, PORT));
         assert_eq!(said.is_ok(), is_reached, "{to}: {said:?}");
     }
-    // The same port of another address is free.
     running.destroy(&plugin).await;
     end(plugin).await;
     drop(hosts);
