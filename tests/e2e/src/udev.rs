@@ -3,13 +3,17 @@
 //! changed.
 
 use std::fs;
+use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::thread;
 
 use dev_agent::Plugin;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    AddressFamily, Backlog, Shutdown, SockFlag, SockType, UnixAddr, bind, listen, shutdown, socket,
 };
 use serde_json::Value;
 
@@ -38,7 +42,30 @@ const SCRIPT: &str = r#"exec unshare --mount sh -c '
 #[derive(Debug)]
 pub struct Udev {
     /// None if the machine has udev itself.
-    listener: Option<OwnedFd>,
+    listener: Option<Arc<UnixListener>>,
+}
+
+impl Drop for Udev {
+    fn drop(&mut self) {
+        if let Some(listener) = &self.listener {
+            // Ends the thread that accepts.
+            let _ = shutdown(listener.as_raw_fd(), Shutdown::Both);
+        }
+    }
+}
+
+/// Accepts connections for as long as the socket listens, and keeps each until its peer closes it. A connection that waits to be accepted
+/// would keep the peer's cgroup from being freed.
+fn serve(listener: &UnixListener) {
+    for connection in listener.incoming() {
+        let Ok(mut connection) = connection else {
+            return;
+        };
+        while connection
+            .read(&mut [0; 1024])
+            .is_ok_and(|length| length > 0)
+        {}
+    }
 }
 
 impl Stage {
@@ -58,12 +85,15 @@ impl Stage {
         .and_then(|socket| {
             let address = UnixAddr::new(&directory.join("control"))?;
             bind(socket.as_raw_fd(), &address)?;
-            // Connections are never accepted, so the backlog must hold all of them.
             listen(&socket, Backlog::MAXCONN)?;
             Ok(socket)
         });
+        let listener: OwnedFd = listener.expect("a socket that listens");
+        let listener = Arc::new(UnixListener::from(listener));
+        let accepting = Arc::clone(&listener);
+        thread::spawn(move || serve(&accepting));
         Udev {
-            listener: Some(listener.expect("a socket that listens")),
+            listener: Some(listener),
         }
     }
 
