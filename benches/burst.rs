@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 mod figures;
 
 use figures::bare::Bare;
-use figures::{Report, in_memory, is_check, make_tree, median, ms, run};
+use figures::{Report, driver, in_memory, is_check, make_tree, median, ms, run};
 
 /// The number of containers.
 const AT_ONCE: usize = 200;
@@ -43,7 +43,7 @@ fn main() -> anyhow::Result<ExitCode> {
 async fn compare() -> anyhow::Result<bool> {
     let scratch = tempfile::Builder::new().prefix("nd-").tempdir()?;
     let trees = trees(scratch.path())?;
-    let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
+    let plugin = Plugin::launch(Launch::new(driver())).await?;
     let memory = in_memory()?;
     let state = memory.path().join("state");
     plugin.configure(&json!({ "state_dir": state })).await?;

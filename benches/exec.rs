@@ -16,7 +16,7 @@ use serde_json::json;
 
 mod figures;
 
-use figures::{is_check, kib, make_tree, ms, run};
+use figures::{driver, is_check, kib, make_tree, ms, run};
 
 /// Commands that are measured; the first ones warm the caches and are not counted.
 const COMMANDS: usize = 60;
@@ -41,7 +41,7 @@ async fn measure() -> anyhow::Result<bool> {
     let scratch = tempfile::tempdir()?;
     let tree = scratch.path().join("tree");
     make_tree(&tree, &["sh", "sleep", "true", "cat"])?;
-    let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
+    let plugin = Plugin::launch(Launch::new(driver())).await?;
     let state = scratch.path().join("state");
     plugin.configure(&json!({ "state_dir": state })).await?;
     let config =

@@ -27,7 +27,7 @@ use tokio::task::JoinSet;
 
 mod figures;
 
-use figures::{Report, kib, ms, runtime, switches, ticks};
+use figures::{Report, driver, kib, ms, runtime, switches, ticks};
 
 /// The number of simultaneous starts.
 const AT_ONCE: usize = 200;
@@ -186,7 +186,7 @@ impl Site {
     }
 
     async fn plugin(&self) -> anyhow::Result<Plugin> {
-        let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
+        let plugin = Plugin::launch(Launch::new(driver())).await?;
         let config = json!({
             "state_dir": self.join("state"),
             "nspawn_path": self.join("bin/systemd-nspawn"),

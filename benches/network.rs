@@ -25,7 +25,7 @@ use serde_json::json;
 mod figures;
 
 use figures::bare::Bare;
-use figures::{Report, in_memory, is_check, make_tree, median, ms, run};
+use figures::{Report, driver, in_memory, is_check, make_tree, median, ms, run};
 
 /// Pairs of starts; the first ones warm the caches and are not counted.
 const PAIRS: usize = 11;
@@ -66,7 +66,7 @@ async fn compare() -> anyhow::Result<bool> {
         fs::create_dir(tree.join(directory))?;
     }
     let memory = in_memory()?;
-    let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
+    let plugin = Plugin::launch(Launch::new(driver())).await?;
     let config = json!({ "state_dir": memory.path().join("state") });
     plugin.configure(&config).await?;
     let site = Site {

@@ -17,7 +17,7 @@ use serde_json::json;
 mod figures;
 
 use figures::bare::Bare;
-use figures::{Report, in_memory, is_check, kib, make_tree, median, ms, run, switches};
+use figures::{Report, driver, in_memory, is_check, kib, make_tree, median, ms, run, switches};
 
 /// Pairs of runs; the first ones warm the caches and are not counted.
 const PAIRS: usize = 24;
@@ -43,11 +43,11 @@ async fn compare() -> anyhow::Result<bool> {
     let tree = scratch.path().join("tree");
     make_tree(&tree, &["sh"])?;
     let launched = Instant::now();
-    let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
+    let plugin = Plugin::launch(Launch::new(driver())).await?;
     let handshake = launched.elapsed();
     let memory = in_memory()?;
     let capturing = Site::new(plugin, memory.path().join("captured"), true).await?;
-    let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
+    let plugin = Plugin::launch(Launch::new(driver())).await?;
     let building = Site::new(plugin, memory.path().join("built"), false).await?;
 
     let mut bare = Series::default();

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 
 mod figures;
 
-use figures::{kib, make_tree, run};
+use figures::{driver, kib, make_tree, run};
 
 /// Stops per case.
 const ROUNDS: usize = 3;
@@ -171,7 +171,7 @@ async fn measure(names: &[String]) -> anyhow::Result<bool> {
             .collect::<anyhow::Result<_>>()?,
     )
     .0;
-    let plugin = Plugin::launch(Launch::new(env!("CARGO_BIN_EXE_nomad-driver-nspawn"))).await?;
+    let plugin = Plugin::launch(Launch::new(driver())).await?;
     plugin
         .configure(&json!({ "state_dir": scratch.path().join("state") }))
         .await?;

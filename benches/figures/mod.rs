@@ -10,7 +10,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -33,6 +33,18 @@ pub(crate) fn run(
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
+}
+
+/// The driver that is measured: `NOMAD_DRIVER_NSPAWN`, or the one that cargo has built with the benchmark.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "ci/bench passes the release build in the environment"
+)]
+pub(crate) fn driver() -> PathBuf {
+    std::env::var_os("NOMAD_DRIVER_NSPAWN").map_or_else(
+        || env!("CARGO_BIN_EXE_nomad-driver-nspawn").into(),
+        Into::into,
+    )
 }
 
 /// The runtime of every benchmark that calls the plugin.
