@@ -1,7 +1,7 @@
 //! Processes of this host, identified so that a reused pid is never mistaken for the old process: finding them, sending signals,
 //! waiting for their exit. A signal is sent only to the very process that was identified.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 
-use super::procfs;
+use super::kernel;
+use super::procfs::{self, Stat};
 use crate::container::Process;
 use crate::signal::Signal;
 
@@ -18,6 +19,8 @@ use crate::signal::Signal;
 pub struct ProcessHandle {
     process: Process,
     descriptor: OwnedFd,
+    /// Whether the kernel showed this process everything about it when it was opened.
+    transparent: bool,
 }
 
 impl ProcessHandle {
@@ -28,10 +31,14 @@ impl ProcessHandle {
         let raw = raw.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         let descriptor = pidfd_open(raw, PidfdFlags::empty())?;
         // Read after the pidfd is open: what is read then belongs to this process, or the process is gone.
-        let start = start_time(pid)?;
+        let stat = stat(pid)?;
         Ok(Self {
-            process: Process { pid, start },
+            process: Process {
+                pid,
+                start: stat.start,
+            },
             descriptor,
+            transparent: stat.code > 1,
         })
     }
 
@@ -66,6 +73,23 @@ impl ProcessHandle {
     /// that do not report it to other processes (before 6.15).
     pub fn raw_status(&self) -> Option<i32> {
         super::ffi::exit_status(self.descriptor.as_fd())
+    }
+
+    /// Its wait status, as its parent will get it, after it has exited and before it has been waited for. `None` in any other state, without
+    /// CAP_SYS_PTRACE, if the kernel hid something of it when it was opened (it would show 0 as the status of every process), and before
+    /// Linux 5.17, which showed the status of the main thread.
+    pub fn zombie_status(&self) -> Option<i32> {
+        let stat = stat(self.process.pid).ok()?;
+        let is_it = stat.start == self.process.start && stat.state == 'Z';
+        let is_shown = self.transparent && kernel::version() >= (5, 17) && kernel::may_trace();
+        (is_it && is_shown).then_some(stat.status)
+    }
+
+    /// Its mount namespace, which then exists until this descriptor is closed. `None` if it has exited.
+    pub fn mount_namespace(&self) -> Option<File> {
+        let namespace = File::open(format!("/proc/{}/ns/mnt", self.process.pid)).ok()?;
+        // The pid still belonged to it when the file was opened.
+        (!self.wait(Duration::ZERO)).then_some(namespace)
     }
 
     /// Waits until it has exited, at most `limit`; returns whether it has.
@@ -222,6 +246,10 @@ pub fn close_inherited() {
 }
 
 fn start_time(pid: i32) -> io::Result<u64> {
+    Ok(stat(pid)?.start)
+}
+
+fn stat(pid: i32) -> io::Result<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|error| {
         match error.raw_os_error() {
             // The process exited while its file was open.
@@ -229,9 +257,7 @@ fn start_time(pid: i32) -> io::Result<u64> {
             _ => error,
         }
     })?;
-    procfs::parse_stat(&text)
-        .map(|stat| stat.start)
-        .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    procfs::parse_stat(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// `None` for signal 0, which has no value there.
@@ -284,6 +310,30 @@ mod tests {
         child.kill().unwrap();
         assert!(waiting.join().unwrap(), "the wait ended with the signal");
         child.wait().unwrap();
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "a process that exits")]
+    #[rstest::rstest]
+    #[case("exit 0", 0)]
+    #[case("exit 3", 3 << 8)]
+    #[case("kill -9 $$", 9)]
+    fn the_status_is_known_before_the_parent_has_waited(#[case] script: &str, #[case] wanted: i32) {
+        if !kernel::may_trace() {
+            support::not_applicable("without CAP_SYS_PTRACE no status is shown");
+            return;
+        }
+        let mut child = Command::new("sh")
+            .args(["-c", &format!("read line; {script}")])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let handle = ProcessHandle::open(child.id().cast_signed()).unwrap();
+        assert_eq!(handle.zombie_status(), None, "it is alive");
+        drop(child.stdin.take());
+        assert!(handle.wait(Duration::from_secs(60)));
+        assert_eq!(handle.zombie_status(), Some(wanted));
+        child.wait().unwrap();
+        assert_eq!(handle.zombie_status(), None, "it has been waited for");
     }
 
     /// After its command has exited, the first child of an init is an orphan that it has adopted.

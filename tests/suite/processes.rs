@@ -16,7 +16,8 @@ use super::*;
 
 /// The kinds of descriptors that a supervisor has besides its standard streams; how many of each depends on its clients and watched
 /// processes.
-const SUPERVISOR_HAS: &[&str] = &["eventpoll", "signalfd", "socket", "pidfd"];
+/// The mount namespace is the container's.
+const SUPERVISOR_HAS: &[&str] = &["eventpoll", "signalfd", "socket", "pidfd", "mnt"];
 
 /// The variables in systemd-nspawn's own environment. `SYSTEMD_NSPAWN_UNIFIED_HIERARCHY` only if the host has cgroup v2 only.
 const NSPAWN_KNOWS: &[&str] = &[

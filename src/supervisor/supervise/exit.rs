@@ -10,7 +10,7 @@ use nspawn_init::Step;
 use rustix::process::{Pid, WaitOptions, WaitStatus, wait, waitpid};
 
 use super::event_loop::Interest;
-use super::exit_status::{ExitEvidence, describe, exit_of, predict_nspawn_status};
+use super::exit_status::{ExitEvidence, NSPAWN_FAILED, describe, exit_of, predict_nspawn_status};
 use super::network::Services;
 use super::release::Release;
 use super::{
@@ -52,6 +52,7 @@ impl Supervisor {
             false => LeaderState::Ended,
         };
         let first = std::mem::replace(&mut self.exit.leader, seen) == LeaderState::Alive;
+        self.exit.waited = self.exit.waited.or_else(|| self.zombie_status());
         if first {
             failpoint::hit(&self.task_dir, Failpoint::Exited);
         }
@@ -123,6 +124,9 @@ impl Supervisor {
         {
             return Some(by_force);
         }
+        if self.exit.waited.is_some() {
+            return Some(ExitStatus::from_raw(NSPAWN_FAILED));
+        }
         predict_nspawn_status(self.raw_status()?, self.exit.nspawn_status)
     }
 
@@ -145,6 +149,23 @@ impl Supervisor {
             .filter(|_| !failpoint::kernel_is_old(self.task_dir.path()))
     }
 
+    /// The same before its parent has waited for it.
+    fn zombie_status(&self) -> Option<i32> {
+        let leader = self.leader_handle()?;
+        leader
+            .zombie_status()
+            .filter(|_| !failpoint::kernel_is_old(self.task_dir.path()))
+    }
+
+    /// Lets the kernel take down the mounts of a leader that has exited.
+    pub(super) fn release_mounts(&mut self) {
+        if self.exit.leader != LeaderState::Alive
+            && let State::Running { mounts, .. } = &mut self.state
+        {
+            *mounts = None;
+        }
+    }
+
     /// Reports an exit that is certain before systemd-nspawn has exited.
     pub(super) fn report_early(&mut self) {
         if let Some(status) = self.early_exit_status() {
@@ -158,7 +179,7 @@ impl Supervisor {
             start_error: self.exit.start_error.as_ref(),
             command: self.exit.command_status,
             leader: self.raw_status(),
-            reaped: self.exit.reaped,
+            waited: self.exit.waited,
             nspawn_stderr: &self.task_dir.nspawn_stderr_tail(),
             nspawn,
             killed: self.exit.killed,
@@ -218,7 +239,7 @@ impl Supervisor {
             if pid == self.nspawn.pid {
                 found = Some(ExitStatus::from_raw(status.as_raw()));
             } else if Some(pid) == leader {
-                self.exit.reaped = Some(status.as_raw());
+                self.exit.waited = Some(status.as_raw());
             } else {
                 self.see_relay(pid);
             }

@@ -17,6 +17,9 @@ const RESTART: i32 = 133;
 /// The raw wait status of a process that was killed by SIGKILL.
 const KILLED: i32 = 9;
 
+/// The raw wait status of a systemd-nspawn that adds nothing to what the leader's own status says.
+pub(super) const NSPAWN_FAILED: i32 = 1 << 8;
+
 /// The raw wait statuses that the parent of PID 1 sees after reboot(2) in a pid namespace: SIGHUP for a restart, SIGINT for
 /// everything else. These signals themselves never terminate a PID 1.
 const REBOOT: i32 = 1;
@@ -31,8 +34,8 @@ pub(super) struct ExitEvidence<'a> {
     pub(super) command: Option<i32>,
     /// The leader's raw wait status, if the kernel reports it to processes other than the parent.
     pub(super) leader: Option<i32>,
-    /// The same if this process reaped the leader: only the parent learns what was requested with reboot(2).
-    pub(super) reaped: Option<i32>,
+    /// The same as wait(2) gives it to the parent, which alone learns what was requested with reboot(2).
+    pub(super) waited: Option<i32>,
     /// What systemd-nspawn has written to stderr.
     pub(super) nspawn_stderr: &'a str,
     /// How systemd-nspawn itself exited.
@@ -66,15 +69,15 @@ pub(super) fn exit_of(evidence: &ExitEvidence<'_>) -> Exit {
             (evidence.nspawn.code().unwrap_or_default(), 0, None)
         }
         ExitEvidence {
-            reaped: Some(REBOOT),
+            waited: Some(REBOOT),
             ..
         } => (RESTART, 0, None),
         ExitEvidence {
-            reaped: Some(POWER_OFF),
+            waited: Some(POWER_OFF),
             ..
         } => (0, 0, None),
         ExitEvidence {
-            reaped: Some(status),
+            waited: Some(status),
             ..
         }
         | ExitEvidence {
@@ -145,7 +148,7 @@ pub(super) fn predict_nspawn_status(
         (0 | KILLED, Some(NspawnFinalStatus::Restarting)) => exited(RESTART),
         (0, Some(NspawnFinalStatus::Terminating)) => exited(0),
         (0 | KILLED, _) => None,
-        _ => exited(1),
+        _ => Some(ExitStatus::from_raw(NSPAWN_FAILED)),
     }
 }
 
@@ -204,7 +207,7 @@ mod tests {
             start_error: None,
             command: None,
             leader: None,
-            reaped: None,
+            waited: None,
             nspawn_stderr: "",
             nspawn: ExitStatus::from_raw(nspawn),
             killed: false,
@@ -406,7 +409,7 @@ mod tests {
         #[case] expected: (i32, i32),
     ) {
         let exit = exit_of(&ExitEvidence {
-            reaped: Some(status),
+            waited: Some(status),
             nspawn_killed: true,
             ..evidence(KILLED)
         });

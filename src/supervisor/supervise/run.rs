@@ -66,6 +66,7 @@ impl Supervisor {
         }
         self.flush_pending_signals();
         self.report_early();
+        self.release_mounts();
         self.conclude();
         self.drop_disconnected();
     }

@@ -74,6 +74,9 @@ pub(super) enum State {
     Running {
         running: Box<Running>,
         leader: Option<Source<ProcessHandle>>,
+        /// The leader's mount namespace until its exit has been seen. Otherwise the kernel would take it down, which takes as long as the rest of
+        /// the exit, before it shows the exit.
+        mounts: Option<File>,
         since: Instant,
     },
 }
@@ -87,8 +90,9 @@ pub(super) struct ExitFacts {
     pub(super) command_status: Option<i32>,
     /// How much of the leader's exit has been seen.
     pub(super) leader: LeaderState,
-    /// The leader's raw wait status, once the leader has become a child of this process and has been reaped.
-    pub(super) reaped: Option<i32>,
+    /// The leader's raw wait status as wait(2) gives it to the parent: read before the parent has waited, or by this process once the leader has
+    /// become its child.
+    pub(super) waited: Option<i32>,
     /// The last final status that systemd-nspawn has sent.
     pub(super) nspawn_status: Option<NspawnFinalStatus>,
     /// Set if the container was still alive when it was killed: the status that systemd-nspawn then reports adds nothing.
@@ -270,6 +274,7 @@ impl Supervisor {
         let running = self.running_record(leader, handle.as_deref());
         self.state = State::Running {
             running: Box::new(running.clone()),
+            mounts: handle.as_deref().and_then(ProcessHandle::mount_namespace),
             leader: handle,
             since: Instant::now(),
         };
