@@ -3,6 +3,8 @@
 use std::io;
 use std::path::Path;
 
+use rustix::thread::{CapabilitySet, capabilities};
+
 /// The version of the running kernel, as `(6, 1)`.
 pub fn version() -> (u32, u32) {
     let release =
@@ -65,21 +67,16 @@ pub fn max_open_files() -> io::Result<u64> {
 
 /// Whether this process may raise hard resource limits, also for the processes that it starts (CAP_SYS_RESOURCE).
 pub fn may_raise_limits() -> bool {
-    const CAP_SYS_RESOURCE: u32 = 24;
-    has_capability(CAP_SYS_RESOURCE)
+    has_capability(CapabilitySet::SYS_RESOURCE)
 }
 
 /// Whether this process may see everything about processes of other users (CAP_SYS_PTRACE).
 pub fn may_trace() -> bool {
-    const CAP_SYS_PTRACE: u32 = 19;
-    has_capability(CAP_SYS_PTRACE)
+    has_capability(CapabilitySet::SYS_PTRACE)
 }
 
-fn has_capability(number: u32) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let capabilities = super::procfs::status_field(&status, "CapEff")
-        .and_then(|mask| u64::from_str_radix(mask, 16).ok());
-    capabilities.is_some_and(|mask| mask >> number & 1 == 1)
+fn has_capability(capability: CapabilitySet) -> bool {
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(capability))
 }
 
 #[cfg(test)]

@@ -56,6 +56,7 @@ impl Supervisor {
         if first {
             failpoint::hit(&self.task_dir, Failpoint::Exited);
         }
+        self.report_early();
         self.watch_leader();
         if first && !self.nspawn_has_exited() {
             self.sigcont_nspawn();
