@@ -230,6 +230,13 @@ pub enum NetworkNamespace {
     Host,
     /// An existing network namespace: the path of its file.
     Join(PathBuf),
+    /// That of another task of the allocation.
+    OfTask {
+        /// The task's name.
+        task: String,
+        /// The first process of its container; `None` until the task runs.
+        leader: Option<Process>,
+    },
     /// A network namespace of its own.
     Private {
         /// What connects it.
@@ -239,6 +246,13 @@ pub enum NetworkNamespace {
         /// Interfaces of the host that the container uses besides.
         interfaces: Vec<HostInterface>,
     },
+}
+
+impl NetworkNamespace {
+    /// Whether it was there before the container, and is not the host's.
+    pub fn is_joined(&self) -> bool {
+        matches!(self, Self::Join(_) | Self::OfTask { .. })
+    }
 }
 
 /// An interface of the host in a container.

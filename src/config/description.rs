@@ -47,6 +47,7 @@ fn network(namespace: &NetworkNamespace) -> String {
     match namespace {
         NetworkNamespace::Host => "host".to_owned(),
         NetworkNamespace::Join(path) => format!("namespace {}", path.display()),
+        NetworkNamespace::OfTask { task, .. } => format!("task {task}"),
         NetworkNamespace::Private { link, .. } => match link {
             Link::None => "none".to_owned(),
             Link::Routed => "veth".to_owned(),

@@ -41,6 +41,11 @@ pub(super) fn network(
         (false, false) => Requested::Host,
     };
     let (option, requested) = requested.unwrap_or((MODE, by_default));
+    if let Requested::Task(task) = requested {
+        check_network_of_task(&task, context, &ports, &interfaces)?;
+        let namespace = NetworkNamespace::OfTask { task, leader: None };
+        return Ok((namespace, Vec::new()));
+    }
     let link = match requested {
         Requested::Host if let Some(interface) = interfaces.first() => {
             let reason = format!(
@@ -51,7 +56,7 @@ pub(super) fn network(
         }
         Requested::Host if ports.is_empty() => return Ok((NetworkNamespace::Host, Vec::new())),
         Requested::Link(link) if ports.is_empty() || link != Link::None => link,
-        Requested::Host | Requested::Link(_) => {
+        Requested::Host | Requested::Link(_) | Requested::Task(_) => {
             let value = match option {
                 VETH => "false".to_owned(),
                 _ => quoted(options.network_mode.as_deref().unwrap_or_default()),
@@ -126,6 +131,8 @@ enum Requested {
     Host,
     /// A network of the container's own.
     Link(Link),
+    /// The network of the task with this name.
+    Task(String),
 }
 
 /// What the options ask for, and the option that says so; `None` if they say nothing.
@@ -167,12 +174,39 @@ fn of_mode(mode: &str) -> Result<Requested, ConfigError> {
         "bridge" => Requested::Link(Link::Routed),
         _ => match mode.split_once(':') {
             Some(("zone", zone)) => Requested::Link(of_zone(MODE, zone)?),
+            Some(("task", task)) if !task.is_empty() => Requested::Task(task.to_owned()),
             _ => {
-                let reason = format!("{} is not host, none, bridge or zone:NAME", quoted(mode));
+                let reason = format!(
+                    "{} is not host, none, bridge, zone:NAME or task:NAME",
+                    quoted(mode)
+                );
                 return Err(ConfigError::new(MODE, reason));
             }
         },
     })
+}
+
+/// Rejects what belongs to the task whose network it is.
+fn check_network_of_task(
+    task: &str,
+    context: &TaskContext,
+    ports: &[PortForward],
+    interfaces: &[HostInterface],
+) -> Result<(), ConfigError> {
+    let refused = |option: &str, reason: String| Err(ConfigError::new(option, reason));
+    if task == context.task {
+        let reason = format!("{} is this task itself", quoted(task));
+        return refused(MODE, reason);
+    }
+    let of_other = format!(
+        "can't be set beside a network_mode of another task: it belongs to the network of the task {}, set it there",
+        quoted(task)
+    );
+    match (ports, interfaces) {
+        ([_, ..], _) => refused(PORTS, of_other),
+        (_, [interface, ..]) => refused(option_of(interface.mode), of_other),
+        ([], []) => Ok(()),
+    }
 }
 
 fn of_zone(option: &str, zone: &str) -> Result<Link, ConfigError> {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::task_dir::{LaunchSpec, Pid1};
 use crate::cgroup::{CgroupPath, CgroupPlan};
-use crate::container::{InsideSettings, Mode};
+use crate::container::{InsideSettings, Mode, Process};
 use crate::lease::{
     Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
     TreeLock, UidRange,
@@ -30,6 +30,8 @@ pub(super) struct LaunchSpecRecord {
     stdout: Option<PathBuf>,
     stderr: Option<PathBuf>,
     network_namespace: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    network_of: Option<Process>,
     #[serde(flatten)]
     older: Older,
     #[serde(default)]
@@ -72,6 +74,7 @@ impl From<LaunchSpecRecord> for LaunchSpec {
             stdout: form.stdout,
             stderr: form.stderr,
             network_namespace: form.network_namespace,
+            network_of: form.network_of,
             cgroups: form.cgroups,
             oom_score_adj: form.oom_score_adj,
             resources: form.resources.unwrap_or_else(|| form.older.resources()),
@@ -97,6 +100,7 @@ impl From<LaunchSpec> for LaunchSpecRecord {
             stdout: launch_spec.stdout,
             stderr: launch_spec.stderr,
             network_namespace: launch_spec.network_namespace,
+            network_of: launch_spec.network_of,
             cgroups: launch_spec.cgroups,
             oom_score_adj: launch_spec.oom_score_adj,
             resources: Some(launch_spec.resources),

@@ -59,6 +59,8 @@ pub struct LaunchSpec {
     pub stderr: Option<PathBuf>,
     /// The network namespace to start systemd-nspawn in.
     pub network_namespace: Option<PathBuf>,
+    /// The same if it is that of another container: its first process.
+    pub network_of: Option<Process>,
     /// What is done to the cgroups of the start; `None` without cgroups, and in launch specs of older drivers.
     pub cgroups: Option<CgroupPlan>,
     /// The badness adjustment of the container's processes, which inherit it: that of the agent may be another.

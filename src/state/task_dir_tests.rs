@@ -38,6 +38,7 @@ pub(crate) fn an_order(id: &str) -> LaunchSpec {
         stdout: None,
         stderr: None,
         network_namespace: None,
+        network_of: None,
         cgroups: None,
         oom_score_adj: 0,
         resources: Vec::new(),
@@ -456,12 +457,21 @@ fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
     let names = (any::<String>(), any::<String>(), any::<String>(), mode());
     let call = (path(), any::<Vec<String>>(), first);
     let paths = (maybe(), maybe(), maybe(), maybe());
+    let network_of = proptest::option::of((any::<i32>(), any::<u64>()));
+    let network_of = network_of.prop_map(|of| of.map(|(pid, start)| Process { pid, start }));
     let resources = proptest::collection::vec(resource(), 0..9);
     let limits = (proptest::option::of(cgroup_plan()), any::<i32>());
-    let rest = (resources, inside(), any::<Vec<String>>(), limits, seccomp());
+    let rest = (
+        resources,
+        inside(),
+        any::<Vec<String>>(),
+        limits,
+        seccomp(),
+        network_of,
+    );
     (names, call, paths, rest).prop_map(
         |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
-            let (resources, inside, notes, (cgroups, oom_score_adj), seccomp) = rest;
+            let (resources, inside, notes, (cgroups, oom_score_adj), seccomp, network_of) = rest;
             let (stdout, stderr, network_namespace, alloc_dir) = paths;
             LaunchSpec {
                 id,
@@ -475,6 +485,7 @@ fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
                 stdout,
                 stderr,
                 network_namespace,
+                network_of,
                 cgroups,
                 oom_score_adj,
                 resources,

@@ -16,7 +16,7 @@ use nix::sys::signal::SigSet;
 use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
-use super::group_network;
+use super::joined_network;
 use crate::cgroup::{CgroupPlan, Group};
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
@@ -112,9 +112,7 @@ fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
     // The agent's own may be -1000, with which no limit of memory would end a process. systemd-nspawn can't change it in a user
     // namespace. Lowering it needs CAP_SYS_RESOURCE.
     let _ = set_oom_score_adj(nix::unistd::getpid().as_raw(), launch_spec.oom_score_adj);
-    if let Some(path) = &launch_spec.network_namespace {
-        group_network::enter(path, &launch_spec.inside.sysctls)?;
-    }
+    joined_network::enter(launch_spec)?;
     umask(Mode::from_bits_truncate(0o022));
     SigSet::empty()
         .thread_set_mask()

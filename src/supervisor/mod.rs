@@ -5,7 +5,7 @@
 //! |---|---|
 //! | [`client`], [`exec_defaults`] | the plugin |
 //! | [`supervise`] | the supervisor process |
-//! | [`enter`], `group_network` | the exec shim, which becomes systemd-nspawn |
+//! | [`enter`], `joined_network` | the exec shim, which becomes systemd-nspawn |
 //!
 //! [`protocol`] is what client and supervisor process exchange, [`framing`] how a message is delimited; [`init_channel`] is what the
 //! supervisor process and the container's init exchange; [`logs`] opens the output of a container, in both.
@@ -15,8 +15,8 @@ mod connection;
 pub mod enter;
 pub mod exec_defaults;
 pub mod framing;
-mod group_network;
 pub mod init_channel;
+mod joined_network;
 pub mod logs;
 pub mod protocol;
 pub mod supervise;

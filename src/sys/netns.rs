@@ -13,7 +13,9 @@ use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
+use super::process::is_alive;
 use super::procfs::parse_addresses;
+use crate::container::Process;
 
 /// A network namespace other than the host's.
 #[derive(Debug)]
@@ -61,6 +63,16 @@ impl Netns {
         match of("1") {
             Ok(of_init) if its == number(&of_init) => Err(NetnsError::OfHost),
             _ => Ok(Self(file)),
+        }
+    }
+
+    /// That of a process, which is missing once the process has exited.
+    pub fn of_process(process: Process) -> Result<Self, NetnsError> {
+        let namespace = Self::open(Path::new(&format!("/proc/{}/ns/net", process.pid)));
+        // Checked last: then it was opened before a later process could have the pid.
+        match is_alive(process) {
+            true => namespace,
+            false => Err(NetnsError::Missing),
         }
     }
 

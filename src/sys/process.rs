@@ -313,6 +313,14 @@ mod tests {
     }
 
     #[expect(clippy::disallowed_methods, reason = "a process that exits")]
+    fn shell(script: &str) -> std::process::Child {
+        Command::new("sh")
+            .args(["-c", script])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
     #[rstest::rstest]
     #[case("exit 0", 0)]
     #[case("exit 3", 3 << 8)]
@@ -322,11 +330,7 @@ mod tests {
             support::not_applicable("without CAP_SYS_PTRACE no status is shown");
             return;
         }
-        let mut child = Command::new("sh")
-            .args(["-c", &format!("read line; {script}")])
-            .stdin(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = shell(&format!("read line; {script}"));
         let handle = ProcessHandle::open(child.id().cast_signed()).unwrap();
         assert_eq!(handle.zombie_status(), None, "it is alive");
         drop(child.stdin.take());

@@ -20,6 +20,7 @@ use crate::signal::Signal;
 mod actor;
 pub mod events;
 pub mod handle;
+mod neighbour;
 mod state;
 mod store;
 
@@ -87,6 +88,13 @@ pub struct TaskStatus {
     removing: bool,
     /// Whether no further change will follow.
     closed: bool,
+}
+
+impl TaskStatus {
+    /// Whether it does not run any more, or never will.
+    fn is_over(&self) -> bool {
+        self.exit.is_some() || self.removing || self.closed
+    }
 }
 
 /// A handle to a task. Clones refer to the same task.
@@ -260,8 +268,9 @@ impl Tasks {
         &self,
         backend: Arc<dyn ContainerBackend>,
         info: TaskInfo,
-        spec: ContainerSpec,
+        mut spec: ContainerSpec,
     ) -> Result<Arc<Started>, TaskError> {
+        self.find_network(&info, &mut spec).await?;
         let (reply, answer) = oneshot::channel();
         let task = self.spawn_actor(backend, info, Origin::Start(Box::new(spec), reply))?;
         task.answered(answer).await

@@ -30,6 +30,11 @@ impl TaskStore {
         self.tasks().get(id).cloned()
     }
 
+    /// A task for which this holds.
+    pub(super) fn find(&self, holds: impl Fn(&Task) -> bool) -> Option<Task> {
+        self.tasks().values().find(|task| holds(task)).cloned()
+    }
+
     /// The ids of all tasks.
     pub(super) fn ids(&self) -> Vec<String> {
         self.tasks().keys().cloned().collect()

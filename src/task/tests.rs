@@ -14,6 +14,7 @@ use crate::backend::{MockContainerBackend, UsageReader};
 use crate::container::{Probe, Process, StartedNetwork};
 
 mod exec;
+mod neighbour;
 
 const ID: &str = "a/t/1";
 const LIMIT: Duration = Duration::from_secs(20);

@@ -3,6 +3,7 @@
 use nix::sched::{CloneFlags, unshare};
 use nomad_driver_nspawn::container::{Cause, Link, PortForward};
 use nomad_driver_nspawn::network::host_addresses::{self, Addresses};
+use nomad_driver_nspawn::sys::process::current_process;
 
 use super::*;
 
@@ -256,4 +257,53 @@ fn a_start_that_cannot_be_prepared_keeps_no_address(world: World) {
         assert!(error.to_string().contains("missing"), "{error}");
         world.leave(&[]).await;
     });
+}
+
+/// As long as the other one runs.
+#[rstest]
+fn a_container_joins_the_network_of_another_one(world: World) {
+    if !is_root() {
+        return support::not_applicable("only root can enter a network namespace");
+    }
+    in_own_network(|| async {
+        let shared = |spec: ContainerSpec| spec.with(|spec| spec.rootfs.read_only = true);
+        let first = world.up(shared(routed(&world, DEAF, &[]))).await;
+        let joining = |task: &str| {
+            shared(world.named(task, "cat /proc/net/route")).with(|spec| {
+                spec.network.namespace = NetworkNamespace::OfTask {
+                    task: "task".to_owned(),
+                    leader: Some(first.leader),
+                };
+            })
+        };
+        let second = world.start(joining("second")).await;
+        assert_eq!(ended(&world.end(&second).await), (0, 0));
+        let said = world.said("stdout");
+        assert!(said.contains("host0\t00000000\t0101FEA9\t"), "{said}");
+        let stopped = world.backend.stop(&first, None, Duration::ZERO);
+        within(stopped).await.unwrap();
+        let error = world.refused(joining("third")).await;
+        assert!(error.is_transient(), "{error:?}");
+        let text = error.to_string();
+        let wanted = "the network of the task \"task\": it does not exist";
+        assert!(text.contains(wanted), "{text}");
+        world.leave(&[&first, &second]).await;
+    });
+}
+
+/// What another task has from the host is had without it.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_network_of_the_host_is_not_joined_as_that_of_a_task(world: World) {
+    let spec = world.spec("echo ran").with(|spec| {
+        spec.network.namespace = NetworkNamespace::OfTask {
+            task: "other".to_owned(),
+            leader: Some(current_process().unwrap()),
+        };
+    });
+    let error = world.refused(spec).await;
+    assert!(!error.is_transient(), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("network namespace of the host"), "{text}");
+    world.leave(&[]).await;
 }

@@ -5,23 +5,41 @@ use std::net::IpAddr;
 
 use crate::backend::BackendError;
 use crate::container::{Cause, ContainerSpec, NetworkNamespace, Process};
-use crate::sys::netns::Netns;
+use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::process::is_alive;
 use crate::sys::procfs::parse_addresses;
 
 /// The addresses in the network namespace that a container is to join, without loopback ones; empty if it joins none. Fails if the
-/// namespace does not exist: the container would otherwise be in the host's.
-pub(super) fn of_group(spec: &ContainerSpec) -> Result<Vec<IpAddr>, BackendError> {
-    let NetworkNamespace::Join(path) = &spec.network.namespace else {
-        return Ok(Vec::new());
+/// namespace does not exist or is the host's: the container would otherwise be in the host's.
+pub(super) fn of_joined(spec: &ContainerSpec) -> Result<Vec<IpAddr>, BackendError> {
+    let (step, whose, opened) = match &spec.network.namespace {
+        NetworkNamespace::Join(path) => {
+            let whose = format!("the network namespace {}", path.display());
+            (
+                "checking the network of its group",
+                whose,
+                Netns::open(path),
+            )
+        }
+        NetworkNamespace::OfTask { task, leader } => {
+            let opened = leader
+                .ok_or(NetnsError::Missing)
+                .and_then(Netns::of_process);
+            let whose = format!("the network of the task {task:?}");
+            ("checking the network of another task", whose, opened)
+        }
+        NetworkNamespace::Host | NetworkNamespace::Private { .. } => return Ok(Vec::new()),
     };
-    let found = Netns::open(path).and_then(|namespace| namespace.addresses());
+    let found = opened.and_then(|namespace| namespace.addresses());
     found.map_err(|error| BackendError::Start {
         machine: spec.identity.machine.clone(),
-        step: "checking the network of its group",
-        reason: format!("the network namespace {}: {error}", path.display()),
-        // Nomad makes the namespace again after a reboot.
-        cause: Cause::Resources,
+        step,
+        reason: format!("{whose}: {error}"),
+        cause: match error {
+            NetnsError::OfHost => Cause::Config,
+            // Nomad makes the namespace again after a reboot, and starts the other task again.
+            _ => Cause::Resources,
+        },
     })
 }
 

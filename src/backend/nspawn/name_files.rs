@@ -55,7 +55,7 @@ pub(super) fn write(
 ) -> Result<NameFiles, BackendError> {
     let addresses = match network {
         Some(plan) => vec![plan.address.into(), plan.address6.into()],
-        None => addresses::of_group(spec)?,
+        None => addresses::of_joined(spec)?,
     };
     let tree = Tree::open(spec)?;
     let mut files = NameFiles {
@@ -187,7 +187,7 @@ fn hosts(
     let is_needed = match (&spec.network.namespace, place) {
         // Whether it lacks the file can't be seen.
         (_, Place::Unknown) if spec.rootfs.read_only => false,
-        (NetworkNamespace::Join(_), _) => true,
+        (NetworkNamespace::Join(_) | NetworkNamespace::OfTask { .. }, _) => true,
         (NetworkNamespace::Private { .. }, _) => network.is_some(),
         (NetworkNamespace::Host, place) => matches!(place, Place::Missing(_)),
     };

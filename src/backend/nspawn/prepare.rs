@@ -183,6 +183,10 @@ fn launch_spec(
             NetworkNamespace::Join(path) => Some(path.clone()),
             _ => None,
         },
+        network_of: match &spec.network.namespace {
+            NetworkNamespace::OfTask { leader, .. } => *leader,
+            _ => None,
+        },
         cgroups,
         oom_score_adj: spec.resources.oom_score_adj,
         resources,

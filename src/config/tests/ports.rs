@@ -164,6 +164,25 @@ fn a_network_of_the_group_is_joined() {
         host.refusal(&format!("{body}network_mode = \"none\"")),
         r#"config.network_mode: "none" can't be combined with a network mode of the group"#
     );
+    assert_eq!(
+        host.refusal(&format!("{body}network_mode = \"task:db\"")),
+        r#"config.network_mode: "task:db" can't be combined with a network mode of the group"#
+    );
+}
+
+#[test]
+fn the_network_of_another_task_is_joined() {
+    let host = TestHost::new();
+    let namespace = NetworkNamespace::OfTask {
+        task: "db:1".to_owned(),
+        leader: None,
+    };
+    assert_eq!(
+        plain(&host, "network_mode = \"task:db:1\"")
+            .network
+            .namespace,
+        namespace
+    );
 }
 
 fn zone(name: &str) -> Link {
@@ -214,8 +233,18 @@ fn an_operator_decides_what_a_task_has_that_asks_for_nothing() {
 #[rstest]
 #[case(
     "network_mode = \"nat\"",
-    r#"config.network_mode: "nat" is not host, none, bridge or zone:NAME"#
+    r#"config.network_mode: "nat" is not host, none, bridge, zone:NAME or task:NAME"#
 )]
+#[case(
+    "network_mode = \"task:\"",
+    r#"config.network_mode: "task:" is not host, none, bridge, zone:NAME or task:NAME"#
+)]
+#[case(
+    "network_mode = \"task:web\"",
+    r#"config.network_mode: "web" is this task itself"#
+)]
+#[case("network_mode = \"task:db\"\nports = [\"web\"]", r#"config.ports: can't be set beside a network_mode of another task: it belongs to the network of the task "db", set it there"#)]
+#[case("network_mode = \"task:db\"\nnetwork_macvlan = [\"eth0\"]", r#"config.network_macvlan: can't be set beside a network_mode of another task: it belongs to the network of the task "db", set it there"#)]
 #[case("network_mode = \"zone:\"", r#"config.network_mode: "" is not a valid zone name: use 1 to 12 letters, digits, -, _ and dots"#)]
 #[case(
     "network_mode = \"none\"\nnetwork_zone = \"z\"",

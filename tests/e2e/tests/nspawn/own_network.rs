@@ -376,3 +376,36 @@ async fn a_container_on_a_bridge_of_the_host_is_reached_by_its_address() {
     drop(hosts);
     stage.leave();
 }
+
+/// Real only: network interfaces. The tasks of a group have one network, with user namespaces, and reach each other on localhost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_task_joins_the_network_of_another_task_of_its_group() {
+    let stage = Stage::new();
+    let hosts = Hosts::new(&stage);
+    let plugin = stage.plugin_in(&hosts.host).await;
+    let first = serve(&stage, &plugin, "192.0.2.1", true).await;
+    let (group, name) = (first.allocation.id(), &first.allocation.spec().task);
+    let script =
+        "timeout 5 wget -q -O - http://127.0.0.1; httpd -p 81 -h /; echo $?; cat /etc/hosts";
+    let mut second = stage
+        .shell(script)
+        .with("image", stage.tree("neighbour").to_str().unwrap())
+        .with("network_mode", format!("task:{name}"));
+    "client".clone_into(&mut second.spec.task);
+    let allocation = stage.allocation(&second);
+    let into_group = |task: &mut TaskConfig| group.clone_into(&mut task.alloc_id);
+    let second = stage.start_edited(&plugin, allocation, into_group).await;
+    let second = second.unwrap();
+    let shared = addresses(&first, &plugin).await;
+    assert_eq!(addresses(&second, &plugin).await, shared);
+    let ended = second.finish(&plugin).await;
+    // A port below 1024 can be listened on.
+    assert!(ended.said().starts_with("page\n0\n"), "{ended:?}");
+    for address in shared {
+        assert!(ended.said().contains(&format!("\n{address} ")), "{ended:?}");
+    }
+    first.destroy(&plugin).await;
+    end(plugin).await;
+    drop(hosts);
+    stage.leave();
+}
