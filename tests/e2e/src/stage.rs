@@ -175,6 +175,11 @@ impl Stage {
 
     /// A plugin that runs, with all its containers, in a network namespace other than the machine's.
     pub async fn plugin_in(&self, namespace: &Namespace) -> Plugin {
+        self.plugin_in_with(namespace, &json!({})).await
+    }
+
+    /// The same with these options.
+    pub async fn plugin_in_with(&self, namespace: &Namespace, options: &Value) -> Plugin {
         // Interfaces are also looked up in /sys, so /sys must show the namespace; the cgroup mounts are kept.
         const SCRIPT: &str = "set -e; mkdir \"$1\"; mount --rbind /sys/fs/cgroup \"$1\"; \
             mount -t sysfs sysfs /sys; mount --rbind \"$1\" /sys/fs/cgroup; umount -l \"$1\"; rmdir \"$1\"; exec \"$2\"";
@@ -190,7 +195,7 @@ impl Stage {
             self.join("cgroup").into(),
             self.join("plugins/nomad-driver-nspawn").into(),
         ]);
-        self.launched(launch, &json!({})).await
+        self.launched(launch, options).await
     }
 
     /// A task in the small tree that runs this command as PID 1.

@@ -9,7 +9,7 @@ use super::inside::{Inside, private_users};
 use super::*;
 
 /// `/dev/loop-control`, which does nothing when it is opened.
-const LOOP_CONTROL: (u64, u64) = (10, 237);
+pub(super) const LOOP_CONTROL: (u64, u64) = (10, 237);
 
 /// As in the contract.
 const FUNCTIONS: &str = r#"
@@ -19,7 +19,7 @@ make() { say "$(mknod "$@" 2>&1)"; }
 "#;
 
 /// A node of a character device that every user may use.
-fn node(path: PathBuf, (major, minor): (u64, u64)) -> PathBuf {
+pub(super) fn node(path: PathBuf, (major, minor): (u64, u64)) -> PathBuf {
     mknod(&path, SFlag::S_IFCHR, Bits::empty(), makedev(major, minor)).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
     path

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 mod devices;
 mod ends;
 mod exec;
+mod host_devices;
 mod inside;
 mod limits;
 mod network;
