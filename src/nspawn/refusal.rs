@@ -76,6 +76,7 @@ const CONSEQUENCES: &[&str] = &[
     "Short read",
     "Short write",
     "Child died too early",
+    "Parent died too early",
     "Attempted to remove disk file system",
 ];
 
@@ -139,6 +140,10 @@ mod tests {
     #[case(
         "Failed to fork inner child: Resource temporarily unavailable",
         Cause::Resources
+    )]
+    #[case(
+        "Failed to resolve interface \"nolink\": No such device\nParent died too early",
+        Cause::Config
     )]
     #[case(
         "Failed to fork: Cannot allocate memory\nChild died too early.",
