@@ -275,6 +275,17 @@ pub enum InterfaceMode {
     Moved,
 }
 
+impl InterfaceMode {
+    /// The option of a job that asks for it.
+    pub fn option(self) -> &'static str {
+        match self {
+            Self::Macvlan => "config.network_macvlan",
+            Self::Ipvlan => "config.network_ipvlan",
+            Self::Moved => "config.network_interface",
+        }
+    }
+}
+
 /// What connects a network namespace of a container's own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Link {

@@ -50,7 +50,7 @@ pub(super) fn network(
         Requested::Host if let Some(interface) = interfaces.first() => {
             let reason = format!(
                 "can't be combined with {}: an interface is used by a network of the container's own",
-                option_of(interface.mode)
+                interface.mode.option()
             );
             return Err(ConfigError::new(option, reason));
         }
@@ -75,14 +75,6 @@ pub(super) fn network(
     Ok((private, Vec::new()))
 }
 
-fn option_of(mode: InterfaceMode) -> &'static str {
-    match mode {
-        InterfaceMode::Macvlan => "config.network_macvlan",
-        InterfaceMode::Ipvlan => "config.network_ipvlan",
-        InterfaceMode::Moved => "config.network_interface",
-    }
-}
-
 /// The interfaces of the host that the container uses.
 fn interfaces(
     options: &TaskOptions,
@@ -98,7 +90,7 @@ fn interfaces(
     for (mode, list) in lists {
         for (index, name) in list.iter().flatten().enumerate() {
             let refused = |reason: &str| {
-                let option = format!("{}[{index}]", option_of(mode));
+                let option = format!("{}[{index}]", mode.option());
                 ConfigError::new(option, format!("{} {reason}", quoted(name)))
             };
             if !is_interface_name(name) {
@@ -204,7 +196,7 @@ fn check_network_of_task(
     );
     match (ports, interfaces) {
         ([_, ..], _) => refused(PORTS, of_other),
-        (_, [interface, ..]) => refused(option_of(interface.mode), of_other),
+        (_, [interface, ..]) => refused(interface.mode.option(), of_other),
         ([], []) => Ok(()),
     }
 }

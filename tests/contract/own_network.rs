@@ -1,7 +1,7 @@
 //! Networks that the driver makes. Each scenario runs in a network namespace of its own, which stands for the host's.
 
 use nix::sched::{CloneFlags, unshare};
-use nomad_driver_nspawn::container::{Cause, Link, PortForward};
+use nomad_driver_nspawn::container::{Cause, HostInterface, InterfaceMode, Link, PortForward};
 use nomad_driver_nspawn::network::host_addresses::{self, Addresses};
 use nomad_driver_nspawn::sys::process::current_process;
 
@@ -242,6 +242,37 @@ fn the_bridge_of_a_zone_does_not_outlive_a_killed_supervisor(world: World) {
             assert!(!routes.contains("10.213."), "{routes}");
         }
         world.leave(&[&started]).await;
+    });
+}
+
+/// systemd-nspawn would say so too, but not which option it is, and after it has made others.
+#[rstest]
+#[case::macvlan(InterfaceMode::Macvlan, "config.network_macvlan")]
+#[case::ipvlan(InterfaceMode::Ipvlan, "config.network_ipvlan")]
+#[case::moved(InterfaceMode::Moved, "config.network_interface")]
+fn an_interface_that_the_host_does_not_have_is_refused(
+    world: World,
+    #[case] mode: InterfaceMode,
+    #[case] option: &str,
+    #[values(Link::None, Link::Routed)] link: Link,
+) {
+    in_own_network(|| async {
+        let spec = world.spec(DEAF).with(|spec| {
+            spec.network.namespace = NetworkNamespace::Private {
+                link,
+                ports: Vec::new(),
+                interfaces: vec![HostInterface {
+                    mode,
+                    name: "nolink".to_owned(),
+                }],
+            };
+        });
+        let error = world.refused(spec).await;
+        let words = format!("{option}: the host has no interface \"nolink\"");
+        assert!(error.to_string().contains(&words), "{error}");
+        // It may be made later.
+        assert!(error.cause().is_recoverable());
+        world.leave(&[]).await;
     });
 }
 

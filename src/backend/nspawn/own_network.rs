@@ -1,8 +1,12 @@
-//! Plans the network that the driver makes for a container: reserves its addresses, and decides where its ports are forwarded.
+//! Plans the network that the driver makes for a container: reserves its addresses, and decides where its ports are forwarded. Finds the
+//! interfaces of the host that the container uses.
+
+use nix::errno::Errno;
+use nix::net::if_::if_nametoindex;
 
 use super::Settings;
 use crate::backend::BackendError;
-use crate::container::{ContainerSpec, Link, NetworkNamespace, PortForward};
+use crate::container::{Cause, ContainerSpec, HostInterface, Link, NetworkNamespace, PortForward};
 use crate::network::host_addresses::{self, Addresses};
 use crate::network::{Attachment, Mapping, NetworkError, NetworkPlan, pool};
 use crate::nspawn::refusal::cause_of_host_error;
@@ -22,7 +26,12 @@ pub(super) fn plan(
     task_dir: &TaskDir,
     settings: &Settings,
 ) -> Result<OwnNetwork, BackendError> {
-    let NetworkNamespace::Private { link, ports, .. } = &spec.network.namespace else {
+    let NetworkNamespace::Private {
+        link,
+        ports,
+        interfaces,
+    } = &spec.network.namespace
+    else {
         return Ok(OwnNetwork::default());
     };
     let failed = |error: NetworkError| BackendError::Start {
@@ -31,6 +40,7 @@ pub(super) fn plan(
         reason: error.reason,
         cause: error.cause,
     };
+    interfaces.iter().try_for_each(find).map_err(failed)?;
     let (ports, notes) = place(ports).map_err(failed)?;
     let attachment = match link {
         Link::None => return Ok(OwnNetwork::default()),
@@ -49,6 +59,23 @@ pub(super) fn plan(
         plan: Some(plan),
         notes,
     })
+}
+
+/// Checks that the host has this interface. systemd-nspawn would notice it when it has moved others already, and its message has no option.
+fn find(interface: &HostInterface) -> Result<(), NetworkError> {
+    let option = interface.mode.option();
+    match if_nametoindex(&*interface.name) {
+        Ok(_) => Ok(()),
+        Err(Errno::ENODEV) => Err(NetworkError {
+            // It may be made later, or another container has it to itself.
+            cause: Cause::Resources,
+            reason: format!("{option}: the host has no interface {:?}", interface.name),
+        }),
+        Err(error) => {
+            let step = format!("{option}: finding the interface {:?}", interface.name);
+            Err(NetworkError::new(&step, &error.into()))
+        }
+    }
 }
 
 fn place(ports: &[PortForward]) -> Result<(Vec<Mapping>, Vec<String>), NetworkError> {

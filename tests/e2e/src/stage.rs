@@ -180,9 +180,19 @@ impl Stage {
 
     /// The same with these options.
     pub async fn plugin_in_with(&self, namespace: &Namespace, options: &Value) -> Plugin {
+        self.plugin_seeing("rw", namespace, options).await
+    }
+
+    /// The same for containers that use interfaces of the host. systemd-nspawn refuses one that udev has not seen, unless `/sys` is
+    /// read-only; the machine may have no udev.
+    pub async fn plugin_for_interfaces(&self, namespace: &Namespace) -> Plugin {
+        self.plugin_seeing("ro", namespace, &json!({})).await
+    }
+
+    async fn plugin_seeing(&self, sys: &str, namespace: &Namespace, options: &Value) -> Plugin {
         // Interfaces are also looked up in /sys, so /sys must show the namespace; the cgroup mounts are kept.
         const SCRIPT: &str = "set -e; mkdir \"$1\"; mount --rbind /sys/fs/cgroup \"$1\"; \
-            mount -t sysfs sysfs /sys; mount --rbind \"$1\" /sys/fs/cgroup; umount -l \"$1\"; rmdir \"$1\"; exec \"$2\"";
+            mount -t sysfs -o \"$3\" sysfs /sys; mount --rbind \"$1\" /sys/fs/cgroup; umount -l \"$1\"; rmdir \"$1\"; exec \"$2\"";
         let mut launch = self.fixture.launch();
         launch.binary = "nsenter".into();
         let mut file = OsString::from("--net=");
@@ -194,6 +204,7 @@ impl Stage {
         launch.args.extend([
             self.join("cgroup").into(),
             self.join("plugins/nomad-driver-nspawn").into(),
+            sys.into(),
         ]);
         self.launched(launch, options).await
     }

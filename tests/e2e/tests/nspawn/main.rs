@@ -20,6 +20,7 @@ mod ends;
 mod exec;
 mod host_devices;
 mod inside;
+mod interfaces;
 mod limits;
 mod network;
 mod own_network;
