@@ -36,6 +36,7 @@ fn every_example_becomes_a_container() {
             "resources.nomad.hcl",
             "service.nomad.hcl",
             "volume.nomad.hcl",
+            "web-bridge.nomad.hcl",
             "web-own-network.nomad.hcl"
         ]
     );

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -20,7 +22,7 @@ mod exec;
 
 pub use allocation::{Allocation, Name};
 use api::Api;
-use config::{LABEL, Ports};
+use config::{LABEL, Options, Ports};
 pub use exec::{Exec, Message};
 
 /// How many times as long an agent may take to start on an emulated processor (`NOMAD_DRIVER_NSPAWN_E2E_EMULATED`).
@@ -43,20 +45,53 @@ pub struct Agent {
 impl Agent {
     /// An agent that is ready to run tasks of the driver.
     pub fn new() -> Self {
-        Self::logging("DEBUG")
+        Self::with(Self::OPTIONS)
     }
 
     /// The same with this log level.
     pub fn logging(level: &'static str) -> Self {
-        Self::with(level, "docker,java,qemu,exec,raw_exec")
+        Self::with(Options {
+            level,
+            ..Self::OPTIONS
+        })
     }
 
     /// An agent that also has Nomad's own driver raw_exec, to compare with.
     pub fn beside_raw_exec() -> Self {
-        Self::with("ERROR", "docker,java,qemu,exec")
+        Self::with(Options {
+            level: "ERROR",
+            drivers_off: "docker,java,qemu,exec",
+            ..Self::OPTIONS
+        })
     }
 
-    fn with(level: &str, drivers_off: &str) -> Self {
+    /// An agent whose jobs are reached by the addresses of this interface, and that can make networks of groups. Nomad and the CNI plugins
+    /// keep what they know of these in directories of the machine, so the caller's thread gets other ones: the thread has to be one
+    /// of its own.
+    pub fn with_bridges(interface: &str) -> Self {
+        unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+        let none = None::<&str>;
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(none, "/", none, private, none).expect("private mounts");
+        for place in ["/run/cni", "/var/lib/cni"] {
+            fs::create_dir_all(place).expect("a directory");
+            mount(none, place, Some("tmpfs"), MsFlags::empty(), none).expect("a tmpfs");
+        }
+        Self::with(Options {
+            interface,
+            bridges: true,
+            ..Self::OPTIONS
+        })
+    }
+
+    const OPTIONS: Options<'static> = Options {
+        level: "DEBUG",
+        drivers_off: "docker,java,qemu,exec,raw_exec",
+        interface: "lo",
+        bridges: false,
+    };
+
+    fn with(options: Options<'_>) -> Self {
         crate::needs_root();
         // Short, because it contains sockets and their paths are limited.
         let dir = tempfile::Builder::new()
@@ -69,7 +104,7 @@ impl Agent {
         crate::install(&crate::driver(), &dir.path().join("plugins").join(LABEL));
         let mark = format!("t{}", crate::unique());
         let ports = Ports::free();
-        config::write(dir.path(), &ports, &mark, level, drivers_off);
+        config::write(dir.path(), &ports, &mark, options);
         let mut agent = Self {
             marks: Marks::new(dir.path()).named(&mark),
             dir,
@@ -279,8 +314,17 @@ impl Drop for Agent {
 }
 
 impl Agent {
-    /// For a failed test: Nomad mounts a tmpfs for the secrets of each task.
+    /// For a failed test: Nomad mounts a tmpfs for the secrets of each task, and the network of each group.
     fn unmount(&self) {
+        for allocation in fs::read_dir(self.join("data/alloc"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let network = Path::new("/run/netns").join(allocation.file_name());
+            let _ = nix::mount::umount2(&network, nix::mount::MntFlags::MNT_DETACH);
+            let _ = fs::remove_file(network);
+        }
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let points = table.lines().filter_map(|line| line.split(' ').nth(4));
         for point in points.filter(|point| Path::new(point).starts_with(self.dir.path())) {

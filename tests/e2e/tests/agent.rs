@@ -83,20 +83,84 @@ fn the_example_of_a_network_of_its_own_serves_its_page() {
     within_network(&host.path(), || {
         let agent = Agent::new();
         let web = agent.run(&example("web-own-network"), &[]);
-        let printed = web.printed("/\n");
-        let address = printed
-            .lines()
-            .find_map(|line| line.strip_prefix("http://")?.strip_suffix('/'))
-            .unwrap_or_else(|| panic!("{printed}"));
+        let address = address(&web);
         // The address is printed before the server listens.
         let page = until("the page", || {
-            let said = get(address).ok()?;
+            let said = get(&address).ok()?;
             said.starts_with("HTTP/1.").then_some(said)
         });
         assert!(page.contains("a page of allocation "), "{page}");
         web.stop();
         agent.leave();
     });
+}
+
+/// Nomad makes the network and forwards the port, in a network namespace of the test that stands for the host's. Another host asks.
+#[test]
+fn the_example_of_a_group_network_serves_its_page_and_leaves_nothing() {
+    e2e::needs_root();
+    let name = format!("t{}", e2e::unique());
+    let (host, other) = (Namespace::new(&name), Namespace::new(&format!("{name}o")));
+    host.ip(&[
+        "link",
+        "add",
+        "eth0",
+        "type",
+        "veth",
+        "peer",
+        "name",
+        "eth0",
+        "netns",
+        other.name(),
+    ]);
+    for (namespace, address) in [(&host, "192.0.2.1/24"), (&other, "192.0.2.2/24")] {
+        namespace.ip(&["address", "add", address, "dev", "eth0"]);
+        namespace.ip(&["link", "set", "eth0", "up"]);
+    }
+    within_network(&host.path(), || {
+        let agent = Agent::with_bridges("eth0");
+        let web = agent.run(&example("web-bridge"), &[]);
+        let address = address(&web);
+        assert!(address.starts_with("192.0.2.1:"), "{address}");
+        let ask = || within_network(&other.path(), || get(&address));
+        // The address is printed before the server listens.
+        let page = until("the page", || {
+            ask().ok().filter(|said| said.starts_with("HTTP/1."))
+        });
+        assert!(page.contains("a page of allocation "), "{page}");
+        let directory = web.dir();
+        let id = directory.parent().and_then(Path::file_name).unwrap();
+        let network = Path::new("/run/netns").join(id);
+        assert!(network.exists() && host.ip(&["-o", "link"]).contains("veth"));
+        web.stop();
+        assert!(ask().is_err());
+        agent.leave();
+        assert!(!network.exists(), "{}", network.display());
+    });
+    // What Nomad keeps for the next allocation is its empty bridge.
+    let links = host.ip(&["-br", "link"]);
+    let mut links: Vec<_> = links
+        .lines()
+        .filter_map(|line| line.split([' ', '@']).next())
+        .collect();
+    links.sort_unstable();
+    assert_eq!(links, ["eth0", "lo", "nomad"]);
+    let rules = support::run(
+        "ip",
+        &["netns", "exec", host.name(), "nft", "list", "ruleset"],
+    );
+    assert!(
+        !rules.contains("dnat") && !rules.contains("nomad_driver_nspawn"),
+        "{rules}"
+    );
+}
+
+/// Where the server of an example is reached, which it has printed.
+fn address(web: &Allocation<'_>) -> String {
+    let printed = web.printed("/\n");
+    let mut lines = printed.lines();
+    let found = lines.find_map(|line| line.strip_prefix("http://")?.strip_suffix('/'));
+    found.unwrap_or_else(|| panic!("{printed}")).to_owned()
 }
 
 /// What a web server says.

@@ -9,6 +9,20 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// The name of the driver's binary in the agent's plugin directory, and the label of its `plugin` block.
 pub(super) const LABEL: &str = "nomad-driver-nspawn";
 
+/// Where Debian and the project itself install the CNI plugins.
+const CNI: [&str; 2] = ["/usr/lib/cni", "/opt/cni/bin"];
+
+/// What differs between the agents of the tests.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Options<'a> {
+    pub(super) level: &'a str,
+    pub(super) drivers_off: &'a str,
+    /// The interface whose address jobs are reached by.
+    pub(super) interface: &'a str,
+    /// Whether groups may have networks of their own.
+    pub(super) bridges: bool,
+}
+
 /// The ports of both agents, on 127.0.0.1.
 #[derive(Debug)]
 pub(super) struct Ports {
@@ -50,7 +64,8 @@ fn free_port() -> u16 {
 }
 
 /// Writes `server.hcl` and `client.hcl`, with everything of the two agents in this directory.
-pub(super) fn write(dir: &Path, ports: &Ports, mark: &str, level: &str, drivers_off: &str) {
+pub(super) fn write(dir: &Path, ports: &Ports, mark: &str, options: Options<'_>) {
+    let level = options.level;
     let both = format!(
         r#"
 bind_addr            = "127.0.0.1"
@@ -66,7 +81,7 @@ advertise {{
     );
     let text = format!("{both}{}", server(dir, ports));
     fs::write(dir.join("server.hcl"), text).expect("the server's configuration");
-    let text = format!("{both}{}", client(dir, ports, drivers_off));
+    let text = format!("{both}{}", client(dir, ports, options));
     fs::write(dir.join("client.hcl"), text).expect("the client's configuration");
 }
 
@@ -92,7 +107,16 @@ server {{
     )
 }
 
-fn client(dir: &Path, ports: &Ports, drivers_off: &str) -> String {
+fn client(dir: &Path, ports: &Ports, options: Options<'_>) -> String {
+    let Options {
+        drivers_off,
+        interface,
+        ..
+    } = options;
+    let cni = match options.bridges {
+        true => format!("cni_path = {:?}", cni()),
+        false => String::new(),
+    };
     let dir = dir.display();
     let Ports { client, rpc, .. } = ports;
     format!(
@@ -107,7 +131,8 @@ client {{
   servers           = ["127.0.0.1:{rpc}"]
   cpu_total_compute = 10000
   memory_total_mb   = 8000
-  network_interface = "lo"
+  network_interface = "{interface}"
+  {cni}
   # By default the agent removes the logs of allocations that have ended as soon as 80 % of the disk are used, before the test has read them.
   gc_disk_usage_threshold  = 100
   gc_inode_usage_threshold = 100
@@ -128,6 +153,14 @@ plugin "{LABEL}" {{
 }}
 "#
     )
+}
+
+/// The directory of the CNI plugins.
+fn cni() -> &'static str {
+    let found = CNI
+        .iter()
+        .find(|path| Path::new(path).join("bridge").exists());
+    found.expect("the CNI plugins are not installed (Debian: containernetworking-plugins)")
 }
 
 /// The Nomad binary: `NOMAD_BIN`, or `nomad` in `PATH`.
