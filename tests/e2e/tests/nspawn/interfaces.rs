@@ -187,6 +187,34 @@ async fn an_interface_is_the_hosts_again_after_the_end(
     stage.leave();
 }
 
+/// Then only the kernel is left to give an interface back, and it does that for hardware alone. A virtual one goes with the network of the
+/// container, like those that were made on top of another one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_virtual_interface_is_gone_if_systemd_nspawn_was_killed() {
+    let stage = Stage::new();
+    let hosts = cabled(&stage);
+    let plugin = stage.plugin_for_interfaces(&hosts.host).await;
+    let before = links(&hosts.host);
+    let task = stage
+        .shell(WAITING)
+        .with("network_interface", json!([CABLE]))
+        .with("network_macvlan", json!(["eth0"]));
+    let running = stage.up(&plugin, task).await;
+    kill(&plugin, &running, running.nspawn()).await;
+    running.destroy(&plugin).await;
+    let rest: Vec<_> = before.into_iter().filter(|name| name != CABLE).collect();
+    tokio::task::block_in_place(|| {
+        // The kernel does that after the last process of the container is gone. The other end of the cable goes with this one.
+        until("the end of the container's network", || {
+            (!links(&hosts.other).contains(&CABLE.to_owned())).then_some(())
+        });
+    });
+    assert_eq!(links(&hosts.host), rest);
+    end(plugin).await;
+    drop(hosts);
+    stage.leave();
+}
+
 /// The error names the option and its value, and nothing has been made.
 #[rstest]
 #[case("network_macvlan")]
