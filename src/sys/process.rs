@@ -317,6 +317,7 @@ mod tests {
         Command::new("sh")
             .args(["-c", script])
             .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap()
     }
@@ -330,7 +331,10 @@ mod tests {
             support::not_applicable("without CAP_SYS_PTRACE no status is shown");
             return;
         }
-        let mut child = shell(&format!("read line; {script}"));
+        let mut child = shell(&format!("echo; read line; {script}"));
+        // A process has no code while it executes a program.
+        let stdout = child.stdout.as_mut().unwrap();
+        std::io::Read::read_exact(stdout, &mut [0]).unwrap();
         let handle = ProcessHandle::open(child.id().cast_signed()).unwrap();
         assert_eq!(handle.zombie_status(), None, "it is alive");
         drop(child.stdin.take());
