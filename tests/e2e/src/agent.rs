@@ -32,6 +32,8 @@ const EMULATED: u32 = 5;
 #[derive(Debug)]
 pub struct Agent {
     dir: TempDir,
+    /// The driver's state directory.
+    state: TempDir,
     marks: Marks,
     mark: String,
     nomad: PathBuf,
@@ -56,10 +58,12 @@ impl Agent {
         })
     }
 
-    /// An agent that also has Nomad's own driver raw_exec, to compare with.
+    /// An agent that also has Nomad's own driver raw_exec, to compare with. The driver's state directory is in memory, as the default one is
+    /// where a systemd is the host's init.
     pub fn beside_raw_exec() -> Self {
         Self::with(Options {
             level: "ERROR",
+            state_in: Some("/dev/shm"),
             drivers_off: "docker,java,qemu,exec",
             ..Self::OPTIONS
         })
@@ -89,6 +93,7 @@ impl Agent {
         drivers_off: "docker,java,qemu,exec,raw_exec",
         interface: "lo",
         bridges: false,
+        state_in: None,
     };
 
     fn with(options: Options<'_>) -> Self {
@@ -98,16 +103,20 @@ impl Agent {
             .prefix("nde-")
             .tempdir()
             .expect("a directory");
-        for name in ["server", "data", "plugins", "state", "tmp"] {
+        for name in ["server", "data", "plugins", "tmp"] {
             fs::create_dir(dir.path().join(name)).expect("a directory");
         }
+        let place = options.state_in.map_or_else(|| dir.path(), Path::new);
+        let state = tempfile::Builder::new().prefix("state-").tempdir_in(place);
+        let state = state.expect("a directory");
         crate::install(&crate::driver(), &dir.path().join("plugins").join(LABEL));
         let mark = format!("t{}", crate::unique());
         let ports = Ports::free();
-        config::write(dir.path(), &ports, &mark, options);
+        config::write(dir.path(), state.path(), &ports, &mark, options);
         let mut agent = Self {
             marks: Marks::new(dir.path()).named(&mark),
             dir,
+            state,
             mark,
             nomad: config::nomad(),
             api: Api { port: ports.client },
@@ -118,6 +127,11 @@ impl Agent {
         agent.start_server(Api { port: ports.http });
         agent.start();
         agent
+    }
+
+    /// The driver's state directory.
+    pub fn state_dir(&self) -> &Path {
+        self.state.path()
     }
 
     /// A path in its directory.
@@ -285,7 +299,7 @@ impl Agent {
         self.stop();
         interrupt(self.server.take());
         self.marks.assert_none_left();
-        let mut left = support::starts_in(&self.join("state"));
+        let mut left = support::starts_in(self.state.path());
         left.extend(self.sockets());
         assert!(left.is_empty(), "left: {left:?}");
         self.left = true;

@@ -509,7 +509,7 @@ fn a_real_agent_shows_no_secret() {
                 marker,
                 in_arguments: false,
                 own: &agent.join(""),
-                state: &agent.join("state"),
+                state: agent.state_dir(),
                 spared: &spared,
                 since,
             };

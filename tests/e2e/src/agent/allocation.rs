@@ -151,7 +151,7 @@ impl Allocation<'_> {
 
     /// The pid of a process of the task, by its JSON pointer in the record of the start.
     pub fn process(&self, place: &str) -> i64 {
-        let state = fs::read_dir(self.agent.join("state")).expect("the state directory");
+        let state = fs::read_dir(self.agent.state_dir()).expect("the state directory");
         let mut found = state.flatten().filter_map(|entry| {
             let record = fs::read(entry.path().join("running")).ok()?;
             let record: Value = serde_json::from_slice(&record).ok()?;

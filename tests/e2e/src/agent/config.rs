@@ -21,6 +21,8 @@ pub(super) struct Options<'a> {
     pub(super) interface: &'a str,
     /// Whether groups may have networks of their own.
     pub(super) bridges: bool,
+    /// Where the driver's state directory is made, unless below the agent's directory.
+    pub(super) state_in: Option<&'a str>,
 }
 
 /// The ports of both agents, on 127.0.0.1.
@@ -64,7 +66,7 @@ fn free_port() -> u16 {
 }
 
 /// Writes `server.hcl` and `client.hcl`, with everything of the two agents in this directory.
-pub(super) fn write(dir: &Path, ports: &Ports, mark: &str, options: Options<'_>) {
+pub(super) fn write(dir: &Path, state: &Path, ports: &Ports, mark: &str, options: Options<'_>) {
     let level = options.level;
     let both = format!(
         r#"
@@ -81,7 +83,7 @@ advertise {{
     );
     let text = format!("{both}{}", server(dir, ports));
     fs::write(dir.join("server.hcl"), text).expect("the server's configuration");
-    let text = format!("{both}{}", client(dir, ports, options));
+    let text = format!("{both}{}", client(dir, state, ports, options));
     fs::write(dir.join("client.hcl"), text).expect("the client's configuration");
 }
 
@@ -107,7 +109,7 @@ server {{
     )
 }
 
-fn client(dir: &Path, ports: &Ports, options: Options<'_>) -> String {
+fn client(dir: &Path, state: &Path, ports: &Ports, options: Options<'_>) -> String {
     let Options {
         drivers_off,
         interface,
@@ -117,7 +119,7 @@ fn client(dir: &Path, ports: &Ports, options: Options<'_>) -> String {
         true => format!("cni_path = {:?}", cni()),
         false => String::new(),
     };
-    let dir = dir.display();
+    let (dir, state) = (dir.display(), state.display());
     let Ports { client, rpc, .. } = ports;
     format!(
         r#"
@@ -148,7 +150,7 @@ plugin "raw_exec" {{
 }}
 plugin "{LABEL}" {{
   config {{
-    state_dir = "{dir}/state"
+    state_dir = "{state}"
   }}
 }}
 "#
