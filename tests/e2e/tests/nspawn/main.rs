@@ -23,6 +23,7 @@ mod inside;
 mod interfaces;
 mod limits;
 mod network;
+mod network_modes;
 mod own_network;
 mod root;
 mod system;

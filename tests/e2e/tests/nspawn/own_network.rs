@@ -123,7 +123,9 @@ async fn serve(stage: &Stage, plugin: &Plugin, address: &str, users: bool) -> Ru
 /// The addresses that a task shows of itself: of IPv4 and of IPv6.
 pub(super) async fn addresses(running: &Running, plugin: &Plugin) -> Vec<String> {
     let inspected = running.inspect(plugin).await.unwrap().driver.unwrap();
-    let all = inspected.attributes["addresses"].split(", ");
+    // Missing in the host's network.
+    let all = inspected.attributes.get("addresses");
+    let all = all.into_iter().flat_map(|all| all.split(", "));
     all.filter(|address| !address.starts_with("fe80"))
         .map(str::to_owned)
         .collect()
