@@ -248,13 +248,6 @@ pub enum NetworkNamespace {
     },
 }
 
-impl NetworkNamespace {
-    /// Whether it was there before the container, and is not the host's.
-    pub fn is_joined(&self) -> bool {
-        matches!(self, Self::Join(_) | Self::OfTask { .. })
-    }
-}
-
 /// An interface of the host in a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostInterface {

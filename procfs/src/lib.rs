@@ -149,8 +149,10 @@ pub struct Stat {
     pub system: u64,
     /// When it started, in clock ticks since boot.
     pub start: u64,
-    /// The address of its code: 1 if the reader may not see it, 0 if the process has no memory any more.
-    pub code: u64,
+    /// How many threads it has; 0 once it has been waited for.
+    pub threads: u32,
+    /// Whether it does not run, if the reader may see everything about it; otherwise false. From Linux 5.16 on.
+    pub is_shown_asleep: bool,
     /// The raw wait status of one that has exited; 0 if the reader may not see it.
     pub status: i32,
 }
@@ -169,7 +171,8 @@ pub fn parse_stat(stat: &str) -> Option<Stat> {
         user: field(14)?.parse().ok()?,
         system: field(15)?.parse().ok()?,
         start: field(22)?.parse().ok()?,
-        code: field(26)?.parse().ok()?,
+        threads: field(20)?.parse().ok()?,
+        is_shown_asleep: field(35)? == "1",
         status: field(52)?.parse().ok()?,
     })
 }
@@ -250,7 +253,7 @@ mod tests {
     #[test]
     fn a_process_s_name_may_look_like_the_rest_of_its_line() {
         let line = "7 (a) S 1 (b) Z 3 4 5 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 98765 123 4 5 \
-            94000 0 0 0 0 0 0 0 0 0 0 0 17 1 0 0 0 0 0 0 0 0 0 0 0 0 768\n";
+            94000 0 0 0 0 0 0 0 0 1 0 0 17 1 0 0 0 0 0 0 0 0 0 0 0 0 768\n";
         let wanted = Stat {
             state: 'Z',
             parent: 3,
@@ -258,7 +261,8 @@ mod tests {
             user: 5,
             system: 6,
             start: 98765,
-            code: 94000,
+            threads: 1,
+            is_shown_asleep: true,
             status: 768,
         };
         assert_eq!(parse_stat(line), Some(wanted));

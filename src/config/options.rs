@@ -200,7 +200,7 @@ options! {
         "capability" => capability: Vec<String> [],
         /// Give the container its own network, with a veth pair to the host.
         "network_veth" => network_veth: bool [],
-        /// The network of the task: `host`, `none`, `bridge` or `zone:NAME`.
+        /// The network of the task: `host`, `none`, `bridge`, `zone:NAME` or `task:NAME`.
         "network_mode" => network_mode: String [],
         /// Join a zone: a bridge shared by the containers of the same zone.
         "network_zone" => network_zone: String [],

@@ -4,7 +4,7 @@
 use crate::container::Cause;
 use crate::network::open_network;
 use crate::state::task_dir::{LaunchSpec, Refusal};
-use crate::sys::netns::Netns;
+use crate::sys::netns::{Netns, NetnsError};
 
 /// Moves this process into the network namespace that the container is to join, if any. The job's own sysctls are left to be written later.
 pub(super) fn enter(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
@@ -21,8 +21,11 @@ pub(super) fn enter(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
     };
     let entered = opened.and_then(|namespace| namespace.enter());
     entered.map_err(|error| Refusal {
-        // Nomad makes the namespace, or starts the other task, again, and the driver can't know when.
-        cause: Cause::Resources,
+        cause: match error {
+            NetnsError::OfHost => Cause::Config,
+            // Nomad makes the namespace, or starts the other task, again, and the driver can't know when.
+            _ => Cause::Resources,
+        },
         reason: format!("can't enter {whose}: {error}"),
     })?;
     open_network(|name| launch_spec.inside.sysctls.contains_key(name));

@@ -67,16 +67,7 @@ pub fn max_open_files() -> io::Result<u64> {
 
 /// Whether this process may raise hard resource limits, also for the processes that it starts (CAP_SYS_RESOURCE).
 pub fn may_raise_limits() -> bool {
-    has_capability(CapabilitySet::SYS_RESOURCE)
-}
-
-/// Whether this process may see everything about processes of other users (CAP_SYS_PTRACE).
-pub fn may_trace() -> bool {
-    has_capability(CapabilitySet::SYS_PTRACE)
-}
-
-fn has_capability(capability: CapabilitySet) -> bool {
-    capabilities(None).is_ok_and(|sets| sets.effective.contains(capability))
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_RESOURCE))
 }
 
 #[cfg(test)]

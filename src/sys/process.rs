@@ -1,7 +1,7 @@
 //! Processes of this host, identified so that a reused pid is never mistaken for the old process: finding them, sending signals,
 //! waiting for their exit. A signal is sent only to the very process that was identified.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -14,13 +14,14 @@ use super::procfs::{self, Stat};
 use crate::container::Process;
 use crate::signal::Signal;
 
+/// How often a process that has exited is read until its status is shown.
+const ZOMBIE_READS: u32 = 20;
+
 /// A process referenced by a pidfd: it may exit, but its pid can't come to mean another process.
 #[derive(Debug)]
 pub struct ProcessHandle {
     process: Process,
     descriptor: OwnedFd,
-    /// Whether the kernel showed this process everything about it when it was opened.
-    transparent: bool,
 }
 
 impl ProcessHandle {
@@ -31,14 +32,10 @@ impl ProcessHandle {
         let raw = raw.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         let descriptor = pidfd_open(raw, PidfdFlags::empty())?;
         // Read after the pidfd is open: what is read then belongs to this process, or the process is gone.
-        let stat = stat(pid)?;
+        let start = start_time(pid)?;
         Ok(Self {
-            process: Process {
-                pid,
-                start: stat.start,
-            },
+            process: Process { pid, start },
             descriptor,
-            transparent: stat.code > 1,
         })
     }
 
@@ -75,21 +72,25 @@ impl ProcessHandle {
         super::ffi::exit_status(self.descriptor.as_fd())
     }
 
-    /// Its wait status, as its parent will get it, after it has exited and before it has been waited for. `None` in any other state, without
-    /// CAP_SYS_PTRACE, if the kernel hid something of it when it was opened (it would show 0 as the status of every process), and before
-    /// Linux 5.17, which showed the status of the main thread.
+    /// Its wait status, as its parent will get it, after it has exited and before it has been waited for. `None` in any other state, if the
+    /// kernel does not show it to this process, and before Linux 5.17, which showed the status of the main thread.
     pub fn zombie_status(&self) -> Option<i32> {
-        let stat = stat(self.process.pid).ok()?;
-        let is_it = stat.start == self.process.start && stat.state == 'Z';
-        let is_shown = self.transparent && kernel::version() >= (5, 17) && kernel::may_trace();
-        (is_it && is_shown).then_some(stat.status)
-    }
-
-    /// Its mount namespace, which then exists until this descriptor is closed. `None` if it has exited.
-    pub fn mount_namespace(&self) -> Option<File> {
-        let namespace = File::open(format!("/proc/{}/ns/mnt", self.process.pid)).ok()?;
-        // The pid still belonged to it when the file was opened.
-        (!self.wait(Duration::ZERO)).then_some(namespace)
+        if kernel::version() < (5, 17) {
+            return None;
+        }
+        // The pidfd of a process is readable some microseconds before the process has left the processor for the last time.
+        for _ in 0..ZOMBIE_READS {
+            let stat = stat(self.process.pid).ok()?;
+            if stat.start != self.process.start || stat.state != 'Z' {
+                return None;
+            }
+            // One without threads has just been waited for, and what is shown is the status of its main thread.
+            if stat.threads == 1 && stat.is_shown_asleep {
+                return Some(stat.status);
+            }
+            std::thread::yield_now();
+        }
+        None
     }
 
     /// Waits until it has exited, at most `limit`; returns whether it has.
@@ -317,7 +318,6 @@ mod tests {
         Command::new("sh")
             .args(["-c", script])
             .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap()
     }
@@ -327,14 +327,11 @@ mod tests {
     #[case("exit 3", 3 << 8)]
     #[case("kill -9 $$", 9)]
     fn the_status_is_known_before_the_parent_has_waited(#[case] script: &str, #[case] wanted: i32) {
-        if !kernel::may_trace() {
-            support::not_applicable("without CAP_SYS_PTRACE no status is shown");
+        if kernel::version() < (5, 17) {
+            support::not_applicable("the status is not shown before Linux 5.17");
             return;
         }
-        let mut child = shell(&format!("echo; read line; {script}"));
-        // A process has no code while it executes a program.
-        let stdout = child.stdout.as_mut().unwrap();
-        std::io::Read::read_exact(stdout, &mut [0]).unwrap();
+        let mut child = shell(&format!("read line; {script}"));
         let handle = ProcessHandle::open(child.id().cast_signed()).unwrap();
         assert_eq!(handle.zombie_status(), None, "it is alive");
         drop(child.stdin.take());

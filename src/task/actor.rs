@@ -224,6 +224,7 @@ impl TaskActor {
                 },
                 Some(started),
             ) => {
+                self.status.send_modify(|status| status.stopping = true);
                 let status = self.status.subscribe();
                 self.call(async move {
                     let stop =
@@ -280,6 +281,8 @@ impl TaskActor {
             Outcome::Stopped(result, reply) => {
                 if result.is_err() {
                     self.state.apply(Event::StopFailed);
+                    let stopping = matches!(self.state, State::Stopping(_));
+                    self.status.send_modify(|status| status.stopping = stopping);
                 }
                 answer(reply, result);
             }

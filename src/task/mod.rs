@@ -84,6 +84,8 @@ pub struct TaskStatus {
     pub started: Option<Arc<Started>>,
     /// The exit, once it is known.
     pub exit: Option<Exit>,
+    /// Whether a stop has been asked for, and has not failed.
+    stopping: bool,
     /// Whether the task is being removed, so that lookups no longer return it.
     removing: bool,
     /// Whether no further change will follow.
@@ -91,9 +93,9 @@ pub struct TaskStatus {
 }
 
 impl TaskStatus {
-    /// Whether it does not run any more, or never will.
-    fn is_over(&self) -> bool {
-        self.exit.is_some() || self.removing || self.closed
+    /// Whether it is being stopped, does not run any more, or never will.
+    fn is_ending(&self) -> bool {
+        self.exit.is_some() || self.stopping || self.removing || self.closed
     }
 }
 

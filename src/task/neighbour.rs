@@ -6,12 +6,16 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use super::{Task, TaskInfo, Tasks};
+use super::{TaskError, TaskInfo, Tasks};
 use crate::backend::BackendError;
 use crate::container::{Cause, ContainerSpec, NetworkNamespace, Started};
 
-/// How long a task may be unknown to this plugin, or have ended, before it is not waited for any longer.
-const LIMIT: Duration = Duration::from_secs(10);
+/// How long a task may be unknown to this plugin, or have ended, before it is not waited for any longer. Nomad asks for its start only when
+/// its artifacts and templates are there.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a task is waited for if its start is tried again and again.
+const LONGEST: Duration = Duration::from_secs(600);
 
 /// How often it is looked for.
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -22,7 +26,7 @@ impl Tasks {
         &self,
         info: &TaskInfo,
         spec: &mut ContainerSpec,
-    ) -> Result<(), BackendError> {
+    ) -> Result<(), TaskError> {
         let NetworkNamespace::OfTask { task, leader } = &mut spec.network.namespace else {
             return Ok(());
         };
@@ -31,7 +35,10 @@ impl Tasks {
         if leader.is_some() {
             return Ok(());
         }
-        Err(BackendError::Start {
+        if self.token.is_cancelled() {
+            return Err(TaskError::ShuttingDown);
+        }
+        let missing = BackendError::Start {
             machine: spec.identity.machine.clone(),
             step: "joining the network of another task",
             reason: format!(
@@ -39,19 +46,21 @@ impl Tasks {
                 LIMIT.as_secs()
             ),
             cause: Cause::Resources,
-        })
+        };
+        Err(missing.into())
     }
 
-    /// The container of the task `name` in the allocation of `info`. Waits for a task that this plugin does not know yet for a short time, and
-    /// for one that is being started until it has been.
+    /// The container of the task `name` in the allocation of `info`. Waits for a task that this plugin does not know yet or that is ending, and
+    /// for one that is being started until it has been. `None` if it does not come, or if this process is shutting down.
     async fn neighbour(&self, info: &TaskInfo, name: &str) -> Option<Arc<Started>> {
         let mut is_reported = false;
-        let mut end = Instant::now() + LIMIT;
+        let begin = Instant::now();
+        let mut end = begin + LIMIT;
         loop {
             let found = self.store.find(|other| {
                 other.info.alloc_id == info.alloc_id
                     && other.info.name == name
-                    && !other.status.borrow().is_over()
+                    && !other.status.borrow().is_ending()
             });
             let started = found.as_ref().and_then(|task| task.status().started);
             if started.is_some() {
@@ -63,23 +72,13 @@ impl Tasks {
                     format!("waiting for the task {name:?}, whose network this task joins");
                 self.events.publish(info, message);
             }
-            match found {
-                Some(task) => {
-                    is_settled(&task).await;
-                    end = Instant::now() + LIMIT;
-                }
-                None if Instant::now() >= end => return None,
-                None => sleep(INTERVAL).await,
+            if found.is_some() {
+                end = (Instant::now() + LIMIT).min(begin + LONGEST);
             }
+            if Instant::now() >= end || self.token.is_cancelled() {
+                return None;
+            }
+            sleep(INTERVAL).await;
         }
     }
-}
-
-/// Waits until a task runs, or is over.
-async fn is_settled(task: &Task) {
-    let mut status = task.status.clone();
-    // An error means that its actor has ended, and the task with it.
-    let _ = status
-        .wait_for(|status| status.started.is_some() || status.is_over())
-        .await;
 }

@@ -181,6 +181,8 @@ pub(crate) enum Owed {
     Same,
     /// The task exited by itself, and its own exit code is reported; or the kernel killed it for its memory, and that is reported.
     ItsOwnEnd,
+    /// One of the two: how it ended may have been seen.
+    ItsOwnEndOrKilled(&'static str),
     /// It is reported dead by SIGKILL, with this text in the error; no error if the driver was asked to kill it.
     Killed(&'static str),
     /// It is reported dead and unsuccessful: its PID 1 was killed. By SIGKILL, if the kernel shows how it ended (6.15).
@@ -362,7 +364,8 @@ impl Cell {
                     // Its own exit is reported before systemd-nspawn exits, where the kernel shows it.
                     match self.step == Step::Exited && kernel::version() >= (6, 15) {
                         true => Ok(Owed::ItsOwnEnd),
-                        false => Ok(Owed::Killed(NSPAWN)),
+                        // Of a kill only until systemd-nspawn has waited for it.
+                        false => Ok(Owed::ItsOwnEndOrKilled(NSPAWN)),
                     },
                     Err(OVER),
                 ],

@@ -366,7 +366,7 @@ impl<'w, W: World> Game<'w, W> {
                 self.is_the_same().await;
                 self.runs_commands().await;
             }
-            Owed::ItsOwnEnd | Owed::Killed(_) | Owed::NoSuccess => {}
+            Owed::ItsOwnEnd | Owed::ItsOwnEndOrKilled(_) | Owed::Killed(_) | Owed::NoSuccess => {}
         }
         let exit = self.end().await;
         self.runs_no_command().await;

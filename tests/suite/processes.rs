@@ -16,8 +16,7 @@ use super::*;
 
 /// The kinds of descriptors that a supervisor has besides its standard streams; how many of each depends on its clients and watched
 /// processes.
-/// The mount namespace is the container's.
-const SUPERVISOR_HAS: &[&str] = &["eventpoll", "signalfd", "socket", "pidfd", "mnt"];
+const SUPERVISOR_HAS: &[&str] = &["eventpoll", "signalfd", "socket", "pidfd"];
 
 /// The variables in systemd-nspawn's own environment. `SYSTEMD_NSPAWN_UNIFIED_HIERARCHY` only if the host has cgroup v2 only.
 const NSPAWN_KNOWS: &[&str] = &[

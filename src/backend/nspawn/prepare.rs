@@ -184,7 +184,12 @@ fn launch_spec(
             _ => None,
         },
         network_of: match &spec.network.namespace {
-            NetworkNamespace::OfTask { leader, .. } => *leader,
+            NetworkNamespace::OfTask { task, leader } => Some(leader.ok_or_else(|| {
+                unsupported(
+                    spec,
+                    format!("the task {task:?}, whose network it joins, was not looked for"),
+                )
+            })?),
             _ => None,
         },
         cgroups,

@@ -158,15 +158,6 @@ impl Supervisor {
             .filter(|_| !failpoint::kernel_is_old(self.task_dir.path()))
     }
 
-    /// Lets the kernel take down the mounts of a leader that has exited.
-    pub(super) fn release_mounts(&mut self) {
-        if self.exit.leader != LeaderState::Alive
-            && let State::Running { mounts, .. } = &mut self.state
-        {
-            *mounts = None;
-        }
-    }
-
     /// Reports an exit that is certain before systemd-nspawn has exited.
     pub(super) fn report_early(&mut self) {
         if let Some(status) = self.early_exit_status() {

@@ -66,7 +66,6 @@ impl Supervisor {
         }
         self.flush_pending_signals();
         self.report_early();
-        self.release_mounts();
         self.conclude();
         self.drop_disconnected();
     }

@@ -74,9 +74,6 @@ pub(super) enum State {
     Running {
         running: Box<Running>,
         leader: Option<Source<ProcessHandle>>,
-        /// The leader's mount namespace until its exit has been seen. Otherwise the kernel would take it down, which takes as long as the rest of
-        /// the exit, before it shows the exit.
-        mounts: Option<File>,
         since: Instant,
     },
 }
@@ -274,7 +271,6 @@ impl Supervisor {
         let running = self.running_record(leader, handle.as_deref());
         self.state = State::Running {
             running: Box::new(running.clone()),
-            mounts: handle.as_deref().and_then(ProcessHandle::mount_namespace),
             leader: handle,
             since: Instant::now(),
         };

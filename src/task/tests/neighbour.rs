@@ -58,42 +58,59 @@ async fn a_task_that_is_being_started_is_waited_for() {
     in_time(second).await.unwrap().unwrap();
 }
 
+/// Tries to join, and returns why it fails.
+async fn refused(tasks: &Tasks, stage: &Arc<TestBackend>) -> String {
+    let start = tasks.start(stage.clone(), info("a/t/2"), joining());
+    start.await.unwrap_err().to_string()
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_task_that_does_not_run_is_named() {
-    let (stage, end) = TestBackend::new(starts());
+    let wanted = "the task \"other\" of this allocation does not run in a container of this driver, and was not started within 60 s";
+    let (stage, _end) = TestBackend::new(starts());
     let (tasks, _) = running(&stage).await;
-    let refused = |tasks: Tasks, stage| async move {
-        let start = tasks.start(stage, info("a/t/2"), joining()).await;
-        start.unwrap_err().to_string()
-    };
-    let wanted = "the task \"other\" of this allocation does not run in a container of this driver, and was not started within 10 s";
-    let text = refused(tasks.clone(), stage.clone()).await;
+    let text = refused(&tasks, &stage).await;
     assert!(text.contains(wanted), "{text}");
-    // That of another allocation is not meant, nor one that has ended.
-    let elsewhere = TaskInfo {
+    let of_another_allocation = TaskInfo {
         alloc_id: "b".to_owned(),
         ..other()
     };
-    tasks
-        .start(stage.clone(), elsewhere, spec(OTHER))
-        .await
-        .unwrap();
-    let ended = TaskInfo {
-        id: "a/other/2".to_owned(),
-        ..other()
-    };
-    tasks
-        .start(stage.clone(), ended, spec("a/other/2"))
-        .await
-        .unwrap();
-    end.send_replace(Some(exit(0, 0)));
-    tasks
-        .get("a/other/2")
-        .unwrap()
-        .wait()
-        .await
-        .unwrap()
-        .unwrap();
-    let text = refused(tasks, stage).await;
+    let start = tasks.start(stage.clone(), of_another_allocation, spec(OTHER));
+    start.await.unwrap();
+    let text = refused(&tasks, &stage).await;
     assert!(text.contains(wanted), "{text}");
+}
+
+/// A restarted group: the other task is stopped at the same time, and takes longer.
+#[tokio::test(start_paused = true)]
+async fn a_task_that_ends_is_not_joined() {
+    let mut mock = starts();
+    mock.expect_stop().returning(|_, _, _| Ok(()));
+    let (stage, end) = TestBackend::new(mock);
+    let tasks = tasks();
+    let start = tasks.start(stage.clone(), other(), spec(OTHER));
+    start.await.unwrap();
+    let ending = tasks.get(OTHER).unwrap();
+    let stopping = ending.clone();
+    let stop = tokio::spawn(async move { stopping.stop(None, LIMIT).await });
+    let mut status = ending.status.clone();
+    in_time(status.wait_for(|status| status.stopping))
+        .await
+        .unwrap();
+    let text = refused(&tasks, &stage).await;
+    assert!(text.contains("does not run"), "{text}");
+    end.send_replace(Some(exit(0, 0)));
+    stop.await.unwrap().unwrap();
+    let text = refused(&tasks, &stage).await;
+    assert!(text.contains("does not run"), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_is_waited_for_when_the_plugin_shuts_down() {
+    let (stage, _end) = TestBackend::new(starts());
+    let token = CancellationToken::new();
+    let tasks = Tasks::new(EventBus::default(), token.clone());
+    token.cancel();
+    let text = refused(&tasks, &stage).await;
+    assert_eq!(text, "the plugin is shutting down");
 }

@@ -48,6 +48,7 @@ impl<W: World> Game<'_, W> {
     pub(super) fn check(&self, exit: &TaskExit) {
         match self.owed {
             Owed::ItsOwnEnd => self.is_its_own(exit),
+            Owed::ItsOwnEndOrKilled(_) if exit.error.is_none() => self.is_its_own(exit),
             Owed::Killed("") => {
                 assert_eq!(
                     (exit.code, exit.signal, &exit.error),
@@ -55,7 +56,7 @@ impl<W: World> Game<'_, W> {
                     "{exit:?}"
                 );
             }
-            Owed::Killed(words) => {
+            Owed::Killed(words) | Owed::ItsOwnEndOrKilled(words) => {
                 assert_eq!((exit.code, exit.signal), (137, 9), "{exit:?}");
                 assert!(
                     exit.error.as_ref().is_some_and(|text| text.contains(words)),

@@ -304,9 +304,9 @@ pub fn descriptors(pid: i32) -> Option<BTreeMap<i32, String>> {
             target => target.ok()?,
         };
         let text = target.to_string_lossy();
-        // The inode numbers of sockets, pipes and namespaces are not useful.
+        // The inode numbers of sockets and pipes are not useful.
         let kind = match text.split_once(":[") {
-            Some((kind @ ("socket" | "pipe" | "mnt"), _)) => kind,
+            Some((kind @ ("socket" | "pipe"), _)) => kind,
             Some(("anon_inode", name)) => name.trim_end_matches(']'),
             // Newer kernels have a separate file system for pidfds.
             _ if text.contains("pidfd") => "pidfd",

@@ -20,7 +20,7 @@ const FORWARDED: u16 = 25_180;
 /// Says what it reaches, and serves a page.
 const SCRIPT: &str = "mkdir -p /srv/www; echo page > /srv/www/index.html; httpd -p 8080 -h /srv/www; \
     httpd -p 80 -h /srv/www && echo low; \
-    timeout 3 wget -q -O - http://192.0.2.2:8080 && timeout 3 wget -q -O - http://[2001:db8::2]:8080 && echo out; \
+    timeout 15 wget -q -O - http://192.0.2.2:8080 && timeout 15 wget -q -O - http://[2001:db8::2]:8080 && echo out; \
     echo up; trap 'exit 0' TERM; while :; do sleep 0.05; done";
 
 const COLUMNS: [&str; 7] = [
