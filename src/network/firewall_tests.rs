@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rstest::rstest;
+use support::uninterrupted;
 
 use super::*;
 use crate::network::testing::{Namespace, plan, port};
@@ -150,16 +151,6 @@ fn client(from: &Namespace, to: SocketAddr) -> UdpSocket {
         socket.connect(to).unwrap();
         socket
     })
-}
-
-/// A call that other tests' signals to this process do not end.
-fn uninterrupted<T>(mut call: impl FnMut() -> std::io::Result<T>) -> std::io::Result<T> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            result => return result,
-        }
-    }
 }
 
 /// Waits until there is something to accept or to receive.

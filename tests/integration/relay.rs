@@ -10,8 +10,8 @@ use nomad_driver_nspawn::network::relay::Relay;
 use nomad_driver_nspawn::network::{Mapping, NetworkPlan};
 use nomad_driver_nspawn::sys::process::ProcessHandle;
 use rstest::rstest;
-use support::DEADLINE;
 use support::netns::{ADDRESS, ADDRESS6, LINK, MAC, Space, linked_with_ipv6};
+use support::{DEADLINE, uninterrupted};
 
 const HOST: &str = "[::1]:8080";
 const CONTAINER: u16 = 80;
@@ -172,7 +172,7 @@ fn a_connection_that_nobody_accepts_is_closed() {
     let Some(world) = World::new() else { return };
     let started = world.start();
     let mut client = connect(&started.host);
-    let error = client.read(&mut [0]).unwrap_err();
+    let error = uninterrupted(|| client.read(&mut [0])).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     // Later somebody does.
     echo(&started.container, ADDRESS6);
@@ -207,7 +207,7 @@ fn datagrams_of_two_clients_are_answered(#[case] address: &'static str) {
         let mut senders: Vec<SocketAddr> = Vec::new();
         for _ in &clients {
             let mut buffer = [0; 2000];
-            let (length, from) = server.recv_from(&mut buffer).unwrap();
+            let (length, from) = uninterrupted(|| server.recv_from(&mut buffer)).unwrap();
             senders.push(from);
             buffer[length] = b'!';
             server.send_to(&buffer[..=length], from).unwrap();
@@ -215,7 +215,7 @@ fn datagrams_of_two_clients_are_answered(#[case] address: &'static str) {
         assert_ne!(senders[0], senders[1], "each has a socket of its own");
         for (number, client) in clients.iter().enumerate() {
             let mut buffer = [0; 2000];
-            let length = client.recv(&mut buffer).unwrap();
+            let length = uninterrupted(|| client.recv(&mut buffer)).unwrap();
             let mut expected = [number.to_string().as_bytes(), b"!"].concat();
             if round == 1 {
                 expected.splice(1..1, vec![b'x'; 1200]);
@@ -244,7 +244,7 @@ fn it_ends_with_the_thread_that_has_started_it() {
             // Until it serves, which is after it has asked the kernel.
             let mut client = TcpStream::connect(HOST).unwrap();
             client.set_read_timeout(Some(DEADLINE)).unwrap();
-            client.read(&mut [0]).unwrap_err();
+            uninterrupted(|| client.read(&mut [0])).unwrap_err();
             assert!(ProcessHandle::open(pid).is_ok());
             (relay, child)
         });
@@ -260,7 +260,7 @@ fn it_has_no_privileges_and_no_environment() {
     let Some(world) = World::new() else { return };
     let started = world.start();
     let mut client = connect(&started.host);
-    client.read(&mut [0]).unwrap_err();
+    uninterrupted(|| client.read(&mut [0])).unwrap_err();
     let read = |file: &str| {
         let path = format!("/proc/{}/{file}", started.child.id());
         std::fs::read_to_string(path).unwrap()

@@ -12,7 +12,7 @@ use dhcproto::v4::{DhcpOption, Message, MessageType};
 use dhcproto::{Decodable as _, Decoder, Encodable as _};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use support::netns::{ADDRESS, GATEWAY, LINK, MAC, Space, linked};
-use support::{DEADLINE, not_applicable};
+use support::{DEADLINE, not_applicable, uninterrupted};
 
 use super::*;
 
@@ -86,7 +86,7 @@ fn discover() -> Vec<u8> {
 
 fn offer(client: &UdpSocket) -> Message {
     let mut buffer = [0; 2048];
-    let (length, from) = client.recv_from(&mut buffer).unwrap();
+    let (length, from) = uninterrupted(|| client.recv_from(&mut buffer)).unwrap();
     assert_eq!(from, (GATEWAY.parse::<Ipv4Addr>().unwrap(), 67).into());
     Message::decode(&mut Decoder::new(&buffer[..length])).unwrap()
 }

@@ -34,6 +34,17 @@ pub async fn within<F: Future>(what: &str, future: F) -> F::Output {
     }
 }
 
+/// A call that signals which other tests cause in this process do not end. Whoever starts a process on a runtime has it handle SIGCHLD, and a
+/// socket with a timeout is then interrupted for good.
+pub fn uninterrupted<T>(mut call: impl FnMut() -> std::io::Result<T>) -> std::io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
 /// Polls until the condition holds, for state that has no change notification.
 pub async fn eventually(what: &str, holds: impl Fn() -> bool) {
     let looking = async {
