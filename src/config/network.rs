@@ -42,7 +42,7 @@ pub(super) fn network(
     };
     let (option, requested) = requested.unwrap_or((MODE, by_default));
     if let Requested::Task(task) = requested {
-        check_network_of_task(&task, context, &ports, &interfaces)?;
+        check_network_of_task(&task, options, context, &interfaces)?;
         let namespace = NetworkNamespace::OfTask { task, leader: None };
         return Ok((namespace, Vec::new()));
     }
@@ -181,8 +181,8 @@ fn of_mode(mode: &str) -> Result<Requested, ConfigError> {
 /// Rejects what belongs to the task whose network it is.
 fn check_network_of_task(
     task: &str,
+    options: &TaskOptions,
     context: &TaskContext,
-    ports: &[PortForward],
     interfaces: &[HostInterface],
 ) -> Result<(), ConfigError> {
     let refused = |option: &str, reason: String| Err(ConfigError::new(option, reason));
@@ -194,10 +194,15 @@ fn check_network_of_task(
         "can't be set beside a network_mode of another task: it belongs to the network of the task {}, set it there",
         quoted(task)
     );
-    match (ports, interfaces) {
-        ([_, ..], _) => refused(PORTS, of_other),
-        (_, [interface, ..]) => refused(interface.mode.option(), of_other),
-        ([], []) => Ok(()),
+    if options.ports.iter().flatten().next().is_some() {
+        return refused(PORTS, of_other);
+    }
+    if options.port_map.iter().flatten().next().is_some() {
+        return refused(PORT_MAP, of_other);
+    }
+    match interfaces.first() {
+        Some(interface) => refused(interface.mode.option(), of_other),
+        None => Ok(()),
     }
 }
 

@@ -244,6 +244,7 @@ fn an_operator_decides_what_a_task_has_that_asks_for_nothing() {
     r#"config.network_mode: "web" is this task itself"#
 )]
 #[case("network_mode = \"task:db\"\nports = [\"web\"]", r#"config.ports: can't be set beside a network_mode of another task: it belongs to the network of the task "db", set it there"#)]
+#[case("network_mode = \"task:db\"\nport_map = { old = 80 }", r#"config.port_map: can't be set beside a network_mode of another task: it belongs to the network of the task "db", set it there"#)]
 #[case("network_mode = \"task:db\"\nnetwork_macvlan = [\"eth0\"]", r#"config.network_macvlan: can't be set beside a network_mode of another task: it belongs to the network of the task "db", set it there"#)]
 #[case("network_mode = \"zone:\"", r#"config.network_mode: "" is not a valid zone name: use 1 to 12 letters, digits, -, _ and dots"#)]
 #[case(
