@@ -295,11 +295,7 @@ mod tests {
     }
 
     fn bound(node: &str) -> crate::container::Mount {
-        crate::container::Mount {
-            source: node.into(),
-            target: "/srv/node".into(),
-            read_only: false,
-        }
+        crate::container::Mount::new(node, "/srv/node")
     }
 
     fn directory() -> Root {

@@ -188,11 +188,7 @@ fn device(host: &Path, read: bool, write: bool, mknod: bool) -> Device {
 }
 
 fn mount(source: &Path, read_only: bool) -> Mount {
-    Mount {
-        source: source.to_owned(),
-        target: "/mnt".into(),
-        read_only,
-    }
+    Mount::new(source, "/mnt").with_read_only(read_only)
 }
 
 /// Nodes of the host whose numbers every kernel has.

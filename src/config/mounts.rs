@@ -19,21 +19,19 @@ pub(super) fn mounts(
     plugin_config: &PluginConfig,
     allocation: &Allocation,
 ) -> Result<Vec<Mount>, ConfigError> {
-    let visible = allocation.visible_dirs().map(|(source, target)| Mount {
-        source,
-        target: target.to_owned(),
-        read_only: false,
-    });
+    let visible = allocation
+        .visible_dirs()
+        .map(|(source, target)| Mount::new(source, target));
     let mut mounts = visible.to_vec();
     volumes(&mut mounts, context, plugin_config)?;
     let mut binds = |name, map: &Option<BTreeMap<String, String>>, read_only| {
         for (source, target) in map.iter().flatten() {
             let option = entry(name, source);
-            let bind = Mount {
-                source: bind_source(&option, source, plugin_config, allocation)?,
-                target: bind_target(&option, target)?,
-                read_only,
-            };
+            let bind = Mount::new(
+                bind_source(&option, source, plugin_config, allocation)?,
+                bind_target(&option, target)?,
+            )
+            .with_read_only(read_only);
             add(&mut mounts, &option, bind)?;
         }
         Ok::<_, ConfigError>(())
@@ -55,11 +53,11 @@ fn volumes(
             let reason = "volumes are disabled on this node (plugin.volumes = false)";
             return Err(ConfigError::new(option, reason));
         }
-        let mount = Mount {
-            source: volume_source(&option, &volume.source)?,
-            target: mount_point(&option, &target)?,
-            read_only: volume.read_only,
-        };
+        let mount = Mount::new(
+            volume_source(&option, &volume.source)?,
+            mount_point(&option, &target)?,
+        )
+        .with_read_only(volume.read_only);
         add(mounts, &option, mount)?;
     }
     Ok(())
@@ -131,6 +129,9 @@ fn add(mounts: &mut Vec<Mount>, option: &str, mount: Mount) -> Result<(), Config
         );
         return Err(ConfigError::new(option, reason));
     }
-    mounts.push(mount);
+    mounts.push(Mount {
+        option: Some(option.to_owned()),
+        ..mount
+    });
     Ok(())
 }

@@ -36,11 +36,7 @@ fn refusal(extra: &str) -> String {
 fn the_smallest_job_has_the_defaults() {
     let host = TestHost::new();
     let validated = host.check("image = \"system\"").unwrap();
-    let own = |source: &str, target: &str| Mount {
-        source: host.context.alloc_dir.join(source),
-        target: target.into(),
-        read_only: false,
-    };
+    let own = |source: &str, target: &str| Mount::new(host.context.alloc_dir.join(source), target);
     let root = host.path("plugins/system");
     let expected = ContainerSpec::for_test("web", root).with(|spec| {
         spec.identity = Identity {

@@ -176,11 +176,7 @@ fn a_network_has_its_arguments(#[case] network: NetworkNamespace, #[case] words:
 #[test]
 fn colons_and_backslashes_in_paths_are_escaped() {
     let bind = |source: &str, read_only, idmap| Bind {
-        mount: Mount {
-            source: source.into(),
-            target: "/in side".into(),
-            read_only,
-        },
+        mount: Mount::new(source, "/in side").with_read_only(read_only),
         idmap,
     };
     let binds = [bind("/a:b\\c", false, false), bind("/plain", true, true)];

@@ -183,11 +183,7 @@ mod tests {
     }
 
     fn mount(source: &str, target: &str) -> Mount {
-        Mount {
-            source: source.into(),
-            target: target.into(),
-            read_only: false,
-        }
+        Mount::new(source, target)
     }
 
     /// `/proc` supports no id mapping on any kernel.

@@ -159,11 +159,9 @@ impl Skeleton<'_> {
     }
 
     fn bind(&mut self, inner: &Path) {
-        self.binds.push(Mount {
-            source: self.image.join(inner),
-            target: Path::new("/").join(inner),
-            read_only: true,
-        });
+        self.binds.push(
+            Mount::new(self.image.join(inner), Path::new("/").join(inner)).with_read_only(true),
+        );
     }
 
     /// systemd-nspawn does not boot a tree without an os-release file, and checks before it mounts anything.
@@ -264,11 +262,7 @@ mod tests {
     use crate::container::ContainerSpec;
 
     fn mount(target: &str, source: &Path) -> Mount {
-        Mount {
-            source: source.to_owned(),
-            target: target.into(),
-            read_only: false,
-        }
+        Mount::new(source, target)
     }
 
     fn point(below: &str, file: bool) -> MountPoint {

@@ -51,11 +51,7 @@ async fn a_port_of_an_address_that_the_host_does_not_have_is_refused(world: Worl
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mount_without_an_id_mapping_is_reported(world: World) {
-    let mounts = vec![Mount {
-        source: "/proc/sys/kernel".into(),
-        target: "/mnt".into(),
-        read_only: true,
-    }];
+    let mounts = vec![Mount::new("/proc/sys/kernel", "/mnt").with_read_only(true)];
     let spec = |users| {
         world.spec(DEAF).with(|spec| {
             spec.mounts = mounts.clone();

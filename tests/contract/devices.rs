@@ -84,13 +84,7 @@ async fn a_container_uses_no_device_but_those_of_its_policy(world: World) {
     let every = "yes\nyes\nyes\nno\nno\n";
     assert_eq!(run(Vec::new()).await, format!("{every}no\nno\n"));
     // A node that is bound is allowed as it is bound.
-    let bound = |read_only| {
-        vec![Mount {
-            source: bound.clone(),
-            target: "/srv/bound".into(),
-            read_only,
-        }]
-    };
+    let bound = |read_only| vec![Mount::new(bound.clone(), "/srv/bound").with_read_only(read_only)];
     fs::create_dir_all(world.tree.join("srv")).unwrap();
     assert_eq!(run(bound(true)).await, format!("{every}yes\nno\n"));
     assert_eq!(run(bound(false)).await, format!("{every}yes\nyes\n"));

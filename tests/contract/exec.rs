@@ -405,11 +405,7 @@ async fn filters_that_a_task_has_installed_itself_do_not_hold_for_commands(world
         for name in ["lib", "lib64"] {
             std::os::unix::fs::symlink(format!("usr/{name}"), world.tree.join(name)).unwrap();
         }
-        mounts.push(Mount {
-            source: "/usr".into(),
-            target: "/usr".into(),
-            read_only: true,
-        });
+        mounts.push(Mount::new("/usr", "/usr").with_read_only(true));
     }
     let started = world
         .up(world.spec("").with(|spec| {

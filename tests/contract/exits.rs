@@ -311,11 +311,7 @@ const FAULTS: &[(i32, &[u8])] = &[
 fn with_programs(world: &World, spec: ContainerSpec) -> ContainerSpec {
     let programs = programs(world);
     spec.with(|spec| {
-        spec.mounts = vec![Mount {
-            source: programs.clone(),
-            target: programs.clone(),
-            read_only: false,
-        }];
+        spec.mounts = vec![Mount::new(programs.clone(), programs.clone())];
         spec.payload.working_directory = Some(programs.to_string_lossy().into_owned());
     })
 }

@@ -205,11 +205,7 @@ async fn a_resolv_conf_of_the_job_is_kept(world: World) {
     let spec = world.spec("cat /etc/resolv.conf; exit 25").with(|spec| {
         spec.network.resolv_conf = None;
         spec.network.dns = dns();
-        spec.mounts = vec![Mount {
-            source: own.clone(),
-            target: "/etc/resolv.conf".into(),
-            read_only: false,
-        }];
+        spec.mounts = vec![Mount::new(own.clone(), "/etc/resolv.conf")];
     });
     let started = world.start(spec).await;
     assert_eq!(ended(&world.end(&started).await), (25, 0));

@@ -25,11 +25,7 @@ impl Gate {
     fn spec(&self, world: &World, mode: Mode, script: &str) -> ContainerSpec {
         world.spec(script).with(|spec| {
             spec.payload.mode = mode;
-            spec.mounts = vec![Mount {
-                source: self.directory.clone(),
-                target: self.directory.clone(),
-                read_only: false,
-            }];
+            spec.mounts = vec![Mount::new(self.directory.clone(), self.directory.clone())];
             spec.payload.working_directory = Some(self.directory.to_string_lossy().into_owned());
         })
     }

@@ -25,11 +25,7 @@ async fn a_tree_without_an_operating_system_is_refused(world: World) {
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mount_without_a_source_is_refused(world: World) {
-    let mounts = vec![Mount {
-        source: world.scratch.path().join("none"),
-        target: "/mnt".into(),
-        read_only: false,
-    }];
+    let mounts = vec![Mount::new(world.scratch.path().join("none"), "/mnt")];
     let error = world
         .refused(world.spec("exit 0").with(|spec| spec.mounts = mounts))
         .await;
@@ -55,11 +51,7 @@ async fn an_ephemeral_root_leaves_no_copy(world: World) {
 async fn a_read_only_root_needs_no_mount_points(world: World) {
     let inside = world.scratch.path().join("inside");
     fs::create_dir(&inside).unwrap();
-    let mounts = vec![Mount {
-        source: inside,
-        target: "/no/such/place".into(),
-        read_only: false,
-    }];
+    let mounts = vec![Mount::new(inside, "/no/such/place")];
     let started = world
         .start(world.spec("exit 17").with(|spec| {
             spec.rootfs.read_only = true;
@@ -77,11 +69,7 @@ async fn a_read_only_root_needs_no_mount_points(world: World) {
 async fn an_identity_mapping_needs_no_mapped_mounts(world: World) {
     let source = world.scratch.path().join("inside");
     fs::create_dir(&source).unwrap();
-    let mounts = vec![Mount {
-        source,
-        target: "/mnt".into(),
-        read_only: false,
-    }];
+    let mounts = vec![Mount::new(source, "/mnt")];
     let users = Users::Private {
         range: "identity".into(),
         ownership: None,

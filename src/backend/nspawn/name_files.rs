@@ -66,11 +66,7 @@ pub(super) fn write(
         let written = task_dir.write_visible(file, text.as_bytes());
         let source =
             written.map_err(|source| io_error("writing a file in", task_dir.path(), source))?;
-        Ok::<_, BackendError>(Mount {
-            source,
-            target: target.into(),
-            read_only: true,
-        })
+        Ok::<_, BackendError>(Mount::new(source, target).with_read_only(true))
     };
     if files.resolv_conf.is_none() {
         let place = tree.place(RESOLV_CONF);

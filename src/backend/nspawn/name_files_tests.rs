@@ -110,11 +110,7 @@ fn in_the_hosts_network_the_resolv_conf_is_the_hosts() {
 #[test]
 fn what_the_job_says_is_left_alone() {
     let ground = Ground::new();
-    let own = |target: &str| Mount {
-        source: "/srv/x".into(),
-        target: target.into(),
-        read_only: false,
-    };
+    let own = |target: &str| Mount::new("/srv/x", target);
     let files = ground.files(|spec| {
         spec.network.dns = dns();
         spec.network.resolv_conf = Some("copy-host".to_owned());
@@ -223,11 +219,8 @@ fn names_of_the_job_are_added_in_every_network() {
     }
     let files = ground.files(|spec| {
         spec.network.extra_hosts = names;
-        spec.mounts.push(Mount {
-            source: "/srv/hosts".into(),
-            target: HOSTS.into(),
-            read_only: true,
-        });
+        spec.mounts
+            .push(Mount::new("/srv/hosts", HOSTS).with_read_only(true));
     });
     assert_eq!(mounted(&files, HOSTS), None);
     let [note] = files.notes.as_slice() else {

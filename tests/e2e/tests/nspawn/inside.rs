@@ -219,11 +219,7 @@ async fn what_the_job_mounts_keeps_its_size() {
     let inside = Inside::new();
     let host = HostTmpfs::new(inside.stage.join("host"));
     let printed = inside.run(inside.spec(SIZES).with(|spec| {
-        spec.mounts = vec![Mount {
-            source: host.0.clone(),
-            target: "/tmp".into(),
-            read_only: false,
-        }];
+        spec.mounts = vec![Mount::new(host.0.clone(), "/tmp")];
         spec.resources.tmpfs = sizes(MIB, 2 * MIB, 3 * MIB);
     }));
     assert_eq!(printed.await, "8192\n2048\n3072\n");
@@ -419,11 +415,7 @@ async fn a_node_of_the_host_that_is_bound_keeps_owner_and_mode(#[case] users: Us
     let before = about(&node);
     let printed = inside.run(inside.spec("stat -c '%t:%T %a' /dev/bound").with(|spec| {
         spec.users = users;
-        spec.mounts = vec![Mount {
-            source: node.clone(),
-            target: "/dev/bound".into(),
-            read_only: false,
-        }];
+        spec.mounts = vec![Mount::new(node.clone(), "/dev/bound")];
         spec.resources.devices = vec![device("/dev/full", "/dev/bound")];
     }));
     assert_eq!(printed.await, "1:7 640\n");
@@ -460,11 +452,7 @@ async fn a_dev_that_the_job_mounts_gets_no_node() {
     let inside = Inside::new();
     let host = HostTmpfs::new(inside.stage.join("host"));
     let error = inside.refused(inside.spec("sleep 1000").with(|spec| {
-        spec.mounts = vec![Mount {
-            source: host.0.clone(),
-            target: "/dev".into(),
-            read_only: false,
-        }];
+        spec.mounts = vec![Mount::new(host.0.clone(), "/dev")];
         spec.resources.devices = vec![device("/dev/full", "/dev/mine")];
     }));
     let text = error.await.to_string();
