@@ -17,6 +17,10 @@ pub use limits::{Limit, parse_limits};
 /// One line of `/proc/<pid>/mountinfo`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
+    /// The number of the mount.
+    pub id: u32,
+    /// The number of the mount that its mount point is on. That of the root is not in the table.
+    pub parent: u32,
     /// The directory of the file system that is mounted here.
     pub root: PathBuf,
     /// The mount point, as the process sees it.
@@ -80,7 +84,10 @@ fn mount(line: &[u8]) -> Option<Mount> {
     let words: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
     let dash = words.iter().position(|word| *word == b"-")?;
     let text = |word: &[u8]| String::from_utf8_lossy(word).into_owned();
+    let number = |index: usize| -> Option<u32> { text(words.get(index)?).parse().ok() };
     Some(Mount {
+        id: number(0)?,
+        parent: number(1)?,
         root: path(words.get(3)?),
         target: path(words.get(4)?),
         kind: text(words.get(dash + 1)?),

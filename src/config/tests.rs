@@ -327,10 +327,6 @@ fn what_is_wrong_is_said(#[case] extra: &str, #[case] message: &str) {
 )]
 #[case(
     "image = \"/\"\nboot = false\nvolatile = \"yes\"",
-    r#"config.volatile: "yes" can't be combined with config.user_namespacing, which is true unless it is set to false: systemd-nspawn can't map the ids of a root that is put together from several mounts; set config.user_namespacing = false or use "overlay""#
-)]
-#[case(
-    "image = \"/\"\nboot = false\nvolatile = \"yes\"\nprivate_users = \"yes\"",
     r#"config.image: "/" can't be used in a user namespace: set config.user_namespacing = false"#
 )]
 #[case(

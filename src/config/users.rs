@@ -94,14 +94,6 @@ fn check_root_with(
             let reason = format!("\"chown\" can't be combined with {other}");
             Err(ConfigError::new(OWNERSHIP, reason))
         }
-        (Some("auto" | "map"), Volatile::Yes | Volatile::State) => {
-            let word = quoted(options.volatile.as_deref().unwrap_or_default());
-            let reason = format!(
-                "{word} can't be combined with config.user_namespacing, which is true unless it is set to false: systemd-nspawn can't map the \
-                 ids of a root that is put together from several mounts; set config.user_namespacing = false or use \"overlay\""
-            );
-            Err(ConfigError::new(VOLATILE, reason))
-        }
         _ => Ok(()),
     }
 }

@@ -45,7 +45,7 @@ pub enum Resource {
     ControllerCgroups(ControllerCgroups),
     /// The network that the driver makes.
     Network(Network),
-    /// The lock of a uid range that systemd-nspawn picks.
+    /// The uid range of the container.
     UidRange(UidRange),
     /// systemd-nspawn's lock of a tree or an image.
     TreeLock(TreeLock),
@@ -238,7 +238,7 @@ mod tests {
     fn a_kind_of_a_newer_driver_is_kept_unchanged() {
         let text = r#"[{"kind":"uid_range"},{"kind":"address","number":7}]"#;
         let resources: Vec<Resource> = serde_json::from_str(text).unwrap();
-        assert_eq!(resources[0], Resource::UidRange(UidRange {}));
+        assert_eq!(resources[0], Resource::UidRange(UidRange::default()));
         assert!(matches!(resources[1], Resource::Unknown(_)));
         assert_eq!(serde_json::to_string(&resources).unwrap(), text);
     }

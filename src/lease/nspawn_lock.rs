@@ -89,6 +89,20 @@ fn is_held(path: &Path) -> bool {
     fcntl(&file, FcntlArg::F_OFD_GETLK(&mut found)).is_ok() && found.l_type != UNLOCKED
 }
 
+impl SharedLocks {
+    /// Shares one lock, and creates its file if necessary.
+    pub(super) fn of_file(path: PathBuf) -> Result<Self, Errno> {
+        Ok(Self(vec![(share(&path)?, path)]))
+    }
+
+    /// The same, if no process holds the lock.
+    pub(super) fn of_free_file(path: PathBuf) -> Result<Self, Errno> {
+        let file = acquire(&path, EXCLUSIVE)?;
+        lock(&file, SHARED)?;
+        Ok(Self(vec![(file, path)]))
+    }
+}
+
 impl Drop for SharedLocks {
     fn drop(&mut self) {
         for (file, path) in self.0.drain(..) {
@@ -101,6 +115,11 @@ impl Drop for SharedLocks {
 
 /// Shares one lock, and creates its file if necessary.
 fn share(path: &Path) -> Result<File, Errno> {
+    acquire(path, SHARED)
+}
+
+/// Takes one lock, and creates its file if necessary.
+fn acquire(path: &Path, kind: i16) -> Result<File, Errno> {
     loop {
         let file = OpenOptions::new()
             .read(true)
@@ -111,7 +130,7 @@ fn share(path: &Path) -> Result<File, Errno> {
             .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
             .open(path)
             .map_err(errno)?;
-        lock(&file, SHARED)?;
+        lock(&file, kind)?;
         // If the file was removed before it was locked here, no other process will find this lock.
         if file.metadata().map_err(errno)?.nlink() > 0 {
             return Ok(file);

@@ -1,33 +1,99 @@
-//! The lock of the uid range that systemd-nspawn picks for a container. The file is named after the first uid of the range.
+//! The uid range of a container, and its lock: a file that is named after the first uid, in the directory where systemd-nspawn keeps those of the
+//! ranges that it picks itself, so that neither takes a range of the other. The driver picks the range where it can, because it maps mounts before
+//! systemd-nspawn runs. The plugin holds the lock, shared, until the supervisor holds it.
 
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::time::SystemTime;
 
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{Context, Lease, nspawn_lock};
+use super::nspawn_lock::{self, SharedLocks};
+use super::{Context, Lease};
 
-/// Where systemd-nspawn keeps these locks.
+mod free;
+
+/// Where these locks are.
 const LOCKS: &str = "/run/systemd/nspawn-uid";
 
-/// A uid range picked by systemd-nspawn. It is known once the container has started.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UidRange {}
+/// How many ids a range has.
+const IDS: u32 = 1 << 16;
+
+/// The first and the last uid at which systemd lets a range for a container begin (`CONTAINER_UID_BASE_MIN` and `_MAX`).
+const FIRST: u32 = 0x0008_0000;
+const LAST: u32 = 0x6FFF_0000;
+
+/// The range of a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UidRange {
+    /// The first uid, if the driver has picked the range. Otherwise systemd-nspawn does, and it is known once the container has started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first: Option<u32>,
+}
+
+impl UidRange {
+    /// Picks a range that no container has, and locks it: the one that the files of the root belong to, if `owner` is the user of one; otherwise
+    /// one that is the same for this machine name whenever it is free. Blocks.
+    pub fn pick(owner: Option<u32>, machine: &str) -> io::Result<(u32, SharedLocks)> {
+        pick_in(Path::new(LOCKS), owner, machine)
+    }
+
+    /// Takes the lock of a range that the plugin has picked, for the life of the container. Fails if another process holds it alone.
+    pub fn hold(&self) -> io::Result<Option<SharedLocks>> {
+        let Some(first) = self.first else {
+            return Ok(None);
+        };
+        let lock = Path::new(LOCKS).join(first.to_string());
+        let held = SharedLocks::of_file(lock).map_err(|error| {
+            let text = format!("the range of user ids from {first} can't be locked: {error}");
+            io::Error::new(io::Error::from(error).kind(), text)
+        })?;
+        Ok(Some(held))
+    }
+}
+
+fn pick_in(locks: &Path, owner: Option<u32>, machine: &str) -> io::Result<(u32, SharedLocks)> {
+    /// How many ranges to try. Of the 28,655 that there are, a host uses a few thousand at most.
+    const ATTEMPTS: usize = 200;
+    // Fails if the directory exists.
+    let _ = DirBuilder::new().mode(0o755).recursive(true).create(locks);
+    let taken = free::TakenIds::of_host();
+    let own = owner.map(|owner| owner - owner % IDS);
+    let own = own.filter(|first| (FIRST..=LAST).contains(first));
+    // What the files of the root belong to may well be in use on the host: by them.
+    let named = free::candidates(machine).filter(|first| taken.is_free(*first, IDS));
+    for first in own.into_iter().chain(named.take(ATTEMPTS)) {
+        match SharedLocks::of_free_file(locks.join(first.to_string())) {
+            Ok(lock) => return Ok((first, lock)),
+            Err(Errno::EAGAIN | Errno::EACCES) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let text = format!("no range of user ids is free: {ATTEMPTS} of them are in use");
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, text))
+}
 
 impl Lease for UidRange {
     fn release(&self, context: &Context<'_>) -> io::Result<()> {
-        if !context.killed {
+        // systemd-nspawn has released what it has picked.
+        if !context.killed && self.first.is_none() {
             return Ok(());
         }
-        match context.first_uid {
+        match self.first.or(context.first_uid) {
             Some(first) => {
                 nspawn_lock::remove(context.task_dir, &Path::new(LOCKS).join(first.to_string()));
                 Ok(())
             }
             None => remove_nameless(context.ordered_at, Path::new(LOCKS)),
         }
+    }
+
+    fn is_own(&self, _task_dir: &Path) -> bool {
+        let mut first = self.first.iter();
+        first.all(|first| first % IDS == 0 && (FIRST..=LAST).contains(first))
     }
 }
 
@@ -55,6 +121,59 @@ fn first_uid(map: &str) -> Option<u32> {
 mod tests {
     use super::super::tests::Start;
     use super::*;
+
+    #[test]
+    fn a_range_is_picked_by_the_name_and_no_two_containers_have_the_same() {
+        let start = Start::new();
+        let locks = start.directory("locks");
+        let (first, held) = pick_in(&locks, None, "web-1").unwrap();
+        assert!(first % IDS == 0 && (FIRST..=LAST).contains(&first));
+        let (second, _other) = pick_in(&locks, None, "web-1").unwrap();
+        assert_ne!(first, second);
+        drop(held);
+        assert!(!locks.join(first.to_string()).exists());
+        assert_eq!(pick_in(&locks, None, "web-1").unwrap().0, first);
+    }
+
+    #[test]
+    fn the_range_of_the_root_is_picked_if_it_is_one_for_containers() {
+        let start = Start::new();
+        let locks = start.directory("locks");
+        let first = FIRST + 7 * IDS;
+        let (picked, _held) = pick_in(&locks, Some(first + 33), "web-1").unwrap();
+        assert_eq!(picked, first);
+        let (picked, _held) = pick_in(&locks, Some(first), "web-1").unwrap();
+        assert_ne!(picked, first);
+        for owner in [0, 1000, LAST + IDS] {
+            let (picked, _held) = pick_in(&locks, Some(owner), "web-1").unwrap();
+            assert!((FIRST..=LAST).contains(&picked));
+        }
+    }
+
+    #[test]
+    fn a_thousand_containers_have_a_thousand_ranges() {
+        let start = Start::new();
+        let locks = start.directory("locks");
+        let picked = (0..1000).map(|number| pick_in(&locks, None, &format!("m-{number}")).unwrap());
+        let picked: Vec<_> = picked.collect();
+        let different: std::collections::BTreeSet<_> =
+            picked.iter().map(|(first, _)| first).collect();
+        assert_eq!(different.len(), 1000);
+    }
+
+    #[test]
+    fn a_record_can_name_no_other_file() {
+        for (first, own) in [
+            (FIRST, true),
+            (FIRST + 1, false),
+            (0, false),
+            (LAST + IDS, false),
+        ] {
+            let range = UidRange { first: Some(first) };
+            assert_eq!(range.is_own(Path::new("/none")), own, "{first}");
+        }
+        assert!(UidRange { first: None }.is_own(Path::new("/none")));
+    }
 
     #[test]
     fn the_first_uid_outside_is_read_from_the_uid_map() {

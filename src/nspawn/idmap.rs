@@ -32,6 +32,7 @@ const FILE_SYSTEMS: &[(u32, &str, Option<Kernel>)] = &[
     (0xFE53_4D42, "smb2", None),
     (0x0102_1997, "9p", None),
     (0x8584_58f6, "ramfs", None),
+    (0x9fa0, "proc", None),
 ];
 
 /// The magic number of overlayfs.
@@ -88,8 +89,7 @@ pub fn binds(
 ) -> (Vec<Bind>, Vec<String>) {
     let shifted = is_shifted(users);
     let able = Feature::MappedBinds.is_in(version);
-    // The targets without the mapping, grouped by reason.
-    let mut lacking: Vec<(String, Vec<String>)> = Vec::new();
+    let mut lacking = Vec::new();
     let bind = |mount: Mount| {
         if !shifted {
             return Bind {
@@ -100,21 +100,30 @@ pub fn binds(
         let found = FileSystem::under(&mount.source, kernel);
         let idmap = able && found.maps;
         if !idmap {
-            let why = reason(able, &found, version);
-            let target = mount.target.display().to_string();
-            match lacking.iter_mut().find(|(known, _)| *known == why) {
-                Some((_, targets)) => targets.push(target),
-                None => lacking.push((why, vec![target])),
-            }
+            lacking.push((reason(able, &found, version), mount.target.clone()));
         }
         Bind { mount, idmap }
     };
     let binds = mounts.into_iter().map(bind).collect();
-    let notes = lacking
-        .iter()
-        .map(|(why, targets)| unmapped(why, targets))
-        .collect();
+    let lacking = lacking.iter();
+    let notes = notes(lacking.map(|(why, target)| (why.clone(), target.as_path())));
     (binds, notes)
+}
+
+/// Notes for the user about mounts without an id mapping, one for each reason.
+pub fn notes<'a>(lacking: impl Iterator<Item = (String, &'a Path)>) -> Vec<String> {
+    let mut grouped: Vec<(String, Vec<String>)> = Vec::new();
+    for (why, target) in lacking {
+        let target = target.display().to_string();
+        match grouped.iter_mut().find(|(known, _)| *known == why) {
+            Some((_, targets)) => targets.push(target),
+            None => grouped.push((why, vec![target])),
+        }
+    }
+    let grouped = grouped.iter();
+    grouped
+        .map(|(why, targets)| unmapped(why, targets))
+        .collect()
 }
 
 /// Why a mount can't be mapped.
@@ -195,7 +204,7 @@ mod tests {
         let [note] = notes.as_slice() else {
             panic!("{notes:?}")
         };
-        for part in ["/data, /more", "0x9fa0", "user_namespacing = false"] {
+        for part in ["/data, /more", "proc", "user_namespacing = false"] {
             assert!(note.contains(part), "{note}");
         }
     }

@@ -13,6 +13,7 @@ use crate::lease::{
     Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
     TreeLock, UidRange,
 };
+use crate::mounts::MountPlan;
 use crate::seccomp;
 
 #[derive(Serialize, Deserialize)]
@@ -45,6 +46,8 @@ pub(super) struct LaunchSpecRecord {
     inside: InsideSettings,
     #[serde(default, skip_serializing_if = "seccomp::Source::is_nspawn")]
     seccomp: seccomp::Source,
+    #[serde(default, skip_serializing_if = "MountPlan::is_empty")]
+    mounts: MountPlan,
     notes: Vec<String>,
 }
 
@@ -80,6 +83,7 @@ impl From<LaunchSpecRecord> for LaunchSpec {
             resources: form.resources.unwrap_or_else(|| form.older.resources()),
             inside: form.inside,
             seccomp: form.seccomp,
+            mounts: form.mounts,
             notes: form.notes,
         }
     }
@@ -106,6 +110,7 @@ impl From<LaunchSpec> for LaunchSpecRecord {
             resources: Some(launch_spec.resources),
             inside: launch_spec.inside,
             seccomp: launch_spec.seccomp,
+            mounts: launch_spec.mounts,
             notes: launch_spec.notes,
         }
     }
@@ -123,7 +128,7 @@ impl Older {
         let held = [
             group.map(|group| Resource::Cgroup(Cgroup { group })),
             mirror.map(|group| Resource::CgroupMirror(CgroupMirror { group })),
-            self.picks.then_some(Resource::UidRange(UidRange {})),
+            self.picks.then(|| Resource::UidRange(UidRange::default())),
             Some(Resource::Skeleton(Skeleton {})),
             self.locks
                 .map(|tree| Resource::TreeLock(TreeLock { tree, shared })),
@@ -146,7 +151,7 @@ impl Older {
                     });
                 }
                 Resource::CgroupMirror(CgroupMirror { group }) => mirror = Some(group),
-                Resource::UidRange(UidRange {}) => older.picks = true,
+                Resource::UidRange(UidRange { .. }) => older.picks = true,
                 Resource::TreeLock(TreeLock { tree, shared }) => {
                     older.locks = Some(tree);
                     older.shares = shared;

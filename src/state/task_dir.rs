@@ -19,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use super::launch_spec_record::LaunchSpecRecord;
 use crate::cgroup::CgroupPlan;
 use crate::container::{Cause, ExecDefaults, Exit, InsideSettings, Mode, Process, Started};
-use crate::lease::{Resource, TreeLock};
+use crate::lease::{Resource, TreeLock, UidRange};
+use crate::mounts::MountPlan;
 use crate::network::NetworkPlan;
 use crate::seccomp;
 
@@ -71,6 +72,8 @@ pub struct LaunchSpec {
     pub inside: InsideSettings,
     /// Where its seccomp filters come from.
     pub seccomp: seccomp::Source,
+    /// What the exec shim mounts for systemd-nspawn.
+    pub mounts: MountPlan,
     /// What the user should know about this start.
     pub notes: Vec<String>,
 }
@@ -97,6 +100,14 @@ impl LaunchSpec {
     pub fn network(&self) -> Option<&NetworkPlan> {
         self.resources.iter().find_map(|resource| match resource {
             Resource::Network(network) => Some(&network.plan),
+            _ => None,
+        })
+    }
+
+    /// The range of ids of the container, if it has one that was picked for it.
+    pub fn uid_range(&self) -> Option<&UidRange> {
+        self.resources.iter().find_map(|resource| match resource {
+            Resource::UidRange(range) => Some(range),
             _ => None,
         })
     }

@@ -2,7 +2,6 @@
 
 use super::directory::MAX_RECORD_BYTES;
 use super::*;
-use crate::container::{Device, TmpfsSizes};
 use crate::lease::{
     Cgroup, CgroupMirror, EphemeralCopy, NspawnMounts, Skeleton, TreeLock, UidRange,
 };
@@ -12,7 +11,12 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
-use std::time::Duration;
+
+#[path = "task_dir_strategies.rs"]
+mod strategies;
+
+pub(crate) use strategies::{exit, started};
+use strategies::{launch_spec, path, process};
 
 fn an_exit() -> Exit {
     Exit {
@@ -39,6 +43,7 @@ pub(crate) fn an_order(id: &str) -> LaunchSpec {
         stderr: None,
         network_namespace: None,
         network_of: None,
+        mounts: MountPlan::default(),
         cgroups: None,
         oom_score_adj: 0,
         resources: Vec::new(),
@@ -328,7 +333,7 @@ fn fields_of_older_launch_specs_become_resources_and_are_kept() {
     ];
     assert_eq!(of(0), want);
     let want = [
-        Resource::UidRange(UidRange {}),
+        Resource::UidRange(UidRange::default()),
         Resource::Skeleton(Skeleton {}),
         Resource::TreeLock(TreeLock {
             tree: "/srv/web".into(),
@@ -360,177 +365,6 @@ fn records_of_other_versions_are_read_or_refused() {
     for nonsense in ["x".into(), (-1).into(), serde_json::Value::Null] {
         changed(&|value| value["form"] = nonsense.clone()).unwrap_err();
     }
-}
-
-/// A time that a record can hold.
-fn moment() -> impl Strategy<Value = SystemTime> {
-    let span = (0..1u64 << 40, 0..1_000_000_000u32);
-    span.prop_map(|(seconds, nanos)| SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos))
-}
-
-fn process() -> impl Strategy<Value = Process> {
-    (any::<i32>(), any::<u64>()).prop_map(|(pid, start)| Process { pid, start })
-}
-
-fn path() -> impl Strategy<Value = PathBuf> {
-    any::<String>().prop_map(PathBuf::from)
-}
-
-pub(crate) fn exit() -> impl Strategy<Value = Exit> {
-    let numbers = (any::<i32>(), any::<i32>(), any::<bool>());
-    (numbers, any::<Option<String>>(), moment()).prop_map(
-        |((code, signal, oom_killed), error, ended_at)| Exit {
-            code,
-            signal,
-            oom_killed,
-            error,
-            ended_at,
-        },
-    )
-}
-
-fn resource() -> impl Strategy<Value = Resource> {
-    prop_oneof![
-        path().prop_map(|group| Resource::Cgroup(Cgroup { group })),
-        path().prop_map(|group| Resource::CgroupMirror(CgroupMirror { group })),
-        Just(Resource::UidRange(UidRange {})),
-        (path(), any::<bool>())
-            .prop_map(|(tree, shared)| Resource::TreeLock(TreeLock { tree, shared })),
-        Just(Resource::Skeleton(Skeleton {})),
-        path().prop_map(|directory| Resource::EphemeralCopy(EphemeralCopy { directory })),
-        Just(Resource::NspawnMounts(NspawnMounts {})),
-        any::<String>()
-            .prop_map(|x| Resource::Unknown(serde_json::json!({"kind": "later", "x": x}))),
-    ]
-}
-
-fn cgroup_plan() -> impl Strategy<Value = CgroupPlan> {
-    let controllers = proptest::collection::btree_map(any::<String>(), path(), 0..3);
-    let oom = proptest::option::of(path());
-    (controllers, oom, any::<bool>()).prop_map(|(controllers, oom, required)| {
-        let mut plan = CgroupPlan::default();
-        plan.controllers = controllers;
-        plan.oom = oom;
-        plan.required = required;
-        plan
-    })
-}
-
-fn inside() -> impl Strategy<Value = InsideSettings> {
-    let device =
-        (path(), path(), any::<[bool; 3]>()).prop_map(|(host, container, [read, write, mknod])| {
-            Device {
-                host,
-                container,
-                read,
-                write,
-                mknod,
-            }
-        });
-    let devices = proptest::collection::vec(device, 0..3);
-    let sysctls = proptest::collection::btree_map(any::<String>(), any::<String>(), 0..3);
-    (any::<[Option<u64>; 3]>(), sysctls, devices).prop_map(|([tmp, run, shm], sysctls, devices)| {
-        InsideSettings {
-            tmpfs: TmpfsSizes { tmp, run, shm },
-            sysctls,
-            devices,
-        }
-    })
-}
-
-fn seccomp() -> impl Strategy<Value = Source> {
-    let spec = crate::container::ContainerSpec::for_test("task", "/tree");
-    let kind = Kind::of(&spec, Path::new("/bin/sh")).unwrap().unwrap();
-    prop_oneof![
-        Just(Source::Nspawn),
-        Just(Source::Capture(Box::new(kind))),
-        any::<(u32, u64)>().prop_map(|(count, bounding)| Source::Captured { count, bounding }),
-    ]
-}
-
-fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
-    let first = prop_oneof![
-        Just(Pid1::Image),
-        any::<bool>().prop_map(|streams| Pid1::Driver { streams }),
-    ];
-    let maybe = || proptest::option::of(path());
-    let names = (any::<String>(), any::<String>(), any::<String>(), mode());
-    let call = (path(), any::<Vec<String>>(), first);
-    let paths = (maybe(), maybe(), maybe(), maybe());
-    let network_of = proptest::option::of((any::<i32>(), any::<u64>()));
-    let network_of = network_of.prop_map(|of| of.map(|(pid, start)| Process { pid, start }));
-    let resources = proptest::collection::vec(resource(), 0..9);
-    let limits = (proptest::option::of(cgroup_plan()), any::<i32>());
-    let rest = (
-        resources,
-        inside(),
-        any::<Vec<String>>(),
-        limits,
-        seccomp(),
-        network_of,
-    );
-    (names, call, paths, rest).prop_map(
-        |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
-            let (resources, inside, notes, (cgroups, oom_score_adj), seccomp, network_of) = rest;
-            let (stdout, stderr, network_namespace, alloc_dir) = paths;
-            LaunchSpec {
-                id,
-                alloc_dir,
-                machine,
-                mode,
-                boot,
-                program,
-                arguments,
-                first,
-                stdout,
-                stderr,
-                network_namespace,
-                network_of,
-                cgroups,
-                oom_score_adj,
-                resources,
-                inside,
-                seccomp,
-                notes,
-            }
-        },
-    )
-}
-
-fn mode() -> impl Strategy<Value = Mode> {
-    proptest::sample::select(vec![Mode::Plain, Mode::ProcessTwo, Mode::Boot])
-}
-
-pub(crate) fn started() -> impl Strategy<Value = Started> {
-    let names = (any::<String>(), any::<String>(), any::<String>(), path());
-    let cgroup = proptest::option::of(path());
-    let rest = (
-        mode(),
-        cgroup,
-        any::<Option<u32>>(),
-        moment(),
-        any::<Vec<String>>(),
-    );
-    (names, process(), process(), rest).prop_map(
-        |((id, machine, boot, state), supervisor, leader, rest)| {
-            let (mode, cgroup, filters, started_at, notes) = rest;
-            Started {
-                id,
-                machine,
-                state,
-                boot,
-                supervisor,
-                leader,
-                mode,
-                cgroup,
-                controllers: BTreeMap::new(),
-                filters,
-                network: None,
-                started_at,
-                notes,
-            }
-        },
-    )
 }
 
 proptest! {

@@ -1,7 +1,7 @@
 //! The exec shim (`enter DIR`): the process between the supervisor and systemd-nspawn. It enters the container's cgroup and network
-//! namespace, drops inherited process state, puts the descriptors for the driver's init at their numbers, and becomes
+//! namespace, mounts what the container gets of the host, drops inherited process state, puts the descriptors for the driver's init at their numbers, and becomes
 //! systemd-nspawn. It is a process of its own, because a supervisor that entered the cgroup itself would count against the task's
-//! limits and be killed with it. Creates nothing, waits for nothing.
+//! limits and be killed with it. Creates nothing that outlives it.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -19,6 +19,7 @@ use nspawn_init::{DESCRIPTORS, Descriptor};
 use super::joined_network;
 use crate::cgroup::{CgroupPlan, Group};
 use crate::failpoint::{self, Failpoint};
+use crate::mounts;
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_host_error};
 use crate::state::task_dir::{LaunchSpec, Pid1, Refusal, TaskDir};
 use crate::sys::process::{
@@ -78,6 +79,7 @@ fn prepared(task_dir: &TaskDir) -> Result<(LaunchSpec, usize, Command), Refusal>
         .take_environment()
         .map_err(because("the environment can't be read"))?;
     enter_cgroup_and_netns(&launch_spec)?;
+    mount_all(task_dir, &launch_spec)?;
     if launch_spec.cgroup().is_none() {
         current_process()
             .and_then(|me| task_dir.write_nspawn_pid(&me))
@@ -118,6 +120,18 @@ fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
         .thread_set_mask()
         .map_err(|error| because("can't unblock signals")(error.into()))?;
     no_core_dump_of_the_next().map_err(|error| because("can't switch core dumps off")(error.into()))
+}
+
+/// Mounts what systemd-nspawn is to find ready, in a mount namespace of its own.
+fn mount_all(task_dir: &TaskDir, launch_spec: &LaunchSpec) -> Result<(), Refusal> {
+    if launch_spec.mounts.is_empty() {
+        return Ok(());
+    }
+    let attached = mounts::attach(&launch_spec.mounts, task_dir.path());
+    attached.map_err(|error| Refusal {
+        cause: cause_of_host_error(error.error()),
+        reason: error.to_string(),
+    })
 }
 
 /// Receives the descriptors that are queued on stdin and opens the init spec behind them, each at its number: no other descriptor

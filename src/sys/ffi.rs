@@ -1,6 +1,6 @@
 //! The calls that no safe crate offers: the ioctl for the exit status of the process of a pidfd, for processes other than its parent
-//! (needs Linux 6.15; on older kernels the status is not known), bpf(2), the request of ptrace(2) for seccomp filters, and two settings of
-//! malloc.
+//! (needs Linux 6.15; on older kernels the status is not known), bpf(2), the request of ptrace(2) for seccomp filters, mount_setattr(2), a
+//! process in a new user namespace, and two settings of malloc.
 
 #![expect(
     unsafe_code,
@@ -177,6 +177,63 @@ unsafe fn ptrace(request: c_long, pid: i32, at: usize, data: *mut c_void) -> io:
         unsafe { nix::libc::syscall(nix::libc::SYS_ptrace, request, c_long::from(pid), at, data) };
     match result {
         0.. => Ok(result),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// `struct mount_attr` of `linux/mount.h` in its first version.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub(super) struct MountAttributes {
+    pub(super) set: u64,
+    pub(super) clear: u64,
+    pub(super) propagation: u64,
+    pub(super) user_namespace: u64,
+}
+
+/// Changes the attributes of the mount of this descriptor and of all mounts below it: of all or, after an error, of none. Needs Linux 5.12.
+pub(super) fn set_mount_attributes(
+    mount: BorrowedFd<'_>,
+    attributes: &MountAttributes,
+) -> io::Result<()> {
+    const PATH: &CStr = c"";
+    // SAFETY: the kernel reads the text and the structure, and the descriptor is open as long as it is borrowed.
+    let result = unsafe {
+        nix::libc::syscall(
+            nix::libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            PATH.as_ptr(),
+            nix::libc::AT_EMPTY_PATH | nix::libc::AT_RECURSIVE,
+            std::ptr::from_ref(attributes),
+            size_of::<MountAttributes>(),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Starts a process in a new user namespace that only waits to be killed, and is killed with the thread that has started it. Returns its pid;
+/// the caller waits for it.
+pub(super) fn start_in_user_namespace() -> io::Result<c_int> {
+    let flags = nix::libc::CLONE_NEWUSER | nix::libc::SIGCHLD;
+    // SAFETY: without a stack of its own and with no memory shared, the new process goes on like one of fork(2). Other threads may have held
+    // locks, so it makes nothing but system calls.
+    let pid = unsafe { nix::libc::syscall(nix::libc::SYS_clone, flags, 0, 0, 0, 0) };
+    match pid {
+        0 => loop {
+            // SAFETY: plain system calls.
+            unsafe {
+                nix::libc::syscall(
+                    nix::libc::SYS_prctl,
+                    nix::libc::PR_SET_PDEATHSIG,
+                    nix::libc::SIGKILL,
+                );
+                nix::libc::syscall(nix::libc::SYS_ppoll, 0, 0, 0, 0, 0);
+            }
+        },
+        1.. => c_int::try_from(pid).map_err(io::Error::other),
         _ => Err(io::Error::last_os_error()),
     }
 }

@@ -65,6 +65,11 @@ pub fn max_open_files() -> io::Result<u64> {
     number.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
+/// Whether this process may mount file systems (CAP_SYS_ADMIN).
+pub fn may_mount() -> bool {
+    capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
+}
+
 /// Whether this process may raise hard resource limits, also for the processes that it starts (CAP_SYS_RESOURCE).
 pub fn may_raise_limits() -> bool {
     capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_RESOURCE))

@@ -1,5 +1,6 @@
 //! A task from StartTask to DestroyTask: responses, the call of systemd-nspawn, how an exit is reported, leftovers.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -162,6 +163,36 @@ pub(crate) async fn nothing_left(host: &Host, plugin: &Plugin) {
     host.is_clean(plugin).await;
 }
 
+/// What is mounted at this target: the option of systemd-nspawn, and the path on the host. If the driver mounts it for systemd-nspawn, the path is in
+/// the launch spec.
+fn mounted(words: &[String], target: &str) -> (String, PathBuf) {
+    let of_target = words.iter().find_map(|word| {
+        let (flag, paths) = word.split_once('=')?;
+        let paths = paths.strip_suffix(":rbind,idmap").unwrap_or(paths);
+        let source = paths.strip_suffix(target)?.strip_suffix(':')?;
+        Some((flag, PathBuf::from(source.replace("\\:", ":"))))
+    });
+    let (flag, source) = of_target.unwrap_or_else(|| panic!("{target} is not in {words:?}"));
+    let staged = source.parent().filter(|dir| dir.ends_with("mounts"));
+    let source = match staged {
+        None => source.clone(),
+        Some(directory) => {
+            let order = std::fs::read(directory.with_file_name("order")).unwrap();
+            let order: serde_json::Value = serde_json::from_slice(&order).unwrap();
+            let index: usize = source
+                .file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .parse()
+                .unwrap();
+            let planned = &order["mounts"]["mounts"][index]["source"];
+            PathBuf::from(planned.as_str().unwrap())
+        }
+    };
+    (flag.to_owned(), source)
+}
+
 #[tokio::test] // Conformance check 67.
 async fn mounts() {
     let host = Host::new();
@@ -189,23 +220,15 @@ async fn mounts() {
         .await
         .unwrap();
     let words = argv(&host.starts()[0]);
-    let source = volume
-        .canonicalize()
-        .unwrap()
-        .display()
-        .to_string()
-        .replace(':', "\\:");
+    let source = volume.canonicalize().unwrap();
     for mount in &mounts {
         let flag = if mount.readonly {
             "--bind-ro"
         } else {
             "--bind"
         };
-        let word = format!("{flag}={source}:{}", mount.task_path);
-        assert!(
-            words.iter().any(|found| found.starts_with(&word)),
-            "{word} is not in {words:?}"
-        );
+        let found = mounted(&words, &mount.task_path);
+        assert_eq!(found, (flag.to_owned(), source.clone()));
     }
     task.wait(&plugin).await;
     task.destroy(&plugin).await;
@@ -225,11 +248,8 @@ async fn nomads_directories() {
         ("web/local", "/local"),
         ("web/secrets", "/secrets"),
     ] {
-        let word = format!("--bind={}:{target}", alloc.join(source).display());
-        assert!(
-            words.iter().any(|found| found.starts_with(&word)),
-            "{word} is not in {words:?}"
-        );
+        let found = mounted(&words, target);
+        assert_eq!(found, ("--bind".to_owned(), alloc.join(source)));
     }
     assert!(
         words

@@ -127,7 +127,7 @@ async fn starts_that_hang_in_preparation_do_not_block_other_tasks() {
 
 /// In a thread of its own, because the mount is in a private mount namespace.
 #[test]
-fn starts_with_a_hanging_statfs_do_not_block_other_tasks() {
+fn starts_on_a_hanging_file_system_do_not_block_other_tasks() {
     if !is_root() {
         let refused = unshare(CloneFlags::CLONE_NEWNS).unwrap_err();
         assert_eq!(refused, nix::Error::EPERM);
@@ -160,15 +160,15 @@ fn starts_with_a_hanging_statfs_do_not_block_other_tasks() {
     }
 }
 
-/// A FUSE file system with one empty directory, in a private mount namespace of the calling thread. It does not answer `statfs`.
+/// A FUSE file system with one empty directory, in a private mount namespace of the calling thread. It does not say what the directory is.
 struct SilentMount {
     path: PathBuf,
     device: File,
-    statfs: Arc<Mutex<Statfs>>,
+    attributes: Arc<Mutex<Attributes>>,
 }
 
 #[derive(Debug)]
-enum Statfs {
+enum Attributes {
     /// Keeps these requests without an answer.
     Silent(Vec<u64>),
     Answering,
@@ -187,30 +187,31 @@ impl SilentMount {
         let options = format!("fd={fd},rootmode=40000,user_id=0,group_id=0");
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         mount(Some("silent"), &path, Some("fuse"), flags, Some(&*options)).unwrap();
-        let statfs = Arc::new(Mutex::new(Statfs::Silent(Vec::new())));
-        let (server, state) = (device.try_clone().unwrap(), Arc::clone(&statfs));
+        let attributes = Arc::new(Mutex::new(Attributes::Silent(Vec::new())));
+        let (server, state) = (device.try_clone().unwrap(), Arc::clone(&attributes));
         std::thread::spawn(move || serve(&server, &state));
         Self {
             path,
             device,
-            statfs,
+            attributes,
         }
     }
 
     /// How many requests are waiting.
     fn held(&self) -> usize {
-        match &*lock(&self.statfs) {
-            Statfs::Silent(held) => held.len(),
-            Statfs::Answering => 0,
+        match &*lock(&self.attributes) {
+            Attributes::Silent(held) => held.len(),
+            Attributes::Answering => 0,
         }
     }
 
     /// Answers the waiting requests, and all later ones.
     fn answer(&self) {
-        let mut statfs = lock(&self.statfs);
-        if let Statfs::Silent(held) = std::mem::replace(&mut *statfs, Statfs::Answering) {
+        let mut attributes = lock(&self.attributes);
+        if let Attributes::Silent(held) = std::mem::replace(&mut *attributes, Attributes::Answering)
+        {
             for unique in held {
-                reply(&self.device, unique, 0, &[0; 80]);
+                reply(&self.device, unique, 0, &directory());
             }
         }
     }
@@ -223,12 +224,12 @@ impl Drop for SilentMount {
     }
 }
 
-fn lock(statfs: &Mutex<Statfs>) -> MutexGuard<'_, Statfs> {
-    statfs.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(attributes: &Mutex<Attributes>) -> MutexGuard<'_, Attributes> {
+    attributes.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Answers the kernel's requests in the format of `linux/fuse.h` until the file system is unmounted.
-fn serve(mut device: &File, statfs: &Mutex<Statfs>) {
+fn serve(mut device: &File, attributes: &Mutex<Attributes>) {
     let mut request = vec![0; 256 * 1024];
     while let Ok(length) = device.read(&mut request) {
         assert!(length >= 40, "a header has 40 bytes");
@@ -237,20 +238,13 @@ fn serve(mut device: &File, statfs: &Mutex<Statfs>) {
         match opcode {
             // FUSE_FORGET, FUSE_INTERRUPT and FUSE_BATCH_FORGET need no answer.
             2 | 36 | 42 => {}
-            // FUSE_GETATTR: a directory, valid for a day.
-            3 => {
-                let mut answer = [0; 104];
-                answer[..8].copy_from_slice(&86_400_u64.to_ne_bytes());
-                answer[16..24].copy_from_slice(&1_u64.to_ne_bytes());
-                answer[76..80].copy_from_slice(&0o040_755_u32.to_ne_bytes());
-                answer[80..84].copy_from_slice(&2_u32.to_ne_bytes());
-                reply(device, unique, 0, &answer);
-            }
-            // FUSE_STATFS.
-            17 => match &mut *lock(statfs) {
-                Statfs::Silent(held) => held.push(unique),
-                Statfs::Answering => reply(device, unique, 0, &[0; 80]),
+            // FUSE_GETATTR.
+            3 => match &mut *lock(attributes) {
+                Attributes::Silent(held) => held.push(unique),
+                Attributes::Answering => reply(device, unique, 0, &directory()),
             },
+            // FUSE_STATFS.
+            17 => reply(device, unique, 0, &[0; 80]),
             // FUSE_INIT, protocol version 7.31, with writes of one page.
             26 => {
                 let mut answer = [0; 64];
@@ -268,6 +262,15 @@ fn serve(mut device: &File, statfs: &Mutex<Statfs>) {
             _ => reply(device, unique, -38, &[]),
         }
     }
+}
+
+/// The answer to FUSE_GETATTR: a directory, valid for no time.
+fn directory() -> [u8; 104] {
+    let mut answer = [0; 104];
+    answer[16..24].copy_from_slice(&1_u64.to_ne_bytes());
+    answer[76..80].copy_from_slice(&0o040_755_u32.to_ne_bytes());
+    answer[80..84].copy_from_slice(&2_u32.to_ne_bytes());
+    answer
 }
 
 fn reply(mut device: &File, unique: u64, error: i32, body: &[u8]) {

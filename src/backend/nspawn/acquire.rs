@@ -12,12 +12,13 @@ use crate::lease::{
 use crate::network::NetworkPlan;
 use crate::rootfs_path::copy_place;
 
-/// The resources of a start with this cgroup, in the order of acquisition; they are released in the reverse order. `used` is the
-/// root that systemd-nspawn gets, which may be a skeleton in place of the spec's root.
+/// The resources of a start with this cgroup, in the order of acquisition; they are released in the reverse order. `picked` is the range of
+/// ids, if the driver has picked it; `used` is the root that systemd-nspawn gets, which may be a skeleton in place of the spec's root.
 pub(super) fn resources(
     spec: &ContainerSpec,
     place: Option<&Place>,
     network: Option<NetworkPlan>,
+    picked: Option<UidRange>,
     used: &Root,
 ) -> Vec<Resource> {
     let mut resources = Vec::new();
@@ -25,9 +26,9 @@ pub(super) fn resources(
         resources.extend(cgroups(place));
     }
     resources.extend(network.map(|plan| Resource::Network(Network { plan })));
-    if matches!(&spec.users, Users::Private { range, .. } if range == "pick") {
-        resources.push(Resource::UidRange(UidRange {}));
-    }
+    let picks = matches!(&spec.users, Users::Private { range, .. } if range == "pick");
+    let range = picked.or_else(|| picks.then(UidRange::default));
+    resources.extend(range.map(Resource::UidRange));
     if *used != spec.rootfs.source {
         resources.push(Resource::Skeleton(Skeleton {}));
     }

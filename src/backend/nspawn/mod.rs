@@ -20,7 +20,6 @@ use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
 use crate::exec::{ExecRequest, FilterCache, Session};
 use crate::network::pool::Pool;
 use crate::nspawn::probe;
-use crate::nspawn::version::Feature;
 use crate::signal::Signal;
 use crate::state::{TaskDir, state_dir};
 use crate::supervisor::REQUEST_TIMEOUT;
@@ -32,6 +31,7 @@ mod attach;
 mod exec;
 mod filters;
 mod installed;
+mod mounts;
 mod name_files;
 mod own_network;
 mod prepare;
@@ -147,10 +147,7 @@ impl ContainerBackend for NspawnBackend {
                     true => controllers(&layout),
                     false => BTreeSet::new(),
                 },
-                idmapped_mounts: installed
-                    .as_ref()
-                    .is_ok_and(|(_, version)| Feature::MappedBinds.is_in(*version))
-                    && kernel >= (5, 12),
+                idmapped_mounts: kernel >= (5, 12),
                 nspawn: installed
                     .map(|(_, version)| version)
                     .map_err(|error| error.reason),

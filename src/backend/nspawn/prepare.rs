@@ -5,6 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::filters::StartFilters;
+use super::mounts::{Ids, StartMounts};
 use super::name_files::{self, NameFiles};
 use super::own_network::{self, OwnNetwork};
 use super::{Settings, acquire, boot_id, io_error};
@@ -12,11 +13,12 @@ use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
 use crate::container::{ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root};
 use crate::failpoint::{self, Failpoint};
-use crate::lease::Resource;
+use crate::lease::{Resource, SharedLocks};
+use crate::mounts::MountPlan;
 use crate::network::pool;
 use crate::nspawn::argv::{self, CommandLine, Target};
 use crate::nspawn::version;
-use crate::nspawn::{idmap, ownership, skeleton};
+use crate::nspawn::{ownership, skeleton};
 use crate::seccomp::Source;
 use crate::state::{LaunchSpec, Pid1, TaskDir};
 
@@ -31,14 +33,15 @@ pub(super) struct Host {
     pub(super) kernel: (u32, u32),
 }
 
-/// Prepares the start in this task directory with these seccomp filters, and writes its launch spec.
+/// Prepares the start in this task directory with these seccomp filters, and writes its launch spec. Returns the lock of the range of ids that was
+/// picked, if one was: to be held until the supervisor holds it.
 pub(super) fn prepare(
     spec: &ContainerSpec,
     task_dir: &TaskDir,
     host: Host,
     filters: &StartFilters,
     settings: &Settings,
-) -> Result<(), BackendError> {
+) -> Result<Option<SharedLocks>, BackendError> {
     let network = own_network::plan(spec, task_dir, settings)?;
     let address = network.plan.as_ref().map(|plan| plan.address);
     let prepared = prepare_in(spec, task_dir, host, filters, network);
@@ -56,16 +59,25 @@ fn prepare_in(
     host: Host,
     filters: &StartFilters,
     network: OwnNetwork,
-) -> Result<(), BackendError> {
+) -> Result<Option<SharedLocks>, BackendError> {
     let layout = Layout::of_this_host();
     if let Some(reason) = version::unusable(host.version, layout.kind) {
         return Err(unsupported(spec, reason));
     }
     let files = name_files::write(spec, network.plan.as_ref(), task_dir)?;
-    let (root, mounts) = root(spec, &files, task_dir)?;
+    let (root, of_root) = root(spec, &files, task_dir)?;
+    let mut ids = Ids::of(spec, &host)?;
+    let mounts = StartMounts::plan(
+        spec,
+        (&root, of_root),
+        &files.mounts,
+        &mut ids,
+        (&host, task_dir.path()),
+    )?;
     let (place, cgroups) = cgroups(spec, task_dir, &layout).unzip();
     let mut notes = network.notes;
-    let mut line = command_line(spec, (&root, mounts), &files, &host, &layout, &mut notes)?;
+    let mut line = command_line(spec, &mounts, &ids, &files, (&host, &layout))?;
+    notes.extend(mounts.notes);
     notes.extend(files.notes);
     let notify_socket = task_dir.notify_socket().to_string_lossy().into_owned();
     let variable = "NOTIFY_SOCKET".to_owned();
@@ -87,10 +99,12 @@ fn prepare_in(
         return Err(unsupported(spec, reason));
     }
     notes.extend(unenforced);
-    let resources = acquire::resources(spec, place.as_ref(), network.plan, &root);
+    let (picked, lock) = ids.picked.unzip();
+    let resources = acquire::resources(spec, place.as_ref(), network.plan, picked, &root);
     let limits = (cgroups, resources);
     let launch_spec = LaunchSpec {
         seccomp: filters.source(),
+        mounts: mounts.plan,
         ..launch_spec(spec, host.program, &mut line, limits, bounded(notes))?
     };
     failpoint::hit(task_dir, Failpoint::BeforeOrder);
@@ -100,7 +114,8 @@ fn prepare_in(
         .and_then(|()| {
             task_dir.write_launch_spec(&launch_spec, &line.environment, line.init.as_ref())
         })
-        .map_err(|source| io_error("writing the launch spec in", task_dir.path(), source))
+        .map_err(|source| io_error("writing the launch spec in", task_dir.path(), source))?;
+    Ok(lock)
 }
 
 const NO_CGROUPS: &str = "this host has no control groups that the driver can use: no limit of this task is enforced, and there are no statistics of it";
@@ -134,28 +149,22 @@ fn bounded(notes: Vec<String>) -> Vec<String> {
     kept
 }
 
-/// The command line of systemd-nspawn. Adds to `notes` what is lost because a bind mount can't be mapped.
+/// The command line of systemd-nspawn.
 fn command_line(
     spec: &ContainerSpec,
-    (root, mut mounts): (&Root, Vec<Mount>),
+    mounts: &StartMounts,
+    ids: &Ids,
     files: &NameFiles,
-    host: &Host,
-    layout: &Layout,
-    notes: &mut Vec<String>,
+    (host, layout): (&Host, &Layout),
 ) -> Result<CommandLine, BackendError> {
-    mounts.extend(spec.mounts.iter().cloned());
-    let (mut binds, unmapped) = idmap::binds(mounts, &spec.users, host.version, host.kernel);
-    notes.extend(unmapped);
-    // Everybody may read them, so nothing is lost without the mapping.
-    let mounts = files.mounts.clone();
-    binds.extend(idmap::binds(mounts, &spec.users, host.version, host.kernel).0);
     let mut spec = spec.clone();
+    spec.users.clone_from(&ids.users);
     spec.network.resolv_conf.clone_from(&files.resolv_conf);
     let target = Target {
         version: host.version,
         cgroup: layout.kind,
     };
-    argv::command_line(&spec, root, &binds, target)
+    argv::command_line(&spec, &mounts.root, &mounts.binds, target)
         .map_err(|error| unsupported(&spec, error.to_string()))
 }
 
@@ -197,6 +206,7 @@ fn launch_spec(
         resources,
         inside: spec.resources.inside(),
         seccomp: Source::default(),
+        mounts: MountPlan::default(),
         notes,
     })
 }
@@ -238,7 +248,7 @@ fn root(
     Ok((Root::Directory(skeleton), binds))
 }
 
-fn unsupported(spec: &ContainerSpec, reason: String) -> BackendError {
+pub(super) fn unsupported(spec: &ContainerSpec, reason: String) -> BackendError {
     let machine = spec.identity.machine.clone();
     BackendError::Unsupported { machine, reason }
 }

@@ -16,6 +16,7 @@ use crate::blocking;
 use crate::cgroup::prepare_moves;
 use crate::container::{Cause, ContainerSpec, Link, NetworkNamespace, Started};
 use crate::failpoint::{self, Failpoint};
+use crate::lease::SharedLocks;
 use crate::nspawn::refusal::cause_of_host_error;
 use crate::state::state_dir::{self, StateDirError};
 use crate::state::{TaskDir, TaskLock};
@@ -63,8 +64,10 @@ impl NspawnBackend {
             spec.identity.machine.clone(),
             self.task_dir(&spec.identity.id),
         );
-        let (client, filters) = self.launch(spec.clone()).await?;
+        let (client, filters, lock) = self.launch(spec.clone()).await?;
         let up = wait_until_up(&client, &task_dir).await;
+        // The supervisor holds it by now.
+        drop(lock);
         let Some(captured) = filters.captured() else {
             return up.map_err(|failure| failed(machine, failure));
         };
@@ -78,19 +81,21 @@ impl NspawnBackend {
                 self.captured
                     .give_up(captured.kind(), &self.settings, &failure.reason);
                 self.remove_start(&task_dir).await?;
-                let (client, _) = self.launch(spec).await?;
+                let (client, _, lock) = self.launch(spec).await?;
                 let up = wait_until_up(&client, &task_dir).await;
+                drop(lock);
                 up.map_err(|failure| failed(machine, failure))
             }
             Err(failure) => Err(failed(machine, failure)),
         }
     }
 
-    /// Prepares a start in a new, locked task directory and launches its supervisor: one call that may block.
+    /// Prepares a start in a new, locked task directory and launches its supervisor: one call that may block. The third part of the result is the lock
+    /// of the range of ids that was picked.
     async fn launch(
         &self,
         spec: ContainerSpec,
-    ) -> Result<(SupervisorClient, StartFilters), BackendError> {
+    ) -> Result<(SupervisorClient, StartFilters, Option<SharedLocks>), BackendError> {
         let installed = self.installed.get(&self.settings).await;
         let (program, version) =
             installed.map_err(|error| error.of_start(&spec.identity.machine))?;
@@ -114,19 +119,19 @@ impl NspawnBackend {
             };
             let init = init_binary(&init, &settings.state_dir).map_err(no_supervisor)?;
             let filters = captured.of_start(&spec, &host.program, &settings, || init.try_clone());
-            prepare(&spec, &place, host, &filters, &settings)?;
+            let range = prepare(&spec, &place, host, &filters, &settings)?;
             failpoint::hit(&place, Failpoint::OrderWritten);
             let client =
                 client::launch(&settings.binary, &place, init, &tracker).map_err(no_supervisor)?;
-            Ok((lock, client, filters))
+            Ok((lock, client, filters, range))
         });
-        let (lock, client, filters) = launched.await?;
+        let (lock, client, filters, range) = launched.await?;
         self.registry.set_lock(&task_dir, lock);
         self.registry.set_client(&task_dir, client.clone());
         if let Some(reloads) = reloads {
             self.registry.set_checked_reloads(&task_dir, reloads);
         }
-        Ok((client, filters))
+        Ok((client, filters, range))
     }
 }
 

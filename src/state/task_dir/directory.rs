@@ -16,7 +16,7 @@ use crate::sys::replace_file;
 pub(super) const MAX_RECORD_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Every name that may occur in a task directory. A file that is being written has `.<pid>-<number>.new` appended to its name.
-const KNOWN_ENTRIES: [&str; 21] = [
+const KNOWN_ENTRIES: [&str; 22] = [
     "control",
     "entered",
     "environment",
@@ -30,6 +30,7 @@ const KNOWN_ENTRIES: [&str; 21] = [
     "log",
     "machine-id",
     "machine-id-commit",
+    "mounts",
     "network",
     "notify",
     "order",

@@ -277,6 +277,7 @@ impl Supervisor {
     fn release(&mut self, nspawn: ExitStatus) {
         // Only after systemd-nspawn has exited, so that the last of the two to hold the locks removes the files.
         self.tree = None;
+        self.uid_range = None;
         let release = Release {
             task_dir: self.task_dir.clone(),
             launch_spec: self.launch_spec.clone(),

@@ -18,9 +18,9 @@ use super::exit_status::NspawnFinalStatus;
 use super::network::{self, Preparation, Services};
 use super::release::ReleaseThread;
 use super::{Sockets, failure, spawn};
-use crate::container::{Process, Started};
+use crate::container::{Cause, Process, Started};
 use crate::failpoint::{self, Failpoint};
-use crate::lease::{self, SharedLocks};
+use crate::lease::{self, SharedLocks, UidRange};
 use crate::seccomp::{self, Store};
 use crate::signal::Signal;
 use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
@@ -47,6 +47,8 @@ pub(super) struct Supervisor {
     pub(super) network: Option<Preparation>,
     /// What serves the connected container.
     pub(super) services: Services,
+    /// The lock of the range of ids that was picked for the container.
+    pub(super) uid_range: Option<SharedLocks>,
     /// The locks of a tree that other containers share, until systemd-nspawn holds them.
     pub(super) tree: Option<SharedLocks>,
     /// Channel to PID 1 of the container, if that is the driver's init.
@@ -150,6 +152,11 @@ impl Supervisor {
         let cgroups = Cgroups::create(&launch_spec, &events)?;
         failpoint::hit(&task_dir, Failpoint::CgroupMade);
         lease::remove_leaked_mounts(&launch_spec.machine);
+        let uid_range = launch_spec.uid_range().map(UidRange::hold).transpose();
+        let uid_range = uid_range.map_err(|error| {
+            cgroups::remove(&launch_spec);
+            StartFailure::new(StartStep::Nspawn, Cause::Busy, error.to_string())
+        })?;
         let tree = launch_spec.tree_lock();
         let tree = tree.and_then(|lock| lock.prepare(task_dir.path()));
         let network = network::prepare(launch_spec.network())
@@ -171,6 +178,7 @@ impl Supervisor {
             exec_defaults,
             network,
             services: Services::default(),
+            uid_range: uid_range.flatten(),
             tree,
             init_channel: None,
             command: None,

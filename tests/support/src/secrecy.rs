@@ -258,8 +258,8 @@ fn remember_empty(dir: PathBuf, about: &fs::Metadata) {
     }
 }
 
-/// The entries of a state directory that others than the owner could access, one per line: task directories must be 0700, files in them
-/// 0600 except for those that the container sees, sockets closed to others. The skeleton root belongs to the container; only its parent directory is checked.
+/// The entries of a state directory that others than the owner could access, one per line: task directories and the directory of the
+/// mounts must be 0700, files 0600 except for those that the container sees, sockets closed to others. The skeleton root belongs to the container; only its parent directory is checked.
 pub fn open_to_others(state: &Path) -> Vec<String> {
     let mut open = Vec::new();
     for start in fs::read_dir(state).unwrap().flatten() {
@@ -282,6 +282,7 @@ pub fn open_to_others(state: &Path) -> Vec<String> {
         for entry in fs::read_dir(start.path()).into_iter().flatten().flatten() {
             match entry.file_name().to_str() {
                 Some("root") => {}
+                Some("mounts") => look(&entry.path(), 0o700),
                 // Mounted in the container, for all of its users.
                 Some("hosts" | "machine-id" | "machine-id-commit" | "network" | "resolver") => {
                     look(&entry.path(), 0o644);

@@ -21,7 +21,7 @@ const MIB: u64 = 1 << 20;
 /// The backend in a stage.
 pub(super) struct Inside {
     pub(super) stage: Stage,
-    backend: NspawnBackend,
+    pub(super) backend: NspawnBackend,
 }
 
 impl Inside {
@@ -53,18 +53,18 @@ impl Inside {
         })
     }
 
-    async fn start(&self, spec: ContainerSpec) -> Started {
+    pub(super) async fn start(&self, spec: ContainerSpec) -> Started {
         let started = within("the start", self.backend.start(spec)).await;
         Started::clone(&started.unwrap())
     }
 
-    async fn refused(&self, spec: ContainerSpec) -> BackendError {
+    pub(super) async fn refused(&self, spec: ContainerSpec) -> BackendError {
         let started = within("the start", self.backend.start(spec)).await;
         started.expect_err("it has started")
     }
 
     /// Waits for the exit and removes the container; returns the exit and what it printed.
-    async fn finish(&self, started: &Started) -> (Exit, String) {
+    pub(super) async fn finish(&self, started: &Started) -> (Exit, String) {
         let exit = within("the exit", self.backend.wait(started))
             .await
             .unwrap();

@@ -29,6 +29,7 @@ mod root;
 mod system;
 mod system_network;
 mod users;
+mod volumes;
 
 /// More time than any task needs that exits on request.
 const AMPLE: Duration = Duration::from_secs(30);

@@ -1,0 +1,195 @@
+//! The host directories and files that a container gets. Which they are is planned before anything is started, and the kernel is asked whether it
+//! can map the ids of their files (`plan`). The exec shim opens them by their checked paths, in which no link is followed any more, maps them, and
+//! puts them into a mount namespace that only systemd-nspawn is in (`attach`, `namespace`). So what is mounted is what was checked, systemd-nspawn
+//! gets mounts that are ready, and nothing of them is left when it has ended. Knows nothing of jobs.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::container::{Propagation, Restrictions};
+use crate::sys::{Extent, IdMap};
+
+mod attach;
+mod namespace;
+mod plan;
+
+pub use attach::{AttachError, attach};
+pub use plan::{Planned, Refused, Unmappable, plan, unmappable};
+
+/// How many ids a range has that the driver picks.
+pub const PICKED_IDS: u32 = 65_536;
+
+/// The ids of the host that a container has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdRange {
+    /// The id of its root.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+/// What the exec shim mounts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountPlan {
+    /// The container's ids, if the driver knows them and they are not those of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ids: Option<IdRange>,
+    /// The root, if its ids are mapped before systemd-nspawn gets it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    root: Option<PathBuf>,
+    /// The mounts, in their order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    mounts: Vec<PlannedMount>,
+    /// The paths of the host that systemd-nspawn uses besides those of the system.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    used: Vec<PathBuf>,
+}
+
+/// One mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct PlannedMount {
+    /// A path of the host without links.
+    source: PathBuf,
+    /// The option that asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    option: Option<String>,
+    read_only: bool,
+    #[serde(default)]
+    restrictions: Restrictions,
+    #[serde(default)]
+    propagation: Propagation,
+    /// Whether the ids of its files are mapped.
+    mapped: bool,
+}
+
+impl MountPlan {
+    /// Whether nothing is to be mounted.
+    pub fn is_empty(&self) -> bool {
+        self.root.is_none() && self.mounts.is_empty()
+    }
+
+    /// Leaves to systemd-nspawn what these paths of the host are on, and what is mounted below them.
+    pub fn keep(&mut self, used: Vec<PathBuf>) {
+        self.used = used;
+    }
+
+    /// Has the ids of this root mapped before systemd-nspawn gets it.
+    pub fn map_root(&mut self, root: &Path) {
+        self.root = Some(root.to_owned());
+    }
+
+    /// Whether the ids of the root are mapped before systemd-nspawn gets it.
+    pub fn maps_root(&self) -> bool {
+        self.root.is_some()
+    }
+}
+
+/// Where the mounts of a start are, as systemd-nspawn sees it. On the host this is an empty directory.
+pub fn directory(task_dir: &Path) -> PathBuf {
+    task_dir.join("mounts")
+}
+
+/// Where the root is, if its ids are mapped before systemd-nspawn gets it.
+pub fn root(task_dir: &Path) -> PathBuf {
+    directory(task_dir).join("root")
+}
+
+/// Where one of the mounts is.
+fn place_of(directory: &Path, index: usize) -> PathBuf {
+    directory.join(index.to_string())
+}
+
+/// The mapping of a mount whose top directory or file belongs to this user and group: every id is the same on the host and in the container. An
+/// owner whom the container does not have is its root instead, so that it can use the mount.
+fn id_map(ids: IdRange, user: u32, group: u32) -> IdMap {
+    let extents = |owner: u32| {
+        let IdRange { first, count } = ids;
+        let same = Extent {
+            stored: 0,
+            shown: first,
+            count,
+        };
+        if owner < count {
+            return vec![same];
+        }
+        let as_root = Extent {
+            stored: owner,
+            shown: first,
+            count: 1,
+        };
+        let rest = Extent {
+            stored: 1,
+            shown: first + 1,
+            count: count - 1,
+        };
+        vec![as_root]
+            .into_iter()
+            .chain((count > 1).then_some(rest))
+            .collect()
+    };
+    IdMap {
+        users: extents(user),
+        groups: extents(group),
+    }
+}
+
+/// The mapping of a root. Its files belong to the ids from 0 on. The host's root can write it too, as systemd-nspawn does before it has entered the
+/// user namespace: what it makes gets an id that the container does not have.
+fn root_id_map(ids: IdRange) -> IdMap {
+    /// As in systemd (`UID_MAPPED_ROOT`).
+    const OF_HOST_ROOT: u32 = 2_147_483_646;
+    let extents = vec![
+        Extent {
+            stored: 0,
+            shown: ids.first,
+            count: ids.count,
+        },
+        Extent {
+            stored: OF_HOST_ROOT,
+            shown: 0,
+            count: 1,
+        },
+    ];
+    IdMap {
+        users: extents.clone(),
+        groups: extents,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const IDS: IdRange = IdRange {
+        first: 1_000_000,
+        count: 65_536,
+    };
+
+    fn extent(stored: u32, shown: u32, count: u32) -> Extent {
+        Extent {
+            stored,
+            shown,
+            count,
+        }
+    }
+
+    #[test]
+    fn ids_are_the_same_inside_and_users_and_groups_are_mapped_separately() {
+        let map = id_map(IDS, 1000, 100);
+        assert_eq!(map.users, [extent(0, 1_000_000, 65_536)]);
+        assert_eq!(map.groups, map.users);
+        let map = id_map(IDS, 0, 200_000);
+        assert_eq!(map.users, [extent(0, 1_000_000, 65_536)]);
+        let as_root = [extent(200_000, 1_000_000, 1), extent(1, 1_000_001, 65_535)];
+        assert_eq!(map.groups, as_root);
+    }
+
+    #[test]
+    fn a_range_of_one_id_has_an_owner_and_nothing_else() {
+        let ids = IdRange { count: 1, ..IDS };
+        let map = id_map(ids, 7, 0);
+        assert_eq!(map.users, [extent(7, 1_000_000, 1)]);
+        assert_eq!(map.groups, [extent(0, 1_000_000, 1)]);
+    }
+}

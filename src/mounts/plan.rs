@@ -1,0 +1,195 @@
+//! Plans the mounts of a start: which of them get the container's ids. The kernel is asked for each, by mapping a copy that nobody sees.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use super::{IdRange, MountPlan, PlannedMount, directory, id_map, place_of};
+use crate::container::{Mount, MountIds};
+use crate::sys::mount_tree::{MountTree, place};
+use crate::sys::procfs;
+
+/// File systems that show the kernel's own objects. Their files have no owners to keep apart, and tasks use them as they are.
+const OF_THE_KERNEL: &[&str] = &[
+    "autofs",
+    "binfmt_misc",
+    "bpf",
+    "cgroup",
+    "cgroup2",
+    "configfs",
+    "debugfs",
+    "devpts",
+    "devtmpfs",
+    "efivarfs",
+    "fusectl",
+    "mqueue",
+    "nsfs",
+    "proc",
+    "pstore",
+    "securityfs",
+    "sysfs",
+    "tracefs",
+];
+
+/// The mounts of a start, planned.
+#[derive(Debug)]
+pub struct Planned {
+    /// For the exec shim.
+    pub plan: MountPlan,
+    /// For systemd-nspawn: the same mounts, where the exec shim puts them.
+    pub mounts: Vec<Mount>,
+    /// The targets of mounts whose files belong to nobody, and why.
+    pub unmapped: Vec<(PathBuf, Unmappable)>,
+}
+
+/// Why the ids of the files of a mount can't be mapped.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unmappable {
+    /// The file system can't do it.
+    #[error("the file system {kind} at {} does not support it on this kernel", at.display())]
+    FileSystem {
+        /// The mount point.
+        at: PathBuf,
+        /// The type of the file system.
+        kind: String,
+    },
+    /// A mount has a mapping already.
+    #[error("the mount at {} has an id mapping already", at.display())]
+    Mapped {
+        /// The mount point.
+        at: PathBuf,
+    },
+    /// The kernel has no mounts with mapped ids, or no user namespaces.
+    #[error("this kernel does not support it: {0}")]
+    Kernel(String),
+}
+
+/// A mount that can't be had as the job asks for it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{}: {why}, so the files of {} would belong to nobody in the container. Use another file system, set idmap = false to mount it nevertheless, \
+     or set config.user_namespacing = false",
+    option.as_deref().unwrap_or("a mount"),
+    source_path.display()
+)]
+pub struct Refused {
+    option: Option<String>,
+    source_path: PathBuf,
+    why: Unmappable,
+}
+
+/// Plans these mounts for a container with these ids; `None` are those of the host. Blocks on the file systems of the sources. A source that can't
+/// be opened is left to the exec shim.
+pub fn plan(mounts: Vec<Mount>, ids: Option<IdRange>, task_dir: &Path) -> Result<Planned, Refused> {
+    let directory = directory(task_dir);
+    let mut planned = Planned {
+        plan: MountPlan {
+            ids,
+            ..MountPlan::default()
+        },
+        mounts: Vec::new(),
+        unmapped: Vec::new(),
+    };
+    for (index, mount) in mounts.into_iter().enumerate() {
+        let mapped = ids.is_some() && is_mapped(&mount, &mut planned.unmapped)?;
+        planned.plan.mounts.push(PlannedMount {
+            source: mount.source.clone(),
+            option: mount.option.clone(),
+            read_only: mount.read_only,
+            restrictions: mount.restrictions,
+            propagation: mount.propagation,
+            mapped,
+        });
+        planned.mounts.push(Mount {
+            source: place_of(&directory, index),
+            ..mount
+        });
+    }
+    Ok(planned)
+}
+
+/// Whether the ids of a mount are to be mapped.
+fn is_mapped(mount: &Mount, unmapped: &mut Vec<(PathBuf, Unmappable)>) -> Result<bool, Refused> {
+    if mount.ids == MountIds::Unmapped {
+        return Ok(false);
+    }
+    let Some(why) = unmappable(&mount.source) else {
+        return Ok(true);
+    };
+    if mount.ids == MountIds::Mapped && has_owners(&mount.source, &why) {
+        return Err(Refused {
+            option: mount.option.clone(),
+            source_path: mount.source.clone(),
+            why,
+        });
+    }
+    unmapped.push((mount.target.clone(), why));
+    Ok(false)
+}
+
+/// Whether something is lost if the owners of these files are not known: not of device nodes, sockets and what the kernel shows of itself. On a
+/// kernel that maps no mount at all, every job would be refused.
+fn has_owners(source: &Path, why: &Unmappable) -> bool {
+    let kind = fs::metadata(source).map(|about| about.file_type());
+    let is_stored = kind.is_ok_and(|kind| kind.is_dir() || kind.is_file());
+    match why {
+        Unmappable::FileSystem { kind, .. } => is_stored && !OF_THE_KERNEL.contains(&kind.as_str()),
+        Unmappable::Mapped { .. } => is_stored,
+        Unmappable::Kernel(_) => false,
+    }
+}
+
+/// Why the ids of what is mounted at this path, and below it, can't be mapped. `None` if they can be, and if the path can't be opened. Blocks.
+pub fn unmappable(source: &Path) -> Option<Unmappable> {
+    let namespace = match &*ANY_MAPPING {
+        Ok(namespace) => namespace.as_fd(),
+        Err(error) => return Some(Unmappable::Kernel(error.to_string())),
+    };
+    let opened = place(source).ok()?;
+    let tree = MountTree::copy(opened.as_fd()).ok()?;
+    match tree.map_ids(namespace) {
+        Ok(()) => None,
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOSYS) => {
+            Some(Unmappable::Kernel(error.to_string()))
+        }
+        Err(error) => Some(first_of(source, namespace, &error)),
+    }
+}
+
+/// Any mapping. Whether a mount can be mapped does not depend on the ids.
+static ANY_MAPPING: LazyLock<io::Result<OwnedFd>> = LazyLock::new(|| {
+    let first = super::PICKED_IDS;
+    let ids = IdRange { first, count: 1 };
+    id_map(ids, 0, 0).user_namespace()
+});
+
+/// The first mount at this path or below it whose ids can't be mapped.
+fn first_of(source: &Path, namespace: BorrowedFd<'_>, whole: &io::Error) -> Unmappable {
+    let mounts = procfs::own_mounts().unwrap_or_default();
+    let own = mounts
+        .iter()
+        .filter(|mount| source.starts_with(&mount.target))
+        .max_by_key(|mount| mount.target.components().count());
+    let below = mounts
+        .iter()
+        .filter(|mount| mount.target != source && mount.target.starts_with(source));
+    let places = own.map(|mount| (source, mount)).into_iter();
+    let places = places.chain(below.map(|mount| (&*mount.target, mount)));
+    for (path, mount) in places {
+        let opened = place(path).and_then(|opened| MountTree::copy_of_one(opened.as_fd()));
+        let Ok(Err(error)) = opened.map(|tree| tree.map_ids(namespace)) else {
+            continue;
+        };
+        let at = mount.target.clone();
+        return match error.raw_os_error() {
+            Some(nix::libc::EPERM) => Unmappable::Mapped { at },
+            _ => Unmappable::FileSystem {
+                at,
+                kind: mount.kind.clone(),
+            },
+        };
+    }
+    Unmappable::Kernel(whole.to_string())
+}

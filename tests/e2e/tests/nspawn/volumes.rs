@@ -1,0 +1,377 @@
+//! What a container gets of the host's files: their owners in a user namespace, mounts below a source, and that nothing else is mounted than what
+//! was checked. All of it is real only: mounts and user namespaces.
+
+use std::os::unix::fs::{FileTypeExt, chown};
+use std::os::unix::net::UnixListener;
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::Mode as Bits;
+use nomad_driver_nspawn::backend::ContainerBackend as _;
+use nomad_driver_nspawn::container::{Mount, MountIds, Propagation, Restrictions, Users, Volatile};
+use nomad_driver_nspawn::sys::procfs;
+use rstest::rstest;
+
+use super::inside::{Inside, private_users};
+use super::*;
+
+/// Something mounted on the host, until it is dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(at: PathBuf, kind: &str, flags: MsFlags, options: &str) -> Self {
+        fs::create_dir_all(&at).unwrap();
+        mount(Some("test"), &at, Some(kind), flags, Some(options)).unwrap();
+        Self(at)
+    }
+
+    fn tmpfs(at: PathBuf) -> Self {
+        Self::new(at, "tmpfs", MsFlags::empty(), "mode=0755")
+    }
+
+    /// An overlay, which can't map ids.
+    fn overlay(stage: &Stage, at: PathBuf) -> Self {
+        let dirs = ["lower", "upper", "work"].map(|name| stage.join(name));
+        dirs.iter().for_each(|dir| fs::create_dir(dir).unwrap());
+        let [lower, upper, work] = dirs.map(|dir| dir.to_str().unwrap().to_owned());
+        let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
+        Self::new(at, "overlay", MsFlags::empty(), &options)
+    }
+
+    /// Lets later mounts below it appear in copies, as on a host with systemd.
+    fn shared(self) -> Self {
+        const NONE: Option<&str> = None;
+        mount(NONE, &self.0, NONE, MsFlags::MS_SHARED, NONE).unwrap();
+        self
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+fn volume(stage: &Stage) -> PathBuf {
+    let volume = stage.join("volume");
+    fs::create_dir(&volume).unwrap();
+    volume
+}
+
+fn mapped(source: &Path, target: &str) -> Mount {
+    Mount {
+        ids: MountIds::Mapped,
+        option: Some(format!("config.bind[{:?}]", source.to_str().unwrap())),
+        ..Mount::new(source, target)
+    }
+}
+
+fn owner(path: &Path) -> (u32, u32) {
+    let about = path.symlink_metadata().unwrap();
+    (about.uid(), about.gid())
+}
+
+/// A container with these mounts, in a user namespace.
+async fn run(inside: &Inside, mounts: Vec<Mount>, script: &str) -> String {
+    inside
+        .run(inside.spec(script).with(|spec| {
+            spec.users = private_users();
+            spec.mounts = mounts;
+        }))
+        .await
+}
+
+/// systemd-nspawn's own mapping fails if anything is mounted below the source.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_with_a_mount_below_has_the_owners_of_the_host() {
+    let inside = Inside::new();
+    let volume = volume(&inside.stage);
+    let below = Mounted::tmpfs(volume.join("below"));
+    for (name, user, group) in [("of-user", 1000, 100), ("of-nobody", 70_000, 0)] {
+        fs::write(volume.join(name), "").unwrap();
+        chown(volume.join(name), Some(user), Some(group)).unwrap();
+    }
+    let script =
+        "cd /v; touch made below/made; stat -c '%n %u:%g' of-user of-nobody made below/made";
+    let printed = run(&inside, vec![mapped(&volume, "/v")], script).await;
+    assert_eq!(
+        printed,
+        "of-user 1000:100\nof-nobody 65534:0\nmade 0:0\nbelow/made 0:0\n"
+    );
+    for made in ["made", "below/made"] {
+        assert_eq!(owner(&volume.join(made)), (0, 0), "{made}");
+    }
+    drop(below);
+    inside.stage.leave();
+}
+
+/// Another start has another range of ids.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_one_task_has_written_the_next_one_reads_with_other_ids() {
+    let inside = Inside::new();
+    let volume = volume(&inside.stage);
+    let range = |script: &str| format!("{script}; awk '{{print $2}}' /proc/self/uid_map");
+    let mounts = || vec![mapped(&volume, "/v")];
+    let script = range("umask 077; echo secret > /v/file");
+    let first = run(&inside, mounts(), &script).await;
+    fs::write(inside.stage.join("stdout"), "").unwrap();
+    // The name decides the range.
+    let spec = inside.spec(&range("cat /v/file; stat -c %u:%g:%a /v/file"));
+    let spec = spec.with(|spec| {
+        spec.users = private_users();
+        spec.mounts = mounts();
+        spec.identity.machine = format!("{}-other", spec.identity.machine);
+    });
+    let second = inside.run(spec).await;
+    let second = second.strip_prefix("secret\n0:0:600\n").unwrap();
+    assert_ne!(first, second);
+    assert_eq!(owner(&volume.join("file")), (0, 0));
+    inside.stage.leave();
+}
+
+#[rstest]
+#[case::within_the_range((1000, 100), "1000:100", (0, 0))]
+#[case::a_user_beyond_it((200_000, 100), "0:100", (200_000, 0))]
+#[case::a_group_beyond_it((1000, 200_001), "1000:0", (0, 200_001))]
+#[case::both_beyond_it((200_000, 200_001), "0:0", (200_000, 200_001))]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn root_can_write_a_volume_whoever_owns_it(
+    #[case] (user, group): (u32, u32),
+    #[case] shown: &str,
+    #[case] made: (u32, u32),
+) {
+    let inside = Inside::new();
+    let volume = volume(&inside.stage);
+    chown(&volume, Some(user), Some(group)).unwrap();
+    fs::set_permissions(&volume, fs::Permissions::from_mode(0o750)).unwrap();
+    let script = "stat -c %u:%g /v; echo x > /v/made; stat -c %u:%g /v/made";
+    let printed = run(&inside, vec![mapped(&volume, "/v")], script).await;
+    assert_eq!(printed, format!("{shown}\n0:0\n"));
+    assert_eq!(owner(&volume.join("made")), made);
+    inside.stage.leave();
+}
+
+#[rstest]
+#[case::the_source_itself("")]
+#[case::a_mount_below_it("/deep/below")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_mapped_is_refused_by_name_or_taken_as_it_is(#[case] below: &str) {
+    let inside = Inside::new();
+    let volume = volume(&inside.stage);
+    let at = PathBuf::from(format!("{}{below}", volume.display()));
+    let overlay = Mounted::overlay(&inside.stage, at.clone());
+    fs::write(at.join("file"), "text").unwrap();
+    let spec = |ids| {
+        inside
+            .spec(&format!("cat /v{below}/file; stat -c ' %u' /v{below}/file"))
+            .with(|spec| {
+                spec.users = private_users();
+                let mount = mapped(&volume, "/v");
+                spec.mounts = vec![Mount { ids, ..mount }];
+            })
+    };
+    let error = inside.refused(spec(MountIds::Mapped)).await;
+    let text = error.to_string();
+    let option = format!("config.bind[\"{}\"]", volume.display());
+    let place = format!("the file system overlay at {} ", at.display());
+    for part in [
+        &*option,
+        &place,
+        "idmap = false",
+        "user_namespacing = false",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    assert!(!error.cause().is_recoverable());
+    assert_eq!(inside.run(spec(MountIds::Unmapped)).await, "text 65534\n");
+    let started = inside.start(spec(MountIds::MappedIfPossible)).await;
+    let [note] = &*started.notes else {
+        panic!("{:?}", started.notes)
+    };
+    assert!(note.contains("the file system overlay"), "{note}");
+    inside.finish(&started).await;
+    drop(overlay);
+    inside.stage.leave();
+}
+
+/// systemd-nspawn would follow the link.
+#[rstest]
+#[case::the_source("volume", "volume")]
+#[case::a_directory_above_it("volume", "volume/inner")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_that_became_a_link_after_the_check_is_not_followed(
+    #[case] replaced: &str,
+    #[case] source: &str,
+    #[values(Users::Host, private_users())] users: Users,
+) {
+    let inside = Inside::new();
+    let secret = inside.stage.join("secret/inner");
+    fs::create_dir_all(&secret).unwrap();
+    fs::write(secret.join("key"), "key").unwrap();
+    let source = inside.stage.join(source);
+    fs::create_dir_all(&source).unwrap();
+    let mount = mapped(&source, "/v");
+    let replaced = inside.stage.join(replaced);
+    fs::remove_dir_all(&replaced).unwrap();
+    symlink(inside.stage.join("secret"), &replaced).unwrap();
+    let error = inside.refused(inside.spec("sleep 1000").with(|spec| {
+        spec.users = users;
+        spec.mounts = vec![mount];
+    }));
+    let text = error.await.to_string();
+    let option = format!("config.bind[\"{}\"]", source.display());
+    for part in [&*option, "has become a symbolic link since it was checked"] {
+        assert!(text.contains(part), "{text}");
+    }
+    inside.stage.leave();
+}
+
+#[rstest]
+#[case::in_a_user_namespace(private_users())]
+#[case::without(Users::Host)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_later_mount_of_the_host_appears_if_that_is_asked_for(#[case] users: Users) {
+    let inside = Inside::new();
+    let volume = Mounted::tmpfs(inside.stage.join("volume")).shared();
+    fs::create_dir(volume.0.join("later")).unwrap();
+    let mount = |target: &str, propagation| Mount {
+        propagation,
+        ..mapped(&volume.0, target)
+    };
+    let script =
+        "while ! test -e /v/go; do sleep 0.05; done; ls /follows/later; echo; ls /private/later";
+    let spec = inside.spec(script).with(|spec| {
+        spec.users = users;
+        spec.mounts = vec![
+            mount("/follows", Propagation::HostToTask),
+            mount("/private", Propagation::Private),
+            mount("/v", Propagation::Private),
+        ];
+    });
+    let started = inside.start(spec).await;
+    let later = Mounted::tmpfs(volume.0.join("later"));
+    fs::write(later.0.join("file"), "").unwrap();
+    fs::write(volume.0.join("go"), "").unwrap();
+    let (exit, printed) = inside.finish(&started).await;
+    assert_eq!((exit.code, &*printed), (0, "file\n\n"));
+    drop((later, volume));
+    inside.stage.leave();
+}
+
+/// Also below mounts: a change of the whole tree of mounts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_denied_on_a_mount_is_denied_below_it_and_root_cannot_change_that() {
+    let inside = Inside::new();
+    let volume = volume(&inside.stage);
+    let below = Mounted::tmpfs(volume.join("below"));
+    for place in [&volume, &below.0] {
+        fs::write(place.join("program"), "#!/bin/sh\necho runs\n").unwrap();
+        fs::set_permissions(place.join("program"), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let noexec = Mount {
+        restrictions: Restrictions {
+            noexec: true,
+            nosuid: true,
+            nodev: true,
+        },
+        ..mapped(&volume, "/n")
+    };
+    let read_only = mapped(&volume, "/r").with_read_only(true);
+    let script = "for p in /n/program /n/below/program /r/program; do $p || echo denied; done 2> /dev/null
+        for d in /n /n/below /r /r/below; do touch $d/x && echo written || echo denied; done 2> /dev/null
+        mount -o remount,rw,bind /r || echo kept; mount -o remount,exec,bind /n || echo kept; touch /r/y || echo denied";
+    let printed = run(&inside, vec![noexec, read_only], script).await;
+    let want = "denied\ndenied\nruns\nwritten\nwritten\ndenied\ndenied\nkept\nkept\ndenied\n";
+    assert_eq!(printed, want);
+    drop(below);
+    inside.stage.leave();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_devices_sockets_and_pipes_are_mounted_by_their_path() {
+    let inside = Inside::new();
+    let stage = &inside.stage;
+    let file = stage.file("config file", "text");
+    let socket = stage.join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let pipe = stage.join("pipe");
+    nix::unistd::mkfifo(&pipe, Bits::from_bits_truncate(0o644)).unwrap();
+    let mounts = [
+        (&file, "/v/file"),
+        (&PathBuf::from("/dev/full"), "/v/device"),
+        (&socket, "/v/socket"),
+        (&pipe, "/v/pipe"),
+    ];
+    let mounts = mounts.map(|(source, target)| mapped(source, target));
+    let script = "cat /v/file; echo; stat -c '%n %F %u' /v/*; echo x > /v/device || echo full";
+    let spec = inside.spec(script).with(|spec| {
+        spec.users = private_users();
+        spec.mounts = mounts.to_vec();
+    });
+    let started = inside.start(spec).await;
+    let (exit, printed) = inside.finish(&started).await;
+    let want = "text\n/v/device character special file 65534\n/v/file regular file 0\n/v/pipe fifo 0\n/v/socket socket 0\nfull\n";
+    assert_eq!((exit.code, &*printed), (0, want));
+    assert!(socket.metadata().unwrap().file_type().is_socket());
+    drop(listener);
+    inside.stage.leave();
+}
+
+/// On the host there is nothing to remove, whatever happens to the task; and a host with many tasks has not the mounts of each in each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mounts_of_a_task_are_seen_by_systemd_nspawn_alone_and_no_others_are() {
+    let inside = Inside::new();
+    let volume = volume(&inside.stage);
+    let other = Mounted::tmpfs(PathBuf::from(format!("/mnt/{}", inside.stage.name())));
+    let spec = inside.spec("sleep 1000").with(|spec| {
+        spec.users = private_users();
+        spec.mounts = vec![mapped(&volume, "/v")];
+    });
+    let started = inside.start(spec).await;
+    let name = started.state.join("mounts");
+    let of_host = procfs::own_mounts().unwrap();
+    assert!(!of_host.iter().any(|mount| mount.target.starts_with(&name)));
+    let task_dir = TaskDir::new(&started.state);
+    let nspawn = task_dir.running().unwrap().nspawn;
+    let seen = procfs::mounts_of(nspawn.pid).unwrap();
+    assert!(seen.iter().any(|mount| mount.target == name.join("0")));
+    assert!(!seen.iter().any(|mount| mount.target == other.0));
+    // What the host unmounts is in use no longer.
+    umount2(&other.0, MntFlags::empty()).unwrap();
+    fs::remove_dir(&other.0).unwrap();
+    within("the removal", inside.backend.remove(&started.id))
+        .await
+        .unwrap();
+    inside.stage.leave();
+}
+
+/// systemd-nspawn can't map the ids of a root that it puts together.
+#[rstest]
+#[case::yes(Volatile::Yes, "1\n0:0\n0:0\nmissing\n")]
+#[case::state(Volatile::State, "1\n0:0\n0:0\nthere\n")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volatile_root_has_its_owners(
+    #[case] volatile: Volatile,
+    #[case] want: &str,
+    #[values(false, true)] with_mount: bool,
+) {
+    let inside = Inside::new();
+    let tree = merged_tree(&inside.stage, "merged");
+    fs::create_dir_all(tree.join("etc")).unwrap();
+    fs::write(tree.join("etc/of-image"), "").unwrap();
+    let before = owner(&tree.join("usr/bin"));
+    let script = "awk '$2 > 0 {print 1}' /proc/self/uid_map; touch /var/x; stat -c %u:%g /usr/bin /var/x
+        test -e /etc/of-image && echo there || echo missing; touch /usr/x 2> /dev/null && exit 1; exit 0";
+    let volume = volume(&inside.stage);
+    let spec = inside.spec(script).with(|spec| {
+        spec.users = private_users();
+        spec.rootfs.source = nomad_driver_nspawn::container::Root::Directory(tree.clone());
+        spec.rootfs.volatile = volatile;
+        if with_mount {
+            // For which a root that stays read-only lacks the mount point.
+            spec.mounts = vec![mapped(&volume, "/data")];
+        }
+    });
+    assert_eq!(inside.run(spec).await, want);
+    assert_eq!(owner(&tree.join("usr/bin")), before);
+    inside.stage.leave();
+}
