@@ -164,6 +164,8 @@ pub struct VolumeMount {
     pub target: PathBuf,
     /// Whether the mount is read-only.
     pub read_only: bool,
+    /// `propagation_mode` as in the request, not checked.
+    pub propagation: String,
 }
 
 /// A port that Nomad allocated.

@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::container::Mount;
+use crate::container::{Mount, Propagation};
 
 use super::decode::{entry, quoted};
 use super::options::TaskOptions;
 use super::paths::{Allocation, inside, validate_path_text};
-use super::values::BIND_OPTIONS;
+use super::values::{self, BIND_OPTIONS};
 use super::{ConfigError, PluginConfig, TaskContext};
 
 /// All mounts, in the order in which they are mounted.
@@ -56,11 +56,24 @@ fn volumes(
         let mount = Mount::new(
             volume_source(&option, &volume.source)?,
             mount_point(&option, &target)?,
-        )
-        .with_read_only(volume.read_only);
+        );
+        let mount = Mount {
+            read_only: volume.read_only,
+            propagation: volume_propagation(&option, &volume.propagation)?,
+            ..mount
+        };
         add(mounts, &option, mount)?;
     }
     Ok(())
+}
+
+/// Nomad sends `private` for a block that sets nothing.
+fn volume_propagation(option: &str, word: &str) -> Result<Propagation, ConfigError> {
+    if word.is_empty() {
+        return Ok(Propagation::Private);
+    }
+    let option = format!("{option}.propagation_mode");
+    values::propagation(&option, word, values::VOLUME_PROPAGATION)
 }
 
 fn volume_source(option: &str, path: &Path) -> Result<PathBuf, ConfigError> {

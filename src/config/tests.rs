@@ -16,6 +16,7 @@ use crate::container::{
 
 mod bytes;
 mod environment;
+mod mounts;
 mod plugin;
 mod ports;
 mod resources;
@@ -375,58 +376,6 @@ fn images_are_found_in_the_search_path() {
     assert_eq!(root("/alloc/root"), directory("alloc/ALLOC/alloc/root"));
     let written = format!("TOP/alloc/{ALLOC}/web/local/root");
     assert_eq!(root(&written), directory("alloc/ALLOC/web/local/root"));
-}
-
-#[test]
-fn mounts_have_nomads_first_and_binds_last() {
-    let mut host = TestHost::new();
-    host.make(format!("alloc/{ALLOC}/web/local/conf/."));
-    host.make("volume/.");
-    host.context.mounts = vec![VolumeMount {
-        source: host.path("volume"),
-        target: "/v".into(),
-        read_only: true,
-    }];
-    let spec = plain(
-        &host,
-        r#"
-        bind = { "local/conf" = "/etc/conf", "TOP/data" = "/da:ta" }
-        bind_read_only = { "/local/conf" = "/etc/other" }
-        "#,
-    );
-    let conf = host.path(format!("alloc/{ALLOC}/web/local/conf"));
-    let expected: Vec<(PathBuf, &str, bool)> = vec![
-        (host.path("volume"), "/v", true),
-        (host.path("data"), "/da:ta", false),
-        (conf.clone(), "/etc/conf", false),
-        (conf, "/etc/other", true),
-    ];
-    let found: Vec<_> = spec.mounts[3..]
-        .iter()
-        .map(|m| (m.source.clone(), m.target.to_str().unwrap(), m.read_only))
-        .collect();
-    assert_eq!(found, expected);
-}
-
-#[test]
-fn without_volumes_only_the_allocation_can_be_mounted() {
-    let mut host = TestHost::new();
-    host.plugin_config.volumes = false;
-    let body = "image = \"tree\"\nboot = false\n";
-    assert_eq!(plain(&host, r#"bind = { "local" = "/x" }"#).mounts.len(), 4);
-    assert_eq!(
-        host.refusal(&format!("{body}bind = {{ \"TOP/data\" = \"/x\" }}")),
-        r#"config.bind["TOP/data"]: "TOP/data" is outside the allocation, and volumes are disabled on this node (plugin.volumes = false)"#
-    );
-    host.context.mounts = vec![VolumeMount {
-        source: host.path("data"),
-        target: "/v".into(),
-        read_only: false,
-    }];
-    assert_eq!(
-        host.refusal(body),
-        r#"task.volume_mount["/v"]: volumes are disabled on this node (plugin.volumes = false)"#
-    );
 }
 
 #[test]

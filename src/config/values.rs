@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use crate::container::{Console, Volatile};
+use crate::container::{Console, Propagation, Volatile};
 
 use super::ConfigError;
 use super::decode::{Number, quoted};
@@ -48,6 +48,15 @@ pub(super) const OWNERSHIP: &Values<()> = &[("off", ()), ("chown", ()), ("map", 
 pub(super) const DOWNLOAD_TYPE: &Values<()> = &[("tar", ()), ("raw", ()), ("docker", ())];
 
 pub(super) const DOWNLOAD_VERIFY: &Values<()> = &[("no", ()), ("checksum", ()), ("signature", ())];
+
+/// Of a `volume_mount` block.
+pub(super) const VOLUME_PROPAGATION: &Values<Propagation> = &[
+    ("private", Propagation::Private),
+    ("host-to-task", Propagation::HostToTask),
+];
+
+/// Modes of propagation by which mounts that a task makes would appear on the host.
+const TO_HOST: &[&str] = &["bidirectional", "shared", "rshared"];
 
 /// Keywords after the last `:` of a bind that systemd-nspawn takes as mount options.
 pub(super) const BIND_OPTIONS: &[&str] = &[
@@ -119,6 +128,24 @@ pub(super) fn one_of<T: Copy>(
             let reason = format!("{} is not one of {}", quoted(word), known.join(", "));
             ConfigError::new(option, reason)
         })
+}
+
+/// The mode of propagation that `word` stands for, or an error that lists those there are.
+pub(super) fn propagation(
+    option: &str,
+    word: &str,
+    words: &Values<Propagation>,
+) -> Result<Propagation, ConfigError> {
+    if !TO_HOST.contains(&word) {
+        return one_of(option, word, words);
+    }
+    let known: Vec<_> = words.iter().map(|(known, _)| *known).collect();
+    let reason = format!(
+        "{} is not supported, because mounts that a task makes can't reach the host: use one of {}",
+        quoted(word),
+        known.join(", ")
+    );
+    Err(ConfigError::new(option, reason))
 }
 
 /// The capabilities of a list, in upper case and without duplicates. An element may hold several, separated by commas.

@@ -109,27 +109,12 @@ fn device(device: &proto::Device) -> AllocatedDevice {
     }
 }
 
-/// The settings of the request that this driver does not apply, one sentence each: nothing that a job asks for may be dropped
-/// silently.
-pub(super) fn ignored_settings(task: &proto::TaskConfig) -> Vec<String> {
-    let modes = task
-        .mounts
-        .iter()
-        .filter(|mount| !matches!(mount.propagation_mode.as_str(), "" | "private"));
-    let modes = modes.map(|mount| {
-        let (target, mode) = (&mount.task_path, &mount.propagation_mode);
-        format!(
-            "the volume at {target} is mounted without propagation_mode {mode:?}, which is not supported. Remove it from the volume_mount block"
-        )
-    });
-    modes.collect()
-}
-
 fn mount(mount: &proto::Mount) -> VolumeMount {
     VolumeMount {
         source: mount.host_path.clone().into(),
         target: mount.task_path.clone().into(),
         read_only: mount.readonly,
+        propagation: mount.propagation_mode.clone(),
     }
 }
 
@@ -365,27 +350,6 @@ mod tests {
     }
 
     #[test]
-    fn ignored_settings_are_reported() {
-        let mount = |mode: &str| proto::Mount {
-            task_path: "/data".to_owned(),
-            propagation_mode: mode.to_owned(),
-            ..Default::default()
-        };
-        let plain = proto::TaskConfig {
-            mounts: vec![mount(""), mount("private")],
-            ..Default::default()
-        };
-        assert_eq!(ignored_settings(&plain), Vec::<String>::new());
-        let full = proto::TaskConfig {
-            mounts: vec![mount("bidirectional")],
-            ..Default::default()
-        };
-        let published = ignored_settings(&full);
-        assert_eq!(published.len(), 1);
-        assert!(published[0].contains("bidirectional"), "{published:?}");
-    }
-
-    #[test]
     fn task_context_is_read_from_the_whole_request() {
         let port = |label: &str, value, to| proto::PortMapping {
             label: label.to_owned(),
@@ -440,6 +404,7 @@ mod tests {
                 task_path: "/data".to_owned(),
                 host_path: "/srv/data".to_owned(),
                 readonly: true,
+                propagation_mode: "host-to-task".to_owned(),
                 ..Default::default()
             }],
             network_isolation_spec: Some(proto::NetworkIsolationSpec {

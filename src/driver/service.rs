@@ -292,9 +292,7 @@ impl Driver {
         let validated = blocking::run_start(move || {
             config::container(&bytes, &context, &plugin_config, &search_path)
         });
-        let mut validated = validated.await?;
-        validated.notes.extend(convert::ignored_settings(task));
-        Ok(validated)
+        Ok(validated.await?)
     }
 
     /// The driver state for Nomad to store. Without it the task could never be recovered, so on failure the task is killed.

@@ -211,7 +211,7 @@ async fn mounts() {
             ..Mount::default()
         }
     };
-    let mounts: Vec<Mount> = ["private", "host-to-task", "bidirectional"]
+    let mounts: Vec<Mount> = ["", "private", "host-to-task"]
         .into_iter()
         .flat_map(|mode| [mount(true, mode), mount(false, mode)])
         .collect();
