@@ -36,6 +36,8 @@ pub struct ContainerSpec {
     pub users: Users,
     /// Host directories and files mounted in the container: Nomad's own, host volumes, the job's binds. In mount order.
     pub mounts: Vec<Mount>,
+    /// Further temporary file systems of the container. Mounts below them and above them are possible.
+    pub tmpfs: Vec<Tmpfs>,
     /// The network.
     pub network: Network,
     /// What the container may use of the host.
@@ -215,8 +217,11 @@ pub enum Users {
 /// A host directory or file mounted in the container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
-    /// Absolute host path; it existed when it was checked.
+    /// Absolute host path without links. It existed when it was checked, unless it is to be created.
     pub source: PathBuf,
+    /// The source is a directory that did not exist when it was checked: whoever starts the container creates it and its missing
+    /// parents, with mode 0755, and follows no link, because a task may have made one there since.
+    pub create: bool,
     /// Absolute path in the container.
     pub target: PathBuf,
     /// Whether the mount is read-only.
@@ -236,6 +241,7 @@ impl Mount {
     pub fn new(source: impl Into<PathBuf>, target: impl Into<PathBuf>) -> Self {
         Self {
             source: source.into(),
+            create: false,
             target: target.into(),
             read_only: false,
             restrictions: Restrictions::default(),
@@ -249,6 +255,23 @@ impl Mount {
     pub fn with_read_only(self, read_only: bool) -> Self {
         Self { read_only, ..self }
     }
+}
+
+/// A temporary file system of the container, in memory and empty at the start. Its root belongs to the container's root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tmpfs {
+    /// Absolute path in the container.
+    pub target: PathBuf,
+    /// The most it holds, in bytes; `None` is the kernel's default: half of the host's memory.
+    pub size: Option<u64>,
+    /// The permissions of its root.
+    pub mode: u32,
+    /// Whether it is read-only.
+    pub read_only: bool,
+    /// What is ignored on it.
+    pub restrictions: Restrictions,
+    /// The option of the job that asks for it, for error messages.
+    pub option: String,
 }
 
 /// What is ignored below a mount.

@@ -43,6 +43,13 @@ pub(super) struct RequestedDevice {
     device: Device,
 }
 
+impl RequestedDevice {
+    /// The option of its host path, and its path in the container.
+    pub(super) fn target(&self) -> (&str, &Path) {
+        (&self.option, &self.device.container)
+    }
+}
+
 /// The devices of device plugins, then those of the job.
 pub(super) fn devices(
     options: &TaskOptions,

@@ -2,8 +2,8 @@
 
 use super::decode;
 use super::options::{
-    DeviceOptions, ImageDownload, Kind, NetworkPool, OptionSpec, Options as _, PluginOptions,
-    TaskOptions,
+    BindOptions, DeviceOptions, ImageDownload, Kind, MountOptions, NetworkPool, OptionSpec,
+    Options as _, PluginOptions, TaskOptions, TmpfsOptions,
 };
 use super::testing;
 
@@ -31,6 +31,9 @@ fn described(option: &OptionSpec) -> String {
 #[case("The `image_download` block", ImageDownload::OPTIONS)]
 #[case("The `devices` block", DeviceOptions::OPTIONS)]
 #[case("The `network_pool` block", NetworkPool::OPTIONS)]
+#[case("The `mount` block", MountOptions::OPTIONS)]
+#[case("The `bind_options` block", BindOptions::OPTIONS)]
+#[case("The `tmpfs_options` block", TmpfsOptions::OPTIONS)]
 fn every_option_is_documented(#[case] title: &str, #[case] options: &[OptionSpec]) {
     let mut sections = chapter(title).split("\n### `").skip(1);
     for option in options {

@@ -1,68 +1,87 @@
-//! The host directories and files that are mounted into a container: Nomad's own, then volumes, then the job's binds.
-//! Rejects sources that do not exist or that the task may not see, and two mounts with the same target.
+//! What is mounted into a container: Nomad's own directories, then volumes, then the job's binds, its `mount` blocks and its temporary
+//! file systems. The host's side is in `sources`, the options of a block in `mount_block`; `mount_targets` compares the targets.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::container::{Mount, Propagation};
+use crate::container::{Mount, MountIds, Propagation, Tmpfs};
 
 use super::decode::{entry, quoted};
+use super::mount_block::{self, Mounted};
 use super::options::TaskOptions;
-use super::paths::{Allocation, inside, validate_path_text};
+use super::paths::inside;
+use super::resources::ResourceOptions;
+use super::sources::Sources;
 use super::values::{self, BIND_OPTIONS};
-use super::{ConfigError, PluginConfig, TaskContext};
+use super::{ConfigError, TaskContext, mount_targets, tmpfs};
 
-/// All mounts, in the order in which they are mounted.
+/// All mounts, in the order of this module's description, and all temporary file systems.
 pub(super) fn mounts(
     options: &TaskOptions,
     context: &TaskContext,
-    plugin_config: &PluginConfig,
-    allocation: &Allocation,
-) -> Result<Vec<Mount>, ConfigError> {
-    let visible = allocation
+    sources: Sources<'_>,
+    resources: &ResourceOptions,
+) -> Result<(Vec<Mount>, Vec<Tmpfs>), ConfigError> {
+    let visible = sources
         .visible_dirs()
         .map(|(source, target)| Mount::new(source, target));
     let mut mounts = visible.to_vec();
-    volumes(&mut mounts, context, plugin_config)?;
-    let mut binds = |name, map: &Option<BTreeMap<String, String>>, read_only| {
-        for (source, target) in map.iter().flatten() {
-            let option = entry(name, source);
-            let bind = Mount::new(
-                bind_source(&option, source, plugin_config, allocation)?,
-                bind_target(&option, target)?,
-            )
-            .with_read_only(read_only);
-            add(&mut mounts, &option, bind)?;
+    let ids = ids(options.idmap);
+    volumes(&mut mounts, context, sources, ids)?;
+    for (name, map, read_only) in [
+        ("config.bind", &options.bind, false),
+        ("config.bind_read_only", &options.bind_read_only, true),
+    ] {
+        binds(&mut mounts, (name, map.as_ref(), read_only), sources, ids)?;
+    }
+    let limit = resources.memory_limit();
+    let mut temporary = Vec::new();
+    for (index, block) in options.mount.iter().flatten().enumerate() {
+        let option = format!("config.mount[{index}]");
+        match mount_block::mounted(option, block, sources, (ids, limit))? {
+            Mounted::Bind(mount) => mounts.push(mount),
+            Mounted::Tmpfs(tmpfs) => temporary.push(tmpfs),
         }
-        Ok::<_, ConfigError>(())
-    };
-    binds("config.bind", &options.bind, false)?;
-    binds("config.bind_read_only", &options.bind_read_only, true)?;
-    Ok(mounts)
+    }
+    for (index, text) in options.tmpfs.iter().flatten().enumerate() {
+        temporary.push(tmpfs::of_text(
+            format!("config.tmpfs[{index}]"),
+            text,
+            limit,
+        )?);
+    }
+    mount_targets::check(&mounts, &temporary, resources.devices())?;
+    Ok((mounts, temporary))
+}
+
+/// What `idmap` means for a mount that the job asks for.
+pub(super) fn ids(idmap: bool) -> MountIds {
+    match idmap {
+        true => MountIds::Mapped,
+        false => MountIds::Unmapped,
+    }
 }
 
 fn volumes(
     mounts: &mut Vec<Mount>,
     context: &TaskContext,
-    plugin_config: &PluginConfig,
+    sources: Sources<'_>,
+    ids: MountIds,
 ) -> Result<(), ConfigError> {
     for volume in &context.mounts {
         let target = volume.target.to_string_lossy();
         let option = entry("task.volume_mount", &target);
-        if !plugin_config.volumes {
-            let reason = "volumes are disabled on this node (plugin.volumes = false)";
-            return Err(ConfigError::new(option, reason));
-        }
         let mount = Mount::new(
-            volume_source(&option, &volume.source)?,
+            sources.volume(&option, &volume.source)?,
             mount_point(&option, &target)?,
         );
-        let mount = Mount {
+        mounts.push(Mount {
             read_only: volume.read_only,
             propagation: volume_propagation(&option, &volume.propagation)?,
+            ids,
+            option: Some(option),
             ..mount
-        };
-        add(mounts, &option, mount)?;
+        });
     }
     Ok(())
 }
@@ -76,38 +95,27 @@ fn volume_propagation(option: &str, word: &str) -> Result<Propagation, ConfigErr
     values::propagation(&option, word, values::VOLUME_PROPAGATION)
 }
 
-fn volume_source(option: &str, path: &Path) -> Result<PathBuf, ConfigError> {
-    let text = path.to_string_lossy();
-    validate_path_text(option, &text)?;
-    let text = quoted(&text);
-    match path.canonicalize() {
-        Ok(source) if path.is_absolute() => Ok(source),
-        Ok(_) => {
-            let reason = format!("the source {text} is not an absolute path");
-            Err(ConfigError::new(option, reason))
-        }
-        Err(error) => {
-            let reason = format!("the source {text} can't be resolved: {error}");
-            Err(ConfigError::on_host(option, reason, &error))
-        }
-    }
-}
-
-fn bind_source(
-    option: &str,
-    text: &str,
-    plugin_config: &PluginConfig,
-    allocation: &Allocation,
-) -> Result<PathBuf, ConfigError> {
-    let source = allocation.source(option, text)?;
-    if !plugin_config.volumes && !allocation.contains(&source) {
-        let reason = format!(
-            "{} is outside the allocation, and volumes are disabled on this node (plugin.volumes = false)",
-            quoted(text)
+/// The binds of one of the two options.
+fn binds(
+    mounts: &mut Vec<Mount>,
+    (name, map, read_only): (&str, Option<&BTreeMap<String, String>>, bool),
+    sources: Sources<'_>,
+    ids: MountIds,
+) -> Result<(), ConfigError> {
+    for (source, target) in map.into_iter().flatten() {
+        let option = entry(name, source);
+        let mount = Mount::new(
+            sources.bind(&option, source)?,
+            bind_target(&option, target)?,
         );
-        return Err(ConfigError::new(option, reason));
+        mounts.push(Mount {
+            read_only,
+            ids,
+            option: Some(option),
+            ..mount
+        });
     }
-    Ok(source)
+    Ok(())
 }
 
 fn bind_target(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
@@ -124,27 +132,12 @@ fn bind_target(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
     mount_point(option, text)
 }
 
-fn mount_point(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
+/// A path in the container at which something can be mounted.
+pub(super) fn mount_point(option: &str, text: &str) -> Result<PathBuf, ConfigError> {
     let target = inside(option, text)?;
     if target == Path::new("/") {
         let reason = "the target \"/\" would hide the image";
         return Err(ConfigError::new(option, reason));
     }
     Ok(target)
-}
-
-fn add(mounts: &mut Vec<Mount>, option: &str, mount: Mount) -> Result<(), ConfigError> {
-    if let Some(earlier) = mounts.iter().find(|earlier| earlier.target == mount.target) {
-        let reason = format!(
-            "the target {} is already used by {}",
-            quoted(&mount.target.to_string_lossy()),
-            quoted(&earlier.source.to_string_lossy())
-        );
-        return Err(ConfigError::new(option, reason));
-    }
-    mounts.push(Mount {
-        option: Some(option.to_owned()),
-        ..mount
-    });
-    Ok(())
 }

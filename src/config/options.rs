@@ -190,6 +190,12 @@ options! {
         "bind" => bind: BTreeMap<String, String> [],
         /// The same, read-only.
         "bind_read_only" => bind_read_only: BTreeMap<String, String> [],
+        /// Host directories and temporary file systems to mount in the container, in the words of the docker driver.
+        "mount" => mount: Vec<MountOptions> [],
+        /// Temporary file systems of the container, each as `PATH` or `PATH:OPTIONS`.
+        "tmpfs" => tmpfs: Vec<String> [],
+        /// Whether files of volumes and binds have the same owners in a user namespace as on the host.
+        "idmap" => idmap: bool [true],
         /// Environment variables; they override those of Nomad and of the job.
         "environment" => environment: BTreeMap<String, String> [],
         /// Container ports by port label, for ports of the task's own `network` block.
@@ -262,5 +268,51 @@ options! {
         "container_path" => container_path: String [],
         /// What the container may do with the device: `r` (read), `w` (write) and `m` (make the node).
         "cgroup_permissions" => cgroup_permissions: String ["rwm"],
+    }
+}
+
+options! {
+    /// A `mount` block as the job has it.
+    struct MountOptions {
+        /// What is mounted: `bind` for a directory or file of the host, `tmpfs` for a temporary file system.
+        "type" => kind: String ["bind"],
+        /// The path in the container.
+        "target" => target: String [required],
+        /// The path on the host.
+        "source" => source: String [],
+        /// Mount it read-only.
+        "readonly" => read_only: bool [false],
+        /// Ignore the set-user-ID bits and capabilities of programs.
+        "nosuid" => nosuid: bool [false],
+        /// Ignore device nodes.
+        "nodev" => nodev: bool [false],
+        /// Ignore the permission to execute programs.
+        "noexec" => noexec: bool [false],
+        /// The same as the task's `idmap`, for this mount.
+        "idmap" => idmap: bool [],
+        /// Create the directory on the host if it is missing.
+        "create" => create: bool [false],
+        /// How a bind is mounted.
+        "bind_options" => bind_options: BindOptions [],
+        /// How a temporary file system is mounted.
+        "tmpfs_options" => tmpfs_options: TmpfsOptions [],
+    }
+}
+
+options! {
+    /// The `bind_options` block of a `mount` block.
+    struct BindOptions {
+        /// Whether mounts that the host makes below the source later appear in the container.
+        "propagation" => propagation: String ["rprivate"],
+    }
+}
+
+options! {
+    /// The `tmpfs_options` block of a `mount` block.
+    struct TmpfsOptions {
+        /// The most it holds, in bytes.
+        "size" => size: Number [],
+        /// The permissions of its root as a decimal number.
+        "mode" => mode: Number [1023],
     }
 }

@@ -157,16 +157,84 @@ impl Allocation {
     /// The host path of the source of a bind, with links resolved.
     pub(super) fn source(&self, option: &str, text: &str) -> Result<PathBuf, ConfigError> {
         validate_path_text(option, text)?;
+        let found = self.find(Path::new(text));
+        self.visible(option, text, found)
+    }
+
+    /// The same for a directory that may be missing, and whether it is. The part that exists has its links resolved.
+    pub(super) fn source_to_create(
+        &self,
+        option: &str,
+        text: &str,
+    ) -> Result<(PathBuf, bool), ConfigError> {
+        validate_path_text(option, text)?;
         let path = Path::new(text);
-        let found = if path.is_absolute() {
-            self.absolute(path)
-        } else {
-            below(&self.task_dir(), path)
+        match self.find(path) {
+            Err(PathError::Missing(_)) => {
+                let found = self.visible(option, text, self.missing(path))?;
+                self.deny_foreign_dirs(option, text, &found)?;
+                Ok((found, true))
+            }
+            found => Ok((self.visible(option, text, found)?, false)),
+        }
+    }
+
+    fn find(&self, path: &Path) -> Result<PathBuf, PathError> {
+        match path.is_absolute() {
+            true => self.absolute(path),
+            false => below(&self.task_dir(), path),
+        }
+    }
+
+    /// Where a directory that is missing has to be created.
+    fn missing(&self, path: &Path) -> Result<PathBuf, PathError> {
+        if !path.is_absolute() {
+            return missing_below(&self.task_dir(), path);
+        }
+        for (host, inside) in self.visible_dirs() {
+            if let Ok(rest) = path.strip_prefix(inside) {
+                return missing_below(&host, rest);
+            }
+        }
+        let rest = [&self.written, &self.root]
+            .into_iter()
+            .find_map(|root| path.strip_prefix(root).ok());
+        let Some(mut parts) = rest.map(Path::components) else {
+            let root = Path::new("/");
+            return missing_below(root, path.strip_prefix(root).unwrap_or(path));
         };
+        match parts.next() {
+            Some(Component::Normal(first)) => {
+                missing_below(&self.root.join(first), parts.as_path())
+            }
+            _ => Err(PathError::Leaves(self.root.clone())),
+        }
+    }
+
+    /// The path that was found, unless no task may see it.
+    fn visible(
+        &self,
+        option: &str,
+        text: &str,
+        found: Result<PathBuf, PathError>,
+    ) -> Result<PathBuf, ConfigError> {
         let found = found.map_err(|fault| fault.on(option, text))?;
         validate_path_text(option, &found.to_string_lossy())?;
         self.deny_private_dirs(option, text, &found)?;
         Ok(found)
+    }
+
+    /// Rejects what Nomad or another task has to create.
+    fn deny_foreign_dirs(&self, option: &str, text: &str, path: &Path) -> Result<(), ConfigError> {
+        let own = [self.root.join(SHARED), self.task_dir()];
+        if !self.contains(path) || own.iter().any(|own| path.starts_with(own)) {
+            return Ok(());
+        }
+        let reason = format!(
+            "{} does not exist, and is not created outside the shared directory of the allocation and that of this task",
+            quoted(text)
+        );
+        Err(ConfigError::new(option, reason))
     }
 
     /// The host path of an image, with links resolved.
@@ -238,6 +306,34 @@ fn below(base: &Path, rest: &Path) -> Result<PathBuf, PathError> {
         true => Ok(found),
         false => Err(PathError::Leaves(base.to_owned())),
     }
+}
+
+/// Where the directory `rest`, which is missing below `base`, has to be created: links are followed as far as the path exists. Fails if
+/// the rest is more than names, and if its first part is a link that leads nowhere.
+fn missing_below(base: &Path, rest: &Path) -> Result<PathBuf, PathError> {
+    let parts: Vec<_> = rest.components().collect();
+    for count in (0..parts.len()).rev() {
+        let (known, missing) = parts.split_at(count);
+        let found = match below(base, &known.iter().collect::<PathBuf>()) {
+            Err(PathError::Missing(_)) => continue,
+            found => found?,
+        };
+        let names: PathBuf = missing.iter().collect();
+        let next = found.join(parts[count]);
+        let is_free = match next.symlink_metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+            Err(error) if error.kind() != io::ErrorKind::NotADirectory => {
+                return Err(PathError::Unreadable(next, error));
+            }
+            _ => false,
+        };
+        let named = |part: &Component<'_>| matches!(part, Component::Normal(_));
+        return match is_free && missing.iter().all(named) {
+            true => Ok(found.join(names)),
+            false => Err(PathError::Missing(next)),
+        };
+    }
+    Err(PathError::Missing(base.to_owned()))
 }
 
 fn real(path: &Path) -> Result<PathBuf, PathError> {

@@ -3,6 +3,7 @@
 //! the host has is compared last.
 
 use std::ops::RangeInclusive;
+use std::path::Path;
 
 use crate::container::{Memory, NetworkNamespace, Resources, Swap, TmpfsSizes};
 use crate::sys::kernel;
@@ -56,6 +57,16 @@ impl ResourceOptions {
             },
             devices: devices::devices(options, context, plugin_config)?,
         })
+    }
+
+    /// The memory limit of the task, in bytes.
+    pub(super) fn memory_limit(&self) -> Option<u64> {
+        self.resources.memory.hard
+    }
+
+    /// The options of the devices, and their paths in the container.
+    pub(super) fn devices(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.devices.iter().map(RequestedDevice::target)
     }
 
     /// The resources on this host. Fails for what it does not have or does not allow.
@@ -188,7 +199,8 @@ fn tmpfs(options: &TaskOptions, hard: Option<u64>) -> Result<TmpfsSizes, ConfigE
     })
 }
 
-fn tmpfs_size(option: &str, text: &str, hard: Option<u64>) -> Result<u64, ConfigError> {
+/// The size of a temporary file system, if the memory limit of the task leaves room for it.
+pub(super) fn tmpfs_size(option: &str, text: &str, hard: Option<u64>) -> Result<u64, ConfigError> {
     let size = bytes(option, text)?;
     let fault = match hard {
         _ if size == 0 => "is no size: use at least 1 byte, or leave it out".to_owned(),

@@ -15,6 +15,7 @@ use super::options::{ImageDownload, TaskOptions};
 use super::paths::Allocation;
 use super::resources::ResourceOptions;
 use super::rootfs::RootOptions;
+use super::sources::Sources;
 use super::users::users;
 use super::values::{self, one_of};
 use super::{
@@ -55,11 +56,18 @@ pub(super) fn check(
         return Err(download_error(download));
     }
     let allocation = Allocation::of(context)?;
+    let (mounts, tmpfs) = mounts::mounts(
+        &options,
+        context,
+        Sources::new(plugin_config, &allocation),
+        &resources,
+    )?;
     let mut spec = ContainerSpec {
         identity,
         description: Description::default(),
         rootfs: root_options.find(&options, (mode, &users), &allocation, search_path)?,
-        mounts: mounts::mounts(&options, context, plugin_config, &allocation)?,
+        mounts,
+        tmpfs,
         payload,
         users,
         network,

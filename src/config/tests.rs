@@ -252,10 +252,13 @@ fn a_job_with_many_options() {
     r#"bind = { "TOP/data" = "/x:norbind,idmap" }"#,
     r#"config.bind["TOP/data"]: "/x:norbind,idmap" ends in mount options, which are not supported"#
 )]
-#[case(r#"bind = { "TOP/data" = "/local/" }"#, r#"config.bind["TOP/data"]: the target "/local" is already used by "TOP/alloc/ALLOC/web/local""#)]
+#[case(
+    r#"bind = { "TOP/data" = "/local/" }"#,
+    r#"config.bind["TOP/data"]: the target "/local" is also that of Nomad's own directory /local"#
+)]
 #[case(
     "bind = { \"TOP/data\" = \"/x\" }\nbind_read_only = { \"TOP/data\" = \"//x/.\" }",
-    r#"config.bind_read_only["TOP/data"]: the target "/x" is already used by "TOP/data""#
+    r#"config.bind_read_only["TOP/data"]: the target "/x" is also that of config.bind["TOP/data"]"#
 )]
 #[case(
     r#"bind = { "../db/local" = "/x" }"#,

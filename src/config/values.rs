@@ -55,6 +55,15 @@ pub(super) const VOLUME_PROPAGATION: &Values<Propagation> = &[
     ("host-to-task", Propagation::HostToTask),
 ];
 
+/// Of a `mount` block, in docker's words. systemd-nspawn makes no difference between a mount and those below it.
+pub(super) const BIND_PROPAGATION: &Values<Propagation> = &[
+    ("private", Propagation::Private),
+    ("rprivate", Propagation::Private),
+    ("slave", Propagation::HostToTask),
+    ("rslave", Propagation::HostToTask),
+    ("host-to-task", Propagation::HostToTask),
+];
+
 /// Modes of propagation by which mounts that a task makes would appear on the host.
 const TO_HOST: &[&str] = &["bidirectional", "shared", "rshared"];
 

@@ -40,6 +40,7 @@ impl ContainerSpec {
             },
             users: Users::Host,
             mounts: Vec::new(),
+            tmpfs: Vec::new(),
             network: Network {
                 namespace: NetworkNamespace::Host,
                 resolv_conf: None,

@@ -10,7 +10,7 @@ use super::machine_id;
 use super::version::Feature;
 use crate::container::{
     CgroupLayout, Console, ContainerSpec, InterfaceMode, Mode, Mount, Network, NetworkNamespace,
-    Payload, Resources, Rlimit, Root, Rootfs, Users, Volatile,
+    Payload, Resources, Restrictions, Rlimit, Root, Rootfs, Tmpfs, Users, Volatile,
 };
 
 /// The properties of the host that the command line depends on.
@@ -91,6 +91,9 @@ pub fn command_line(
     builder.rlimits(&spec.resources.rlimits);
     for bind in binds {
         builder.bind(bind);
+    }
+    for tmpfs in &spec.tmpfs {
+        builder.tmpfs(tmpfs);
     }
     builder.payload(&spec.payload);
     let init = init(&spec.payload);
@@ -291,6 +294,27 @@ impl CommandBuilder {
             escape(&bind.mount.target)
         );
         self.flag(flag, &format!("{paths}{mapping}"));
+    }
+
+    /// In a user namespace systemd-nspawn adds the owner.
+    fn tmpfs(&mut self, tmpfs: &Tmpfs) {
+        let mut options = vec![format!("mode={:04o}", tmpfs.mode)];
+        options.extend(tmpfs.size.map(|size| format!("size={size}")));
+        let Restrictions {
+            nosuid,
+            nodev,
+            noexec,
+        } = tmpfs.restrictions;
+        let words = [
+            ("ro", tmpfs.read_only),
+            ("nosuid", nosuid),
+            ("nodev", nodev),
+            ("noexec", noexec),
+        ];
+        let set = words.iter().filter(|(_, set)| *set);
+        options.extend(set.map(|(word, _)| (*word).to_owned()));
+        let value = format!("{}:{}", escape(&tmpfs.target), options.join(","));
+        self.flag("--tmpfs", &value);
     }
 
     fn payload(&mut self, payload: &Payload) {

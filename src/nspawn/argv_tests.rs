@@ -115,6 +115,45 @@ fn every_option_has_its_argument() {
 }
 
 #[test]
+fn a_temporary_file_system_has_its_options_and_an_escaped_path() {
+    let spec = spec().with(|spec| {
+        let plain = Tmpfs {
+            target: "/da:ta".into(),
+            size: None,
+            mode: 0o1777,
+            read_only: false,
+            restrictions: Restrictions::default(),
+            option: "config.tmpfs[0]".into(),
+        };
+        let strict = Tmpfs {
+            target: "/b".into(),
+            size: Some(65536),
+            mode: 0o50,
+            read_only: true,
+            restrictions: Restrictions {
+                nosuid: true,
+                nodev: true,
+                noexec: true,
+            },
+            ..plain.clone()
+        };
+        spec.tmpfs = vec![plain, strict];
+    });
+    let words = line(&spec, HOST).arguments;
+    let found: Vec<_> = words
+        .iter()
+        .filter(|word| word.starts_with("--tmpfs"))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            r"--tmpfs=/da\:ta:mode=1777",
+            "--tmpfs=/b:mode=0050,size=65536,ro,nosuid,nodev,noexec"
+        ]
+    );
+}
+
+#[test]
 fn a_booted_container_gets_everything_from_systemd_nspawn() {
     let spec = spec().with(|spec| {
         spec.payload.mode = Mode::Boot;

@@ -53,7 +53,7 @@ fn options(spec: &Spec, found: &mut BTreeSet<String>) {
         Block::Object(object) => {
             for (name, inner) in &object.attributes {
                 assert!(
-                    found.insert(name.clone()) || name == "type" || name == "url",
+                    found.insert(name.clone()) || ["type", "url", "idmap"].contains(&&**name),
                     "{name}"
                 );
                 options(inner, found);
