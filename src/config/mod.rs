@@ -13,6 +13,7 @@ use crate::network::pool::Pool;
 use crate::nspawn::refusal::cause_of_exec_error;
 use crate::proto::hclspec;
 
+mod allowed;
 mod cpu;
 mod decode;
 mod description;
@@ -46,6 +47,7 @@ mod testing;
 #[cfg(test)]
 mod tests;
 
+pub use allowed::AllowedPaths;
 use options::{Options as _, PluginOptions, TaskOptions};
 pub use plugin::MAX_STATE_DIR_BYTES;
 
@@ -56,6 +58,8 @@ pub struct PluginConfig {
     pub enabled: bool,
     /// Whether jobs may mount host paths from outside their allocation.
     pub volumes: bool,
+    /// The paths outside its allocation that a job may mount.
+    pub volumes_allow: AllowedPaths,
     /// Whether jobs may use devices of the host by the option `devices`. Devices of Nomad's device plugins are not affected.
     pub devices: bool,
     /// Whether a task is refused if the host can't enforce one of its limits.

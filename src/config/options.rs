@@ -120,6 +120,8 @@ options! {
         "enabled" => enabled: bool [true],
         /// Whether jobs may mount host paths from outside their allocation.
         "volumes" => volumes: bool [true],
+        /// Patterns of the host paths that jobs may mount; by default all.
+        "volumes_allow" => volumes_allow: Vec<String> [],
         /// Whether jobs may use devices of the host.
         "devices" => devices: bool [true],
         /// Whether a task is refused if this node can't enforce one of its limits.

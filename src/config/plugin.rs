@@ -6,6 +6,7 @@ use std::str::FromStr;
 use ipnet::{Ipv4Net, Ipv6Net};
 use job_values::duration;
 
+use super::allowed::AllowedPaths;
 use super::decode::quoted;
 use super::options::{NetworkPool, PluginOptions};
 use super::paths::inside;
@@ -29,6 +30,10 @@ pub(super) fn check(options: PluginOptions) -> Result<PluginConfig, ConfigError>
     Ok(PluginConfig {
         enabled: options.enabled,
         volumes: options.volumes,
+        volumes_allow: AllowedPaths::of(
+            "plugin.volumes_allow",
+            options.volumes_allow.as_deref().unwrap_or_default(),
+        )?,
         devices: options.devices,
         require_limits: options.require_limits,
         exec_unfiltered: options.exec_unfiltered,

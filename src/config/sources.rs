@@ -36,7 +36,10 @@ impl<'a> Sources<'a> {
         validate_path_text(option, &text)?;
         let shown = quoted(&text);
         match path.canonicalize() {
-            Ok(source) if path.is_absolute() => Ok(source),
+            Ok(source) if path.is_absolute() => {
+                self.match_patterns(option, &source)?;
+                Ok(source)
+            }
             Ok(_) => {
                 let reason = format!("the source {shown} is not an absolute path");
                 Err(ConfigError::new(option, reason))
@@ -68,11 +71,25 @@ impl<'a> Sources<'a> {
 
     fn allow(&self, option: &str, text: &str, source: &Path) -> Result<(), ConfigError> {
         if self.plugin_config.volumes || self.allocation.contains(source) {
-            return Ok(());
+            return self.match_patterns(option, source);
         }
         let reason = format!(
             "{} is outside the allocation, and volumes are disabled on this node (plugin.volumes = false)",
             quoted(text)
+        );
+        Err(ConfigError::new(option, reason))
+    }
+
+    /// Rejects a path outside the allocation that the operator has not listed.
+    fn match_patterns(&self, option: &str, source: &Path) -> Result<(), ConfigError> {
+        let allowed = &self.plugin_config.volumes_allow;
+        if self.allocation.contains(source) || allowed.allows(source) {
+            return Ok(());
+        }
+        let reason = format!(
+            "the source is {} on this node, which matches none of plugin.volumes_allow: {}",
+            quoted(&source.to_string_lossy()),
+            allowed.shown()
         );
         Err(ConfigError::new(option, reason))
     }

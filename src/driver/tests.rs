@@ -35,6 +35,7 @@ pub(crate) fn plugin_config() -> PluginConfig {
     PluginConfig {
         enabled: true,
         volumes: true,
+        volumes_allow: Default::default(),
         devices: true,
         require_limits: false,
         exec_unfiltered: false,

@@ -128,7 +128,8 @@ async fn the_schemas_convert() {
             "require_limits",
             "seccomp_cache",
             "state_dir",
-            "volumes"
+            "volumes",
+            "volumes_allow"
         ]),
         "{found:?}"
     );
@@ -162,6 +163,7 @@ async fn the_same_configuration_twice() {
 
 #[rstest] // Conformance check 20.
 #[case(json!({"volumes": "perhaps"}), "plugin.volumes: ")]
+#[case(json!({"volumes_allow": ["srv"]}), "plugin.volumes_allow[0]: \"srv\" is not a pattern")]
 #[case(json!({"enabled": [1]}), "plugin.enabled: ")]
 #[case(json!({"devices": 1}), "plugin.devices: ")]
 #[case(json!({"state_dir": "relative"}), "plugin.state_dir: \"relative\" ")]

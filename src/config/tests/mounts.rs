@@ -459,3 +459,51 @@ fn a_mount_point_in_another_mount_has_to_be_there_or_possible(
         }
     }
 }
+
+#[test]
+fn only_paths_that_the_operator_lists_are_mounted() {
+    let mut host = TestHost::new();
+    host.link("data/out", "../plugins");
+    host.link("shortcut", "data");
+    let pattern = format!("{}/da*", host.path("").display());
+    host.plugin_config.volumes_allow =
+        AllowedPaths::of("plugin.volumes_allow", &[pattern, "/none".to_owned()]).unwrap();
+    for allowed in [
+        "bind = { \"TOP/data\" = \"/x\", \"TOP/shortcut\" = \"/y\", local = \"/z\" }",
+        "mount {\nsource = \"TOP/data/new\"\ntarget = \"/x\"\ncreate = true\n}",
+    ] {
+        plain(&host, allowed);
+    }
+    let refused = |option: &str, path: &str| {
+        format!(
+            r#"{option}: the source is "TOP/{path}" on this node, which matches none of plugin.volumes_allow: "TOP/da*", "/none""#
+        )
+    };
+    for (extra, message) in [
+        (
+            "bind = { \"TOP/plugins\" = \"/x\" }",
+            refused(r#"config.bind["TOP/plugins"]"#, "plugins"),
+        ),
+        (
+            "bind_read_only = { \"TOP/data/out\" = \"/x\" }",
+            refused(r#"config.bind_read_only["TOP/data/out"]"#, "plugins"),
+        ),
+        (
+            "mount {\nsource = \"TOP/new/a\"\ntarget = \"/x\"\ncreate = true\n}",
+            refused("config.mount[0].source", "new/a"),
+        ),
+    ] {
+        let body = format!("image = \"tree\"\nboot = false\n{extra}");
+        assert_eq!(host.refusal(&body), message);
+    }
+    host.context.mounts = vec![VolumeMount {
+        source: host.path("machines"),
+        ..volume("/v", "")
+    }];
+    assert_eq!(
+        host.refusal("image = \"tree\"\nboot = false"),
+        refused(r#"task.volume_mount["/v"]"#, "machines")
+    );
+    host.context.mounts[0].source = host.path("shortcut");
+    assert_eq!(plain(&host, "").mounts[3].source, host.path("data"));
+}

@@ -25,6 +25,7 @@ fn valid_plugin_configurations_are_decoded(
     let expected = PluginConfig {
         enabled: switches,
         volumes: switches,
+        volumes_allow: AllowedPaths::default(),
         devices: switches,
         require_limits: !switches,
         exec_unfiltered: !switches,
@@ -87,4 +88,53 @@ fn a_state_directory_leaves_room_for_the_sockets_below_it() {
     let error = decode(&format!("{longest}x")).unwrap_err();
     assert_eq!(error.option, "plugin.state_dir");
     assert!(error.reason.contains("64 bytes"), "{error}");
+}
+
+fn allow(patterns: &[&str]) -> Result<AllowedPaths, ConfigError> {
+    let options = std::collections::BTreeMap::from([("volumes_allow", patterns)]);
+    let decoded = PluginConfig::decode(&rmp_serde::to_vec_named(&options).unwrap());
+    decoded.map(|config| config.volumes_allow)
+}
+
+#[rstest]
+#[case(&[], "/etc", true)]
+#[case(&["/srv"], "/srv", true)]
+#[case(&["/srv"], "/srv/a/b", true)]
+#[case(&["/srv"], "/srvx", false)]
+#[case(&["/srv"], "/", false)]
+#[case(&["/srv//data/"], "/srv/data", true)]
+#[case(&["/srv/*"], "/srv", false)]
+#[case(&["/srv/*"], "/srv/a", true)]
+#[case(&["/srv/*"], "/srv/.a/b", true)]
+#[case(&["/srv/*/data"], "/srv/a/b/data", false)]
+#[case(&["/srv/*/data"], "/srv/a/data/b", true)]
+#[case(&["/srv/**/data"], "/srv/a/b/data", true)]
+#[case(&["/srv/v[0-9]?"], "/srv/v1a", true)]
+#[case(&["/srv/v[0-9]?"], "/srv/v1/", false)]
+#[case(&["/a", "/b"], "/b/c", true)]
+#[case(&["/"], "/etc", true)]
+fn a_pattern_matches_a_path_or_a_directory_above_it(
+    #[case] patterns: &[&str],
+    #[case] path: &str,
+    #[case] allowed: bool,
+) {
+    let found = allow(patterns).unwrap();
+    assert_eq!(found.allows(std::path::Path::new(path)), allowed);
+}
+
+#[rstest]
+#[case("", r#""" is empty"#)]
+#[case("srv", r#""srv" is not a pattern of absolute paths, such as /srv/*"#)]
+#[case(
+    "/srv/../etc",
+    r#""/srv/../etc" contains .., which no path has once it is looked up"#
+)]
+#[case(
+    "/srv/a**",
+    r#""/srv/a**" is not a pattern: recursive wildcards must form a single path component"#
+)]
+#[case("/srv/[a", r#""/srv/[a" is not a pattern: invalid range pattern"#)]
+fn a_bad_pattern_is_refused(#[case] text: &str, #[case] reason: &str) {
+    let message = allow(&["/good", text]).unwrap_err().to_string();
+    assert_eq!(message, format!("plugin.volumes_allow[1]: {reason}"));
 }
