@@ -1,4 +1,5 @@
-//! Checks `docs/configuration.md`: it lists the same options as the table, and Nomad would accept its examples.
+//! Checks `docs/configuration.md`: it lists the same options as the table, and Nomad would accept its examples and those of
+//! `docs/volumes.md`.
 
 use super::decode;
 use super::options::{
@@ -8,6 +9,8 @@ use super::options::{
 use super::testing;
 
 const TEXT: &str = include_str!("../../docs/configuration.md");
+
+const VOLUMES: &str = include_str!("../../docs/volumes.md");
 
 /// The part of the document below a `## ` heading.
 fn chapter(title: &str) -> &'static str {
@@ -56,7 +59,8 @@ fn every_option_is_documented(#[case] title: &str, #[case] options: &[OptionSpec
 
 #[test]
 fn every_example_is_valid() {
-    let examples: Vec<_> = TEXT.split("```hcl\n").skip(1).collect();
+    let examples = [TEXT, VOLUMES].map(|text| text.split("```hcl\n").skip(1));
+    let examples: Vec<_> = examples.into_iter().flatten().collect();
     let mut blocks = 0;
     for example in &examples {
         let (body, _) = example.split_once("```").expect("the example ends");
