@@ -269,3 +269,36 @@ async fn without_volumes_only_the_allocation_can_be_bound() {
     end(plugin).await;
     stage.leave();
 }
+
+/// Real only: mounts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn temporary_file_systems_have_their_size_mode_and_restrictions() {
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    for (number, users) in [false, true].into_iter().enumerate() {
+        let tree = stage.tree(&format!("tree{number}"));
+        let text = "stat -c '%a %u' /srv/a:b /srv/c /srv/c/d; \
+            df -k /srv/c | grep -o ' 64 ' | head -n 1; \
+            touch /srv/c/new && echo written; touch /srv/c/d/new 2>/dev/null || echo read-only; \
+            cp /bin/sh /srv/a:b/sh && /srv/a:b/sh -c 'echo run' 2>/dev/null || echo noexec";
+        let block = json!([{
+            "type": "tmpfs",
+            "target": "/srv/a:b",
+            "noexec": true,
+            "tmpfs_options": { "mode": 0o700 },
+        }]);
+        let task = stage
+            .shell(text)
+            .with("image", json!(tree))
+            .with("user_namespacing", users)
+            .with("mount", block)
+            .with("tmpfs", json!(["/srv/c:size=64k,mode=0750", "/srv/c/d:ro"]));
+        assert_eq!(
+            stage.run_on(&plugin, task).await.said(),
+            "700 0\n750 0\n1777 0\n 64 \nwritten\nread-only\nnoexec\n",
+            "user_namespacing {users}"
+        );
+    }
+    end(plugin).await;
+    stage.leave();
+}
