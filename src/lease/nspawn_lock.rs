@@ -103,12 +103,35 @@ impl SharedLocks {
     }
 }
 
+impl SharedLocks {
+    /// Waits, at most a second, until no other process shares these locks, and then removes the files: two that only drop them at the same moment
+    /// would each leave the files to the other.
+    pub fn release_last(&self) {
+        let mut pauses = PAUSES.iter();
+        for (file, path) in &self.0 {
+            while !remove_if_alone(file, path)
+                && let Some(pause) = pauses.next()
+            {
+                std::thread::sleep(Duration::from_millis(*pause));
+            }
+        }
+    }
+}
+
+/// Removes the file of a lock that is held here, unless another process shares it: then `false`.
+fn remove_if_alone(file: &File, path: &Path) -> bool {
+    let is_alone = lock(file, EXCLUSIVE).is_ok();
+    // A file that is removed already has made place for that of another process.
+    if is_alone && file.metadata().is_ok_and(|about| about.nlink() > 0) {
+        let _ = fs::remove_file(path);
+    }
+    is_alone
+}
+
 impl Drop for SharedLocks {
     fn drop(&mut self) {
         for (file, path) in self.0.drain(..) {
-            if lock(&file, EXCLUSIVE).is_ok() {
-                let _ = fs::remove_file(path);
-            }
+            remove_if_alone(&file, &path);
         }
     }
 }
@@ -275,6 +298,32 @@ mod tests {
             waited.recv().unwrap();
         });
         assert!(take(&file).is_some());
+    }
+
+    #[test]
+    fn a_holder_that_waits_for_the_other_removes_the_file() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("524288");
+        let first = SharedLocks::of_free_file(path.clone()).unwrap();
+        let second = SharedLocks::of_file(path.clone()).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| second.release_last());
+            std::thread::sleep(Duration::from_millis(20));
+            drop(first);
+            waiting.join().unwrap();
+        });
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_removed_file_is_not_taken_for_its_successor() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("524288");
+        let first = SharedLocks::of_free_file(path.clone()).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _second = SharedLocks::of_free_file(path.clone()).unwrap();
+        drop(first);
+        assert!(path.exists());
     }
 
     #[test]

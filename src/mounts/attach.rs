@@ -10,7 +10,7 @@ use nix::mount::{MsFlags, mount};
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
 
 use super::{
-    IdRange, MountPlan, PlannedMount, directory, id_map, namespace, place_of, root_id_map,
+    IdRange, MountPlan, PlannedMount, directory, id_map, mount_point, namespace, place_of, root_of,
 };
 use crate::container::Propagation;
 use crate::sys::IdMap;
@@ -68,6 +68,7 @@ pub fn attach(plan: &MountPlan, task_dir: &Path) -> Result<(), AttachError> {
         .iter()
         .map(|mount| open(mount, plan.ids, &mut mappings));
     let trees: Vec<_> = trees.collect::<Result<_, _>>()?;
+    make_mount_points(plan, &trees)?;
     let root = plan.root.as_deref();
     let root = root.map(|root| open_root(root, plan.ids, &mut mappings));
     let root = root.transpose()?;
@@ -101,10 +102,39 @@ pub fn attach(plan: &MountPlan, task_dir: &Path) -> Result<(), AttachError> {
     Ok(())
 }
 
-/// A tree of mounts, and whether its top is a directory.
+/// A tree of mounts, and what it was made from.
 struct Opened {
+    place: OwnedFd,
     tree: MountTree,
     is_directory: bool,
+    /// The user and the group that are the container's root, if the ids are mapped.
+    root: Option<(u32, u32)>,
+}
+
+/// Makes what is missing of the mount points of mounts in mapped mounts.
+fn make_mount_points(plan: &MountPlan, trees: &[Opened]) -> Result<(), AttachError> {
+    let all = || plan.mounts.iter().zip(trees);
+    for (mount, opened) in all() {
+        let above = all().filter(|(other, _)| {
+            mount.target != other.target && mount.target.starts_with(&other.target)
+        });
+        let nearest = above.max_by_key(|(other, _)| other.target.components().count());
+        let Some((outer, of_outer)) = nearest.filter(|(outer, _)| !outer.read_only) else {
+            continue;
+        };
+        let (Some(root), Ok(below)) = (of_outer.root, mount.target.strip_prefix(&outer.target))
+        else {
+            continue;
+        };
+        let made = mount_point::make(&of_outer.place, below, opened.is_directory, root);
+        made.map_err(|error| AttachError::Source {
+            option: mount.option.clone(),
+            what: "can't make the mount point in",
+            path: outer.source.clone(),
+            error,
+        })?;
+    }
+    Ok(())
 }
 
 impl Opened {
@@ -151,9 +181,12 @@ fn open(
         .map_err(failed("can't restrict the mounts at"))?;
     tree.follow_later_mounts(mount.propagation == Propagation::HostToTask)
         .map_err(failed("can't set the propagation of"))?;
+    let mapped = ids.filter(|_| mount.mapped);
     Ok(Opened {
         tree,
         is_directory: FileType::from_raw_mode(about.stx_mode.into()).is_dir(),
+        root: mapped.map(|ids| root_of(ids, about.stx_uid, about.stx_gid)),
+        place: opened,
     })
 }
 
@@ -182,14 +215,16 @@ fn open_root(
     let tree = MountTree::copy(opened.as_fd()).map_err(failed("can't copy the mounts at"))?;
     if let Some(ids) = ids {
         mappings
-            .apply(root_id_map(ids), &tree)
+            .apply(id_map(ids, 0, 0), &tree)
             .map_err(failed("can't map the ids of the files of"))?;
     }
     tree.follow_later_mounts(true)
         .map_err(failed("can't set the propagation of"))?;
     Ok(Opened {
+        place: opened,
         tree,
         is_directory: true,
+        root: None,
     })
 }
 

@@ -11,10 +11,13 @@ use crate::container::{Propagation, Restrictions};
 use crate::sys::{Extent, IdMap};
 
 mod attach;
+mod create;
+mod mount_point;
 mod namespace;
 mod plan;
 
 pub use attach::{AttachError, attach};
+pub use create::create_directory;
 pub use plan::{Planned, Refused, Unmappable, plan, unmappable};
 
 /// How many ids a range has that the driver picks.
@@ -51,6 +54,9 @@ pub struct MountPlan {
 struct PlannedMount {
     /// A path of the host without links.
     source: PathBuf,
+    /// The path in the container.
+    #[serde(default)]
+    target: PathBuf,
     /// The option that asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     option: Option<String>,
@@ -100,61 +106,39 @@ fn place_of(directory: &Path, index: usize) -> PathBuf {
     directory.join(index.to_string())
 }
 
+/// The id that files on a mount get which the host's root makes, as in systemd (`UID_MAPPED_ROOT`): systemd-nspawn makes mount points before it has
+/// entered the user namespace, and then gives them to the container.
+const OF_HOST_ROOT: u32 = 2_147_483_646;
+
 /// The mapping of a mount whose top directory or file belongs to this user and group: every id is the same on the host and in the container. An
 /// owner whom the container does not have is its root instead, so that it can use the mount.
 fn id_map(ids: IdRange, user: u32, group: u32) -> IdMap {
-    let extents = |owner: u32| {
-        let IdRange { first, count } = ids;
-        let same = Extent {
-            stored: 0,
-            shown: first,
-            count,
-        };
-        if owner < count {
-            return vec![same];
-        }
-        let as_root = Extent {
-            stored: owner,
-            shown: first,
-            count: 1,
-        };
-        let rest = Extent {
-            stored: 1,
-            shown: first + 1,
-            count: count - 1,
-        };
-        vec![as_root]
-            .into_iter()
-            .chain((count > 1).then_some(rest))
-            .collect()
-    };
     IdMap {
-        users: extents(user),
-        groups: extents(group),
+        users: extents(ids, user),
+        groups: extents(ids, group),
     }
 }
 
-/// The mapping of a root. Its files belong to the ids from 0 on. The host's root can write it too, as systemd-nspawn does before it has entered the
-/// user namespace: what it makes gets an id that the container does not have.
-fn root_id_map(ids: IdRange) -> IdMap {
-    /// As in systemd (`UID_MAPPED_ROOT`).
-    const OF_HOST_ROOT: u32 = 2_147_483_646;
-    let extents = vec![
-        Extent {
-            stored: 0,
-            shown: ids.first,
-            count: ids.count,
-        },
-        Extent {
-            stored: OF_HOST_ROOT,
-            shown: 0,
-            count: 1,
-        },
-    ];
-    IdMap {
-        users: extents.clone(),
-        groups: extents,
+/// The user and the group of the files of such a mount that belong to the container's root.
+fn root_of(ids: IdRange, user: u32, group: u32) -> (u32, u32) {
+    let stored = |owner: u32| extents(ids, owner)[0].stored;
+    (stored(user), stored(group))
+}
+
+fn extents(ids: IdRange, owner: u32) -> Vec<Extent> {
+    let IdRange { first, count } = ids;
+    let extent = |stored, shown, count| Extent {
+        stored,
+        shown,
+        count,
+    };
+    let of_host_root = extent(OF_HOST_ROOT, 0, 1);
+    if owner < count || owner == OF_HOST_ROOT {
+        return vec![extent(0, first, count), of_host_root];
     }
+    let rest = extent(1, first + 1, count - 1);
+    let extents = [extent(owner, first, 1), rest, of_host_root].into_iter();
+    extents.filter(|extent| extent.count > 0).collect()
 }
 
 #[cfg(test)]
@@ -164,6 +148,12 @@ mod tests {
     const IDS: IdRange = IdRange {
         first: 1_000_000,
         count: 65_536,
+    };
+
+    const OF_ROOT: Extent = Extent {
+        stored: OF_HOST_ROOT,
+        shown: 0,
+        count: 1,
     };
 
     fn extent(stored: u32, shown: u32, count: u32) -> Extent {
@@ -177,19 +167,25 @@ mod tests {
     #[test]
     fn ids_are_the_same_inside_and_users_and_groups_are_mapped_separately() {
         let map = id_map(IDS, 1000, 100);
-        assert_eq!(map.users, [extent(0, 1_000_000, 65_536)]);
+        let same = [extent(0, 1_000_000, 65_536), OF_ROOT];
+        assert_eq!(map.users, same);
         assert_eq!(map.groups, map.users);
         let map = id_map(IDS, 0, 200_000);
-        assert_eq!(map.users, [extent(0, 1_000_000, 65_536)]);
-        let as_root = [extent(200_000, 1_000_000, 1), extent(1, 1_000_001, 65_535)];
+        assert_eq!(map.users, same);
+        let as_root = [
+            extent(200_000, 1_000_000, 1),
+            extent(1, 1_000_001, 65_535),
+            OF_ROOT,
+        ];
         assert_eq!(map.groups, as_root);
+        assert_eq!(root_of(IDS, 1000, 200_000), (0, 200_000));
     }
 
     #[test]
     fn a_range_of_one_id_has_an_owner_and_nothing_else() {
         let ids = IdRange { count: 1, ..IDS };
         let map = id_map(ids, 7, 0);
-        assert_eq!(map.users, [extent(7, 1_000_000, 1)]);
-        assert_eq!(map.groups, [extent(0, 1_000_000, 1)]);
+        assert_eq!(map.users, [extent(7, 1_000_000, 1), OF_ROOT]);
+        assert_eq!(map.groups, [extent(0, 1_000_000, 1), OF_ROOT]);
     }
 }

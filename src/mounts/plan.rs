@@ -96,6 +96,7 @@ pub fn plan(mounts: Vec<Mount>, ids: Option<IdRange>, task_dir: &Path) -> Result
         let mapped = ids.is_some() && is_mapped(&mount, &mut planned.unmapped)?;
         planned.plan.mounts.push(PlannedMount {
             source: mount.source.clone(),
+            target: mount.target.clone(),
             option: mount.option.clone(),
             read_only: mount.read_only,
             restrictions: mount.restrictions,

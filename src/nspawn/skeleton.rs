@@ -14,7 +14,7 @@ use std::path::{Component, Path, PathBuf};
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{Mode, mkdirat};
 
-use crate::container::{Mount, Root, Rootfs, Volatile};
+use crate::container::{Mount, Root, Rootfs, Tmpfs, Volatile};
 use crate::rootfs_path::RootDir;
 
 /// An os-release file is a few hundred bytes long.
@@ -32,7 +32,11 @@ pub struct MountPoint {
 /// The mount points that the image lacks, if the root will not be writable: those of mounts, and the directories that
 /// systemd-nspawn itself mounts over. If the result is empty, the image can be used as it is. Fails if the image can't be
 /// examined.
-pub fn missing_mount_points(rootfs: &Rootfs, mounts: &[Mount]) -> io::Result<Vec<MountPoint>> {
+pub fn missing_mount_points(
+    rootfs: &Rootfs,
+    mounts: &[Mount],
+    tmpfs: &[Tmpfs],
+) -> io::Result<Vec<MountPoint>> {
     let Root::Directory(image) = &rootfs.source else {
         return Ok(Vec::new());
     };
@@ -42,11 +46,14 @@ pub fn missing_mount_points(rootfs: &Rootfs, mounts: &[Mount]) -> io::Result<Vec
     let tree = RootDir::open(image)?;
     let is_mounted_over = |below: &Path| mounted_over(rootfs.volatile, below).is_some();
     let mut found = Vec::new();
-    for mount in mounts {
-        let below = missing(&tree, &mount.target)?;
-        let below = below
-            .filter(|below| !is_mounted_over(below_root(&mount.target)) && !is_mounted_over(below));
-        let file = mount.source.is_file();
+    let of_mounts = mounts
+        .iter()
+        .map(|mount| (&mount.target, mount.source.is_file()));
+    let of_tmpfs = tmpfs.iter().map(|tmpfs| (&tmpfs.target, false));
+    for (target, file) in of_mounts.chain(of_tmpfs) {
+        let below = missing(&tree, target)?;
+        let below =
+            below.filter(|below| !is_mounted_over(below_root(target)) && !is_mounted_over(below));
         found.extend(below.map(|below| MountPoint { below, file }));
     }
     for name in always_mounted(rootfs.volatile) {
@@ -259,7 +266,7 @@ fn below_root(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::container::ContainerSpec;
+    use crate::container::{ContainerSpec, Restrictions};
 
     fn mount(target: &str, source: &Path) -> Mount {
         Mount::new(source, target)
@@ -330,11 +337,20 @@ mod tests {
             mount("/tmp/new", image),
             mount("/srv/data", image),
         ];
-        let missing = missing_mount_points(&read_only(image), &mounts).unwrap();
+        let tmpfs = [Tmpfs {
+            target: "/srv/tmp".into(),
+            size: None,
+            mode: 0o1777,
+            read_only: false,
+            restrictions: Restrictions::default(),
+            option: "config.tmpfs[0]".to_owned(),
+        }];
+        let missing = missing_mount_points(&read_only(image), &mounts, &tmpfs).unwrap();
         let wanted = [
             ("alloc", false),
             ("srv/more/deep", false),
             ("etc-file", true),
+            ("srv/tmp", false),
             ("dev", false),
             ("run", false),
             ("sys", false),
@@ -380,7 +396,7 @@ mod tests {
         symlink("/run", place.image.join("var-run")).unwrap();
         let mounts =
             ["/lib/new", "/data/x", "/var-run/new"].map(|target| mount(target, &place.image));
-        let missing = missing_mount_points(&read_only(&place.image), &mounts).unwrap();
+        let missing = missing_mount_points(&read_only(&place.image), &mounts, &[]).unwrap();
         let wanted = ["usr/lib/new", "other/x"];
         assert_eq!(missing, wanted.map(|below| point(below, false)));
         build(&place.image, &place.skeleton, &missing, Volatile::No).unwrap();

@@ -117,6 +117,23 @@ fn numbers(range: &str) -> Option<IdRange> {
     })
 }
 
+/// Creates the sources of mounts that the job wants to be created.
+pub(super) fn create_sources(spec: &ContainerSpec) -> Result<(), BackendError> {
+    for mount in spec.mounts.iter().filter(|mount| mount.create) {
+        mounts::create_directory(&mount.source).map_err(|error| {
+            let option = mount.option.as_deref().unwrap_or("a mount");
+            let path = mount.source.display();
+            BackendError::Start {
+                machine: spec.identity.machine.clone(),
+                step: "creating the source of a mount",
+                cause: cause_of_host_error(&error),
+                reason: format!("{option}: {path}: {error}"),
+            }
+        })?;
+    }
+    Ok(())
+}
+
 /// What is mounted at a start.
 #[derive(Debug)]
 pub(super) struct StartMounts {

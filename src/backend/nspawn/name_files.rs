@@ -258,7 +258,8 @@ impl<'a> Tree<'a> {
 
     fn place(&self, path: &str) -> Place {
         let is_mounted = |at: &Path| {
-            let mut targets = self.spec.mounts.iter().map(|mount| &mount.target);
+            let mounts = self.spec.mounts.iter().map(|mount| &mount.target);
+            let mut targets = mounts.chain(self.spec.tmpfs.iter().map(|tmpfs| &tmpfs.target));
             targets.any(|target| at.starts_with(target))
         };
         if is_mounted(Path::new(path)) {

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::filters::StartFilters;
-use super::mounts::{Ids, StartMounts};
+use super::mounts::{self, Ids, StartMounts};
 use super::name_files::{self, NameFiles};
 use super::own_network::{self, OwnNetwork};
 use super::{Settings, acquire, boot_id, io_error};
@@ -65,6 +65,7 @@ fn prepare_in(
         return Err(unsupported(spec, reason));
     }
     let files = name_files::write(spec, network.plan.as_ref(), task_dir)?;
+    mounts::create_sources(spec)?;
     let (root, of_root) = root(spec, &files, task_dir)?;
     let mut ids = Ids::of(spec, &host)?;
     let mounts = StartMounts::plan(
@@ -236,7 +237,7 @@ fn root(
         return Ok((spec.rootfs.source.clone(), Vec::new()));
     };
     let mounts = [spec.mounts.as_slice(), files.mounts.as_slice()].concat();
-    let missing = skeleton::missing_mount_points(&spec.rootfs, &mounts)
+    let missing = skeleton::missing_mount_points(&spec.rootfs, &mounts, &spec.tmpfs)
         .map_err(|source| io_error("looking for mount points in", image, source))?;
     if missing.is_empty() {
         return Ok((spec.rootfs.source.clone(), Vec::new()));

@@ -277,7 +277,6 @@ impl Supervisor {
     fn release(&mut self, nspawn: ExitStatus) {
         // Only after systemd-nspawn has exited, so that the last of the two to hold the locks removes the files.
         self.tree = None;
-        self.uid_range = None;
         let release = Release {
             task_dir: self.task_dir.clone(),
             launch_spec: self.launch_spec.clone(),
@@ -285,6 +284,7 @@ impl Supervisor {
                 State::Running { running, .. } => Some((**running).clone()),
                 State::Starting { .. } | State::Failing(_) => None,
             },
+            uid_range: self.uid_range.take(),
             by_itself: !self.exit.nspawn_killed && nspawn.signal().is_none(),
         };
         let thread = release.start(&self.events);

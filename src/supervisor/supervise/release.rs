@@ -11,6 +11,7 @@ use super::event_loop::{EventLoop, Source, Token};
 use crate::cgroup::Group;
 use crate::cleanup;
 use crate::failpoint::{self, Failpoint};
+use crate::lease::SharedLocks;
 use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
 
 /// The thread that releases everything.
@@ -35,6 +36,8 @@ pub(super) struct Release {
     pub(super) launch_spec: LaunchSpec,
     /// Only of a container that came up.
     pub(super) running: Option<Running>,
+    /// The lock of the range of ids, which is released last.
+    pub(super) uid_range: Option<SharedLocks>,
     /// Whether systemd-nspawn exited by itself, and so has released its locks.
     pub(super) by_itself: bool,
 }
@@ -86,6 +89,10 @@ impl Release {
                 io::stderr(),
                 "not all resources could be released, DestroyTask tries again: {error}"
             );
+        }
+        // The plugin holds it too until it has heard how the start ended.
+        if let Some(range) = &self.uid_range {
+            range.release_last();
         }
     }
 }

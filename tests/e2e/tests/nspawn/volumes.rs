@@ -7,7 +7,9 @@ use std::os::unix::net::UnixListener;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode as Bits;
 use nomad_driver_nspawn::backend::ContainerBackend as _;
-use nomad_driver_nspawn::container::{Mount, MountIds, Propagation, Restrictions, Users, Volatile};
+use nomad_driver_nspawn::container::{
+    Mount, MountIds, Propagation, Restrictions, Tmpfs, Users, Volatile,
+};
 use nomad_driver_nspawn::sys::procfs;
 use rstest::rstest;
 
@@ -373,5 +375,72 @@ async fn a_volatile_root_has_its_owners(
     });
     assert_eq!(inside.run(spec).await, want);
     assert_eq!(owner(&tree.join("usr/bin")), before);
+    inside.stage.leave();
+}
+
+/// systemd-nspawn makes the missing mount points of one mount in another before it is in the user namespace.
+#[rstest]
+#[case::of_root((0, 0))]
+#[case::of_a_user_beyond_the_range((200_000, 200_000))]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mount_in_a_mount_gets_its_mount_point(#[case] (user, group): (u32, u32)) {
+    let inside = Inside::new();
+    let outer = volume(&inside.stage);
+    chown(&outer, Some(user), Some(group)).unwrap();
+    let inner = inside.stage.join("inner");
+    fs::create_dir(&inner).unwrap();
+    let file = inside.stage.file("file", "text");
+    let mounts = vec![
+        mapped(&outer, "/v"),
+        mapped(&inner, "/v/new/inner"),
+        mapped(&file, "/v/a-file"),
+    ];
+    let script = "cat /v/a-file; touch /v/new/inner/made; stat -c ' %u' /v/new";
+    assert_eq!(run(&inside, mounts, script).await, "text 0\n");
+    assert!(inner.join("made").exists());
+    assert_eq!(owner(&outer.join("new")), (user, group));
+    inside.stage.leave();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_missing_source_is_created_if_the_job_says_so_and_never_through_a_link() {
+    let inside = Inside::new();
+    let source = inside.stage.join("new/deep");
+    let spec = |source: &Path| {
+        inside.spec("touch /v/made; stat -c %u:%a /v").with(|spec| {
+            spec.users = private_users();
+            spec.mounts = vec![Mount {
+                create: true,
+                ..mapped(source, "/v")
+            }];
+        })
+    };
+    assert_eq!(inside.run(spec(&source)).await, "0:755\n");
+    assert_eq!(owner(&source.join("made")), (0, 0));
+    symlink(&source, inside.stage.join("link")).unwrap();
+    let error = inside.refused(spec(&inside.stage.join("link/more"))).await;
+    assert!(error.to_string().contains("config.bind["), "{error}");
+    assert!(!source.join("more").exists());
+    inside.stage.leave();
+}
+
+/// The image lacks the mount point, and can't get it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_temporary_file_system_is_mounted_in_a_read_only_root() {
+    let inside = Inside::new();
+    let script = "touch /work/x && df -k /work | tail -n 1 | awk '{print $2}'; touch /y 2> /dev/null || echo kept";
+    let spec = inside.spec(script).with(|spec| {
+        spec.users = private_users();
+        spec.rootfs.read_only = true;
+        spec.tmpfs = vec![Tmpfs {
+            target: "/work".into(),
+            size: Some(1 << 20),
+            mode: 0o1777,
+            read_only: false,
+            restrictions: Restrictions::default(),
+            option: "config.tmpfs[0]".to_owned(),
+        }];
+    });
+    assert_eq!(inside.run(spec).await, "1024\nkept\n");
     inside.stage.leave();
 }

@@ -1,0 +1,81 @@
+//! Creates the source of a mount that the job wants to be created.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path};
+
+use nix::fcntl::{OFlag, open, openat};
+use nix::sys::stat::{Mode, mkdirat};
+
+/// The mode of what is created.
+const MODE: u32 = 0o755;
+
+/// Creates a directory and its missing parents, with mode 0755, owned by the user of this process. What exists is not changed. A link in the path is an
+/// error: a task may have made it since the path was checked. Blocks.
+pub fn create_directory(path: &Path) -> io::Result<()> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let mut at = open("/", flags, Mode::empty())?;
+    for part in path.components() {
+        let Component::Normal(name) = part else {
+            continue;
+        };
+        let made = match mkdirat(&at, name, Mode::from_bits_truncate(MODE)) {
+            Ok(()) => true,
+            Err(nix::Error::EEXIST) => false,
+            Err(error) => return Err(error.into()),
+        };
+        let next = openat(&at, name, flags, Mode::empty())?;
+        if made {
+            // Whatever this process has for a umask.
+            File::from(next.try_clone()?).set_permissions(PermissionsExt::from_mode(MODE))?;
+        }
+        at = next;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt as _, symlink};
+
+    #[test]
+    fn missing_parents_are_created_and_what_exists_is_kept() {
+        let temp = tempfile::tempdir().unwrap();
+        let top = temp.path().canonicalize().unwrap();
+        fs::set_permissions(&top, fs::Permissions::from_mode(0o700)).unwrap();
+        let path = top.join("a/b");
+        create_directory(&path).unwrap();
+        create_directory(&path).unwrap();
+        let mode = |path: &Path| path.metadata().unwrap().mode() & 0o7777;
+        assert_eq!(
+            [mode(&top), mode(&top.join("a")), mode(&path)],
+            [0o700, 0o755, 0o755]
+        );
+    }
+
+    #[test]
+    fn no_link_is_followed() {
+        let temp = tempfile::tempdir().unwrap();
+        let top = temp.path().canonicalize().unwrap();
+        fs::create_dir(top.join("elsewhere")).unwrap();
+        symlink(top.join("elsewhere"), top.join("link")).unwrap();
+        symlink(top.join("none"), top.join("dangling")).unwrap();
+        for path in ["link/new", "link", "dangling"] {
+            create_directory(&top.join(path)).unwrap_err();
+        }
+        assert_eq!(fs::read_dir(top.join("elsewhere")).unwrap().count(), 0);
+        assert!(!top.join("none").exists());
+    }
+
+    #[test]
+    fn a_file_in_the_way_is_an_error() {
+        let temp = tempfile::tempdir().unwrap();
+        let top = temp.path().canonicalize().unwrap();
+        fs::write(top.join("file"), "").unwrap();
+        create_directory(&top.join("file")).unwrap_err();
+        create_directory(&top.join("file/new")).unwrap_err();
+    }
+}
