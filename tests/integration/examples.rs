@@ -32,6 +32,7 @@ fn every_example_becomes_a_container() {
         seen,
         [
             "boot.nomad.hcl",
+            "database.nomad.hcl",
             "hello.nomad.hcl",
             "resources.nomad.hcl",
             "service.nomad.hcl",

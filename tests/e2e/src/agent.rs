@@ -103,7 +103,7 @@ impl Agent {
             .prefix("nde-")
             .tempdir()
             .expect("a directory");
-        for name in ["server", "data", "plugins", "tmp"] {
+        for name in ["server", "data", "plugins", "tmp", "database"] {
             fs::create_dir(dir.path().join(name)).expect("a directory");
         }
         let place = options.state_in.map_or_else(|| dir.path(), Path::new);

@@ -1,4 +1,4 @@
-//! A Debian tree with systemd in it, built once by debootstrap and cached outside the work tree. Each test gets its own copy, because
+//! Debian trees, one with systemd in it, built once by debootstrap and cached outside the work tree. Each test gets its own copy, because
 //! systemd-nspawn locks a tree while it runs.
 
 use std::fs;
@@ -16,29 +16,37 @@ const SUITE: &str = "bookworm";
 
 /// The cached tree, built if it is missing.
 pub fn tree() -> PathBuf {
+    cached(SUITE, "systemd,systemd-sysv,dbus")
+}
+
+/// Another cached tree: that of the example with a database.
+pub fn tree_with_redis() -> PathBuf {
+    cached(&format!("{SUITE}-redis"), "redis-server")
+}
+
+/// The cached tree of this name, built with these packages if it is missing.
+fn cached(name: &str, packages: &str) -> PathBuf {
     let cache = std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_CACHE");
     let cache = cache.map_or_else(|| CACHE.into(), PathBuf::from);
     fs::create_dir_all(&cache).expect("the cache directory");
     // Several test processes may need it at once; one of them builds it.
     let lock = fs::File::create(cache.join("lock")).expect("the lock of the cache");
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).expect("the lock of the cache");
-    let tree = cache.join(SUITE);
+    let tree = cache.join(name);
     if !tree.is_dir() {
-        let new = cache.join(format!("{SUITE}.new"));
+        let new = cache.join(format!("{name}.new"));
         drop(fs::remove_dir_all(&new));
-        make(&new);
+        make(&new, packages);
         fs::rename(&new, &tree).expect("the finished tree");
     }
     tree
 }
 
-fn make(tree: &Path) {
+fn make(tree: &Path, packages: &str) {
     let made = Command::new("debootstrap")
-        .args([
-            "--variant=minbase",
-            "--include=systemd,systemd-sysv,dbus",
-            SUITE,
-        ])
+        .arg("--variant=minbase")
+        .arg(format!("--include={packages}"))
+        .arg(SUITE)
         .arg(tree)
         // Without a mirror debootstrap uses its own default.
         .args(std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_MIRROR"))
@@ -62,16 +70,21 @@ fn make(tree: &Path) {
     }
 }
 
-/// Copies the cached tree to `target` and adds the unit `e2e.service`, which runs one shell command when the system has started and one when
-/// it stops, neither with a single quote in it.
-pub fn copy(target: &Path, start: &str, stop: &str) {
+/// Copies a tree.
+pub fn copy_tree(tree: &Path, target: &Path) {
     let copied = Command::new("cp")
         .args(["-a", "--reflink=auto", "--"])
-        .arg(tree())
+        .arg(tree)
         .arg(target)
         .status()
         .expect("cp");
     assert!(copied.success(), "cp: {copied}");
+}
+
+/// Copies the cached tree to `target` and adds the unit `e2e.service`, which runs one shell command when the system has started and one when
+/// it stops, neither with a single quote in it.
+pub fn copy(target: &Path, start: &str, stop: &str) {
+    copy_tree(&tree(), target);
     let units = target.join("etc/systemd/system");
     let unit = format!(
         "[Service]\nType=oneshot\nRemainAfterExit=yes\n\

@@ -1,10 +1,11 @@
 //! Tier (b): a real Nomad agent runs commands in tasks, over the websocket of `nomad alloc exec` and for templates.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::Path;
 
 use e2e::agent::{Agent, Allocation, Exec, Message};
-use e2e::debian::Booted;
+use e2e::debian::{self, Booted};
 use e2e::{unique, until};
 use serde_json::json;
 
@@ -216,5 +217,50 @@ fn commands_run_in_a_booted_debian() {
     assert_eq!(task.stop(), [0]);
     assert_eq!(debian.said(), "started\nstopped\n");
     assert!(matches!(terminal.finish().2, Message::Failed(_)));
+    agent.leave();
+}
+
+/// The files outlive the task, and the next one has other ids of the host.
+#[test]
+fn the_example_of_a_database_reads_what_it_has_written_before() {
+    let agent = Agent::new();
+    let tree = agent.join("redis");
+    debian::copy_tree(&debian::tree_with_redis(), &tree);
+    let owner = fs::metadata(tree.join("var/lib/redis")).unwrap();
+    let data = agent.join("database");
+    chown(&data, Some(owner.uid()), Some(owner.gid())).unwrap();
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/database.nomad.hcl");
+    let text = fs::read_to_string(example).unwrap();
+    let image = r#"image     = "debian""#;
+    assert!(text.contains(image));
+    let file = agent.join("database.nomad.hcl");
+    fs::write(
+        &file,
+        text.replace(image, &format!("image = {:?}", tree.to_str().unwrap())),
+    )
+    .unwrap();
+    let run = |command: &str| {
+        let task = agent.run(&file, &[]);
+        task.running();
+        let client = "redis-cli -s /alloc/data/redis.sock";
+        let script = format!(
+            "until {client} ping 2> /dev/null; do sleep 0.1; done > /dev/null; {client} {command}; read inside outside count < /proc/self/uid_map; \
+             echo $outside"
+        );
+        let (stdout, stderr, last) = shell(&task, &script, false).finish();
+        assert_eq!((&*stderr, last), ("", Message::Exited(0)), "{stdout}");
+        assert_eq!(task.stop(), [0]);
+        let (answer, ids) = stdout.trim_end().split_once('\n').unwrap();
+        (answer.to_owned(), ids.to_owned())
+    };
+    let (answer, first) = run("set greeting hello");
+    assert_eq!(answer, "OK");
+    let (answer, second) = run("get greeting");
+    assert_eq!(answer, "hello");
+    assert_ne!(first, second);
+    let files = fs::read_dir(data.join("appendonlydir")).unwrap().flatten();
+    for file in files {
+        assert_eq!(file.metadata().unwrap().uid(), owner.uid(), "{file:?}");
+    }
     agent.leave();
 }

@@ -138,6 +138,9 @@ client {{
   # By default the agent removes the logs of allocations that have ended as soon as 80 % of the disk are used, before the test has read them.
   gc_disk_usage_threshold  = 100
   gc_inode_usage_threshold = 100
+  host_volume "database" {{
+    path = "{dir}/database"
+  }}
   options = {{
     "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean,consul,vault"
     "driver.denylist"      = "{drivers_off}"
