@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::{self, Metadata};
+use std::fs::{self, File, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
@@ -15,6 +15,7 @@ use rustix::fs::{major, minor};
 use serde::{Deserialize, Serialize};
 
 use crate::container::{Device, Mount, Root};
+use crate::sys::mount_tree;
 
 /// Letters of access: reading, writing and making the node. The bits of the kernel's `BPF_DEVCG_ACC_…`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,6 +99,12 @@ impl Devices {
     /// needs it.
     fn of_node(path: &Path) -> Option<Self> {
         Self::of(&fs::metadata(path).ok()?)
+    }
+
+    /// The device of a node at a path without links: a task that can put one there must not get what it names.
+    fn of_place(path: &Path) -> Option<Self> {
+        let found = File::from(mount_tree::place(path).ok()?);
+        Self::of(&found.metadata().ok()?)
     }
 
     fn of(found: &Metadata) -> Option<Self> {
@@ -257,7 +264,7 @@ impl DeviceRules {
 /// The devices that a mount brings into the container: the node itself, or those in a directory of the host's `/dev`, such as `/dev/dri`. Links
 /// in it are not followed: what they name is not in the container.
 fn bound_devices(source: &Path) -> Vec<Devices> {
-    let (mut found, mut seen) = (Vec::from_iter(Devices::of_node(source)), 0);
+    let (mut found, mut seen) = (Vec::from_iter(Devices::of_place(source)), 0);
     let mut pending = Vec::from_iter(source.starts_with("/dev").then(|| source.to_owned()));
     while let Some(directory) = pending.pop() {
         for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {

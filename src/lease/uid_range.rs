@@ -36,9 +36,13 @@ pub struct UidRange {
 
 impl UidRange {
     /// Picks a range that no container has, and locks it: the one that the files of the root belong to, if `owner` is the user of one; otherwise
-    /// one that is the same for this machine name whenever it is free. Blocks.
-    pub fn pick(owner: Option<u32>, machine: &str) -> io::Result<(u32, SharedLocks)> {
-        pick_in(Path::new(LOCKS), owner, machine)
+    /// one that is the same for this machine name whenever it is free. With `only_own`, no other range is picked than that of the files. Blocks.
+    pub fn pick(
+        owner: Option<u32>,
+        only_own: bool,
+        machine: &str,
+    ) -> io::Result<(u32, SharedLocks)> {
+        pick_in(Path::new(LOCKS), (owner, only_own), machine)
     }
 
     /// Takes the lock of a range that the plugin has picked, for the life of the container. Fails if another process holds it alone.
@@ -55,24 +59,39 @@ impl UidRange {
     }
 }
 
-fn pick_in(locks: &Path, owner: Option<u32>, machine: &str) -> io::Result<(u32, SharedLocks)> {
+fn pick_in(
+    locks: &Path,
+    (owner, only_own): (Option<u32>, bool),
+    machine: &str,
+) -> io::Result<(u32, SharedLocks)> {
     /// How many ranges to try. Of the 28,655 that there are, a host uses a few thousand at most.
-    const ATTEMPTS: usize = 200;
+    const ATTEMPTS: usize = 1000;
     // Fails if the directory exists.
     let _ = DirBuilder::new().mode(0o755).recursive(true).create(locks);
-    let taken = free::TakenIds::of_host();
     let own = owner.map(|owner| owner - owner % IDS);
     let own = own.filter(|first| (FIRST..=LAST).contains(first));
-    // What the files of the root belong to may well be in use on the host: by them.
-    let named = free::candidates(machine).filter(|first| taken.is_free(*first, IDS));
-    for first in own.into_iter().chain(named.take(ATTEMPTS)) {
+    // An image's files may belong to a range that an administrator has given to somebody, but not to users.
+    let own = own.filter(|first| free::TakenIds::of_accounts().is_free(*first, IDS));
+    let taken = free::TakenIds::of_host();
+    let named = free::candidates(machine).take(ATTEMPTS);
+    let named = named.filter(|first| taken.is_free(*first, IDS));
+    for first in own.into_iter().chain(named) {
         match SharedLocks::of_free_file(locks.join(first.to_string())) {
             Ok(lock) => return Ok((first, lock)),
+            Err(Errno::EAGAIN | Errno::EACCES) if only_own && own == Some(first) => {
+                let text = format!(
+                    "the files of the image belong to the user ids from {first} on, which another container has"
+                );
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, text));
+            }
             Err(Errno::EAGAIN | Errno::EACCES) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    let text = format!("no range of user ids is free: {ATTEMPTS} of them are in use");
+    let text = format!(
+        "no range of user ids is free: {ATTEMPTS} of them are in use by containers, or belong to somebody according to /etc/passwd, /etc/group, \
+         /etc/subuid or /etc/subgid"
+    );
     Err(io::Error::new(io::ErrorKind::ResourceBusy, text))
 }
 
@@ -126,13 +145,13 @@ mod tests {
     fn a_range_is_picked_by_the_name_and_no_two_containers_have_the_same() {
         let start = Start::new();
         let locks = start.directory("locks");
-        let (first, held) = pick_in(&locks, None, "web-1").unwrap();
+        let (first, held) = pick_in(&locks, (None, true), "web-1").unwrap();
         assert!(first % IDS == 0 && (FIRST..=LAST).contains(&first));
-        let (second, _other) = pick_in(&locks, None, "web-1").unwrap();
+        let (second, _other) = pick_in(&locks, (None, true), "web-1").unwrap();
         assert_ne!(first, second);
         drop(held);
         assert!(!locks.join(first.to_string()).exists());
-        assert_eq!(pick_in(&locks, None, "web-1").unwrap().0, first);
+        assert_eq!(pick_in(&locks, (None, true), "web-1").unwrap().0, first);
     }
 
     #[test]
@@ -140,12 +159,15 @@ mod tests {
         let start = Start::new();
         let locks = start.directory("locks");
         let first = FIRST + 7 * IDS;
-        let (picked, _held) = pick_in(&locks, Some(first + 33), "web-1").unwrap();
+        let (picked, _held) = pick_in(&locks, (Some(first + 33), true), "web-1").unwrap();
         assert_eq!(picked, first);
-        let (picked, _held) = pick_in(&locks, Some(first), "web-1").unwrap();
+        let (picked, _held) = pick_in(&locks, (Some(first), false), "web-1").unwrap();
         assert_ne!(picked, first);
+        let error = pick_in(&locks, (Some(first), true), "web-1").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);
+        assert!(error.to_string().contains(&first.to_string()), "{error}");
         for owner in [0, 1000, LAST + IDS] {
-            let (picked, _held) = pick_in(&locks, Some(owner), "web-1").unwrap();
+            let (picked, _held) = pick_in(&locks, (Some(owner), true), "web-1").unwrap();
             assert!((FIRST..=LAST).contains(&picked));
         }
     }
@@ -154,7 +176,8 @@ mod tests {
     fn a_thousand_containers_have_a_thousand_ranges() {
         let start = Start::new();
         let locks = start.directory("locks");
-        let picked = (0..1000).map(|number| pick_in(&locks, None, &format!("m-{number}")).unwrap());
+        let picked =
+            (0..1000).map(|number| pick_in(&locks, (None, true), &format!("m-{number}")).unwrap());
         let picked: Vec<_> = picked.collect();
         let different: std::collections::BTreeSet<_> =
             picked.iter().map(|(first, _)| first).collect();

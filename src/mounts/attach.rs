@@ -13,8 +13,8 @@ use super::{
     IdRange, MountPlan, PlannedMount, directory, id_map, mount_point, namespace, place_of, root_of,
 };
 use crate::container::Propagation;
-use crate::sys::IdMap;
 use crate::sys::mount_tree::{Denied, MountTree, place};
+use crate::sys::{IdMap, procfs};
 
 /// Why something could not be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -58,41 +58,36 @@ fn explained(error: &io::Error) -> String {
     }
 }
 
+fn failed(what: &'static str) -> impl FnOnce(io::Error) -> AttachError {
+    move |error| AttachError::Namespace { what, error }
+}
+
 /// Moves this process into a mount namespace of its own, in which what was planned is mounted below the directory of the start.
 pub fn attach(plan: &MountPlan, task_dir: &Path) -> Result<(), AttachError> {
-    let directory = &directory(task_dir);
     let mut mappings = Mappings::default();
     // Still in the host's namespace, so that a copy can follow later mounts of the original.
-    let trees = plan
-        .mounts
-        .iter()
-        .map(|mount| open(mount, plan.ids, &mut mappings));
-    let trees: Vec<_> = trees.collect::<Result<_, _>>()?;
-    make_mount_points(plan, &trees)?;
+    let mounts = plan.mounts.iter();
+    let opened = mounts.map(|mount| open(mount, plan.ids, &mut mappings));
+    let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
+    make_mount_points(plan, &opened)?;
     let root = plan.root.as_deref();
     let root = root.map(|root| open_root(root, plan.ids, &mut mappings));
     let root = root.transpose()?;
-    let failed = |what| move |error| AttachError::Namespace { what, error };
+    // The path may lead through links of the host; systemd-nspawn gets it as it is.
+    let real = task_dir
+        .canonicalize()
+        .map_err(failed("examining the directory of the start"))?;
+    let directory = &directory(&real);
     let made = DirBuilder::new()
         .mode(0o700)
         .recursive(true)
         .create(directory);
     made.map_err(failed("making the directory of the mounts"))?;
-    let used = plan.used.iter().map(PathBuf::as_path);
-    let used: Vec<_> = used.chain([task_dir]).collect();
-    namespace::enter_own(&used).map_err(failed("entering a mount namespace"))?;
-    let options = Some("mode=0700,size=1m");
-    mount(
-        Some("nomad-driver-nspawn"),
-        directory,
-        Some("tmpfs"),
-        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
-        options,
-    )
-    .map_err(|error| failed("mounting a tmpfs for mount points")(error.into()))?;
-    for (index, tree) in trees.iter().enumerate() {
-        let over = place_of(directory, index);
-        tree.attach(&over)
+    enter_own(plan, &[task_dir, &real]).map_err(failed("entering a mount namespace"))?;
+    for_mount_points(directory).map_err(failed("mounting a tmpfs for mount points"))?;
+    for (index, opened) in opened.iter().enumerate() {
+        opened
+            .attach(&place_of(directory, index))
             .map_err(failed("attaching a mount in its place"))?;
     }
     if let Some(root) = root {
@@ -102,50 +97,104 @@ pub fn attach(plan: &MountPlan, task_dir: &Path) -> Result<(), AttachError> {
     Ok(())
 }
 
-/// A tree of mounts, and what it was made from.
+fn enter_own(plan: &MountPlan, task_dirs: &[&Path]) -> io::Result<()> {
+    let used: Vec<_> = plan.used.iter().map(PathBuf::as_path).collect();
+    let whole: Vec<_> = plan.whole.iter().map(PathBuf::as_path).collect();
+    namespace::enter_own(&[&used[..], task_dirs].concat(), &whole)
+}
+
+/// Mounts the file system that holds the mount points, which is gone with the namespace.
+fn for_mount_points(directory: &Path) -> io::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let (source, kind, options) = ("nomad-driver-nspawn", "tmpfs", "mode=0700,size=1m");
+    Ok(mount(
+        Some(source),
+        directory,
+        Some(kind),
+        flags,
+        Some(options),
+    )?)
+}
+
+/// A mount that has been opened, and what it was made from.
 struct Opened {
     place: OwnedFd,
     tree: MountTree,
+    /// What is mounted below it, by the path from there, if the tree does not hold that.
+    below: Vec<(PathBuf, MountTree)>,
     is_directory: bool,
     /// The user and the group that are the container's root, if the ids are mapped.
     root: Option<(u32, u32)>,
+    follow: bool,
+}
+
+impl Opened {
+    /// Attaches it at this path, where nothing is yet.
+    fn attach(&self, at: &Path) -> io::Result<()> {
+        match self.is_directory {
+            true => fs::create_dir(at)?,
+            false => drop(File::create_new(at)?),
+        }
+        self.tree.attach(place(at)?.as_fd())?;
+        for (path, tree) in &self.below {
+            tree.attach(place(&at.join(path))?.as_fd())?;
+        }
+        self.follow_where_attached(at)
+    }
+
+    /// Kernels before 5.12 can set the propagation of a mount only where it is attached.
+    fn follow_where_attached(&self, at: &Path) -> io::Result<()> {
+        const NONE: Option<&str> = None;
+        let all = || {
+            [&self.tree]
+                .into_iter()
+                .chain(self.below.iter().map(|(_, tree)| tree))
+        };
+        if all().all(|tree| tree.follow_later_mounts(self.follow).is_ok()) {
+            return Ok(());
+        }
+        let propagation = match self.follow {
+            true => MsFlags::MS_SLAVE,
+            false => MsFlags::MS_PRIVATE,
+        };
+        Ok(mount(NONE, at, NONE, MsFlags::MS_REC | propagation, NONE)?)
+    }
 }
 
 /// Makes what is missing of the mount points of mounts in mapped mounts.
-fn make_mount_points(plan: &MountPlan, trees: &[Opened]) -> Result<(), AttachError> {
-    let all = || plan.mounts.iter().zip(trees);
-    for (mount, opened) in all() {
-        let above = all().filter(|(other, _)| {
-            mount.target != other.target && mount.target.starts_with(&other.target)
-        });
-        let nearest = above.max_by_key(|(other, _)| other.target.components().count());
+fn make_mount_points(plan: &MountPlan, opened: &[Opened]) -> Result<(), AttachError> {
+    let mounts = || plan.mounts.iter().zip(opened);
+    let of_mounts = mounts().map(|(mount, opened)| {
+        let option = mount.option.as_deref();
+        (&mount.target, opened.is_directory, option)
+    });
+    let of_tmpfs = plan.tmpfs.iter().map(|target| (target, true, None));
+    for (target, is_directory, option) in of_mounts.chain(of_tmpfs) {
+        let is_above = |other: &PathBuf| target != other && target.starts_with(other);
+        let depth = |path: &Path| path.components().count();
+        let nearest = mounts()
+            .filter(|(outer, _)| is_above(&outer.target))
+            .max_by_key(|(outer, _)| depth(&outer.target));
         let Some((outer, of_outer)) = nearest.filter(|(outer, _)| !outer.read_only) else {
             continue;
         };
-        let (Some(root), Ok(below)) = (of_outer.root, mount.target.strip_prefix(&outer.target))
-        else {
+        let mut tmpfs = plan.tmpfs.iter();
+        let is_nearer = |tmpfs: &PathBuf| is_above(tmpfs) && depth(tmpfs) > depth(&outer.target);
+        if tmpfs.any(is_nearer) {
+            continue;
+        }
+        let (Some(root), Ok(below)) = (of_outer.root, target.strip_prefix(&outer.target)) else {
             continue;
         };
-        let made = mount_point::make(&of_outer.place, below, opened.is_directory, root);
+        let made = mount_point::make(&of_outer.place, below, is_directory, root);
         made.map_err(|error| AttachError::Source {
-            option: mount.option.clone(),
+            option: option.map(str::to_owned),
             what: "can't make the mount point in",
             path: outer.source.clone(),
             error,
         })?;
     }
     Ok(())
-}
-
-impl Opened {
-    /// Attaches the tree at this path, where nothing is yet.
-    fn attach(&self, at: &Path) -> io::Result<()> {
-        match self.is_directory {
-            true => fs::create_dir(at)?,
-            false => drop(File::create_new(at)?),
-        }
-        self.tree.attach(place(at)?.as_fd())
-    }
 }
 
 /// Opens a mount, and makes of it what was planned.
@@ -164,30 +213,82 @@ fn open(
     };
     let opened = place(&mount.source).map_err(failed("can't open"))?;
     let about = about(&opened).map_err(failed("can't examine"))?;
-    let tree = MountTree::copy(opened.as_fd()).map_err(failed("can't copy the mounts at"))?;
-    if let Some(ids) = ids.filter(|_| mount.mapped) {
-        let map = id_map(ids, about.stx_uid, about.stx_gid);
-        mappings
-            .apply(map, &tree)
-            .map_err(failed("can't map the ids of the files of"))?;
-    }
+    let ids = ids.filter(|_| mount.mapped);
+    let map = ids.map(|ids| id_map(ids, about.stx_uid, about.stx_gid));
+    let copied = copy(&mount.source, &opened, map, mappings);
+    let (tree, below) = copied.map_err(failed("can't copy or map the mounts at"))?;
     let denied = Denied {
         write: mount.read_only,
         set_user_id: mount.restrictions.nosuid,
         devices: mount.restrictions.nodev,
         execution: mount.restrictions.noexec,
     };
-    tree.deny(denied)
-        .map_err(failed("can't restrict the mounts at"))?;
-    tree.follow_later_mounts(mount.propagation == Propagation::HostToTask)
-        .map_err(failed("can't set the propagation of"))?;
-    let mapped = ids.filter(|_| mount.mapped);
+    for tree in [&tree]
+        .into_iter()
+        .chain(below.iter().map(|(_, tree)| tree))
+    {
+        deny(tree, denied).map_err(failed("can't restrict the mounts at"))?;
+    }
     Ok(Opened {
         tree,
+        below,
         is_directory: FileType::from_raw_mode(about.stx_mode.into()).is_dir(),
-        root: mapped.map(|ids| root_of(ids, about.stx_uid, about.stx_gid)),
+        root: ids.map(|ids| root_of(ids, about.stx_uid, about.stx_gid)),
+        follow: mount.propagation == Propagation::HostToTask,
         place: opened,
     })
+}
+
+/// Kernels before 5.12 can't do that. There systemd-nspawn makes a mount read-only, and everything else is refused.
+fn deny(tree: &MountTree, denied: Denied) -> io::Result<()> {
+    let by_nspawn = Denied {
+        write: denied.write,
+        ..Denied::default()
+    };
+    match tree.deny(denied) {
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOSYS) && denied == by_nspawn => {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// Copies what is mounted at a place and below it, with mapped ids: as one tree, or where a mount below can't be mapped, each for itself.
+fn copy(
+    source: &Path,
+    opened: &OwnedFd,
+    map: Option<IdMap>,
+    mappings: &mut Mappings,
+) -> io::Result<(MountTree, Vec<(PathBuf, MountTree)>)> {
+    let whole = MountTree::copy(opened.as_fd())?;
+    let Some(map) = map else {
+        return Ok((whole, Vec::new()));
+    };
+    let Err(error) = mappings.apply(&map, &whole) else {
+        return Ok((whole, Vec::new()));
+    };
+    drop(whole);
+    let top = MountTree::copy_of_one(opened.as_fd())?;
+    mappings.apply(&map, &top)?;
+    let mut below: Vec<(PathBuf, MountTree)> = Vec::new();
+    for mount in procfs::own_mounts()? {
+        let path = mount.target.strip_prefix(source);
+        let Some(path) = path.ok().filter(|path| !path.as_os_str().is_empty()) else {
+            continue;
+        };
+        // Of several at one place, the last one covers the others.
+        if below.iter().any(|(known, _)| known == path) {
+            continue;
+        }
+        let tree = place(&mount.target).and_then(|place| MountTree::copy_of_one(place.as_fd()))?;
+        // It was planned that this one may fail.
+        let _ = mappings.apply(&map, &tree);
+        below.push((path.to_owned(), tree));
+    }
+    match below.is_empty() {
+        true => Err(error),
+        false => Ok((top, below)),
+    }
 }
 
 /// Kind and owner, as far as the kernel knows them: a file system that does not answer is not asked.
@@ -212,19 +313,16 @@ fn open_root(
         }
     };
     let opened = place(root).map_err(failed("can't open"))?;
-    let tree = MountTree::copy(opened.as_fd()).map_err(failed("can't copy the mounts at"))?;
-    if let Some(ids) = ids {
-        mappings
-            .apply(id_map(ids, 0, 0), &tree)
-            .map_err(failed("can't map the ids of the files of"))?;
-    }
-    tree.follow_later_mounts(true)
-        .map_err(failed("can't set the propagation of"))?;
+    let map = ids.map(|ids| id_map(ids, 0, 0));
+    let copied = copy(root, &opened, map, mappings);
+    let (tree, below) = copied.map_err(failed("can't copy or map the mounts at"))?;
     Ok(Opened {
         place: opened,
         tree,
+        below,
         is_directory: true,
         root: None,
+        follow: true,
     })
 }
 
@@ -233,13 +331,13 @@ fn open_root(
 struct Mappings(Vec<(IdMap, OwnedFd)>);
 
 impl Mappings {
-    fn apply(&mut self, map: IdMap, tree: &MountTree) -> io::Result<()> {
-        if let Some((_, namespace)) = self.0.iter().find(|(known, _)| *known == map) {
+    fn apply(&mut self, map: &IdMap, tree: &MountTree) -> io::Result<()> {
+        if let Some((_, namespace)) = self.0.iter().find(|(known, _)| known == map) {
             return tree.map_ids(namespace.as_fd());
         }
         let namespace = map.user_namespace()?;
-        tree.map_ids(namespace.as_fd())?;
-        self.0.push((map, namespace));
-        Ok(())
+        let mapped = tree.map_ids(namespace.as_fd());
+        self.0.push((map.clone(), namespace));
+        mapped
     }
 }

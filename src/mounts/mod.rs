@@ -44,9 +44,15 @@ pub struct MountPlan {
     /// The mounts, in their order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     mounts: Vec<PlannedMount>,
+    /// The temporary file systems that systemd-nspawn mounts, by their paths in the container.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    tmpfs: Vec<PathBuf>,
     /// The paths of the host that systemd-nspawn uses besides those of the system.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     used: Vec<PathBuf>,
+    /// The same with everything that is mounted below.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    whole: Vec<PathBuf>,
 }
 
 /// One mount.
@@ -75,9 +81,14 @@ impl MountPlan {
         self.root.is_none() && self.mounts.is_empty()
     }
 
-    /// Leaves to systemd-nspawn what these paths of the host are on, and what is mounted below them.
-    pub fn keep(&mut self, used: Vec<PathBuf>) {
-        self.used = used;
+    /// Leaves to systemd-nspawn what these paths of the host are on, and what is mounted below those in `whole`.
+    pub fn keep(&mut self, used: Vec<PathBuf>, whole: Vec<PathBuf>) {
+        (self.used, self.whole) = (used, whole);
+    }
+
+    /// Tells where systemd-nspawn mounts temporary file systems.
+    pub fn add_tmpfs(&mut self, targets: impl Iterator<Item = PathBuf>) {
+        self.tmpfs.extend(targets);
     }
 
     /// Has the ids of this root mapped before systemd-nspawn gets it.

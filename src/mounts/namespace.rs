@@ -14,7 +14,6 @@ use crate::sys::procfs::{self, Mount};
 const FILES: &[&str] = &[
     "/",
     "/bin",
-    "/etc",
     "/lib",
     "/lib64",
     "/opt",
@@ -32,18 +31,18 @@ const FILES: &[&str] = &[
     "/var/tmp",
 ];
 
-/// The file systems of the kernel. Every mount below them is kept, as below the paths that a start uses.
-const KERNEL: &[&str] = &["/dev", "/proc", "/sys"];
+/// The file systems of the kernel, and files that are mounted one by one where this host is a container itself. Every mount below them is kept.
+const WHOLE: &[&str] = &["/dev", "/etc", "/proc", "/sys"];
 
-/// Moves this process into a mount namespace of its own, and removes from it what neither systemd-nspawn nor one of these paths needs. What is
-/// mounted on the host later does not appear in it.
-pub(super) fn enter_own(used: &[&Path]) -> io::Result<()> {
+/// Moves this process into a mount namespace of its own, and removes from it what systemd-nspawn does not need. It needs what the paths in `used` are
+/// on, and what those in `whole` are on and have mounted below them. What is mounted on the host later does not appear in it.
+pub(super) fn enter_own(used: &[&Path], whole: &[&Path]) -> io::Result<()> {
     const NONE: Option<&str> = None;
     unshare(CloneFlags::CLONE_NEWNS)?;
     // Before anything is removed: otherwise it would be removed on the host as well.
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
     let mounts = procfs::own_mounts()?;
-    for unused in unused(&mounts, used) {
+    for unused in unused(&mounts, used, whole) {
         // A mount of a namespace above can't be removed.
         let _ = umount2(unused, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
     }
@@ -51,13 +50,14 @@ pub(super) fn enter_own(used: &[&Path]) -> io::Result<()> {
 }
 
 /// The mount points to remove, each with everything below it.
-fn unused<'a>(mounts: &'a [Mount], used: &[&Path]) -> Vec<&'a Path> {
+fn unused<'a>(mounts: &'a [Mount], used: &[&Path], whole: &[&Path]) -> Vec<&'a Path> {
     let by_id: BTreeMap<u32, &Mount> = mounts.iter().map(|mount| (mount.id, mount)).collect();
     let files = FILES.iter().map(Path::new);
     let of_files = files
         .chain(used.iter().copied())
+        .chain(whole.iter().copied())
         .filter_map(|path| mount_of(mounts, path));
-    let whole = KERNEL.iter().map(Path::new).chain(used.iter().copied());
+    let whole = WHOLE.iter().map(Path::new).chain(whole.iter().copied());
     let whole: Vec<_> = whole.collect();
     let below = mounts.iter().filter(|mount| {
         let mut directories = whole.iter();
@@ -108,10 +108,13 @@ mod tests {
         procfs::parse_mountinfo(text.as_bytes())
     }
 
-    fn unused_of(lines: &[(u32, u32, &str)], used: &[&str]) -> Vec<String> {
+    fn unused_of(lines: &[(u32, u32, &str)], used: &[&str], whole: &[&str]) -> Vec<String> {
         let mounts = table(lines);
-        let used: Vec<_> = used.iter().map(Path::new).collect();
-        unused(&mounts, &used)
+        let (used, whole): (Vec<_>, Vec<_>) = (
+            used.iter().map(Path::new).collect(),
+            whole.iter().map(Path::new).collect(),
+        );
+        unused(&mounts, &used, &whole)
             .into_iter()
             .map(|path| path.to_str().unwrap().to_owned())
             .collect()
@@ -128,15 +131,17 @@ mod tests {
             (6, 5, "/run/user/1000"),
             (7, 1, "/srv"),
             (8, 7, "/srv/images"),
+            (13, 8, "/srv/images/web/data"),
+            (14, 8, "/srv/images/other"),
             (9, 7, "/srv/other"),
             (10, 1, "/mnt"),
             (11, 10, "/mnt/inner"),
             (12, 1, "/nix/store"),
         ];
-        let used = ["/srv/images/web", "/nix/store/x/bin/systemd-nspawn"];
+        let used = ["/nix/store/x/bin/systemd-nspawn", "/srv/images"];
         assert_eq!(
-            unused_of(&lines, &used),
-            ["/run/user/1000", "/srv/other", "/mnt"]
+            unused_of(&lines, &used, &["/srv/images/web"]),
+            ["/run/user/1000", "/srv/images/other", "/srv/other", "/mnt"]
         );
     }
 
@@ -148,8 +153,8 @@ mod tests {
             (3, 2, "/srv"),
             (4, 3, "/srv/x"),
         ];
-        assert_eq!(unused_of(&lines, &["/srv/web"]), ["/srv/x"]);
+        assert_eq!(unused_of(&lines, &[], &["/srv/web"]), ["/srv/x"]);
         let lines = [(1, 0, "/"), (2, 1, "/srv"), (3, 1, "/srv")];
-        assert_eq!(unused_of(&lines, &["/srv/web"]), Vec::<String>::new());
+        assert_eq!(unused_of(&lines, &[], &["/srv/web"]), Vec::<String>::new());
     }
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
+use std::sync::OnceLock;
 
 use super::{IdRange, MountPlan, PlannedMount, directory, id_map, place_of};
 use crate::container::{Mount, MountIds};
@@ -61,16 +61,19 @@ pub enum Unmappable {
         /// The mount point.
         at: PathBuf,
     },
-    /// The kernel has no mounts with mapped ids, or no user namespaces.
+    /// The kernel has no mounts with mapped ids.
     #[error("this kernel does not support it: {0}")]
     Kernel(String),
+    /// Whether it can be done could not be found out.
+    #[error("the kernel could not be asked: {0}")]
+    Failed(String),
 }
 
 /// A mount that can't be had as the job asks for it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{}: {why}, so the files of {} would belong to nobody in the container. Use another file system, set idmap = false to mount it nevertheless, \
-     or set config.user_namespacing = false",
+    "{}: the ids of the files of {} can't be mapped to those of the container, because {why}. Use another file system; or set idmap = false, with \
+     which they belong to nobody; or set config.user_namespacing = false",
     option.as_deref().unwrap_or("a mount"),
     source_path.display()
 )]
@@ -78,6 +81,13 @@ pub struct Refused {
     option: Option<String>,
     source_path: PathBuf,
     why: Unmappable,
+}
+
+impl Refused {
+    /// Whether another attempt may succeed.
+    pub fn is_transient(&self) -> bool {
+        matches!(self.why, Unmappable::Failed(_))
+    }
 }
 
 /// Plans these mounts for a container with these ids; `None` are those of the host. Blocks on the file systems of the sources. A source that can't
@@ -111,23 +121,31 @@ pub fn plan(mounts: Vec<Mount>, ids: Option<IdRange>, task_dir: &Path) -> Result
     Ok(planned)
 }
 
-/// Whether the ids of a mount are to be mapped.
+/// Whether the ids of a mount are to be mapped, as far as they can be.
 fn is_mapped(mount: &Mount, unmapped: &mut Vec<(PathBuf, Unmappable)>) -> Result<bool, Refused> {
     if mount.ids == MountIds::Unmapped {
         return Ok(false);
     }
-    let Some(why) = unmappable(&mount.source) else {
-        return Ok(true);
-    };
-    if mount.ids == MountIds::Mapped && has_owners(&mount.source, &why) {
+    let found = unmappable(&mount.source);
+    if mount.ids == MountIds::Mapped
+        && let Some(why) = found.iter().find(|why| has_owners(&mount.source, why))
+    {
         return Err(Refused {
             option: mount.option.clone(),
             source_path: mount.source.clone(),
-            why,
+            why: why.clone(),
         });
     }
-    unmapped.push((mount.target.clone(), why));
-    Ok(false)
+    let is_top = |why: &Unmappable| match why {
+        Unmappable::FileSystem { at, .. } | Unmappable::Mapped { at } => {
+            mount.source.starts_with(at)
+        }
+        Unmappable::Kernel(_) | Unmappable::Failed(_) => true,
+    };
+    let mapped = !found.iter().any(is_top);
+    let target = &mount.target;
+    unmapped.extend(found.into_iter().map(|why| (target.clone(), why)));
+    Ok(mapped)
 }
 
 /// Whether something is lost if the owners of these files are not known: not of device nodes, sockets and what the kernel shows of itself. On a
@@ -137,37 +155,48 @@ fn has_owners(source: &Path, why: &Unmappable) -> bool {
     let is_stored = kind.is_ok_and(|kind| kind.is_dir() || kind.is_file());
     match why {
         Unmappable::FileSystem { kind, .. } => is_stored && !OF_THE_KERNEL.contains(&kind.as_str()),
-        Unmappable::Mapped { .. } => is_stored,
+        Unmappable::Mapped { .. } | Unmappable::Failed(_) => is_stored,
         Unmappable::Kernel(_) => false,
     }
 }
 
-/// Why the ids of what is mounted at this path, and below it, can't be mapped. `None` if they can be, and if the path can't be opened. Blocks.
-pub fn unmappable(source: &Path) -> Option<Unmappable> {
-    let namespace = match &*ANY_MAPPING {
-        Ok(namespace) => namespace.as_fd(),
-        Err(error) => return Some(Unmappable::Kernel(error.to_string())),
+/// Why the ids of what is mounted at this path, and below it, can't be mapped: one reason for each mount that can't. None if all can, and if the path
+/// can't be opened. Blocks.
+pub fn unmappable(source: &Path) -> Vec<Unmappable> {
+    let namespace = match any_mapping() {
+        Ok(namespace) => namespace,
+        Err(error) => return vec![Unmappable::Failed(error.to_string())],
     };
-    let opened = place(source).ok()?;
-    let tree = MountTree::copy(opened.as_fd()).ok()?;
+    let tree = place(source).and_then(|opened| MountTree::copy(opened.as_fd()));
+    let Ok(tree) = tree else {
+        return Vec::new();
+    };
     match tree.map_ids(namespace) {
-        Ok(()) => None,
+        Ok(()) => Vec::new(),
         Err(error) if error.raw_os_error() == Some(nix::libc::ENOSYS) => {
-            Some(Unmappable::Kernel(error.to_string()))
+            vec![Unmappable::Kernel(error.to_string())]
         }
-        Err(error) => Some(first_of(source, namespace, &error)),
+        Err(error) => match each(source, namespace) {
+            found if found.is_empty() => vec![Unmappable::Failed(error.to_string())],
+            found => found,
+        },
     }
 }
 
-/// Any mapping. Whether a mount can be mapped does not depend on the ids.
-static ANY_MAPPING: LazyLock<io::Result<OwnedFd>> = LazyLock::new(|| {
+/// Any mapping: whether a mount can be mapped does not depend on the ids. Made once.
+fn any_mapping() -> io::Result<BorrowedFd<'static>> {
+    static MADE: OnceLock<OwnedFd> = OnceLock::new();
+    if let Some(made) = MADE.get() {
+        return Ok(made.as_fd());
+    }
     let first = super::PICKED_IDS;
     let ids = IdRange { first, count: 1 };
-    id_map(ids, 0, 0).user_namespace()
-});
+    let made = id_map(ids, 0, 0).user_namespace()?;
+    Ok(MADE.get_or_init(|| made).as_fd())
+}
 
-/// The first mount at this path or below it whose ids can't be mapped.
-fn first_of(source: &Path, namespace: BorrowedFd<'_>, whole: &io::Error) -> Unmappable {
+/// The mounts at this path and below it whose ids can't be mapped.
+fn each(source: &Path, namespace: BorrowedFd<'_>) -> Vec<Unmappable> {
     let mounts = procfs::own_mounts().unwrap_or_default();
     let own = mounts
         .iter()
@@ -178,19 +207,17 @@ fn first_of(source: &Path, namespace: BorrowedFd<'_>, whole: &io::Error) -> Unma
         .filter(|mount| mount.target != source && mount.target.starts_with(source));
     let places = own.map(|mount| (source, mount)).into_iter();
     let places = places.chain(below.map(|mount| (&*mount.target, mount)));
-    for (path, mount) in places {
+    let unmappable = places.filter_map(|(path, mount)| {
         let opened = place(path).and_then(|opened| MountTree::copy_of_one(opened.as_fd()));
-        let Ok(Err(error)) = opened.map(|tree| tree.map_ids(namespace)) else {
-            continue;
-        };
+        let error = opened.ok()?.map_ids(namespace).err()?;
         let at = mount.target.clone();
-        return match error.raw_os_error() {
+        Some(match error.raw_os_error() {
             Some(nix::libc::EPERM) => Unmappable::Mapped { at },
             _ => Unmappable::FileSystem {
                 at,
                 kind: mount.kind.clone(),
             },
-        };
-    }
-    Unmappable::Kernel(whole.to_string())
+        })
+    });
+    unmappable.collect()
 }

@@ -101,6 +101,10 @@ pub fn build(
         volatile,
         binds: Vec::new(),
     };
+    // Its owner decides about the range of ids.
+    if let Some(top) = builder.tree.lookup(Path::new(""))? {
+        make_like(skeleton, top.metadata())?;
+    }
     builder.directory(Path::new(""))?;
     for point in missing {
         match (point.file, point.below.file_name(), point.below.parent()) {

@@ -145,6 +145,7 @@ fn starts_on_a_hanging_file_system_do_not_block_other_tasks() {
             let task = host
                 .shell("sleep 60")
                 .with("user_namespacing", json!(true))
+                .with("idmap", json!(false))
                 .with("bind", json!([{ mount.path.to_str().unwrap(): "/mnt" }]));
             let silent = Arc::clone(&mount);
             four_hung_starts_hinder_no_one(&host, task, async move |_: &Host| {

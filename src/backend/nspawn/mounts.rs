@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use super::io_error;
 use super::prepare::{Host, unsupported};
 use crate::backend::BackendError;
-use crate::container::{Cause, ContainerSpec, Mount, Root, Users, Volatile};
+use crate::container::{Cause, ContainerSpec, Mount, MountIds, Root, Users, Volatile};
 use crate::lease::{SharedLocks, UidRange};
-use crate::mounts::{self, IdRange, MountPlan, PICKED_IDS};
+use crate::mounts::{self, IdRange, MountPlan, PICKED_IDS, Refused};
 use crate::nspawn::argv::Bind;
 use crate::nspawn::idmap;
 use crate::nspawn::refusal::cause_of_host_error;
@@ -33,7 +33,9 @@ pub(super) struct Ids {
 enum How {
     /// By the exec shim, with these ids; `None` are those of the host.
     Shim(Option<IdRange>),
-    /// By systemd-nspawn: only that knows the ids, or this process is not allowed to mount anything.
+    /// By the exec shim, and mapped by systemd-nspawn, which alone knows the ids.
+    MappedByNspawn,
+    /// By systemd-nspawn, because this process is not allowed to mount anything.
     Nspawn,
 }
 
@@ -58,11 +60,28 @@ impl Ids {
             "pick" => Self::pick(spec, ownership.clone(), host),
             // They are those of the host.
             "identity" => known(users, How::Shim(None)),
-            range => match numbers(range) {
-                Some(IdRange { first: 0, .. }) => known(users, How::Shim(None)),
-                Some(ids) => known(users, How::Shim(Some(ids))),
-                None => known(users, How::Nspawn),
-            },
+            range => {
+                let ids = match range {
+                    "yes" => owner_of(&spec.rootfs.source).map(|owner| IdRange {
+                        first: owner - owner % PICKED_IDS,
+                        count: PICKED_IDS,
+                    }),
+                    range => numbers(range),
+                };
+                match ids {
+                    Some(IdRange { first: 0, .. }) => known(users, How::Shim(None)),
+                    Some(ids) => {
+                        let own = base_of(&spec.rootfs.source) == Some(ids.first);
+                        let keeps = own && ownership.as_deref() == Some("auto");
+                        let mut users = users;
+                        if keeps {
+                            set_ownership_off(&mut users);
+                        }
+                        known(users, How::Shim(Some(ids)))
+                    }
+                    None => known(users, How::MappedByNspawn),
+                }
+            }
         }
     }
 
@@ -71,25 +90,28 @@ impl Ids {
         ownership: Option<String>,
         host: &Host,
     ) -> Result<Self, BackendError> {
-        let owner = match &spec.rootfs.source {
-            Root::Directory(root) => fs::metadata(root).ok().map(|root| root.uid()),
-            Root::Image(_) => None,
-        };
+        let owner = owner_of(&spec.rootfs.source);
         let machine = &spec.identity.machine;
-        let picked = UidRange::pick(owner, machine).map_err(|error| BackendError::Start {
-            machine: machine.clone(),
-            step: "picking a range of user ids",
-            cause: match error.kind() {
-                std::io::ErrorKind::ResourceBusy => Cause::Busy,
-                _ => cause_of_host_error(&error),
-            },
-            reason: error.to_string(),
-        });
+        let changes_owners = ownership.as_deref() == Some("chown");
+        let picked =
+            UidRange::pick(owner, !changes_owners, machine).map_err(|error| BackendError::Start {
+                machine: machine.clone(),
+                step: "picking a range of user ids",
+                cause: match error.kind() {
+                    std::io::ErrorKind::ResourceBusy => Cause::Busy,
+                    _ => cause_of_host_error(&error),
+                },
+                reason: error.to_string(),
+            });
         let (first, lock) = picked?;
         // What `pick` means where nothing else is set.
         let usual = match Feature::Ownership.is_in(host.version) {
             true => "auto",
             false => "chown",
+        };
+        let usual = match base_of(&spec.rootfs.source) {
+            Some(base) if base == first => "off",
+            _ => usual,
         };
         let ownership = ownership.filter(|how| how != "auto");
         let count = PICKED_IDS;
@@ -102,6 +124,14 @@ impl Ids {
             picked: Some((range, lock)),
             how: How::Shim(Some(IdRange { first, count })),
         })
+    }
+}
+
+/// The user to whom a root directory belongs.
+fn owner_of(root: &Root) -> Option<u32> {
+    match root {
+        Root::Directory(root) => fs::metadata(root).ok().map(|root| root.uid()),
+        Root::Image(_) => None,
     }
 }
 
@@ -156,11 +186,22 @@ impl StartMounts {
         ids: &mut Ids,
         (host, task_dir): (&Host, &Path),
     ) -> Result<Self, BackendError> {
-        let mut mounts = of_root;
-        mounts.extend(spec.mounts.iter().cloned());
-        let How::Shim(range) = ids.how else {
-            return Ok(Self::by_nspawn(spec, root, mounts, own, host));
+        let range = match ids.how {
+            How::Shim(range) => range,
+            How::MappedByNspawn => None,
+            How::Nspawn => {
+                let mounts = of_root.into_iter().chain(spec.mounts.iter().cloned());
+                return Ok(Self::by_nspawn(spec, root, mounts.collect(), own, host));
+            }
         };
+        let mut mounts = of_root;
+        // Its files have their owners already.
+        if range.is_some_and(|range| base_of(&spec.rootfs.source) == Some(range.first)) {
+            mounts
+                .iter_mut()
+                .for_each(|mount| mount.ids = MountIds::Unmapped);
+        }
+        mounts.extend(spec.mounts.iter().cloned());
         let of_driver = own.iter().map(|mount| {
             let source = mount.source.canonicalize();
             let source =
@@ -172,17 +213,29 @@ impl StartMounts {
         });
         let of_driver: Vec<_> = of_driver.collect::<Result<_, _>>()?;
         mounts.extend(of_driver);
+        let (by_nspawn, unmapped_by_nspawn) = match ids.how {
+            How::MappedByNspawn => mapped_by_nspawn(spec, &mounts, host)?,
+            _ => (vec![false; mounts.len()], Vec::new()),
+        };
         let planned = mounts::plan(mounts, range, task_dir);
-        let mut planned = planned.map_err(|refused| unsupported(spec, refused.to_string()))?;
+        let mut planned = planned.map_err(|error| refused(spec, &error))?;
+        let tmpfs = spec.tmpfs.iter().map(|tmpfs| tmpfs.target.clone());
+        planned.plan.add_tmpfs(tmpfs);
         let own_targets: Vec<_> = own.iter().map(|mount| mount.target.clone()).collect();
         let unmapped = planned.unmapped.iter();
         let unmapped = unmapped.filter(|(target, _)| !own_targets.contains(target));
-        let notes = idmap::notes(unmapped.map(|(target, why)| (why.to_string(), target.as_path())));
-        planned.plan.keep(used_by_nspawn(spec, root, host));
+        let mut notes =
+            idmap::notes(unmapped.map(|(target, why)| (why.to_string(), target.as_path())));
+        notes.extend(unmapped_by_nspawn);
+        let (used, whole) = used_by_nspawn(spec, root, host);
+        planned.plan.keep(used, whole);
         let root = match (range, root) {
             (Some(range), Root::Directory(tree)) if is_put_together(spec, ids) => {
                 if needs_mapping(spec, tree, range)? {
-                    planned.plan.map_root(tree);
+                    let real = tree.canonicalize();
+                    let real =
+                        real.map_err(|error| io_error("examining the image", tree, error))?;
+                    planned.plan.map_root(&real);
                 }
                 set_ownership_off(&mut ids.users);
                 match planned.plan.maps_root() {
@@ -192,10 +245,8 @@ impl StartMounts {
             }
             _ => root.clone(),
         };
-        let binds = planned.mounts.into_iter().map(|mount| Bind {
-            mount,
-            idmap: false,
-        });
+        let binds = planned.mounts.into_iter().zip(by_nspawn);
+        let binds = binds.map(|(mount, idmap)| Bind { mount, idmap });
         Ok(Self {
             plan: planned.plan,
             binds: binds.collect(),
@@ -223,16 +274,61 @@ impl StartMounts {
     }
 }
 
-/// The paths of the host, besides those of the system, that systemd-nspawn uses for this container.
-fn used_by_nspawn(spec: &ContainerSpec, root: &Root, host: &Host) -> Vec<PathBuf> {
+/// Which of these mounts systemd-nspawn maps, and notes about the others. A mount that has to be mapped and can't be is refused.
+fn mapped_by_nspawn(
+    spec: &ContainerSpec,
+    mounts: &[Mount],
+    host: &Host,
+) -> Result<(Vec<bool>, Vec<String>), BackendError> {
+    let (binds, notes) = idmap::binds(mounts.to_vec(), &spec.users, host.version, host.kernel);
+    let unmappable = binds
+        .iter()
+        .find(|bind| bind.mount.ids == MountIds::Mapped && !bind.idmap);
+    if let Some(Bind { mount, .. }) = unmappable {
+        let option = mount.option.as_deref().unwrap_or("a mount");
+        let text = format!("{option}: {}", notes.join("; "));
+        return Err(unsupported(spec, text));
+    }
+    let mapped = binds
+        .iter()
+        .map(|bind| bind.idmap && bind.mount.ids != MountIds::Unmapped);
+    Ok((mapped.collect(), notes))
+}
+
+fn refused(spec: &ContainerSpec, error: &Refused) -> BackendError {
+    match error.is_transient() {
+        true => BackendError::Start {
+            machine: spec.identity.machine.clone(),
+            step: "planning the mounts",
+            cause: Cause::Resources,
+            reason: error.to_string(),
+        },
+        false => unsupported(spec, error.to_string()),
+    }
+}
+
+/// The paths of the host, besides those of the system, that systemd-nspawn uses for this container; and those that it uses with everything that is
+/// mounted below.
+fn used_by_nspawn(spec: &ContainerSpec, root: &Root, host: &Host) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let (Root::Directory(image) | Root::Image(image)) = &spec.rootfs.source;
     let (Root::Directory(root) | Root::Image(root)) = root;
     let program = host.program.canonicalize();
-    let program = program.unwrap_or_else(|_| host.program.clone());
-    let mut used = vec![image.clone(), root.clone(), program];
+    let mut used = vec![program.unwrap_or_else(|_| host.program.clone())];
+    used.extend([image.clone(), root.clone()]);
     // The copy of an ephemeral root is made beside it.
     used.extend(image.parent().map(Path::to_owned));
-    used
+    used.extend(Path::new("/etc/resolv.conf").canonicalize());
+    let shown = match spec.rootfs.volatile {
+        Volatile::Yes => "usr",
+        _ => "",
+    };
+    (used, vec![image.join(shown), root.join(shown)])
+}
+
+/// The first id of the range that a root directory belongs to. systemd-nspawn itself notices only for a range that it has picked that the files of the
+/// root have their owners already.
+fn base_of(root: &Root) -> Option<u32> {
+    owner_of(root).map(|owner| owner - owner % PICKED_IDS)
 }
 
 /// Whether systemd-nspawn puts the root together from several mounts, whose ids it can't map, but should.
@@ -251,6 +347,11 @@ fn needs_mapping(spec: &ContainerSpec, tree: &Path, range: IdRange) -> Result<bo
     if base == range.first {
         return Ok(false);
     }
+    if spec.rootfs.ephemeral {
+        let text = "config.ephemeral = true has no use with config.volatile = \"yes\" or \"state\", which do not change the image, and can't be \
+                    combined with them in a user namespace: remove it";
+        return Err(unsupported(spec, text.to_owned()));
+    }
     let refused = |why: String| {
         let text = format!(
             "config.volatile = \"yes\" or \"state\" in a user namespace needs an image whose ids can be mapped, and {why}. Use \"overlay\", or set \
@@ -261,7 +362,7 @@ fn needs_mapping(spec: &ContainerSpec, tree: &Path, range: IdRange) -> Result<bo
     if base != 0 {
         return refused(format!("its files belong to the ids from {base} on"));
     }
-    match mounts::unmappable(tree) {
+    match mounts::unmappable(tree).first() {
         None => Ok(true),
         Some(why) => refused(why.to_string()),
     }

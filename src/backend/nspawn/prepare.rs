@@ -65,7 +65,6 @@ fn prepare_in(
         return Err(unsupported(spec, reason));
     }
     let files = name_files::write(spec, network.plan.as_ref(), task_dir)?;
-    mounts::create_sources(spec)?;
     let (root, of_root) = root(spec, &files, task_dir)?;
     let mut ids = Ids::of(spec, &host)?;
     let mounts = StartMounts::plan(
@@ -75,6 +74,7 @@ fn prepare_in(
         &mut ids,
         (&host, task_dir.path()),
     )?;
+    mounts::create_sources(spec)?;
     let (place, cgroups) = cgroups(spec, task_dir, &layout).unzip();
     let mut notes = network.notes;
     let mut line = command_line(spec, &mounts, &ids, &files, (&host, &layout))?;

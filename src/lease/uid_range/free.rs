@@ -15,12 +15,18 @@ pub(super) struct TakenIds {
 }
 
 impl TakenIds {
-    /// Those of the users, the groups and the subordinate ids of this host, as far as they are in its files. One that can't be read names none.
-    pub(super) fn of_host() -> Self {
+    /// Those of the users and the groups of this host, as far as they are in its files. One that can't be read names none.
+    pub(super) fn of_accounts() -> Self {
         let mut taken = Self::default();
         for file in ["/etc/passwd", "/etc/group"] {
             taken.add_accounts(&fs::read_to_string(file).unwrap_or_default());
         }
+        taken
+    }
+
+    /// The same with the subordinate ids.
+    pub(super) fn of_host() -> Self {
+        let mut taken = Self::of_accounts();
         for file in ["/etc/subuid", "/etc/subgid"] {
             taken.add_subordinate(&fs::read_to_string(file).unwrap_or_default());
         }
@@ -35,10 +41,13 @@ impl TakenIds {
         self.ranges.extend(ids.map(|id| (id, id)));
     }
 
-    /// `NAME:FIRST:COUNT`
+    /// `NAME:FIRST:COUNT`. What root may use is for its containers, of which this is one.
     fn add_subordinate(&mut self, text: &str) {
         let ranges = text.lines().filter_map(|line| {
-            let mut words = line.split(':').skip(1);
+            let mut words = line.split(':');
+            if matches!(words.next()?.trim(), "root" | "0") {
+                return None;
+            }
             let first: u32 = words.next()?.trim().parse().ok()?;
             let count: u32 = words.next()?.trim().parse().ok()?;
             Some((first, first.saturating_add(count.checked_sub(1)?)))
@@ -74,7 +83,7 @@ mod tests {
     fn ids_of_users_and_subordinate_ranges_are_not_free() {
         let mut taken = TakenIds::default();
         taken.add_accounts("root:x:0:0::/root:/bin/sh\nbroken\nldap:x:1000000:7:::\n");
-        taken.add_subordinate("user:2000000:65536\nempty:5:0\nbroken:x:y\nend:4294967295:10\n");
+        taken.add_subordinate("root:1:4294967294\n0:1:4294967294\nuser:2000000:65536\nempty:5:0\nbroken:x:y\nend:4294967295:10\n");
         for (first, free) in [
             (524_288, true),
             (1_000_000 - 65_536, true),

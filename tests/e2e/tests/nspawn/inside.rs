@@ -26,9 +26,15 @@ pub(super) struct Inside {
 
 impl Inside {
     pub(super) fn new() -> Self {
+        Self::with_state_dir(|stage| stage.join("state"))
+    }
+
+    /// The same with this state directory.
+    pub(super) fn with_state_dir(state_dir: impl FnOnce(&Stage) -> PathBuf) -> Self {
         let stage = Stage::new();
+        let state_dir = state_dir(&stage);
         let backend = NspawnBackend::new(Settings {
-            state_dir: stage.join("state"),
+            state_dir,
             nspawn: Some("/usr/bin/systemd-nspawn".into()),
             search: std::ffi::OsString::new(),
             binary: e2e::driver(),

@@ -67,6 +67,17 @@ fn mapped(source: &Path, target: &str) -> Mount {
     }
 }
 
+fn tmpfs(target: &str) -> Tmpfs {
+    Tmpfs {
+        target: target.into(),
+        size: Some(1 << 20),
+        mode: 0o1777,
+        read_only: false,
+        restrictions: Restrictions::default(),
+        option: "config.tmpfs[0]".to_owned(),
+    }
+}
+
 fn owner(path: &Path) -> (u32, u32) {
     let about = path.symlink_metadata().unwrap();
     (about.uid(), about.gid())
@@ -104,6 +115,14 @@ async fn a_volume_with_a_mount_below_has_the_owners_of_the_host() {
     }
     drop(below);
     inside.stage.leave();
+}
+
+/// The range is that of the image: that of the host.
+fn yes() -> Users {
+    Users::Private {
+        range: "yes".to_owned(),
+        ownership: None,
+    }
 }
 
 /// Another start has another range of ids.
@@ -195,6 +214,97 @@ async fn what_cannot_be_mapped_is_refused_by_name_or_taken_as_it_is(#[case] belo
     inside.stage.leave();
 }
 
+/// What the kernel shows of itself has no owners to map, and does not keep the rest from being mapped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_system_of_the_kernel_below_a_volume_is_taken_as_it_is() {
+    let inside = Inside::new();
+    let volume = volume(&inside.stage);
+    let kernel = Mounted::new(volume.join("kernel"), "proc", MsFlags::empty(), "");
+    let memory = Mounted::tmpfs(volume.join("memory"));
+    let spec = || {
+        let script = "cd /v; touch made memory/made; stat -c %u . made memory memory/made kernel";
+        inside.spec(script).with(|spec| {
+            spec.users = private_users();
+            spec.mounts = vec![mapped(&volume, "/v")];
+        })
+    };
+    let started = inside.start(spec()).await;
+    let (exit, printed) = inside.finish(&started).await;
+    assert_eq!((exit.code, &*printed), (0, "0\n0\n0\n0\n65534\n"));
+    let [note] = &*started.notes else {
+        panic!("{:?}", started.notes)
+    };
+    let place = format!("the file system proc at {} ", kernel.0.display());
+    assert!(note.contains(&place), "{note}");
+    // Others are found behind it.
+    let overlay = Mounted::overlay(&inside.stage, volume.join("overlay"));
+    let text = inside.refused(spec()).await.to_string();
+    assert!(text.contains("the file system overlay at "), "{text}");
+    drop((overlay, memory, kernel));
+    inside.stage.leave();
+}
+
+/// The directory of a start is where mounts are attached.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_directory_may_be_reached_through_a_link() {
+    let inside = Inside::with_state_dir(|stage| {
+        fs::create_dir(stage.join("real")).unwrap();
+        symlink("real", stage.join("link")).unwrap();
+        stage.join("link/state")
+    });
+    let volume = volume(&inside.stage);
+    let spec = inside.spec("touch /v/made").with(|spec| {
+        spec.users = private_users();
+        spec.rootfs.volatile = Volatile::State;
+        spec.mounts = vec![mapped(&volume, "/v")];
+    });
+    assert_eq!(inside.run(spec).await, "");
+    assert_eq!(owner(&volume.join("made")), (0, 0));
+    inside.stage.leave();
+}
+
+/// An image whose files have been given to a range.
+#[rstest]
+#[case::picked("pick", false, 0x12)]
+#[case::picked_and_read_only_without_mount_points("pick", true, 0x13)]
+#[case::named("yes", false, 0x14)]
+#[case::named_and_read_only_without_mount_points("yes", true, 0x15)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_of_a_range_keeps_its_owners(
+    #[case] range: &str,
+    #[case] read_only: bool,
+    #[case] number: u32,
+) {
+    let first = number << 16;
+    let inside = Inside::new();
+    let tree = inside.stage.join("tree");
+    let chown = Command::new("chown")
+        .args(["-R", "-h", &format!("{first}:{first}")])
+        .arg(&tree)
+        .status();
+    assert!(chown.unwrap().success());
+    let file = tree.join("etc/of-33");
+    fs::create_dir_all(tree.join("etc")).unwrap();
+    fs::write(&file, "").unwrap();
+    for path in [&tree.join("etc"), &file] {
+        std::os::unix::fs::chown(path, Some(first + 33), Some(first + 33)).unwrap();
+    }
+    let volume = volume(&inside.stage);
+    let script =
+        "stat -c %u /etc/of-33 /bin/busybox; touch /v/made; awk '{print $2}' /proc/self/uid_map";
+    let spec = inside.spec(script).with(|spec| {
+        spec.users = Users::Private {
+            range: range.to_owned(),
+            ownership: (range == "pick").then(|| "auto".to_owned()),
+        };
+        spec.rootfs.read_only = read_only;
+        spec.mounts = vec![mapped(&volume, "/v")];
+    });
+    assert_eq!(inside.run(spec).await, format!("33\n0\n{first}\n"));
+    assert_eq!(owner(&volume.join("made")), (0, 0));
+    inside.stage.leave();
+}
+
 /// systemd-nspawn would follow the link.
 #[rstest]
 #[case::the_source("volume", "volume")]
@@ -203,7 +313,7 @@ async fn what_cannot_be_mapped_is_refused_by_name_or_taken_as_it_is(#[case] belo
 async fn a_directory_that_became_a_link_after_the_check_is_not_followed(
     #[case] replaced: &str,
     #[case] source: &str,
-    #[values(Users::Host, private_users())] users: Users,
+    #[values(Users::Host, private_users(), yes())] users: Users,
 ) {
     let inside = Inside::new();
     let secret = inside.stage.join("secret/inner");
@@ -394,9 +504,18 @@ async fn a_mount_in_a_mount_gets_its_mount_point(#[case] (user, group): (u32, u3
         mapped(&outer, "/v"),
         mapped(&inner, "/v/new/inner"),
         mapped(&file, "/v/a-file"),
+        mapped(&inner, "/v/memory/inner"),
     ];
-    let script = "cat /v/a-file; touch /v/new/inner/made; stat -c ' %u' /v/new";
-    assert_eq!(run(&inside, mounts, script).await, "text 0\n");
+    let script =
+        "cat /v/a-file; touch /v/new/inner/made /v/memory/x; stat -c ' %u' /v/new /v/memory";
+    let spec = inside.spec(script).with(|spec| {
+        spec.users = private_users();
+        spec.mounts = mounts;
+        spec.tmpfs = vec![tmpfs("/v/memory")];
+    });
+    assert_eq!(inside.run(spec).await, "text 0\n 0\n");
+    assert_eq!(owner(&outer.join("memory")), (user, group));
+    assert_eq!(fs::read_dir(outer.join("memory")).unwrap().count(), 0);
     assert!(inner.join("made").exists());
     assert_eq!(owner(&outer.join("new")), (user, group));
     inside.stage.leave();
@@ -432,14 +551,7 @@ async fn a_temporary_file_system_is_mounted_in_a_read_only_root() {
     let spec = inside.spec(script).with(|spec| {
         spec.users = private_users();
         spec.rootfs.read_only = true;
-        spec.tmpfs = vec![Tmpfs {
-            target: "/work".into(),
-            size: Some(1 << 20),
-            mode: 0o1777,
-            read_only: false,
-            restrictions: Restrictions::default(),
-            option: "config.tmpfs[0]".to_owned(),
-        }];
+        spec.tmpfs = vec![tmpfs("/work")];
     });
     assert_eq!(inside.run(spec).await, "1024\nkept\n");
     inside.stage.leave();
