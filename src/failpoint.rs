@@ -16,6 +16,8 @@ pub enum Failpoint {
     Supervising,
     /// Supervisor: the cgroup has been created, if there is one.
     CgroupMade,
+    /// Exec shim (`enter`): the first mount has been made in its own mount namespace, if it makes any.
+    Mounting,
     /// Exec shim (`enter`): about to become systemd-nspawn.
     Entered,
     /// Supervisor: systemd-nspawn has been started, nothing has been received from it.
@@ -62,6 +64,7 @@ impl Failpoint {
             Self::OrderWritten => "order_written",
             Self::Supervising => "supervising",
             Self::CgroupMade => "cgroup_made",
+            Self::Mounting => "mounting",
             Self::Entered => "entered",
             Self::Spawned => "spawned",
             Self::NetworkPrepared => "network_prepared",

@@ -131,7 +131,10 @@ fn remove_if_alone(file: &File, path: &Path) -> bool {
 impl Drop for SharedLocks {
     fn drop(&mut self) {
         for (file, path) in self.0.drain(..) {
-            remove_if_alone(&file, &path);
+            if !remove_if_alone(&file, &path) {
+                // A process that is just being forked has the descriptor too, and would keep the lock.
+                let _ = lock(&file, UNLOCKED);
+            }
         }
     }
 }

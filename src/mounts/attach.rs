@@ -13,6 +13,7 @@ use super::{
     IdRange, MountPlan, PlannedMount, directory, id_map, mount_point, namespace, place_of, root_of,
 };
 use crate::container::Propagation;
+use crate::failpoint::{self, Failpoint};
 use crate::sys::mount_tree::{Denied, MountTree, place};
 use crate::sys::{IdMap, procfs};
 
@@ -89,6 +90,9 @@ pub fn attach(plan: &MountPlan, task_dir: &Path) -> Result<(), AttachError> {
         opened
             .attach(&place_of(directory, index))
             .map_err(failed("attaching a mount in its place"))?;
+        if index == 0 {
+            failpoint::hit(&real, Failpoint::Mounting);
+        }
     }
     if let Some(root) = root {
         root.attach(&directory.join("root"))

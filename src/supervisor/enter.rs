@@ -125,6 +125,7 @@ fn enter_cgroup_and_netns(launch_spec: &LaunchSpec) -> Result<(), Refusal> {
 /// Mounts what systemd-nspawn is to find ready, in a mount namespace of its own.
 fn mount_all(task_dir: &TaskDir, launch_spec: &LaunchSpec) -> Result<(), Refusal> {
     if launch_spec.mounts.is_empty() {
+        failpoint::hit(task_dir, Failpoint::Mounting);
         return Ok(());
     }
     let attached = mounts::attach(&launch_spec.mounts, task_dir.path());

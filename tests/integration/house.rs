@@ -124,7 +124,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("lease", &["network", "cgroup", "failpoint", "sys"]),
-    ("mounts", &["container", "sys"]),
+    ("mounts", &["container", "failpoint", "sys"]),
     ("network", &["nspawn", "container", "sys"]),
     ("nspawn", &["container", "rootfs_path"]),
     ("seccomp", &["container", "sys"]),

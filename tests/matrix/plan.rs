@@ -49,6 +49,7 @@ pub(crate) enum Step {
     BeforeOrder,
     OrderWritten,
     CgroupMade,
+    Mounting,
     NspawnSpawned,
     BeforeNotification,
     Notified,
@@ -72,10 +73,11 @@ pub(crate) enum Step {
 }
 
 impl Step {
-    pub(crate) const ALL: [Self; 22] = [
+    pub(crate) const ALL: [Self; 23] = [
         Self::BeforeOrder,
         Self::OrderWritten,
         Self::CgroupMade,
+        Self::Mounting,
         Self::NspawnSpawned,
         Self::BeforeNotification,
         Self::Notified,
@@ -102,6 +104,7 @@ impl Step {
             Self::BeforeOrder => "before the launch spec",
             Self::OrderWritten => "launch spec written",
             Self::CgroupMade => "cgroup made",
+            Self::Mounting => "mounting",
             Self::NspawnSpawned => "nspawn spawned",
             Self::BeforeNotification => "before the notification",
             Self::Notified => "notified, not recorded",
@@ -139,6 +142,7 @@ impl Step {
             Self::BeforeOrder
                 | Self::OrderWritten
                 | Self::CgroupMade
+                | Self::Mounting
                 | Self::NspawnSpawned
                 | Self::BeforeNotification
                 | Self::Notified
@@ -252,7 +256,8 @@ impl Cell {
     pub(crate) fn is_for_real(self) -> bool {
         let step = matches!(
             self.step,
-            Step::NspawnSpawned
+            Step::Mounting
+                | Step::NspawnSpawned
                 | Step::Notified
                 | Step::NetworkPrepared
                 | Step::NetworkConnected
@@ -307,8 +312,11 @@ impl Cell {
                     Err(NOT_STARTED),
                 ],
             ),
-            Step::NspawnSpawned => (
-                Hold::Driver(Failpoint::Entered),
+            Step::Mounting | Step::NspawnSpawned => (
+                Hold::Driver(match self.step {
+                    Step::Mounting => Failpoint::Mounting,
+                    _ => Failpoint::Entered,
+                }),
                 [
                     Ok(Owed::Undone("")),
                     Ok(Owed::Undone(SUPERVISOR)),
