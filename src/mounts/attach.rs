@@ -129,7 +129,8 @@ struct Opened {
     is_directory: bool,
     /// The user and the group that are the container's root, if the ids are mapped.
     root: Option<(u32, u32)>,
-    follow: bool,
+    /// The propagation that it gets where it is attached, if the kernel can't set it before.
+    propagation: Option<MsFlags>,
 }
 
 impl Opened {
@@ -143,25 +144,24 @@ impl Opened {
         for (path, tree) in &self.below {
             tree.attach(place(&at.join(path))?.as_fd())?;
         }
-        self.follow_where_attached(at)
-    }
-
-    /// Kernels before 5.12 can set the propagation of a mount only where it is attached.
-    fn follow_where_attached(&self, at: &Path) -> io::Result<()> {
-        const NONE: Option<&str> = None;
-        let all = || {
-            [&self.tree]
-                .into_iter()
-                .chain(self.below.iter().map(|(_, tree)| tree))
-        };
-        if all().all(|tree| tree.follow_later_mounts(self.follow).is_ok()) {
+        let Some(propagation) = self.propagation else {
             return Ok(());
-        }
-        let propagation = match self.follow {
+        };
+        const NONE: Option<&str> = None;
+        Ok(mount(NONE, at, NONE, MsFlags::MS_REC | propagation, NONE)?)
+    }
+}
+
+/// Lets a copy follow the later mounts of its original, or not. It must not share them: what is attached in it would be mounted on the host as well.
+/// Kernels before 5.12 can do that only where it is attached: then that is returned.
+fn propagate(tree: &MountTree, follow: bool) -> io::Result<Option<MsFlags>> {
+    match tree.follow_later_mounts(follow) {
+        Ok(()) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOSYS) => Ok(Some(match follow {
             true => MsFlags::MS_SLAVE,
             false => MsFlags::MS_PRIVATE,
-        };
-        Ok(mount(NONE, at, NONE, MsFlags::MS_REC | propagation, NONE)?)
+        })),
+        Err(error) => Err(error),
     }
 }
 
@@ -227,10 +227,11 @@ fn open(
         devices: mount.restrictions.nodev,
         execution: mount.restrictions.noexec,
     };
-    for tree in [&tree]
-        .into_iter()
-        .chain(below.iter().map(|(_, tree)| tree))
-    {
+    let follow = mount.propagation == Propagation::HostToTask;
+    let propagation = propagate(&tree, follow).map_err(failed("can't set the propagation of"))?;
+    deny(&tree, denied).map_err(failed("can't restrict the mounts at"))?;
+    for (_, tree) in &below {
+        propagate(tree, follow).map_err(failed("can't set the propagation of"))?;
         deny(tree, denied).map_err(failed("can't restrict the mounts at"))?;
     }
     Ok(Opened {
@@ -238,7 +239,7 @@ fn open(
         below,
         is_directory: FileType::from_raw_mode(about.stx_mode.into()).is_dir(),
         root: ids.map(|ids| root_of(ids, about.stx_uid, about.stx_gid)),
-        follow: mount.propagation == Propagation::HostToTask,
+        propagation,
         place: opened,
     })
 }
@@ -320,13 +321,17 @@ fn open_root(
     let map = ids.map(|ids| id_map(ids, 0, 0));
     let copied = copy(root, &opened, map, mappings);
     let (tree, below) = copied.map_err(failed("can't copy or map the mounts at"))?;
+    let propagation = propagate(&tree, true).map_err(failed("can't set the propagation of"))?;
+    for (_, tree) in &below {
+        propagate(tree, true).map_err(failed("can't set the propagation of"))?;
+    }
     Ok(Opened {
         place: opened,
         tree,
         below,
         is_directory: true,
         root: None,
-        follow: true,
+        propagation,
     })
 }
 

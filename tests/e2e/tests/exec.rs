@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, chown};
+use std::panic;
 use std::path::Path;
 
 use e2e::agent::{Agent, Allocation, Exec, Message};
@@ -61,6 +62,25 @@ fn runs(word: &str) -> bool {
                 .split(|byte| *byte == 0)
                 .any(|argument| argument == word.as_bytes())
         })
+}
+
+/// Waits until no process has this word in its arguments. If one stays, says what it is doing, and what the agent knows of its session.
+fn ends(agent: &Agent, word: &str) {
+    let waited = panic::catch_unwind(|| until("the end", || (!runs(word)).then_some(())));
+    if waited.is_ok() {
+        return;
+    }
+    let mut found = vec!["the command goes on:".to_owned()];
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    for process in processes.map(|process| process.path()) {
+        let read = |name: &str| fs::read_to_string(process.join(name)).unwrap_or_default();
+        let arguments = read("cmdline").replace('\0', " ");
+        if arguments.contains(word) {
+            let [stat, blocked, cgroup] = ["stat", "wchan", "cgroup"].map(read);
+            found.push(format!("{arguments}\n{stat}{blocked}\n{cgroup}"));
+        }
+    }
+    panic!("{}\n{}", found.join("\n"), agent.log_tail());
 }
 
 #[test]
@@ -138,7 +158,7 @@ fn the_command_of_a_client_that_has_gone_is_killed() {
             read_until(&mut exec, "on");
             assert!(runs(&word));
             drop(exec);
-            until("the command's end", || (!runs(&word)).then_some(()));
+            ends(&agent, &word);
         }
         assert_eq!(task.task()["State"], "running");
         assert_eq!(task.stop(), [0]);

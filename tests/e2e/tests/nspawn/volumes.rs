@@ -78,6 +78,14 @@ fn tmpfs(target: &str) -> Tmpfs {
     }
 }
 
+/// How many mounts the host has at this path and below it.
+fn mounts_of_host(path: &Path) -> usize {
+    let mounts = procfs::own_mounts().unwrap().into_iter();
+    mounts
+        .filter(|mount| mount.target.starts_with(path))
+        .count()
+}
+
 fn owner(path: &Path) -> (u32, u32) {
     let about = path.symlink_metadata().unwrap();
     (about.uid(), about.gid())
@@ -177,7 +185,8 @@ async fn root_can_write_a_volume_whoever_owns_it(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_mapped_is_refused_by_name_or_taken_as_it_is(#[case] below: &str) {
     let inside = Inside::new();
-    let volume = volume(&inside.stage);
+    let top = Mounted::tmpfs(inside.stage.join("volume")).shared();
+    let volume = top.0.clone();
     let at = PathBuf::from(format!("{}{below}", volume.display()));
     let overlay = Mounted::overlay(&inside.stage, at.clone());
     fs::write(at.join("file"), "text").unwrap();
@@ -204,13 +213,15 @@ async fn what_cannot_be_mapped_is_refused_by_name_or_taken_as_it_is(#[case] belo
     }
     assert!(!error.cause().is_recoverable());
     assert_eq!(inside.run(spec(MountIds::Unmapped)).await, "text 65534\n");
+    let before = mounts_of_host(&volume);
     let started = inside.start(spec(MountIds::MappedIfPossible)).await;
+    assert_eq!(mounts_of_host(&volume), before);
     let [note] = &*started.notes else {
         panic!("{:?}", started.notes)
     };
     assert!(note.contains("the file system overlay"), "{note}");
     inside.finish(&started).await;
-    drop(overlay);
+    drop((overlay, top));
     inside.stage.leave();
 }
 
@@ -218,7 +229,9 @@ async fn what_cannot_be_mapped_is_refused_by_name_or_taken_as_it_is(#[case] belo
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_system_of_the_kernel_below_a_volume_is_taken_as_it_is() {
     let inside = Inside::new();
-    let volume = volume(&inside.stage);
+    // As on a host with systemd, where what is mounted in one place of a shared mount is mounted in all.
+    let top = Mounted::tmpfs(inside.stage.join("volume")).shared();
+    let volume = top.0.clone();
     let kernel = Mounted::new(volume.join("kernel"), "proc", MsFlags::empty(), "");
     let memory = Mounted::tmpfs(volume.join("memory"));
     let spec = || {
@@ -228,7 +241,9 @@ async fn a_file_system_of_the_kernel_below_a_volume_is_taken_as_it_is() {
             spec.mounts = vec![mapped(&volume, "/v")];
         })
     };
+    let before = mounts_of_host(&volume);
     let started = inside.start(spec()).await;
+    assert_eq!(mounts_of_host(&volume), before);
     let (exit, printed) = inside.finish(&started).await;
     assert_eq!((exit.code, &*printed), (0, "0\n0\n0\n0\n65534\n"));
     let [note] = &*started.notes else {
@@ -240,7 +255,7 @@ async fn a_file_system_of_the_kernel_below_a_volume_is_taken_as_it_is() {
     let overlay = Mounted::overlay(&inside.stage, volume.join("overlay"));
     let text = inside.refused(spec()).await.to_string();
     assert!(text.contains("the file system overlay at "), "{text}");
-    drop((overlay, memory, kernel));
+    drop((overlay, memory, kernel, top));
     inside.stage.leave();
 }
 
