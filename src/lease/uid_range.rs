@@ -70,8 +70,19 @@ fn pick_in(
     let _ = DirBuilder::new().mode(0o755).recursive(true).create(locks);
     let own = owner.map(|owner| owner - owner % IDS);
     let own = own.filter(|first| (FIRST..=LAST).contains(first));
-    // An image's files may belong to a range that an administrator has given to somebody, but not to users.
-    let own = own.filter(|first| free::TakenIds::of_accounts().is_free(*first, IDS));
+    // An image's files may belong to a range that an administrator has given to somebody, but not to users: who can write the image could choose them.
+    let is_of_users = |first: &u32| !free::TakenIds::of_accounts().is_free(*first, IDS);
+    let own = match own.filter(is_of_users) {
+        Some(first) if only_own => {
+            let text = format!(
+                "the files of the image belong to the user ids from {first} on, among which are users or groups of this host. If that is meant, set \
+                 config.private_users = \"{first}:{IDS}\""
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        Some(_) => None,
+        None => own,
+    };
     let taken = free::TakenIds::of_host();
     let named = free::candidates(machine).take(ATTEMPTS);
     let named = named.filter(|first| taken.is_free(*first, IDS));

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::container::Propagation;
 use crate::failpoint::{self, Failpoint};
-use crate::sys::mount_tree::{Denied, MountTree, place};
+use crate::sys::mount_tree::{Denied, MountTree, place, place_as_it_is};
 use crate::sys::{IdMap, procfs};
 
 /// Why something could not be mounted.
@@ -142,7 +142,11 @@ impl Opened {
         }
         self.tree.attach(place(at)?.as_fd())?;
         for (path, tree) in &self.below {
-            tree.attach(place(&at.join(path))?.as_fd())?;
+            // A place that another mount covers is not seen in the original either.
+            match place_as_it_is(&at.join(path)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                over => tree.attach(over?.as_fd())?,
+            }
         }
         let Some(propagation) = self.propagation else {
             return Ok(());
@@ -285,11 +289,15 @@ fn copy(
         if below.iter().any(|(known, _)| known == path) {
             continue;
         }
-        let tree = place(&mount.target).and_then(|place| MountTree::copy_of_one(place.as_fd()))?;
+        let place = place_as_it_is(&mount.target);
+        let tree = place.and_then(|place| MountTree::copy_of_one(place.as_fd()));
+        // It is covered, has been unmounted meanwhile, or must not be copied.
+        let Ok(tree) = tree else { continue };
         // It was planned that this one may fail.
         let _ = mappings.apply(&map, &tree);
         below.push((path.to_owned(), tree));
     }
+    below.sort_by_key(|(path, _)| path.components().count());
     match below.is_empty() {
         true => Err(error),
         false => Ok((top, below)),

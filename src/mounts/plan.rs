@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use super::{IdRange, MountPlan, PlannedMount, directory, id_map, place_of};
 use crate::container::{Mount, MountIds};
-use crate::sys::mount_tree::{MountTree, place};
+use crate::sys::mount_tree::{MountTree, place, place_as_it_is};
 use crate::sys::procfs;
 
 /// File systems that show the kernel's own objects. Their files have no owners to keep apart, and tasks use them as they are.
@@ -24,11 +24,16 @@ const OF_THE_KERNEL: &[&str] = &[
     "devtmpfs",
     "efivarfs",
     "fusectl",
+    "hugetlbfs",
     "mqueue",
+    "nfsd",
     "nsfs",
     "proc",
     "pstore",
+    "rpc_pipefs",
     "securityfs",
+    "selinuxfs",
+    "smackfs",
     "sysfs",
     "tracefs",
 ];
@@ -127,6 +132,19 @@ fn is_mapped(mount: &Mount, unmapped: &mut Vec<(PathBuf, Unmappable)>) -> Result
         return Ok(false);
     }
     let found = unmappable(&mount.source);
+    let is_top = |why: &&Unmappable| match why {
+        Unmappable::FileSystem { at, .. } | Unmappable::Mapped { at } => {
+            mount.source.starts_with(at)
+        }
+        Unmappable::Kernel(_) | Unmappable::Failed(_) => true,
+    };
+    // Of what the kernel shows of itself nothing is mapped, whatever is mounted below it, such as `/dev/shm`.
+    let top = found.iter().find(is_top);
+    if let Some(why) = top.filter(|why| !has_owners(&mount.source, why)) {
+        unmapped.push((mount.target.clone(), why.clone()));
+        return Ok(false);
+    }
+    let mapped = top.is_none();
     if mount.ids == MountIds::Mapped
         && let Some(why) = found.iter().find(|why| has_owners(&mount.source, why))
     {
@@ -136,13 +154,6 @@ fn is_mapped(mount: &Mount, unmapped: &mut Vec<(PathBuf, Unmappable)>) -> Result
             why: why.clone(),
         });
     }
-    let is_top = |why: &Unmappable| match why {
-        Unmappable::FileSystem { at, .. } | Unmappable::Mapped { at } => {
-            mount.source.starts_with(at)
-        }
-        Unmappable::Kernel(_) | Unmappable::Failed(_) => true,
-    };
-    let mapped = !found.iter().any(is_top);
     let target = &mount.target;
     unmapped.extend(found.into_iter().map(|why| (target.clone(), why)));
     Ok(mapped)
@@ -177,10 +188,20 @@ pub fn unmappable(source: &Path) -> Vec<Unmappable> {
             vec![Unmappable::Kernel(error.to_string())]
         }
         Err(error) => match each(source, namespace) {
+            // What can't be mapped is covered by another mount.
+            found if found.is_empty() && is_of_a_mount(&error) => Vec::new(),
             found if found.is_empty() => vec![Unmappable::Failed(error.to_string())],
             found => found,
         },
     }
+}
+
+/// Whether the kernel has refused to map a mount, and not failed.
+fn is_of_a_mount(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(nix::libc::EINVAL | nix::libc::EPERM)
+    )
 }
 
 /// Any mapping: whether a mount can be mapped does not depend on the ids. Made once.
@@ -205,10 +226,10 @@ fn each(source: &Path, namespace: BorrowedFd<'_>) -> Vec<Unmappable> {
     let below = mounts
         .iter()
         .filter(|mount| mount.target != source && mount.target.starts_with(source));
-    let places = own.map(|mount| (source, mount)).into_iter();
-    let places = places.chain(below.map(|mount| (&*mount.target, mount)));
-    let unmappable = places.filter_map(|(path, mount)| {
-        let opened = place(path).and_then(|opened| MountTree::copy_of_one(opened.as_fd()));
+    let own = own.map(|mount| (place(source), mount)).into_iter();
+    let places = own.chain(below.map(|mount| (place_as_it_is(&mount.target), mount)));
+    let unmappable = places.filter_map(|(opened, mount)| {
+        let opened = opened.and_then(|opened| MountTree::copy_of_one(opened.as_fd()));
         let error = opened.ok()?.map_ids(namespace).err()?;
         let at = mount.target.clone();
         Some(match error.raw_os_error() {

@@ -13,16 +13,23 @@ use super::ffi::{MountAttributes, set_mount_attributes};
 /// Opens what is at a path without links, for nothing but to say where it is: a device or a FIFO is not opened. A link in the path or at its end is
 /// an error, so that this is what the path meant when its links were resolved.
 pub fn place(path: &Path) -> io::Result<OwnedFd> {
-    let how = |more| {
-        OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | more)
-            .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS)
-    };
     // Only who asks for a directory has an automount point mounted.
-    match openat2(AT_FDCWD, path, how(OFlag::O_DIRECTORY)) {
-        Err(nix::Error::ENOTDIR) => Ok(openat2(AT_FDCWD, path, how(OFlag::empty()))?),
+    match opened(path, OFlag::O_DIRECTORY) {
+        Err(nix::Error::ENOTDIR) => place_as_it_is(path),
         other => Ok(other?),
     }
+}
+
+/// The same, with nothing mounted at an automount point.
+pub fn place_as_it_is(path: &Path) -> io::Result<OwnedFd> {
+    Ok(opened(path, OFlag::empty())?)
+}
+
+fn opened(path: &Path, more: OFlag) -> nix::Result<OwnedFd> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | more)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(AT_FDCWD, path, how)
 }
 
 /// A tree of mounts that is attached nowhere. Dropping it unmounts it, unless it has been attached.

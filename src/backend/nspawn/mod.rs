@@ -30,6 +30,7 @@ mod addresses;
 mod attach;
 mod exec;
 mod filters;
+mod ids;
 mod installed;
 mod mounts;
 mod name_files;

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use super::filters::StartFilters;
-use super::mounts::{self, Ids, StartMounts};
+use super::ids::Ids;
+use super::mounts::{self, StartMounts};
 use super::name_files::{self, NameFiles};
 use super::own_network::{self, OwnNetwork};
 use super::{Settings, acquire, boot_id, io_error};
@@ -67,6 +68,8 @@ fn prepare_in(
     let files = name_files::write(spec, network.plan.as_ref(), task_dir)?;
     let (root, of_root) = root(spec, &files, task_dir)?;
     let mut ids = Ids::of(spec, &host)?;
+    // Whether they can be mapped depends on where they are.
+    mounts::create_sources(spec)?;
     let mounts = StartMounts::plan(
         spec,
         (&root, of_root),
@@ -74,7 +77,6 @@ fn prepare_in(
         &mut ids,
         (&host, task_dir.path()),
     )?;
-    mounts::create_sources(spec)?;
     let (place, cgroups) = cgroups(spec, task_dir, &layout).unzip();
     let mut notes = network.notes;
     let mut line = command_line(spec, &mounts, &ids, &files, (&host, &layout))?;

@@ -259,6 +259,25 @@ async fn a_file_system_of_the_kernel_below_a_volume_is_taken_as_it_is() {
     inside.stage.leave();
 }
 
+/// Whatever is mounted below it, such as `/dev/shm`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_of_the_kernel_is_mounted_as_it_is() {
+    let inside = Inside::new();
+    let spec = inside.spec("test -c /v/null && ls -d /v/shm").with(|spec| {
+        spec.users = private_users();
+        spec.mounts = vec![mapped(Path::new("/dev"), "/v")];
+    });
+    let started = inside.start(spec).await;
+    let (exit, printed) = inside.finish(&started).await;
+    assert_eq!((exit.code, &*printed), (0, "/v/shm\n"));
+    assert!(
+        started.notes[0].contains("the file system "),
+        "{:?}",
+        started.notes
+    );
+    inside.stage.leave();
+}
+
 /// The directory of a start is where mounts are attached.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_state_directory_may_be_reached_through_a_link() {
