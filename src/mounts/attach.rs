@@ -43,6 +43,21 @@ pub enum AttachError {
 }
 
 impl AttachError {
+    /// What failed with a source, given the option that asks for it.
+    fn of_source(
+        option: Option<&str>,
+        what: &'static str,
+        path: &Path,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let (option, path) = (option.map(str::to_owned), path.to_owned());
+        move |error| Self::Source {
+            option,
+            what,
+            path,
+            error,
+        }
+    }
+
     /// The error of the kernel.
     pub fn error(&self) -> &io::Error {
         let (Self::Source { error, .. } | Self::Namespace { error, .. }) = self;
@@ -195,12 +210,8 @@ fn make_mount_points(plan: &MountPlan, opened: &[Opened]) -> Result<(), AttachEr
             continue;
         };
         let made = mount_point::make(&of_outer.place, below, is_directory, root);
-        made.map_err(|error| AttachError::Source {
-            option: option.map(str::to_owned),
-            what: "can't make the mount point in",
-            path: outer.source.clone(),
-            error,
-        })?;
+        let what = "can't make the mount point in";
+        made.map_err(AttachError::of_source(option, what, &outer.source))?;
     }
     Ok(())
 }
@@ -211,14 +222,7 @@ fn open(
     ids: Option<IdRange>,
     mappings: &mut Mappings,
 ) -> Result<Opened, AttachError> {
-    let failed = |what| {
-        move |error: io::Error| AttachError::Source {
-            option: mount.option.clone(),
-            what,
-            path: mount.source.clone(),
-            error,
-        }
-    };
+    let failed = |what| AttachError::of_source(mount.option.as_deref(), what, &mount.source);
     let opened = place(&mount.source).map_err(failed("can't open"))?;
     let about = about(&opened).map_err(failed("can't examine"))?;
     let ids = ids.filter(|_| mount.mapped);
@@ -317,14 +321,7 @@ fn open_root(
     ids: Option<IdRange>,
     mappings: &mut Mappings,
 ) -> Result<Opened, AttachError> {
-    let failed = |what| {
-        move |error: io::Error| AttachError::Source {
-            option: Some("config.image".to_owned()),
-            what,
-            path: root.to_owned(),
-            error,
-        }
-    };
+    let failed = |what| AttachError::of_source(Some("config.image"), what, root);
     let opened = place(root).map_err(failed("can't open"))?;
     let map = ids.map(|ids| id_map(ids, 0, 0));
     let copied = copy(root, &opened, map, mappings);

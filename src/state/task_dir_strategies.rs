@@ -107,7 +107,7 @@ fn mount_plan() -> impl Strategy<Value = MountPlan> {
     (mounts, ids, proptest::option::of(path())).prop_map(|(mounts, ids, root)| {
         let mut plan = mounts::plan(mounts, ids, Path::new("/none")).unwrap().plan;
         plan.keep(vec!["/srv".into()], vec!["/srv/web".into()]);
-        plan.add_tmpfs(std::iter::once("/work".into()));
+        plan.add_tmpfs(std::iter::once("/scratch".into()));
         if let Some(root) = root {
             plan.map_root(&root);
         }

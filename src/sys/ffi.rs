@@ -218,6 +218,7 @@ pub(super) fn set_mount_attributes(
 /// the caller waits for it.
 pub(super) fn start_in_user_namespace() -> io::Result<c_int> {
     let flags = nix::libc::CLONE_NEWUSER | nix::libc::SIGCHLD;
+    let parent = c_long::from(nix::unistd::getpid().as_raw());
     // SAFETY: without a stack of its own and with no memory shared, the new process goes on like one of fork(2). Other threads may have held
     // locks, so it makes nothing but system calls.
     let pid = unsafe { nix::libc::syscall(nix::libc::SYS_clone, flags, 0, 0, 0, 0) };
@@ -230,6 +231,10 @@ pub(super) fn start_in_user_namespace() -> io::Result<c_int> {
                     nix::libc::PR_SET_PDEATHSIG,
                     nix::libc::SIGKILL,
                 );
+                // The parent may have been killed before that.
+                if nix::libc::syscall(nix::libc::SYS_getppid) != parent {
+                    nix::libc::syscall(nix::libc::SYS_exit_group, 0);
+                }
                 nix::libc::syscall(nix::libc::SYS_ppoll, 0, 0, 0, 0, 0);
             }
         },

@@ -581,11 +581,11 @@ async fn a_missing_source_is_created_if_the_job_says_so_and_never_through_a_link
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_temporary_file_system_is_mounted_in_a_read_only_root() {
     let inside = Inside::new();
-    let script = "touch /work/x && df -k /work | tail -n 1 | awk '{print $2}'; touch /y 2> /dev/null || echo kept";
+    let script = "touch /scratch/x && df -k /scratch | tail -n 1 | awk '{print $2}'; touch /y 2> /dev/null || echo kept";
     let spec = inside.spec(script).with(|spec| {
         spec.users = private_users();
         spec.rootfs.read_only = true;
-        spec.tmpfs = vec![tmpfs("/work")];
+        spec.tmpfs = vec![tmpfs("/scratch")];
     });
     assert_eq!(inside.run(spec).await, "1024\nkept\n");
     inside.stage.leave();
