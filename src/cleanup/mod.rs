@@ -6,7 +6,7 @@ use std::io;
 use std::time::Duration;
 
 use crate::cgroup::{Group, Layout};
-use crate::lease::{Context, release_all};
+use crate::lease::{Context, UidRange, release_all};
 use crate::signal::Signal;
 use crate::state::task_dir::{LaunchSpec, Running, TaskDir, is_of_later_form};
 use crate::sys::kernel;
@@ -54,7 +54,10 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
     task_dir.discard_secrets();
     let launch_spec = match task_dir.launch_spec() {
         Ok(launch_spec) => launch_spec,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        // The plugin was killed while it prepared the start.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return remove_unrecorded_range(task_dir);
+        }
         // Its supervisor has released everything.
         Err(error) if is_of_later_form(&error) && task_dir.is_freed() => return Ok(()),
         // Its resources can't be known, but its processes can: no other cgroup has this name.
@@ -62,7 +65,10 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
             let leaf = task_dir.path().file_name().and_then(|name| name.to_str());
             let leaf = leaf.filter(|leaf| TaskDir::is_name(leaf)).ok_or(error)?;
             let groups = Layout::of_this_host().find(leaf);
-            return groups.iter().try_for_each(|group| kill_group(group, true));
+            groups
+                .iter()
+                .try_for_each(|group| kill_group(group, true))?;
+            return remove_unrecorded_range(task_dir);
         }
         Err(error) => return Err(error),
     };
@@ -73,6 +79,16 @@ pub fn kill_and_release(task_dir: &TaskDir) -> io::Result<()> {
         return Ok(());
     }
     release(task_dir, &launch_spec, running.as_ref())
+}
+
+/// Removes what a start without a readable launch spec can have acquired: the lock of a range of ids, which is picked before the launch spec is written.
+fn remove_unrecorded_range(task_dir: &TaskDir) -> io::Result<()> {
+    let Ok(directory) = task_dir.path().metadata() else {
+        return Ok(());
+    };
+    // Not every file system has the time of creation.
+    let begun_at = directory.created().or_else(|_| directory.modified())?;
+    UidRange::remove_unrecorded(begun_at)
 }
 
 /// Releases what the host holds for a container whose processes have been killed. A resource that can't be released does not keep the

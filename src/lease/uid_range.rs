@@ -45,6 +45,12 @@ impl UidRange {
         pick_in(Path::new(LOCKS), (owner, only_own), machine)
     }
 
+    /// Removes the lock of a range that was picked for a start whose records do not name it: one that was created after the start began, and
+    /// that no process holds.
+    pub fn remove_unrecorded(begun_at: SystemTime) -> io::Result<()> {
+        remove_nameless(Some(begun_at), Path::new(LOCKS))
+    }
+
     /// Takes the lock of a range that the plugin has picked, for the life of the container. Fails if another process holds it alone.
     pub fn hold(&self) -> io::Result<Option<SharedLocks>> {
         let Some(first) = self.first else {

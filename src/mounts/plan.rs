@@ -98,6 +98,8 @@ impl Refused {
 /// Plans these mounts for a container with these ids; `None` are those of the host. Blocks on the file systems of the sources. A source that can't
 /// be opened is left to the exec shim.
 pub fn plan(mounts: Vec<Mount>, ids: Option<IdRange>, task_dir: &Path) -> Result<Planned, Refused> {
+    // Kept from the first start on, whichever that is, so that a plugin does not come to hold more with its tasks. Without it none can be mapped.
+    let _ = any_mapping();
     let directory = directory(task_dir);
     let mut planned = Planned {
         plan: MountPlan {

@@ -36,7 +36,7 @@ pub(super) struct Release {
     pub(super) launch_spec: LaunchSpec,
     /// Only of a container that came up.
     pub(super) running: Option<Running>,
-    /// The lock of the range of ids, which is released last.
+    /// The lock of the range of ids.
     pub(super) uid_range: Option<SharedLocks>,
     /// Whether systemd-nspawn exited by itself, and so has released its locks.
     pub(super) by_itself: bool,
@@ -83,16 +83,16 @@ impl Release {
             );
         }
         failpoint::hit(&self.task_dir, Failpoint::Releasing);
+        // Before everything counts as released. The plugin holds it too until it has heard how the start ended.
+        if let Some(range) = &self.uid_range {
+            range.release_last();
+        }
         let running = self.running.as_ref();
         if let Err(error) = cleanup::release(&self.task_dir, &self.launch_spec, running) {
             let _ = writeln!(
                 io::stderr(),
                 "not all resources could be released, DestroyTask tries again: {error}"
             );
-        }
-        // The plugin holds it too until it has heard how the start ended.
-        if let Some(range) = &self.uid_range {
-            range.release_last();
         }
     }
 }

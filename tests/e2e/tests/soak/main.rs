@@ -547,7 +547,7 @@ async fn hundreds_of_tasks_leave_nothing_behind() {
         *least <= most + GROWTH_KIB,
         "the plugin grew from {early:?} to {late:?} KiB"
     );
-    // The init binary of the first task stays open for the others; nothing else does.
+    // The init binary of the first task and a user namespace stay open for the others; nothing else does.
     within("the descriptors that it had", async {
         while holds(pid, "fd") != descriptors[0] {
             tokio::time::sleep(Duration::from_millis(20)).await;
