@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 mod exec_defaults;
 mod resources;
+mod system;
 pub mod testing;
 mod usage;
 
@@ -18,6 +19,7 @@ pub use exec_defaults::ExecDefaults;
 pub use resources::{
     Cpu, CpuQuota, Device, InsideSettings, Memory, Resources, Rlimit, Swap, TmpfsSizes,
 };
+pub use system::{Journal, JournalFormat, SystemOutput};
 pub use usage::{ProcessUsage, Reading, Usage};
 
 /// A container as the job requests it, with every value checked and every host path resolved. Each capability of the driver has one
@@ -107,6 +109,8 @@ pub struct Payload {
     pub capabilities: Vec<String>,
     /// How the container's console is connected.
     pub console: Console,
+    /// What of the journal becomes part of the logs; `None` if it is not followed. Only for [`Mode::Boot`].
+    pub journal: Option<Journal>,
     /// The file or FIFO for stdout; `None` discards it.
     pub stdout: Option<PathBuf>,
     /// The file or FIFO for stderr; `None` discards it.
@@ -198,6 +202,8 @@ pub enum Console {
     Passive,
     Pipe,
     Autopipe,
+    /// Like `ReadOnly`, but the supervisor writes it to the log. Only for [`Mode::Boot`].
+    Relayed,
 }
 
 /// The user namespace of a container.

@@ -50,6 +50,7 @@ pub mod state;
 pub mod lease;
 
 pub mod cgroup;
+pub mod journal;
 pub mod mounts;
 pub mod network;
 pub mod nspawn;

@@ -1,5 +1,6 @@
 //! Checks `docs/configuration.md`: it lists the same options as the table, and Nomad would accept its examples and those of
-//! `docs/volumes.md`.
+//! `docs/volumes.md`
+//! and `docs/booted-systems.md`.
 
 use super::decode;
 use super::options::{
@@ -11,6 +12,8 @@ use super::testing;
 const TEXT: &str = include_str!("../../docs/configuration.md");
 
 const VOLUMES: &str = include_str!("../../docs/volumes.md");
+
+const BOOTED_SYSTEMS: &str = include_str!("../../docs/booted-systems.md");
 
 /// The part of the document below a `## ` heading.
 fn chapter(title: &str) -> &'static str {
@@ -59,7 +62,7 @@ fn every_option_is_documented(#[case] title: &str, #[case] options: &[OptionSpec
 
 #[test]
 fn every_example_is_valid() {
-    let examples = [TEXT, VOLUMES].map(|text| text.split("```hcl\n").skip(1));
+    let examples = [TEXT, VOLUMES, BOOTED_SYSTEMS].map(|text| text.split("```hcl\n").skip(1));
     let examples: Vec<_> = examples.into_iter().flatten().collect();
     let mut blocks = 0;
     for example in &examples {

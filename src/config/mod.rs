@@ -35,6 +35,7 @@ mod rootfs;
 mod schema;
 mod sources;
 mod sysctls;
+mod system;
 mod task;
 mod tmpfs;
 mod users;

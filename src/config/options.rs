@@ -173,7 +173,13 @@ options! {
         /// The command and its arguments, or arguments for the image's init.
         "command" => command: Vec<String> [],
         /// How standard input, output and error are connected.
-        "console" => console: String ["pipe"],
+        "console" => console: String [],
+        /// Whether the journal of a booted image becomes part of the task's logs.
+        "journal" => journal: bool [],
+        /// The format of those lines: `short`, `cat` or `json`.
+        "journal_format" => journal_format: String ["short"],
+        /// The units whose entries are written to the logs; by default all.
+        "journal_units" => journal_units: Vec<String> [],
         /// The root file system: a directory, a disk image, a block device or the name of a machine image.
         "image" => image: String [required],
         /// Where to download the image from.

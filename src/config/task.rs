@@ -16,6 +16,7 @@ use super::paths::Allocation;
 use super::resources::ResourceOptions;
 use super::rootfs::RootOptions;
 use super::sources::Sources;
+use super::system::System;
 use super::users::users;
 use super::values::{self, one_of};
 use super::{
@@ -121,6 +122,9 @@ fn payload(
     let command = options.command.clone().unwrap_or_default();
     command_words(&command)?;
     let capabilities = options.capability.as_deref().unwrap_or_default();
+    let stdout = stream("task.stdout_path", &context.stdout)?;
+    let stderr = stream("task.stderr_path", &context.stderr)?;
+    let system = System::of(options, mode, stdout.is_some() || stderr.is_some())?;
     let environment = environment(options, context, mode, network, notes)?;
     environment::check_total_size(&command, &environment)?;
     Ok(Payload {
@@ -130,9 +134,10 @@ fn payload(
         working_directory: options.working_directory.clone(),
         user: user(options, context, mode)?,
         capabilities: values::capabilities("config.capability", capabilities)?,
-        console: one_of("config.console", &options.console, values::CONSOLE)?,
-        stdout: stream("task.stdout_path", &context.stdout)?,
-        stderr: stream("task.stderr_path", &context.stderr)?,
+        console: system.console,
+        journal: system.journal,
+        stdout,
+        stderr,
     })
 }
 

@@ -20,6 +20,7 @@ mod mounts;
 mod plugin;
 mod ports;
 mod resources;
+mod system;
 
 /// A start with only the required options, and `extra`.
 fn plain(host: &TestHost, extra: &str) -> ContainerSpec {

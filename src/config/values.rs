@@ -2,13 +2,19 @@
 
 use std::ops::RangeInclusive;
 
-use crate::container::{Console, Propagation, Volatile};
+use crate::container::{Console, JournalFormat, Propagation, Volatile};
 
 use super::ConfigError;
 use super::decode::{Number, quoted};
 
 /// The keywords of an option, each with the value it stands for.
 pub(super) type Values<T> = [(&'static str, T)];
+
+pub(super) const JOURNAL_FORMAT: &Values<JournalFormat> = &[
+    ("short", JournalFormat::Short),
+    ("cat", JournalFormat::Cat),
+    ("json", JournalFormat::Json),
+];
 
 pub(super) const CONSOLE: &Values<Console> = &[
     ("interactive", Console::Interactive),

@@ -35,6 +35,7 @@ impl ContainerSpec {
                 user: None,
                 capabilities: Vec::new(),
                 console: Console::Pipe,
+                journal: None,
                 stdout: None,
                 stderr: None,
             },

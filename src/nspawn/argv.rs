@@ -324,12 +324,16 @@ impl CommandBuilder {
         self.switch("--boot", payload.mode == Mode::Boot);
         let console = match payload.console {
             Console::Interactive => "interactive",
-            Console::ReadOnly => "read-only",
+            Console::ReadOnly | Console::Relayed => "read-only",
             Console::Passive => "passive",
             Console::Pipe => "pipe",
             Console::Autopipe => "autopipe",
         };
         self.flag("--console", console);
+        if payload.console == Console::Relayed {
+            // A login prompt in a log serves nobody. Known since systemd 250.
+            self.flag("--setenv", "SYSTEMD_GETTY_AUTO=0");
+        }
         self.switch("--quiet", true);
         if let (Mode::Boot, Some(directory)) = (payload.mode, &payload.working_directory) {
             self.flag("--chdir", directory);

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::task_dir::{LaunchSpec, Pid1};
 use crate::cgroup::{CgroupPath, CgroupPlan};
-use crate::container::{InsideSettings, Mode, Process};
+use crate::container::{InsideSettings, Mode, Process, SystemOutput};
 use crate::lease::{
     Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
     TreeLock, UidRange,
@@ -48,6 +48,8 @@ pub(super) struct LaunchSpecRecord {
     seccomp: seccomp::Source,
     #[serde(default, skip_serializing_if = "MountPlan::is_empty")]
     mounts: MountPlan,
+    #[serde(default, skip_serializing_if = "SystemOutput::is_empty")]
+    output: SystemOutput,
     notes: Vec<String>,
 }
 
@@ -84,6 +86,7 @@ impl From<LaunchSpecRecord> for LaunchSpec {
             inside: form.inside,
             seccomp: form.seccomp,
             mounts: form.mounts,
+            output: form.output,
             notes: form.notes,
         }
     }
@@ -111,6 +114,7 @@ impl From<LaunchSpec> for LaunchSpecRecord {
             inside: launch_spec.inside,
             seccomp: launch_spec.seccomp,
             mounts: launch_spec.mounts,
+            output: launch_spec.output,
             notes: launch_spec.notes,
         }
     }

@@ -18,7 +18,9 @@ use serde::{Deserialize, Serialize};
 
 use super::launch_spec_record::LaunchSpecRecord;
 use crate::cgroup::CgroupPlan;
-use crate::container::{Cause, ExecDefaults, Exit, InsideSettings, Mode, Process, Started};
+use crate::container::{
+    Cause, ExecDefaults, Exit, InsideSettings, Mode, Process, Started, SystemOutput,
+};
 use crate::lease::{Resource, TreeLock, UidRange};
 use crate::mounts::MountPlan;
 use crate::network::NetworkPlan;
@@ -74,6 +76,8 @@ pub struct LaunchSpec {
     pub seccomp: seccomp::Source,
     /// What the exec shim mounts for systemd-nspawn.
     pub mounts: MountPlan,
+    /// What the supervisor writes to the logs of the task itself.
+    pub output: SystemOutput,
     /// What the user should know about this start.
     pub notes: Vec<String>,
 }

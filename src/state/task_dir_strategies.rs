@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::container::{Device, Mount, TmpfsSizes};
+use crate::container::{Device, Journal, Mount, TmpfsSizes};
 use crate::mounts::{self, IdRange};
 
 /// A time that a record can hold.
@@ -118,6 +118,15 @@ fn mount_plan() -> impl Strategy<Value = MountPlan> {
     })
 }
 
+fn output() -> impl Strategy<Value = SystemOutput> {
+    let journal = any::<Vec<String>>().prop_map(|units| Journal {
+        units,
+        ..Journal::default()
+    });
+    let output = (proptest::option::of(journal), any::<bool>());
+    output.prop_map(|(journal, console)| SystemOutput { journal, console })
+}
+
 pub(super) fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
     let first = prop_oneof![
         Just(Pid1::Image),
@@ -136,13 +145,19 @@ pub(super) fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
         inside(),
         any::<Vec<String>>(),
         limits,
-        (seccomp(), mount_plan()),
+        (seccomp(), mount_plan(), output()),
         network_of,
     );
     (names, call, paths, rest).prop_map(
         |((id, machine, boot, mode), (program, arguments, first), paths, rest)| {
-            let (resources, inside, notes, (cgroups, oom_score_adj), (seccomp, mounts), network_of) =
-                rest;
+            let (
+                resources,
+                inside,
+                notes,
+                (cgroups, oom_score_adj),
+                (seccomp, mounts, output),
+                network_of,
+            ) = rest;
             let (stdout, stderr, network_namespace, alloc_dir) = paths;
             LaunchSpec {
                 id,
@@ -163,6 +178,7 @@ pub(super) fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
                 inside,
                 seccomp,
                 mounts,
+                output,
                 notes,
             }
         },

@@ -44,6 +44,7 @@ pub(crate) fn an_order(id: &str) -> LaunchSpec {
         network_namespace: None,
         network_of: None,
         mounts: MountPlan::default(),
+        output: SystemOutput::default(),
         cgroups: None,
         oom_score_adj: 0,
         resources: Vec::new(),

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::mpsc;
@@ -81,6 +82,18 @@ fn open_with_reader(path: &Path) -> io::Result<File> {
         );
         Err(io::Error::new(io::ErrorKind::TimedOut, text))
     })
+}
+
+/// The same log for a writer that must not wait. A FIFO is opened for reading too, so that it keeps what is written while Nomad starts
+/// its log collector anew.
+pub fn reopen(log: &File) -> io::Result<File> {
+    let is_fifo = log.metadata()?.file_type().is_fifo();
+    let flags = OFlag::O_NONBLOCK | OFlag::O_APPEND | OFlag::O_NOCTTY;
+    OpenOptions::new()
+        .read(is_fifo)
+        .write(true)
+        .custom_flags(flags.bits())
+        .open(format!("/proc/self/fd/{}", log.as_raw_fd()))
 }
 
 /// A payload expects writes to block when the pipe is full.

@@ -201,7 +201,11 @@ async fn null_is_the_default() {
         range.is_some_and(|range| range == "pick" || range.ends_with(":65536")),
         "{words:?}"
     );
-    for word in ["--boot", "--private-users-ownership=auto", "--console=pipe"] {
+    for word in [
+        "--boot",
+        "--private-users-ownership=auto",
+        "--console=read-only",
+    ] {
         assert!(
             words.contains(&word.to_owned()),
             "{word} is not in {words:?}"

@@ -12,7 +12,9 @@ use super::own_network::{self, OwnNetwork};
 use super::{Settings, acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
-use crate::container::{ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root};
+use crate::container::{
+    Console, ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root, SystemOutput,
+};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::{Resource, SharedLocks};
 use crate::mounts::MountPlan;
@@ -210,6 +212,10 @@ fn launch_spec(
         inside: spec.resources.inside(),
         seccomp: Source::default(),
         mounts: MountPlan::default(),
+        output: SystemOutput {
+            journal: spec.payload.journal.clone(),
+            console: spec.payload.console == Console::Relayed,
+        },
         notes,
     })
 }

@@ -41,6 +41,14 @@ pub(super) enum Token {
     DhcpPause,
     /// Something has arrived for the container on `::1`.
     Relay,
+    /// PID 1 has printed something.
+    Console,
+    /// The container's journal has changed.
+    Journal,
+    /// Timer: the journal is looked at, because the kernel can't report changes, or because there was more than one turn could handle.
+    JournalAgain,
+    /// A log of the task that was full can be written again.
+    LogWritable,
     /// The leader has exited. Before its parent: what the leader's exit says is lost if the supervisor has already concluded.
     Leader,
     /// A child has exited.
@@ -73,6 +81,8 @@ pub(super) enum Interest {
     HangUp,
     /// Exceptional: a file of the kernel has new content.
     Exceptional,
+    /// Writable without waiting.
+    Writable,
 }
 
 /// Something with a descriptor to wait for.
@@ -240,6 +250,7 @@ impl<F: Pollable> Source<F> {
             Interest::Readable => EpollFlags::EPOLLIN,
             Interest::HangUp => EpollFlags::empty(),
             Interest::Exceptional => EpollFlags::EPOLLPRI,
+            Interest::Writable => EpollFlags::EPOLLOUT,
         };
         if let Some(number) = self.number {
             let mut event = EpollEvent::new(flags, number);

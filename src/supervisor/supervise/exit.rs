@@ -182,6 +182,7 @@ impl Supervisor {
 
     /// Records the exit and reports it to all clients. Nothing needs the environment any more.
     fn report_exit(&mut self, exit: Exit) {
+        self.finish_output();
         self.task_dir.discard_secrets();
         if let Err(error) = self.task_dir.write_exit(&exit) {
             let _ = writeln!(
@@ -262,6 +263,7 @@ impl Supervisor {
             return;
         }
         self.reap();
+        self.finish_output();
         match &self.state {
             State::Starting { .. } => self.report(Event::Failed(self.failed(status))),
             State::Failing(failure) => self.report(Event::Failed(failure.clone())),

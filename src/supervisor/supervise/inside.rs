@@ -81,17 +81,22 @@ struct ContainerRoot {
     of_host: io::Result<HashSet<(u32, u32)>>,
 }
 
+/// Opens the root directory of the leader. `None` if it has exited.
+pub(super) fn root_of(leader: &ProcessHandle) -> io::Result<Option<OwnedFd>> {
+    let root = format!("/proc/{}/root", leader.process().pid);
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(root, flags, Mode::empty());
+    // Checked after opening: otherwise the pid could be that of another process by then.
+    match has_exited(leader) {
+        true => Ok(None),
+        false => Ok(Some(root?)),
+    }
+}
+
 impl ContainerRoot {
     /// `None` if the leader has exited.
     fn open(leader: &ProcessHandle) -> io::Result<Option<Self>> {
-        let root = format!("/proc/{}/root", leader.process().pid);
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::open(root, flags, Mode::empty());
-        // Checked after opening: otherwise the pid could be that of another process by then.
-        match has_exited(leader) {
-            true => Ok(None),
-            false => Ok(Some(Self::of(root?))),
-        }
+        Ok(root_of(leader)?.map(Self::of))
     }
 
     fn of(root: OwnedFd) -> Self {

@@ -9,6 +9,7 @@
 //! | `state` | everything known about the container; its start |
 //! | `inside` | what is applied to the container before its command runs |
 //! | `network` | the network that the driver makes for it |
+//! | `output`, `console`, `log_writer` | what a booted container prints, and the logs it is written to |
 //! | `run`, `event_loop` | the loop; epoll and timers |
 //! | `requests`, `clients` | what clients request; how it travels |
 //! | `signals` | signals, stop and kill |
@@ -32,11 +33,14 @@
 
 mod cgroups;
 mod clients;
+mod console;
 mod event_loop;
 mod exit;
 mod exit_status;
 mod inside;
+mod log_writer;
 mod network;
+mod output;
 mod release;
 mod requests;
 mod run;

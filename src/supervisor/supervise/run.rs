@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::time::Instant;
 
 use super::event_loop::{Ready, Token};
+use super::output::Output;
 use super::{Ending, MAX_WAIT_ERRORS, POLL_INTERVAL, RETRY_DELAY, Supervisor};
 use crate::failpoint;
 
@@ -48,6 +49,9 @@ impl Supervisor {
             Token::Dhcp => self.answer_dhcp(),
             Token::DhcpPause => self.resume_dhcp(),
             Token::Relay => self.start_relay(),
+            Token::Console => self.copy_output(Output::read_console),
+            Token::Journal | Token::JournalAgain => self.copy_output(Output::read_journal),
+            Token::LogWritable => self.copy_output(Output::resume),
             Token::Leader => self.see_leader(ready.hung_up),
             Token::Signals => self.see_children(),
             Token::Oom => self.see_oom(),
@@ -79,6 +83,8 @@ impl Supervisor {
         self.events.set_timer(Token::PendingSignals, pending);
         let oom_report = self.oom_report_time();
         self.events.set_timer(Token::OomReport, oom_report);
+        let journal = self.output.as_ref().and_then(Output::next_look);
+        self.events.set_timer(Token::JournalAgain, journal);
         let exit = self.exit_deadline();
         self.events.set_timer(Token::ExitTimeout, exit);
     }

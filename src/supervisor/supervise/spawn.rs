@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
+use super::output::Streams;
 use crate::container::Process;
 use crate::state::task_dir::{Pid1, TaskDir};
 use crate::supervisor::init_channel::InitChannel;
@@ -20,8 +21,7 @@ use crate::sys::process::ProcessHandle;
 pub(super) fn spawn(
     task_dir: &TaskDir,
     pid1: Pid1,
-    stdout: File,
-    stderr: File,
+    Streams { stdout, stderr }: Streams,
 ) -> io::Result<(Process, Option<InitChannel>)> {
     let mut command = Command::new("/proc/self/exe");
     command

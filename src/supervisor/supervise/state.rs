@@ -16,8 +16,9 @@ use super::clients::Clients;
 use super::event_loop::{EventLoop, Pollable, Source, Token};
 use super::exit_status::NspawnFinalStatus;
 use super::network::{self, Preparation, Services};
+use super::output::Output;
 use super::release::ReleaseThread;
-use super::{Sockets, failure, spawn};
+use super::{Sockets, failure, inside, spawn};
 use crate::container::{Cause, Process, Started};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::{self, SharedLocks, UidRange};
@@ -51,6 +52,8 @@ pub(super) struct Supervisor {
     pub(super) uid_range: Option<SharedLocks>,
     /// The locks of a tree that other containers share, until systemd-nspawn holds them.
     pub(super) tree: Option<SharedLocks>,
+    /// What a booted container prints, until its exit is reported.
+    pub(super) output: Option<Output>,
     /// Channel to PID 1 of the container, if that is the driver's init.
     pub(super) init_channel: Option<Source<InitChannel>>,
     /// The process that receives signals with `process_two`: the init, which forwards them, until it has reported the command's
@@ -147,8 +150,14 @@ impl Supervisor {
         let step = |step| move |error: io::Error| failure(step, &error);
         let exec_defaults = task_dir.take_exec_defaults();
         let exec_defaults = exec_defaults.map_err(step(StartStep::Order))?;
-        let stdout = logs::open(launch_spec.stdout.as_deref()).map_err(step(StartStep::Logs))?;
-        let stderr = logs::open(launch_spec.stderr.as_deref()).map_err(step(StartStep::Logs))?;
+        let open = |path: &Option<_>| logs::open(path.as_deref());
+        let logs = open(&launch_spec.stdout).and_then(|out| Ok((out, open(&launch_spec.stderr)?)));
+        let (streams, output) = logs
+            .and_then(|logs| {
+                let nspawn_stderr = || task_dir.open_nspawn_stderr();
+                Output::open(&launch_spec.output, logs, nspawn_stderr, &events)
+            })
+            .map_err(step(StartStep::Logs))?;
         let cgroups = Cgroups::create(&launch_spec, &events)?;
         failpoint::hit(&task_dir, Failpoint::CgroupMade);
         lease::remove_leaked_mounts(&launch_spec.machine);
@@ -162,7 +171,7 @@ impl Supervisor {
         let network = network::prepare(launch_spec.network())
             .inspect_err(|_| cgroups::remove(&launch_spec))
             .map_err(step(StartStep::Network))?;
-        let (nspawn, init_channel) = spawn::spawn(&task_dir, launch_spec.first, stdout, stderr)
+        let (nspawn, init_channel) = spawn::spawn(&task_dir, launch_spec.first, streams)
             .inspect_err(|_| cgroups::remove(&launch_spec))
             .map_err(step(StartStep::Nspawn))?;
         failpoint::hit(&task_dir, Failpoint::Spawned);
@@ -180,6 +189,7 @@ impl Supervisor {
             services: Services::default(),
             uid_range: uid_range.flatten(),
             tree,
+            output,
             init_channel: None,
             command: None,
             state: State::Starting { leader, ready },
@@ -275,6 +285,11 @@ impl Supervisor {
         }
         if !self.apply_inside(handle.as_deref()) {
             return;
+        }
+        if let Some(leader) = handle.as_deref()
+            && let Ok(Some(root)) = inside::root_of(leader)
+        {
+            self.follow_journal(root);
         }
         let running = self.running_record(leader, handle.as_deref());
         self.state = State::Running {

@@ -21,6 +21,7 @@ mod exec;
 mod host_devices;
 mod inside;
 mod interfaces;
+mod journal;
 mod limits;
 mod network;
 mod network_modes;

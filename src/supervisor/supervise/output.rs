@@ -1,0 +1,334 @@
+//! What a booted container prints: its journal and the console of its PID 1 become lines of the task's logs. The journal is on the container's
+//! disk, so nothing of it is lost while the log collector is slow: reading stops until the log takes more. The console is always read,
+//! because PID 1 would wait for it; what does not fit is left out and counted.
+
+use std::fs::File;
+use std::io::{self, PipeReader, Read, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+
+use super::Supervisor;
+use super::console::{ConsoleLines, is_unit_status};
+use super::event_loop::{EventLoop, Interest, Pollable, Source, Token};
+use super::log_writer::LogWriter;
+use crate::container::{Journal, SystemOutput};
+use crate::journal::{self, Entry, Follower};
+use crate::supervisor::logs;
+
+/// How many entries of the journal are handled before other events are.
+const MAX_ENTRIES: usize = 256;
+/// How often the journal is looked at if the kernel can't report changes of it.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// How long the exit of a container waits for the log collector to take the last lines.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
+/// Errors (3) and worse go to stderr.
+const ERROR: u8 = 3;
+/// How many units are remembered as failed.
+const MAX_FAILED_UNITS: usize = 32;
+
+/// The output of one booted container.
+#[derive(Debug)]
+pub(super) struct Output {
+    stdout: LogWriter,
+    stderr: LogWriter,
+    console: Option<Console>,
+    journal: Option<FollowedJournal>,
+}
+
+#[derive(Debug)]
+struct Console {
+    pipe: Source<PipeReader>,
+    lines: ConsoleLines,
+    /// Lines that were left out since the last one that was written.
+    left_out: u64,
+}
+
+#[derive(Debug)]
+struct FollowedJournal {
+    options: Journal,
+    follower: Option<Source<Follower>>,
+    /// The time of the last entry, in microseconds.
+    last: Option<u64>,
+    /// The units that PID 1 has reported as failed, by their names.
+    failed_units: Vec<String>,
+    /// When to look at it again without an event.
+    again: Option<Instant>,
+}
+
+/// Where systemd-nspawn writes.
+#[derive(Debug)]
+pub(super) struct Streams {
+    pub(super) stdout: File,
+    pub(super) stderr: File,
+}
+
+impl Output {
+    /// Opens the logs of the task. Returns the streams of systemd-nspawn, and what else is to be written to the logs, if anything is.
+    pub(super) fn open(
+        output: &SystemOutput,
+        (stdout, stderr): (File, File),
+        nspawn_stderr: impl FnOnce() -> io::Result<File>,
+        events: &EventLoop,
+    ) -> io::Result<(Streams, Option<Self>)> {
+        if output.is_empty() {
+            return Ok((Streams { stdout, stderr }, None));
+        }
+        let writer = |log: &File| Ok::<_, io::Error>(LogWriter::new(logs::reopen(log)?, events));
+        let mut own = Self {
+            stdout: writer(&stdout)?,
+            stderr: writer(&stderr)?,
+            console: None,
+            journal: output.journal.clone().map(FollowedJournal::new),
+        };
+        if !output.console {
+            return Ok((Streams { stdout, stderr }, Some(own)));
+        }
+        let (reader, writer) = io::pipe()?;
+        rustix::io::ioctl_fionbio(&reader, true)?;
+        own.console = Some(Console {
+            pipe: events.register(reader, Token::Console)?,
+            lines: ConsoleLines::default(),
+            left_out: 0,
+        });
+        let stdout = File::from(OwnedFd::from(writer));
+        let stderr = nspawn_stderr()?;
+        Ok((Streams { stdout, stderr }, Some(own)))
+    }
+
+    /// Follows the journal of the container with this root directory.
+    fn follow(&mut self, root: OwnedFd, events: &EventLoop) {
+        if let Some(journal) = &mut self.journal {
+            journal.follow(root, events);
+        }
+        self.read_journal();
+    }
+
+    /// When the journal is looked at without an event.
+    pub(super) fn next_look(&self) -> Option<Instant> {
+        self.journal.as_ref().and_then(|journal| journal.again)
+    }
+
+    /// Reads the console.
+    pub(super) fn read_console(&mut self) {
+        // So that a line which the journal has already is known to be in it.
+        self.read_journal();
+        let mut buffer = [0; 4096];
+        // A few times at most, so that a system that prints without end does not keep other events from being handled.
+        for _ in 0..16 {
+            let Some(console) = &mut self.console else {
+                return;
+            };
+            match (&*console.pipe).read(&mut buffer) {
+                Ok(0) => {
+                    console.pipe.unwatch();
+                    break;
+                }
+                Ok(length) => {
+                    let lines = console.lines.lines_of(&buffer[..length]);
+                    lines.into_iter().for_each(|line| self.print(line));
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        self.stdout.flush();
+    }
+
+    fn print(&mut self, line: Vec<u8>) {
+        let Some(console) = &mut self.console else {
+            return;
+        };
+        let follows = self
+            .journal
+            .as_ref()
+            .is_some_and(|journal| journal.last.is_some());
+        if follows && is_unit_status(&line) {
+            return console.lines.keep(line, now());
+        }
+        if self.stdout.is_full() {
+            console.left_out += 1;
+            return;
+        }
+        match std::mem::take(&mut console.left_out) {
+            0 => {}
+            count => self
+                .stdout
+                .push(format!("[{count} lines of the console are left out]\n").as_bytes()),
+        }
+        self.stdout.push(&line);
+    }
+
+    /// Writes the new entries of the journal as long as the logs take them.
+    pub(super) fn read_journal(&mut self) {
+        let Some(journal) = &mut self.journal else {
+            return;
+        };
+        for count in 0.. {
+            if self.stdout.is_full() || self.stderr.is_full() {
+                // The log reports when it takes more.
+                journal.again = None;
+                break;
+            }
+            if count == MAX_ENTRIES {
+                journal.again = Some(Instant::now());
+                break;
+            }
+            let Some(entry) = journal.next_entry() else {
+                break;
+            };
+            if let Some(line) = journal.line(&entry) {
+                match entry.priority() <= ERROR {
+                    true => self.stderr.push(&line),
+                    false => self.stdout.push(&line),
+                }
+            }
+        }
+        self.stdout.flush();
+        self.stderr.flush();
+    }
+
+    /// The logs take more.
+    pub(super) fn resume(&mut self) {
+        self.stdout.flush();
+        self.stderr.flush();
+        self.read_journal();
+    }
+
+    /// The container has exited: writes what is left.
+    fn finish(mut self) {
+        let until = Instant::now() + FINISH_TIMEOUT;
+        self.read_console();
+        let line = self
+            .console
+            .as_mut()
+            .and_then(|console| console.lines.take_line());
+        line.into_iter().for_each(|line| self.print(line));
+        loop {
+            self.read_journal();
+            let is_full = self.stdout.is_full() || self.stderr.is_full();
+            let has_more = self
+                .next_look()
+                .is_some_and(|again| again <= Instant::now());
+            if !is_full && !has_more {
+                break;
+            }
+            let left = self.stdout.finish(until) + self.stderr.finish(until);
+            if left > 0 || Instant::now() >= until {
+                break;
+            }
+        }
+        let last = self
+            .journal
+            .as_ref()
+            .and_then(|journal| journal.last)
+            .unwrap_or(0);
+        if let Some(console) = &mut self.console {
+            for line in console.lines.take_kept_after(last) {
+                self.stdout.push(&line);
+            }
+        }
+        let left = self.stdout.finish(until) + self.stderr.finish(until);
+        if left > 0 {
+            let _ = writeln!(
+                io::stderr(),
+                "the last {left} bytes of the container's output are lost: the log collector has not read them within {} s",
+                FINISH_TIMEOUT.as_secs()
+            );
+        }
+    }
+}
+
+impl FollowedJournal {
+    fn new(options: Journal) -> Self {
+        Self {
+            options,
+            follower: None,
+            last: None,
+            failed_units: Vec::new(),
+            again: None,
+        }
+    }
+
+    fn follow(&mut self, root: OwnedFd, events: &EventLoop) {
+        let mut source = events.source(Follower::new(root), Token::Journal);
+        // One that can't be registered is looked at every second.
+        let _ = source.watch(Interest::Readable);
+        if !source.is_watched() {
+            let _ = writeln!(
+                io::stderr(),
+                "the kernel can't report changes of the journal (see fs.inotify.max_user_instances), so it is read every second"
+            );
+        }
+        self.follower = Some(source);
+    }
+
+    fn next_entry(&mut self) -> Option<Entry> {
+        let follower = self.follower.as_mut()?;
+        let entry = follower.next_entry();
+        if let Some(fault) = follower.take_fault() {
+            let _ = writeln!(
+                io::stderr(),
+                "entries of the journal are missing in the logs: {fault}"
+            );
+        }
+        self.again = match follower.is_watched() {
+            true => None,
+            false => Some(Instant::now() + POLL_INTERVAL),
+        };
+        let entry = entry?;
+        self.last = self.last.max(Some(entry.monotonic));
+        if let Some(unit) = entry.failed_unit()
+            && self.failed_units.len() < MAX_FAILED_UNITS
+            && !self.failed_units.iter().any(|known| known == unit)
+        {
+            self.failed_units.push(unit.to_owned());
+        }
+        Some(entry)
+    }
+
+    fn line(&self, entry: &Entry) -> Option<Vec<u8>> {
+        let units = &self.options.units;
+        let is_wanted = units.is_empty() || entry.is_of_unit(units);
+        is_wanted
+            .then(|| journal::line(entry, self.options.format))
+            .flatten()
+    }
+}
+
+impl Pollable for Follower {
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Follower::descriptor(self)
+    }
+}
+
+impl Supervisor {
+    /// Follows the journal of the container with this root directory.
+    pub(super) fn follow_journal(&mut self, root: OwnedFd) {
+        if let Some(output) = &mut self.output {
+            output.follow(root, &self.events);
+        }
+    }
+
+    /// Handles an event of the output.
+    pub(super) fn copy_output(&mut self, event: impl FnOnce(&mut Output)) {
+        if let Some(output) = &mut self.output {
+            event(output);
+        }
+    }
+
+    /// Writes the rest of the output, before the exit is reported: the log collector may be stopped afterwards.
+    pub(super) fn finish_output(&mut self) {
+        if let Some(output) = self.output.take() {
+            output.finish();
+        }
+    }
+}
+
+/// The time of the clock from which journald takes the times of entries, in microseconds.
+fn now() -> u64 {
+    let time = clock_gettime(ClockId::Monotonic);
+    let microseconds = time.tv_sec * 1_000_000 + time.tv_nsec / 1000;
+    u64::try_from(microseconds).unwrap_or_default()
+}
