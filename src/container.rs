@@ -19,7 +19,7 @@ pub use exec_defaults::ExecDefaults;
 pub use resources::{
     Cpu, CpuQuota, Device, InsideSettings, Memory, Resources, Rlimit, Swap, TmpfsSizes,
 };
-pub use system::{Journal, JournalFormat, SystemOutput};
+pub use system::{Journal, JournalFormat, Readiness, SystemOutput};
 pub use usage::{ProcessUsage, Reading, Usage};
 
 /// A container as the job requests it, with every value checked and every host path resolved. Each capability of the driver has one
@@ -111,6 +111,8 @@ pub struct Payload {
     pub console: Console,
     /// What of the journal becomes part of the logs; `None` if it is not followed. Only for [`Mode::Boot`].
     pub journal: Option<Journal>,
+    /// When the task counts as started.
+    pub readiness: Readiness,
     /// The file or FIFO for stdout; `None` discards it.
     pub stdout: Option<PathBuf>,
     /// The file or FIFO for stderr; `None` discards it.

@@ -180,6 +180,10 @@ options! {
         "journal_format" => journal_format: String ["short"],
         /// The units whose entries are written to the logs; by default all.
         "journal_units" => journal_units: Vec<String> [],
+        /// When the task counts as started: `started`, when the container is up, or `notify`, when the system or the command says so.
+        "ready" => ready: String ["started"],
+        /// How long `ready = "notify"` waits.
+        "ready_timeout" => ready_timeout: String [],
         /// The root file system: a directory, a disk image, a block device or the name of a machine image.
         "image" => image: String [required],
         /// Where to download the image from.

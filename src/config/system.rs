@@ -1,6 +1,10 @@
 //! What the driver does for a system that the image boots: its console and its journal.
 
-use crate::container::{Console, Journal, Mode};
+use std::time::Duration;
+
+use job_values::duration;
+
+use crate::container::{Console, Journal, Mode, Readiness};
 
 use super::ConfigError;
 use super::decode::quoted;
@@ -21,6 +25,9 @@ const UNIT_TYPES: [&str; 11] = [
     "slice",
     "scope",
 ];
+/// How long a task may take to be ready, unless the job says otherwise: as long as systemd gives a service.
+const READY_TIMEOUT: Duration = Duration::from_secs(90);
+const MAX_READY_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// systemd's own limit for the name of a unit.
 const UNIT_NAME_MAX: usize = 255;
 
@@ -29,6 +36,7 @@ const UNIT_NAME_MAX: usize = 255;
 pub(super) struct System {
     pub(super) console: Console,
     pub(super) journal: Option<Journal>,
+    pub(super) readiness: Readiness,
 }
 
 impl System {
@@ -48,8 +56,34 @@ impl System {
         Ok(Self {
             console: console.transpose()?.unwrap_or(unset),
             journal: journal.filter(|_| has_logs),
+            readiness: readiness(options)?,
         })
     }
+}
+
+/// When the task counts as started.
+fn readiness(options: &TaskOptions) -> Result<Readiness, ConfigError> {
+    const OPTION: &str = "config.ready_timeout";
+    let notifies = one_of("config.ready", &options.ready, values::READY)?;
+    let Some(text) = &options.ready_timeout else {
+        return Ok(match notifies {
+            true => Readiness::Notify(READY_TIMEOUT),
+            false => Readiness::Started,
+        });
+    };
+    let limit =
+        duration::parse(text).map_err(|error| ConfigError::new(OPTION, error.to_string()))?;
+    let fault = if limit.is_zero() || limit > MAX_READY_TIMEOUT {
+        "is not more than 0 and at most 24h"
+    } else if !notifies {
+        "has no effect without config.ready = \"notify\": add it, or remove the option"
+    } else {
+        return Ok(Readiness::Notify(limit));
+    };
+    Err(ConfigError::new(
+        OPTION,
+        format!("{} {fault}", quoted(text)),
+    ))
 }
 
 /// The journal, unless it is switched off or there is none.

@@ -136,6 +136,7 @@ fn payload(
         capabilities: values::capabilities("config.capability", capabilities)?,
         console: system.console,
         journal: system.journal,
+        readiness: system.readiness,
         stdout,
         stderr,
     })

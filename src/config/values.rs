@@ -10,6 +10,9 @@ use super::decode::{Number, quoted};
 /// The keywords of an option, each with the value it stands for.
 pub(super) type Values<T> = [(&'static str, T)];
 
+/// Whether the task has to say that it is ready.
+pub(super) const READY: &Values<bool> = &[("started", false), ("notify", true)];
+
 pub(super) const JOURNAL_FORMAT: &Values<JournalFormat> = &[
     ("short", JournalFormat::Short),
     ("cat", JournalFormat::Cat),

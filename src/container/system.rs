@@ -1,4 +1,6 @@
-//! What a booted container prints, and what becomes of it.
+//! What a booted container prints, and what becomes of it; when a task is ready.
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +25,26 @@ pub enum JournalFormat {
     Cat,
     /// All fields as an object.
     Json,
+}
+
+/// When a task counts as started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Readiness {
+    /// When the container is up.
+    #[default]
+    Started,
+    /// When the system or the command has said so, which may take this long from then on.
+    Notify(Duration),
+}
+
+impl Readiness {
+    /// How long it may take.
+    pub fn limit(self) -> Duration {
+        match self {
+            Self::Started => Duration::ZERO,
+            Self::Notify(limit) => limit,
+        }
+    }
 }
 
 /// What the supervisor of a booted container writes to the logs of the task itself.

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use super::{
     Console, ContainerSpec, Description, Dns, Identity, Mode, Network, NetworkNamespace, Payload,
-    Process, Resources, Root, Rootfs, Started, Users, Volatile,
+    Process, Readiness, Resources, Root, Rootfs, Started, Users, Volatile,
 };
 
 impl ContainerSpec {
@@ -36,6 +36,7 @@ impl ContainerSpec {
                 capabilities: Vec::new(),
                 console: Console::Pipe,
                 journal: None,
+                readiness: Readiness::Started,
                 stdout: None,
                 stderr: None,
             },

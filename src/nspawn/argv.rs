@@ -10,8 +10,11 @@ use super::machine_id;
 use super::version::Feature;
 use crate::container::{
     CgroupLayout, Console, ContainerSpec, InterfaceMode, Mode, Mount, Network, NetworkNamespace,
-    Payload, Resources, Restrictions, Rlimit, Root, Rootfs, Tmpfs, Users, Volatile,
+    Payload, Readiness, Resources, Restrictions, Rlimit, Root, Rootfs, Tmpfs, Users, Volatile,
 };
+
+/// Where a command finds the socket on which it says that it is ready.
+pub const READY_SOCKET: &str = "/run/nomad-notify";
 
 /// The properties of the host that the command line depends on.
 #[derive(Debug, Clone, Copy)]
@@ -122,13 +125,14 @@ fn init(payload: &Payload) -> Option<nspawn_init::InitSpec> {
         Mode::ProcessTwo => nspawn_init::InitMode::Init,
         Mode::Plain => nspawn_init::InitMode::Launcher,
     };
-    let variables = payload.environment.iter();
+    let mut environment = payload.environment.clone();
+    if matches!(payload.readiness, Readiness::Notify(_)) {
+        environment.insert("NOTIFY_SOCKET".to_owned(), READY_SOCKET.to_owned());
+    }
     Some(nspawn_init::InitSpec {
         mode,
         command: payload.command.clone(),
-        environment: variables
-            .map(|(name, value)| (name.clone(), value.clone()))
-            .collect(),
+        environment: environment.into_iter().collect(),
         directory: payload.working_directory.clone(),
         // With a terminal, systemd-nspawn copies the command's output from there.
         streams: matches!(payload.console, Console::Pipe | Console::Autopipe),
@@ -330,6 +334,11 @@ impl CommandBuilder {
             Console::Autopipe => "autopipe",
         };
         self.flag("--console", console);
+        let awaits_system = matches!(payload.readiness, Readiness::Notify(_));
+        if awaits_system && payload.mode == Mode::Boot {
+            // Otherwise systemd-nspawn says READY=1 itself as soon as it has started PID 1.
+            self.flag("--notify-ready", "yes");
+        }
         if payload.console == Console::Relayed {
             // A login prompt in a log serves nobody. Known since systemd 250.
             self.flag("--setenv", "SYSTEMD_GETTY_AUTO=0");

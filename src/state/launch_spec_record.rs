@@ -3,6 +3,7 @@
 //! fields are read.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +51,8 @@ pub(super) struct LaunchSpecRecord {
     mounts: MountPlan,
     #[serde(default, skip_serializing_if = "SystemOutput::is_empty")]
     output: SystemOutput,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ready_within: Option<Duration>,
     notes: Vec<String>,
 }
 
@@ -87,6 +90,7 @@ impl From<LaunchSpecRecord> for LaunchSpec {
             seccomp: form.seccomp,
             mounts: form.mounts,
             output: form.output,
+            ready_within: form.ready_within,
             notes: form.notes,
         }
     }
@@ -115,6 +119,7 @@ impl From<LaunchSpec> for LaunchSpecRecord {
             seccomp: launch_spec.seccomp,
             mounts: launch_spec.mounts,
             output: launch_spec.output,
+            ready_within: launch_spec.ready_within,
             notes: launch_spec.notes,
         }
     }

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use std::time::SystemTime;
 
 use serde::de::DeserializeOwned;
@@ -78,6 +79,8 @@ pub struct LaunchSpec {
     pub mounts: MountPlan,
     /// What the supervisor writes to the logs of the task itself.
     pub output: SystemOutput,
+    /// How long the task may take to say that it is ready; `None` if it does not have to.
+    pub ready_within: Option<Duration>,
     /// What the user should know about this start.
     pub notes: Vec<String>,
 }

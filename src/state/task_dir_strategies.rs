@@ -145,7 +145,11 @@ pub(super) fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
         inside(),
         any::<Vec<String>>(),
         limits,
-        (seccomp(), mount_plan(), output()),
+        (
+            seccomp(),
+            mount_plan(),
+            (output(), any::<Option<Duration>>()),
+        ),
         network_of,
     );
     (names, call, paths, rest).prop_map(
@@ -155,7 +159,7 @@ pub(super) fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
                 inside,
                 notes,
                 (cgroups, oom_score_adj),
-                (seccomp, mounts, output),
+                (seccomp, mounts, (output, ready_within)),
                 network_of,
             ) = rest;
             let (stdout, stderr, network_namespace, alloc_dir) = paths;
@@ -179,6 +183,7 @@ pub(super) fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
                 seccomp,
                 mounts,
                 output,
+                ready_within,
                 notes,
             }
         },

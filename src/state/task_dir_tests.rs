@@ -45,6 +45,7 @@ pub(crate) fn an_order(id: &str) -> LaunchSpec {
         network_of: None,
         mounts: MountPlan::default(),
         output: SystemOutput::default(),
+        ready_within: None,
         cgroups: None,
         oom_score_adj: 0,
         resources: Vec::new(),

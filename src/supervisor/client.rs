@@ -69,6 +69,9 @@ struct Observed {
     connection: Connection,
 }
 
+/// Takes what the user of a task should know, one sentence each.
+pub type Notes = mpsc::UnboundedSender<String>;
+
 type PendingRequest = (Action, oneshot::Sender<Result<(), String>>);
 
 /// Launches a supervisor (this same program, `binary`) for the launch spec in `task_dir`, and follows it. `program` becomes PID 1
@@ -79,6 +82,7 @@ pub fn launch(
     binary: &Path,
     task_dir: &TaskDir,
     program: OwnedFd,
+    notes: Option<Notes>,
     tracker: &TaskTracker,
 ) -> io::Result<SupervisorClient> {
     let (connection, theirs) = ControlConnection::pair()?;
@@ -98,7 +102,8 @@ pub fn launch(
     // supervisor exits.
     drop(command);
     let reaped = async move { drop(child.wait().await) };
-    Ok(follow(connection, task_dir.clone(), false, reaped, tracker))
+    let follower = (task_dir.clone(), false, notes);
+    Ok(follow(connection, follower, reaped, tracker))
 }
 
 /// How long a start waits for processes that are checking whether the task already has a supervisor.
@@ -121,18 +126,14 @@ fn lock_with_retry(log: &File) -> io::Result<()> {
 pub async fn attach(
     task_dir: &TaskDir,
     started: &Started,
+    notes: Option<Notes>,
     tracker: &TaskTracker,
 ) -> io::Result<Option<SupervisorClient>> {
     match ControlConnection::open(task_dir).await {
         Ok(connection) => {
             let reaped = wait_for_exit(started.supervisor);
-            Ok(Some(follow(
-                connection,
-                task_dir.clone(),
-                true,
-                reaped,
-                tracker,
-            )))
+            let follower = (task_dir.clone(), true, notes);
+            Ok(Some(follow(connection, follower, reaped, tracker)))
         }
         Err(error)
             if matches!(
@@ -163,7 +164,8 @@ pub async fn attach_unrecorded(
 ) -> io::Result<SupervisorClient> {
     let connection = ControlConnection::open(task_dir).await?;
     let exited = std::future::ready(());
-    Ok(follow(connection, task_dir.clone(), false, exited, tracker))
+    let follower = (task_dir.clone(), false, None);
+    Ok(follow(connection, follower, exited, tracker))
 }
 
 impl SupervisorClient {
@@ -243,8 +245,7 @@ impl SupervisorClient {
 /// (`wait_for_exit`).
 fn follow(
     connection: ControlConnection,
-    task_dir: TaskDir,
-    known: bool,
+    (task_dir, known, notes): (TaskDir, bool, Option<Notes>),
     wait_for_exit: impl Future<Output = ()> + Send + 'static,
     tracker: &TaskTracker,
 ) -> SupervisorClient {
@@ -258,6 +259,7 @@ fn follow(
         connection,
         task_dir,
         known,
+        notes,
         observed: sender,
     };
     tracker.spawn(async move {
@@ -296,6 +298,8 @@ struct Follower {
     task_dir: TaskDir,
     /// Whether Nomad already holds a handle of the container, because this plugin did not start it but recovered it.
     known: bool,
+    /// Receives what the user should know.
+    notes: Option<Notes>,
     observed: watch::Sender<Observed>,
 }
 
@@ -343,6 +347,10 @@ impl Follower {
             Event::OomKills(kills) => self
                 .observed
                 .send_modify(|observed| observed.oom_kills = kills),
+            Event::Note(note) => {
+                // Without a receiver the task is being removed.
+                let _ = self.notes.as_ref().map(|notes| notes.send(note));
+            }
             Event::Done { request, error } => {
                 if let Some(index) = pending.iter().position(|(number, _)| *number == request) {
                     let _ = pending.swap_remove(index).1.send(error.map_or(Ok(()), Err));

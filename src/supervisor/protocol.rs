@@ -28,6 +28,8 @@ pub enum Event {
     Exited(Exit),
     /// Processes of the container, which still runs, have been killed because its memory was used up: how many so far.
     OomKills(u64),
+    /// Something that the user should know: one sentence.
+    Note(String),
     /// A request has been handled.
     Done {
         /// The request's number.
@@ -85,6 +87,7 @@ pub enum StartStep {
     Inside,
     Filters,
     Network,
+    Ready,
 }
 
 impl StartStep {
@@ -99,6 +102,7 @@ impl StartStep {
             Self::Watch => "supervising the container",
             Self::Inside => "setting up the container",
             Self::Network => "making the network of the container",
+            Self::Ready => "waiting until the task is ready",
             Self::Filters => "installing captured seccomp filters",
         }
     }
@@ -355,6 +359,7 @@ mod tests {
             started().prop_map(Event::Started),
             exit().prop_map(Event::Exited),
             any::<u64>().prop_map(Event::OomKills),
+            any::<String>().prop_map(Event::Note),
             (any::<u64>(), any::<Option<String>>())
                 .prop_map(|(request, error)| Event::Done { request, error }),
             (steps, any::<String>(), causes).prop_map(|(step, reason, cause)| Event::Failed(

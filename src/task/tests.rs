@@ -15,6 +15,7 @@ use crate::container::{Probe, Process, StartedNetwork};
 
 mod exec;
 mod neighbour;
+mod notes;
 
 const ID: &str = "a/t/1";
 const LIMIT: Duration = Duration::from_secs(20);
@@ -25,9 +26,19 @@ pub(crate) struct TestBackend {
     pub(crate) mock: MockContainerBackend,
     pub(crate) end: watch::Sender<Option<Exit>>,
     pub(crate) oom_kills: watch::Sender<u64>,
+    /// Takes what the user of the task started last should know.
+    pub(crate) notes: Mutex<Option<mpsc::UnboundedSender<String>>>,
     /// The note about the next network that has been restored.
     pub(crate) restored: Mutex<Option<String>>,
     pub(crate) gate: Semaphore,
+}
+
+/// A mock that has nothing to say about its containers.
+pub(crate) fn silent() -> MockContainerBackend {
+    let mut mock = MockContainerBackend::new();
+    mock.expect_notes()
+        .returning(|_| mpsc::unbounded_channel().1);
+    mock
 }
 
 impl TestBackend {
@@ -39,6 +50,7 @@ impl TestBackend {
             mock,
             end: end.clone(),
             oom_kills: watch::Sender::new(0),
+            notes: Mutex::default(),
             restored: Mutex::default(),
             gate,
         };
@@ -74,6 +86,12 @@ impl ContainerBackend for TestBackend {
             .unwrap()
             .clone()
             .unwrap())
+    }
+
+    fn notes(&self, _: &str) -> mpsc::UnboundedReceiver<String> {
+        let (notes, received) = mpsc::unbounded_channel();
+        *self.notes.lock().unwrap() = Some(notes);
+        received
     }
 
     async fn oom_kills(&self, _: &Started, seen: u64) -> Option<u64> {
@@ -218,30 +236,6 @@ async fn every_waiter_gets_the_same_exit() {
         assert_eq!(in_time(wait).await.unwrap().unwrap().unwrap(), exit(7, 0));
     }
     assert_eq!(in_time(task.wait()).await.unwrap().unwrap(), exit(7, 0));
-}
-
-#[tokio::test]
-async fn a_restored_network_is_an_event_of_the_task() {
-    let mut mock = MockContainerBackend::new();
-    mock.expect_start().returning(|spec| {
-        let network = StartedNetwork {
-            address: [10, 213, 0, 1].into(),
-            ports: BTreeMap::new(),
-        };
-        let started = Started {
-            network: Some(Box::new(network)),
-            ..started(&spec.identity.id)
-        };
-        Ok(started.into())
-    });
-    let (stage, _end) = TestBackend::new(mock);
-    *stage.restored.lock().unwrap() = Some("restored".to_owned());
-    let events = EventBus::default();
-    let mut published = events.subscribe();
-    let tasks = Tasks::new(events, CancellationToken::new());
-    tasks.start(stage, info(ID), spec(ID)).await.unwrap();
-    let event = in_time(published.recv()).await.unwrap();
-    assert_eq!((event.task.id.as_str(), &*event.message), (ID, "restored"));
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
 use super::{BackendError, ContainerBackend, UsageReader, chain};
@@ -173,6 +174,12 @@ impl ContainerBackend for NspawnBackend {
 
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
         self.wait_for_exit(started).await
+    }
+
+    fn notes(&self, id: &str) -> mpsc::UnboundedReceiver<String> {
+        let (notes, received) = mpsc::unbounded_channel();
+        self.registry.set_notes(&self.task_dir(id), notes);
+        received
     }
 
     async fn oom_kills(&self, started: &Started, seen: u64) -> Option<u64> {

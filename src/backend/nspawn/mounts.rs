@@ -8,11 +8,14 @@ use super::ids::{How, Ids, base_of, set_ownership_off};
 use super::io_error;
 use super::prepare::{Host, unsupported};
 use crate::backend::BackendError;
-use crate::container::{Cause, ContainerSpec, Mount, MountIds, Root, Users, Volatile};
+use crate::container::{
+    Cause, ContainerSpec, Mode, Mount, MountIds, Readiness, Root, Users, Volatile,
+};
 use crate::mounts::{self, IdRange, MountPlan, PICKED_IDS, Refused};
-use crate::nspawn::argv::Bind;
+use crate::nspawn::argv::{Bind, READY_SOCKET};
 use crate::nspawn::idmap;
 use crate::nspawn::refusal::cause_of_host_error;
+use crate::state::TaskDir;
 
 /// Creates the sources of mounts that the job wants to be created.
 pub(super) fn create_sources(spec: &ContainerSpec) -> Result<(), BackendError> {
@@ -120,6 +123,20 @@ impl StartMounts {
             root,
             notes,
         })
+    }
+
+    /// The same with the socket on which a command says that it is ready. The supervisor makes it, in a directory that only root can enter,
+    /// so systemd-nspawn may open it itself.
+    pub(super) fn with_ready_socket(mut self, spec: &ContainerSpec, task_dir: &TaskDir) -> Self {
+        let is_command = spec.payload.mode != Mode::Boot;
+        if is_command && matches!(spec.payload.readiness, Readiness::Notify(_)) {
+            let mount = Mount::new(task_dir.ready_socket(), READY_SOCKET).with_read_only(true);
+            self.binds.push(Bind {
+                mount,
+                idmap: false,
+            });
+        }
+        self
     }
 
     fn by_nspawn(

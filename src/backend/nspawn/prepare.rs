@@ -13,7 +13,7 @@ use super::{Settings, acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
 use crate::container::{
-    Console, ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Root, SystemOutput,
+    Console, ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Readiness, Root, SystemOutput,
 };
 use crate::failpoint::{self, Failpoint};
 use crate::lease::{Resource, SharedLocks};
@@ -79,6 +79,7 @@ fn prepare_in(
         &mut ids,
         (&host, task_dir.path()),
     )?;
+    let mounts = mounts.with_ready_socket(spec, task_dir);
     let (place, cgroups) = cgroups(spec, task_dir, &layout).unzip();
     let mut notes = network.notes;
     let mut line = command_line(spec, &mounts, &ids, &files, (&host, &layout))?;
@@ -215,6 +216,10 @@ fn launch_spec(
         output: SystemOutput {
             journal: spec.payload.journal.clone(),
             console: spec.payload.console == Console::Relayed,
+        },
+        ready_within: match spec.payload.readiness {
+            Readiness::Started => None,
+            Readiness::Notify(limit) => Some(limit),
         },
         notes,
     })

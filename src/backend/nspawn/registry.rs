@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::state::{TaskDir, TaskLock};
 use crate::supervisor::SupervisorClient;
+use crate::supervisor::client::Notes;
 
 #[derive(Debug, Default)]
 struct Entry {
@@ -18,7 +19,12 @@ struct Entry {
 
 /// The starts of this backend, from their start or recovery until their removal.
 #[derive(Debug, Default)]
-pub(super) struct Registry(Mutex<HashMap<PathBuf, Entry>>);
+pub(super) struct Registry {
+    starts: Mutex<HashMap<PathBuf, Entry>>,
+    /// Receives what the user should know about a start. Not part of an entry, because it exists before the start and while an interrupted
+    /// one is removed.
+    notes: Mutex<HashMap<PathBuf, Notes>>,
+}
 
 impl Registry {
     /// The client of a start's supervisor, if there is one.
@@ -50,6 +56,19 @@ impl Registry {
         }
     }
 
+    /// Where the notes about a start go.
+    pub(super) fn notes(&self, task_dir: &TaskDir) -> Option<Notes> {
+        let notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        notes.get(task_dir.path()).cloned()
+    }
+
+    /// Sets where they go, as long as they are received.
+    pub(super) fn set_notes(&self, task_dir: &TaskDir, to: Notes) {
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        notes.retain(|_, notes| !notes.is_closed());
+        notes.insert(task_dir.path().to_owned(), to);
+    }
+
     /// Whether this backend holds the lock of a start.
     pub(super) fn is_locked(&self, task_dir: &TaskDir) -> bool {
         let entries = self.entries();
@@ -72,6 +91,6 @@ impl Registry {
     }
 
     fn entries(&self) -> MutexGuard<'_, HashMap<PathBuf, Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -108,7 +108,7 @@ impl NspawnBackend {
         }
         let place = task_dir.clone();
         let client = match blocking::run(move || running_in_this_boot(&place)).await {
-            Some(running) => client::attach(task_dir, &running.started, &self.tracker).await,
+            Some(running) => client::attach(task_dir, &running.started, None, &self.tracker).await,
             None => client::attach_unrecorded(task_dir, &self.tracker)
                 .await
                 .map(Some),

@@ -22,7 +22,7 @@ use crate::state::state_dir::{self, StateDirError};
 use crate::state::{TaskDir, TaskLock};
 use crate::supervisor::{self, StartFailure, StartStep, Status, SupervisorClient, client};
 
-/// A start that takes longer than this is aborted. Copying a large ephemeral root takes minutes; nothing takes longer.
+/// A container that is not up within this time is given up. Copying a large ephemeral root takes minutes; nothing takes longer.
 const START_TIMEOUT: Duration = Duration::from_secs(600);
 
 impl NspawnBackend {
@@ -64,8 +64,9 @@ impl NspawnBackend {
             spec.identity.machine.clone(),
             self.task_dir(&spec.identity.id),
         );
+        let limit = START_TIMEOUT + spec.payload.readiness.limit();
         let (client, filters, lock) = self.launch(spec.clone()).await?;
-        let up = wait_until_up(&client, &task_dir).await;
+        let up = wait_until_up(&client, &task_dir, limit).await;
         // The supervisor holds it by now.
         drop(lock);
         let Some(captured) = filters.captured() else {
@@ -82,7 +83,7 @@ impl NspawnBackend {
                     .give_up(captured.kind(), &self.settings, &failure.reason);
                 self.remove_start(&task_dir).await?;
                 let (client, _, lock) = self.launch(spec).await?;
-                let up = wait_until_up(&client, &task_dir).await;
+                let up = wait_until_up(&client, &task_dir, limit).await;
                 drop(lock);
                 up.map_err(|failure| failed(machine, failure))
             }
@@ -109,6 +110,7 @@ impl NspawnBackend {
         let captured = Arc::clone(&self.captured);
         // Before its network is made, so that no later reload is missed.
         let reloads = has_own_network(&spec).then(|| *self.reloads.watch().borrow());
+        let notes = self.registry.notes(&task_dir);
         let place = task_dir.clone();
         let launched = blocking::run_start(move || {
             let lock = TaskLock::create(&place)
@@ -121,8 +123,8 @@ impl NspawnBackend {
             let filters = captured.of_start(&spec, &host.program, &settings, || init.try_clone());
             let range = prepare(&spec, &place, host, &filters, &settings)?;
             failpoint::hit(&place, Failpoint::OrderWritten);
-            let client =
-                client::launch(&settings.binary, &place, init, &tracker).map_err(no_supervisor)?;
+            let client = client::launch(&settings.binary, &place, init, notes, &tracker)
+                .map_err(no_supervisor)?;
             Ok((lock, client, filters, range))
         });
         let (lock, client, filters, range) = launched.await?;
@@ -169,8 +171,9 @@ fn earlier_starts(state_dir: &Path, id: &str, machine: &str) -> Result<Vec<TaskD
 async fn wait_until_up(
     client: &SupervisorClient,
     task_dir: &TaskDir,
+    limit: Duration,
 ) -> Result<Arc<Started>, StartFailure> {
-    match tokio::time::timeout(START_TIMEOUT, client.start_outcome()).await {
+    match tokio::time::timeout(limit, client.start_outcome()).await {
         Ok(Status::Up(started)) => Ok(started),
         Ok(Status::Failed(failure)) => Err((*failure).clone()),
         // The command exited before the event of its start was read.
@@ -180,7 +183,7 @@ async fn wait_until_up(
             Err(StartFailure::new(StartStep::Watch, Cause::Unknown, reason))
         }
         Err(_) => {
-            let limit = START_TIMEOUT.as_secs();
+            let limit = limit.as_secs();
             let reason = format!("the container did not come up within {limit} s");
             let (step, cause) = (StartStep::Nspawn, Cause::Resources);
             Err(StartFailure::new(step, cause, reason))

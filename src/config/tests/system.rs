@@ -1,7 +1,8 @@
 //! Systems that an image boots.
 
 use super::*;
-use crate::container::{Journal, JournalFormat};
+use crate::container::{Journal, JournalFormat, Readiness};
+use std::time::Duration;
 
 fn payload(stdout: &str, options: &str) -> crate::container::Payload {
     let mut host = TestHost::new();
@@ -46,6 +47,34 @@ fn units_have_their_full_names() {
 }
 
 #[rstest]
+#[case("", Readiness::Started)]
+#[case("ready = \"started\"", Readiness::Started)]
+#[case("ready = \"notify\"", Readiness::Notify(Duration::from_secs(90)))]
+#[case(
+    "boot = false\nready = \"notify\"\nready_timeout = \"1.5s\"",
+    Readiness::Notify(Duration::from_millis(1500))
+)]
+fn a_task_is_ready_when_its_job_says_so(#[case] options: &str, #[case] expected: Readiness) {
+    assert_eq!(payload("/logs/out", options).readiness, expected);
+}
+
+#[rstest]
+#[case(
+    "ready = \"healthy\"",
+    "config.ready: \"healthy\" is not one of started, notify"
+)]
+#[case(
+    "ready_timeout = \"9s\"",
+    "config.ready_timeout: \"9s\" has no effect without config.ready = \"notify\": add it, or remove the option"
+)]
+#[case(
+    "ready = \"notify\"\nready_timeout = \"0s\"",
+    "config.ready_timeout: \"0s\" is not more than 0 and at most 24h"
+)]
+#[case(
+    "ready = \"notify\"\nready_timeout = \"25h\"",
+    "config.ready_timeout: \"25h\" is not more than 0 and at most 24h"
+)]
 #[case(
     "journal_format = \"export\"",
     "config.journal_format: \"export\" is not one of short, cat, json"

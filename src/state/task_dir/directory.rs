@@ -16,7 +16,7 @@ use crate::sys::replace_file;
 pub(super) const MAX_RECORD_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Every name that may occur in a task directory. A file that is being written has `.<pid>-<number>.new` appended to its name.
-const KNOWN_ENTRIES: [&str; 22] = [
+const KNOWN_ENTRIES: [&str; 23] = [
     "control",
     "entered",
     "environment",
@@ -34,6 +34,7 @@ const KNOWN_ENTRIES: [&str; 22] = [
     "network",
     "notify",
     "order",
+    "ready",
     "released",
     "resolver",
     "root",
@@ -142,6 +143,11 @@ impl TaskDir {
     /// The socket to which systemd-nspawn reports the start (`NOTIFY_SOCKET`).
     pub fn notify_socket(&self) -> PathBuf {
         self.0.join("notify")
+    }
+
+    /// The socket to which a command says that it is ready.
+    pub fn ready_socket(&self) -> PathBuf {
+        self.0.join("ready")
     }
 
     /// The log file of the supervisor itself.

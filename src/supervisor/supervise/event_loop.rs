@@ -41,6 +41,10 @@ pub(super) enum Token {
     DhcpPause,
     /// Something has arrived for the container on `::1`.
     Relay,
+    /// The command has said something about its state.
+    Ready,
+    /// Timer: the container has not said that it is ready.
+    ReadyStep,
     /// PID 1 has printed something.
     Console,
     /// The container's journal has changed.

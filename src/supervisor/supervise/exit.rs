@@ -117,7 +117,8 @@ impl Supervisor {
     /// The exit status to assume for systemd-nspawn, once the leader has exited and nothing that systemd-nspawn could add would
     /// change the reported exit.
     fn early_exit_status(&self) -> Option<ExitStatus> {
-        if !self.may_report_early() || !self.has_written_all() {
+        // An exit before the container was ready is a failed start.
+        if !self.may_report_early() || !self.has_written_all() || self.is_awaited() {
             return None;
         }
         let by_force = ExitStatus::from_raw(Signal::KILL.number());
@@ -267,6 +268,10 @@ impl Supervisor {
         match &self.state {
             State::Starting { .. } => self.report(Event::Failed(self.failed(status))),
             State::Failing(failure) => self.report(Event::Failed(failure.clone())),
+            State::Running { .. } if self.is_awaited() => {
+                let failure = self.exited_unready(&self.exit(status));
+                self.report(Event::Failed(failure));
+            }
             State::Running { .. } if self.exit.reported.is_none() => {
                 let exit = self.exit(status);
                 self.report_exit(exit);

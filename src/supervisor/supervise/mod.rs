@@ -9,6 +9,7 @@
 //! | `state` | everything known about the container; its start |
 //! | `inside` | what is applied to the container before its command runs |
 //! | `network` | the network that the driver makes for it |
+//! | `ready` | whether it is ready |
 //! | `output`, `console`, `log_writer` | what a booted container prints, and the logs it is written to |
 //! | `run`, `event_loop` | the loop; epoll and timers |
 //! | `requests`, `clients` | what clients request; how it travels |
@@ -41,6 +42,7 @@ mod inside;
 mod log_writer;
 mod network;
 mod output;
+mod ready;
 mod release;
 mod requests;
 mod run;

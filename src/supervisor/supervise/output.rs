@@ -16,6 +16,7 @@ use super::log_writer::LogWriter;
 use crate::container::{Journal, SystemOutput};
 use crate::journal::{self, Entry, Follower};
 use crate::supervisor::logs;
+use crate::supervisor::protocol::Event;
 
 /// How many entries of the journal are handled before other events are.
 const MAX_ENTRIES: usize = 256;
@@ -294,6 +295,25 @@ impl FollowedJournal {
         is_wanted
             .then(|| journal::line(entry, self.options.format))
             .flatten()
+    }
+}
+
+impl Supervisor {
+    /// Tells the user which units of the system have failed to start.
+    pub(super) fn note_failed_units(&mut self) {
+        self.copy_output(Output::read_journal);
+        let journal = self
+            .output
+            .as_ref()
+            .and_then(|output| output.journal.as_ref());
+        let failed = journal.map_or(&[][..], |journal| &journal.failed_units);
+        if !failed.is_empty() {
+            let note = format!(
+                "the system is ready, and these units have failed: {}",
+                failed.join(", ")
+            );
+            self.clients.broadcast(&Event::Note(note));
+        }
     }
 }
 

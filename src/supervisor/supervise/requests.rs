@@ -22,7 +22,9 @@ impl Supervisor {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => return self.pause_accepting(),
             };
-            if let State::Running { running, .. } = &self.state {
+            if let State::Running { running, .. } = &self.state
+                && !self.is_awaited()
+            {
                 let started = Event::Started(running.started.clone());
                 self.clients.send_to_last(&started);
             }
@@ -87,7 +89,8 @@ impl Supervisor {
     /// Drops the clients that have closed their connection or do not read their events.
     pub(super) fn drop_disconnected(&mut self) {
         let owner_is_gone = self.clients.drop_disconnected();
-        if owner_is_gone && matches!(self.state, State::Starting { .. }) {
+        let is_starting = matches!(self.state, State::Starting { .. }) || self.is_awaited();
+        if owner_is_gone && is_starting {
             // The client that requested the start is gone and will request it again; the same container must not run twice.
             self.kill();
         }

@@ -49,6 +49,8 @@ impl Supervisor {
             Token::Dhcp => self.answer_dhcp(),
             Token::DhcpPause => self.resume_dhcp(),
             Token::Relay => self.start_relay(),
+            Token::Ready => self.read_ready_socket(),
+            Token::ReadyStep => self.on_ready_step(),
             Token::Console => self.copy_output(Output::read_console),
             Token::Journal | Token::JournalAgain => self.copy_output(Output::read_journal),
             Token::LogWritable => self.copy_output(Output::resume),
@@ -83,6 +85,8 @@ impl Supervisor {
         self.events.set_timer(Token::PendingSignals, pending);
         let oom_report = self.oom_report_time();
         self.events.set_timer(Token::OomReport, oom_report);
+        let ready = self.next_ready_step();
+        self.events.set_timer(Token::ReadyStep, ready);
         let journal = self.output.as_ref().and_then(Output::next_look);
         self.events.set_timer(Token::JournalAgain, journal);
         let exit = self.exit_deadline();

@@ -17,6 +17,7 @@ use super::event_loop::{EventLoop, Pollable, Source, Token};
 use super::exit_status::NspawnFinalStatus;
 use super::network::{self, Preparation, Services};
 use super::output::Output;
+use super::ready::{self, Readiness};
 use super::release::ReleaseThread;
 use super::{Sockets, failure, inside, spawn};
 use crate::container::{Cause, Process, Started};
@@ -24,7 +25,7 @@ use crate::failpoint::{self, Failpoint};
 use crate::lease::{self, SharedLocks, UidRange};
 use crate::seccomp::{self, Store};
 use crate::signal::Signal;
-use crate::state::task_dir::{LaunchSpec, Running, TaskDir};
+use crate::state::task_dir::{LaunchSpec, Pid1, Running, TaskDir};
 use crate::supervisor::init_channel::InitChannel;
 use crate::supervisor::logs;
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
@@ -52,6 +53,8 @@ pub(super) struct Supervisor {
     pub(super) uid_range: Option<SharedLocks>,
     /// The locks of a tree that other containers share, until systemd-nspawn holds them.
     pub(super) tree: Option<SharedLocks>,
+    /// Whether the container is ready, for a task that counts as started only then.
+    pub(super) readiness: Option<Readiness>,
     /// What a booted container prints, until its exit is reported.
     pub(super) output: Option<Output>,
     /// Channel to PID 1 of the container, if that is the driver's init.
@@ -158,6 +161,8 @@ impl Supervisor {
                 Output::open(&launch_spec.output, logs, nspawn_stderr, &events)
             })
             .map_err(step(StartStep::Logs))?;
+        let readiness = readiness(&task_dir, &launch_spec, &events);
+        let readiness = readiness.map_err(step(StartStep::Notify))?;
         let cgroups = Cgroups::create(&launch_spec, &events)?;
         failpoint::hit(&task_dir, Failpoint::CgroupMade);
         lease::remove_leaked_mounts(&launch_spec.machine);
@@ -189,6 +194,7 @@ impl Supervisor {
             services: Services::default(),
             uid_range: uid_range.flatten(),
             tree,
+            readiness,
             output,
             init_channel: None,
             command: None,
@@ -212,8 +218,12 @@ impl Supervisor {
 
     /// Reads what systemd-nspawn and the driver's init have sent. If that completes the start, it is recorded.
     pub(super) fn read_reports(&mut self) {
+        let was_awaited = self.is_awaited();
         self.read_notify_socket();
         self.read_init_channel();
+        if was_awaited {
+            self.announce_ready();
+        }
         if let State::Starting {
             leader: Some(leader),
             ready: true,
@@ -232,6 +242,7 @@ impl Supervisor {
             let pid = text
                 .lines()
                 .find_map(|line| line.strip_prefix("X_NSPAWN_LEADER_PID=")?.parse().ok());
+            self.hear_system(&text);
             if let (Some(pid), State::Starting { leader, .. }) = (pid, &mut self.state) {
                 leader.get_or_insert(pid);
             }
@@ -310,7 +321,7 @@ impl Supervisor {
         if let Some(init_channel) = &self.init_channel {
             init_channel.send_go();
         }
-        self.clients.broadcast(&Event::Started(running.started));
+        self.announce_start();
         self.release_nspawn();
     }
 
@@ -414,6 +425,22 @@ impl Supervisor {
         self.init_channel = None;
         self.kill();
     }
+}
+
+/// The readiness of a container that has to say that it is ready: a system says it to systemd-nspawn, a command to a socket of its own.
+fn readiness(
+    task_dir: &TaskDir,
+    launch_spec: &LaunchSpec,
+    events: &EventLoop,
+) -> io::Result<Option<Readiness>> {
+    let Some(limit) = launch_spec.ready_within else {
+        return Ok(None);
+    };
+    let socket = match launch_spec.first {
+        Pid1::Image => None,
+        Pid1::Driver { .. } => Some(ready::listen(&task_dir.ready_socket(), events)?),
+    };
+    Ok(Some(Readiness::new(limit, socket)))
 }
 
 /// Whether this directory is the root directory of a process.

@@ -26,6 +26,7 @@ mod limits;
 mod network;
 mod network_modes;
 mod own_network;
+mod ready;
 mod root;
 mod system;
 mod system_network;

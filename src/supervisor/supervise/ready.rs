@@ -1,0 +1,258 @@
+//! Whether the container is ready, for tasks that count as started only then: the system or the command has sent `READY=1`. A system tells
+//! systemd-nspawn, which passes it on; a command has a socket of the supervisor. What else is said meanwhile explains a start that takes
+//! long or fails.
+
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
+
+use super::event_loop::{Source, Token};
+use super::{State, Supervisor};
+use crate::container::{Cause, Exit};
+use crate::supervisor::protocol::{Event, StartFailure, StartStep};
+
+/// How long a start may take before a task event says what it waits for.
+const SILENCE: Duration = Duration::from_secs(5);
+/// How much of a status is repeated.
+const MAX_STATUS_CHARS: usize = 200;
+
+/// How far a container is that has to say that it is ready.
+#[derive(Debug)]
+pub(super) struct Readiness {
+    limit: Duration,
+    /// Where a command says it.
+    socket: Option<Source<UnixDatagram>>,
+    is_ready: bool,
+    /// What was said last about what it does.
+    status: Option<String>,
+    /// When the container was up.
+    since: Option<Instant>,
+    /// Whether an event has named what it waits for.
+    is_explained: bool,
+}
+
+impl Readiness {
+    pub(super) fn new(limit: Duration, socket: Option<Source<UnixDatagram>>) -> Self {
+        Self {
+            limit,
+            socket,
+            is_ready: false,
+            status: None,
+            since: None,
+            is_explained: false,
+        }
+    }
+
+    /// Takes in what the system or the command has sent.
+    pub(super) fn hear(&mut self, message: &str) {
+        for line in message.lines() {
+            if line == "READY=1" {
+                self.is_ready = true;
+            }
+            if let Some(status) = line.strip_prefix("STATUS=") {
+                // What systemd-nspawn puts in front of the system's own words.
+                let status = status.strip_prefix("Container running: ").unwrap_or(status);
+                let shown = status.chars().filter(|letter| !letter.is_control());
+                let shown: String = shown.take(MAX_STATUS_CHARS).collect();
+                self.status = Some(shown).filter(|status| !status.is_empty());
+            }
+        }
+    }
+
+    fn hear_command(&mut self) {
+        let mut datagram = [0; 4096];
+        while let Some(Ok(length)) = self
+            .socket
+            .as_ref()
+            .map(|socket| socket.recv(&mut datagram))
+        {
+            let message = String::from_utf8_lossy(&datagram[..length]).into_owned();
+            self.hear(&message);
+        }
+    }
+
+    /// When there is something to do although nothing was said.
+    fn next_step(&self) -> Option<Instant> {
+        let since = self.since.filter(|_| !self.is_ready)?;
+        let step = match self.is_explained {
+            true => self.limit,
+            false => self.limit.min(SILENCE),
+        };
+        Some(since + step)
+    }
+
+    /// The last status, to be put after a sentence.
+    fn last_status(&self) -> String {
+        let status = self.status.as_ref();
+        status.map_or_else(String::new, |status| {
+            format!(". The last it said: {status}")
+        })
+    }
+}
+
+impl Supervisor {
+    /// Whether the container is up and has not said that it is ready.
+    pub(super) fn is_awaited(&self) -> bool {
+        let is_up = matches!(self.state, State::Running { .. });
+        is_up
+            && self
+                .readiness
+                .as_ref()
+                .is_some_and(|readiness| !readiness.is_ready)
+    }
+
+    /// The container is up: tells the clients, unless they wait until it is ready.
+    pub(super) fn announce_start(&mut self) {
+        if let Some(readiness) = &mut self.readiness {
+            readiness.since = Some(Instant::now());
+        }
+        self.announce_ready();
+    }
+
+    /// Reads what a command has said.
+    pub(super) fn read_ready_socket(&mut self) {
+        let was_awaited = self.is_awaited();
+        if let Some(readiness) = &mut self.readiness {
+            readiness.hear_command();
+        }
+        if was_awaited {
+            self.announce_ready();
+        }
+    }
+
+    /// Takes in what systemd-nspawn passes on from the system.
+    pub(super) fn hear_system(&mut self, message: &str) {
+        if let Some(readiness) = &mut self.readiness
+            && readiness.socket.is_none()
+        {
+            readiness.hear(message);
+        }
+    }
+
+    /// Tells the clients that the task has started, if it has.
+    pub(super) fn announce_ready(&mut self) {
+        if self.is_awaited() || self.exit.reported.is_some() {
+            return;
+        }
+        if self.readiness.is_some() {
+            self.note_failed_units();
+        }
+        if let State::Running { running, .. } = &self.state {
+            let started = running.started.clone();
+            self.clients.broadcast(&Event::Started(started));
+        }
+    }
+
+    /// When to look after a container that does not say that it is ready.
+    pub(super) fn next_ready_step(&self) -> Option<Instant> {
+        let readiness = self.readiness.as_ref().filter(|_| self.is_awaited())?;
+        readiness.next_step()
+    }
+
+    /// The container has been silent for a while, or for too long.
+    pub(super) fn on_ready_step(&mut self) {
+        if !self.is_awaited() {
+            return;
+        }
+        let Some(readiness) = &mut self.readiness else {
+            return;
+        };
+        let waited = readiness
+            .since
+            .map_or(Duration::ZERO, |since| since.elapsed());
+        if waited >= readiness.limit {
+            let limit = readiness.limit.as_secs_f64();
+            let reason = format!(
+                "the task was not ready within {limit} s (config.ready_timeout){}",
+                readiness.last_status()
+            );
+            self.kill();
+            return self.fail_with(StartFailure::new(StartStep::Ready, Cause::Unknown, reason));
+        }
+        if waited >= SILENCE && !readiness.is_explained {
+            readiness.is_explained = true;
+            let note = format!(
+                "the task is not ready after {} s{}",
+                SILENCE.as_secs(),
+                readiness.last_status()
+            );
+            self.clients.broadcast(&Event::Note(note));
+        }
+    }
+
+    /// Why a container that has exited counts as not started.
+    pub(super) fn exited_unready(&self, exit: &Exit) -> StartFailure {
+        let status = self.readiness.as_ref().map(Readiness::last_status);
+        let how = match (&exit.error, exit.code) {
+            (Some(error), code) => format!("exit code {code}: {error}"),
+            (None, code) => format!("exit code {code}"),
+        };
+        let reason = format!(
+            "the task has ended before it was ready, with {how}{}",
+            status.unwrap_or_default()
+        );
+        StartFailure::new(StartStep::Ready, Cause::Unknown, reason)
+    }
+}
+
+/// Registers the socket on which a command says that it is ready. Any user of the container may write to it; only the container has it.
+pub(super) fn listen(
+    path: &std::path::Path,
+    events: &super::event_loop::EventLoop,
+) -> std::io::Result<Source<UnixDatagram>> {
+    use std::os::unix::fs::PermissionsExt;
+    let socket = UnixDatagram::bind(path)?;
+    socket.set_nonblocking(true)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
+    events.register(socket, Token::Ready)
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    fn heard(messages: &[&str]) -> Readiness {
+        let mut readiness = Readiness::new(Duration::from_secs(9), None);
+        messages.iter().for_each(|message| readiness.hear(message));
+        readiness
+    }
+
+    #[rstest]
+    #[case(&["READY=1\n"], true, "")]
+    #[case(&["STATUS=Container running: Ready.\nREADY=1"], true, ". The last it said: Ready.")]
+    #[case(&["STATUS=a", "STATUS=b\x1b[1m"], false, ". The last it said: b[1m")]
+    #[case(&["STATUS=a", "STATUS="], false, "")]
+    #[case(&["READY=0", "xREADY=1", "READY=11"], false, "")]
+    fn what_was_said_is_known(
+        #[case] messages: &[&str],
+        #[case] is_ready: bool,
+        #[case] last: &str,
+    ) {
+        let readiness = heard(messages);
+        assert_eq!(readiness.is_ready, is_ready);
+        assert_eq!(readiness.last_status(), last);
+    }
+
+    #[test]
+    fn a_long_status_is_cut_off() {
+        let readiness = heard(&[&format!("STATUS={}", "\u{fc}".repeat(4000))]);
+        assert_eq!(readiness.status.unwrap().chars().count(), MAX_STATUS_CHARS);
+    }
+
+    #[test]
+    fn a_start_is_explained_once_and_then_given_up() {
+        let mut readiness = heard(&[]);
+        assert_eq!(readiness.next_step(), None);
+        let since = Instant::now();
+        readiness.since = Some(since);
+        assert_eq!(readiness.next_step(), Some(since + SILENCE));
+        readiness.is_explained = true;
+        assert_eq!(readiness.next_step(), Some(since + readiness.limit));
+        readiness.is_ready = true;
+        assert_eq!(readiness.next_step(), None);
+        let mut short = Readiness::new(Duration::from_secs(1), None);
+        short.since = Some(since);
+        assert_eq!(short.next_step(), Some(since + Duration::from_secs(1)));
+    }
+}
