@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::statvfs::{FsFlags, statvfs};
 
 use crate::container::{Mode, Root, Rootfs, Users, Volatile};
+use crate::nspawn::image_init::INITS;
 use crate::rootfs_path::{Entry, RootDir, copy_place};
 
 use super::decode::quoted;
@@ -20,12 +21,6 @@ const IMAGE: &str = "config.image";
 const PIVOT_ROOT: &str = "config.pivot_root";
 pub(super) const VOLATILE: &str = "config.volatile";
 
-/// Where systemd-nspawn looks for the init to boot.
-const INITS: [&str; 3] = [
-    "usr/lib/systemd/systemd",
-    "lib/systemd/systemd",
-    "sbin/init",
-];
 const OS_RELEASE: [&str; 2] = ["etc/os-release", "usr/lib/os-release"];
 
 /// The root file system as the options describe it, before the image is looked up.

@@ -4,6 +4,7 @@
 pub mod argv;
 pub mod env_filter;
 pub mod idmap;
+pub mod image_init;
 pub mod machine_id;
 pub mod ownership;
 pub mod probe;

@@ -68,6 +68,18 @@ pub fn unusable(version: u32, cgroup: CgroupLayout) -> Option<String> {
     None
 }
 
+/// Why the systemd of an image, of this version, can't boot on a host with this cgroup layout, or `None` if it can: it no longer supports
+/// cgroup v1 from the same version on as systemd-nspawn.
+pub fn unbootable(version: u32, cgroup: CgroupLayout) -> Option<String> {
+    let refuses = Feature::UnifiedOnly.is_in(version) && cgroup != CgroupLayout::V2;
+    refuses.then(|| {
+        let last = Feature::UnifiedOnly.since() - 1;
+        format!(
+            "the image has systemd {version}, which boots only on a host with cgroup v2 only, mounted at /sys/fs/cgroup; on this host {last} and earlier do"
+        )
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

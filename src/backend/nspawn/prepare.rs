@@ -2,7 +2,7 @@
 //! resources, and what the user should know. The result is the launch spec on disk, so that a failed start has one undo step.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::filters::StartFilters;
 use super::ids::Ids;
@@ -13,7 +13,8 @@ use super::{Settings, acquire, boot_id, io_error};
 use crate::backend::BackendError;
 use crate::cgroup::{CgroupPlan, DeviceRules, Layout, Place, Unenforced, unenforced_note};
 use crate::container::{
-    Console, ContainerSpec, ExecDefaults, Mount, NetworkNamespace, Readiness, Root, SystemOutput,
+    Console, ContainerSpec, ExecDefaults, Mode, Mount, NetworkNamespace, Readiness, Root,
+    SystemOutput,
 };
 use crate::failpoint::{self, Failpoint};
 use crate::lease::{Resource, SharedLocks};
@@ -21,7 +22,8 @@ use crate::mounts::MountPlan;
 use crate::network::pool;
 use crate::nspawn::argv::{self, CommandLine, Target};
 use crate::nspawn::version;
-use crate::nspawn::{ownership, skeleton};
+use crate::nspawn::{image_init, ownership, skeleton};
+use crate::rootfs_path::{Entry, RootDir};
 use crate::seccomp::Source;
 use crate::state::{LaunchSpec, Pid1, TaskDir};
 
@@ -67,6 +69,7 @@ fn prepare_in(
     if let Some(reason) = version::unusable(host.version, layout.kind) {
         return Err(unsupported(spec, reason));
     }
+    refuse_unbootable(spec, &layout)?;
     let files = name_files::write(spec, network.plan.as_ref(), task_dir)?;
     let (root, of_root) = root(spec, &files, task_dir)?;
     let mut ids = Ids::of(spec, &host)?;
@@ -122,6 +125,25 @@ fn prepare_in(
         })
         .map_err(|source| io_error("writing the launch spec in", task_dir.path(), source))?;
     Ok(lock)
+}
+
+/// Refuses an image whose init can't run here: the container would end with a code that says nothing.
+fn refuse_unbootable(spec: &ContainerSpec, layout: &Layout) -> Result<(), BackendError> {
+    let (Mode::Boot, Root::Directory(image)) = (spec.payload.mode, &spec.rootfs.source) else {
+        return Ok(());
+    };
+    let failed = |source| io_error("looking into the image", image, source);
+    let mut root = Some(RootDir::open(image).map_err(failed)?);
+    if let (Some(tree), Some(pivot)) = (&root, &spec.rootfs.pivot_root) {
+        let new = pivot.split(':').next().unwrap_or_default();
+        let entry = tree.entry(Path::new(new)).map_err(failed)?;
+        root = entry.and_then(Entry::into_root);
+    }
+    let reason = root.map(|root| image_init::refusal(&root, layout.kind));
+    match reason.transpose().map_err(failed)?.flatten() {
+        Some(reason) => Err(unsupported(spec, reason)),
+        None => Ok(()),
+    }
 }
 
 const NO_CGROUPS: &str = "this host has no control groups that the driver can use: no limit of this task is enforced, and there are no statistics of it";
