@@ -4,7 +4,8 @@
 
 use std::collections::HashSet;
 use std::ffi::OsString;
-use std::io;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +22,8 @@ pub struct Mount {
     pub id: u32,
     /// The number of the mount that its mount point is on. That of the root is not in the table.
     pub parent: u32,
+    /// The device of the file system, major and minor number.
+    pub device: (u32, u32),
     /// The directory of the file system that is mounted here.
     pub root: PathBuf,
     /// The mount point, as the process sees it.
@@ -55,15 +58,33 @@ pub fn own_mounted_devices() -> io::Result<HashSet<(u32, u32)>> {
 }
 
 fn mounted_devices(table: &[u8]) -> HashSet<(u32, u32)> {
-    let device = |line: &[u8]| {
-        let word = line.split(|byte| *byte == b' ').nth(2)?;
-        let (major, minor) = std::str::from_utf8(word).ok()?.split_once(':')?;
-        Some((major.parse().ok()?, minor.parse().ok()?))
-    };
+    let of_line = |line: &[u8]| device(line.split(|byte| *byte == b' ').nth(2)?);
     table
         .split(|byte| *byte == b'\n')
-        .filter_map(device)
+        .filter_map(of_line)
         .collect()
+}
+
+fn device(word: &[u8]) -> Option<(u32, u32)> {
+    let (major, minor) = std::str::from_utf8(word).ok()?.split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// The mounts of a `mountinfo` file whose mount points are wanted, in the order in which they were made. Holds one line of the others at a time.
+pub fn mounts_at(table: &Path, wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<Mount>> {
+    wanted_mounts(BufReader::new(File::open(table)?), wanted)
+}
+
+fn wanted_mounts(table: impl BufRead, wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<Mount>> {
+    let mut found = Vec::new();
+    for line in table.split(b'\n') {
+        let line = line?;
+        let target = line.split(|byte| *byte == b' ').nth(4).map(path);
+        if target.is_some_and(|target| wanted(&target)) {
+            found.extend(mount(&line));
+        }
+    }
+    Ok(found)
 }
 
 fn read_mounts(table: &Path) -> io::Result<Vec<Mount>> {
@@ -88,6 +109,7 @@ fn mount(line: &[u8]) -> Option<Mount> {
     Some(Mount {
         id: number(0)?,
         parent: number(1)?,
+        device: device(words.get(2)?)?,
         root: path(words.get(3)?),
         target: path(words.get(4)?),
         kind: text(words.get(dash + 1)?),
@@ -249,6 +271,22 @@ mod tests {
             own_mounted_devices().unwrap().is_empty(),
             own_mounts().unwrap().is_empty()
         );
+    }
+
+    #[test]
+    fn a_device_is_read_with_its_mount() {
+        let table = b"36 35 98:1048 / /mnt rw - ext3 /dev/root rw\n37 35 98 / /bad rw - ext3 /dev/root rw\n";
+        let mounts = parse_mountinfo(table);
+        assert_eq!(mounts.len(), 1);
+        assert_eq!(mounts[0].device, (98, 1048));
+    }
+
+    #[test]
+    fn only_the_mounts_that_are_wanted_are_kept() {
+        let table = b"36 35 98:0 / /a\\040b/c rw - ext3 /dev/root rw\n37 35 98:0 / /a rw - ext3 /dev/root rw\n\nnonsense\n";
+        let found = wanted_mounts(&table[..], |target| target.starts_with("/a b")).unwrap();
+        let targets: Vec<_> = found.iter().map(|mount| &*mount.target).collect();
+        assert_eq!(targets, [Path::new("/a b/c")]);
     }
 
     #[test]

@@ -229,14 +229,14 @@ fn open(
     let map = ids.map(|ids| id_map(ids, about.stx_uid, about.stx_gid));
     let copied = copy(&mount.source, &opened, map, mappings);
     let (tree, below) = copied.map_err(failed("can't copy or map the mounts at"))?;
-    let denied = Denied {
-        write: mount.read_only,
-        set_user_id: mount.restrictions.nosuid,
-        devices: mount.restrictions.nodev,
-        execution: mount.restrictions.noexec,
-    };
-    let follow = mount.propagation == Propagation::HostToTask;
+    let denied = mount.denied();
+    let follow = mount.propagation == Propagation::HostToTask && !mount.follows;
     let propagation = propagate(&tree, follow).map_err(failed("can't set the propagation of"))?;
+    if mount.follows {
+        // What the supervisor attaches there later appears in the container.
+        tree.share()
+            .map_err(failed("can't set the propagation of"))?;
+    }
     deny(&tree, denied).map_err(failed("can't restrict the mounts at"))?;
     for (_, tree) in &below {
         propagate(tree, follow).map_err(failed("can't set the propagation of"))?;
@@ -309,7 +309,7 @@ fn copy(
 }
 
 /// Kind and owner, as far as the kernel knows them: a file system that does not answer is not asked.
-fn about(opened: &OwnedFd) -> io::Result<Statx> {
+pub(super) fn about(opened: &OwnedFd) -> io::Result<Statx> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let wanted = StatxFlags::TYPE | StatxFlags::UID | StatxFlags::GID;
     Ok(statx(opened, c"", flags, wanted)?)
@@ -342,10 +342,10 @@ fn open_root(
 
 /// The mappings that have been made for a start. Most mounts have the same one.
 #[derive(Default)]
-struct Mappings(Vec<(IdMap, OwnedFd)>);
+pub(super) struct Mappings(Vec<(IdMap, OwnedFd)>);
 
 impl Mappings {
-    fn apply(&mut self, map: &IdMap, tree: &MountTree) -> io::Result<()> {
+    pub(super) fn apply(&mut self, map: &IdMap, tree: &MountTree) -> io::Result<()> {
         if let Some((_, namespace)) = self.0.iter().find(|(known, _)| known == map) {
             return tree.map_ids(namespace.as_fd());
         }

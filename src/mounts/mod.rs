@@ -8,16 +8,19 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::container::{Propagation, Restrictions};
+use crate::sys::mount_tree::Denied;
 use crate::sys::{Extent, IdMap};
 
 mod attach;
 mod create;
+mod later;
 mod mount_point;
 mod namespace;
 mod plan;
 
 pub use attach::{AttachError, attach};
 pub use create::create_directory;
+pub use later::{LaterMounts, Outcome, Work};
 pub use plan::{Planned, Refused, Unmappable, plan, unmappable};
 
 /// How many ids a range has that the driver picks.
@@ -73,6 +76,20 @@ struct PlannedMount {
     propagation: Propagation,
     /// Whether the ids of its files are mapped.
     mapped: bool,
+    /// Whether what the host mounts below it later has to be changed like the mount itself, so that propagation by the kernel is not enough.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    follows: bool,
+}
+
+impl PlannedMount {
+    fn denied(&self) -> Denied {
+        Denied {
+            write: self.read_only,
+            set_user_id: self.restrictions.nosuid,
+            devices: self.restrictions.nodev,
+            execution: self.restrictions.noexec,
+        }
+    }
 }
 
 impl MountPlan {

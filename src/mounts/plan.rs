@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::{IdRange, MountPlan, PlannedMount, directory, id_map, place_of};
-use crate::container::{Mount, MountIds};
+use crate::container::{Mount, MountIds, Propagation, Restrictions};
+use crate::sys::kernel;
 use crate::sys::mount_tree::{MountTree, place, place_as_it_is};
 use crate::sys::procfs;
 
 /// File systems that show the kernel's own objects. Their files have no owners to keep apart, and tasks use them as they are.
-const OF_THE_KERNEL: &[&str] = &[
+pub(super) const OF_THE_KERNEL: &[&str] = &[
     "autofs",
     "binfmt_misc",
     "bpf",
@@ -119,6 +120,7 @@ pub fn plan(mounts: Vec<Mount>, ids: Option<IdRange>, task_dir: &Path) -> Result
             restrictions: mount.restrictions,
             propagation: mount.propagation,
             mapped,
+            follows: follows(&mount, mapped),
         });
         planned.mounts.push(Mount {
             source: place_of(&directory, index),
@@ -126,6 +128,20 @@ pub fn plan(mounts: Vec<Mount>, ids: Option<IdRange>, task_dir: &Path) -> Result
         });
     }
     Ok(planned)
+}
+
+/// Whether the supervisor hands later mounts on: they have to be changed. Not below Nomad's own directories, where nothing is mounted later.
+fn follows(mount: &Mount, mapped: bool) -> bool {
+    let Restrictions {
+        nosuid,
+        nodev,
+        noexec,
+    } = mount.restrictions;
+    mount.option.is_some()
+        && mount.propagation == Propagation::HostToTask
+        && (mapped || mount.read_only || nosuid || nodev || noexec)
+        && kernel::version() >= (5, 12)
+        && mount.source.is_dir()
 }
 
 /// Whether the ids of a mount are to be mapped, as far as they can be.
@@ -199,7 +215,7 @@ pub fn unmappable(source: &Path) -> Vec<Unmappable> {
 }
 
 /// Whether the kernel has refused to map a mount, and not failed.
-fn is_of_a_mount(error: &io::Error) -> bool {
+pub(super) fn is_of_a_mount(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(nix::libc::EINVAL | nix::libc::EPERM)

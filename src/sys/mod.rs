@@ -6,6 +6,7 @@ mod ffi;
 mod files;
 mod id_map;
 pub mod kernel;
+pub mod mount_namespace;
 pub mod mount_tree;
 pub mod netns;
 pub mod process;

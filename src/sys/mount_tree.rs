@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
+use nix::mount::{MntFlags, umount2};
+use rustix::fs::{AtFlags, StatxFlags, statx};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::ffi::{MountAttributes, set_mount_attributes};
@@ -30,6 +32,23 @@ fn opened(path: &Path, more: OFlag) -> nix::Result<OwnedFd> {
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC | more)
         .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     openat2(AT_FDCWD, path, how)
+}
+
+/// The number of the mount that a place is on, as in mount tables. Asks only the kernel, never the file system.
+pub fn mount_id(place: BorrowedFd<'_>) -> io::Result<u32> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let about = statx(place, c"", flags, StatxFlags::MNT_ID)?;
+    match about.stx_mask & StatxFlags::MNT_ID.bits() {
+        0 => Err(io::ErrorKind::Unsupported.into()),
+        _ => u32::try_from(about.stx_mnt_id).map_err(io::Error::other),
+    }
+}
+
+/// Unmounts the mount whose top this place is, with everything below it, also if it is in use: who uses it keeps what it has opened.
+pub fn detach(place: BorrowedFd<'_>) -> io::Result<()> {
+    // By the descriptor: a path could lead elsewhere by now.
+    let path = format!("/proc/thread-self/fd/{}", place.as_raw_fd());
+    Ok(umount2(path.as_str(), MntFlags::MNT_DETACH)?)
 }
 
 /// A tree of mounts that is attached nowhere. Dropping it unmounts it, unless it has been attached.
@@ -104,6 +123,14 @@ impl MountTree {
         };
         self.set(&MountAttributes {
             propagation,
+            ..MountAttributes::default()
+        })
+    }
+
+    /// Lets what is attached in the tree later appear in its copies.
+    pub fn share(&self) -> io::Result<()> {
+        self.set(&MountAttributes {
+            propagation: nix::libc::MS_SHARED,
             ..MountAttributes::default()
         })
     }

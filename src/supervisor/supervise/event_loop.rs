@@ -53,6 +53,12 @@ pub(super) enum Token {
     JournalAgain,
     /// A log of the task that was full can be written again.
     LogWritable,
+    /// The mount table of the host has changed.
+    MountTable,
+    /// Timer: it is looked at again.
+    MountPause,
+    /// The thread that passes a change of it on has ended.
+    MountsChanged,
     /// The leader has exited. Before its parent: what the leader's exit says is lost if the supervisor has already concluded.
     Leader,
     /// A child has exited.

@@ -218,13 +218,14 @@ impl Supervisor {
         self.ending = Ending::KillingRest { status, until };
         // Otherwise its process would count as one of the container's that is left.
         self.services = Services::default();
+        self.follower = None;
         // The last messages may still be queued in the sockets: a short command exits before they have been read.
         self.read_reports();
         self.task_dir.discard_secrets();
     }
 
     /// Reaps every child that has exited; returns the status of systemd-nspawn if it is among them. The leader becomes a child only
-    /// after a systemd-nspawn that exited without having waited for it. A thread that prepares the network, or releases it, waits for its own
+    /// after a systemd-nspawn that exited without having waited for it. A thread that prepares the network, or releases it, or changes mounts, waits for its own
     /// children: meanwhile none but systemd-nspawn is reaped.
     fn reap(&mut self) -> Option<ExitStatus> {
         let leader = self.leader_handle().map(|leader| leader.process().pid);
@@ -242,8 +243,9 @@ impl Supervisor {
     }
 
     fn reap_one(&self) -> Option<(i32, WaitStatus)> {
-        let waited = match (&self.ending, &self.network) {
-            (Ending::NspawnRuns, Some(_)) => {
+        let others = self.network.is_some() || self.changes_mounts();
+        let waited = match (&self.ending, others) {
+            (Ending::NspawnRuns, true) => {
                 waitpid(Pid::from_raw(self.nspawn.pid), WaitOptions::NOHANG)
             }
             (Ending::NspawnRuns | Ending::KillingRest { .. }, _) => wait(WaitOptions::NOHANG),

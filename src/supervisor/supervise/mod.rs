@@ -1,7 +1,7 @@
 //! The supervisor process (`supervise DIR`): parent of one systemd-nspawn from before its start until after its exit. Outlives
 //! plugin and agent, sleeps in the kernel until something happens, and is small on purpose: no async runtime, no gRPC, and no
 //! thread besides the main one while the container runs. It starts one for a log FIFO that has no reader yet (`logs`), those that make the
-//! network (`network`) and write sysctls (`inside`) before the command runs, and one when the container has ended (`release`). It makes no decisions about jobs and reads only its
+//! network (`network`) and write sysctls (`inside`) before the command runs, one for each change that the host has made to its mounts (`later_mounts`), and one when the container has ended (`release`). It makes no decisions about jobs and reads only its
 //! launch spec. This file is the start of the process; the rest is
 //!
 //! | module | subject |
@@ -11,6 +11,7 @@
 //! | `network` | the network that the driver makes for it |
 //! | `ready` | whether it is ready |
 //! | `output`, `console`, `log_writer` | what a booted container prints, and the logs it is written to |
+//! | `later_mounts` | what the host mounts below its volumes later |
 //! | `run`, `event_loop` | the loop; epoll and timers |
 //! | `requests`, `clients` | what clients request; how it travels |
 //! | `signals` | signals, stop and kill |
@@ -39,6 +40,7 @@ mod event_loop;
 mod exit;
 mod exit_status;
 mod inside;
+mod later_mounts;
 mod log_writer;
 mod network;
 mod output;

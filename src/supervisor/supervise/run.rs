@@ -54,6 +54,9 @@ impl Supervisor {
             Token::Console => self.copy_output(Output::read_console),
             Token::Journal | Token::JournalAgain => self.copy_output(Output::read_journal),
             Token::LogWritable => self.copy_output(Output::resume),
+            Token::MountTable => self.see_mount_table(),
+            Token::MountPause => self.resume_mounts(),
+            Token::MountsChanged => self.see_mounts_changed(),
             Token::Leader => self.see_leader(ready.hung_up),
             Token::Signals => self.see_children(),
             Token::Oom => self.see_oom(),
@@ -71,6 +74,7 @@ impl Supervisor {
             self.handle_requests(id);
         }
         self.flush_pending_signals();
+        self.send_notes();
         self.report_early();
         self.conclude();
         self.drop_disconnected();

@@ -15,6 +15,7 @@ use super::cgroups::{self, Cgroups};
 use super::clients::Clients;
 use super::event_loop::{EventLoop, Pollable, Source, Token};
 use super::exit_status::NspawnFinalStatus;
+use super::later_mounts::Follower;
 use super::network::{self, Preparation, Services};
 use super::output::Output;
 use super::ready::{self, Readiness};
@@ -49,6 +50,8 @@ pub(super) struct Supervisor {
     pub(super) network: Option<Preparation>,
     /// What serves the connected container.
     pub(super) services: Services,
+    /// Follows what the host mounts, once the container runs.
+    pub(super) follower: Option<Follower>,
     /// The lock of the range of ids that was picked for the container.
     pub(super) uid_range: Option<SharedLocks>,
     /// The locks of a tree that other containers share, until systemd-nspawn holds them.
@@ -192,6 +195,7 @@ impl Supervisor {
             exec_defaults,
             network,
             services: Services::default(),
+            follower: None,
             uid_range: uid_range.flatten(),
             tree,
             readiness,
@@ -323,6 +327,7 @@ impl Supervisor {
         }
         self.announce_start();
         self.release_nspawn();
+        self.follow_mounts();
     }
 
     /// The record of a container that is up. Its leader has no handle if it has exited already.

@@ -32,8 +32,18 @@ impl Inside {
     /// The same with this state directory.
     pub(super) fn with_state_dir(state_dir: impl FnOnce(&Stage) -> PathBuf) -> Self {
         let stage = Stage::new();
-        let state_dir = state_dir(&stage);
-        let backend = NspawnBackend::new(Settings {
+        let backend = Self::backend(state_dir(&stage));
+        Self { stage, backend }
+    }
+
+    /// The same after the plugin has been started again.
+    pub(super) fn with_new_backend(self) -> Self {
+        let backend = Self::backend(self.stage.join("state"));
+        Self { backend, ..self }
+    }
+
+    fn backend(state_dir: PathBuf) -> NspawnBackend {
+        NspawnBackend::new(Settings {
             state_dir,
             nspawn: Some("/usr/bin/systemd-nspawn".into()),
             search: std::ffi::OsString::new(),
@@ -42,8 +52,7 @@ impl Inside {
             seccomp_cache: true,
             network_pool: Pool::default(),
             timeouts: Timeouts::default(),
-        });
-        Self { stage, backend }
+        })
     }
 
     /// A container that runs a shell script in the small tree.

@@ -22,6 +22,7 @@ mod host_devices;
 mod inside;
 mod interfaces;
 mod journal;
+mod later_mounts;
 mod limits;
 mod network;
 mod network_modes;

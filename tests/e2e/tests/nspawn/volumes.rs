@@ -383,8 +383,7 @@ async fn a_later_mount_of_the_host_appears_if_that_is_asked_for(#[case] users: U
         propagation,
         ..mapped(&volume.0, target)
     };
-    let script =
-        "while ! test -e /v/go; do sleep 0.05; done; ls /follows/later; echo; ls /private/later";
+    let script = "until test -e /v/go && test -e /follows/later/file; do sleep 0.05; done; ls /follows/later; echo; ls /private/later";
     let spec = inside.spec(script).with(|spec| {
         spec.users = users;
         spec.mounts = vec![
