@@ -10,12 +10,14 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 mod exec_defaults;
+mod mounts;
 mod resources;
 mod system;
 pub mod testing;
 mod usage;
 
 pub use exec_defaults::ExecDefaults;
+pub use mounts::{Mount, MountIds, Propagation, Restrictions, Tmpfs};
 pub use resources::{
     Cpu, CpuQuota, Device, InsideSettings, Memory, Resources, Rlimit, Swap, TmpfsSizes,
 };
@@ -220,101 +222,6 @@ pub enum Users {
         /// `off`, `chown`, `map` or `auto`; `None` leaves it to systemd-nspawn.
         ownership: Option<String>,
     },
-}
-
-/// A host directory or file mounted in the container.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mount {
-    /// Absolute host path without links. It existed when it was checked, unless it is to be created.
-    pub source: PathBuf,
-    /// The source is a directory that did not exist when it was checked: whoever starts the container creates it and its missing
-    /// parents, with mode 0755, and follows no link, because a task may have made one there since.
-    pub create: bool,
-    /// Absolute path in the container.
-    pub target: PathBuf,
-    /// Whether the mount is read-only.
-    pub read_only: bool,
-    /// What is ignored below the mount.
-    pub restrictions: Restrictions,
-    /// Which mounts made on the host later appear below it.
-    pub propagation: Propagation,
-    /// Whether its files have the same owners inside as on the host, although the ids of the container are shifted.
-    pub ids: MountIds,
-    /// The option of the job that asks for it, for error messages. `None` is what Nomad or the driver adds.
-    pub option: Option<String>,
-}
-
-impl Mount {
-    /// A writable mount that nobody has asked for by an option.
-    pub fn new(source: impl Into<PathBuf>, target: impl Into<PathBuf>) -> Self {
-        Self {
-            source: source.into(),
-            create: false,
-            target: target.into(),
-            read_only: false,
-            restrictions: Restrictions::default(),
-            propagation: Propagation::default(),
-            ids: MountIds::default(),
-            option: None,
-        }
-    }
-
-    /// The same, read-only or not.
-    pub fn with_read_only(self, read_only: bool) -> Self {
-        Self { read_only, ..self }
-    }
-}
-
-/// A temporary file system of the container, in memory and empty at the start. Its root belongs to the container's root.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tmpfs {
-    /// Absolute path in the container.
-    pub target: PathBuf,
-    /// The most it holds, in bytes; `None` is the kernel's default: half of the host's memory.
-    pub size: Option<u64>,
-    /// The permissions of its root.
-    pub mode: u32,
-    /// Whether it is read-only.
-    pub read_only: bool,
-    /// What is ignored on it.
-    pub restrictions: Restrictions,
-    /// The option of the job that asks for it, for error messages.
-    pub option: String,
-}
-
-/// What is ignored below a mount.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Restrictions {
-    /// The set-user-ID bits and capabilities of programs.
-    pub nosuid: bool,
-    /// Device nodes.
-    pub nodev: bool,
-    /// The permission to execute programs.
-    pub noexec: bool,
-}
-
-/// Which mounts made later below the source of a mount appear in the container.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Propagation {
-    /// None.
-    Private,
-    /// Those of the host.
-    #[default]
-    HostToTask,
-}
-
-/// How the owners of files on a mount appear in a container with a user namespace.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum MountIds {
-    /// As on the host where the file system can do that. Otherwise they belong to nobody, and a note says so.
-    #[default]
-    MappedIfPossible,
-    /// As on the host. The start is refused where that is not possible.
-    Mapped,
-    /// They belong to nobody.
-    Unmapped,
 }
 
 /// The network namespace of a container.
