@@ -17,7 +17,7 @@ pub mod testing;
 mod usage;
 
 pub use exec_defaults::ExecDefaults;
-pub use mounts::{Mount, MountIds, Propagation, Restrictions, Tmpfs};
+pub use mounts::{Changes, Mount, MountIds, Overlay, Propagation, Restrictions, Tmpfs};
 pub use resources::{
     Cpu, CpuQuota, Device, InsideSettings, Memory, Resources, Rlimit, Swap, TmpfsSizes,
 };

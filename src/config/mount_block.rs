@@ -95,6 +95,7 @@ fn bind(
         restrictions: restrictions(block),
         propagation: values::propagation(&at("bind_options.propagation"), word, BIND_PROPAGATION)?,
         ids: block.idmap.map_or(task_ids, ids),
+        overlay: None,
         option: Some(option),
     })
 }

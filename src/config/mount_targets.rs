@@ -21,7 +21,7 @@ struct Target<'a> {
 /// What is there.
 #[derive(Debug, Clone, Copy)]
 enum Content<'a> {
-    Host { source: &'a Path, read_only: bool },
+    Host(&'a Mount),
     Tmpfs { read_only: bool },
     Device,
 }
@@ -54,10 +54,7 @@ pub(super) fn check<'a>(
     let mounts = mounts.iter().map(|mount| Target {
         path: &mount.target,
         option: mount.option.as_deref(),
-        content: Content::Host {
-            source: &mount.source,
-            read_only: mount.read_only,
-        },
+        content: Content::Host(mount),
     });
     let tmpfs = tmpfs.iter().map(|tmpfs| Target {
         path: &tmpfs.target,
@@ -94,22 +91,28 @@ fn check_below(target: &Target<'_>, around: &Target<'_>) -> Result<(), ConfigErr
         (Content::Tmpfs { read_only: true }, _) => Err(target.error(&format!(
             "can't be created in {name}, which is empty and read-only"
         ))),
-        (Content::Host { source, .. }, _)
-            if source.metadata().is_ok_and(|about| !about.is_dir()) =>
-        {
+        (Content::Host(mount), _) if mount.source.metadata().is_ok_and(|about| !about.is_dir()) => {
             Err(target.error(&format!("lies in {name}, which is a file")))
         }
-        (Content::Host { source, read_only }, _) => {
+        (Content::Host(mount), _) => {
             let rest = target.path.strip_prefix(around.path);
-            match rest.ok().filter(|rest| read_only && lacks(source, rest)) {
+            let lacks =
+                |rest: &&Path| mount.read_only && directories(mount).all(|at| lacks(at, rest));
+            match rest.ok().filter(lacks) {
                 None => Ok(()),
                 Some(rest) => Err(target.error(&format!(
                     "can't be created in {name}, which is read-only: create {} on the host",
-                    quoted(&source.join(rest).to_string_lossy())
+                    quoted(&mount.source.join(rest).to_string_lossy())
                 ))),
             }
         }
     }
+}
+
+/// The directories of the host that are seen at the target of a mount.
+fn directories(mount: &Mount) -> impl Iterator<Item = &Path> {
+    let below = mount.overlay.iter().flat_map(|overlay| &overlay.below);
+    std::iter::once(&*mount.source).chain(below.map(|directory| &**directory))
 }
 
 /// Whether nothing has this name below the directory.

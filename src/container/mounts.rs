@@ -22,6 +22,8 @@ pub struct Mount {
     pub propagation: Propagation,
     /// Whether its files have the same owners inside as on the host, although the ids of the container are shifted.
     pub ids: MountIds,
+    /// The source is the topmost directory of an overlay, of which these are the other parts.
+    pub overlay: Option<Overlay>,
     /// The option of the job that asks for it, for error messages. `None` is what Nomad or the driver adds.
     pub option: Option<String>,
 }
@@ -37,6 +39,7 @@ impl Mount {
             restrictions: Restrictions::default(),
             propagation: Propagation::default(),
             ids: MountIds::default(),
+            overlay: None,
             option: None,
         }
     }
@@ -45,6 +48,37 @@ impl Mount {
     pub fn with_read_only(self, read_only: bool) -> Self {
         Self { read_only, ..self }
     }
+}
+
+/// Several directories of the host that are mounted as one (overlayfs). The topmost one is the source of the mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overlay {
+    /// The directories below the topmost one, each below the one before: absolute host paths without links, which existed when they were checked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub below: Vec<PathBuf>,
+    /// What becomes of changes.
+    pub changes: Changes,
+}
+
+/// What becomes of changes in an overlay, whose directories stay as they are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Changes {
+    /// There are none: the mount is read-only.
+    Refused,
+    /// They are in memory, and gone with the task.
+    Discarded {
+        /// The most they take, in bytes; `None` is the kernel's default: half of the host's memory.
+        size: Option<u64>,
+    },
+    /// They are in this directory of the host.
+    Kept {
+        /// Absolute host path without links.
+        directory: PathBuf,
+        /// The same as [`Mount::create`], for this directory.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        create: bool,
+    },
 }
 
 /// A temporary file system of the container, in memory and empty at the start. Its root belongs to the container's root.

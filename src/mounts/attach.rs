@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::mount::{MsFlags, mount};
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
 
+use super::overlay::{self, OpenedOverlay};
 use super::{
     IdRange, MountPlan, PlannedMount, directory, id_map, mount_point, namespace, place_of, root_of,
 };
@@ -32,6 +33,27 @@ pub enum AttachError {
         /// The reason.
         error: io::Error,
     },
+    /// Where an overlay keeps its changes.
+    #[error("{option}: {} is in use by another overlay: only one task at a time can have it", path.display())]
+    InUse {
+        /// The option that asks for it.
+        option: String,
+        /// The directory.
+        path: PathBuf,
+        /// The reason.
+        error: io::Error,
+    },
+    /// An overlay.
+    #[error(
+        "{option}: the overlay can't be mounted: {}",
+        explained_of_overlay(error)
+    )]
+    Overlay {
+        /// The option that asks for it.
+        option: String,
+        /// The reason.
+        error: io::Error,
+    },
     /// The namespace that the mounts are in.
     #[error("{what}: {error}")]
     Namespace {
@@ -44,7 +66,7 @@ pub enum AttachError {
 
 impl AttachError {
     /// What failed with a source, given the option that asks for it.
-    fn of_source(
+    pub(super) fn of_source(
         option: Option<&str>,
         what: &'static str,
         path: &Path,
@@ -58,10 +80,32 @@ impl AttachError {
         }
     }
 
+    pub(super) fn of_overlay(option: &str, error: io::Error) -> Self {
+        let option = option.to_owned();
+        Self::Overlay { option, error }
+    }
+
     /// The error of the kernel.
     pub fn error(&self) -> &io::Error {
-        let (Self::Source { error, .. } | Self::Namespace { error, .. }) = self;
+        let (Self::Source { error, .. }
+        | Self::InUse { error, .. }
+        | Self::Overlay { error, .. }
+        | Self::Namespace { error, .. }) = self;
         error
+    }
+}
+
+fn explained_of_overlay(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(nix::libc::ELOOP) => {
+            "two of its directories are the same one, or one lies in another".to_owned()
+        }
+        Some(nix::libc::EINVAL) => {
+            format!(
+                "{error}: the kernel log says why, such as a file system that can't be used for it"
+            )
+        }
+        _ => error.to_string(),
     }
 }
 
@@ -85,7 +129,6 @@ pub fn attach(plan: &MountPlan, task_dir: &Path) -> Result<(), AttachError> {
     let mounts = plan.mounts.iter();
     let opened = mounts.map(|mount| open(mount, plan.ids, &mut mappings));
     let opened: Vec<_> = opened.collect::<Result<_, _>>()?;
-    make_mount_points(plan, &opened)?;
     let root = plan.root.as_deref();
     let root = root.map(|root| open_root(root, plan.ids, &mut mappings));
     let root = root.transpose()?;
@@ -101,14 +144,26 @@ pub fn attach(plan: &MountPlan, task_dir: &Path) -> Result<(), AttachError> {
     made.map_err(failed("making the directory of the mounts"))?;
     enter_own(plan, &[task_dir, &real]).map_err(failed("entering a mount namespace"))?;
     for_mount_points(directory).map_err(failed("mounting a tmpfs for mount points"))?;
-    for (index, opened) in opened.iter().enumerate() {
-        opened
-            .attach(&place_of(directory, index))
-            .map_err(failed("attaching a mount in its place"))?;
+    let mut attached = Vec::new();
+    for (index, (opened, planned)) in opened.into_iter().zip(&plan.mounts).enumerate() {
+        let at = place_of(directory, index);
+        attached.push(match opened {
+            Opened::Tree(opened) => {
+                let done = opened.attach(&at);
+                done.map_err(failed("attaching a mount in its place"))?;
+                opened.inside
+            }
+            Opened::Overlay(overlay) => {
+                overlay.mount(&at, &directory.join(format!("layers-{index}")))?;
+                Inside::of_overlay(&at, plan.ids.filter(|_| planned.mapped))
+                    .map_err(failed("opening an overlay"))?
+            }
+        });
         if index == 0 {
             failpoint::hit(&real, Failpoint::Mounting);
         }
     }
+    make_mount_points(plan, &attached)?;
     if let Some(root) = root {
         root.attach(&directory.join("root"))
             .map_err(failed("attaching the root in its place"))?;
@@ -135,23 +190,45 @@ fn for_mount_points(directory: &Path) -> io::Result<()> {
     )?)
 }
 
-/// A mount that has been opened, and what it was made from.
-struct Opened {
-    place: OwnedFd,
+/// A mount that has been opened.
+enum Opened {
+    Tree(OpenedTree),
+    Overlay(OpenedOverlay),
+}
+
+/// A copy of what is mounted at a place.
+struct OpenedTree {
     tree: MountTree,
     /// What is mounted below it, by the path from there, if the tree does not hold that.
     below: Vec<(PathBuf, MountTree)>,
-    is_directory: bool,
-    /// The user and the group that are the container's root, if the ids are mapped.
-    root: Option<(u32, u32)>,
+    inside: Inside,
     /// The propagation that it gets where it is attached, if the kernel can't set it before.
     propagation: Option<MsFlags>,
 }
 
-impl Opened {
+/// What mount points are made in.
+struct Inside {
+    place: OwnedFd,
+    is_directory: bool,
+    /// The user and the group that are the container's root, if the ids are mapped.
+    root: Option<(u32, u32)>,
+}
+
+impl Inside {
+    /// An overlay shows the ids that its directories are mapped to.
+    fn of_overlay(at: &Path, ids: Option<IdRange>) -> io::Result<Self> {
+        Ok(Self {
+            place: place(at)?,
+            is_directory: true,
+            root: ids.map(|ids| (ids.first, ids.first)),
+        })
+    }
+}
+
+impl OpenedTree {
     /// Attaches it at this path, where nothing is yet.
     fn attach(&self, at: &Path) -> io::Result<()> {
-        match self.is_directory {
+        match self.inside.is_directory {
             true => fs::create_dir(at)?,
             false => drop(File::create_new(at)?),
         }
@@ -185,11 +262,11 @@ fn propagate(tree: &MountTree, follow: bool) -> io::Result<Option<MsFlags>> {
 }
 
 /// Makes what is missing of the mount points of mounts in mapped mounts.
-fn make_mount_points(plan: &MountPlan, opened: &[Opened]) -> Result<(), AttachError> {
-    let mounts = || plan.mounts.iter().zip(opened);
-    let of_mounts = mounts().map(|(mount, opened)| {
+fn make_mount_points(plan: &MountPlan, attached: &[Inside]) -> Result<(), AttachError> {
+    let mounts = || plan.mounts.iter().zip(attached);
+    let of_mounts = mounts().map(|(mount, inside)| {
         let option = mount.option.as_deref();
-        (&mount.target, opened.is_directory, option)
+        (&mount.target, inside.is_directory, option)
     });
     let of_tmpfs = plan.tmpfs.iter().map(|target| (target, true, None));
     for (target, is_directory, option) in of_mounts.chain(of_tmpfs) {
@@ -222,6 +299,9 @@ fn open(
     ids: Option<IdRange>,
     mappings: &mut Mappings,
 ) -> Result<Opened, AttachError> {
+    if let Some(overlay) = &mount.overlay {
+        return overlay::open(mount, overlay, ids, mappings).map(Opened::Overlay);
+    }
     let failed = |what| AttachError::of_source(mount.option.as_deref(), what, &mount.source);
     let opened = place(&mount.source).map_err(failed("can't open"))?;
     let about = about(&opened).map_err(failed("can't examine"))?;
@@ -242,14 +322,16 @@ fn open(
         propagate(tree, follow).map_err(failed("can't set the propagation of"))?;
         deny(tree, denied).map_err(failed("can't restrict the mounts at"))?;
     }
-    Ok(Opened {
+    Ok(Opened::Tree(OpenedTree {
         tree,
         below,
-        is_directory: FileType::from_raw_mode(about.stx_mode.into()).is_dir(),
-        root: ids.map(|ids| root_of(ids, about.stx_uid, about.stx_gid)),
+        inside: Inside {
+            is_directory: FileType::from_raw_mode(about.stx_mode.into()).is_dir(),
+            root: ids.map(|ids| root_of(ids, about.stx_uid, about.stx_gid)),
+            place: opened,
+        },
         propagation,
-        place: opened,
-    })
+    }))
 }
 
 /// Kernels before 5.12 can't do that. There systemd-nspawn makes a mount read-only, and everything else is refused.
@@ -320,7 +402,7 @@ fn open_root(
     root: &Path,
     ids: Option<IdRange>,
     mappings: &mut Mappings,
-) -> Result<Opened, AttachError> {
+) -> Result<OpenedTree, AttachError> {
     let failed = |what| AttachError::of_source(Some("config.image"), what, root);
     let opened = place(root).map_err(failed("can't open"))?;
     let map = ids.map(|ids| id_map(ids, 0, 0));
@@ -330,12 +412,14 @@ fn open_root(
     for (_, tree) in &below {
         propagate(tree, true).map_err(failed("can't set the propagation of"))?;
     }
-    Ok(Opened {
-        place: opened,
+    Ok(OpenedTree {
         tree,
         below,
-        is_directory: true,
-        root: None,
+        inside: Inside {
+            place: opened,
+            is_directory: true,
+            root: None,
+        },
         propagation,
     })
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::container::{Propagation, Restrictions};
+use crate::container::{Changes, Overlay, Propagation, Restrictions};
 use crate::sys::mount_tree::Denied;
 use crate::sys::{Extent, IdMap};
 
@@ -16,6 +16,7 @@ mod create;
 mod later;
 mod mount_point;
 mod namespace;
+mod overlay;
 mod plan;
 
 pub use attach::{AttachError, attach};
@@ -79,6 +80,9 @@ struct PlannedMount {
     /// Whether what the host mounts below it later has to be changed like the mount itself, so that propagation by the kernel is not enough.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     follows: bool,
+    /// The other parts of an overlay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    overlay: Option<Overlay>,
 }
 
 impl PlannedMount {
@@ -138,6 +142,34 @@ fn place_of(directory: &Path, index: usize) -> PathBuf {
 /// entered the user namespace, and then gives them to the container.
 const OF_HOST_ROOT: u32 = 2_147_483_646;
 
+/// A directory of an overlay.
+struct Layer<'a> {
+    option: String,
+    path: &'a Path,
+    /// Whether changes are kept in it.
+    is_upper: bool,
+}
+
+/// The directories of an overlay, the topmost one of those that stay as they are first, and the one for changes last.
+fn layers<'a>(source: &'a Path, option: Option<&str>, overlay: &'a Overlay) -> Vec<Layer<'a>> {
+    let option = option.unwrap_or("an overlay");
+    let lower = std::iter::once(source).chain(overlay.below.iter().map(PathBuf::as_path));
+    let lower = lower.enumerate().map(|(index, path)| Layer {
+        option: format!("{option}.lower[{index}]"),
+        path,
+        is_upper: false,
+    });
+    let upper = match &overlay.changes {
+        Changes::Kept { directory, .. } => Some(Layer {
+            option: format!("{option}.upper"),
+            path: directory,
+            is_upper: true,
+        }),
+        Changes::Refused | Changes::Discarded { .. } => None,
+    };
+    lower.chain(upper).collect()
+}
+
 /// The mapping of a mount whose top directory or file belongs to this user and group: every id is the same on the host and in the container. An
 /// owner whom the container does not have is its root instead, so that it can use the mount.
 fn id_map(ids: IdRange, user: u32, group: u32) -> IdMap {
@@ -151,6 +183,26 @@ fn id_map(ids: IdRange, user: u32, group: u32) -> IdMap {
 fn root_of(ids: IdRange, user: u32, group: u32) -> (u32, u32) {
     let stored = |owner: u32| extents(ids, owner)[0].stored;
     (stored(user), stored(group))
+}
+
+/// The mapping of a directory in which an overlay keeps changes: every id is the same on the host and in the container. The container never sees this
+/// directory itself, but without an id for its owner nobody could look into it.
+fn id_map_for_changes(ids: IdRange, user: u32, group: u32) -> IdMap {
+    let with_owner = |owner: u32| {
+        let mut extents = extents(ids, 0);
+        if owner >= ids.count && owner != OF_HOST_ROOT {
+            extents.push(Extent {
+                stored: owner,
+                shown: OF_HOST_ROOT,
+                count: 1,
+            });
+        }
+        extents
+    };
+    IdMap {
+        users: with_owner(user),
+        groups: with_owner(group),
+    }
 }
 
 fn extents(ids: IdRange, owner: u32) -> Vec<Extent> {
@@ -207,6 +259,15 @@ mod tests {
         ];
         assert_eq!(map.groups, as_root);
         assert_eq!(root_of(IDS, 1000, 200_000), (0, 200_000));
+    }
+
+    #[test]
+    fn where_changes_are_kept_ids_are_the_same_whoever_owns_it() {
+        let same = [extent(0, 1_000_000, 65_536), OF_ROOT];
+        let map = id_map_for_changes(IDS, 1000, 200_000);
+        assert_eq!(map.users, same);
+        let owner = extent(200_000, OF_HOST_ROOT, 1);
+        assert_eq!(map.groups, [same[0], same[1], owner]);
     }
 
     #[test]

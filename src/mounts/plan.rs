@@ -6,8 +6,8 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use super::{IdRange, MountPlan, PlannedMount, directory, id_map, place_of};
-use crate::container::{Mount, MountIds, Propagation, Restrictions};
+use super::{IdRange, MountPlan, PlannedMount, directory, id_map, layers, place_of};
+use crate::container::{Mount, MountIds, Overlay, Propagation, Restrictions};
 use crate::sys::kernel;
 use crate::sys::mount_tree::{MountTree, place, place_as_it_is};
 use crate::sys::procfs;
@@ -77,22 +77,48 @@ pub enum Unmappable {
 
 /// A mount that can't be had as the job asks for it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{}: the ids of the files of {} can't be mapped to those of the container, because {why}. Use another file system; or set idmap = false, with \
-     which they belong to nobody; or set config.user_namespacing = false",
-    option.as_deref().unwrap_or("a mount"),
-    source_path.display()
-)]
-pub struct Refused {
-    option: Option<String>,
-    source_path: PathBuf,
-    why: Unmappable,
+pub enum Refused {
+    /// The ids of its files can't be mapped.
+    #[error(
+        "{option}: the ids of the files of {} can't be mapped to those of the container, because {why}. Use another file system; {remedy}\
+         set config.user_namespacing = false",
+        path.display()
+    )]
+    Unmappable {
+        /// The option that asks for it.
+        option: String,
+        /// The source.
+        path: PathBuf,
+        /// Why.
+        why: Unmappable,
+        /// What else can be done.
+        remedy: &'static str,
+    },
+    /// Something is mounted below a directory of an overlay, which the overlay would not show.
+    #[error("{option}: {} is mounted below {}, and an overlay does not show what is mounted below its directories", at.display(), path.display())]
+    Below {
+        /// The option that asks for it.
+        option: String,
+        /// The directory.
+        path: PathBuf,
+        /// The mount point.
+        at: PathBuf,
+    },
 }
+
+/// What else can be done about a mount whose files may belong to nobody.
+const UNMAPPED: &str = "or set idmap = false, with which they belong to nobody; or ";
+
+/// About others.
+const NOTHING_ELSE: &str = "or ";
 
 impl Refused {
     /// Whether another attempt may succeed.
     pub fn is_transient(&self) -> bool {
-        matches!(self.why, Unmappable::Failed(_))
+        let Self::Unmappable { why, .. } = self else {
+            return false;
+        };
+        matches!(why, Unmappable::Failed(_))
     }
 }
 
@@ -111,7 +137,14 @@ pub fn plan(mounts: Vec<Mount>, ids: Option<IdRange>, task_dir: &Path) -> Result
         unmapped: Vec::new(),
     };
     for (index, mount) in mounts.into_iter().enumerate() {
-        let mapped = ids.is_some() && is_mapped(&mount, &mut planned.unmapped)?;
+        if let Some(overlay) = &mount.overlay {
+            refuse_below(&mount, overlay)?;
+        }
+        let mapped = ids.is_some()
+            && match &mount.overlay {
+                None => is_mapped(&mount, &mut planned.unmapped)?,
+                Some(overlay) => are_mapped(&mount, overlay)?,
+            };
         planned.plan.mounts.push(PlannedMount {
             source: mount.source.clone(),
             target: mount.target.clone(),
@@ -121,6 +154,7 @@ pub fn plan(mounts: Vec<Mount>, ids: Option<IdRange>, task_dir: &Path) -> Result
             propagation: mount.propagation,
             mapped,
             follows: follows(&mount, mapped),
+            overlay: mount.overlay.clone(),
         });
         planned.mounts.push(Mount {
             source: place_of(&directory, index),
@@ -166,15 +200,57 @@ fn is_mapped(mount: &Mount, unmapped: &mut Vec<(PathBuf, Unmappable)>) -> Result
     if mount.ids == MountIds::Mapped
         && let Some(why) = found.iter().find(|why| has_owners(&mount.source, why))
     {
-        return Err(Refused {
-            option: mount.option.clone(),
-            source_path: mount.source.clone(),
+        let option = mount.option.clone();
+        return Err(Refused::Unmappable {
+            option: option.unwrap_or_else(|| "a mount".to_owned()),
+            path: mount.source.clone(),
             why: why.clone(),
+            remedy: UNMAPPED,
         });
     }
     let target = &mount.target;
     unmapped.extend(found.into_iter().map(|why| (target.clone(), why)));
     Ok(mapped)
+}
+
+/// Whether the ids of the directories of an overlay are to be mapped. Those of some of them can't be.
+fn are_mapped(mount: &Mount, overlay: &Overlay) -> Result<bool, Refused> {
+    if mount.ids == MountIds::Unmapped {
+        return Ok(false);
+    }
+    for layer in layers(&mount.source, mount.option.as_deref(), overlay) {
+        if let Some(why) = unmappable(layer.path).into_iter().next() {
+            return Err(Refused::Unmappable {
+                option: layer.option,
+                path: layer.path.to_owned(),
+                why,
+                remedy: if layer.is_upper {
+                    NOTHING_ELSE
+                } else {
+                    UNMAPPED
+                },
+            });
+        }
+    }
+    Ok(true)
+}
+
+/// Refuses an overlay that would hide files: the kernel shows nothing in it that is mounted below its directories.
+fn refuse_below(mount: &Mount, overlay: &Overlay) -> Result<(), Refused> {
+    let mounts = procfs::own_mounts().unwrap_or_default();
+    for layer in layers(&mount.source, mount.option.as_deref(), overlay) {
+        let below = |other: &&procfs::Mount| {
+            other.target != layer.path && other.target.starts_with(layer.path)
+        };
+        if let Some(below) = mounts.iter().find(below) {
+            return Err(Refused::Below {
+                option: layer.option,
+                path: layer.path.to_owned(),
+                at: below.target.clone(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Whether something is lost if the owners of these files are not known: not of device nodes, sockets and what the kernel shows of itself. On a

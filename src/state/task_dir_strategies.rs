@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::container::{Device, Journal, Mount, TmpfsSizes};
+use crate::container::{Changes, Device, Journal, Mount, MountIds, Overlay, TmpfsSizes};
 use crate::mounts::{self, IdRange};
 
 /// A time that a record can hold.
@@ -95,6 +95,18 @@ fn seccomp() -> impl Strategy<Value = Source> {
     ]
 }
 
+fn changes() -> impl Strategy<Value = Changes> {
+    let kept = |create| Changes::Kept {
+        directory: "/none/kept".into(),
+        create,
+    };
+    prop_oneof![
+        Just(Changes::Refused),
+        any::<Option<u64>>().prop_map(|size| Changes::Discarded { size }),
+        any::<bool>().prop_map(kept),
+    ]
+}
+
 fn mount_plan() -> impl Strategy<Value = MountPlan> {
     let ids = any::<(u32, u32)>().prop_map(|(first, count)| IdRange { first, count });
     let ids = proptest::option::of(ids);
@@ -103,6 +115,15 @@ fn mount_plan() -> impl Strategy<Value = MountPlan> {
         option,
         ..Mount::new(source, "/srv").with_read_only(read_only)
     });
+    let overlay = changes().prop_map(|changes| Mount {
+        ids: MountIds::Unmapped,
+        overlay: Some(Overlay {
+            below: vec!["/none/base".into()],
+            changes,
+        }),
+        ..Mount::new("/none/site", "/app")
+    });
+    let mount = prop_oneof![mount, overlay];
     let mounts = proptest::collection::vec(mount, 0..4);
     (mounts, ids, proptest::option::of(path())).prop_map(|(mounts, ids, root)| {
         let mut plan = mounts::plan(mounts, ids, Path::new("/none")).unwrap().plan;

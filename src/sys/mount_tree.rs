@@ -55,6 +55,12 @@ pub fn detach(place: BorrowedFd<'_>) -> io::Result<()> {
 #[derive(Debug)]
 pub struct MountTree(OwnedFd);
 
+impl AsFd for MountTree {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// What is not permitted on a mount.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Denied {

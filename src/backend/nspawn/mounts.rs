@@ -9,7 +9,7 @@ use super::io_error;
 use super::prepare::{Host, unsupported};
 use crate::backend::BackendError;
 use crate::container::{
-    Cause, ContainerSpec, Mode, Mount, MountIds, Readiness, Root, Users, Volatile,
+    Cause, Changes, ContainerSpec, Mode, Mount, MountIds, Readiness, Root, Users, Volatile,
 };
 use crate::mounts::{self, IdRange, MountPlan, PICKED_IDS, Refused};
 use crate::nspawn::argv::{Bind, READY_SOCKET};
@@ -19,10 +19,21 @@ use crate::state::TaskDir;
 
 /// Creates the sources of mounts that the job wants to be created.
 pub(super) fn create_sources(spec: &ContainerSpec) -> Result<(), BackendError> {
-    for mount in spec.mounts.iter().filter(|mount| mount.create) {
-        mounts::create_directory(&mount.source).map_err(|error| {
+    let for_changes = |mount: &Mount| match &mount.overlay.as_ref()?.changes {
+        Changes::Kept {
+            directory,
+            create: true,
+        } => Some(directory.clone()),
+        _ => None,
+    };
+    for mount in &spec.mounts {
+        let source = mount.create.then(|| mount.source.clone());
+        let Some(path) = source.or_else(|| for_changes(mount)) else {
+            continue;
+        };
+        mounts::create_directory(&path).map_err(|error| {
             let option = mount.option.as_deref().unwrap_or("a mount");
-            let path = mount.source.display();
+            let path = path.display();
             BackendError::Start {
                 machine: spec.identity.machine.clone(),
                 step: "creating the source of a mount",
@@ -56,6 +67,7 @@ impl StartMounts {
         ids: &mut Ids,
         (host, task_dir): (&Host, &Path),
     ) -> Result<Self, BackendError> {
+        refuse_overlays(spec, ids.how, host)?;
         let range = match ids.how {
             How::Shim(range) => range,
             How::MappedByNspawn => None,
@@ -154,6 +166,42 @@ impl StartMounts {
             binds,
             root: root.clone(),
             notes,
+        }
+    }
+}
+
+/// The first kernel that mounts an overlay of directories with mapped ids.
+const OVERLAY_OF_MAPPED: (u32, u32) = (5, 19);
+
+/// Refuses an overlay that can't be mounted here, or whose ids can't be mapped.
+fn refuse_overlays(spec: &ContainerSpec, how: How, host: &Host) -> Result<(), BackendError> {
+    let mut overlays = spec.mounts.iter().filter(|mount| mount.overlay.is_some());
+    let has_mapped = |mount: &&Mount| mount.ids != MountIds::Unmapped;
+    let (refused, why) = match how {
+        How::Nspawn => (
+            overlays.next(),
+            "an overlay needs a plugin that may mount file systems (CAP_SYS_ADMIN)".to_owned(),
+        ),
+        How::MappedByNspawn => (
+            overlays.find(has_mapped),
+            "the ids of an overlay can't be mapped to a range that only systemd-nspawn knows: set config.private_users to \"pick\" or a number"
+                .to_owned(),
+        ),
+        How::Shim(Some(_)) if host.kernel < OVERLAY_OF_MAPPED => {
+            let ((major, minor), (since, since_minor)) = (host.kernel, OVERLAY_OF_MAPPED);
+            let why = format!(
+                "an overlay in a user namespace needs Linux {since}.{since_minor} or later, and this is {major}.{minor}: set \
+                 config.user_namespacing = false, or use a newer kernel"
+            );
+            (overlays.find(has_mapped), why)
+        }
+        How::Shim(_) => return Ok(()),
+    };
+    match refused {
+        None => Ok(()),
+        Some(mount) => {
+            let option = mount.option.as_deref().unwrap_or("a mount");
+            Err(unsupported(spec, format!("{option}: {why}")))
         }
     }
 }

@@ -1,5 +1,5 @@
 //! What a container gets of the host's files: mounts below a source, what is denied on them, and that nothing else is mounted than what was checked.
-//! Their owners in a user namespace are in `owners`. All of it is real only: mounts and user namespaces.
+//! Their owners in a user namespace are in `owners`, overlays in `overlays`. All of it is real only: mounts and user namespaces.
 
 use std::os::unix::fs::{FileTypeExt, chown};
 use std::os::unix::net::UnixListener;
@@ -16,6 +16,7 @@ use rstest::rstest;
 use super::inside::{Inside, private_users};
 use super::*;
 
+mod overlays;
 mod owners;
 
 /// Something mounted on the host, until it is dropped.
@@ -34,7 +35,12 @@ impl Mounted {
 
     /// An overlay, which can't map ids.
     fn overlay(stage: &Stage, at: PathBuf) -> Self {
-        let dirs = ["lower", "upper", "work"].map(|name| stage.join(name));
+        Self::overlay_of(stage.path(), at)
+    }
+
+    /// The same with its directories here.
+    fn overlay_of(top: &Path, at: PathBuf) -> Self {
+        let dirs = ["lower", "upper", "work"].map(|name| top.join(name));
         dirs.iter().for_each(|dir| fs::create_dir(dir).unwrap());
         let [lower, upper, work] = dirs.map(|dir| dir.to_str().unwrap().to_owned());
         let options = format!("lowerdir={lower},upperdir={upper},workdir={work}");
