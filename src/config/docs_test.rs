@@ -5,7 +5,7 @@
 use super::decode;
 use super::options::{
     BindOptions, DeviceOptions, ImageDownload, Kind, MountOptions, NetworkPool, OptionSpec,
-    Options as _, PluginOptions, TaskOptions, TmpfsOptions,
+    Options as _, OverlayOptions, PluginOptions, TaskOptions, TmpfsOptions,
 };
 use super::testing;
 
@@ -38,6 +38,7 @@ fn described(option: &OptionSpec) -> String {
 #[case("The `devices` block", DeviceOptions::OPTIONS)]
 #[case("The `network_pool` block", NetworkPool::OPTIONS)]
 #[case("The `mount` block", MountOptions::OPTIONS)]
+#[case("The `overlay` block", OverlayOptions::OPTIONS)]
 #[case("The `bind_options` block", BindOptions::OPTIONS)]
 #[case("The `tmpfs_options` block", TmpfsOptions::OPTIONS)]
 fn every_option_is_documented(#[case] title: &str, #[case] options: &[OptionSpec]) {

@@ -27,6 +27,7 @@ mod mount_targets;
 mod mounts;
 mod network;
 mod options;
+mod overlay_block;
 mod paths;
 mod plugin;
 mod resources;

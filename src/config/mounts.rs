@@ -1,5 +1,6 @@
-//! What is mounted into a container: Nomad's own directories, then volumes, then the job's binds, its `mount` blocks and its temporary
-//! file systems. The host's side is in `sources`, the options of a block in `mount_block`; `mount_targets` compares the targets.
+//! What is mounted into a container: Nomad's own directories, then volumes, then the job's binds, its `mount` blocks, its
+//! `overlay` blocks and its temporary file systems. The host's side is in `sources`, the options of a block in `mount_block` and `overlay_block`;
+//! `mount_targets` compares the targets.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,11 +10,12 @@ use crate::container::{Mount, MountIds, Propagation, Tmpfs};
 use super::decode::{entry, quoted};
 use super::mount_block::{self, Mounted};
 use super::options::TaskOptions;
+use super::overlay_block::OfTask;
 use super::paths::inside;
 use super::resources::ResourceOptions;
 use super::sources::Sources;
 use super::values::{self, BIND_OPTIONS};
-use super::{ConfigError, TaskContext, mount_targets, tmpfs};
+use super::{ConfigError, TaskContext, mount_targets, overlay_block, tmpfs};
 
 /// All mounts, in the order of this module's description, and all temporary file systems.
 pub(super) fn mounts(
@@ -43,6 +45,16 @@ pub(super) fn mounts(
             Mounted::Tmpfs(tmpfs) => temporary.push(tmpfs),
         }
     }
+    for (index, block) in options.overlay.iter().flatten().enumerate() {
+        let option = format!("config.overlay[{index}]");
+        let of_task = OfTask {
+            idmap: options.idmap,
+            user_namespace: options.user_namespacing,
+            limit,
+        };
+        mounts.push(overlay_block::overlay(&option, block, sources, of_task)?);
+    }
+    overlay_block::refuse_shared(&mounts)?;
     for (index, text) in options.tmpfs.iter().flatten().enumerate() {
         temporary.push(tmpfs::of_text(
             format!("config.tmpfs[{index}]"),

@@ -204,6 +204,8 @@ options! {
         "bind_read_only" => bind_read_only: BTreeMap<String, String> [],
         /// Host directories and temporary file systems to mount in the container, in the words of the docker driver.
         "mount" => mount: Vec<MountOptions> [],
+        /// Several host directories that are mounted as one, with changes in a further one or discarded with the task.
+        "overlay" => overlay: Vec<OverlayOptions> [],
         /// Temporary file systems of the container, each as `PATH` or `PATH:OPTIONS`.
         "tmpfs" => tmpfs: Vec<String> [],
         /// Whether files of volumes and binds have the same owners in a user namespace as on the host.
@@ -308,6 +310,32 @@ options! {
         "bind_options" => bind_options: BindOptions [],
         /// How a temporary file system is mounted.
         "tmpfs_options" => tmpfs_options: TmpfsOptions [],
+    }
+}
+
+options! {
+    /// An `overlay` block as the job has it.
+    struct OverlayOptions {
+        /// The directories on the host, the topmost first: a file hides files of the same path in later directories.
+        "lower" => lower: Vec<String> [required],
+        /// The path in the container.
+        "target" => target: String [required],
+        /// The directory on the host in which changes are kept; by default they are in memory, and discarded with the task.
+        "upper" => upper: String [],
+        /// Mount it read-only.
+        "readonly" => read_only: bool [false],
+        /// The most that discarded changes take.
+        "size" => size: String [],
+        /// Ignore the set-user-ID bits and capabilities of programs.
+        "nosuid" => nosuid: bool [false],
+        /// Ignore device nodes.
+        "nodev" => nodev: bool [false],
+        /// Ignore the permission to execute programs.
+        "noexec" => noexec: bool [false],
+        /// The same as the task's `idmap`, for this overlay.
+        "idmap" => idmap: bool [],
+        /// Create the directory `upper` if it is missing.
+        "create" => create: bool [false],
     }
 }
 

@@ -17,6 +17,7 @@ use crate::container::{
 mod bytes;
 mod environment;
 mod mounts;
+mod overlays;
 mod plugin;
 mod ports;
 mod resources;

@@ -49,11 +49,14 @@ fn options(spec: &Spec, found: &mut BTreeSet<String>) {
         "list(map(string))",
         "list(map(number))",
     ];
+    const IN_SEVERAL_BLOCKS: [&str; 10] = [
+        "type", "url", "idmap", "target", "readonly", "nosuid", "nodev", "noexec", "create", "size",
+    ];
     match spec.block.as_ref().expect("an empty spec") {
         Block::Object(object) => {
             for (name, inner) in &object.attributes {
                 assert!(
-                    found.insert(name.clone()) || ["type", "url", "idmap"].contains(&&**name),
+                    found.insert(name.clone()) || IN_SEVERAL_BLOCKS.contains(&&**name),
                     "{name}"
                 );
                 options(inner, found);
