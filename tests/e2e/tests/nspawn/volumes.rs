@@ -1,5 +1,5 @@
 //! What a container gets of the host's files: mounts below a source, what is denied on them, and that nothing else is mounted than what was checked.
-//! Their owners in a user namespace are in `owners`, overlays in `overlays`. All of it is real only: mounts and user namespaces.
+//! Their owners in a user namespace are in `owners` and `table`, overlays in `overlays`. All of it is real only: mounts and user namespaces.
 
 use std::os::unix::fs::{FileTypeExt, chown};
 use std::os::unix::net::UnixListener;
@@ -18,6 +18,7 @@ use super::*;
 
 mod overlays;
 mod owners;
+mod table;
 
 /// Something mounted on the host, until it is dropped.
 struct Mounted(PathBuf);
