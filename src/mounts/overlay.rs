@@ -309,3 +309,69 @@ fn flags(restrictions: Restrictions, read_only: bool) -> MsFlags {
         | flag(restrictions.noexec, MsFlags::MS_NOEXEC)
         | flag(read_only, MsFlags::MS_RDONLY)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+
+    fn me(mode: u32) -> Top {
+        Top {
+            user: nix::unistd::geteuid().as_raw(),
+            group: nix::unistd::getegid().as_raw(),
+            mode: Mode::from_bits_truncate(mode),
+        }
+    }
+
+    #[test]
+    fn a_directory_for_changes_is_made_once_and_completed_after_an_interruption() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().canonicalize().unwrap();
+        let directory = place(&path).unwrap();
+        let mode = |name: &str| path.join(name).metadata().unwrap().mode() & 0o7777;
+        fs::create_dir(path.join("upper.new")).unwrap();
+        make(&directory, "upper", Some(me(0o2751))).unwrap();
+        assert_eq!(mode("upper"), 0o2751);
+        assert!(!path.join("upper.new").exists());
+        make(&directory, "work", None).unwrap();
+        assert_eq!(mode("work"), 0o700);
+        fs::set_permissions(path.join("upper"), fs::Permissions::from_mode(0o711)).unwrap();
+        make(&directory, "upper", Some(me(0o700))).unwrap();
+        assert_eq!(mode("upper"), 0o711);
+    }
+
+    #[test]
+    fn no_link_and_no_file_is_taken_for_a_directory_for_changes() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().canonicalize().unwrap();
+        let directory = place(&path).unwrap();
+        fs::create_dir(path.join("elsewhere")).unwrap();
+        fs::set_permissions(path.join("elsewhere"), fs::Permissions::from_mode(0o755)).unwrap();
+        symlink("elsewhere", path.join("link")).unwrap();
+        symlink("elsewhere", path.join("new.new")).unwrap();
+        fs::write(path.join("file"), "").unwrap();
+        for name in ["link", "new", "file"] {
+            make(&directory, name, Some(me(0o700))).unwrap_err();
+        }
+        let mode = path.join("elsewhere").metadata().unwrap().mode();
+        assert_eq!(mode & 0o7777, 0o755);
+    }
+
+    #[test]
+    fn an_owner_whom_the_container_does_not_have_is_its_root() {
+        let ids = Some(IdRange {
+            first: 1_000_000,
+            count: 65_536,
+        });
+        let top = Top {
+            user: 33,
+            group: 70_000,
+            mode: Mode::S_IRWXU,
+        };
+        let both = |top: Top| (top.user, top.group);
+        assert_eq!(both(top.shown(ids)), (1_000_033, 1_000_000));
+        assert_eq!(both(top.stored(ids)), (33, 0));
+        assert_eq!(both(top.shown(None)), (33, 70_000));
+        assert_eq!(both(top.stored(None)), (33, 70_000));
+    }
+}

@@ -488,3 +488,35 @@ async fn a_missing_directory_for_changes_is_created_if_the_job_says_so() {
     assert_eq!(owner(&new.join("upper/made")), (0, 0));
     inside.stage.leave();
 }
+
+/// Nothing of them has a name on the host, so that nothing has to be removed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn discarded_changes_are_gone_with_a_container_that_is_killed() {
+    let inside = Inside::new();
+    let top = inside.stage.join("top");
+    let directories = Directories::new(&top);
+    let before = listed(&[&top]);
+    let script = "echo changed > /app/both; touch /app/new; echo up; sleep 1000";
+    let overlay = directories.overlay(DISCARDED);
+    let started = inside
+        .start(with(&inside, private_users(), overlay, script))
+        .await;
+    let stdout = inside.stage.join("stdout");
+    tokio::task::block_in_place(|| {
+        let is_up = || fs::read_to_string(&stdout).unwrap() == "up\n";
+        until("the command", || is_up().then_some(()));
+    });
+    let nspawn = TaskDir::new(&started.state).running().unwrap().nspawn;
+    for pid in [nspawn.pid, started.leader.pid] {
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(pid),
+            nix::sys::signal::Signal::SIGKILL,
+        );
+    }
+    within("the removal", inside.backend.remove(&started.id))
+        .await
+        .unwrap();
+    assert_eq!(listed(&[&top]), before);
+    assert_eq!(mounts_of_host(inside.stage.path()), 0);
+    inside.stage.leave();
+}
