@@ -90,6 +90,17 @@ impl Entry {
             || (self.is_of_pid1() && (is_one("UNIT") || is_one("OBJECT_SYSTEMD_UNIT")))
     }
 
+    /// Whether PID 1 reports with this entry that the system is up.
+    pub fn is_startup_finished(&self) -> bool {
+        /// systemd's `SD_MESSAGE_STARTUP_FINISHED` and, which it writes in a container, `SD_MESSAGE_USER_STARTUP_FINISHED`.
+        const STARTUP_FINISHED: [&str; 2] = [
+            "b07a249cd024414a82dd00cd181378ff",
+            "eed00a68ffd84e31882105fd973abdd1",
+        ];
+        let id = self.text("MESSAGE_ID");
+        self.is_of_pid1() && id.is_some_and(|id| STARTUP_FINISHED.contains(&id))
+    }
+
     /// The unit that PID 1 reports as failed with this entry.
     pub fn failed_unit(&self) -> Option<&str> {
         /// systemd's `SD_MESSAGE_UNIT_FAILURE_RESULT`.

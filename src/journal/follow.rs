@@ -19,6 +19,19 @@ const PLACES: [(&[&str], bool); 2] = [
     (&["var", "var/log", "var/log/journal"], true),
 ];
 const BOOT_ID: &str = "proc/sys/kernel/random/boot_id";
+/// Where systemd finds files of units.
+const UNIT_DIRS: [&str; 10] = [
+    "etc/systemd/system",
+    "run/systemd/system",
+    "run/systemd/transient",
+    "run/systemd/generator",
+    "run/systemd/generator.early",
+    "run/systemd/generator.late",
+    "usr/local/lib/systemd/system",
+    "usr/lib/systemd/system",
+    "lib/systemd/system",
+    "etc/systemd/system.control",
+];
 /// The most journal files of one container that are open at the same time.
 const MAX_FILES: usize = 64;
 
@@ -101,6 +114,20 @@ impl Follower {
     /// Why entries are missing, once for the first reason.
     pub fn take_fault(&mut self) -> Option<String> {
         self.fault.take()
+    }
+
+    /// Those of these units for which the container has no file, not even of a template or one that a generator has made.
+    pub fn without_file<'a>(&self, units: &'a [String]) -> Vec<&'a str> {
+        let exists = |name: &str| {
+            UNIT_DIRS.iter().any(|directory| {
+                let path = format!("{directory}/{name}");
+                open_in_root(self.root.as_fd(), &path, OFlags::PATH).is_ok()
+            })
+        };
+        let units = units.iter().map(String::as_str);
+        let missing =
+            units.filter(|unit| !exists(unit) && !template(unit).is_some_and(|name| exists(&name)));
+        missing.collect()
     }
 
     /// The file with the earliest entry that has not been read. Closes those to which nothing can be added.
@@ -246,6 +273,13 @@ impl Followed {
 
 const NAMES: WatchFlags = WatchFlags::CREATE.union(WatchFlags::MOVED_TO);
 
+/// The name of the template of a unit such as `getty@tty1.service`.
+fn template(unit: &str) -> Option<String> {
+    let (name, rest) = unit.split_once('@')?;
+    let (_, kind) = rest.rsplit_once('.')?;
+    Some(format!("{name}@.{kind}"))
+}
+
 /// The names in a directory; none if it can't be read.
 fn names(directory: &OwnedFd) -> Vec<String> {
     let Ok(listing) = rustix::fs::Dir::read_from(directory) else {
@@ -258,7 +292,12 @@ fn names(directory: &OwnedFd) -> Vec<String> {
 
 /// Links lead nowhere outside of `base`, and those of `/proc` are not followed.
 fn open_in_root(base: BorrowedFd<'_>, path: &str, flags: OFlags) -> io::Result<OwnedFd> {
-    let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let opening = match flags.contains(OFlags::PATH) {
+        // openat2(2) takes no flags of reading with it.
+        true => OFlags::CLOEXEC,
+        false => OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY,
+    };
+    let flags = flags | opening;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     Ok(openat2(base, path, flags, Mode::empty(), resolve)?)
 }

@@ -170,6 +170,24 @@ fn links_and_devices_are_not_journals() {
 }
 
 #[test]
+fn units_without_a_file_are_known() {
+    let tree = Tree::new();
+    for file in [
+        "etc/systemd/system/a.service",
+        "usr/lib/systemd/system/b@.timer",
+    ] {
+        let path = tree.path(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "").unwrap();
+    }
+    let units = ["a.service", "b@x.timer", "b@x.service", "c.service"].map(str::to_owned);
+    assert_eq!(
+        tree.follow().without_file(&units),
+        ["b@x.service", "c.service"]
+    );
+}
+
+#[test]
 fn the_journal_of_the_host_is_never_followed() {
     let tree = Tree::new();
     fs::copy(format!("/{BOOT_ID}"), tree.path(BOOT_ID)).unwrap();

@@ -54,6 +54,10 @@ struct FollowedJournal {
     last: Option<u64>,
     /// The units that PID 1 has reported as failed, by their names.
     failed_units: Vec<String>,
+    /// Whether the system is up.
+    is_up: bool,
+    /// Whether its units have been reported.
+    is_noted: bool,
     /// When to look at it again without an event.
     again: Option<Instant>,
 }
@@ -248,6 +252,8 @@ impl FollowedJournal {
             follower: None,
             last: None,
             failed_units: Vec::new(),
+            is_up: false,
+            is_noted: false,
             again: None,
         }
     }
@@ -280,6 +286,7 @@ impl FollowedJournal {
         };
         let entry = entry?;
         self.last = self.last.max(Some(entry.monotonic));
+        self.is_up |= entry.is_startup_finished();
         if let Some(unit) = entry.failed_unit()
             && self.failed_units.len() < MAX_FAILED_UNITS
             && !self.failed_units.iter().any(|known| known == unit)
@@ -287,6 +294,28 @@ impl FollowedJournal {
             self.failed_units.push(unit.to_owned());
         }
         Some(entry)
+    }
+
+    /// What the user should know about the units, once the system is up.
+    fn notes(&mut self) -> Vec<String> {
+        if !self.is_up || std::mem::replace(&mut self.is_noted, true) {
+            return Vec::new();
+        }
+        let failed = (!self.failed_units.is_empty()).then(|| {
+            let units = self.failed_units.join(", ");
+            format!("the system is up, and these units have failed: {units}")
+        });
+        let wanted = &self.options.units;
+        let missing = self
+            .follower
+            .as_ref()
+            .map(|follower| follower.without_file(wanted));
+        let missing = missing.filter(|units| !units.is_empty());
+        let missing = missing.map(|units| {
+            let units = units.join(", ");
+            format!("config.journal_units: the system has no units with these names: {units}")
+        });
+        failed.into_iter().chain(missing).collect()
     }
 
     fn line(&self, entry: &Entry) -> Option<Vec<u8>> {
@@ -299,21 +328,25 @@ impl FollowedJournal {
 }
 
 impl Supervisor {
-    /// Tells the user which units of the system have failed to start.
-    pub(super) fn note_failed_units(&mut self) {
+    /// The system is up: tells the user which units have failed to start.
+    pub(super) fn note_system_is_up(&mut self) {
         self.copy_output(Output::read_journal);
-        let journal = self
-            .output
-            .as_ref()
-            .and_then(|output| output.journal.as_ref());
-        let failed = journal.map_or(&[][..], |journal| &journal.failed_units);
-        if !failed.is_empty() {
-            let note = format!(
-                "the system is ready, and these units have failed: {}",
-                failed.join(", ")
-            );
+        if let Some(journal) = self.journal_mut() {
+            journal.is_up = true;
+        }
+        self.note_units();
+    }
+
+    /// Tells the user once, when the system is up, which of its units have failed, and which the job names and it does not have.
+    fn note_units(&mut self) {
+        let notes = self.journal_mut().map(FollowedJournal::notes);
+        for note in notes.unwrap_or_default() {
             self.clients.broadcast(&Event::Note(note));
         }
+    }
+
+    fn journal_mut(&mut self) -> Option<&mut FollowedJournal> {
+        self.output.as_mut()?.journal.as_mut()
     }
 }
 
@@ -335,6 +368,7 @@ impl Supervisor {
     pub(super) fn copy_output(&mut self, event: impl FnOnce(&mut Output)) {
         if let Some(output) = &mut self.output {
             event(output);
+            self.note_units();
         }
     }
 

@@ -134,7 +134,7 @@ impl Supervisor {
             return;
         }
         if self.readiness.is_some() {
-            self.note_failed_units();
+            self.note_system_is_up();
         }
         if let State::Running { running, .. } = &self.state {
             let started = running.started.clone();

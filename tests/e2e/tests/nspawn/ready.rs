@@ -75,8 +75,40 @@ async fn failed_units_of_a_system_that_is_ready_are_an_event() {
         .unwrap();
     assert_eq!(
         note.message,
-        "the system is ready, and these units have failed: slow.service"
+        "the system is up, and these units have failed: slow.service"
     );
+    running.stop(&plugin, AMPLE, "").await;
+    running.destroy(&plugin).await;
+    end(plugin).await;
+    stage.leave();
+}
+
+/// Also of a task that has started before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn units_that_the_job_names_and_the_system_does_not_have_are_an_event() {
+    let stage = Stage::new();
+    let tree = slow_tree(&stage, "exit 3");
+    let plugin = stage.plugin().await;
+    let mut events = plugin.events().await.unwrap();
+    let task = stage
+        .words(&[])
+        .with("image", json!(tree))
+        .with("boot", true);
+    let task = task.with("journal_units", json!(["slow", "nginx", "getty@x.service"]));
+    let running = stage.start(&plugin, task).await;
+    let mut notes = Vec::new();
+    for _ in 0..2 {
+        let event = within("the event", events.message())
+            .await
+            .unwrap()
+            .unwrap();
+        notes.push(event.message);
+    }
+    let expected = [
+        "the system is up, and these units have failed: slow.service",
+        "config.journal_units: the system has no units with these names: nginx.service",
+    ];
+    assert_eq!(notes, expected);
     running.stop(&plugin, AMPLE, "").await;
     running.destroy(&plugin).await;
     end(plugin).await;
