@@ -28,10 +28,41 @@ pub struct Mount {
     pub root: PathBuf,
     /// The mount point, as the process sees it.
     pub target: PathBuf,
+    /// What the mount forbids, whatever the file system does.
+    pub forbids: Forbidden,
     /// The type of the file system, such as `ext4`.
     pub kind: String,
     /// The options of the file system itself, such as `name=systemd` of a cgroup v1 hierarchy.
     pub options: Vec<String>,
+}
+
+/// What a mount forbids.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Forbidden {
+    /// To write (`ro`).
+    pub write: bool,
+    /// To gain privileges by executing programs (`nosuid`).
+    pub set_user_id: bool,
+    /// To use device nodes (`nodev`).
+    pub devices: bool,
+    /// To execute programs (`noexec`).
+    pub execution: bool,
+}
+
+impl Forbidden {
+    fn by(options: &[u8]) -> Self {
+        let has = |option: &[u8]| {
+            options
+                .split(|byte| *byte == b',')
+                .any(|word| word == option)
+        };
+        Self {
+            write: has(b"ro"),
+            set_user_id: has(b"nosuid"),
+            devices: has(b"nodev"),
+            execution: has(b"noexec"),
+        }
+    }
 }
 
 impl Mount {
@@ -112,6 +143,7 @@ fn mount(line: &[u8]) -> Option<Mount> {
         device: device(words.get(2)?)?,
         root: path(words.get(3)?),
         target: path(words.get(4)?),
+        forbids: Forbidden::by(words.get(5)?),
         kind: text(words.get(dash + 1)?),
         options: words
             .get(dash + 3)?

@@ -8,19 +8,22 @@ use std::path::{Component, Path};
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{Mode, mkdirat};
 
-/// The mode of what is created.
+/// The mode of missing parents.
 const MODE: u32 = 0o755;
 
-/// Creates a directory and its missing parents, with mode 0755, owned by the user of this process. What exists is not changed. A link in the path is an
+/// Creates a directory with this mode and its missing parents with 0755, owned by the user of this process. What exists is not changed. A link in the path is an
 /// error: a task may have made it since the path was checked. Blocks.
-pub fn create_directory(path: &Path) -> io::Result<()> {
+pub fn create_directory(path: &Path, mode: u32) -> io::Result<()> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let mut at = open("/", flags, Mode::empty())?;
-    for part in path.components() {
+    let mut parts = path.components().peekable();
+    while let Some(part) = parts.next() {
         let Component::Normal(name) = part else {
             continue;
         };
-        let made = match mkdirat(&at, name, Mode::from_bits_truncate(MODE)) {
+        let mode = if parts.peek().is_none() { mode } else { MODE };
+        // Until it has its mode, nobody else may enter it.
+        let made = match mkdirat(&at, name, Mode::S_IRWXU) {
             Ok(()) => true,
             Err(nix::Error::EEXIST) => false,
             Err(error) => return Err(error.into()),
@@ -28,7 +31,7 @@ pub fn create_directory(path: &Path) -> io::Result<()> {
         let next = openat(&at, name, flags, Mode::empty())?;
         if made {
             // Whatever this process has for a umask.
-            File::from(next.try_clone()?).set_permissions(PermissionsExt::from_mode(MODE))?;
+            File::from(next.try_clone()?).set_permissions(PermissionsExt::from_mode(mode))?;
         }
         at = next;
     }
@@ -47,12 +50,12 @@ mod tests {
         let top = temp.path().canonicalize().unwrap();
         fs::set_permissions(&top, fs::Permissions::from_mode(0o700)).unwrap();
         let path = top.join("a/b");
-        create_directory(&path).unwrap();
-        create_directory(&path).unwrap();
+        create_directory(&path, 0o711).unwrap();
+        create_directory(&path, 0o755).unwrap();
         let mode = |path: &Path| path.metadata().unwrap().mode() & 0o7777;
         assert_eq!(
             [mode(&top), mode(&top.join("a")), mode(&path)],
-            [0o700, 0o755, 0o755]
+            [0o700, 0o755, 0o711]
         );
     }
 
@@ -64,7 +67,7 @@ mod tests {
         symlink(top.join("elsewhere"), top.join("link")).unwrap();
         symlink(top.join("none"), top.join("dangling")).unwrap();
         for path in ["link/new", "link", "dangling"] {
-            create_directory(&top.join(path)).unwrap_err();
+            create_directory(&top.join(path), 0o755).unwrap_err();
         }
         assert_eq!(fs::read_dir(top.join("elsewhere")).unwrap().count(), 0);
         assert!(!top.join("none").exists());
@@ -75,7 +78,7 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let top = temp.path().canonicalize().unwrap();
         fs::write(top.join("file"), "").unwrap();
-        create_directory(&top.join("file")).unwrap_err();
-        create_directory(&top.join("file/new")).unwrap_err();
+        create_directory(&top.join("file"), 0o755).unwrap_err();
+        create_directory(&top.join("file/new"), 0o755).unwrap_err();
     }
 }

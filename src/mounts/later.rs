@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use super::attach::{Mappings, about};
 use super::plan::{OF_THE_KERNEL, is_of_a_mount};
 use super::{IdRange, MountPlan, Unmappable, directory, id_map, place_of};
+use crate::sys::IdMap;
 use crate::sys::mount_namespace::MountNamespace;
 use crate::sys::mount_tree::{Denied, MountTree, detach, mount_id, place, place_as_it_is};
-use crate::sys::procfs::{self, Mount};
+use crate::sys::procfs::{self, Forbidden, Mount};
 
 /// A mount of the container whose source is followed.
 #[derive(Debug, Clone)]
@@ -21,8 +22,8 @@ struct Followed {
     source: PathBuf,
     /// Where its copy is in the namespace of systemd-nspawn.
     place: PathBuf,
-    /// The container's ids, if those of the files are mapped.
-    ids: Option<IdRange>,
+    /// How the ids of files are mapped, if they are: as on the source when the container was started. The container may change its owner.
+    ids: Option<IdMap>,
     denied: Denied,
 }
 
@@ -73,15 +74,18 @@ impl LaterMounts {
         let mounts = plan.mounts.iter().enumerate();
         let followed = mounts
             .filter(|(_, mount)| mount.follows)
-            .map(|(index, mount)| Followed {
-                option: mount.option.clone().unwrap_or_default(),
-                source: mount.source.clone(),
-                place: place_of(&directory, index),
-                ids: plan.ids.filter(|_| mount.mapped),
-                denied: mount.denied(),
+            .map(|(index, mount)| {
+                let ids = plan.ids.filter(|_| mount.mapped);
+                Ok(Followed {
+                    option: mount.option.clone().unwrap_or_default(),
+                    source: mount.source.clone(),
+                    place: place_of(&directory, index),
+                    ids: ids.map(|ids| map_of(ids, &mount.source)).transpose()?,
+                    denied: mount.denied(),
+                })
             });
         Ok(Some(Self {
-            followed: followed.collect(),
+            followed: followed.collect::<io::Result<_>>()?,
             nspawn,
             seen: None,
             missing: Vec::new(),
@@ -113,6 +117,7 @@ impl LaterMounts {
             nspawn: self.nspawn,
             namespace: MountNamespace::of_process(self.nspawn)?,
             missing: self.missing.clone(),
+            is_last: self.attempts_left == 0,
         }))
     }
 
@@ -122,7 +127,7 @@ impl LaterMounts {
             let tables = Tables::of(followed, host, &inside);
             let is_missing = |mount: &&Mount| {
                 let mut missing = self.missing.iter();
-                missing.any(|missing| missing.is(followed, mount))
+                missing.any(|missing| missing.hides(followed, mount, host))
             };
             !tables.gone().is_empty() || !tables.added().iter().all(is_missing)
         }))
@@ -136,7 +141,7 @@ impl LaterMounts {
                 self.seen = Some(outcome.host);
                 self.is_done = outcome.is_done;
             }
-            Err(_) => (self.is_done, self.attempts_left) = (false, 0),
+            Err(_) => self.is_done = false,
         }
         if self.is_done {
             self.attempts_left = 0;
@@ -158,6 +163,8 @@ pub struct Work {
     nspawn: i32,
     namespace: MountNamespace,
     missing: Vec<Missing>,
+    /// Whether it is not tried again.
+    is_last: bool,
 }
 
 impl Work {
@@ -176,30 +183,39 @@ impl Work {
         })?;
         // Mounts that lay on one that is gone have been removed with it.
         let inside = in_namespace_of(self.nspawn, &self.followed)?;
-        let (mut copies, mut is_done) = (Vec::new(), true);
+        let all = self.followed.iter();
+        let mut all = all.map(|followed| Tables::of(followed, &host, &inside));
+        // What is left was renamed meanwhile, also by the container, or is covered.
+        let (mut copies, mut is_done) = (Vec::new(), all.all(|tables| tables.gone().is_empty()));
         let mut missing = self.missing.clone();
         let mut mappings = Mappings::default();
         for followed in &self.followed {
             for mount in Tables::of(followed, &host, &inside).added() {
-                let is_known =
-                    |known: &Missing| known.is(followed, mount) || known.is_below(followed, mount);
-                if missing.iter().any(is_known) {
+                if missing
+                    .iter()
+                    .any(|known| known.hides(followed, mount, &host))
+                {
                     continue;
                 }
                 match copy(followed, mount, &mut mappings) {
                     Ok(Some(tree)) => copies.push((followed, mount, tree)),
                     Ok(None) => is_done = false,
+                    Err(why) if why.may_pass() && !self.is_last => is_done = false,
                     Err(why) => missing.push(Missing::new(followed, mount, &why)),
                 }
             }
         }
         let attached = self.namespace.run(|| {
             for (followed, mount, tree) in copies {
-                if missing.iter().any(|known| known.is_below(followed, mount)) {
+                if missing
+                    .iter()
+                    .any(|known| known.hides(followed, mount, &host))
+                {
                     continue;
                 }
                 match attach(followed, mount, &tree) {
                     Ok(is_attached) => is_done &= is_attached,
+                    Err(_) if !self.is_last => is_done = false,
                     Err(error) => missing.push(Missing::new(followed, mount, &Why::Failed(error))),
                 }
             }
@@ -217,6 +233,16 @@ impl Work {
 enum Why {
     Unmappable(Unmappable),
     Failed(io::Error),
+}
+
+impl Why {
+    /// Whether another attempt may succeed with nothing changed.
+    fn may_pass(&self) -> bool {
+        matches!(
+            self,
+            Self::Failed(_) | Self::Unmappable(Unmappable::Failed(_))
+        )
+    }
 }
 
 impl Missing {
@@ -240,15 +266,18 @@ impl Missing {
         }
     }
 
-    /// Whether it is this mount below this source.
-    fn is(&self, followed: &Followed, mount: &Mount) -> bool {
-        self.source == followed.source && self.mount == *mount
+    /// Whether it is this mount below this source, or this one is on it, or on another that is on it.
+    fn hides(&self, followed: &Followed, mount: &Mount, host: &[Mount]) -> bool {
+        let parent = |mount: &&Mount| host.iter().find(|other| other.id == mount.parent);
+        let mut chain = std::iter::successors(Some(mount), parent).take(host.len() + 1);
+        self.source == followed.source && chain.any(|mount| *mount == self.mount)
     }
+}
 
-    /// Whether this mount is on it.
-    fn is_below(&self, followed: &Followed, mount: &Mount) -> bool {
-        self.source == followed.source && self.mount.id == mount.parent
-    }
+/// How the ids of this source are mapped.
+fn map_of(ids: IdRange, source: &Path) -> io::Result<IdMap> {
+    let top = place(source).and_then(|top| about(&top))?;
+    Ok(id_map(ids, top.stx_uid, top.stx_gid))
 }
 
 /// The path below a top, without a slash at its end.
@@ -279,8 +308,8 @@ fn in_namespace_of(nspawn: i32, followed: &[Followed]) -> io::Result<Vec<Mount>>
     }
 }
 
-/// The mounts below a source and those below its place. Two are the same if they show the same directory of the same file system at the same path:
-/// as long as a copy exists, its device is that of no other file system.
+/// The mounts below a source and those below its place. Two are the same if they show the same directory of the same file system at the same path,
+/// and forbid the same: as long as a copy exists, its device is that of no other file system.
 struct Tables<'a> {
     followed: &'a Followed,
     host: Vec<&'a Mount>,
@@ -318,26 +347,48 @@ impl<'a> Tables<'a> {
 
     /// What is in the place and no longer on the host.
     fn gone(&self) -> Vec<&'a Mount> {
-        let of_host = |mount: &Mount| {
-            let mut host = self.host.iter();
-            host.any(|other| key(other, &self.followed.source) == key(mount, &self.followed.place))
-        };
+        let of_host = |mount: &Mount| self.host.iter().any(|other| self.is_copy(mount, other));
         let inside = self.inside.iter().copied();
         inside.filter(|mount| !of_host(mount)).collect()
     }
 
-    /// What is on the host and not in the place, outer mounts first. The source itself is what the container was started with.
-    fn added(&self) -> Vec<&'a Mount> {
-        let place = &self.followed.place;
-        let has = |mount: &Mount| {
-            let mut inside = self.inside.iter().chain(&self.base);
-            inside.any(|other| key(other, place) == key(mount, &self.followed.source))
+    fn is_copy(&self, inside: &Mount, host: &Mount) -> bool {
+        let Denied {
+            write,
+            set_user_id,
+            devices,
+            execution,
+        } = self.followed.denied;
+        let expected = Forbidden {
+            write: host.forbids.write || write,
+            set_user_id: host.forbids.set_user_id || set_user_id,
+            devices: host.forbids.devices || devices,
+            execution: host.forbids.execution || execution,
         };
-        if self.base.is_none() {
+        inside.forbids == expected && self.is_same_place(inside, host)
+    }
+
+    fn is_same_place(&self, inside: &Mount, host: &Mount) -> bool {
+        key(host, &self.followed.source) == key(inside, &self.followed.place)
+    }
+
+    /// What is on the host and not in the place, outer mounts first. The source itself is what the container was started with. One that another covers
+    /// can't be copied, and is not seen.
+    fn added(&self) -> Vec<&'a Mount> {
+        let Some(base) = self.base else {
             return Vec::new();
-        }
+        };
+        let has = |mount: &Mount| {
+            let mut inside = self.inside.iter();
+            self.is_same_place(base, mount) || inside.any(|other| self.is_copy(other, mount))
+        };
+        let is_covered = |mount: &Mount| {
+            let mut host = self.host.iter();
+            host.any(|other| other.parent == mount.id && other.target == mount.target)
+        };
         let host = self.host.iter().copied();
-        let mut new: Vec<_> = host.filter(|mount| !has(mount)).collect();
+        let new = host.filter(|mount| !has(mount) && !is_covered(mount));
+        let mut new: Vec<_> = new.collect();
         new.sort_by_key(|mount| mount.target.components().count());
         new
     }
@@ -378,16 +429,11 @@ fn copy(
     let Some(tree) = copy_as_it_is(mount) else {
         return Ok(None);
     };
-    if let Some(ids) = followed.ids {
-        // As if it had been there at the start: like the top of the source.
-        let top = place(&followed.source).and_then(|top| about(&top));
-        let top = top.map_err(Why::Failed)?;
-        let map = id_map(ids, top.stx_uid, top.stx_gid);
-        if let Err(error) = mappings.apply(&map, &tree)
-            && !OF_THE_KERNEL.contains(&mount.kind.as_str())
-        {
-            return Err(Why::Unmappable(unmappable(mount, &error)));
-        }
+    if let Some(map) = &followed.ids
+        && let Err(error) = mappings.apply(map, &tree)
+        && !OF_THE_KERNEL.contains(&mount.kind.as_str())
+    {
+        return Err(Why::Unmappable(unmappable(mount, &error)));
     }
     tree.follow_later_mounts(false)
         .and_then(|()| tree.deny(followed.denied))
@@ -485,6 +531,7 @@ mod tests {
     #[case::outer_ones_first(&["11 10 3 / /v/a/b/c", "10 1 2 / /v/a"], &[BASE], &[], &["/v/a", "/v/a/b/c"])]
     #[case::below_one_that_is_there(&["10 1 2 / /v/a", "11 10 3 / /v/a/b"], &[BASE, "91 90 2 / /t/mounts/1/a"], &[], &["/v/a/b"])]
     #[case::one_over_another(&["10 1 2 / /v/a", "11 10 3 / /v/a"], &[BASE, "91 90 2 / /t/mounts/1/a"], &[], &["/v/a"])]
+    #[case::covered(&["10 1 2 / /v/a", "11 10 3 / /v/a"], &[BASE], &[], &["/v/a"])]
     #[case::names_with_the_same_beginning(&["10 1 2 / /vv"], &[BASE, "91 80 2 / /t/mounts/10"], &[], &[])]
     #[case::the_namespace_is_gone(&["10 1 2 / /v/a"], &[], &[], &[])]
     fn tables_are_compared(

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, fchmod, mkdirat};
-use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::sys::statvfs::{FsFlags, fstatvfs, statvfs};
 use nix::unistd::{Gid, Uid, fchown};
 
 use super::attach::{AttachError, Mappings, about};
@@ -63,6 +63,7 @@ pub(super) fn open(
     let mut lower = Vec::new();
     let mut top = None;
     let mut kept = None;
+    let mut restrictions = planned.restrictions;
     for layer in layers(&planned.source, planned.option.as_deref(), overlay) {
         let failed = |what| AttachError::of_source(Some(&layer.option), what, layer.path);
         let opened = place(layer.path).map_err(failed("can't open"))?;
@@ -79,6 +80,13 @@ pub(super) fn open(
             true => Some(prepare(&opened, &layer, top.stored(ids))?),
         };
         let tree = MountTree::copy_of_one(opened.as_fd()).map_err(failed("can't copy"))?;
+        // A copy of a shared mount is its peer: unmounting the copy would also unmount on the host what has been mounted there meanwhile.
+        match tree.follow_later_mounts(false) {
+            // Before Linux 5.12: see `attach`.
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENOSYS) => {}
+            other => other.map_err(failed("can't separate from the host"))?,
+        }
+        forbid_as(&opened, &mut restrictions).map_err(failed("can't examine"))?;
         let map = ids.map(|ids| match layer.is_upper {
             false => id_map(ids, owner.0, owner.1),
             true => id_map_for_changes(ids, owner.0, owner.1),
@@ -109,8 +117,17 @@ pub(super) fn open(
         option: planned.option.clone().unwrap_or_default(),
         lower,
         changes,
-        restrictions: planned.restrictions,
+        restrictions,
     })
+}
+
+/// Forbids what the mount that a directory is on forbids. An overlay has none of its restrictions, unlike a copy of it.
+fn forbid_as(directory: &OwnedFd, restrictions: &mut Restrictions) -> io::Result<()> {
+    let flags = fstatvfs(directory)?.flags();
+    restrictions.nosuid |= flags.contains(FsFlags::ST_NOSUID);
+    restrictions.nodev |= flags.contains(FsFlags::ST_NODEV);
+    restrictions.noexec |= flags.contains(FsFlags::ST_NOEXEC);
+    Ok(())
 }
 
 impl Top {
@@ -146,21 +163,28 @@ const DIRECTORY: OFlag = OFlag::O_DIRECTORY
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_CLOEXEC);
 
-/// Locks the directory for changes, and makes in it what the kernel needs: `upper` for the changes, with this owner, and `work` for itself. Both have to
+/// Makes in the directory for changes what the kernel needs, and locks it: `upper` for the changes, with this owner, and `work` for itself. Both have to
 /// be on one mount, and one that a volume is mounted at has no other place for it.
 fn prepare(opened: &OwnedFd, layer: &Layer<'_>, top: Top) -> Result<Flock<OwnedFd>, AttachError> {
     let failed = |what| AttachError::of_source(Some(&layer.option), what, layer.path);
     let directory = openat(opened, ".", OFlag::O_RDONLY | DIRECTORY, Mode::empty());
     let directory = directory.map_err(|error| failed("can't open")(error.into()))?;
-    let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock);
-    let lock = lock.map_err(|(_, errno)| match errno {
+    make(&directory, "work", None)
+        .and_then(|()| make(&directory, "upper", Some(top)))
+        .map_err(|error| failed("can't make the directories for changes in")(error.into()))?;
+    // Not the directory itself, which others may be able to open, and so to lock: only root can open this one.
+    let work = openat(
+        &directory,
+        "work",
+        OFlag::O_RDONLY | DIRECTORY,
+        Mode::empty(),
+    );
+    let work = work.map_err(|error| failed("can't open")(error.into()))?;
+    let lock = Flock::lock(work, FlockArg::LockExclusiveNonblock);
+    lock.map_err(|(_, errno)| match errno {
         Errno::EWOULDBLOCK => in_use(&layer.option, layer.path),
         errno => failed("can't lock")(errno.into()),
-    })?;
-    make(&lock, "work", None)
-        .and_then(|()| make(&lock, "upper", Some(top)))
-        .map_err(|error| failed("can't make the directories for changes in")(error.into()))?;
-    Ok(lock)
+    })
 }
 
 fn in_use(option: &str, path: &Path) -> AttachError {
@@ -259,6 +283,13 @@ const READ_ONLY: &str = "the kernel has mounted it read-only, because the file s
 fn attach(tree: &MountTree, at: &Path) -> io::Result<PathBuf> {
     fs::create_dir(at)?;
     tree.attach(place(at)?.as_fd())?;
+    mount(
+        None::<&str>,
+        at,
+        None::<&str>,
+        MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )?;
     Ok(at.to_owned())
 }
 

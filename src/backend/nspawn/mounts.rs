@@ -27,11 +27,13 @@ pub(super) fn create_sources(spec: &ContainerSpec) -> Result<(), BackendError> {
         _ => None,
     };
     for mount in &spec.mounts {
-        let source = mount.create.then(|| mount.source.clone());
-        let Some(path) = source.or_else(|| for_changes(mount)) else {
+        let source = mount.create.then(|| (mount.source.clone(), 0o755));
+        // The task's root can leave programs there that give everybody else on the host its privileges.
+        let for_changes = || for_changes(mount).map(|path| (path, 0o700));
+        let Some((path, mode)) = source.or_else(for_changes) else {
             continue;
         };
-        mounts::create_directory(&path).map_err(|error| {
+        mounts::create_directory(&path, mode).map_err(|error| {
             let option = mount.option.as_deref().unwrap_or("a mount");
             let path = path.display();
             BackendError::Start {

@@ -322,12 +322,13 @@ impl Supervisor {
             return self.fail(&error);
         }
         failpoint::hit(&self.task_dir, Failpoint::Recorded);
+        // Before the command can change the owner of a source.
+        self.follow_mounts();
         if let Some(init_channel) = &self.init_channel {
             init_channel.send_go();
         }
         self.announce_start();
         self.release_nspawn();
-        self.follow_mounts();
     }
 
     /// The record of a container that is up. Its leader has no handle if it has exited already.

@@ -214,6 +214,28 @@ async fn the_restrictions_of_a_volume_hold_for_later_mounts(
     inside.stage.leave();
 }
 
+/// Also what `mount -o bind,ro` does, which are two calls.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_host_forbids_later_is_forbidden_inside() {
+    let inside = Inside::new();
+    let volume = volume(&inside).shared();
+    let script = "appears /v/later/file; touch /v/later/made && echo writable
+        while touch /v/later/made 2>/dev/null; do sleep 0.02; done; echo read-only";
+    let started = inside
+        .start(spec(&inside, vec![followed(&volume)], script))
+        .await;
+    let later = HostMount::tmpfs(volume.0.join("later"));
+    assert_eq!(printed(&inside, 1).await, "writable\n");
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+    const NONE: Option<&str> = None;
+    mount(NONE, &later.0, NONE, flags, NONE).unwrap();
+    let (exit, printed) = inside.finish(&started).await;
+    assert_eq!((exit.code, &*printed), (0, "writable\nread-only\n"));
+    later.unmount();
+    volume.unmount();
+    inside.stage.leave();
+}
+
 /// With its owners as they are and nothing restricted, there is nothing to change: the kernel does it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_volume_as_it_is_gets_later_mounts_as_they_are() {

@@ -261,6 +261,35 @@ async fn what_is_denied_on_an_overlay_is_denied_to_root() {
     inside.stage.leave();
 }
 
+/// A copy of a mount has its restrictions, and an overlay of it would not.
+#[rstest]
+#[case(Users::Host)]
+#[case(private_users())]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_mount_of_a_directory_forbids_is_forbidden_on_the_overlay(#[case] users: Users) {
+    let inside = Inside::new();
+    let directories = Directories::new(&inside.stage.join("top"));
+    let flags = MsFlags::MS_NOEXEC | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    nix::mount::mount(
+        Some("test"),
+        &directories.base,
+        Some("tmpfs"),
+        flags,
+        Some("mode=0755"),
+    )
+    .unwrap();
+    let program = directories.base.join("program");
+    fs::write(&program, "#!/bin/sh\necho runs\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let script =
+        "/app/program || echo denied; grep ' /app ' /proc/self/mountinfo | cut -d ' ' -f 6";
+    let overlay = directories.overlay(DISCARDED);
+    let printed = inside.run(with(&inside, users, overlay, script)).await;
+    assert_eq!(printed, "denied\nrw,nosuid,nodev,noexec,relatime\n");
+    nix::mount::umount(&directories.base).unwrap();
+    inside.stage.leave();
+}
+
 /// What would be a separator or an escape in the options of a mount.
 #[rstest]
 #[case(Users::Host)]
