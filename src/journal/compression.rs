@@ -6,6 +6,9 @@ use ruzstd::decoding::StreamingDecoder;
 
 use super::file::invalid;
 
+/// systemd's own encoder uses at most as much; what needs more would be held in memory before it is limited.
+const MAX_WINDOW_BYTES: u64 = 8 * 1024 * 1024;
+
 /// How a field is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Compression {
@@ -53,7 +56,8 @@ fn lz4(bytes: &[u8], limit: usize) -> io::Result<Vec<u8>> {
 
 fn zstd(bytes: &[u8], limit: usize) -> io::Result<Vec<u8>> {
     let damaged = |_| invalid("a field compressed with Zstandard is damaged");
-    let decoder = StreamingDecoder::new(bytes).map_err(damaged)?;
+    let decoder =
+        StreamingDecoder::new_with_max_window_size(bytes, MAX_WINDOW_BYTES).map_err(damaged)?;
     let mut original = Vec::new();
     let limit = u64::try_from(limit).unwrap_or(u64::MAX);
     decoder

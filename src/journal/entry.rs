@@ -106,6 +106,9 @@ impl Entry {
         /// systemd's `SD_MESSAGE_UNIT_FAILURE_RESULT`.
         const FAILURE_RESULT: &str = "d9b373ed55a64feb8242e02dbe79a49c";
         let is_failure = self.is_of_pid1() && self.text("MESSAGE_ID") == Some(FAILURE_RESULT);
-        self.text("UNIT").filter(|_| is_failure)
+        let is_allowed =
+            |letter: char| letter.is_ascii_alphanumeric() || ":_.\\@-".contains(letter);
+        let is_name = |unit: &&str| unit.len() < 256 && unit.chars().all(is_allowed);
+        self.text("UNIT").filter(|_| is_failure).filter(is_name)
     }
 }

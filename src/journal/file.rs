@@ -36,6 +36,12 @@ const MAX_ITEMS: u64 = 2048;
 pub(super) const MAX_FIELD_BYTES: usize = 1024 * 1024;
 /// The most of all fields of one entry together that is read.
 const MAX_ENTRY_BYTES: usize = 4 * 1024 * 1024;
+/// The most arrays of entries in one file: each is at least as long as all before it together.
+const MAX_ARRAYS: usize = 64;
+/// The most entries of one boot that a file may have when it is found.
+const MAX_SKIPPED: u64 = 1 << 20;
+/// What a field counts for at least.
+const MIN_FIELD_BYTES: usize = 512;
 /// How much of a data object is read at first: most are shorter.
 const FIRST_READ_BYTES: usize = 512;
 
@@ -98,8 +104,12 @@ impl JournalFile {
 
     /// Skips the entries before those that this boot has written last.
     pub(super) fn skip_to_boot(&mut self, boot: [u8; 16]) -> io::Result<()> {
-        let mut index = self.progress()?.entries;
+        let entries = self.progress()?.entries;
+        let mut index = entries;
         while index > 0 {
+            if entries - index > MAX_SKIPPED {
+                return Err(invalid("it has too many entries of this boot"));
+            }
             match self.offset(index - 1)?.map(|offset| self.head_at(offset)) {
                 Some(Ok(head)) if head.boot == boot => index -= 1,
                 _ => break,
@@ -112,7 +122,8 @@ impl JournalFile {
     /// The next entry that journald has written completely; `None` if there is none yet. A damaged one is skipped.
     pub(super) fn peek(&mut self) -> io::Result<Option<Head>> {
         let entries = self.progress()?.entries;
-        while self.next < entries {
+        let end = entries.min(self.next.saturating_add(MAX_ITEMS));
+        while self.next < end {
             let Some(offset) = self.offset(self.next)? else {
                 return Ok(None);
             };
@@ -141,13 +152,19 @@ impl JournalFile {
         let mut entry = Entry::of(head);
         let mut left = MAX_ENTRY_BYTES;
         for item in table.chunks_exact(if self.is_compact { 4 } else { 16 }) {
+            if left == 0 {
+                break;
+            }
             let offset = self.item(item);
             match self.data(offset, left.min(MAX_FIELD_BYTES)) {
                 Ok(field) => {
-                    left = left.saturating_sub(field.len());
+                    left = left.saturating_sub(field.len().max(MIN_FIELD_BYTES));
                     entry.add(&field);
                 }
-                Err(error) if error.kind() == io::ErrorKind::InvalidData => {}
+                // It has cost as much as a long one.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    left = left.saturating_sub(MAX_FIELD_BYTES);
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -203,6 +220,9 @@ impl JournalFile {
             };
             if offset == 0 {
                 return Ok(None);
+            }
+            if self.arrays.len() >= MAX_ARRAYS {
+                return Err(invalid("it has too many arrays of entries"));
             }
             if offset <= before {
                 return Err(invalid("its arrays of entries are not in order"));
@@ -289,6 +309,9 @@ impl JournalFile {
     }
 
     fn read_up_to(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
+        if i64::try_from(offset).map_or(true, |offset| offset > i64::MAX / 2) {
+            return Err(invalid("an object is outside of the file"));
+        }
         let mut read = 0;
         while read < into.len() {
             match self.file.read_at(&mut into[read..], offset + read as u64) {

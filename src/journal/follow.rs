@@ -6,12 +6,13 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, fstat, fstatfs, openat2};
 
 use super::entry::{Entry, Head};
-use super::file::JournalFile;
+use super::file::{JournalFile, invalid};
 
 /// Where journald keeps its files, and whether they are the persistent ones.
 const PLACES: [(&[&str], bool); 2] = [
@@ -34,6 +35,22 @@ const UNIT_DIRS: [&str; 10] = [
 ];
 /// The most journal files of one container that are open at the same time.
 const MAX_FILES: usize = 64;
+/// The most names of one directory that are read.
+const MAX_NAMES: usize = 4096;
+/// The most entries that one call skips, and the most reports of the kernel that it takes in.
+const MAX_SKIPPED: usize = 4096;
+const MAX_EVENTS: usize = 4096;
+/// How often files are searched for at most: the container decides how often names change.
+const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
+/// Magic numbers of `linux/magic.h`: 9P, Ceph, CIFS, FUSE, NFS, SMB2. Reading there may take forever.
+const SLOW_FILE_SYSTEMS: [u32; 6] = [
+    0x0102_1997,
+    0x00c3_6400,
+    0xff53_4d42,
+    0x6573_5546,
+    0x6969,
+    0xfe53_4d42,
+];
 
 /// What follows the journal of one container.
 #[derive(Debug)]
@@ -41,17 +58,27 @@ pub struct Follower {
     root: OwnedFd,
     /// `None` if the kernel has no instance left.
     inotify: Option<OwnedFd>,
-    /// The boot id of the container, once it is known.
+    /// The boot id and the machine id of the container, once they are known.
     boot: Option<[u8; 16]>,
+    machine: Option<String>,
     files: Vec<Followed>,
-    /// The ids of the files that are open or have been read to their end.
+    /// The ids of the files that are open, have been read to their end, or can't be read.
     known: HashSet<[u8; 16]>,
     /// The time of the last entry from a volatile file: persistent files begin with copies of those.
     last_volatile: Option<u64>,
-    /// Whether a file was found to which journald has not written its header yet.
-    has_unfinished: bool,
-    /// The first reason why a file can't be read, until it is taken.
-    fault: Option<String>,
+    /// Whether files may have been added since the last search.
+    is_changed: bool,
+    searched: Option<Instant>,
+    fault: Fault,
+}
+
+/// The first reason why something can't be read.
+#[derive(Debug, Default)]
+enum Fault {
+    #[default]
+    None,
+    Found(String),
+    Taken,
 }
 
 #[derive(Debug)]
@@ -62,33 +89,48 @@ struct Followed {
 
 impl Follower {
     /// Follows the journal of the container with this root directory. If root has as many inotify instances as
-    /// `fs.inotify.max_user_instances` allows, there is no descriptor to wait for, and [`Self::next_entry`] has to be called now and then.
+    /// `fs.inotify.max_user_instances` allows, there is no descriptor to wait for, and [`Self::look`] has to be called now and then.
     pub fn new(root: OwnedFd) -> Self {
         let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK);
         let mut follower = Self {
             root,
             inotify: inotify.ok(),
             boot: None,
+            machine: None,
             files: Vec::new(),
             known: HashSet::new(),
             last_volatile: None,
-            has_unfinished: false,
-            fault: None,
+            is_changed: true,
+            searched: None,
+            fault: Fault::None,
         };
-        follower.find_files();
+        follower.look(true);
         follower
     }
 
-    /// The next entry that this boot of the container has written, `None` if there is none yet. Looks for new files first if something has
-    /// changed.
-    pub fn next_entry(&mut self) -> Option<Entry> {
-        if self.has_new_names() {
+    /// Takes in what the kernel has reported, and searches for new files if there may be some: not more often than every 100 ms, unless `at_once`.
+    pub fn look(&mut self, at_once: bool) {
+        self.is_changed |= self.has_new_names();
+        let is_due = self.next_look().is_none_or(|due| due <= Instant::now());
+        if self.is_changed && (at_once || is_due) {
+            self.is_changed = false;
+            self.searched = Some(Instant::now());
             self.find_files();
         }
-        loop {
-            let index = self.earliest()?;
+    }
+
+    /// When to look again although the kernel has reported nothing more.
+    pub fn next_look(&self) -> Option<Instant> {
+        let searched = self.searched.filter(|_| self.is_changed)?;
+        Some(searched + SEARCH_INTERVAL)
+    }
+
+    /// The next entry that this boot of the container has written, in the files that are known; `None` if there is none yet.
+    pub fn next_entry(&mut self) -> Option<Entry> {
+        // So many copies at most: who has more of them waits for the next call.
+        for _ in 0..MAX_SKIPPED {
+            let (index, head) = self.earliest()?;
             let followed = &mut self.files[index];
-            let head = followed.head()?;
             let is_copy = followed.is_persistent
                 && self
                     .last_volatile
@@ -104,6 +146,7 @@ impl Follower {
                 None => {}
             }
         }
+        None
     }
 
     /// The descriptor that is readable when something has changed.
@@ -111,9 +154,19 @@ impl Follower {
         self.inotify.as_ref().map(AsFd::as_fd)
     }
 
-    /// Why entries are missing, once for the first reason.
+    /// Why entries are missing: the first reason, once.
     pub fn take_fault(&mut self) -> Option<String> {
-        self.fault.take()
+        match std::mem::take(&mut self.fault) {
+            Fault::None => None,
+            Fault::Found(reason) => {
+                self.fault = Fault::Taken;
+                Some(reason)
+            }
+            Fault::Taken => {
+                self.fault = Fault::Taken;
+                None
+            }
+        }
     }
 
     /// Those of these units for which the container has no file, not even of a template or one that a generator has made.
@@ -130,49 +183,66 @@ impl Follower {
         missing.collect()
     }
 
-    /// The file with the earliest entry that has not been read. Closes those to which nothing can be added.
-    fn earliest(&mut self) -> Option<usize> {
+    /// The earliest entry that has not been read, and the index of its file. Closes the files to which nothing can be added, and those that can't be
+    /// read.
+    fn earliest(&mut self) -> Option<(usize, Head)> {
+        let boot = self.boot?;
+        let mut heads = Vec::new();
         let mut faults = Vec::new();
-        self.files
-            .retain_mut(|followed| match followed.file.is_done() {
-                Ok(done) => !done,
+        self.files.retain_mut(|followed| {
+            let head = followed.head_of(boot);
+            let head = head.and_then(|head| Ok((head, followed.file.is_done()?)));
+            match head {
+                Ok((head, is_done)) => {
+                    let is_kept = head.is_some() || !is_done;
+                    if is_kept {
+                        heads.push((head, followed.is_persistent));
+                    }
+                    is_kept
+                }
                 Err(error) => {
                     faults.push(error);
                     false
                 }
-            });
-        faults.iter().for_each(|error| self.note(error));
-        let boot = self.boot?;
-        let heads = self.files.iter_mut().enumerate();
-        let heads = heads.filter_map(|(index, followed)| {
-            let head = followed.head_of(boot)?;
-            // Of two with the same time, the volatile one: the persistent one is its copy.
-            Some((head.monotonic, followed.is_persistent, head.seqnum, index))
+            }
         });
-        heads.min().map(|(.., index)| index)
+        faults.iter().for_each(|error| self.note(error));
+        let heads = heads.into_iter().enumerate();
+        let heads = heads.filter_map(|(index, (head, is_persistent))| {
+            let head = head?;
+            // Of two with the same time, the volatile one: the persistent one is its copy.
+            Some((head.monotonic, is_persistent, head.seqnum, index, head))
+        });
+        let first = heads.min_by_key(|(time, persistent, number, index, _)| {
+            (*time, *persistent, *number, *index)
+        });
+        first.map(|(.., index, head)| (index, head))
     }
 
-    /// Whether files may have been added, according to inotify. What it tells about the content of files only wakes the caller.
-    fn has_new_names(&mut self) -> bool {
+    /// Whether files may have been added, according to inotify. What it reports about the content of files only wakes the caller.
+    fn has_new_names(&self) -> bool {
         let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
         let Some(inotify) = &self.inotify else {
             return true;
         };
         let mut reader = inotify::Reader::new(inotify, &mut buffer);
-        let mut found = self.boot.is_none() || self.has_unfinished;
-        while let Ok(event) = reader.next() {
-            let content = ReadFlags::MODIFY;
-            found |= !content.contains(event.events());
+        let mut found = self.boot.is_none() || self.machine.is_none();
+        // As many as one turn may handle; the others are reported again.
+        for _ in 0..MAX_EVENTS {
+            match reader.next() {
+                Ok(event) => found |= event.events() != ReadFlags::MODIFY,
+                Err(_) => break,
+            }
         }
         found
     }
 
-    /// Watches the directories in which files can appear, and opens the files that are not known yet.
+    /// Watches the directories in which files can appear, and opens the files that are not known yet. Only the directory of the container's own
+    /// machine id is its journal.
     fn find_files(&mut self) {
-        if self.boot.is_none() {
-            self.boot = boot_id(self.root.as_fd());
-        }
-        self.has_unfinished = false;
+        let root = self.root.as_fd();
+        self.boot = self.boot.or_else(|| boot_id(root));
+        self.machine = self.machine.take().or_else(|| machine_id(root));
         for (levels, is_persistent) in PLACES {
             let mut directory = None;
             for level in levels {
@@ -181,29 +251,21 @@ impl Follower {
                     break;
                 }
             }
-            if let Some(journal) = directory {
-                self.find_machines(&journal, is_persistent);
+            if let (Some(journal), Some(machine)) = (directory, self.machine.clone()) {
+                let directory = self.watched(journal.as_fd(), &machine, NAMES | FILES);
+                if let Some(directory) = directory {
+                    self.find_in(&directory, is_persistent);
+                }
             }
         }
     }
 
-    /// The directories below `journal` are named after machine ids.
-    fn find_machines(&mut self, journal: &OwnedFd, is_persistent: bool) {
-        for machine in names(journal) {
-            let is_id = machine.len() == 32 && machine.bytes().all(|byte| byte.is_ascii_hexdigit());
-            if !is_id {
-                continue;
-            }
-            let Some(directory) =
-                self.watched(journal.as_fd(), &machine, NAMES | WatchFlags::MODIFY)
-            else {
-                continue;
-            };
-            for name in names(&directory) {
-                if name.ends_with(".journal") {
-                    self.add(&directory, &name, is_persistent);
-                }
-            }
+    fn find_in(&mut self, directory: &OwnedFd, is_persistent: bool) {
+        let mut names = names(directory);
+        // Should there be too many, the current one of the system is not left out.
+        names.sort_by_key(|name| (name != "system.journal", name.contains('@')));
+        for name in names.iter().filter(|name| name.ends_with(".journal")) {
+            self.add(directory, name, is_persistent);
         }
     }
 
@@ -211,28 +273,31 @@ impl Follower {
         let Some(boot) = self.boot else {
             return;
         };
-        let opened = open_file(directory.as_fd(), name).and_then(JournalFile::open);
+        let opened = open_journal(directory.as_fd(), name).and_then(JournalFile::open);
         let mut file = match opened {
             Ok(file) => file,
             // Renamed or deleted: then it is found again, or not needed.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            // journald has not written the header yet.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                self.has_unfinished = true;
+                self.is_changed = true;
                 return;
             }
             Err(error) => return self.note(&error),
         };
-        if self.known.contains(&file.id()) || self.files.len() >= MAX_FILES {
+        if self.known.contains(&file.id()) {
             return;
         }
+        if self.files.len() >= MAX_FILES {
+            let reason = format!("there are more than {MAX_FILES} files of one boot");
+            return self.note(&io::Error::other(reason));
+        }
+        self.known.insert(file.id());
         match file.skip_to_boot(boot).and_then(|()| file.is_done()) {
-            Ok(is_done) => {
-                self.known.insert(file.id());
-                self.files.extend((!is_done).then_some(Followed {
-                    file,
-                    is_persistent,
-                }));
-            }
+            Ok(is_done) => self.files.extend((!is_done).then_some(Followed {
+                file,
+                is_persistent,
+            })),
             Err(error) => self.note(&error),
         }
     }
@@ -249,29 +314,28 @@ impl Follower {
     }
 
     fn note(&mut self, error: &io::Error) {
-        self.fault.get_or_insert_with(|| error.to_string());
+        if let Fault::None = self.fault {
+            self.fault = Fault::Found(error.to_string());
+        }
     }
 }
 
 impl Followed {
-    /// The next entry of this boot.
-    fn head_of(&mut self, boot: [u8; 16]) -> Option<Head> {
-        while let Some(head) = self.head() {
-            if head.boot == boot {
-                return Some(head);
+    /// The next entry of this boot, if it is among the next ones.
+    fn head_of(&mut self, boot: [u8; 16]) -> io::Result<Option<Head>> {
+        for _ in 0..MAX_SKIPPED {
+            match self.file.peek()? {
+                Some(head) if head.boot != boot => self.file.advance(),
+                head => return Ok(head),
             }
-            self.file.advance();
         }
-        None
-    }
-
-    /// A file that can't be read any more has no next entry.
-    fn head(&mut self) -> Option<Head> {
-        self.file.peek().ok().flatten()
+        Ok(None)
     }
 }
 
 const NAMES: WatchFlags = WatchFlags::CREATE.union(WatchFlags::MOVED_TO);
+/// A file that is deleted can be closed once it has been read.
+const FILES: WatchFlags = WatchFlags::MODIFY.union(WatchFlags::DELETE);
 
 /// The name of the template of a unit such as `getty@tty1.service`.
 fn template(unit: &str) -> Option<String> {
@@ -285,6 +349,7 @@ fn names(directory: &OwnedFd) -> Vec<String> {
     let Ok(listing) = rustix::fs::Dir::read_from(directory) else {
         return Vec::new();
     };
+    let listing = listing.take(MAX_NAMES);
     let names =
         listing.filter_map(|entry| entry.ok()?.file_name().to_str().ok().map(str::to_owned));
     names.collect()
@@ -302,29 +367,50 @@ fn open_in_root(base: BorrowedFd<'_>, path: &str, flags: OFlags) -> io::Result<O
     Ok(openat2(base, path, flags, Mode::empty(), resolve)?)
 }
 
-/// Opens a regular file of this directory itself: a FIFO would block, and a link could lead to the journal of another container that is mounted
-/// in this one.
-fn open_file(directory: BorrowedFd<'_>, name: &str) -> io::Result<File> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+/// Opens a journal file of this directory itself: a link could lead to the journal of another container that is mounted in this one.
+fn open_journal(directory: BorrowedFd<'_>, name: &str) -> io::Result<File> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-    let file: File = openat2(directory, name, flags, Mode::empty(), resolve)?.into();
-    match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(super::file::invalid("it is not a regular file")),
+    let place = openat2(
+        directory,
+        name,
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+        resolve,
+    )?;
+    let kind = fstatfs(&place)?.f_type;
+    if SLOW_FILE_SYSTEMS.contains(&u32::try_from(kind).unwrap_or_default()) {
+        return Err(invalid("the journal is on a network file system or FUSE"));
     }
+    open_regular(&place)
+}
+
+/// Opens a file for reading if it is a regular one: opening a FIFO can wait, and opening a device can have an effect.
+fn open_regular(place: &OwnedFd) -> io::Result<File> {
+    let mode = fstat(place)?.st_mode;
+    if FileType::from_raw_mode(mode) != FileType::RegularFile {
+        return Err(invalid("it is not a regular file"));
+    }
+    File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))
+}
+
+fn read_id(root: BorrowedFd<'_>, path: &str) -> Option<[u8; 16]> {
+    let file = open_regular(&open_in_root(root, path, OFlags::PATH).ok()?).ok()?;
+    let mut text = String::new();
+    file.take(64).read_to_string(&mut text).ok()?;
+    parse_id(&text)
 }
 
 /// The boot id of the container, which systemd-nspawn makes for each start. `None` while the container shows that of the host.
 fn boot_id(root: BorrowedFd<'_>) -> Option<[u8; 16]> {
-    let file: File = open_in_root(root, BOOT_ID, OFlags::RDONLY).ok()?.into();
-    if !file.metadata().ok()?.is_file() {
-        return None;
-    }
-    let mut text = String::new();
-    file.take(64).read_to_string(&mut text).ok()?;
-    let id = parse_id(&text)?;
+    let id = read_id(root, BOOT_ID)?;
     let of_host = std::fs::read_to_string(format!("/{BOOT_ID}")).ok()?;
     (Some(id) != parse_id(&of_host)).then_some(id)
+}
+
+/// The machine id of the container, as journald names its directory. `None` until the init has made one.
+fn machine_id(root: BorrowedFd<'_>) -> Option<String> {
+    let id = read_id(root, "etc/machine-id")?;
+    Some(format!("{:032x}", u128::from_be_bytes(id)))
 }
 
 fn parse_id(text: &str) -> Option<[u8; 16]> {

@@ -16,10 +16,11 @@ impl Tree {
     fn new() -> Self {
         let root = tempfile::tempdir().unwrap();
         let tree = Self { root };
-        for directory in ["run", "var/log", "proc/sys/kernel/random"] {
+        for directory in ["run", "var/log", "proc/sys/kernel/random", "etc"] {
             fs::create_dir_all(tree.path(directory)).unwrap();
         }
         fs::write(tree.path(BOOT_ID), "b0b0b0b0-b0b0-b0b0-b0b0-b0b0b0b0b0b0\n").unwrap();
+        fs::write(tree.path("etc/machine-id"), format!("{MACHINE}\n")).unwrap();
         tree
     }
 
@@ -45,6 +46,7 @@ fn message(writer: &mut JournalWriter, time: u64, text: &str) {
 }
 
 fn messages(follower: &mut Follower) -> Vec<String> {
+    follower.look(true);
     std::iter::from_fn(|| follower.next_entry())
         .map(|entry| entry.text("MESSAGE").unwrap().to_owned())
         .collect()
@@ -167,6 +169,55 @@ fn links_and_devices_are_not_journals() {
     let tree = Tree::new();
     symlink(outside.path(), tree.path("var/log/journal")).unwrap();
     assert_eq!(messages(&mut tree.follow()), Vec::<String>::new());
+}
+
+#[test]
+fn only_the_journal_of_its_own_machine_id_is_followed() {
+    let tree = Tree::new();
+    let other = tree.path("var/log/journal/ffffffffffffffffffffffffffffffff/system.journal");
+    message(&mut journal(&other, 1), 1, "other");
+    assert_eq!(messages(&mut tree.follow()), Vec::<String>::new());
+    fs::write(tree.path("etc/machine-id"), "uninitialized\n").unwrap();
+    let mut writer = journal(&tree.persistent("system.journal"), 2);
+    message(&mut writer, 1, "own");
+    let mut follower = tree.follow();
+    assert_eq!(messages(&mut follower), Vec::<String>::new());
+    fs::write(tree.path("etc/machine-id"), format!("{MACHINE}\n")).unwrap();
+    assert_eq!(messages(&mut follower), ["own"]);
+}
+
+/// A file that can't be read further does not hide others, and is reported once.
+#[test]
+fn a_damaged_file_is_given_up() {
+    let tree = Tree::new();
+    let mut damaged = journal(&tree.persistent("user-1.journal"), 1);
+    message(&mut damaged, 1, "a");
+    message(&mut damaged, 2, "b");
+    damaged.put(152, &u64::MAX.to_le_bytes());
+    let mut first = [0; 8];
+    let file = File::open(tree.persistent("user-1.journal")).unwrap();
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut first, 176).unwrap();
+    damaged.put(u64::from_le_bytes(first) + 16, &first);
+    let mut writer = journal(&tree.persistent("system.journal"), 2);
+    message(&mut writer, 3, "c");
+    let mut follower = tree.follow();
+    assert_eq!(messages(&mut follower), ["c"]);
+    assert!(follower.take_fault().is_some());
+    fs::write(tree.persistent("bad.journal"), [0; 300]).unwrap();
+    message(&mut writer, 4, "d");
+    assert_eq!(messages(&mut follower), ["d"]);
+    assert_eq!(follower.take_fault(), None);
+}
+
+#[test]
+fn names_are_not_searched_again_and_again() {
+    let tree = Tree::new();
+    let mut follower = tree.follow();
+    fs::write(tree.path("run/x"), "").unwrap();
+    follower.look(false);
+    assert!(follower.next_look().is_some());
+    follower.look(true);
+    assert_eq!(follower.next_look(), None);
 }
 
 #[test]

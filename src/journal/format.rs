@@ -8,6 +8,13 @@ use serde_json::{Map, Value, json};
 use super::entry::Entry;
 use crate::container::JournalFormat;
 
+/// The most of a program's or host's name that is shown.
+const MAX_WORD_BYTES: usize = 64;
+/// A message of many short lines ends here: each is indented as far as the first.
+const MAX_LINE_BYTES: usize = 4 * 1024 * 1024;
+/// A longer value that is no text is `null`, as for journalctl.
+const MAX_BINARY_BYTES: usize = 4096;
+
 /// The entry as one or more lines, each with its end. `None` for an entry without a message, which only `json` can show.
 pub fn line(entry: &Entry, format: JournalFormat) -> Option<Vec<u8>> {
     match format {
@@ -34,14 +41,18 @@ fn short(entry: &Entry) -> Option<Vec<u8>> {
     let process = entry.text("_PID").or_else(|| entry.text("SYSLOG_PID"));
     let words = [entry.text("_HOSTNAME"), Some(program.unwrap_or("unknown"))];
     for word in words.into_iter().flatten() {
-        let _ = write!(prefix, " {}", word.escape_debug());
+        let _ = write!(prefix, " {}", shortened(word).escape_debug());
     }
     if let Some(process) = process {
-        let _ = write!(prefix, "[{}]", process.escape_debug());
+        let _ = write!(prefix, "[{}]", shortened(process).escape_debug());
     }
     prefix.push_str(": ");
     let mut line = prefix.clone().into_bytes();
     for (index, part) in message.split(|byte| *byte == b'\n').enumerate() {
+        if line.len() > MAX_LINE_BYTES {
+            line.extend_from_slice("\n…".as_bytes());
+            break;
+        }
         if index > 0 {
             line.push(b'\n');
             line.resize(line.len() + prefix.chars().count(), b' ');
@@ -50,6 +61,11 @@ fn short(entry: &Entry) -> Option<Vec<u8>> {
     }
     line.push(b'\n');
     Some(line)
+}
+
+/// The beginning of a word that the container has chosen.
+fn shortened(word: &str) -> &str {
+    &word[..word.floor_char_boundary(MAX_WORD_BYTES)]
 }
 
 fn time(microseconds: u64) -> Option<Timestamp> {
@@ -87,6 +103,7 @@ fn json_value(value: &[u8]) -> Value {
     let is_control = |byte: &u8| *byte < b' ' && ![b'\n', b'\t'].contains(byte);
     match std::str::from_utf8(value) {
         Ok(text) if !value.iter().any(is_control) => json!(text),
+        _ if value.len() > MAX_BINARY_BYTES => Value::Null,
         _ => json!(value),
     }
 }
@@ -143,6 +160,19 @@ mod tests {
     #[case(JournalFormat::Cat)]
     fn an_entry_without_a_message_is_no_line(#[case] format: JournalFormat) {
         assert_eq!(line(&entry(&[b"A=1"]), format), None);
+    }
+
+    #[test]
+    fn what_the_container_writes_does_not_grow() {
+        let identifier = format!("SYSLOG_IDENTIFIER={}", "i".repeat(60_000));
+        let message = format!("MESSAGE={}", "\n".repeat(1_000_000));
+        let entry = entry(&[identifier.as_bytes(), message.as_bytes()]);
+        let line = line(&entry, JournalFormat::Short).unwrap();
+        assert!(line.len() < MAX_LINE_BYTES + 1000, "{}", line.len());
+        let binary = [b"BIN=".to_vec(), vec![1; 10_000]].concat();
+        let value: Value =
+            serde_json::from_str(&text(&self::entry(&[&binary]), JournalFormat::Json)).unwrap();
+        assert_eq!(value["BIN"], Value::Null);
     }
 
     #[test]

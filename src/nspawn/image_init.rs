@@ -37,39 +37,40 @@ fn refusal_on(
     cgroup: CgroupLayout,
     runs_others: bool,
 ) -> io::Result<Option<String>> {
-    let Some((path, init)) = find_init(root)? else {
-        return Ok(None);
-    };
+    let mut first = None;
+    for path in INITS {
+        let init = root.entry(Path::new(path))?;
+        let Some(init) = init.filter(|entry| entry.metadata().is_file()) else {
+            continue;
+        };
+        match fault_of(path, &init, runs_others)? {
+            Some(fault) => first = first.or(Some(fault)),
+            None => return Ok(version_fault(root, path, cgroup)),
+        }
+    }
+    Ok(first)
+}
+
+/// Why this program can't be executed. systemd-nspawn then tries the next one.
+fn fault_of(path: &str, init: &Entry, runs_others: bool) -> io::Result<Option<String>> {
     if init.metadata().mode() & 0o111 == 0 {
         return Ok(Some(format!(
             "the image's init, /{path}, is not executable"
         )));
     }
-    if let Some(machine) = machine_of(&init)?
-        && !runs_others
-        && !runs(machine)
-    {
-        let name = machine_name(machine);
-        return Ok(Some(format!(
-            "the image's init, /{path}, is a program for {name}, and this host runs {} programs: use an image for {0}",
-            std::env::consts::ARCH
-        )));
-    }
-    let is_systemd = path != INITS[2];
-    let version = is_systemd.then(|| systemd_version(root)).flatten();
-    Ok(version.and_then(|version| version::unbootable(version, cgroup)))
+    let machine = machine_of(init)?.filter(|machine| !runs_others && !runs(*machine));
+    Ok(machine.map(|machine| {
+        let (name, host) = (machine_name(machine), std::env::consts::ARCH);
+        format!(
+            "the image's init, /{path}, is a program for {name}, and this host runs {host} programs: use an image for {host}"
+        )
+    }))
 }
 
-fn find_init(root: &RootDir) -> io::Result<Option<(&'static str, Entry)>> {
-    for path in INITS {
-        if let Some(entry) = root
-            .entry(Path::new(path))?
-            .filter(|entry| entry.metadata().is_file())
-        {
-            return Ok(Some((path, entry)));
-        }
-    }
-    Ok(None)
+/// Why the systemd of the image, if this init is that, can't boot.
+fn version_fault(root: &RootDir, path: &str, cgroup: CgroupLayout) -> Option<String> {
+    let version = systemd_version(root).filter(|_| path != INITS[2])?;
+    version::unbootable(version, cgroup)
 }
 
 /// The architecture of an ELF program, as a number of `elf.h`. `None` for anything else, such as a script.
@@ -222,6 +223,14 @@ mod tests {
         );
         assert_eq!(other.refusal(CgroupLayout::V2, false), Some(expected));
         assert_eq!(other.refusal(CgroupLayout::V2, true), None);
+    }
+
+    #[test]
+    fn one_init_that_can_run_is_enough() {
+        let tree = Tree::new()
+            .with("usr/lib/systemd/systemd", b"", 0o644)
+            .with("sbin/init", b"#!/bin/sh\n", 0o755);
+        assert_eq!(tree.refusal(CgroupLayout::V2, false), None);
     }
 
     #[test]

@@ -71,7 +71,7 @@ impl LogWriter {
         self.flush();
         while !self.pending.is_empty() {
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || !is_writable(&self.log, left) {
+            if left.is_zero() || !is_ready(&*self.log, PollFlags::OUT, left) {
                 break;
             }
             self.flush();
@@ -80,8 +80,9 @@ impl LogWriter {
     }
 }
 
-fn is_writable(log: &File, within: Duration) -> bool {
+/// Waits until a file is ready for this. Returns false if it is not within this time.
+pub(super) fn is_ready(file: &impl AsFd, what: PollFlags, within: Duration) -> bool {
     let timeout = Timespec::try_from(within).ok();
-    let mut watched = [PollFd::from_borrowed_fd(log.as_fd(), PollFlags::OUT)];
+    let mut watched = [PollFd::from_borrowed_fd(file.as_fd(), what)];
     poll(&mut watched, timeout.as_ref()).is_ok_and(|ready| ready > 0)
 }

@@ -7,12 +7,13 @@ use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
 use rustix::time::{ClockId, clock_gettime};
 
 use super::Supervisor;
 use super::console::{ConsoleLines, is_unit_status};
 use super::event_loop::{EventLoop, Interest, Pollable, Source, Token};
-use super::log_writer::LogWriter;
+use super::log_writer::{LogWriter, is_ready};
 use crate::container::{Journal, SystemOutput};
 use crate::journal::{self, Entry, Follower};
 use crate::supervisor::logs;
@@ -24,6 +25,10 @@ const MAX_ENTRIES: usize = 256;
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the exit of a container waits for the log collector to take the last lines.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the console may be silent after the exit before nothing more is expected.
+const CONSOLE_SILENCE: Duration = Duration::from_millis(50);
+/// How long a note is at most: the supervisor sends it in one packet.
+const MAX_NOTE_BYTES: usize = 2048;
 /// Errors (3) and worse go to stderr.
 const ERROR: u8 = 3;
 /// How many units are remembered as failed.
@@ -42,6 +47,8 @@ pub(super) struct Output {
 struct Console {
     pipe: Source<PipeReader>,
     lines: ConsoleLines,
+    /// Whether systemd-nspawn has closed it.
+    is_closed: bool,
     /// Lines that were left out since the last one that was written.
     left_out: u64,
 }
@@ -95,6 +102,7 @@ impl Output {
         own.console = Some(Console {
             pipe: events.register(reader, Token::Console)?,
             lines: ConsoleLines::default(),
+            is_closed: false,
             left_out: 0,
         });
         let stdout = File::from(OwnedFd::from(writer));
@@ -128,6 +136,7 @@ impl Output {
             match (&*console.pipe).read(&mut buffer) {
                 Ok(0) => {
                     console.pipe.unwatch();
+                    console.is_closed = true;
                     break;
                 }
                 Ok(length) => {
@@ -156,12 +165,10 @@ impl Output {
             console.left_out += 1;
             return;
         }
-        match std::mem::take(&mut console.left_out) {
-            0 => {}
-            count => self
-                .stdout
-                .push(format!("[{count} lines of the console are left out]\n").as_bytes()),
-        }
+        let left_out = console.left_out_line();
+        left_out
+            .into_iter()
+            .for_each(|line| self.stdout.push(&line));
         self.stdout.push(&line);
     }
 
@@ -170,10 +177,10 @@ impl Output {
         let Some(journal) = &mut self.journal else {
             return;
         };
+        journal.look(false);
         for count in 0.. {
             if self.stdout.is_full() || self.stderr.is_full() {
                 // The log reports when it takes more.
-                journal.again = None;
                 break;
             }
             if count == MAX_ENTRIES {
@@ -201,10 +208,29 @@ impl Output {
         self.read_journal();
     }
 
+    /// Reads the console until systemd-nspawn has closed it, or is silent: it copies what a terminal still holds when the container has exited.
+    fn read_rest_of_console(&mut self, until: Instant) {
+        loop {
+            self.read_console();
+            let Some(console) = &self.console else {
+                return;
+            };
+            let silence = until
+                .saturating_duration_since(Instant::now())
+                .min(CONSOLE_SILENCE);
+            if console.is_closed || !is_ready(&*console.pipe, PollFlags::IN, silence) {
+                return;
+            }
+        }
+    }
+
     /// The container has exited: writes what is left.
     fn finish(mut self) {
         let until = Instant::now() + FINISH_TIMEOUT;
-        self.read_console();
+        if let Some(journal) = &mut self.journal {
+            journal.look(true);
+        }
+        self.read_rest_of_console(until);
         let line = self
             .console
             .as_mut()
@@ -233,6 +259,10 @@ impl Output {
             for line in console.lines.take_kept_after(last) {
                 self.stdout.push(&line);
             }
+            let left_out = console.left_out_line();
+            left_out
+                .into_iter()
+                .for_each(|line| self.stdout.push(&line));
         }
         let left = self.stdout.finish(until) + self.stderr.finish(until);
         if left > 0 {
@@ -241,6 +271,16 @@ impl Output {
                 "the last {left} bytes of the container's output are lost: the log collector has not read them within {} s",
                 FINISH_TIMEOUT.as_secs()
             );
+        }
+    }
+}
+
+impl Console {
+    /// What says how many lines are missing, if any are.
+    fn left_out_line(&mut self) -> Option<Vec<u8>> {
+        match std::mem::take(&mut self.left_out) {
+            0 => None,
+            count => Some(format!("[{count} lines of the console are left out]\n").into_bytes()),
         }
     }
 }
@@ -280,10 +320,6 @@ impl FollowedJournal {
                 "entries of the journal are missing in the logs: {fault}"
             );
         }
-        self.again = match follower.is_watched() {
-            true => None,
-            false => Some(Instant::now() + POLL_INTERVAL),
-        };
         let entry = entry?;
         self.last = self.last.max(Some(entry.monotonic));
         self.is_up |= entry.is_startup_finished();
@@ -315,7 +351,23 @@ impl FollowedJournal {
             let units = units.join(", ");
             format!("config.journal_units: the system has no units with these names: {units}")
         });
-        failed.into_iter().chain(missing).collect()
+        let notes = failed.into_iter().chain(missing);
+        notes
+            .map(|mut note| {
+                note.truncate(note.floor_char_boundary(MAX_NOTE_BYTES));
+                note
+            })
+            .collect()
+    }
+
+    /// Takes in what has changed, and plans when to look again without an event.
+    fn look(&mut self, at_once: bool) {
+        let Some(follower) = &mut self.follower else {
+            return;
+        };
+        follower.look(at_once);
+        let poll = (!follower.is_watched()).then(|| Instant::now() + POLL_INTERVAL);
+        self.again = [poll, follower.next_look()].into_iter().flatten().min();
     }
 
     fn line(&self, entry: &Entry) -> Option<Vec<u8>> {

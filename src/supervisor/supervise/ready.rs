@@ -6,7 +6,7 @@ use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use super::event_loop::{Source, Token};
-use super::{State, Supervisor};
+use super::{LeaderState, State, Supervisor};
 use crate::container::{Cause, Exit};
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
 
@@ -48,7 +48,10 @@ impl Readiness {
             if line == "READY=1" {
                 self.is_ready = true;
             }
-            if let Some(status) = line.strip_prefix("STATUS=") {
+            // systemd-nspawn says that itself.
+            let is_of_nspawn =
+                ["STATUS=Container running.", "STATUS=Container started."].contains(&line);
+            if let Some(status) = line.strip_prefix("STATUS=").filter(|_| !is_of_nspawn) {
                 // What systemd-nspawn puts in front of the system's own words.
                 let status = status.strip_prefix("Container running: ").unwrap_or(status);
                 let shown = status.chars().filter(|letter| !letter.is_control());
@@ -145,12 +148,14 @@ impl Supervisor {
     /// When to look after a container that does not say that it is ready.
     pub(super) fn next_ready_step(&self) -> Option<Instant> {
         let readiness = self.readiness.as_ref().filter(|_| self.is_awaited())?;
-        readiness.next_step()
+        // Once it has exited, that is what there is to report.
+        let is_alive = self.exit.leader == LeaderState::Alive;
+        readiness.next_step().filter(|_| is_alive)
     }
 
     /// The container has been silent for a while, or for too long.
     pub(super) fn on_ready_step(&mut self) {
-        if !self.is_awaited() {
+        if !self.is_awaited() || self.exit.leader != LeaderState::Alive {
             return;
         }
         let Some(readiness) = &mut self.readiness else {
@@ -165,8 +170,12 @@ impl Supervisor {
                 "the task was not ready within {limit} s (config.ready_timeout){}",
                 readiness.last_status()
             );
+            // systemd-nspawn is to clean up after it.
             self.kill();
-            return self.fail_with(StartFailure::new(StartStep::Ready, Cause::Unknown, reason));
+            self.state =
+                State::Failing(StartFailure::new(StartStep::Ready, Cause::Unknown, reason));
+            self.init_channel = None;
+            return;
         }
         if waited >= SILENCE && !readiness.is_explained {
             readiness.is_explained = true;
@@ -183,6 +192,7 @@ impl Supervisor {
     pub(super) fn exited_unready(&self, exit: &Exit) -> StartFailure {
         let status = self.readiness.as_ref().map(Readiness::last_status);
         let how = match (&exit.error, exit.code) {
+            _ if exit.oom_killed => "an OOM kill".to_owned(),
             (Some(error), code) => format!("exit code {code}: {error}"),
             (None, code) => format!("exit code {code}"),
         };
@@ -223,6 +233,7 @@ mod tests {
     #[case(&["STATUS=Container running: Ready.\nREADY=1"], true, ". The last it said: Ready.")]
     #[case(&["STATUS=a", "STATUS=b\x1b[1m"], false, ". The last it said: b[1m")]
     #[case(&["STATUS=a", "STATUS="], false, "")]
+    #[case(&["STATUS=Container running.\nX_NSPAWN_LEADER_PID=7"], false, "")]
     #[case(&["READY=0", "xREADY=1", "READY=11"], false, "")]
     fn what_was_said_is_known(
         #[case] messages: &[&str],

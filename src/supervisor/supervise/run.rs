@@ -4,7 +4,8 @@
 //! What can still make the loop wait, and why that is acceptable: writing a record or reading one in the task directory, which is
 //! on the host's own `/run` unless the operator has configured another file system, and without which a start or an exit can't be
 //! reported; and killing a cgroup without `cgroup.kill` (before Linux 5.14, and with cgroup v1), which takes at most 10 seconds and only
-//! as long as its members fork. Clients, the exit of systemd-nspawn and of everything that outlives it, and the release of
+//! as long as its members fork; reading the journal of a booted container, which is refused on network file systems and FUSE; and the log collector, for at most
+//! 2 seconds at the end of a booted container. Clients, the exit of systemd-nspawn and of everything that outlives it, and the release of
 //! resources are never waited for here.
 
 use std::io::{self, Write};
