@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -202,7 +203,9 @@ impl Site {
             fs::create_dir_all(tree.join(directory))?;
         }
         fs::write(tree.join("etc/os-release"), "ID=bench\n")?;
-        fs::write(tree.join("usr/lib/systemd/systemd"), "")?;
+        let init = tree.join("usr/lib/systemd/systemd");
+        fs::write(&init, "")?;
+        fs::set_permissions(init, fs::Permissions::from_mode(0o755))?;
         let config = json!({ "image": tree, "boot": true, "user_namespacing": false });
         let spec = TaskSpec::new(&format!("t{number}"), config);
         Ok(Allocation::create(&self.join("alloc"), spec)?)

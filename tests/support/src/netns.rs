@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -106,6 +107,21 @@ impl Space {
         let words: Vec<&str> = ["ip"].into_iter().chain(arguments.split(' ')).collect();
         self.program(&words);
     }
+
+    /// Waits until the kernel has enabled a link. Until then, for seconds on a machine that makes many of them, it drops what is sent there.
+    fn wait_until_up(&self, link: &str) {
+        let deadline = Instant::now() + crate::DEADLINE;
+        let words = ["-oneline", "link", "show", link].map(str::to_owned);
+        loop {
+            let words = words.clone();
+            let shown = self.run(move || Command::new("ip").args(words).output().unwrap());
+            if String::from_utf8_lossy(&shown.stdout).contains(" state UP ") {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{link} does not come up");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
 }
 
 impl Drop for Space {
@@ -152,6 +168,9 @@ pub fn linked() -> Option<(Space, Space)> {
     container.ip(&format!("address add {ADDRESS}/32 dev host0"));
     container.ip(&format!("route add {GATEWAY}/32 dev host0 scope link"));
     container.ip(&format!("route add default via {GATEWAY} dev host0"));
+    for (space, link) in [(&host, LINK), (&container, "host0")] {
+        space.wait_until_up(link);
+    }
     Some((host, container))
 }
 
