@@ -68,6 +68,8 @@ pub struct Follower {
     last_volatile: Option<u64>,
     /// Whether files may have been added since the last search.
     is_changed: bool,
+    /// Whether a file was found to which journald has not written its header yet: the next event may be about that.
+    has_unfinished: bool,
     searched: Option<Instant>,
     fault: Fault,
 }
@@ -101,6 +103,7 @@ impl Follower {
             known: HashSet::new(),
             last_volatile: None,
             is_changed: true,
+            has_unfinished: false,
             searched: None,
             fault: Fault::None,
         };
@@ -230,7 +233,7 @@ impl Follower {
         // As many as one turn may handle; the others are reported again.
         for _ in 0..MAX_EVENTS {
             match reader.next() {
-                Ok(event) => found |= event.events() != ReadFlags::MODIFY,
+                Ok(event) => found |= self.has_unfinished || event.events() != ReadFlags::MODIFY,
                 Err(_) => break,
             }
         }
@@ -240,6 +243,7 @@ impl Follower {
     /// Watches the directories in which files can appear, and opens the files that are not known yet. Only the directory of the container's own
     /// machine id is its journal.
     fn find_files(&mut self) {
+        self.has_unfinished = false;
         let root = self.root.as_fd();
         self.boot = self.boot.or_else(|| boot_id(root));
         self.machine = self.machine.take().or_else(|| machine_id(root));
@@ -280,7 +284,7 @@ impl Follower {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return,
             // journald has not written the header yet.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                self.is_changed = true;
+                self.has_unfinished = true;
                 return;
             }
             Err(error) => return self.note(&error),
