@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 mod exec_defaults;
 mod mounts;
+mod notes;
 mod resources;
 mod system;
 pub mod testing;
@@ -18,6 +19,7 @@ mod usage;
 
 pub use exec_defaults::ExecDefaults;
 pub use mounts::{Changes, Mount, MountIds, Overlay, Propagation, Restrictions, Tmpfs};
+pub use notes::{Notes, StartNotes};
 pub use resources::{
     Cpu, CpuQuota, Device, InsideSettings, Memory, Resources, Rlimit, Swap, TmpfsSizes,
 };

@@ -13,7 +13,7 @@ use dev_agent::cli;
 use nomad_driver_nspawn::backend::NspawnBackend;
 use nomad_driver_nspawn::backend::nspawn::{Settings, Timeouts};
 use nomad_driver_nspawn::config::{ImageSearchPath, MAX_STATE_DIR_BYTES, PluginConfig};
-use nomad_driver_nspawn::container::UNKNOWN_END;
+use nomad_driver_nspawn::container::{Notes, UNKNOWN_END};
 use nomad_driver_nspawn::driver::Driver;
 use nomad_driver_nspawn::exec::{ExecRequest, command_line};
 use nomad_driver_nspawn::go_plugin::{self, HandshakeEnv, HandshakeError, Owner};
@@ -122,20 +122,22 @@ fn driver() -> anyhow::Result<Driver> {
         .context("find this program's directory")?
         .to_owned();
     let search = std::env::var_os("PATH").unwrap_or_default();
-    let factory =
-        move |config: &PluginConfig| -> Arc<dyn nomad_driver_nspawn::backend::ContainerBackend> {
-            Arc::new(NspawnBackend::new(Settings {
-                state_dir: config.state_dir.clone(),
-                nspawn: config.nspawn_path.clone(),
-                search: search.clone(),
-                // Not the binary's path: an upgrade may have replaced the file while this version runs.
-                binary: "/proc/self/exe".into(),
-                exec_unfiltered: config.exec_unfiltered,
-                seccomp_cache: config.seccomp_cache,
-                network_pool: config.network_pool.clone(),
-                timeouts: Timeouts::default(),
-            }))
-        };
+    let factory = move |config: &PluginConfig,
+                        notes: Notes|
+          -> Arc<dyn nomad_driver_nspawn::backend::ContainerBackend> {
+        let backend = NspawnBackend::new(Settings {
+            state_dir: config.state_dir.clone(),
+            nspawn: config.nspawn_path.clone(),
+            search: search.clone(),
+            // Not the binary's path: an upgrade may have replaced the file while this version runs.
+            binary: "/proc/self/exe".into(),
+            exec_unfiltered: config.exec_unfiltered,
+            seccomp_cache: config.seccomp_cache,
+            network_pool: config.network_pool.clone(),
+            timeouts: Timeouts::default(),
+        });
+        Arc::new(backend.with_notes(notes))
+    };
     let machine_dirs = MACHINES.iter().map(PathBuf::from).collect();
     Ok(Driver::new(
         factory,

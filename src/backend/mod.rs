@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::mpsc;
 
 use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
 use crate::exec::{ExecRequest, Session};
@@ -42,10 +41,6 @@ pub trait ContainerBackend: Send + Sync + std::fmt::Debug + 'static {
     /// Waits for the container's exit. Any number of callers, early or late, get the same result. If the exit status was lost,
     /// the result is an [`Exit`] with an error text, not an error.
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError>;
-
-    /// Receives from now on what the user should know about the start with this id, while it starts and while it runs: one sentence each. To
-    /// be called before [`start`](Self::start) or [`attach`](Self::attach).
-    fn notes(&self, id: &str) -> mpsc::UnboundedReceiver<String>;
 
     /// Waits until the kernel has killed more than `seen` processes of the container because its memory was used up, while the container
     /// lives on, and returns how many it has killed. `None` if no more can follow.

@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::backend::ContainerBackend;
 use crate::config::{ImageSearchPath, PluginConfig};
+use crate::container::Notes;
 use crate::task::Tasks;
 use crate::task::events::EventBus;
 
@@ -77,20 +78,23 @@ impl fmt::Debug for Driver {
 }
 
 impl Driver {
-    /// A driver without tasks. `factory` creates one backend for each new configuration. Does not touch the host.
+    /// A driver without tasks. `factory` creates one backend for each new configuration, which hands over what the users of tasks should know
+    /// to the given [`Notes`]. Does not touch the host.
     pub fn new(
-        factory: impl Fn(&PluginConfig) -> Arc<dyn ContainerBackend> + Send + Sync + 'static,
+        factory: impl Fn(&PluginConfig, Notes) -> Arc<dyn ContainerBackend> + Send + Sync + 'static,
         search_path: ImageSearchPath,
     ) -> Self {
         let root = CancellationToken::new();
         let config = watch::Sender::new(None);
         let events = EventBus::default();
+        let tasks = Tasks::new(events.clone(), root.child_token());
+        let notes = tasks.notes();
         Self {
-            factory: Arc::new(factory),
+            factory: Arc::new(move |config| factory(config, notes.clone())),
             search_path: Arc::new(search_path),
             sampler: Sampler::new(config.subscribe()),
             config,
-            tasks: Tasks::new(events.clone(), root.child_token()),
+            tasks,
             events,
             recovered: watch::Sender::new(()),
             alloc_roots: watch::Sender::default(),

@@ -17,7 +17,7 @@ use crate::proto::driver::fingerprint_response::HealthState;
 use crate::proto::hclspec;
 use crate::signal::Signal;
 use crate::task::handle;
-use crate::task::tests::{TestBackend, exit, info, silent, spec, started, starts};
+use crate::task::tests::{TestBackend, exit, info, spec, started, starts};
 
 mod configure;
 pub(crate) mod exec;
@@ -69,7 +69,7 @@ pub(crate) fn driver(backend: Arc<dyn ContainerBackend>) -> Driver {
         plugin_dir: "/opt/nomad/plugins".into(),
         machine_dirs: Vec::new(),
     };
-    let driver = Driver::new(move |_| Arc::clone(&backend), search_path);
+    let driver = Driver::new(move |_, _| Arc::clone(&backend), search_path);
     driver.configure(plugin_config(), None);
     driver
 }
@@ -128,7 +128,7 @@ fn inspect_request() -> Request<proto::InspectTaskRequest> {
 
 #[tokio::test]
 async fn capabilities_have_the_golden_bytes() {
-    let driver = driver(Arc::new(silent()));
+    let driver = driver(Arc::new(MockContainerBackend::new()));
     let response = driver
         .capabilities(Request::new(proto::CapabilitiesRequest {}))
         .await
@@ -180,7 +180,7 @@ fn the_transcribed_messages_have_the_golden_bytes() {
 
 #[tokio::test]
 async fn a_stored_handle_is_enough_to_recover_the_task() {
-    let mut mock = silent();
+    let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .times(1)
         .returning(|started| Ok(started.clone().into()));
@@ -200,7 +200,7 @@ async fn a_stored_handle_is_enough_to_recover_the_task() {
 
 #[tokio::test]
 async fn a_foreign_handle_is_refused_and_can_be_destroyed() {
-    let mut mock = silent();
+    let mut mock = MockContainerBackend::new();
     mock.expect_remove()
         .with(eq(ID))
         .times(1)
@@ -225,7 +225,7 @@ async fn a_foreign_handle_is_refused_and_can_be_destroyed() {
 
 #[tokio::test]
 async fn a_failed_recovery_leaves_no_task() {
-    let mut mock = silent();
+    let mut mock = MockContainerBackend::new();
     mock.expect_attach().returning(|_| {
         Err(BackendError::Lost {
             machine: "t-a".to_owned(),
@@ -293,7 +293,7 @@ async fn a_lost_supervisor_is_a_result_with_an_error() {
 
 #[tokio::test]
 async fn unknown_ids_are_answered_as_nomad_expects() {
-    let driver = driver(Arc::new(silent()));
+    let driver = driver(Arc::new(MockContainerBackend::new()));
     driver
         .stop_task(stop_request("nobody", "SIGNOPE", 5))
         .await
@@ -396,7 +396,7 @@ async fn only_force_destroys_a_running_task() {
 
 #[tokio::test]
 async fn events_have_the_fields_by_which_nomad_routes_them() {
-    let driver = driver(Arc::new(silent()));
+    let driver = driver(Arc::new(MockContainerBackend::new()));
     driver.events.publish(&info(ID), "early");
     let mut events = driver
         .task_events(Request::new(proto::TaskEventsRequest {}))
@@ -422,7 +422,7 @@ async fn events_have_the_fields_by_which_nomad_routes_them() {
 
 #[tokio::test]
 async fn unimplemented_calls_are_reported_as_such() {
-    let driver = driver(Arc::new(silent()));
+    let driver = driver(Arc::new(MockContainerBackend::new()));
     let made = driver
         .create_network(Request::new(proto::CreateNetworkRequest::default()))
         .await
@@ -438,7 +438,7 @@ async fn unimplemented_calls_are_reported_as_such() {
 #[tokio::test(start_paused = true)]
 async fn reconciliation_is_repeated_after_the_first_task_of_the_agent() {
     let (asked, mut received) = tokio::sync::mpsc::unbounded_channel();
-    let mut mock = silent();
+    let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .returning(|started| Ok(started.clone().into()));
     mock.expect_wait().returning(|_| Ok(exit(0, 0)));
@@ -449,7 +449,7 @@ async fn reconciliation_is_repeated_after_the_first_task_of_the_agent() {
         plugin_dir: "/".into(),
         machine_dirs: Vec::new(),
     };
-    let driver = Driver::new(move |_: &PluginConfig| Arc::clone(&backend), search_path);
+    let driver = Driver::new(move |_: &PluginConfig, _| Arc::clone(&backend), search_path);
     let after = Some(Duration::from_secs(60));
     driver.configure(
         PluginConfig {

@@ -17,7 +17,7 @@ use super::connection::ControlConnection;
 use super::protocol::{Action, Event, IncomingEvent, Request, StartFailure, StartStep};
 use crate::blocking;
 use crate::cleanup;
-use crate::container::{Cause, Exit, Process, Started, UNKNOWN_END};
+use crate::container::{Cause, Exit, Process, StartNotes, Started, UNKNOWN_END};
 use crate::signal::Signal;
 use crate::state::TaskDir;
 use crate::sys::process::ProcessHandle;
@@ -69,9 +69,6 @@ struct Observed {
     connection: Connection,
 }
 
-/// Takes what the user of a task should know, one sentence each.
-pub type Notes = mpsc::UnboundedSender<String>;
-
 type PendingRequest = (Action, oneshot::Sender<Result<(), String>>);
 
 /// Launches a supervisor (this same program, `binary`) for the launch spec in `task_dir`, and follows it. `program` becomes PID 1
@@ -82,7 +79,7 @@ pub fn launch(
     binary: &Path,
     task_dir: &TaskDir,
     program: OwnedFd,
-    notes: Option<Notes>,
+    notes: StartNotes,
     tracker: &TaskTracker,
 ) -> io::Result<SupervisorClient> {
     let (connection, theirs) = ControlConnection::pair()?;
@@ -126,7 +123,7 @@ fn lock_with_retry(log: &File) -> io::Result<()> {
 pub async fn attach(
     task_dir: &TaskDir,
     started: &Started,
-    notes: Option<Notes>,
+    notes: StartNotes,
     tracker: &TaskTracker,
 ) -> io::Result<Option<SupervisorClient>> {
     match ControlConnection::open(task_dir).await {
@@ -164,7 +161,7 @@ pub async fn attach_unrecorded(
 ) -> io::Result<SupervisorClient> {
     let connection = ControlConnection::open(task_dir).await?;
     let exited = std::future::ready(());
-    let follower = (task_dir.clone(), false, None);
+    let follower = (task_dir.clone(), false, StartNotes::default());
     Ok(follow(connection, follower, exited, tracker))
 }
 
@@ -245,7 +242,7 @@ impl SupervisorClient {
 /// (`wait_for_exit`).
 fn follow(
     connection: ControlConnection,
-    (task_dir, known, notes): (TaskDir, bool, Option<Notes>),
+    (task_dir, known, notes): (TaskDir, bool, StartNotes),
     wait_for_exit: impl Future<Output = ()> + Send + 'static,
     tracker: &TaskTracker,
 ) -> SupervisorClient {
@@ -299,7 +296,7 @@ struct Follower {
     /// Whether Nomad already holds a handle of the container, because this plugin did not start it but recovered it.
     known: bool,
     /// Receives what the user should know.
-    notes: Option<Notes>,
+    notes: StartNotes,
     observed: watch::Sender<Observed>,
 }
 
@@ -347,10 +344,7 @@ impl Follower {
             Event::OomKills(kills) => self
                 .observed
                 .send_modify(|observed| observed.oom_kills = kills),
-            Event::Note(note) => {
-                // Without a receiver the task is being removed.
-                let _ = self.notes.as_ref().map(|notes| notes.send(note));
-            }
+            Event::Note(note) => self.notes.add(note),
             Event::Done { request, error } => {
                 if let Some(index) = pending.iter().position(|(number, _)| *number == request) {
                     let _ = pending.swap_remove(index).1.send(error.map_or(Ok(()), Err));

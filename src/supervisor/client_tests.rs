@@ -95,7 +95,13 @@ impl Odd {
         let packets = (socket == Socket::Packets)
             .then(|| packets::listen(&self.task_dir.control_socket()).unwrap());
         let tracker = TaskTracker::new();
-        let found = attach(&self.task_dir, &self.started, None, &tracker).await;
+        let found = attach(
+            &self.task_dir,
+            &self.started,
+            StartNotes::default(),
+            &tracker,
+        )
+        .await;
         let connection = match packets {
             Some(packets) => packets::accept(packets).unwrap(),
             None => stream.accept().unwrap().0.into(),
@@ -260,7 +266,7 @@ async fn a_supervisor_of_a_driver_without_packets_is_controlled() {
     let listener = UnixListener::bind(odd.task_dir.control_stream()).unwrap();
     let supervisor = std::thread::spawn(move || old_supervisor(listener));
     let tracker = TaskTracker::new();
-    let found = attach(&odd.task_dir, &odd.started, None, &tracker).await;
+    let found = attach(&odd.task_dir, &odd.started, StartNotes::default(), &tracker).await;
     let one = found.unwrap().unwrap();
     let up = one.start_outcome().await;
     assert!(

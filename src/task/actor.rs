@@ -96,8 +96,6 @@ pub(super) struct TaskActor {
     /// The backend calls that have not finished. Each catches its own panic, see [`catch_panic`].
     in_flight: FuturesUnordered<BoxFuture<'static, Outcome>>,
     failed_removals: usize,
-    /// What the backend says about the container for the user.
-    notes: mpsc::UnboundedReceiver<String>,
     /// OOM kills that have been published.
     oom_kills: u64,
     store: TaskStore,
@@ -115,7 +113,6 @@ impl TaskActor {
         let (publish, status) = watch::channel(TaskStatus::default());
         let (mailbox, commands) = mpsc::channel(16);
         let info = Arc::new(info);
-        let notes = backend.notes(&info.id);
         let mut actor = Self {
             info: Arc::clone(&info),
             backend: Arc::clone(&backend),
@@ -125,7 +122,6 @@ impl TaskActor {
             deferred: Vec::new(),
             in_flight: FuturesUnordered::new(),
             failed_removals: 0,
-            notes,
             oom_kills: 0,
             store,
             events,
@@ -151,7 +147,6 @@ impl TaskActor {
                         self.handle_command(command);
                     }
                 }
-                Some(note) = self.notes.recv() => self.events.publish(&self.info, note),
                 Some(command) = self.commands.recv() => self.handle_command(*command),
                 else => break,
             }

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backend::{BackendError, ContainerBackend, UsageReader};
-use crate::container::{ContainerSpec, Description, Exit, Started};
+use crate::container::{ContainerSpec, Description, Exit, Notes, Started};
 use crate::exec::{ExecError, ExecRequest, Session};
 use crate::signal::Signal;
 
@@ -244,6 +244,16 @@ impl Tasks {
             recovering: Arc::new(Semaphore::new(MAX_CONCURRENT_RECOVERIES)),
             token,
         }
+    }
+
+    /// Publishes notes as events of their tasks. Those about a task that is not known, or no longer, are discarded.
+    pub fn notes(&self) -> Notes {
+        let (store, events) = (self.store.clone(), self.events.clone());
+        Notes::new(move |id, note| {
+            if let Some(task) = store.get_any(id) {
+                events.publish(task.info(), note);
+            }
+        })
     }
 
     /// The task with this id, unless it is being removed.

@@ -26,19 +26,9 @@ pub(crate) struct TestBackend {
     pub(crate) mock: MockContainerBackend,
     pub(crate) end: watch::Sender<Option<Exit>>,
     pub(crate) oom_kills: watch::Sender<u64>,
-    /// Takes what the user of the task started last should know.
-    pub(crate) notes: Mutex<Option<mpsc::UnboundedSender<String>>>,
     /// The note about the next network that has been restored.
     pub(crate) restored: Mutex<Option<String>>,
     pub(crate) gate: Semaphore,
-}
-
-/// A mock that has nothing to say about its containers.
-pub(crate) fn silent() -> MockContainerBackend {
-    let mut mock = MockContainerBackend::new();
-    mock.expect_notes()
-        .returning(|_| mpsc::unbounded_channel().1);
-    mock
 }
 
 impl TestBackend {
@@ -50,7 +40,6 @@ impl TestBackend {
             mock,
             end: end.clone(),
             oom_kills: watch::Sender::new(0),
-            notes: Mutex::default(),
             restored: Mutex::default(),
             gate,
         };
@@ -86,12 +75,6 @@ impl ContainerBackend for TestBackend {
             .unwrap()
             .clone()
             .unwrap())
-    }
-
-    fn notes(&self, _: &str) -> mpsc::UnboundedReceiver<String> {
-        let (notes, received) = mpsc::unbounded_channel();
-        *self.notes.lock().unwrap() = Some(notes);
-        received
     }
 
     async fn oom_kills(&self, _: &Started, seen: u64) -> Option<u64> {

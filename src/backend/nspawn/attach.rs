@@ -83,7 +83,7 @@ impl NspawnBackend {
         }
         let (place, handle) = (task_dir.clone(), started.clone());
         let (lock, recorded) = blocking::run(move || lock_and_sigcont(&place, &handle)).await?;
-        let notes = self.registry.notes(&task_dir);
+        let notes = self.notes.about(&started.id);
         let attached = client::attach(&task_dir, &recorded, notes, &self.tracker).await;
         let attached = attached
             .map_err(|source| io_error("connecting to", &task_dir.control_socket(), source))?;

@@ -11,13 +11,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
 use super::{BackendError, ContainerBackend, UsageReader, chain};
 use crate::blocking;
 use crate::cgroup::{Layout, UsageFiles, has_device_policy};
-use crate::container::{ContainerSpec, Exit, Probe, Reading, Started};
+use crate::container::{ContainerSpec, Exit, Notes, Probe, Reading, Started};
 use crate::exec::{ExecRequest, FilterCache, Session};
 use crate::network::pool::Pool;
 use crate::nspawn::probe;
@@ -105,6 +104,7 @@ pub struct NspawnBackend {
     filters: Arc<FilterCache>,
     captured: Arc<CapturedFilters>,
     reloads: Reloads,
+    notes: Notes,
     tracker: TaskTracker,
 }
 
@@ -122,8 +122,17 @@ impl NspawnBackend {
             filters: Arc::default(),
             captured: Arc::default(),
             reloads: Reloads::default(),
+            notes: Notes::default(),
             tracker: TaskTracker::new(),
         }
+    }
+
+    /// The same, with a receiver of what the users of the containers should know while they start and run. To be called before the first
+    /// [`start`](ContainerBackend::start) or [`attach`](ContainerBackend::attach).
+    #[must_use]
+    pub fn with_notes(mut self, notes: Notes) -> Self {
+        self.notes = notes;
+        self
     }
 
     fn task_dir(&self, id: &str) -> TaskDir {
@@ -174,12 +183,6 @@ impl ContainerBackend for NspawnBackend {
 
     async fn wait(&self, started: &Started) -> Result<Exit, BackendError> {
         self.wait_for_exit(started).await
-    }
-
-    fn notes(&self, id: &str) -> mpsc::UnboundedReceiver<String> {
-        let (notes, received) = mpsc::unbounded_channel();
-        self.registry.set_notes(&self.task_dir(id), notes);
-        received
     }
 
     async fn oom_kills(&self, started: &Started, seen: u64) -> Option<u64> {

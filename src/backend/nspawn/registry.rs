@@ -7,7 +7,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::state::{TaskDir, TaskLock};
 use crate::supervisor::SupervisorClient;
-use crate::supervisor::client::Notes;
 
 #[derive(Debug, Default)]
 struct Entry {
@@ -21,9 +20,6 @@ struct Entry {
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     starts: Mutex<HashMap<PathBuf, Entry>>,
-    /// Receives what the user should know about a start. Not part of an entry, because it exists before the start and while an interrupted
-    /// one is removed.
-    notes: Mutex<HashMap<PathBuf, Notes>>,
 }
 
 impl Registry {
@@ -54,19 +50,6 @@ impl Registry {
         if let Some(entry) = self.entries().get_mut(task_dir.path()) {
             entry.checked_reloads = Some(count);
         }
-    }
-
-    /// Where the notes about a start go.
-    pub(super) fn notes(&self, task_dir: &TaskDir) -> Option<Notes> {
-        let notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
-        notes.get(task_dir.path()).cloned()
-    }
-
-    /// Sets where they go, as long as they are received.
-    pub(super) fn set_notes(&self, task_dir: &TaskDir, to: Notes) {
-        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
-        notes.retain(|_, notes| !notes.is_closed());
-        notes.insert(task_dir.path().to_owned(), to);
     }
 
     /// Whether this backend holds the lock of a start.

@@ -10,6 +10,7 @@ use crate::backend::BackendError;
 use crate::blocking;
 use crate::cleanup;
 use crate::cleanup::orphans::{self, SupervisorProcess};
+use crate::container::StartNotes;
 use crate::failpoint::{self, Failpoint};
 use crate::state::task_dir::{self, Running};
 use crate::state::{TaskDir, TaskLock};
@@ -108,7 +109,15 @@ impl NspawnBackend {
         }
         let place = task_dir.clone();
         let client = match blocking::run(move || running_in_this_boot(&place)).await {
-            Some(running) => client::attach(task_dir, &running.started, None, &self.tracker).await,
+            Some(running) => {
+                client::attach(
+                    task_dir,
+                    &running.started,
+                    StartNotes::default(),
+                    &self.tracker,
+                )
+                .await
+            }
             None => client::attach_unrecorded(task_dir, &self.tracker)
                 .await
                 .map(Some),

@@ -110,7 +110,7 @@ impl NspawnBackend {
         let captured = Arc::clone(&self.captured);
         // Before its network is made, so that no later reload is missed.
         let reloads = has_own_network(&spec).then(|| *self.reloads.watch().borrow());
-        let notes = self.registry.notes(&task_dir);
+        let notes = self.notes.about(&spec.identity.id);
         let place = task_dir.clone();
         let launched = blocking::run_start(move || {
             let lock = TaskLock::create(&place)

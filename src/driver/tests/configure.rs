@@ -10,9 +10,9 @@ async fn an_unchanged_configuration_keeps_its_backend() {
         plugin_dir: "/".into(),
         machine_dirs: Vec::new(),
     };
-    let factory = move |_: &PluginConfig| -> Arc<dyn ContainerBackend> {
+    let factory = move |_: &PluginConfig, _| -> Arc<dyn ContainerBackend> {
         counter.fetch_add(1, Ordering::Relaxed);
-        Arc::new(silent())
+        Arc::new(MockContainerBackend::new())
     };
     let driver = Driver::new(factory, search_path);
     assert_eq!(made.load(Ordering::Relaxed), 0);
@@ -34,7 +34,7 @@ async fn an_unchanged_configuration_keeps_its_backend() {
 
 #[tokio::test(start_paused = true)]
 async fn a_fingerprint_is_sent_at_once_on_change_and_periodically() {
-    let mut mock = silent();
+    let mut mock = MockContainerBackend::new();
     mock.expect_probe().returning(probe);
     let driver = driver(Arc::new(mock));
     let mut prints = driver
@@ -79,7 +79,7 @@ async fn a_fingerprint_is_sent_at_once_on_change_and_periodically() {
 
 #[tokio::test]
 async fn a_failed_probe_is_reported_and_does_not_end_the_stream() {
-    let mut mock = silent();
+    let mut mock = MockContainerBackend::new();
     mock.expect_probe().returning(|| panic!("on purpose"));
     let driver = driver(Arc::new(mock));
     let mut prints = driver
@@ -97,7 +97,7 @@ async fn a_failed_probe_is_reported_and_does_not_end_the_stream() {
 
 #[tokio::test]
 async fn after_shutdown_nothing_starts_until_the_next_set_config() {
-    let driver = driver(Arc::new(silent()));
+    let driver = driver(Arc::new(MockContainerBackend::new()));
     driver
         .shutdown(Request::new(proto::ShutdownRequest {}))
         .await
@@ -123,7 +123,7 @@ async fn after_shutdown_nothing_starts_until_the_next_set_config() {
 async fn a_second_configuration_may_lack_nomads_part() {
     use crate::proto::base;
     use crate::proto::base::base_plugin_server::BasePlugin as _;
-    let driver = driver(Arc::new(silent()));
+    let driver = driver(Arc::new(MockContainerBackend::new()));
     let set = |msgpack_config: Vec<u8>, nomad_config| {
         driver.set_config(Request::new(base::SetConfigRequest {
             msgpack_config,
@@ -173,7 +173,9 @@ async fn before_any_configuration_the_defaults_apply() {
         plugin_dir: "/".into(),
         machine_dirs: Vec::new(),
     };
-    let factory = |_: &PluginConfig| -> Arc<dyn ContainerBackend> { Arc::new(silent()) };
+    let factory = |_: &PluginConfig, _| -> Arc<dyn ContainerBackend> {
+        Arc::new(MockContainerBackend::new())
+    };
     let driver = Driver::new(factory, search_path);
     assert!(driver.config().unwrap().plugin_config.enabled);
 }
@@ -181,7 +183,7 @@ async fn before_any_configuration_the_defaults_apply() {
 /// How long after the start of the test, on the paused clock, this backend was asked to reconcile; `None` if never within an hour.
 async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) -> Option<Duration> {
     let (asked, mut received) = tokio::sync::mpsc::unbounded_channel();
-    let mut mock = silent();
+    let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .returning(|started| Ok(started.clone().into()));
     mock.expect_wait().returning(|_| Ok(exit(0, 0)));
@@ -189,11 +191,11 @@ async fn reconciled(after: Option<Duration>, life: impl AsyncFnOnce(&Driver)) ->
         .returning(move |_| asked.send(tokio::time::Instant::now()).unwrap());
     let backend: Arc<dyn ContainerBackend> = Arc::new(mock);
     let chosen = after;
-    let factory = move |plugin_config: &PluginConfig| match plugin_config.reconcile_after == chosen
-    {
-        true => Arc::clone(&backend),
-        false => Arc::new(silent()),
-    };
+    let factory =
+        move |plugin_config: &PluginConfig, _| match plugin_config.reconcile_after == chosen {
+            true => Arc::clone(&backend),
+            false => Arc::new(MockContainerBackend::new()),
+        };
     let search_path = ImageSearchPath {
         plugin_dir: "/".into(),
         machine_dirs: Vec::new(),

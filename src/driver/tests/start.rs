@@ -98,7 +98,7 @@ async fn a_start_returns_a_handle_that_recovers_the_task() {
         ("a", "a note")
     );
 
-    let mut mock = silent();
+    let mut mock = MockContainerBackend::new();
     mock.expect_attach()
         .times(1)
         .returning(|started| Ok(started.clone().into()));
@@ -140,7 +140,7 @@ async fn a_second_start_of_an_id_does_not_affect_the_first() {
 
 #[tokio::test]
 async fn an_invalid_option_starts_nothing_and_is_named() {
-    let driver = driver(Arc::new(silent()));
+    let driver = driver(Arc::new(MockContainerBackend::new()));
     let allocation = Allocation::new();
     let task = allocation.task(&[("volatile", "maybe".into())]);
     let refused = driver.start_task(start_request(&task)).await.unwrap_err();
@@ -155,7 +155,7 @@ async fn an_invalid_option_starts_nothing_and_is_named() {
 
 #[tokio::test]
 async fn a_transient_failure_is_recoverable() {
-    let mut mock = silent();
+    let mut mock = MockContainerBackend::new();
     mock.expect_start().returning(|_| {
         Err(BackendError::Start {
             machine: "t-a".to_owned(),

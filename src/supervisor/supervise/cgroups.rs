@@ -182,9 +182,9 @@ impl Supervisor {
         let kills = self.cgroups.oom_kills();
         self.cgroups.oom_kills = kills;
         let survived = matches!(self.state, State::Running { .. }) && self.exit.reported.is_none();
-        if survived && kills > self.cgroups.oom_kills_reported && !self.clients.is_empty() {
+        let is_new = survived && kills > self.cgroups.oom_kills_reported;
+        if is_new && self.clients.broadcast(&Event::OomKills(kills)) {
             self.cgroups.oom_kills_reported = kills;
-            self.clients.broadcast(&Event::OomKills(kills));
         }
     }
 }

@@ -110,15 +110,12 @@ impl Clients {
             .collect()
     }
 
-    /// Whether there is no client.
-    pub(super) fn is_empty(&self) -> bool {
-        self.all.is_empty()
-    }
-
-    pub(super) fn broadcast(&mut self, event: &Event) {
+    /// Sends an event to all clients. Returns whether it could be sent to one.
+    pub(super) fn broadcast(&mut self, event: &Event) -> bool {
         for client in &mut self.all {
             client.send(event);
         }
+        self.all.iter().any(|client| !client.disconnected)
     }
 
     /// Sends an event to the client that connected last.

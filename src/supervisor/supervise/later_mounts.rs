@@ -10,13 +10,9 @@ use std::time::{Duration, Instant};
 use super::Supervisor;
 use super::event_loop::{EventLoop, Interest, Source, Token};
 use crate::mounts::{LaterMounts, Outcome, Work};
-use crate::supervisor::protocol::Event;
 
 /// How long after a change the table is not read again: a host that mounts without end costs every supervisor no more than this.
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// How many notes are kept for a plugin that does not run.
-const MAX_NOTES: usize = 8;
 
 /// What the host mounts later, as far as it concerns the container.
 #[derive(Debug)]
@@ -26,8 +22,6 @@ pub(super) struct Follower {
     change: Option<Change>,
     /// Whether the last change could not be made.
     has_failed: bool,
-    /// Notes that no client has been sent.
-    notes: Vec<String>,
 }
 
 /// A change that a thread makes.
@@ -63,7 +57,6 @@ impl Follower {
             table,
             change: None,
             has_failed: false,
-            notes: Vec::new(),
         })
     }
 }
@@ -122,32 +115,19 @@ impl Supervisor {
         };
         follower.change = None;
         match &result {
-            Ok(outcome) => follower.notes.extend(outcome.notes()),
+            Ok(outcome) => outcome.notes().for_each(|note| self.notes.add(note)),
             Err(error) => {
                 log(error);
                 if !follower.has_failed {
-                    follower.notes.push(format!("{FAILED}: {error}"));
+                    self.notes.add(format!("{FAILED}: {error}"));
                 }
             }
         }
         follower.has_failed = result.is_err();
         follower.mounts.remember(result);
-        let surplus = follower.notes.len().saturating_sub(MAX_NOTES);
-        follower.notes.drain(..surplus);
         self.pause_mounts();
         // Meanwhile not every child that exited was waited for.
         self.see_children();
-    }
-
-    /// Sends what the user should know, as soon as there is a client.
-    pub(super) fn send_notes(&mut self) {
-        if let Some(follower) = &mut self.follower
-            && !self.clients.is_empty()
-        {
-            for note in follower.notes.drain(..) {
-                self.clients.broadcast(&Event::Note(note));
-            }
-        }
     }
 
     /// Whether a thread makes a change, and may wait for children of its own.

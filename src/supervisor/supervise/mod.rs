@@ -10,9 +10,10 @@
 //! | `inside` | what is applied to the container before its command runs |
 //! | `network` | the network that the driver makes for it |
 //! | `ready` | whether it is ready |
-//! | `output`, `console`, `log_writer` | what a booted container prints, and the logs it is written to |
+//! | `output`, `console`, `followed_journal`, `log_writer` | what a booted container prints, and the logs it is written to |
 //! | `later_mounts` | what the host mounts below its volumes later |
 //! | `run`, `event_loop` | the loop; epoll and timers |
+//! | `notes` | what the user should know |
 //! | `requests`, `clients` | what clients request; how it travels |
 //! | `signals` | signals, stop and kill |
 //! | `exit`, `exit_status` | the exit; its status |
@@ -39,10 +40,12 @@ mod console;
 mod event_loop;
 mod exit;
 mod exit_status;
+mod followed_journal;
 mod inside;
 mod later_mounts;
 mod log_writer;
 mod network;
+mod notes;
 mod output;
 mod ready;
 mod release;

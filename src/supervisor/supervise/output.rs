@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, PipeReader, Read, Write};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -12,27 +12,20 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::Supervisor;
 use super::console::{ConsoleLines, is_unit_status};
-use super::event_loop::{EventLoop, Interest, Pollable, Source, Token};
+use super::event_loop::{EventLoop, Source, Token};
+use super::followed_journal::FollowedJournal;
 use super::log_writer::{LogWriter, is_ready};
-use crate::container::{Journal, SystemOutput};
-use crate::journal::{self, Entry, Follower};
+use crate::container::SystemOutput;
 use crate::supervisor::logs;
-use crate::supervisor::protocol::Event;
 
 /// How many entries of the journal are handled before other events are.
 const MAX_ENTRIES: usize = 256;
-/// How often the journal is looked at if the kernel can't report changes of it.
-const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the exit of a container waits for the log collector to take the last lines.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the console may be silent after the exit before nothing more is expected.
 const CONSOLE_SILENCE: Duration = Duration::from_millis(50);
-/// How long a note is at most: the supervisor sends it in one packet.
-const MAX_NOTE_BYTES: usize = 2048;
 /// Errors (3) and worse go to stderr.
 const ERROR: u8 = 3;
-/// How many units are remembered as failed.
-const MAX_FAILED_UNITS: usize = 32;
 
 /// The output of one booted container.
 #[derive(Debug)]
@@ -51,22 +44,6 @@ struct Console {
     is_closed: bool,
     /// Lines that were left out since the last one that was written.
     left_out: u64,
-}
-
-#[derive(Debug)]
-struct FollowedJournal {
-    options: Journal,
-    follower: Option<Source<Follower>>,
-    /// The time of the last entry, in microseconds.
-    last: Option<u64>,
-    /// The units that PID 1 has reported as failed, by their names.
-    failed_units: Vec<String>,
-    /// Whether the system is up.
-    is_up: bool,
-    /// Whether its units have been reported.
-    is_noted: bool,
-    /// When to look at it again without an event.
-    again: Option<Instant>,
 }
 
 /// Where systemd-nspawn writes.
@@ -120,7 +97,7 @@ impl Output {
 
     /// When the journal is looked at without an event.
     pub(super) fn next_look(&self) -> Option<Instant> {
-        self.journal.as_ref().and_then(|journal| journal.again)
+        self.journal.as_ref().and_then(FollowedJournal::next_look)
     }
 
     /// Reads the console.
@@ -157,7 +134,7 @@ impl Output {
         let follows = self
             .journal
             .as_ref()
-            .is_some_and(|journal| journal.last.is_some());
+            .is_some_and(|journal| journal.last().is_some());
         if follows && is_unit_status(&line) {
             return console.lines.keep(line, now());
         }
@@ -184,7 +161,7 @@ impl Output {
                 break;
             }
             if count == MAX_ENTRIES {
-                journal.again = Some(Instant::now());
+                journal.look_again_at_once();
                 break;
             }
             let Some(entry) = journal.next_entry() else {
@@ -253,7 +230,7 @@ impl Output {
         let last = self
             .journal
             .as_ref()
-            .and_then(|journal| journal.last)
+            .and_then(FollowedJournal::last)
             .unwrap_or(0);
         if let Some(console) = &mut self.console {
             for line in console.lines.take_kept_after(last) {
@@ -285,129 +262,6 @@ impl Console {
     }
 }
 
-impl FollowedJournal {
-    fn new(options: Journal) -> Self {
-        Self {
-            options,
-            follower: None,
-            last: None,
-            failed_units: Vec::new(),
-            is_up: false,
-            is_noted: false,
-            again: None,
-        }
-    }
-
-    fn follow(&mut self, root: OwnedFd, events: &EventLoop) {
-        let mut source = events.source(Follower::new(root), Token::Journal);
-        // One that can't be registered is looked at every second.
-        let _ = source.watch(Interest::Readable);
-        if !source.is_watched() {
-            let _ = writeln!(
-                io::stderr(),
-                "the kernel can't report changes of the journal (see fs.inotify.max_user_instances), so it is read every second"
-            );
-        }
-        self.follower = Some(source);
-    }
-
-    fn next_entry(&mut self) -> Option<Entry> {
-        let follower = self.follower.as_mut()?;
-        let entry = follower.next_entry();
-        if let Some(fault) = follower.take_fault() {
-            let _ = writeln!(
-                io::stderr(),
-                "entries of the journal are missing in the logs: {fault}"
-            );
-        }
-        let entry = entry?;
-        self.last = self.last.max(Some(entry.monotonic));
-        self.is_up |= entry.is_startup_finished();
-        if let Some(unit) = entry.failed_unit()
-            && self.failed_units.len() < MAX_FAILED_UNITS
-            && !self.failed_units.iter().any(|known| known == unit)
-        {
-            self.failed_units.push(unit.to_owned());
-        }
-        Some(entry)
-    }
-
-    /// What the user should know about the units, once the system is up.
-    fn notes(&mut self) -> Vec<String> {
-        if !self.is_up || std::mem::replace(&mut self.is_noted, true) {
-            return Vec::new();
-        }
-        let failed = (!self.failed_units.is_empty()).then(|| {
-            let units = self.failed_units.join(", ");
-            format!("the system is up, and these units have failed: {units}")
-        });
-        let wanted = &self.options.units;
-        let missing = self
-            .follower
-            .as_ref()
-            .map(|follower| follower.without_file(wanted));
-        let missing = missing.filter(|units| !units.is_empty());
-        let missing = missing.map(|units| {
-            let units = units.join(", ");
-            format!("config.journal_units: the system has no units with these names: {units}")
-        });
-        let notes = failed.into_iter().chain(missing);
-        notes
-            .map(|mut note| {
-                note.truncate(note.floor_char_boundary(MAX_NOTE_BYTES));
-                note
-            })
-            .collect()
-    }
-
-    /// Takes in what has changed, and plans when to look again without an event.
-    fn look(&mut self, at_once: bool) {
-        let Some(follower) = &mut self.follower else {
-            return;
-        };
-        follower.look(at_once);
-        let poll = (!follower.is_watched()).then(|| Instant::now() + POLL_INTERVAL);
-        self.again = [poll, follower.next_look()].into_iter().flatten().min();
-    }
-
-    fn line(&self, entry: &Entry) -> Option<Vec<u8>> {
-        let units = &self.options.units;
-        let is_wanted = units.is_empty() || entry.is_of_unit(units);
-        is_wanted
-            .then(|| journal::line(entry, self.options.format))
-            .flatten()
-    }
-}
-
-impl Supervisor {
-    /// The system is up: tells the user which units have failed to start.
-    pub(super) fn note_system_is_up(&mut self) {
-        self.copy_output(Output::read_journal);
-        if let Some(journal) = self.journal_mut() {
-            journal.is_up = true;
-        }
-        self.note_units();
-    }
-
-    /// Tells the user once, when the system is up, which of its units have failed, and which the job names and it does not have.
-    fn note_units(&mut self) {
-        let notes = self.journal_mut().map(FollowedJournal::notes);
-        for note in notes.unwrap_or_default() {
-            self.clients.broadcast(&Event::Note(note));
-        }
-    }
-
-    fn journal_mut(&mut self) -> Option<&mut FollowedJournal> {
-        self.output.as_mut()?.journal.as_mut()
-    }
-}
-
-impl Pollable for Follower {
-    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        Follower::descriptor(self)
-    }
-}
-
 impl Supervisor {
     /// Follows the journal of the container with this root directory.
     pub(super) fn follow_journal(&mut self, root: OwnedFd) {
@@ -418,10 +272,21 @@ impl Supervisor {
 
     /// Handles an event of the output.
     pub(super) fn copy_output(&mut self, event: impl FnOnce(&mut Output)) {
-        if let Some(output) = &mut self.output {
-            event(output);
-            self.note_units();
-        }
+        let Some(output) = &mut self.output else {
+            return;
+        };
+        event(output);
+        let journal = output.journal.as_mut();
+        let notes = journal.map(FollowedJournal::notes).unwrap_or_default();
+        notes.into_iter().for_each(|note| self.notes.add(note));
+    }
+
+    /// The system is up: its journal says which units have failed.
+    pub(super) fn note_units(&mut self) {
+        self.copy_output(|output| {
+            output.read_journal();
+            output.journal.as_mut().map(FollowedJournal::set_up);
+        });
     }
 
     /// Writes the rest of the output, before the exit is reported: the log collector may be stopped afterwards.

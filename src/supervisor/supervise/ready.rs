@@ -2,10 +2,14 @@
 //! systemd-nspawn, which passes it on; a command has a socket of the supervisor. What else is said meanwhile explains a start that takes
 //! long or fails.
 
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::event_loop::{Source, Token};
+use super::event_loop::{EventLoop, Source, Token};
 use super::{LeaderState, State, Supervisor};
 use crate::container::{Cause, Exit};
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
@@ -137,7 +141,7 @@ impl Supervisor {
             return;
         }
         if self.readiness.is_some() {
-            self.note_system_is_up();
+            self.note_units();
         }
         if let State::Running { running, .. } = &self.state {
             let started = running.started.clone();
@@ -184,7 +188,7 @@ impl Supervisor {
                 SILENCE.as_secs(),
                 readiness.last_status()
             );
-            self.clients.broadcast(&Event::Note(note));
+            self.notes.add(note);
         }
     }
 
@@ -205,14 +209,10 @@ impl Supervisor {
 }
 
 /// Registers the socket on which a command says that it is ready. Any user of the container may write to it; only the container has it.
-pub(super) fn listen(
-    path: &std::path::Path,
-    events: &super::event_loop::EventLoop,
-) -> std::io::Result<Source<UnixDatagram>> {
-    use std::os::unix::fs::PermissionsExt;
+pub(super) fn listen(path: &Path, events: &EventLoop) -> io::Result<Source<UnixDatagram>> {
     let socket = UnixDatagram::bind(path)?;
     socket.set_nonblocking(true)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
+    fs::set_permissions(path, Permissions::from_mode(0o666))?;
     events.register(socket, Token::Ready)
 }
 

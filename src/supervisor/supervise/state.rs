@@ -17,6 +17,7 @@ use super::event_loop::{EventLoop, Pollable, Source, Token};
 use super::exit_status::NspawnFinalStatus;
 use super::later_mounts::Follower;
 use super::network::{self, Preparation, Services};
+use super::notes::Notes;
 use super::output::Output;
 use super::ready::{self, Readiness};
 use super::release::ReleaseThread;
@@ -60,6 +61,8 @@ pub(super) struct Supervisor {
     pub(super) readiness: Option<Readiness>,
     /// What a booted container prints, until its exit is reported.
     pub(super) output: Option<Output>,
+    /// What the user should know.
+    pub(super) notes: Notes,
     /// Channel to PID 1 of the container, if that is the driver's init.
     pub(super) init_channel: Option<Source<InitChannel>>,
     /// The process that receives signals with `process_two`: the init, which forwards them, until it has reported the command's
@@ -200,6 +203,7 @@ impl Supervisor {
             tree,
             readiness,
             output,
+            notes: Notes::default(),
             init_channel: None,
             command: None,
             state: State::Starting { leader, ready },

@@ -26,7 +26,7 @@ async fn a_restored_network_is_an_event_of_the_task() {
     assert_eq!((event.task.id.as_str(), &*event.message), (ID, "restored"));
 }
 
-/// Also while it starts, and while it is recovered.
+/// Also while it starts, and not once it is gone.
 #[tokio::test]
 async fn what_the_backend_says_about_a_container_is_an_event_of_the_task() {
     let (stage, _end) = TestBackend::new(MockContainerBackend::new());
@@ -38,14 +38,13 @@ async fn what_the_backend_says_about_a_container_is_an_event_of_the_task() {
     let mut published = events.subscribe();
     let tasks = Tasks::new(events, CancellationToken::new());
     let start = tasks.start(Arc::clone(&stage) as _, info(ID), spec(ID));
+    let notes = tasks.notes();
     let note = async {
-        let notes = loop {
-            if let Some(notes) = stage.notes.lock().unwrap().clone() {
-                break notes;
-            }
+        while tasks.get(ID).is_err() {
             tokio::task::yield_now().await;
-        };
-        notes.send("it takes long".to_owned()).unwrap();
+        }
+        notes.about("another").add("of no task".to_owned());
+        notes.about(ID).add("it takes long".to_owned());
         in_time(published.recv()).await.unwrap()
     };
     let event = tokio::select! {

@@ -8,11 +8,12 @@ use nix::sys::stat::{Mode as Bits, SFlag, makedev, mknod};
 use nomad_driver_nspawn::backend::nspawn::{Settings, Timeouts};
 use nomad_driver_nspawn::backend::{BackendError, ContainerBackend, NspawnBackend};
 use nomad_driver_nspawn::container::{
-    Cause, ContainerSpec, Device, Exit, Link, Mode, Mount, NetworkNamespace, Started, TmpfsSizes,
-    Users,
+    Cause, ContainerSpec, Device, Exit, Link, Mode, Mount, NetworkNamespace, Notes, Started,
+    TmpfsSizes, Users,
 };
 use nomad_driver_nspawn::network::pool::Pool;
 use rstest::rstest;
+use tokio::sync::mpsc;
 
 use super::*;
 
@@ -40,6 +41,14 @@ impl Inside {
     pub(super) fn with_new_backend(self) -> Self {
         let backend = Self::backend(self.stage.join("state"));
         Self { backend, ..self }
+    }
+
+    /// The same whose notes are received.
+    pub(super) fn with_notes(self) -> (Self, mpsc::UnboundedReceiver<String>) {
+        let (sender, received) = mpsc::unbounded_channel();
+        let notes = Notes::new(move |_, note| drop(sender.send(note)));
+        let backend = self.backend.with_notes(notes);
+        (Self { backend, ..self }, received)
     }
 
     fn backend(state_dir: PathBuf) -> NspawnBackend {

@@ -277,7 +277,7 @@ async fn what_cannot_be_mapped_does_not_appear_and_is_noted_once() {
     let script =
         "appears /v/later/file; test -e /v/a/file && echo seen; vanishes /v/later/file; echo end";
     let spec = spec(&inside, vec![followed(&volume)], script);
-    let mut notes = inside.backend.notes(&spec.identity.id);
+    let (inside, mut notes) = inside.with_notes();
     let started = inside.start(spec).await;
     let overlay = overlay(&inside.stage.join("layers"), volume.0.join("a"));
     // It is on one that does not appear, so it does not appear in its place.
@@ -513,14 +513,13 @@ async fn a_plugin_that_is_gone_changes_nothing() {
     let plugin = tokio::runtime::Runtime::new().unwrap();
     let start = plugin.spawn(async move { (inside.start(spec).await, inside) });
     let (started, inside) = start.await.unwrap();
-    let inside = inside.with_new_backend();
+    let (inside, mut notes) = inside.with_new_backend().with_notes();
     // With all its connections, as with the process of a plugin.
     std::thread::spawn(|| drop(plugin)).join().unwrap();
     let later = HostMount::tmpfs(volume.0.join("later"));
     assert_eq!(printed(&inside, 1).await, "seen\n");
     let overlay = overlay(&inside.stage.join("layers"), volume.0.join("a"));
     let missing = overlay.0.to_str().unwrap();
-    let mut notes = inside.backend.notes(&started.id);
     within("the recovery", inside.backend.attach(&started))
         .await
         .unwrap();
