@@ -220,12 +220,15 @@ impl Plugin {
     }
 
     /// The stream of task events.
-    pub async fn events(&self) -> Result<Streaming<DriverTaskEvent>, HostError> {
+    pub async fn events(&self) -> Result<TaskEvents, HostError> {
         let answer = self.driver().task_events(TaskEventsRequest {}).await;
         let answer = answer.map_err(HostError::call("TaskEvents"))?;
         Ok(answer.into_inner())
     }
 }
+
+/// The events of all tasks of a plugin, as they happen.
+pub type TaskEvents = Streaming<DriverTaskEvent>;
 
 /// How a task exited.
 #[derive(Debug, Clone, PartialEq, Eq)]

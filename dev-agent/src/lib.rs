@@ -23,7 +23,7 @@ pub mod run;
 pub mod variables;
 
 pub use allocation::{Allocation, Logs, TaskSpec};
-pub use calls::TaskExit;
+pub use calls::{TaskEvents, TaskExit};
 pub use error::HostError;
 pub use exec::{ExecOutput, ExecSession};
 pub use log::LogLine;

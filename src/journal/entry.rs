@@ -27,6 +27,17 @@ pub struct Entry {
     fields: Vec<(String, Vec<u8>)>,
 }
 
+/// What systemd reports about a unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnitChange {
+    /// It has failed.
+    Failed,
+    /// It was asked to stop.
+    Stopping,
+    /// It has stopped.
+    Stopped,
+}
+
 impl Entry {
     pub(super) fn of(head: &Head) -> Self {
         Self {
@@ -101,14 +112,24 @@ impl Entry {
         self.is_of_pid1() && id.is_some_and(|id| STARTUP_FINISHED.contains(&id))
     }
 
-    /// The unit that PID 1 reports as failed with this entry.
-    pub fn failed_unit(&self) -> Option<&str> {
-        /// systemd's `SD_MESSAGE_UNIT_FAILURE_RESULT`.
-        const FAILURE_RESULT: &str = "d9b373ed55a64feb8242e02dbe79a49c";
-        let is_failure = self.is_of_pid1() && self.text("MESSAGE_ID") == Some(FAILURE_RESULT);
+    /// What PID 1 reports with this entry about a unit, and the unit's name.
+    pub fn unit_change(&self) -> Option<(UnitChange, &str)> {
+        let change = match self.text("MESSAGE_ID").filter(|_| self.is_of_pid1())? {
+            // systemd's `SD_MESSAGE_UNIT_FAILURE_RESULT`, `SD_MESSAGE_UNIT_STOPPING`, `SD_MESSAGE_UNIT_STOPPED`.
+            "d9b373ed55a64feb8242e02dbe79a49c" => UnitChange::Failed,
+            "de5b426a63be47a7b6ac3eaac82e2f6f" => UnitChange::Stopping,
+            "9d1aaa27d60140bd96365438aad20286" => UnitChange::Stopped,
+            _ => return None,
+        };
         let is_allowed =
             |letter: char| letter.is_ascii_alphanumeric() || ":_.\\@-".contains(letter);
         let is_name = |unit: &&str| unit.len() < 256 && unit.chars().all(is_allowed);
-        self.text("UNIT").filter(|_| is_failure).filter(is_name)
+        Some((change, self.text("UNIT").filter(is_name)?))
+    }
+
+    /// What PID 1 says with this entry about its own end.
+    pub fn emergency(&self) -> Option<&str> {
+        let is_emergency = self.is_of_pid1() && self.priority() == 0;
+        self.text("MESSAGE").filter(|_| is_emergency)
     }
 }

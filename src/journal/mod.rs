@@ -7,7 +7,7 @@ mod file;
 mod follow;
 mod format;
 
-pub use entry::Entry;
+pub use entry::{Entry, UnitChange};
 pub use follow::Follower;
 pub use format::line;
 

@@ -125,6 +125,8 @@ pub enum Action {
     Signal(#[serde(deserialize_with = "a_signal")] i32),
     /// Ask the payload to exit, with the signal that suits it.
     Stop,
+    /// Say in a note why a container that was asked to exit still runs, half of the time after which it is killed.
+    ExplainStop,
     /// Kill the container.
     Kill,
     /// Send what further commands have in common with the task's own. Its file comes with the answer, which only a packet can carry.

@@ -56,7 +56,21 @@ impl NspawnBackend {
                 }
                 client.end().await
             };
-            let _ = tokio::time::timeout(grace, gracefully).await;
+            let explained = async {
+                if started.mode == Mode::Boot {
+                    tokio::time::sleep(grace / 2).await;
+                    // A supervisor of an earlier driver does not know the request.
+                    let _ = client.request(Action::ExplainStop).await;
+                }
+                std::future::pending().await
+            };
+            let stopped = async {
+                tokio::select! {
+                    _ = gracefully => {}
+                    () = explained => {}
+                }
+            };
+            let _ = tokio::time::timeout(grace, stopped).await;
         }
         if !open() {
             return Ok(());

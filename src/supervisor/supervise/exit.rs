@@ -16,7 +16,7 @@ use super::release::Release;
 use super::{
     Ending, LeaderState, NSPAWN_ANNOUNCED_TIMEOUT, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor,
 };
-use crate::container::Exit;
+use crate::container::{Exit, Mode};
 use crate::failpoint::{self, Failpoint};
 use crate::nspawn::refusal::{cause_of_exec_error, cause_of_messages};
 use crate::signal::Signal;
@@ -162,6 +162,7 @@ impl Supervisor {
     /// Reports an exit that is certain before systemd-nspawn has exited.
     pub(super) fn report_early(&mut self) {
         if let Some(status) = self.early_exit_status() {
+            self.finish_output();
             let exit = self.exit(status);
             self.report_exit(exit);
         }
@@ -174,6 +175,7 @@ impl Supervisor {
             leader: self.raw_status(),
             waited: self.exit.waited,
             nspawn_stderr: &self.task_dir.nspawn_stderr_tail(),
+            init_failure: self.exit.messages.failure.as_deref(),
             nspawn,
             killed: self.exit.killed,
             nspawn_killed: self.exit.nspawn_killed,
@@ -183,7 +185,7 @@ impl Supervisor {
 
     /// Records the exit and reports it to all clients. Nothing needs the environment any more.
     fn report_exit(&mut self, exit: Exit) {
-        self.finish_output();
+        self.note_own_shutdown(&exit);
         self.task_dir.discard_secrets();
         if let Err(error) = self.task_dir.write_exit(&exit) {
             let _ = writeln!(
@@ -196,8 +198,23 @@ impl Supervisor {
         failpoint::hit(&self.task_dir, Failpoint::EndTold);
     }
 
+    /// A system that has shut down by itself looks like one that has done its work.
+    fn note_own_shutdown(&mut self, exit: &Exit) {
+        let has_succeeded = (exit.code, exit.signal, &exit.error) == (0, 0, &None);
+        let is_own = !self.is_asked_to_end && has_succeeded;
+        if is_own && self.launch_spec.mode == Mode::Boot {
+            let how = self.exit.messages.shutdown.as_ref();
+            let how = how.map_or_else(String::new, |line| {
+                format!(". The last line of its console: {line}")
+            });
+            self.notes
+                .add(format!("the system has shut down by itself{how}"));
+        }
+    }
+
     /// Sends the last event.
     fn report(&mut self, event: Event) {
+        self.send_notes();
         self.clients.broadcast(&event);
         self.exit.reported = Some(event);
     }

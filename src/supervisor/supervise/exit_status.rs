@@ -38,6 +38,8 @@ pub(super) struct ExitEvidence<'a> {
     pub(super) waited: Option<i32>,
     /// What systemd-nspawn has written to stderr.
     pub(super) nspawn_stderr: &'a str,
+    /// What the image's own init has said about its failure.
+    pub(super) init_failure: Option<&'a str>,
     /// How systemd-nspawn itself exited.
     pub(super) nspawn: ExitStatus,
     /// Whether the container was still alive when it was killed.
@@ -66,12 +68,12 @@ pub(super) fn exit_of(evidence: &ExitEvidence<'_>) -> Exit {
             (128 + signal, signal, Some(text))
         }
         _ if matches!(evidence.nspawn.code(), Some(0 | RESTART)) => {
-            (evidence.nspawn.code().unwrap_or_default(), 0, None)
+            of_nspawn(evidence.nspawn.code().unwrap_or_default())
         }
         ExitEvidence {
             waited: Some(REBOOT),
             ..
-        } => (RESTART, 0, None),
+        } => of_nspawn(RESTART),
         ExitEvidence {
             waited: Some(POWER_OFF),
             ..
@@ -86,11 +88,15 @@ pub(super) fn exit_of(evidence: &ExitEvidence<'_>) -> Exit {
         } => of_raw(*status),
         _ => infer(evidence),
     };
+    let oom_killed =
+        evidence.oom && !evidence.killed && error.is_none() && is_by_kill(code, signal);
+    let failed_by_itself = !evidence.killed && code != 0 && !oom_killed;
+    let failure = evidence.init_failure.filter(|_| failed_by_itself);
     Exit {
         code,
         signal,
-        oom_killed: evidence.oom && !evidence.killed && error.is_none() && is_by_kill(code, signal),
-        error,
+        oom_killed,
+        error: error.or_else(|| failure.map(|said| format!("the image's init has failed: {said}"))),
         ended_at: SystemTime::now(),
     }
 }
@@ -102,6 +108,12 @@ fn is_by_kill(code: i32, signal: i32) -> bool {
     signal == kill || (code, signal) == (128 + kill, 0)
 }
 
+/// The exit codes that systemd-nspawn alone has and that are certain: success, and [`RESTART`].
+fn of_nspawn(code: i32) -> (i32, i32, Option<String>) {
+    let text = (code == RESTART).then(|| "the container has asked for a restart".to_owned());
+    (code, 0, text)
+}
+
 fn of_raw(status: i32) -> (i32, i32, Option<String>) {
     let status = ExitStatus::from_raw(status);
     match (status.code(), status.signal()) {
@@ -111,7 +123,7 @@ fn of_raw(status: i32) -> (i32, i32, Option<String>) {
             let text = dumped.then(|| "the command dumped core".to_owned());
             (128 + signal, signal, text)
         }
-        (None, None) => (RESTART, 0, None),
+        (None, None) => of_nspawn(RESTART),
     }
 }
 
@@ -209,6 +221,7 @@ mod tests {
             leader: None,
             waited: None,
             nspawn_stderr: "",
+            init_failure: None,
             nspawn: ExitStatus::from_raw(nspawn),
             killed: false,
             nspawn_killed: false,
@@ -236,7 +249,9 @@ mod tests {
                     leader,
                     ..evidence(nspawn)
                 };
-                assert_eq!(end(&known), (code, 0, false), "{known:?}");
+                // For systemd-nspawn itself that code has one meaning.
+                let is_restart = (leader.or(command), code) == (None, RESTART);
+                assert_eq!(end(&known), (code, 0, is_restart), "{known:?}");
             }
         }
     }
@@ -346,7 +361,7 @@ mod tests {
             leader: Some(leader),
             ..evidence(nspawn)
         };
-        assert_eq!(end(&with(exited(133))), (133, 0, false));
+        assert_eq!(end(&with(exited(133))), (133, 0, true));
         assert_eq!(end(&with(exited(0))), (0, 0, false), "a power-off");
     }
 
@@ -414,6 +429,33 @@ mod tests {
             ..evidence(KILLED)
         });
         assert_eq!((exit.code, exit.signal), expected);
+    }
+
+    #[rstest]
+    #[case::its_code(exited(255), 1, Some("the image's init has failed: no"))]
+    #[case::success(exited(0), 0, None)]
+    #[case::a_restart(exited(0), 133, Some("the container has asked for a restart"))]
+    fn what_an_init_said_explains_a_failure(
+        #[case] leader: i32,
+        #[case] nspawn: i32,
+        #[case] expected: Option<&str>,
+    ) {
+        let exit = |killed| {
+            exit_of(&ExitEvidence {
+                leader: Some(leader),
+                init_failure: Some("no"),
+                killed,
+                ..evidence(exited(nspawn))
+            })
+        };
+        assert_eq!(exit(false).error.as_deref(), expected);
+        assert_eq!(
+            exit(true)
+                .error
+                .as_deref()
+                .filter(|text| text.contains("init")),
+            None
+        );
     }
 
     #[test]

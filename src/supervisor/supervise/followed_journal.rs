@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 
 use super::event_loop::{EventLoop, Interest, Pollable, Source, Token};
 use crate::container::Journal;
-use crate::journal::{self, Entry, Follower};
+use crate::journal::{self, Entry, Follower, UnitChange};
 
 /// How often the journal is looked at if the kernel can't report changes of it.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// How many units are remembered as failed.
-const MAX_FAILED_UNITS: usize = 32;
+/// How many units are remembered as failed or stopping, and how many messages of PID 1.
+const MAX_REMEMBERED: usize = 32;
+/// How much of each: no name of a unit is longer.
+const MAX_REMEMBERED_BYTES: usize = 256;
 
 #[derive(Debug)]
 pub(super) struct FollowedJournal {
@@ -21,6 +23,10 @@ pub(super) struct FollowedJournal {
     last: Option<u64>,
     /// The units that PID 1 has reported as failed, by their names.
     failed_units: Vec<String>,
+    /// The units that PID 1 has asked to stop and not reported as stopped.
+    stopping_units: Vec<String>,
+    /// What PID 1 has said about its own end.
+    emergencies: Vec<String>,
     /// Whether the system is up.
     is_up: bool,
     /// Whether its units have been reported.
@@ -36,6 +42,8 @@ impl FollowedJournal {
             follower: None,
             last: None,
             failed_units: Vec::new(),
+            stopping_units: Vec::new(),
+            emergencies: Vec::new(),
             is_up: false,
             is_noted: false,
             again: None,
@@ -50,6 +58,16 @@ impl FollowedJournal {
     /// When to look at it without an event.
     pub(super) fn next_look(&self) -> Option<Instant> {
         self.again
+    }
+
+    /// The units that PID 1 has asked to stop and not reported as stopped.
+    pub(super) fn stopping_units(&self) -> &[String] {
+        &self.stopping_units
+    }
+
+    /// What PID 1 has said about its own end.
+    pub(super) fn emergencies(&self) -> &[String] {
+        &self.emergencies
     }
 
     /// There is more to read than was read.
@@ -89,11 +107,14 @@ impl FollowedJournal {
         let entry = entry?;
         self.last = self.last.max(Some(entry.monotonic));
         self.is_up |= entry.is_startup_finished();
-        if let Some(unit) = entry.failed_unit()
-            && self.failed_units.len() < MAX_FAILED_UNITS
-            && !self.failed_units.iter().any(|known| known == unit)
-        {
-            self.failed_units.push(unit.to_owned());
+        match entry.unit_change() {
+            Some((UnitChange::Failed, unit)) => remember(&mut self.failed_units, unit),
+            Some((UnitChange::Stopping, unit)) => remember(&mut self.stopping_units, unit),
+            Some((UnitChange::Stopped, unit)) => self.stopping_units.retain(|known| known != unit),
+            None => {}
+        }
+        if let Some(message) = entry.emergency() {
+            remember(&mut self.emergencies, message);
         }
         Some(entry)
     }
@@ -138,6 +159,14 @@ impl FollowedJournal {
         is_wanted
             .then(|| journal::line(entry, self.options.format))
             .flatten()
+    }
+}
+
+/// Adds a text that is not known yet, unless there are too many.
+fn remember(known: &mut Vec<String>, text: &str) {
+    let text = &text[..text.floor_char_boundary(MAX_REMEMBERED_BYTES)];
+    if known.len() < MAX_REMEMBERED && !known.iter().any(|other| other == text) {
+        known.push(text.to_owned());
     }
 }
 

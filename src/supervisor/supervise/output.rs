@@ -24,6 +24,15 @@ const MAX_ENTRIES: usize = 256;
 const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the console may be silent after the exit before nothing more is expected.
 const CONSOLE_SILENCE: Duration = Duration::from_millis(50);
+/// How much of a line of the console is shown with the exit.
+const MAX_SHOWN_CHARS: usize = 300;
+/// The last lines of systemd-shutdown.
+const SHUTDOWN_LINES: [&str; 4] = [
+    "Powering off.",
+    "Halting system.",
+    "Rebooting.",
+    "Exiting container.",
+];
 /// Errors (3) and worse go to stderr.
 const ERROR: u8 = 3;
 
@@ -36,12 +45,23 @@ pub(super) struct Output {
     journal: Option<FollowedJournal>,
 }
 
+/// What a booted system has said at its end.
+#[derive(Debug, Default)]
+pub(super) struct FinalMessages {
+    /// Why its init could not go on.
+    pub(super) failure: Option<String>,
+    /// How it has shut down, by its own words.
+    pub(super) shutdown: Option<String>,
+}
+
 #[derive(Debug)]
 struct Console {
     pipe: Source<PipeReader>,
     lines: ConsoleLines,
     /// Whether systemd-nspawn has closed it.
     is_closed: bool,
+    /// The last line that is not about the state of a unit.
+    last_line: Vec<u8>,
     /// Lines that were left out since the last one that was written.
     left_out: u64,
 }
@@ -80,6 +100,7 @@ impl Output {
             pipe: events.register(reader, Token::Console)?,
             lines: ConsoleLines::default(),
             is_closed: false,
+            last_line: Vec::new(),
             left_out: 0,
         });
         let stdout = File::from(OwnedFd::from(writer));
@@ -135,8 +156,12 @@ impl Output {
             .journal
             .as_ref()
             .is_some_and(|journal| journal.last().is_some());
-        if follows && is_unit_status(&line) {
+        let is_unit_status = is_unit_status(&line);
+        if follows && is_unit_status {
             return console.lines.keep(line, now());
+        }
+        if !is_unit_status {
+            console.last_line.clone_from(&line);
         }
         if self.stdout.is_full() {
             console.left_out += 1;
@@ -201,8 +226,14 @@ impl Output {
         }
     }
 
+    /// The units that the system has asked to stop and not reported as stopped.
+    pub(super) fn stopping_units(&self) -> &[String] {
+        let journal = self.journal.as_ref();
+        journal.map_or(&[], FollowedJournal::stopping_units)
+    }
+
     /// The container has exited: writes what is left.
-    fn finish(mut self) {
+    fn finish(mut self) -> FinalMessages {
         let until = Instant::now() + FINISH_TIMEOUT;
         if let Some(journal) = &mut self.journal {
             journal.look(true);
@@ -249,10 +280,32 @@ impl Output {
                 FINISH_TIMEOUT.as_secs()
             );
         }
+        self.final_messages()
+    }
+
+    fn final_messages(&self) -> FinalMessages {
+        let line = self.console.as_ref().and_then(Console::last_line);
+        let journal = self.journal.as_ref();
+        let failure = match journal {
+            Some(journal) if journal.last().is_none() => line.clone(),
+            Some(journal) => Some(journal.emergencies().join("; ")),
+            None => None,
+        };
+        FinalMessages {
+            failure: failure.filter(|text| !text.is_empty()),
+            shutdown: line.filter(|line| SHUTDOWN_LINES.contains(&&**line)),
+        }
     }
 }
 
 impl Console {
+    /// The last line, as far as it can be shown.
+    fn last_line(&self) -> Option<String> {
+        let text = String::from_utf8_lossy(&self.last_line);
+        let text: String = text.trim_end().chars().take(MAX_SHOWN_CHARS).collect();
+        Some(text).filter(|text| !text.is_empty())
+    }
+
     /// What says how many lines are missing, if any are.
     fn left_out_line(&mut self) -> Option<Vec<u8>> {
         match std::mem::take(&mut self.left_out) {
@@ -292,7 +345,7 @@ impl Supervisor {
     /// Writes the rest of the output, before the exit is reported: the log collector may be stopped afterwards.
     pub(super) fn finish_output(&mut self) {
         if let Some(output) = self.output.take() {
-            output.finish();
+            self.exit.messages = output.finish();
         }
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::event_loop::{EventLoop, Source, Token};
 use super::{LeaderState, State, Supervisor};
-use crate::container::{Cause, Exit};
+use crate::container::{Cause, Exit, Mode};
 use crate::supervisor::protocol::{Event, StartFailure, StartStep};
 
 /// How long a start may take before a task event says what it waits for.
@@ -19,35 +19,17 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// How much of a status is repeated.
 const MAX_STATUS_CHARS: usize = 200;
 
-/// How far a container is that has to say that it is ready.
-#[derive(Debug)]
-pub(super) struct Readiness {
-    limit: Duration,
-    /// Where a command says it.
-    socket: Option<Source<UnixDatagram>>,
+/// What the system or the command says about itself.
+#[derive(Debug, Default)]
+pub(super) struct Said {
     is_ready: bool,
     /// What was said last about what it does.
     status: Option<String>,
-    /// When the container was up.
-    since: Option<Instant>,
-    /// Whether an event has named what it waits for.
-    is_explained: bool,
 }
 
-impl Readiness {
-    pub(super) fn new(limit: Duration, socket: Option<Source<UnixDatagram>>) -> Self {
-        Self {
-            limit,
-            socket,
-            is_ready: false,
-            status: None,
-            since: None,
-            is_explained: false,
-        }
-    }
-
-    /// Takes in what the system or the command has sent.
-    pub(super) fn hear(&mut self, message: &str) {
+impl Said {
+    /// Takes in what was sent.
+    fn hear(&mut self, message: &str) {
         for line in message.lines() {
             if line == "READY=1" {
                 self.is_ready = true;
@@ -65,30 +47,13 @@ impl Readiness {
         }
     }
 
-    fn hear_command(&mut self) {
-        let mut datagram = [0; 4096];
-        while let Some(Ok(length)) = self
-            .socket
-            .as_ref()
-            .map(|socket| socket.recv(&mut datagram))
-        {
-            let message = String::from_utf8_lossy(&datagram[..length]).into_owned();
-            self.hear(&message);
-        }
-    }
-
-    /// When there is something to do although nothing was said.
-    fn next_step(&self) -> Option<Instant> {
-        let since = self.since.filter(|_| !self.is_ready)?;
-        let step = match self.is_explained {
-            true => self.limit,
-            false => self.limit.min(SILENCE),
-        };
-        Some(since + step)
+    /// Forgets the last status, which is about something else than what follows.
+    pub(super) fn forget_status(&mut self) {
+        self.status = None;
     }
 
     /// The last status, to be put after a sentence.
-    fn last_status(&self) -> String {
+    pub(super) fn last_status(&self) -> String {
         let status = self.status.as_ref();
         status.map_or_else(String::new, |status| {
             format!(". The last it said: {status}")
@@ -96,15 +61,57 @@ impl Readiness {
     }
 }
 
+/// The wait for a container that has to say that it is ready.
+#[derive(Debug)]
+pub(super) struct Readiness {
+    limit: Duration,
+    /// Where a command says it.
+    socket: Option<Source<UnixDatagram>>,
+    /// When the container was up.
+    since: Option<Instant>,
+    /// Whether an event has named what it waits for.
+    is_explained: bool,
+}
+
+impl Readiness {
+    pub(super) fn new(limit: Duration, socket: Option<Source<UnixDatagram>>) -> Self {
+        Self {
+            limit,
+            socket,
+            since: None,
+            is_explained: false,
+        }
+    }
+
+    /// What a command has sent since the last call.
+    fn messages(&self) -> Vec<String> {
+        let mut datagram = [0; 4096];
+        let mut messages = Vec::new();
+        while let Some(Ok(length)) = self
+            .socket
+            .as_ref()
+            .map(|socket| socket.recv(&mut datagram))
+        {
+            messages.push(String::from_utf8_lossy(&datagram[..length]).into_owned());
+        }
+        messages
+    }
+
+    /// When there is something to do although nothing was said.
+    fn next_step(&self) -> Option<Instant> {
+        let step = match self.is_explained {
+            true => self.limit,
+            false => self.limit.min(SILENCE),
+        };
+        Some(self.since? + step)
+    }
+}
+
 impl Supervisor {
     /// Whether the container is up and has not said that it is ready.
     pub(super) fn is_awaited(&self) -> bool {
         let is_up = matches!(self.state, State::Running { .. });
-        is_up
-            && self
-                .readiness
-                .as_ref()
-                .is_some_and(|readiness| !readiness.is_ready)
+        is_up && self.readiness.is_some() && !self.said.is_ready
     }
 
     /// The container is up: tells the clients, unless they wait until it is ready.
@@ -118,20 +125,19 @@ impl Supervisor {
     /// Reads what a command has said.
     pub(super) fn read_ready_socket(&mut self) {
         let was_awaited = self.is_awaited();
-        if let Some(readiness) = &mut self.readiness {
-            readiness.hear_command();
+        if let Some(readiness) = &self.readiness {
+            let messages = readiness.messages();
+            messages.iter().for_each(|message| self.said.hear(message));
         }
         if was_awaited {
             self.announce_ready();
         }
     }
 
-    /// Takes in what systemd-nspawn passes on from the system.
+    /// Takes in what systemd-nspawn passes on from the system. A command has a socket of its own.
     pub(super) fn hear_system(&mut self, message: &str) {
-        if let Some(readiness) = &mut self.readiness
-            && readiness.socket.is_none()
-        {
-            readiness.hear(message);
+        if self.launch_spec.mode == Mode::Boot {
+            self.said.hear(message);
         }
     }
 
@@ -172,7 +178,7 @@ impl Supervisor {
             let limit = readiness.limit.as_secs_f64();
             let reason = format!(
                 "the task was not ready within {limit} s (config.ready_timeout){}",
-                readiness.last_status()
+                self.said.last_status()
             );
             // systemd-nspawn is to clean up after it.
             self.kill();
@@ -186,7 +192,7 @@ impl Supervisor {
             let note = format!(
                 "the task is not ready after {} s{}",
                 SILENCE.as_secs(),
-                readiness.last_status()
+                self.said.last_status()
             );
             self.notes.add(note);
         }
@@ -194,7 +200,6 @@ impl Supervisor {
 
     /// Why a container that has exited counts as not started.
     pub(super) fn exited_unready(&self, exit: &Exit) -> StartFailure {
-        let status = self.readiness.as_ref().map(Readiness::last_status);
         let how = match (&exit.error, exit.code) {
             _ if exit.oom_killed => "an OOM kill".to_owned(),
             (Some(error), code) => format!("exit code {code}: {error}"),
@@ -202,7 +207,7 @@ impl Supervisor {
         };
         let reason = format!(
             "the task has ended before it was ready, with {how}{}",
-            status.unwrap_or_default()
+            self.said.last_status()
         );
         StartFailure::new(StartStep::Ready, Cause::Unknown, reason)
     }
@@ -222,10 +227,10 @@ mod tests {
 
     use super::*;
 
-    fn heard(messages: &[&str]) -> Readiness {
-        let mut readiness = Readiness::new(Duration::from_secs(9), None);
-        messages.iter().for_each(|message| readiness.hear(message));
-        readiness
+    fn heard(messages: &[&str]) -> Said {
+        let mut said = Said::default();
+        messages.iter().for_each(|message| said.hear(message));
+        said
     }
 
     #[rstest]
@@ -240,28 +245,26 @@ mod tests {
         #[case] is_ready: bool,
         #[case] last: &str,
     ) {
-        let readiness = heard(messages);
-        assert_eq!(readiness.is_ready, is_ready);
-        assert_eq!(readiness.last_status(), last);
+        let said = heard(messages);
+        assert_eq!(said.is_ready, is_ready);
+        assert_eq!(said.last_status(), last);
     }
 
     #[test]
     fn a_long_status_is_cut_off() {
-        let readiness = heard(&[&format!("STATUS={}", "\u{fc}".repeat(4000))]);
-        assert_eq!(readiness.status.unwrap().chars().count(), MAX_STATUS_CHARS);
+        let said = heard(&[&format!("STATUS={}", "\u{fc}".repeat(4000))]);
+        assert_eq!(said.status.unwrap().chars().count(), MAX_STATUS_CHARS);
     }
 
     #[test]
     fn a_start_is_explained_once_and_then_given_up() {
-        let mut readiness = heard(&[]);
+        let mut readiness = Readiness::new(Duration::from_secs(9), None);
         assert_eq!(readiness.next_step(), None);
         let since = Instant::now();
         readiness.since = Some(since);
         assert_eq!(readiness.next_step(), Some(since + SILENCE));
         readiness.is_explained = true;
         assert_eq!(readiness.next_step(), Some(since + readiness.limit));
-        readiness.is_ready = true;
-        assert_eq!(readiness.next_step(), None);
         let mut short = Readiness::new(Duration::from_secs(1), None);
         short.since = Some(since);
         assert_eq!(short.next_step(), Some(since + Duration::from_secs(1)));

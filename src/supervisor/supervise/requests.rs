@@ -60,10 +60,15 @@ impl Supervisor {
 
     /// Returns the descriptor that the answer carries, if it carries one.
     fn carry_out(&mut self, action: Action) -> io::Result<Option<OwnedFd>> {
+        let asks_to_end = matches!(action, Action::Signal(1..) | Action::Stop | Action::Kill);
+        if asks_to_end && !self.is_asked_to_end {
+            self.is_asked_to_end = true;
+            self.said.forget_status();
+        }
         let has_ended = self.exit.reported.is_some() || self.nspawn_has_exited();
         match action {
             // That is what a stop was to achieve; a signal has no process to go to.
-            Action::Signal(_) | Action::Stop if has_ended => {}
+            Action::Signal(_) | Action::Stop | Action::ExplainStop if has_ended => {}
             Action::ExecDefaults if has_ended => {
                 return Err(io::Error::other("the container has ended"));
             }
@@ -74,6 +79,7 @@ impl Supervisor {
                 let stop_signal = self.stop_signal();
                 self.signal(stop_signal)?;
             }
+            Action::ExplainStop => self.explain_stop(),
             Action::Kill => self.kill(),
             Action::ExecDefaults => return self.exec_defaults().map(Some),
         }

@@ -4,6 +4,7 @@
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
+use super::output::Output;
 use super::{NSPAWN_CLEANUP_TIMEOUT, State, Supervisor};
 use crate::cgroup::{Group, freezer};
 use crate::cleanup;
@@ -99,6 +100,21 @@ impl Supervisor {
             }
         }
         self.pending_signals = early;
+    }
+
+    /// Says in a note why the system has not stopped yet.
+    pub(super) fn explain_stop(&mut self) {
+        self.copy_output(Output::read_journal);
+        let units = self.output.as_ref().map(Output::stopping_units);
+        let units = units.unwrap_or_default();
+        let units = match units.is_empty() {
+            true => String::new(),
+            false => format!(". Units that have not stopped: {}", units.join(", ")),
+        };
+        let status = self.said.last_status();
+        let note =
+            format!("half of kill_timeout is over, and the system has not stopped{units}{status}");
+        self.notes.add(note);
     }
 
     /// Kills the container, and lets systemd-nspawn notice it and clean up.

@@ -18,8 +18,8 @@ use super::exit_status::NspawnFinalStatus;
 use super::later_mounts::Follower;
 use super::network::{self, Preparation, Services};
 use super::notes::Notes;
-use super::output::Output;
-use super::ready::{self, Readiness};
+use super::output::{FinalMessages, Output};
+use super::ready::{self, Readiness, Said};
 use super::release::ReleaseThread;
 use super::{Sockets, failure, inside, spawn};
 use crate::container::{Cause, Process, Started};
@@ -57,7 +57,9 @@ pub(super) struct Supervisor {
     pub(super) uid_range: Option<SharedLocks>,
     /// The locks of a tree that other containers share, until systemd-nspawn holds them.
     pub(super) tree: Option<SharedLocks>,
-    /// Whether the container is ready, for a task that counts as started only then.
+    /// What the system or the command says about itself.
+    pub(super) said: Said,
+    /// The wait for a container that has to say that it is ready.
     pub(super) readiness: Option<Readiness>,
     /// What a booted container prints, until its exit is reported.
     pub(super) output: Option<Output>,
@@ -71,6 +73,8 @@ pub(super) struct Supervisor {
     pub(super) state: State,
     /// Signals that the image's init does not handle yet.
     pub(super) pending_signals: Vec<Signal>,
+    /// Whether a plugin has asked the container to end, or sent it a signal.
+    pub(super) is_asked_to_end: bool,
     pub(super) exit: ExitFacts,
     pub(super) ending: Ending,
 }
@@ -106,6 +110,8 @@ pub(super) struct ExitFacts {
     pub(super) waited: Option<i32>,
     /// The last final status that systemd-nspawn has sent.
     pub(super) nspawn_status: Option<NspawnFinalStatus>,
+    /// What a booted system has said at its end.
+    pub(super) messages: FinalMessages,
     /// Set if the container was still alive when it was killed: the status that systemd-nspawn then reports adds nothing.
     pub(super) killed: bool,
     /// Set when systemd-nspawn itself was killed.
@@ -201,6 +207,7 @@ impl Supervisor {
             follower: None,
             uid_range: uid_range.flatten(),
             tree,
+            said: Said::default(),
             readiness,
             output,
             notes: Notes::default(),
@@ -208,6 +215,7 @@ impl Supervisor {
             command: None,
             state: State::Starting { leader, ready },
             pending_signals: Vec::new(),
+            is_asked_to_end: false,
             exit: ExitFacts::default(),
             ending: Ending::NspawnRuns,
         };

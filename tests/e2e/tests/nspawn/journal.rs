@@ -4,29 +4,12 @@ use rstest::rstest;
 
 use super::*;
 
-/// A copy of the Debian tree whose unit runs `start` and, when the system stops, `stop`.
-fn tree(stage: &Stage, start: &str, stop: &str) -> PathBuf {
-    let tree = stage.join("debian");
-    debian::copy(&tree, start, stop);
-    tree
-}
-
-fn booted(stage: &Stage, tree: &Path) -> support::wire::Task {
-    let task = stage.words(&[]).with("image", json!(tree));
-    task.with("boot", true)
-}
-
 fn count(text: &str, word: &str) -> usize {
     text.matches(word).count()
 }
 
 /// Starts the task, waits until `last` is in its log, stops it, and returns what it has printed.
-async fn run(
-    stage: &Stage,
-    plugin: &Plugin,
-    task: support::wire::Task,
-    last: &str,
-) -> (String, String) {
+async fn run(stage: &Stage, plugin: &Plugin, task: Task, last: &str) -> (String, String) {
     let running = stage.start(plugin, task).await;
     running.stdout.contains(last).await;
     let exit = running.stop(plugin, AMPLE, "").await;
@@ -44,7 +27,7 @@ async fn every_line_of_a_unit_is_in_the_log_once(#[case] journal: &str, #[case] 
     let stage = Stage::new();
     let start =
         "echo hello-from-unit; logger -p 3 bad-news; for i in 1 2 3; do echo line-$i-; done";
-    let tree = tree(&stage, start, "echo goodbye");
+    let tree = debian_tree(&stage, start, "echo goodbye");
     match persistent {
         true => fs::create_dir_all(tree.join(journal)).unwrap(),
         false => fs::remove_dir_all(tree.join(journal)).unwrap(),
@@ -80,7 +63,7 @@ async fn every_line_of_a_unit_is_in_the_log_once(#[case] journal: &str, #[case] 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lines_have_the_format_that_the_job_asks_for() {
     let stage = Stage::new();
-    let tree = tree(&stage, "echo hello-from-unit", "true");
+    let tree = debian_tree(&stage, "echo hello-from-unit", "true");
     let plugin = stage.plugin().await;
     let task = booted(&stage, &tree).with("journal_format", "cat");
     let (out, _) = run(&stage, &plugin, task, "hello-from-unit").await;
@@ -107,7 +90,7 @@ async fn lines_have_the_format_that_the_job_asks_for() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_the_journal_only_the_console_is_in_the_log() {
     let stage = Stage::new();
-    let tree = tree(&stage, "echo hello-from-unit", "true");
+    let tree = debian_tree(&stage, "echo hello-from-unit", "true");
     let plugin = stage.plugin().await;
     let task = booted(&stage, &tree).with("journal", false);
     let (out, _) = run(&stage, &plugin, task, "Finished e2e.service").await;
@@ -121,7 +104,7 @@ async fn without_the_journal_only_the_console_is_in_the_log() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_words_of_an_init_are_in_the_log() {
     let stage = Stage::new();
-    let tree = tree(&stage, "true", "true");
+    let tree = debian_tree(&stage, "true", "true");
     let init = tree.join("usr/lib/systemd/systemd");
     fs::remove_file(&init).unwrap();
     fs::write(&init, "#!/bin/sh\necho last words >/dev/console; exit 9\n").unwrap();
@@ -142,7 +125,7 @@ async fn nothing_is_lost_or_doubled_while_plugins_come_and_go() {
     const LINES: usize = 400;
     let stage = Stage::new();
     let start = format!("for i in $(seq {LINES}); do echo line-$i-; sleep 0.005; done");
-    let tree = tree(&stage, "true", "true");
+    let tree = debian_tree(&stage, "true", "true");
     let unit = format!("[Service]\nType=simple\nExecStart=/bin/sh -c \"{start}\"\n");
     fs::write(
         tree.join("etc/systemd/system/e2e.service"),

@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use dev_agent::{Plugin, TaskExit};
+use dev_agent::{Plugin, TaskEvents, TaskExit};
 use e2e::stage::{Namespace, Running, Stage, end, within};
 use e2e::{debian, until};
 use nomad_driver_nspawn::signal::Signal;
 use nomad_driver_nspawn::state::TaskDir;
 use nomad_driver_nspawn::sys::process::ProcessHandle;
 use serde_json::{Value, json};
+use support::wire::Task;
 
 mod devices;
 mod ends;
@@ -30,6 +31,7 @@ mod own_network;
 mod ready;
 mod root;
 mod system;
+mod system_ends;
 mod system_network;
 mod users;
 mod volumes;
@@ -44,6 +46,25 @@ fn merged_tree(stage: &Stage, name: &str) -> PathBuf {
     fs::rename(tree.join("bin"), tree.join("usr/bin")).unwrap();
     symlink("usr/bin", tree.join("bin")).unwrap();
     tree
+}
+
+/// A copy of the Debian tree whose unit `e2e.service` runs `start` and, when the system stops, `stop`.
+fn debian_tree(stage: &Stage, start: &str, stop: &str) -> PathBuf {
+    let tree = stage.join("debian");
+    debian::copy(&tree, start, stop);
+    tree
+}
+
+/// A task that boots this tree.
+fn booted(stage: &Stage, tree: &Path) -> Task {
+    let task = stage.words(&[]).with("image", json!(tree));
+    task.with("boot", true)
+}
+
+/// The text of the next event of a task.
+async fn next_event(events: &mut TaskEvents) -> String {
+    let event = within("the event", events.message()).await;
+    event.unwrap().unwrap().message
 }
 
 fn bind(source: &Path, target: &str) -> Value {

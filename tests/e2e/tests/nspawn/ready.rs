@@ -2,14 +2,12 @@
 //! command.
 
 use rstest::rstest;
-use support::wire::Task;
 
 use super::*;
 
 /// A Debian tree whose system is ready only after the unit `slow.service` has done this.
 fn slow_tree(stage: &Stage, does: &str) -> PathBuf {
-    let tree = stage.join("debian");
-    debian::copy(&tree, "true", "true");
+    let tree = debian_tree(stage, "true", "true");
     let units = tree.join("etc/systemd/system");
     let unit = format!(
         "[Unit]\nDescription=the slow one\nBefore=multi-user.target\n\
@@ -34,21 +32,14 @@ async fn a_system_has_started_when_its_units_have() {
     let tree = slow_tree(&stage, "sleep 7; touch /local/done; echo slow-is-done");
     let plugin = stage.plugin().await;
     let mut events = plugin.events().await.unwrap();
-    let task = stage
-        .words(&[])
-        .with("image", json!(tree))
-        .with("boot", true);
+    let task = booted(&stage, &tree);
     let running = stage.start(&plugin, notifies(task, "40s")).await;
     assert!(running.allocation.task_dir().join("local/done").exists());
     running.stdout.contains("slow-is-done").await;
-    let note = within("the event", events.message())
-        .await
-        .unwrap()
-        .unwrap();
+    let note = next_event(&mut events).await;
     assert!(
-        note.message
-            .starts_with("the task is not ready after 5 s. The last it said: ")
-            && note.message.contains("slow"),
+        note.starts_with("the task is not ready after 5 s. The last it said: ")
+            && note.contains("slow"),
         "{note:?}"
     );
     let exit = running.stop(&plugin, AMPLE, "").await;
@@ -64,17 +55,11 @@ async fn failed_units_of_a_system_that_is_ready_are_an_event() {
     let tree = slow_tree(&stage, "exit 3");
     let plugin = stage.plugin().await;
     let mut events = plugin.events().await.unwrap();
-    let task = stage
-        .words(&[])
-        .with("image", json!(tree))
-        .with("boot", true);
+    let task = booted(&stage, &tree);
     let running = stage.start(&plugin, notifies(task, "40s")).await;
-    let note = within("the event", events.message())
-        .await
-        .unwrap()
-        .unwrap();
+    let note = next_event(&mut events).await;
     assert_eq!(
-        note.message,
+        note,
         "the system is up, and these units have failed: slow.service"
     );
     running.stop(&plugin, AMPLE, "").await;
@@ -90,19 +75,12 @@ async fn units_that_the_job_names_and_the_system_does_not_have_are_an_event() {
     let tree = slow_tree(&stage, "exit 3");
     let plugin = stage.plugin().await;
     let mut events = plugin.events().await.unwrap();
-    let task = stage
-        .words(&[])
-        .with("image", json!(tree))
-        .with("boot", true);
-    let task = task.with("journal_units", json!(["slow", "nginx", "getty@x.service"]));
+    let task =
+        booted(&stage, &tree).with("journal_units", json!(["slow", "nginx", "getty@x.service"]));
     let running = stage.start(&plugin, task).await;
     let mut notes = Vec::new();
     for _ in 0..2 {
-        let event = within("the event", events.message())
-            .await
-            .unwrap()
-            .unwrap();
-        notes.push(event.message);
+        notes.push(next_event(&mut events).await);
     }
     let expected = [
         "the system is up, and these units have failed: slow.service",
@@ -120,10 +98,7 @@ async fn a_system_that_is_not_ready_in_time_has_not_started() {
     let stage = Stage::new();
     let tree = slow_tree(&stage, "sleep 600");
     let plugin = stage.plugin().await;
-    let task = stage
-        .words(&[])
-        .with("image", json!(tree))
-        .with("boot", true);
+    let task = booted(&stage, &tree);
     let error = stage.refused(&plugin, notifies(task, "6s")).await;
     let expected = "the task was not ready within 6 s (config.ready_timeout). The last it said: ";
     assert!(
