@@ -41,6 +41,7 @@ mod network;
 mod orphans;
 mod own_end;
 mod own_network;
+mod ready;
 mod recover;
 mod release;
 mod roots;
