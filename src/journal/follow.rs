@@ -42,6 +42,11 @@ const MAX_SKIPPED: usize = 4096;
 const MAX_EVENTS: usize = 4096;
 /// How often files are searched for at most: the container decides how often names change.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(100);
+/// The same before the first file has been found: a system boots in a few hundred milliseconds. systemd-nspawn 257 and later report it before they
+/// have mounted everything, which no event reports.
+const FIRST_SEARCH_INTERVAL: Duration = Duration::from_millis(20);
+/// How many searches that is for. An init other than systemd may never make a file.
+const FIRST_SEARCHES: u32 = 100;
 /// Magic numbers of `linux/magic.h`: 9P, Ceph, CIFS, FUSE, NFS, SMB2. Reading there may take forever.
 const SLOW_FILE_SYSTEMS: [u32; 6] = [
     0x0102_1997,
@@ -70,7 +75,9 @@ pub struct Follower {
     is_changed: bool,
     /// Whether a file was found to which journald has not written its header yet: the next event may be about that.
     has_unfinished: bool,
+    /// When files were searched for last, and how often.
     searched: Option<Instant>,
+    searches: u32,
     fault: Fault,
 }
 
@@ -105,27 +112,34 @@ impl Follower {
             is_changed: true,
             has_unfinished: false,
             searched: None,
+            searches: 0,
             fault: Fault::None,
         };
         follower.look(true);
         follower
     }
 
-    /// Takes in what the kernel has reported, and searches for new files if there may be some: not more often than every 100 ms, unless `at_once`.
+    /// Takes in what the kernel has reported, and searches for new files if there may be some, not too often, unless `at_once`.
     pub fn look(&mut self, at_once: bool) {
         self.is_changed |= self.has_new_names();
         let is_due = self.next_look().is_none_or(|due| due <= Instant::now());
         if self.is_changed && (at_once || is_due) {
             self.is_changed = false;
             self.searched = Some(Instant::now());
+            self.searches = self.searches.saturating_add(1);
             self.find_files();
         }
     }
 
     /// When to look again although the kernel has reported nothing more.
     pub fn next_look(&self) -> Option<Instant> {
-        let searched = self.searched.filter(|_| self.is_changed)?;
-        Some(searched + SEARCH_INTERVAL)
+        let is_early = self.known.is_empty() && self.searches < FIRST_SEARCHES;
+        let is_due = self.is_changed || (is_early && self.has_no_ids());
+        let interval = match is_early {
+            true => FIRST_SEARCH_INTERVAL,
+            false => SEARCH_INTERVAL,
+        };
+        Some(self.searched.filter(|_| is_due)? + interval)
     }
 
     /// The next entry that this boot of the container has written, in the files that are known; `None` if there is none yet.
@@ -229,7 +243,7 @@ impl Follower {
             return true;
         };
         let mut reader = inotify::Reader::new(inotify, &mut buffer);
-        let mut found = self.boot.is_none() || self.machine.is_none();
+        let mut found = self.has_no_ids();
         // As many as one turn may handle; the others are reported again.
         for _ in 0..MAX_EVENTS {
             match reader.next() {
@@ -238,6 +252,11 @@ impl Follower {
             }
         }
         found
+    }
+
+    /// Whether the container does not show its boot id and machine id yet.
+    fn has_no_ids(&self) -> bool {
+        self.boot.is_none() || self.machine.is_none()
     }
 
     /// Watches the directories in which files can appear, and opens the files that are not known yet. Only the directory of the container's own

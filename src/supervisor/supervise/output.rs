@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::Supervisor;
 use super::console::{ConsoleLines, is_unit_status};
 use super::event_loop::{EventLoop, Source, Token};
 use super::followed_journal::FollowedJournal;
 use super::log_writer::{LogWriter, is_ready};
+use super::{Supervisor, inside};
 use crate::container::SystemOutput;
 use crate::supervisor::logs;
 
@@ -316,9 +316,10 @@ impl Console {
 }
 
 impl Supervisor {
-    /// Follows the journal of the container with this root directory.
-    pub(super) fn follow_journal(&mut self, root: OwnedFd) {
-        if let Some(output) = &mut self.output {
+    /// Follows the journal of the container, unless that has exited.
+    pub(super) fn follow_journal(&mut self) {
+        let root = self.leader_handle().map(inside::root_of);
+        if let (Some(Ok(Some(root))), Some(output)) = (root, &mut self.output) {
             output.follow(root, &self.events);
         }
     }

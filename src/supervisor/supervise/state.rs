@@ -21,7 +21,7 @@ use super::notes::Notes;
 use super::output::{FinalMessages, Output};
 use super::ready::{self, Readiness, Said};
 use super::release::ReleaseThread;
-use super::{Sockets, failure, inside, spawn};
+use super::{Sockets, failure, spawn};
 use crate::container::{Cause, Process, Started};
 use crate::failpoint::{self, Failpoint};
 use crate::lease::{self, SharedLocks, UidRange};
@@ -313,11 +313,6 @@ impl Supervisor {
         if !self.apply_inside(handle.as_deref()) {
             return;
         }
-        if let Some(leader) = handle.as_deref()
-            && let Ok(Some(root)) = inside::root_of(leader)
-        {
-            self.follow_journal(root);
-        }
         let running = self.running_record(leader, handle.as_deref());
         self.state = State::Running {
             running: Box::new(running.clone()),
@@ -340,6 +335,8 @@ impl Supervisor {
             init_channel.send_go();
         }
         self.announce_start();
+        // A persistent journal of earlier boots takes a moment.
+        self.follow_journal();
         self.release_nspawn();
     }
 

@@ -61,10 +61,15 @@ fn booted(stage: &Stage, tree: &Path) -> Task {
     task.with("boot", true)
 }
 
-/// The text of the next event of a task.
-async fn next_event(events: &mut TaskEvents) -> String {
-    let event = within("the event", events.message()).await;
-    event.unwrap().unwrap().message
+/// The text of the next event of a task that is about the task, and not about a machine without controllers; `None` once there is no plugin.
+async fn next_event(events: &mut TaskEvents) -> Option<String> {
+    loop {
+        let event = within("the event", events.message()).await;
+        let text = event.ok()??.message;
+        if !text.starts_with("these limits are not enforced on this node") {
+            return Some(text);
+        }
+    }
 }
 
 fn bind(source: &Path, target: &str) -> Value {

@@ -36,7 +36,7 @@ async fn a_system_has_started_when_its_units_have() {
     let running = stage.start(&plugin, notifies(task, "40s")).await;
     assert!(running.allocation.task_dir().join("local/done").exists());
     running.stdout.contains("slow-is-done").await;
-    let note = next_event(&mut events).await;
+    let note = next_event(&mut events).await.unwrap();
     assert!(
         note.starts_with("the task is not ready after 5 s. The last it said: ")
             && note.contains("slow"),
@@ -57,7 +57,7 @@ async fn failed_units_of_a_system_that_is_ready_are_an_event() {
     let mut events = plugin.events().await.unwrap();
     let task = booted(&stage, &tree);
     let running = stage.start(&plugin, notifies(task, "40s")).await;
-    let note = next_event(&mut events).await;
+    let note = next_event(&mut events).await.unwrap();
     assert_eq!(
         note,
         "the system is up, and these units have failed: slow.service"
@@ -80,7 +80,7 @@ async fn units_that_the_job_names_and_the_system_does_not_have_are_an_event() {
     let running = stage.start(&plugin, task).await;
     let mut notes = Vec::new();
     for _ in 0..2 {
-        notes.push(next_event(&mut events).await);
+        notes.push(next_event(&mut events).await.unwrap());
     }
     let expected = [
         "the system is up, and these units have failed: slow.service",

@@ -15,8 +15,8 @@ async fn end_of(does: &str) -> (TaskExit, Vec<String>) {
     running.destroy(&plugin).await;
     end(plugin).await;
     let mut seen = Vec::new();
-    while let Ok(Some(event)) = events.message().await {
-        seen.push(event.message);
+    while let Some(event) = next_event(&mut events).await {
+        seen.push(event);
     }
     stage.leave();
     (exit, seen)
@@ -102,7 +102,7 @@ async fn a_unit_that_does_not_stop_is_named_at_half_of_kill_timeout() {
     let exit = running.stop(&plugin, Duration::from_secs(8), "").await;
     assert_eq!((exit.code, exit.signal), (137, 9), "{exit:?}");
     running.destroy(&plugin).await;
-    let event = next_event(&mut events).await;
+    let event = next_event(&mut events).await.unwrap();
     let begin = "half of kill_timeout is over, and the system has not stopped. \
                  Units that have not stopped: e2e.service. The last it said: ";
     assert!(event.starts_with(begin), "{event}");
