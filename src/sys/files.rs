@@ -1,10 +1,13 @@
-//! Files that other processes see whole or not at all.
+//! Files that other processes see whole or not at all; files of which other processes may have made something else.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::mount_tree::place_as_it_is;
 
 /// Writes a file that only its owner may access, in place of an earlier one: beside it first, as `<name>.<pid>-<number>.new`. Several
 /// processes may write the same file at the same time; the last one stays.
@@ -35,9 +38,25 @@ pub fn replace_file(directory: &Path, name: &str, parts: &[&[u8]]) -> io::Result
     written
 }
 
+/// Opens the regular file at a path without links for reading; a link in the path or at its end is an error (`ELOOP`). `None` if something else
+/// is there, which is not opened: that could wait, or do something to a device. A file that a process has leased is an error
+/// ([`io::ErrorKind::WouldBlock`]), because opening it would wait for that process.
+pub fn open_regular_file(path: &Path) -> io::Result<Option<File>> {
+    let place = File::from(place_as_it_is(path)?);
+    if !place.metadata()?.is_file() {
+        return Ok(None);
+    }
+    let again = format!("/proc/thread-self/fd/{}", place.as_raw_fd());
+    let nonblock = rustix::fs::OFlags::NONBLOCK.bits();
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(nonblock.cast_signed());
+    options.open(again).map(Some)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read as _;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
@@ -50,6 +69,26 @@ mod tests {
         let about = fs::metadata(temp.path().join("file")).unwrap();
         assert_eq!(about.permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn only_a_regular_file_at_a_path_without_links_is_opened() {
+        let temp = tempfile::tempdir().unwrap();
+        let top = temp.path().canonicalize().unwrap();
+        fs::write(top.join("file"), "text").unwrap();
+        std::os::unix::fs::symlink("file", top.join("link")).unwrap();
+        nix::unistd::mkfifo(&top.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut file = open_regular_file(&top.join("file")).unwrap().unwrap();
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "text");
+        for other in [&top, &top.join("fifo"), Path::new("/dev/null")] {
+            assert!(open_regular_file(other).unwrap().is_none(), "{other:?}");
+        }
+        let error = open_regular_file(&top.join("link")).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(nix::libc::ELOOP));
+        let error = open_regular_file(&top.join("none")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

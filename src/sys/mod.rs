@@ -17,5 +17,5 @@ pub mod trace;
 pub use proc_files as procfs;
 
 pub use ffi::{return_free_memory, share_malloc_arena};
-pub use files::replace_file;
+pub use files::{open_regular_file, replace_file};
 pub use id_map::{Extent, IdMap};

@@ -8,7 +8,11 @@ use std::path::Path;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::mount::{MntFlags, umount2};
 use rustix::fs::{AtFlags, StatxFlags, statx};
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
+    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    fspick, move_mount, open_tree,
+};
 
 use super::ffi::{MountAttributes, set_mount_attributes};
 
@@ -83,6 +87,26 @@ impl MountTree {
     /// A copy of what is mounted at this place, and of nothing below it.
     pub fn copy_of_one(place: BorrowedFd<'_>) -> io::Result<Self> {
         Self::opened(place, OpenTreeFlags::empty())
+    }
+
+    /// A new file system in memory that is never written to swap (ramfs). Its directory has mode 0500. Until it is closed, files can be made in it.
+    pub fn in_memory() -> io::Result<Self> {
+        let context = fsopen("ramfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&context, "mode", "0500")?;
+        fsconfig_create(&context)?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let tree = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+        Ok(Self(tree))
+    }
+
+    /// Makes the file system itself read-only, wherever it is mounted.
+    pub fn close_file_system(&self) -> io::Result<()> {
+        let flags = FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC;
+        let context = fspick(&self.0, "", flags)?;
+        fsconfig_set_flag(&context, "ro")?;
+        Ok(fsconfig_reconfigure(&context)?)
     }
 
     fn opened(place: BorrowedFd<'_>, flags: OpenTreeFlags) -> io::Result<Self> {
