@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 mod call_log;
+mod credentials;
 mod notify;
 mod nspawn;
 mod options;

@@ -16,6 +16,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::call_log::{CallLog, Event, Role};
+use crate::credentials::Credentials;
 use crate::notify;
 use crate::options::{self, Options, Parsed, Refusal};
 use crate::pid1::{self, End, Plan};
@@ -129,10 +130,15 @@ fn container(
             },
         ));
     }
-    let prepared = match rootfs::prepare(options, scenario) {
+    let mut prepared = match rootfs::prepare(options, scenario) {
         Ok(prepared) => prepared,
         Err(refusal) => return Ok(refuse(scenario.version, &refusal)),
     };
+    let place = call_log.path().parent().unwrap_or_else(|| Path::new("/"));
+    let credentials = Credentials::read(&options.credential_files, place)?;
+    prepared
+        .environment
+        .splice(0..0, credentials.iter().map(Credentials::variable));
     let _lock = match lock(options, &prepared)? {
         Ok(lock) => lock,
         Err(refusal) => return Ok(refuse(scenario.version, &refusal)),

@@ -160,8 +160,8 @@ pub(crate) struct Options {
     bind_users: bool,
     link_journal: Option<String>,
     credentials: HashSet<String>,
-    /// Files that credentials are read from.
-    pub(crate) credential_files: Vec<String>,
+    /// The files that credentials are read from, by name.
+    pub(crate) credential_files: Vec<(String, String)>,
     /// Lines for stderr that do not stop the call.
     pub(crate) warnings: Vec<String>,
 }
@@ -371,8 +371,9 @@ impl Options {
     fn take_credential(&mut self, name: &str, text: &str) -> Result<(), Refusal> {
         let id = values::credential(name, text, self.version)?;
         if name == "load-credential" {
+            let file = text.split_once(':').map(|(_, path)| path.to_owned());
             self.credential_files
-                .extend(text.split_once(':').map(|(_, path)| path.to_owned()));
+                .extend(file.map(|file| (id.clone(), file)));
         }
         if !self.credentials.insert(id.clone()) {
             return Err(Refusal {

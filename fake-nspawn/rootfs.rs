@@ -30,11 +30,8 @@ pub(crate) fn prepare(options: &Options, scenario: &Scenario) -> Result<Prepared
             errno: 95,
         });
     }
-    if let Some(file) = options
-        .credential_files
-        .iter()
-        .find(|file| !Path::new(file).exists())
-    {
+    let mut files = options.credential_files.iter();
+    if let Some((_, file)) = files.find(|(_, file)| !Path::new(file).exists()) {
         return Err(missing(format!("Failed to read credential '{file}'")));
     }
     let root = root(options)?;

@@ -9,6 +9,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+mod credentials;
 mod exec_defaults;
 mod mounts;
 mod notes;
@@ -17,6 +18,7 @@ mod system;
 pub mod testing;
 mod usage;
 
+pub use credentials::Credential;
 pub use exec_defaults::ExecDefaults;
 pub use mounts::{Changes, Mount, MountIds, Overlay, Propagation, Restrictions, Tmpfs};
 pub use notes::{Notes, StartNotes};
@@ -105,6 +107,8 @@ pub struct Payload {
     pub command: Vec<String>,
     /// The complete environment. Values are secrets.
     pub environment: BTreeMap<String, String>,
+    /// Files that the container gets as systemd credentials.
+    pub credentials: Vec<Credential>,
     /// Absolute directory inside the container in which the command starts.
     pub working_directory: Option<String>,
     /// The user that the command runs as, from the container's own user database.

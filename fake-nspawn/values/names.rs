@@ -127,7 +127,9 @@ pub(crate) fn credential(option: &str, text: &str, version: u32) -> Result<Strin
         };
         return Err(Refusal::invalid(message));
     };
-    if id.is_empty() || id.contains('/') || id == "." || id == ".." || id.len() > 255 {
+    let id = id.replace("\\\\", "\\");
+    let is_allowed = |byte: u8| matches!(byte, b' '..=b'~') && byte != b'/';
+    if id.is_empty() || !id.bytes().all(is_allowed) || id == "." || id == ".." || id.len() > 255 {
         return Err(Refusal::invalid(format!(
             "Credential name is not valid: {id}"
         )));
@@ -136,7 +138,7 @@ pub(crate) fn credential(option: &str, text: &str, version: u32) -> Result<Strin
         let message = format!("Credential not available (no credentials passed at all): {id}");
         return Err(Refusal { message, errno: 2 });
     }
-    Ok(id.to_owned())
+    Ok(id)
 }
 
 #[cfg(test)]

@@ -131,6 +131,7 @@ fn payload(
         mode,
         command,
         environment,
+        credentials: Vec::new(),
         working_directory: options.working_directory.clone(),
         user: user(options, context, mode)?,
         capabilities: values::capabilities("config.capability", capabilities)?,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Mode, Payload};
+use super::{Credential, Mode, Payload};
 
 /// What a further command in a container gets where its request says nothing else. The supervisor keeps it, because the first process can
 /// overwrite its own environment.
@@ -16,7 +16,7 @@ pub struct ExecDefaults {
     /// Absolute directory inside the container; `None` leaves it to the session.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub directory: Option<String>,
-    /// The variables of the task; systemd-nspawn adds others. Values are secrets.
+    /// The variables of the task, and of its credentials; systemd-nspawn adds others. Values are secrets.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
 }
@@ -26,10 +26,15 @@ impl ExecDefaults {
     pub fn of(payload: &Payload) -> Self {
         let has_command = payload.mode != Mode::Boot;
         let directory = &payload.working_directory;
+        let mut environment = payload.environment.clone();
+        if !payload.credentials.is_empty() {
+            let variable = environment.entry(Credential::VARIABLE.to_owned());
+            variable.or_insert_with(|| Credential::DIRECTORY.to_owned());
+        }
         Self {
             user: payload.user.clone().filter(|_| has_command),
             directory: directory.clone().filter(|_| has_command),
-            environment: payload.environment.clone(),
+            environment,
         }
     }
 }
@@ -50,6 +55,28 @@ impl std::fmt::Debug for ExecDefaults {
 mod tests {
     use super::*;
     use crate::container::ContainerSpec;
+
+    #[test]
+    fn the_directory_of_the_credentials_is_that_of_the_command() {
+        let mut payload = ContainerSpec::for_test("t", "/root").payload;
+        let variable = |payload: &Payload| {
+            let environment = ExecDefaults::of(payload).environment;
+            environment.get("CREDENTIALS_DIRECTORY").cloned()
+        };
+        assert_eq!(variable(&payload), None);
+        payload.credentials = vec![Credential {
+            name: "token".to_owned(),
+            source: "/srv/token".into(),
+            option: String::new(),
+        }];
+        for mode in [Mode::Plain, Mode::ProcessTwo, Mode::Boot] {
+            payload.mode = mode;
+            assert_eq!(variable(&payload).as_deref(), Some("/run/host/credentials"));
+        }
+        let own = ("CREDENTIALS_DIRECTORY".to_owned(), "/srv".to_owned());
+        payload.environment = [own].into();
+        assert_eq!(variable(&payload).as_deref(), Some("/srv"));
+    }
 
     #[test]
     fn an_init_has_neither_user_nor_directory() {

@@ -31,6 +31,7 @@ impl ContainerSpec {
                 mode: Mode::Plain,
                 command: vec!["/bin/true".to_owned()],
                 environment: BTreeMap::new(),
+                credentials: Vec::new(),
                 working_directory: None,
                 user: None,
                 capabilities: Vec::new(),

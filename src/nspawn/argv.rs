@@ -9,12 +9,21 @@ use super::env_filter::safe_for_nspawn_env;
 use super::machine_id;
 use super::version::Feature;
 use crate::container::{
-    CgroupLayout, Console, ContainerSpec, InterfaceMode, Mode, Mount, Network, NetworkNamespace,
-    Payload, Readiness, Resources, Restrictions, Rlimit, Root, Rootfs, Tmpfs, Users, Volatile,
+    CgroupLayout, Console, ContainerSpec, Credential, InterfaceMode, Mode, Mount, Network,
+    NetworkNamespace, Payload, Readiness, Resources, Restrictions, Rlimit, Root, Rootfs, Tmpfs,
+    Users, Volatile,
 };
 
 /// Where a command finds the socket on which it says that it is ready.
 pub const READY_SOCKET: &str = "/run/nomad-notify";
+
+/// The number of the descriptor from which systemd-nspawn reads a credential, given its index: behind those of the container init, and open
+/// until systemd-nspawn closes what it does not pass on.
+pub fn descriptor_of_credential(index: usize) -> usize {
+    /// Those before are the standard streams.
+    const FIRST_PASSED: usize = 3;
+    FIRST_PASSED + nspawn_init::DESCRIPTORS as usize + index
+}
 
 /// The properties of the host that the command line depends on.
 #[derive(Debug, Clone, Copy)]
@@ -99,6 +108,7 @@ pub fn command_line(
         builder.tmpfs(tmpfs);
     }
     builder.payload(&spec.payload);
+    builder.credentials(&spec.payload.credentials);
     let init = init(&spec.payload);
     if init.is_none() {
         builder.variables(&spec.payload.environment)?;
@@ -350,6 +360,16 @@ impl CommandBuilder {
         if let Some(user) = &payload.user {
             // Not --user: the meaning of that option changed in 261.
             self.arguments.extend(["-u".to_owned(), user.clone()]);
+        }
+    }
+
+    /// The files are not named: systemd-nspawn would follow links, and read whatever a task has put there.
+    fn credentials(&mut self, credentials: &[Credential]) {
+        for (index, credential) in credentials.iter().enumerate() {
+            let descriptor = descriptor_of_credential(index);
+            let name = credential.name.replace('\\', "\\\\");
+            let value = format!("{name}:/proc/self/fd/{descriptor}");
+            self.flag("--load-credential", &value);
         }
     }
 

@@ -34,6 +34,39 @@ fn a_minimal_container_has_the_basic_arguments() {
     ");
 }
 
+/// The descriptors are those behind the container init's, also where there is none.
+#[rstest]
+#[case(Mode::Boot)]
+#[case(Mode::ProcessTwo)]
+#[case(Mode::Plain)]
+fn credentials_are_named_and_read_from_descriptors(#[case] mode: Mode) {
+    let credential = |name: &str| Credential {
+        name: name.to_owned(),
+        source: "/srv/s3cret-path".into(),
+        option: String::new(),
+    };
+    let spec = spec().with(|spec| {
+        spec.payload.mode = mode;
+        spec.payload.credentials = ["db.password", "a b\\n"].map(credential).into();
+    });
+    for version in [247, 262] {
+        let host = Target {
+            version,
+            cgroup: CgroupLayout::V2,
+        };
+        let all = line(&spec, host).arguments;
+        let ours: Vec<_> = all.iter().filter(|word| word.contains("cred")).collect();
+        assert_eq!(
+            ours,
+            [
+                "--load-credential=db.password:/proc/self/fd/8",
+                r"--load-credential=a b\\n:/proc/self/fd/9"
+            ]
+        );
+        assert!(!all.iter().any(|word| word.contains("s3cret")), "{all:?}");
+    }
+}
+
 #[test]
 fn every_option_has_its_argument() {
     let full = spec().with(|spec| {

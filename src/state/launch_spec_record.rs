@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::task_dir::{LaunchSpec, Pid1};
 use crate::cgroup::{CgroupPath, CgroupPlan};
-use crate::container::{InsideSettings, Mode, Process, SystemOutput};
+use crate::container::{Credential, InsideSettings, Mode, Process, SystemOutput};
 use crate::lease::{
     Cgroup, CgroupMirror, ControllerCgroups, EphemeralCopy, NspawnMounts, Resource, Skeleton,
     TreeLock, UidRange,
@@ -49,6 +49,8 @@ pub(super) struct LaunchSpecRecord {
     seccomp: seccomp::Source,
     #[serde(default, skip_serializing_if = "MountPlan::is_empty")]
     mounts: MountPlan,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    credentials: Vec<Credential>,
     #[serde(default, skip_serializing_if = "SystemOutput::is_empty")]
     output: SystemOutput,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -89,6 +91,7 @@ impl From<LaunchSpecRecord> for LaunchSpec {
             inside: form.inside,
             seccomp: form.seccomp,
             mounts: form.mounts,
+            credentials: form.credentials,
             output: form.output,
             ready_within: form.ready_within,
             notes: form.notes,
@@ -118,6 +121,7 @@ impl From<LaunchSpec> for LaunchSpecRecord {
             inside: launch_spec.inside,
             seccomp: launch_spec.seccomp,
             mounts: launch_spec.mounts,
+            credentials: launch_spec.credentials,
             output: launch_spec.output,
             ready_within: launch_spec.ready_within,
             notes: launch_spec.notes,

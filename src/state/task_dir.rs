@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::launch_spec_record::LaunchSpecRecord;
 use crate::cgroup::CgroupPlan;
 use crate::container::{
-    Cause, ExecDefaults, Exit, InsideSettings, Mode, Process, Started, SystemOutput,
+    Cause, Credential, ExecDefaults, Exit, InsideSettings, Mode, Process, Started, SystemOutput,
 };
 use crate::lease::{Resource, TreeLock, UidRange};
 use crate::mounts::MountPlan;
@@ -77,6 +77,8 @@ pub struct LaunchSpec {
     pub seccomp: seccomp::Source,
     /// What the exec shim mounts for systemd-nspawn.
     pub mounts: MountPlan,
+    /// The files that the exec shim reads for systemd-nspawn.
+    pub credentials: Vec<Credential>,
     /// What the supervisor writes to the logs of the task itself.
     pub output: SystemOutput,
     /// How long the task may take to say that it is ready; `None` if it does not have to.

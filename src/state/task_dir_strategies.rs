@@ -5,7 +5,9 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::container::{Changes, Device, Journal, Mount, MountIds, Overlay, TmpfsSizes};
+use crate::container::{
+    Changes, Credential, Device, Journal, Mount, MountIds, Overlay, TmpfsSizes,
+};
 use crate::mounts::{self, IdRange};
 
 /// A time that a record can hold.
@@ -168,7 +170,7 @@ pub(super) fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
         limits,
         (
             seccomp(),
-            mount_plan(),
+            (mount_plan(), credentials()),
             (output(), any::<Option<Duration>>()),
         ),
         network_of,
@@ -180,7 +182,7 @@ pub(super) fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
                 inside,
                 notes,
                 (cgroups, oom_score_adj),
-                (seccomp, mounts, (output, ready_within)),
+                (seccomp, (mounts, credentials), (output, ready_within)),
                 network_of,
             ) = rest;
             let (stdout, stderr, network_namespace, alloc_dir) = paths;
@@ -203,12 +205,23 @@ pub(super) fn launch_spec() -> impl Strategy<Value = LaunchSpec> {
                 inside,
                 seccomp,
                 mounts,
+                credentials,
                 output,
                 ready_within,
                 notes,
             }
         },
     )
+}
+
+fn credentials() -> impl Strategy<Value = Vec<Credential>> {
+    let one = (any::<String>(), path(), any::<String>());
+    let one = one.prop_map(|(name, source, option)| Credential {
+        name,
+        source,
+        option,
+    });
+    proptest::collection::vec(one, 0..3)
 }
 
 fn mode() -> impl Strategy<Value = Mode> {

@@ -46,6 +46,7 @@ pub(crate) fn an_order(id: &str) -> LaunchSpec {
         mounts: MountPlan::default(),
         output: SystemOutput::default(),
         ready_within: None,
+        credentials: Vec::new(),
         cgroups: None,
         oom_score_adj: 0,
         resources: Vec::new(),

@@ -1,5 +1,5 @@
 //! The exec shim (`enter DIR`): the process between the supervisor and systemd-nspawn. It enters the container's cgroup and network
-//! namespace, mounts what the container gets of the host, drops inherited process state, puts the descriptors for the driver's init at their numbers, and becomes
+//! namespace, reads credentials, mounts what the container gets of the host, drops inherited process state, puts the descriptors for the driver's init at their numbers, and becomes
 //! systemd-nspawn. It is a process of its own, because a supervisor that entered the cgroup itself would count against the task's
 //! limits and be killed with it. Creates nothing that outlives it.
 
@@ -16,7 +16,7 @@ use nix::sys::signal::SigSet;
 use nix::sys::stat::{Mode, umask};
 use nspawn_init::{DESCRIPTORS, Descriptor};
 
-use super::joined_network;
+use super::{credentials, joined_network};
 use crate::cgroup::{CgroupPlan, Group};
 use crate::failpoint::{self, Failpoint};
 use crate::mounts;
@@ -79,6 +79,8 @@ fn prepared(task_dir: &TaskDir) -> Result<(LaunchSpec, usize, Command), Refusal>
         .take_environment()
         .map_err(because("the environment can't be read"))?;
     enter_cgroup_and_netns(&launch_spec)?;
+    // In the namespace of the mounts their files may not be seen any more.
+    credentials::pass(&launch_spec.credentials)?;
     mount_all(task_dir, &launch_spec)?;
     if launch_spec.cgroup().is_none() {
         current_process()
@@ -136,7 +138,7 @@ fn mount_all(task_dir: &TaskDir, launch_spec: &LaunchSpec) -> Result<(), Refusal
 }
 
 /// Receives the descriptors that are queued on stdin and opens the init spec behind them, each at its number: no other descriptor
-/// is open, so the kernel assigns the lowest numbers in this order.
+/// is open but those of credentials, which have higher ones, so the kernel assigns the lowest numbers in this order.
 fn receive_descriptors(task_dir: &TaskDir) -> io::Result<()> {
     let queued = packets::receive(io::stdin())?.descriptors;
     let received = queued.take::<4>().map_err(io::Error::other)?;

@@ -5,13 +5,14 @@
 //! |---|---|
 //! | [`client`], [`exec_defaults`] | the plugin |
 //! | [`supervise`] | the supervisor process |
-//! | [`enter`], `joined_network` | the exec shim, which becomes systemd-nspawn |
+//! | [`enter`], `credentials`, `joined_network` | the exec shim, which becomes systemd-nspawn |
 //!
 //! [`protocol`] is what client and supervisor process exchange, [`framing`] how a message is delimited; [`init_channel`] is what the
 //! supervisor process and the container's init exchange; [`logs`] opens the output of a container, in both.
 
 pub mod client;
 mod connection;
+mod credentials;
 pub mod enter;
 pub mod exec_defaults;
 pub mod framing;

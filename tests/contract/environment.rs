@@ -40,6 +40,94 @@ async fn says(world: World, environment: BTreeMap<String, String>, script: &str,
     world.leave(&[]).await;
 }
 
+/// Names and contents are unchanged. In a booted container only the real systemd-nspawn can show it.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn credentials_are_files_in_the_directory_of_the_variable(world: World) {
+    let large = "x".repeat(Credential::MAX_BYTES);
+    let texts = [
+        (".hidden", ""),
+        ("a b\\n", "a\n\tb"),
+        ("db.password", "s3cret"),
+        ("large", &large),
+    ];
+    let credential = |(name, text): (&str, &str)| {
+        let source = world.scratch.path().canonicalize().unwrap();
+        let source = source.join(format!("{}.source", text.len()));
+        fs::write(&source, text).unwrap();
+        Credential {
+            name: name.to_owned(),
+            source,
+            option: String::new(),
+        }
+    };
+    let credentials: Vec<_> = texts.into_iter().map(credential).collect();
+    let script = "cd \"$CREDENTIALS_DIRECTORY\"; ls -A; \
+        cat '.hidden' 'a b\\n' 'db.password'; wc -c < large; ls /proc/self/fd | grep -c .";
+    for mode in [Mode::Plain, Mode::ProcessTwo] {
+        let started = world
+            .start(
+                world
+                    .named(&format!("{mode:?}").to_lowercase(), script)
+                    .with(|spec| {
+                        spec.payload.mode = mode;
+                        spec.payload.credentials.clone_from(&credentials);
+                    }),
+            )
+            .await;
+        let order = fs::read_to_string(started.state.join("order")).unwrap();
+        assert!(!order.contains("s3cret"), "{order}");
+        world.end(&started).await;
+        // The standard streams, and the directory that ls reads.
+        let wanted = ".hidden\na b\\n\ndb.password\nlarge\na\n\tbs3cret1048576\n4\n";
+        assert_eq!(world.said("stdout"), wanted, "{mode:?}");
+        within(world.backend.remove(&started.id)).await.unwrap();
+        fs::write(world.file("stdout"), "").unwrap();
+    }
+    world.leave(&[]).await;
+}
+
+/// What a task can have made of the file since it was checked.
+#[rstest]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_credential_that_is_no_file_any_more_fails_the_start(world: World) {
+    let source = world.scratch.path().canonicalize().unwrap().join("source");
+    let spec = || {
+        world.spec("echo started").with(|spec| {
+            spec.payload.credentials = vec![Credential {
+                name: "token".to_owned(),
+                source: source.clone(),
+                option: "config.credentials[\"token\"]".to_owned(),
+            }];
+        })
+    };
+    type Make = fn(&Path);
+    let kinds: [(Make, &str); 4] = [
+        (
+            |path| std::os::unix::fs::symlink("/etc/hostname", path).unwrap(),
+            "a part of the path has become a symbolic link since it was checked",
+        ),
+        (
+            |path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap(),
+            "is not a regular file",
+        ),
+        (
+            |path| fs::write(path, vec![b'x'; Credential::MAX_BYTES + 1]).unwrap(),
+            "has more than 1048576 bytes, the most that a credential holds",
+        ),
+        (|_| {}, "No such file or directory"),
+    ];
+    for (make, words) in kinds {
+        make(&source);
+        let error = world.refused(spec()).await.to_string();
+        let named = error.contains("config.credentials[\"token\"]: ");
+        assert!(named && error.contains(words), "{words}: {error}");
+        let _ = fs::remove_file(&source);
+    }
+    assert_eq!(world.said("stdout"), "");
+    world.leave(&[]).await;
+}
+
 /// For booted containers see [`a_booted_container_has_its_variables_and_is_stopped_in_order`].
 #[rstest]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

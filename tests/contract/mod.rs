@@ -11,7 +11,8 @@ use std::time::Duration;
 use nomad_driver_nspawn::backend::nspawn::{Settings, Timeouts};
 use nomad_driver_nspawn::backend::{BackendError, ContainerBackend, NspawnBackend};
 use nomad_driver_nspawn::container::{
-    ContainerSpec, Exit, Identity, Mode, NetworkNamespace, Root, Started, Users, Volatile,
+    ContainerSpec, Credential, Exit, Identity, Mode, NetworkNamespace, Root, Started, Users,
+    Volatile,
 };
 use nomad_driver_nspawn::failpoint::OLD_KERNEL;
 use nomad_driver_nspawn::network::pool::Pool;

@@ -235,6 +235,7 @@ fn launch_spec(
         inside: spec.resources.inside(),
         seccomp: Source::default(),
         mounts: MountPlan::default(),
+        credentials: spec.payload.credentials.clone(),
         output: SystemOutput {
             journal: spec.payload.journal.clone(),
             console: spec.payload.console == Console::Relayed,
