@@ -1,8 +1,9 @@
 //! Applies to a started container what systemd-nspawn has no option for: sizes of its temporary file systems, kernel settings of its
-//! namespaces, device nodes. Runs in the supervisor process, after systemd-nspawn has named the leader and before the driver's init is
+//! namespaces, device nodes, the owner of credentials. Runs in the supervisor process, after systemd-nspawn has named the leader and before the driver's init is
 //! sent "go". The root of the container is not trusted: every path is looked up below the leader's root, and nothing is changed
 //! that the host can see too. What is applied belongs to the container and ends with it, so there is nothing to release.
 
+mod credentials;
 mod devices;
 mod sysctls;
 mod tmpfs;
@@ -16,8 +17,9 @@ use std::time::Duration;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, Stat, fstat, fstatfs, major, minor, openat2};
 
 use super::Supervisor;
-use crate::container::{Cause, InsideSettings};
+use crate::container::{Cause, Credential, InsideSettings};
 use crate::nspawn::refusal::cause_of_host_error;
+use crate::state::task_dir::Pid1;
 use crate::supervisor::protocol::{StartFailure, StartStep};
 use crate::sys::process::ProcessHandle;
 use crate::sys::procfs;
@@ -26,11 +28,12 @@ impl Supervisor {
     /// Applies the settings of the launch spec to the container. Returns false if that failed and the start is being undone. A
     /// container whose leader has exited already is left alone: its exit is all there is to report.
     pub(super) fn apply_inside(&mut self, leader: Option<&ProcessHandle>) -> bool {
-        let settings = &self.launch_spec.inside;
-        let Some(leader) = leader.filter(|_| !settings.is_empty()) else {
+        let (settings, credentials) = (&self.launch_spec.inside, self.credentials_of_command());
+        let is_needed = !settings.is_empty() || !credentials.is_empty();
+        let Some(leader) = leader.filter(|_| is_needed) else {
             return true;
         };
-        match apply(settings, leader) {
+        match apply(settings, credentials, leader) {
             Ok(notes) => self.launch_spec.notes.extend(notes),
             // What has no process any more has no namespaces either.
             Err(_) if has_exited(leader) => {}
@@ -41,10 +44,22 @@ impl Supervisor {
         }
         true
     }
+
+    /// Those of a container in which the driver's init runs a command. An image's own init is root.
+    fn credentials_of_command(&self) -> &[Credential] {
+        match self.launch_spec.first {
+            Pid1::Driver { .. } => &self.launch_spec.credentials,
+            Pid1::Image => &[],
+        }
+    }
 }
 
 /// Applies all settings. Returns what the user should know about the start.
-fn apply(settings: &InsideSettings, leader: &ProcessHandle) -> Result<Vec<String>, StartFailure> {
+fn apply(
+    settings: &InsideSettings,
+    credentials: &[Credential],
+    leader: &ProcessHandle,
+) -> Result<Vec<String>, StartFailure> {
     sysctls::apply(&settings.sysctls, leader)?;
     let root = match ContainerRoot::open(leader) {
         Ok(Some(root)) => root,
@@ -57,6 +72,7 @@ fn apply(settings: &InsideSettings, leader: &ProcessHandle) -> Result<Vec<String
     for device in &settings.devices {
         devices::make(device, &root, leader.process().pid)?;
     }
+    credentials::give(credentials, &root, leader.process())?;
     Ok(tmpfs::resize(settings.tmpfs, &root))
 }
 
@@ -121,12 +137,16 @@ impl ContainerRoot {
         Ok(found?)
     }
 
-    /// Whether this is on a temporary file system of the container alone. One that is mounted on the host too was bound there, or
-    /// the container has no mounts of its own.
     fn is_own_tmpfs(&self, place: BorrowedFd<'_>) -> io::Result<bool> {
         /// `TMPFS_MAGIC` of `linux/magic.h`.
         const TMPFS: u64 = 0x0102_1994;
-        if u64::try_from(fstatfs(place)?.f_type) != Ok(TMPFS) {
+        self.is_own(place, TMPFS)
+    }
+
+    /// Whether this is on a file system of this kind that the container has alone. One that is mounted on the host too was bound there, or
+    /// the container has no mounts of its own.
+    fn is_own(&self, place: BorrowedFd<'_>, kind: u64) -> io::Result<bool> {
+        if u64::try_from(fstatfs(place)?.f_type) != Ok(kind) {
             return Ok(false);
         }
         match &self.of_host {
