@@ -15,6 +15,7 @@ use crate::proto::hclspec;
 
 mod allowed;
 mod cpu;
+mod credentials;
 mod decode;
 mod description;
 mod devices;

@@ -51,19 +51,7 @@ pub(super) fn check<'a>(
         option: Some(option),
         content: Content::Device,
     });
-    let mounts = mounts.iter().map(|mount| Target {
-        path: &mount.target,
-        option: mount.option.as_deref(),
-        content: Content::Host(mount),
-    });
-    let tmpfs = tmpfs.iter().map(|tmpfs| Target {
-        path: &tmpfs.target,
-        option: Some(&tmpfs.option),
-        content: Content::Tmpfs {
-            read_only: tmpfs.read_only,
-        },
-    });
-    let all: Vec<_> = devices.chain(mounts).chain(tmpfs).collect();
+    let all: Vec<_> = devices.chain(targets(mounts, tmpfs)).collect();
     for (index, target) in all.iter().enumerate() {
         if let Some(earlier) = all[..index].iter().find(|other| other.path == target.path) {
             return Err(target.error(&format!("is also that of {}", earlier.named())));
@@ -79,6 +67,40 @@ pub(super) fn check<'a>(
         }
     }
     Ok(())
+}
+
+/// Returns the first mount that would hide this directory, which systemd-nspawn fills before it mounts anything of the job, or that would lie in it.
+pub(super) fn keep_visible(
+    (directory, option): (&Path, &str),
+    mounts: &[Mount],
+    tmpfs: &[Tmpfs],
+) -> Result<(), ConfigError> {
+    let is_in_the_way = |target: &Target<'_>| {
+        directory.starts_with(target.path) || target.path.starts_with(directory)
+    };
+    match targets(mounts, tmpfs).find(is_in_the_way) {
+        None => Ok(()),
+        Some(target) => Err(target.error(&format!(
+            "can't be combined with {option}, whose files are in {}",
+            quoted(&directory.to_string_lossy())
+        ))),
+    }
+}
+
+fn targets<'a>(mounts: &'a [Mount], tmpfs: &'a [Tmpfs]) -> impl Iterator<Item = Target<'a>> {
+    let mounts = mounts.iter().map(|mount| Target {
+        path: &mount.target,
+        option: mount.option.as_deref(),
+        content: Content::Host(mount),
+    });
+    let tmpfs = tmpfs.iter().map(|tmpfs| Target {
+        path: &tmpfs.target,
+        option: Some(&tmpfs.option),
+        content: Content::Tmpfs {
+            read_only: tmpfs.read_only,
+        },
+    });
+    mounts.chain(tmpfs)
 }
 
 /// Whether the mount point of `target` exists in `around` or can be created there.

@@ -212,6 +212,8 @@ options! {
         "idmap" => idmap: bool [true],
         /// Environment variables; they override those of Nomad and of the job.
         "environment" => environment: BTreeMap<String, String> [],
+        /// Files that the container gets as systemd credentials, as name = file.
+        "credentials" => credentials: BTreeMap<String, String> [],
         /// Container ports by port label, for ports of the task's own `network` block.
         "port_map" => port_map: BTreeMap<String, Number> [],
         /// Labels of the group's ports that are forwarded into the container.

@@ -20,8 +20,8 @@ use super::system::System;
 use super::users::users;
 use super::values::{self, one_of};
 use super::{
-    ConfigError, ImageSearchPath, PluginConfig, TaskContext, Validated, dns, identity, low_ports,
-    mounts, network,
+    ConfigError, ImageSearchPath, PluginConfig, TaskContext, Validated, credentials, dns, identity,
+    low_ports, mounts, network,
 };
 
 /// Returns the container, or the first error. Checks that need no look-up on the host come first; their order is the order in
@@ -57,19 +57,20 @@ pub(super) fn check(
         return Err(download_error(download));
     }
     let allocation = Allocation::of(context)?;
-    let (mounts, tmpfs) = mounts::mounts(
-        &options,
-        context,
-        Sources::new(plugin_config, &allocation),
-        &resources,
-    )?;
+    let sources = Sources::new(plugin_config, &allocation);
+    let (mounts, tmpfs) = mounts::mounts(&options, context, sources, &resources)?;
+    let credentials =
+        credentials::credentials(options.credentials.as_ref(), sources, (&mounts, &tmpfs))?;
     let mut spec = ContainerSpec {
         identity,
         description: Description::default(),
         rootfs: root_options.find(&options, (mode, &users), &allocation, search_path)?,
         mounts,
         tmpfs,
-        payload,
+        payload: Payload {
+            credentials,
+            ..payload
+        },
         users,
         network,
         resources: resources.find(context)?,
@@ -131,6 +132,7 @@ fn payload(
         mode,
         command,
         environment,
+        // Looked for on the host, later.
         credentials: Vec::new(),
         working_directory: options.working_directory.clone(),
         user: user(options, context, mode)?,

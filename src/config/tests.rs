@@ -15,6 +15,7 @@ use crate::container::{
 };
 
 mod bytes;
+mod credentials;
 mod environment;
 mod mounts;
 mod overlays;

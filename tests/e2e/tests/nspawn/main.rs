@@ -16,6 +16,7 @@ use nomad_driver_nspawn::sys::process::ProcessHandle;
 use serde_json::{Value, json};
 use support::wire::Task;
 
+mod credentials;
 mod devices;
 mod ends;
 mod exec;
