@@ -386,20 +386,34 @@ fn a_signal_reaches_the_command() {
 #[test]
 fn a_changed_template_signals_the_command() {
     let agent = Agent::new();
-    let set = |word: &str| {
-        let items = json!({ "Path": "nomad/jobs", "Items": { "word": word } });
-        // The agent's keys may be ready a moment after its node.
-        until("the variable", || {
-            agent.call("PUT", "/v1/var/nomad/jobs", Some(&items)).ok()
-        });
-    };
-    set("first");
+    set_word(&agent, "first");
     let task = run(&agent, "reload");
     task.printed("up");
-    set("second");
+    set_word(&agent, "second");
     assert_eq!(task.printed("second"), "up\nsecond\n");
     assert_eq!(task.starts(), 1);
     assert_eq!(task.stop(), [0]);
+    agent.leave();
+}
+
+/// Sets the variable of Nomad that the templates of the jobs show.
+fn set_word(agent: &Agent, word: &str) {
+    let items = json!({ "Path": "nomad/jobs", "Items": { "word": word } });
+    // The agent's keys may be ready a moment after its node.
+    until("the variable", || {
+        agent.call("PUT", "/v1/var/nomad/jobs", Some(&items)).ok()
+    });
+}
+
+#[test]
+fn a_changed_template_is_the_credential_of_the_restarted_task() {
+    let agent = Agent::new();
+    set_word(&agent, "first");
+    let task = run(&agent, "credentials");
+    task.printed("bob\nfirst\n");
+    set_word(&agent, "second");
+    assert_eq!(task.printed("second\n"), "bob\nfirst\nbob\nsecond\n");
+    task.stop();
     agent.leave();
 }
 
