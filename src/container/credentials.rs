@@ -22,6 +22,8 @@ impl Credential {
     pub const VARIABLE: &str = "CREDENTIALS_DIRECTORY";
     /// The most that one holds, in bytes.
     pub const MAX_BYTES: usize = 1024 * 1024;
+    /// The most that all of a container hold, in bytes: during the start there are several copies in memory.
+    pub const MAX_TOTAL_BYTES: usize = 4 * 1024 * 1024;
     /// The most that a container has.
     pub const MAX_COUNT: usize = 256;
 }

@@ -19,13 +19,25 @@ use crate::sys::open_regular_file;
 /// Reads the files, and leaves a descriptor for each open, at the number that the arguments of systemd-nspawn name. It belongs to the program
 /// that this process becomes.
 pub(super) fn pass(credentials: &[Credential]) -> Result<(), Refusal> {
-    for (index, credential) in credentials.iter().enumerate() {
-        let text = read(&credential.source).map_err(|error| refused(credential, error))?;
-        let passed =
-            pipe_with(&text).and_then(|pipe| leave_at(pipe, descriptor_of_credential(index)));
-        passed.map_err(|error| refused(credential, error.into()))?;
+    for (index, text) in read_all(credentials)?.iter().enumerate() {
+        let number = descriptor_of_credential(index);
+        let passed = pipe_with(text).and_then(|pipe| leave_at(pipe, number));
+        passed.map_err(|error| refused(&credentials[index], error.into()))?;
     }
     Ok(())
+}
+
+/// What is in the files.
+fn read_all(credentials: &[Credential]) -> Result<Vec<Vec<u8>>, Refusal> {
+    let mut left = Credential::MAX_TOTAL_BYTES;
+    let mut read_one = |credential: &Credential| {
+        let text = read(&credential.source)?;
+        left = left.checked_sub(text.len()).ok_or(Unfit::TooMuch)?;
+        Ok(text)
+    };
+    let all = credentials.iter();
+    all.map(|one| read_one(one).map_err(|error| refused(one, error)))
+        .collect()
 }
 
 /// Why a file is no credential.
@@ -36,6 +48,11 @@ enum Unfit {
         Credential::MAX_BYTES
     )]
     TooLarge,
+    #[error(
+        "and the files before it have more than {} bytes, the most that all credentials of a task hold",
+        Credential::MAX_TOTAL_BYTES
+    )]
+    TooMuch,
     #[error("is not a regular file")]
     Irregular,
     #[error("a part of the path has become a symbolic link since it was checked")]
@@ -51,7 +68,7 @@ fn refused(credential: &Credential, error: Unfit) -> Refusal {
     };
     let (option, path) = (&credential.option, credential.source.display());
     let reason = match error {
-        Unfit::TooLarge | Unfit::Irregular => format!("{option}: {path} {error}"),
+        Unfit::TooLarge | Unfit::TooMuch | Unfit::Irregular => format!("{option}: {path} {error}"),
         Unfit::Link | Unfit::Failed(_) => format!("{option}: can't read {path}: {error}"),
     };
     Refusal { cause, reason }
@@ -176,6 +193,21 @@ mod tests {
             );
             assert_eq!(refusal(&path(name)), (wanted, may_pass));
         }
+    }
+
+    #[test]
+    fn all_files_together_have_a_limit() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().canonicalize().unwrap().join("large");
+        std::fs::write(&path, vec![b'x'; Credential::MAX_BYTES]).unwrap();
+        assert_eq!(read_all(&vec![credential(&path); 4]).unwrap().len(), 4);
+        let refusal = read_all(&vec![credential(&path); 5]).unwrap_err();
+        let wanted = format!(
+            "config.credentials[\"token\"]: {} and the files before it have more than 4194304 bytes, \
+             the most that all credentials of a task hold",
+            path.display()
+        );
+        assert_eq!((refusal.reason, refusal.cause), (wanted, Cause::Config));
     }
 
     #[test]
