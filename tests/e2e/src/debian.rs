@@ -14,39 +14,57 @@ use crate::until;
 const CACHE: &str = "/var/cache/nomad-driver-nspawn-e2e";
 const SUITE: &str = "bookworm";
 
-/// The cached tree, built if it is missing.
+/// The cached tree of Debian 12, built if it is missing.
 pub fn tree() -> PathBuf {
-    cached(SUITE, "systemd,systemd-sysv,dbus")
+    tree_of(SUITE)
+}
+
+/// The cached tree of this release of Debian, built if it is missing.
+pub fn tree_of(suite: &str) -> PathBuf {
+    cached(suite, suite, "systemd,systemd-sysv,dbus")
+}
+
+/// Whether there is a tree of this release, or one is to be made (`NOMAD_DRIVER_NSPAWN_E2E_SID`), which takes about a minute.
+pub fn has_tree_of(suite: &str) -> bool {
+    cache().join(suite).is_dir() || std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_SID").is_some()
 }
 
 /// Another cached tree: that of the example with a database.
 pub fn tree_with_redis() -> PathBuf {
-    cached(&format!("{SUITE}-redis"), "redis-server")
+    cached(&format!("{SUITE}-redis"), SUITE, "redis-server")
 }
 
-/// The cached tree of this name, built with these packages if it is missing.
-fn cached(name: &str, packages: &str) -> PathBuf {
+fn cache() -> PathBuf {
     let cache = std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_CACHE");
-    let cache = cache.map_or_else(|| CACHE.into(), PathBuf::from);
-    fs::create_dir_all(&cache).expect("the cache directory");
-    // Several test processes may need it at once; one of them builds it.
-    let lock = fs::File::create(cache.join("lock")).expect("the lock of the cache");
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive).expect("the lock of the cache");
+    cache.map_or_else(|| CACHE.into(), PathBuf::from)
+}
+
+/// The cached tree of this name, built of this release with these packages if it is missing.
+fn cached(name: &str, suite: &str, packages: &str) -> PathBuf {
+    let cache = cache();
     let tree = cache.join(name);
+    // The finished tree gets its name at once.
+    if tree.is_dir() {
+        return tree;
+    }
+    fs::create_dir_all(&cache).expect("the cache directory");
+    // Several test processes may need it at once; one of them builds it. Those that need another tree do not wait for that.
+    let lock = fs::File::create(cache.join(format!("{name}.lock"))).expect("a lock in the cache");
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive).expect("a lock in the cache");
     if !tree.is_dir() {
         let new = cache.join(format!("{name}.new"));
         drop(fs::remove_dir_all(&new));
-        make(&new, packages);
+        make(&new, suite, packages);
         fs::rename(&new, &tree).expect("the finished tree");
     }
     tree
 }
 
-fn make(tree: &Path, packages: &str) {
+fn make(tree: &Path, suite: &str, packages: &str) {
     let made = Command::new("debootstrap")
         .arg("--variant=minbase")
         .arg(format!("--include={packages}"))
-        .arg(SUITE)
+        .arg(suite)
         .arg(tree)
         // Without a mirror debootstrap uses its own default.
         .args(std::env::var_os("NOMAD_DRIVER_NSPAWN_E2E_MIRROR"))

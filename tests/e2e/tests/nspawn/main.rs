@@ -34,6 +34,7 @@ mod root;
 mod system;
 mod system_ends;
 mod system_network;
+mod units;
 mod users;
 mod volumes;
 
