@@ -304,3 +304,32 @@ fn a_machine_id_of_a_shared_image_is_replaced(#[case] text: Option<&str>, #[case
     let linked = files(true, Mode::Boot);
     assert_eq!(mounted(&linked, "/var/lib/dbus/machine-id"), None);
 }
+
+/// systemd can't make an id itself where it can't store one.
+#[rstest]
+#[case::read_only(true, Volatile::No, true)]
+#[case::only_var_is_writable(false, Volatile::State, true)]
+#[case::changes_in_memory(false, Volatile::Overlay, false)]
+#[case::only_usr_is_there(false, Volatile::Yes, false)]
+#[case::writable(false, Volatile::No, false)]
+fn a_system_that_cannot_store_a_machine_id_has_one(
+    #[case] read_only: bool,
+    #[case] volatile: Volatile,
+    #[case] added: bool,
+) {
+    let ground = Ground::new();
+    let files = |mode| {
+        ground.files(|spec| {
+            spec.rootfs.read_only = read_only;
+            spec.rootfs.volatile = volatile;
+            spec.payload.mode = mode;
+        })
+    };
+    let id = machine_id::of("0f1e/web") + "\n";
+    let booted = files(Mode::Boot);
+    let text = mounted(&booted, own_id::MACHINE_ID);
+    assert_eq!(text, added.then_some(id));
+    assert_eq!(mounted(&booted, own_id::COMMIT).is_some(), added);
+    let command = files(Mode::Plain);
+    assert_eq!(mounted(&command, own_id::MACHINE_ID), None);
+}

@@ -19,8 +19,8 @@ pub(super) const COMMIT_TEXT: &str = "[Unit]\nConditionPathExists=!/etc/machine-
 /// Longer than any content that is a machine id or stands for one.
 const TEXT_MAX: u64 = 64;
 
-/// The files of the image that give it a machine id and have to be replaced. Not those that make systemd start as for the first time: then it
-/// takes the id from systemd-nspawn. A note says where the image can't be looked into.
+/// The files of the image that give it a machine id and have to be replaced, or that it lacks. Not those that make systemd start as for the
+/// first time: then it takes the id from systemd-nspawn. A note says where the image can't be looked into.
 pub(super) fn to_replace(
     spec: &ContainerSpec,
     tree: &Tree<'_>,
@@ -34,7 +34,7 @@ pub(super) fn to_replace(
     }
     if matches!(rootfs.source, Root::Image(_)) {
         if spec.payload.mode == Mode::Boot {
-            notes.push("if the disk image has a machine id of its own, all its tasks share it: remove it from the image, /etc/machine-id and /var/lib/dbus/machine-id, to let each task have its own".to_owned());
+            notes.push("if the disk image has a machine id of its own, all its tasks share it: empty /etc/machine-id in the image and remove /var/lib/dbus/machine-id, to let each task have its own".to_owned());
         }
         return Vec::new();
     }
@@ -44,9 +44,19 @@ pub(super) fn to_replace(
         files.push(OF_DBUS);
     }
     files.retain(|file| {
-        tree.place(file) != Place::OfTheJob && has_id(tree, Path::new(file)).unwrap_or(false)
+        tree.place(file) != Place::OfTheJob
+            && (has_id(tree, Path::new(file)).unwrap_or(false)
+                || *file == MACHINE_ID && needs_id(spec, tree))
     });
     files
+}
+
+/// Whether the image has no machine id, and no empty file for one, and systemd can't make the file: it would not boot then.
+fn needs_id(spec: &ContainerSpec, tree: &Tree<'_>) -> bool {
+    let etc_is_read_only = spec.rootfs.read_only || spec.rootfs.volatile == Volatile::State;
+    etc_is_read_only
+        && spec.payload.mode == Mode::Boot
+        && matches!(tree.place(MACHINE_ID), Place::Missing(_))
 }
 
 /// Whether there is a file with an id, or an empty one, in place of which systemd makes an id.

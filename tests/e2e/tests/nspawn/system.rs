@@ -178,3 +178,55 @@ async fn tasks_that_share_an_image_do_not_share_a_machine_id(#[case] of_image: &
     end(plugin).await;
     stage.leave();
 }
+
+/// systemd says "System cannot boot: Missing /etc/machine-id and /etc is mounted read-only", and goes on without a journal. Real only: a real
+/// init.
+#[rstest]
+#[case::with_user_namespace("read_only", json!(true), true)]
+#[case::without("read_only", json!(true), false)]
+#[case::with_a_writable_var("volatile", json!("state"), true)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_only_system_without_a_machine_id_boots(
+    #[case] option: &str,
+    #[case] value: Value,
+    #[case] users: bool,
+) {
+    let stage = Stage::new();
+    let tree = stage.join("debian");
+    debian::copy(&tree, "true", "true");
+    // It would make a directory in `/var`.
+    symlink(
+        "/dev/null",
+        tree.join("etc/systemd/system/systemd-logind.service"),
+    )
+    .unwrap();
+    for file in ["etc/machine-id", "var/lib/dbus/machine-id"] {
+        fs::remove_file(tree.join(file)).unwrap();
+    }
+    let plugin = stage.plugin().await;
+    let task = stage.words(&[]).with("image", json!(tree));
+    let task = task
+        .with("boot", true)
+        .with("ready", "notify")
+        .with("user_namespacing", users);
+    let running = stage.start(&plugin, task.with(option, value)).await;
+    let script = [
+        "/bin/sh",
+        "-c",
+        "systemctl is-system-running; systemctl list-units --state=failed --plain --no-legend; \
+         tr '\\0' '\\n' </proc/1/environ | sed -n s/container_uuid=//p; cat /etc/machine-id; \
+         ls /run/log/journal",
+    ];
+    let seen = plugin.exec(&running.id, &script, None).await.unwrap();
+    let seen = String::from_utf8_lossy(&seen.stdout).replace('-', "");
+    let lines: Vec<_> = seen.lines().collect();
+    let [state, id, file, journal] = lines[..] else {
+        panic!("{seen}");
+    };
+    assert_eq!((state, file, journal), ("running", id, id), "{seen}");
+    assert!(!tree.join("etc/machine-id").exists());
+    running.stop(&plugin, AMPLE, "").await;
+    running.destroy(&plugin).await;
+    end(plugin).await;
+    stage.leave();
+}
