@@ -23,16 +23,36 @@ use std::path::{Component, Path, PathBuf};
 use nix::dir::Dir;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
 use nix::sys::stat::Mode;
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 
 /// The directory in which systemd-nspawn makes the temporary copy of an ephemeral root: the parent of the root, or the
 /// root itself where it is a mount point.
 pub fn copy_place(root: &Path) -> PathBuf {
     let parent = root.parent().unwrap_or(root);
-    let device = |path: &Path| path.metadata().map(|about| about.dev()).ok();
-    match root.is_dir() && device(root) != device(parent) {
+    match root.is_dir() && is_mount_point(root, parent) {
         true => root.to_owned(),
         false => parent.to_owned(),
     }
+}
+
+/// Whether something is mounted at a directory. Its device is no answer: a subvolume of btrfs has one of its own, and what is bound from the
+/// same file system has not.
+fn is_mount_point(directory: &Path, parent: &Path) -> bool {
+    let about = statx(
+        CWD,
+        directory,
+        AtFlags::STATX_DONT_SYNC,
+        StatxFlags::BASIC_STATS,
+    );
+    let known = about.ok().and_then(|about| {
+        let knows = about
+            .stx_attributes_mask
+            .contains(StatxAttributes::MOUNT_ROOT);
+        knows.then(|| about.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+    });
+    // Before Linux 5.8.
+    let device = |path: &Path| path.metadata().map(|about| about.dev()).ok();
+    known.unwrap_or_else(|| device(directory) != device(parent))
 }
 
 /// The number of links that the kernel follows.

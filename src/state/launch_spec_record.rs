@@ -145,8 +145,12 @@ impl Older {
             Some(Resource::Skeleton(Skeleton {})),
             self.locks
                 .map(|tree| Resource::TreeLock(TreeLock { tree, shared })),
-            self.copies
-                .map(|directory| Resource::EphemeralCopy(EphemeralCopy { directory })),
+            self.copies.map(|directory| {
+                Resource::EphemeralCopy(EphemeralCopy {
+                    directory,
+                    tree: None,
+                })
+            }),
             Some(Resource::NspawnMounts(NspawnMounts {})),
         ];
         held.into_iter().flatten().collect()
@@ -169,7 +173,7 @@ impl Older {
                     older.locks = Some(tree);
                     older.shares = shared;
                 }
-                Resource::EphemeralCopy(EphemeralCopy { directory }) => {
+                Resource::EphemeralCopy(EphemeralCopy { directory, .. }) => {
                     older.copies = Some(directory)
                 }
                 // Older drivers release these without a field.

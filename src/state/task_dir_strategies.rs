@@ -46,7 +46,9 @@ fn resource() -> impl Strategy<Value = Resource> {
         (path(), any::<bool>())
             .prop_map(|(tree, shared)| Resource::TreeLock(TreeLock { tree, shared })),
         Just(Resource::Skeleton(Skeleton {})),
-        path().prop_map(|directory| Resource::EphemeralCopy(EphemeralCopy { directory })),
+        (path(), proptest::option::of(any::<String>())).prop_map(|(directory, tree)| {
+            Resource::EphemeralCopy(EphemeralCopy { directory, tree })
+        }),
         Just(Resource::NspawnMounts(NspawnMounts {})),
         any::<String>()
             .prop_map(|x| Resource::Unknown(serde_json::json!({"kind": "later", "x": x}))),

@@ -331,6 +331,7 @@ fn fields_of_older_launch_specs_become_resources_and_are_kept() {
         Resource::Skeleton(Skeleton {}),
         Resource::EphemeralCopy(EphemeralCopy {
             directory: "/srv".into(),
+            tree: None,
         }),
         Resource::NspawnMounts(NspawnMounts {}),
     ];

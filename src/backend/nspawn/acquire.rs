@@ -56,8 +56,7 @@ fn cgroups(place: &Place) -> Vec<Resource> {
 fn image(rootfs: &Rootfs, used: &Root) -> Resource {
     let (Root::Directory(image) | Root::Image(image)) = &rootfs.source;
     if rootfs.ephemeral {
-        let directory = copy_place(image);
-        return Resource::EphemeralCopy(EphemeralCopy { directory });
+        return Resource::EphemeralCopy(EphemeralCopy::of(image, copy_place(image)));
     }
     let tree = image.clone();
     // A skeleton is used, and locked, by this container only.

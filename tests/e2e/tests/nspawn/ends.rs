@@ -1,5 +1,7 @@
 //! Ends that require a real pid namespace or a real systemd-nspawn; the rest of the exit table is in the contract.
 
+use rstest::rstest;
+
 use super::*;
 
 /// If reboot(2) is called in a pid namespace, the kernel kills its PID 1 by a signal that identifies the request. Real only: pid
@@ -160,5 +162,139 @@ async fn a_broken_disk_image_is_refused_with_systemd_nspawns_message() {
     let reason = said.lines().last().unwrap();
     assert!(refused.contains(reason), "{refused:?} without {reason:?}");
     end(plugin).await;
+    stage.leave();
+}
+
+/// The copies beside a tree, and their locks.
+fn copies_in(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut copies: Vec<_> = names.filter(|name| name.starts_with(".#")).collect();
+    copies.sort();
+    copies
+}
+
+/// Before the name of the copy is known. What others have there is kept, whether it is in use or not. Real only: copies and their names.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_systemd_nspawn_killed_while_it_copies_leaves_no_copy_and_the_others_stay() {
+    let stage = Stage::new();
+    let plugin = stage.plugin().await;
+    let task = |text: &str| stage.shell(text).with("ephemeral", true);
+    let other = stage.up(&plugin, task("echo up; exec sleep 1000")).await;
+    let of_other = copies_in(stage.path());
+    assert_eq!(of_other.len(), 2, "{of_other:?}");
+    // Enough for a copy that takes a while.
+    for directory in 0..200 {
+        let directory = stage.join("tree/srv").join(directory.to_string());
+        fs::create_dir(&directory).unwrap();
+        for file in 0..100 {
+            fs::write(directory.join(file.to_string()), "").unwrap();
+        }
+    }
+    let task = task("exec sleep 1000");
+    let allocation = stage.allocation(&task);
+    let start = stage.start_in(&plugin, &task, allocation);
+    let foreign = stage.join(".#machine.tree20123456789abcdef");
+    let killed = async {
+        let own = within("the copy", async {
+            loop {
+                let mut found = copies_in(stage.path());
+                found.retain(|name| !of_other.contains(name));
+                if found.len() == 2 {
+                    break found;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await;
+        fs::create_dir(&foreign).unwrap();
+        fs::write(
+            foreign.with_file_name(".#.#machine.tree20123456789abcdef.lck"),
+            "",
+        )
+        .unwrap();
+        let of_start = |command: &str| {
+            command.contains("systemd-nspawn")
+                && command.contains("--ephemeral")
+                && !command.contains(other.allocation.id())
+        };
+        let nspawns = stage.marks().processes();
+        let nspawn = nspawns.iter().find(|one| of_start(&one.command)).unwrap();
+        let pid = nix::unistd::Pid::from_raw(nspawn.pid);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        own
+    };
+    let (started, own) = tokio::join!(start, killed);
+    let error = started.map(|_| ()).unwrap_err().error.to_string();
+    assert!(error.contains("ended by SIGKILL"), "{error}");
+    tokio::task::block_in_place(|| {
+        until("the removal of the copy", || {
+            let left = copies_in(stage.path());
+            own.iter().all(|name| !left.contains(name)).then_some(())
+        });
+    });
+    let left = copies_in(stage.path());
+    assert!(of_other.iter().all(|name| left.contains(name)), "{left:?}");
+    assert!(foreign.exists());
+    fs::remove_dir(&foreign).unwrap();
+    fs::remove_file(foreign.with_file_name(".#.#machine.tree20123456789abcdef.lck")).unwrap();
+    other.stop(&plugin, Duration::ZERO, "").await;
+    other.destroy(&plugin).await;
+    end(plugin).await;
+    stage.leave();
+}
+
+/// systemd-nspawn copies a tree that is a mount point into itself, and any other beside it: also one that only has another device number. Real
+/// only: mounts, and snapshots of btrfs.
+#[rstest]
+#[case::subvolume(true)]
+#[case::bound(false)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_systemd_nspawn_leaves_no_copy_of(#[case] subvolume: bool) {
+    let stage = Stage::new();
+    let (top, tree) = (stage.join("top"), stage.join("top/tree"));
+    fs::create_dir(&top).unwrap();
+    let run = |words: &str| {
+        let script = format!("cd {} && {words}", stage.path().display());
+        let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    if subvolume {
+        if Command::new("mkfs.btrfs")
+            .arg("--version")
+            .output()
+            .is_err()
+        {
+            stage.leave();
+            return support::not_applicable("mkfs.btrfs is not installed");
+        }
+        run("truncate -s 300M disk && mkfs.btrfs -q disk && mount -o loop disk top");
+        run("btrfs subvolume create top/tree");
+        e2e::busybox_tree(&tree);
+    } else {
+        if e2e::nspawn_version() >= 257 {
+            stage.leave();
+            return support::not_applicable(
+                "this systemd-nspawn may copy a tree that is a mount point into its copy, without end",
+            );
+        }
+        fs::create_dir(&tree).unwrap();
+        run("mount --bind tree top/tree");
+    }
+    let copies = if subvolume { &top } else { &tree };
+    let plugin = stage.plugin().await;
+    let task = stage.shell("echo up; exec sleep 1000");
+    let task = task.with("image", json!(tree)).with("ephemeral", true);
+    let running = stage.up(&plugin, task).await;
+    assert_eq!(copies_in(copies).len(), 2);
+    kill_nspawn(&running, &plugin).await;
+    running.destroy(&plugin).await;
+    assert_eq!(copies_in(copies), Vec::<String>::new());
+    end(plugin).await;
+    run(if subvolume {
+        "umount top"
+    } else {
+        "umount top/tree"
+    });
     stage.leave();
 }
