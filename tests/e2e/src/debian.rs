@@ -99,10 +99,15 @@ pub fn copy_tree(tree: &Path, target: &Path) {
     assert!(copied.success(), "cp: {copied}");
 }
 
-/// Copies the cached tree to `target` and adds the unit `e2e.service`, which runs one shell command when the system has started and one when
-/// it stops, neither with a single quote in it.
+/// Copies the cached tree to `target` and adds the unit of [`add_unit`].
 pub fn copy(target: &Path, start: &str, stop: &str) {
     copy_tree(&tree(), target);
+    add_unit(target, start, stop);
+}
+
+/// Adds the unit `e2e.service` to a tree, which runs one shell command when the system has started and one when it stops, neither with a single
+/// quote in it.
+pub fn add_unit(target: &Path, start: &str, stop: &str) {
     let units = target.join("etc/systemd/system");
     let unit = format!(
         "[Service]\nType=oneshot\nRemainAfterExit=yes\n\

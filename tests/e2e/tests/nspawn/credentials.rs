@@ -252,9 +252,10 @@ async fn a_leased_file_is_refused_at_once() {
 }
 
 /// A Debian tree whose unit `e2e.service` loads the credential `db.password`, and writes what it has got to `/local/said`.
-fn loading_tree(stage: &Stage) -> PathBuf {
+fn loading_tree(stage: &Stage, suite: &str, setting: &str) -> PathBuf {
     let tree = stage.join("debian");
-    debian::copy(
+    debian::copy_tree(&debian::tree_of(suite), &tree);
+    debian::add_unit(
         &tree,
         "{ id -un; cat $CREDENTIALS_DIRECTORY/db.password; echo; ls $CREDENTIALS_DIRECTORY; } > /local/said.new; \
          mv /local/said.new /local/said",
@@ -264,19 +265,24 @@ fn loading_tree(stage: &Stage) -> PathBuf {
     fs::create_dir(&more).unwrap();
     fs::write(
         more.join("credentials.conf"),
-        "[Service]\nUser=nobody\nLoadCredential=db.password\n",
+        format!("[Service]\nUser=nobody\n{setting}\n"),
     )
     .unwrap();
     tree
 }
 
 #[rstest]
-#[case::without_a_user_namespace(false)]
-#[case::in_a_user_namespace(true)]
+#[case::without_a_user_namespace(false, "bookworm", "LoadCredential=db.password")]
+#[case::in_a_user_namespace(true, "bookworm", "LoadCredential=db.password")]
+#[case::by_a_pattern(true, "trixie", "ImportCredential=db.*")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_unit_of_a_booted_system_loads_a_credential(#[case] user_namespace: bool) {
+async fn a_unit_of_a_booted_system_loads_a_credential(
+    #[case] user_namespace: bool,
+    #[case] suite: &str,
+    #[case] setting: &str,
+) {
     let stage = Stage::new();
-    let tree = loading_tree(&stage);
+    let tree = loading_tree(&stage, suite, setting);
     let plugin = stage.plugin().await;
     let task = stage
         .words(&[])
