@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::statfs::{PROC_SUPER_MAGIC, SYSFS_MAGIC, fstatfs};
 use nix::unistd::pipe2;
 
 use crate::container::{Cause, Credential};
@@ -22,7 +23,13 @@ pub(super) fn pass(credentials: &[Credential]) -> Result<(), Refusal> {
     for (index, text) in read_all(credentials)?.iter().enumerate() {
         let number = descriptor_of_credential(index);
         let passed = pipe_with(text).and_then(|pipe| leave_at(pipe, number));
-        passed.map_err(|error| refused(&credentials[index], error.into()))?;
+        passed.map_err(|error| Refusal {
+            cause: cause_of_host_error(&error),
+            reason: format!(
+                "{}: can't be passed to systemd-nspawn: {error}",
+                credentials[index].option
+            ),
+        })?;
     }
     Ok(())
 }
@@ -55,6 +62,8 @@ enum Unfit {
     TooMuch,
     #[error("is not a regular file")]
     Irregular,
+    #[error("is not a file on a disk or in memory, but one of the kernel")]
+    Kernel,
     #[error("a part of the path has become a symbolic link since it was checked")]
     Link,
     #[error("{0}")]
@@ -68,7 +77,9 @@ fn refused(credential: &Credential, error: Unfit) -> Refusal {
     };
     let (option, path) = (&credential.option, credential.source.display());
     let reason = match error {
-        Unfit::TooLarge | Unfit::TooMuch | Unfit::Irregular => format!("{option}: {path} {error}"),
+        Unfit::TooLarge | Unfit::TooMuch | Unfit::Irregular | Unfit::Kernel => {
+            format!("{option}: {path} {error}")
+        }
         Unfit::Link | Unfit::Failed(_) => format!("{option}: can't read {path}: {error}"),
     };
     Refusal { cause, reason }
@@ -81,6 +92,11 @@ fn read(path: &Path) -> Result<Vec<u8>, Unfit> {
         _ => Unfit::Failed(error),
     })?;
     let file = opened.ok_or(Unfit::Irregular)?;
+    // What such a file says is about the process that reads it, which is not the container's.
+    let kind = fstatfs(&file).map_err(io::Error::from)?.filesystem_type();
+    if [PROC_SUPER_MAGIC, SYSFS_MAGIC].contains(&kind) {
+        return Err(Unfit::Kernel);
+    }
     let mut text = Vec::new();
     let limit = Credential::MAX_BYTES as u64 + 1;
     file.take(limit).read_to_end(&mut text)?;
@@ -132,6 +148,18 @@ mod tests {
             Err(error) => refused(&credential(source), error),
         };
         (refusal.reason, refusal.cause.is_recoverable())
+    }
+
+    #[test]
+    fn a_file_of_the_kernel_is_refused() {
+        let (reason, may_succeed) = refusal(
+            Path::new("/proc/self/environ")
+                .canonicalize()
+                .unwrap()
+                .as_path(),
+        );
+        assert!(reason.ends_with("but one of the kernel"), "{reason}");
+        assert!(!may_succeed);
     }
 
     #[test]
