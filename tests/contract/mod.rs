@@ -26,6 +26,7 @@ use support::{eventually, not_applicable, starts_in};
 // Defined beside this module by the crate that runs the suite.
 use super::world;
 
+mod booted;
 mod control_socket;
 mod degraded;
 mod devices;

@@ -175,7 +175,7 @@ impl Supervisor {
             leader: self.raw_status(),
             waited: self.exit.waited,
             nspawn_stderr: &self.task_dir.nspawn_stderr_tail(),
-            init_failure: self.exit.messages.failure.as_deref(),
+            init_failure: self.init_failure(),
             nspawn,
             killed: self.exit.killed,
             nspawn_killed: self.exit.nspawn_killed,
@@ -198,10 +198,18 @@ impl Supervisor {
         failpoint::hit(&self.task_dir, Failpoint::EndTold);
     }
 
+    /// What the image's init has said about its failure. The last line of a console is about something else if the init was asked to exit.
+    fn init_failure(&self) -> Option<&str> {
+        let messages = &self.exit.messages;
+        let last_line = messages.last_line.as_deref();
+        let last_line = last_line.filter(|_| !self.is_asked_to_end());
+        messages.failure.as_deref().or(last_line)
+    }
+
     /// A system that has shut down by itself looks like one that has done its work.
     fn note_own_shutdown(&mut self, exit: &Exit) {
         let has_succeeded = (exit.code, exit.signal, &exit.error) == (0, 0, &None);
-        let is_own = !self.is_asked_to_end && has_succeeded;
+        let is_own = !self.is_asked_to_end() && has_succeeded;
         if is_own && self.launch_spec.mode == Mode::Boot {
             let how = self.exit.messages.shutdown.as_ref();
             let how = how.map_or_else(String::new, |line| {

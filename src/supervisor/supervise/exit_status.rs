@@ -90,7 +90,7 @@ pub(super) fn exit_of(evidence: &ExitEvidence<'_>) -> Exit {
     };
     let oom_killed =
         evidence.oom && !evidence.killed && error.is_none() && is_by_kill(code, signal);
-    let failed_by_itself = !evidence.killed && code != 0 && !oom_killed;
+    let failed_by_itself = !evidence.killed && code != 0 && signal == 0;
     let failure = evidence.init_failure.filter(|_| failed_by_itself);
     Exit {
         code,

@@ -10,8 +10,10 @@ use crate::journal::{self, Entry, Follower, UnitChange};
 
 /// How often the journal is looked at if the kernel can't report changes of it.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// How many units are remembered as failed or stopping, and how many messages of PID 1.
+/// How many units are remembered as failed, and how many messages of PID 1.
 const MAX_REMEMBERED: usize = 32;
+/// How many units are remembered as stopping: nearly all are asked at once.
+const MAX_STOPPING: usize = 1024;
 /// How much of each: no name of a unit is longer.
 const MAX_REMEMBERED_BYTES: usize = 256;
 
@@ -108,13 +110,17 @@ impl FollowedJournal {
         self.last = self.last.max(Some(entry.monotonic));
         self.is_up |= entry.is_startup_finished();
         match entry.unit_change() {
-            Some((UnitChange::Failed, unit)) => remember(&mut self.failed_units, unit),
-            Some((UnitChange::Stopping, unit)) => remember(&mut self.stopping_units, unit),
+            Some((UnitChange::Failed, unit)) => {
+                remember(&mut self.failed_units, unit, MAX_REMEMBERED)
+            }
+            Some((UnitChange::Stopping, unit)) => {
+                remember(&mut self.stopping_units, unit, MAX_STOPPING)
+            }
             Some((UnitChange::Stopped, unit)) => self.stopping_units.retain(|known| known != unit),
             None => {}
         }
         if let Some(message) = entry.emergency() {
-            remember(&mut self.emergencies, message);
+            remember(&mut self.emergencies, message, MAX_REMEMBERED);
         }
         Some(entry)
     }
@@ -162,11 +168,12 @@ impl FollowedJournal {
     }
 }
 
-/// Adds a text that is not known yet, unless there are too many.
-fn remember(known: &mut Vec<String>, text: &str) {
+/// Adds a text that is not known yet, as far as it can be shown, unless there are too many.
+fn remember(known: &mut Vec<String>, text: &str, limit: usize) {
     let text = &text[..text.floor_char_boundary(MAX_REMEMBERED_BYTES)];
-    if known.len() < MAX_REMEMBERED && !known.iter().any(|other| other == text) {
-        known.push(text.to_owned());
+    let text: String = text.chars().filter(|letter| !letter.is_control()).collect();
+    if known.len() < limit && !known.contains(&text) {
+        known.push(text);
     }
 }
 

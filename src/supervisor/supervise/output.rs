@@ -26,6 +26,8 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 const CONSOLE_SILENCE: Duration = Duration::from_millis(50);
 /// How much of a line of the console is shown with the exit.
 const MAX_SHOWN_CHARS: usize = 300;
+/// How much of what the init wrote to its journal.
+const MAX_FAILURE_BYTES: usize = 500;
 /// The last lines of systemd-shutdown.
 const SHUTDOWN_LINES: [&str; 4] = [
     "Powering off.",
@@ -48,8 +50,10 @@ pub(super) struct Output {
 /// What a booted system has said at its end.
 #[derive(Debug, Default)]
 pub(super) struct FinalMessages {
-    /// Why its init could not go on.
+    /// Why its init could not go on, by its own words.
     pub(super) failure: Option<String>,
+    /// The last line of its console, if it has no journal.
+    pub(super) last_line: Option<String>,
     /// How it has shut down, by its own words.
     pub(super) shutdown: Option<String>,
 }
@@ -286,13 +290,15 @@ impl Output {
     fn final_messages(&self) -> FinalMessages {
         let line = self.console.as_ref().and_then(Console::last_line);
         let journal = self.journal.as_ref();
-        let failure = match journal {
-            Some(journal) if journal.last().is_none() => line.clone(),
-            Some(journal) => Some(journal.emergencies().join("; ")),
-            None => None,
-        };
+        let failure = journal.map(|journal| {
+            let mut text = journal.emergencies().join("; ");
+            text.truncate(text.floor_char_boundary(MAX_FAILURE_BYTES));
+            text
+        });
+        let has_no_journal = journal.is_some_and(|journal| journal.last().is_none());
         FinalMessages {
             failure: failure.filter(|text| !text.is_empty()),
+            last_line: line.clone().filter(|_| has_no_journal),
             shutdown: line.filter(|line| SHUTDOWN_LINES.contains(&&**line)),
         }
     }
@@ -302,7 +308,8 @@ impl Console {
     /// The last line, as far as it can be shown.
     fn last_line(&self) -> Option<String> {
         let text = String::from_utf8_lossy(&self.last_line);
-        let text: String = text.trim_end().chars().take(MAX_SHOWN_CHARS).collect();
+        let shown = text.chars().filter(|letter| !letter.is_control());
+        let text: String = shown.take(MAX_SHOWN_CHARS).collect();
         Some(text).filter(|text| !text.is_empty())
     }
 

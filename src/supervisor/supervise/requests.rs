@@ -60,9 +60,8 @@ impl Supervisor {
 
     /// Returns the descriptor that the answer carries, if it carries one.
     fn carry_out(&mut self, action: Action) -> io::Result<Option<OwnedFd>> {
-        let asks_to_end = matches!(action, Action::Signal(1..) | Action::Stop | Action::Kill);
-        if asks_to_end && !self.is_asked_to_end {
-            self.is_asked_to_end = true;
+        if matches!(action, Action::Signal(1..) | Action::Stop | Action::Kill) {
+            self.asked_at = Some(Instant::now());
             self.said.forget_status();
         }
         let has_ended = self.exit.reported.is_some() || self.nspawn_has_exited();
@@ -79,7 +78,10 @@ impl Supervisor {
                 let stop_signal = self.stop_signal();
                 self.signal(stop_signal)?;
             }
-            Action::ExplainStop => self.explain_stop(),
+            Action::ExplainStop => {
+                self.asked_at = Some(Instant::now());
+                self.explain_stop();
+            }
             Action::Kill => self.kill(),
             Action::ExecDefaults => return self.exec_defaults().map(Some),
         }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use super::output::Output;
-use super::{NSPAWN_CLEANUP_TIMEOUT, State, Supervisor};
+use super::{LeaderState, NSPAWN_CLEANUP_TIMEOUT, State, Supervisor};
 use crate::cgroup::{Group, freezer};
 use crate::cleanup;
 use crate::container::Mode;
@@ -18,7 +18,18 @@ use crate::sys::process::{
 /// How long an image's init may need before it handles signals. A signal that it does not handle by then it never will.
 const INIT_STARTUP_WINDOW: Duration = Duration::from_secs(60);
 
+/// How many units that have not stopped are named.
+const MAX_UNITS: usize = 10;
+/// How long an exit is taken for the consequence of a signal.
+const ASKED_WINDOW: Duration = Duration::from_secs(1800);
+
 impl Supervisor {
+    /// Whether a plugin has probably caused the exit. Any signal can be the one that ends an init.
+    pub(super) fn is_asked_to_end(&self) -> bool {
+        self.asked_at
+            .is_some_and(|asked| asked.elapsed() < ASKED_WINDOW)
+    }
+
     /// The process that receives signals; none once it has exited. With `process_two` the command is known from the init's report
     /// and is never searched for: once it has exited, the init's children are orphans that the init has adopted.
     fn payload_pid(&self) -> Option<&ProcessHandle> {
@@ -104,12 +115,20 @@ impl Supervisor {
 
     /// Says in a note why the system has not stopped yet.
     pub(super) fn explain_stop(&mut self) {
+        if self.exit.leader != LeaderState::Alive {
+            return;
+        }
         self.copy_output(Output::read_journal);
         let units = self.output.as_ref().map(Output::stopping_units);
         let units = units.unwrap_or_default();
-        let units = match units.is_empty() {
-            true => String::new(),
-            false => format!(". Units that have not stopped: {}", units.join(", ")),
+        let shown = &units[..units.len().min(MAX_UNITS)];
+        let more = match units.len() - shown.len() {
+            0 => String::new(),
+            count => format!(" and {count} more"),
+        };
+        let units = match shown {
+            [] => String::new(),
+            shown => format!(". Units that have not stopped: {}{more}", shown.join(", ")),
         };
         let status = self.said.last_status();
         let note =

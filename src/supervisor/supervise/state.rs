@@ -73,8 +73,8 @@ pub(super) struct Supervisor {
     pub(super) state: State,
     /// Signals that the image's init does not handle yet.
     pub(super) pending_signals: Vec<Signal>,
-    /// Whether a plugin has asked the container to end, or sent it a signal.
-    pub(super) is_asked_to_end: bool,
+    /// When a plugin last asked the container to end, or sent it a signal.
+    pub(super) asked_at: Option<Instant>,
     pub(super) exit: ExitFacts,
     pub(super) ending: Ending,
 }
@@ -215,7 +215,7 @@ impl Supervisor {
             command: None,
             state: State::Starting { leader, ready },
             pending_signals: Vec::new(),
-            is_asked_to_end: false,
+            asked_at: None,
             exit: ExitFacts::default(),
             ending: Ending::NspawnRuns,
         };
