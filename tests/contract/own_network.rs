@@ -49,9 +49,8 @@ fn routed(world: &World, script: &str, ports: &[PortForward]) -> ContainerSpec {
 #[rstest]
 fn a_container_is_connected_before_its_command_runs(world: World) {
     in_own_network(|| async {
-        let script = "cat /proc/net/route /proc/net/if_inet6";
-        let started = world.start(routed(&world, script, &[])).await;
-        world.end(&started).await;
+        let script = "cat /proc/net/route /proc/net/if_inet6; echo up; exec sleep 1000";
+        let started = world.up(routed(&world, script, &[])).await;
         let plan = started.network.clone().unwrap();
         let said = world.said("stdout");
         if is_root() {
