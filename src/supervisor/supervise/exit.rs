@@ -175,7 +175,7 @@ impl Supervisor {
             leader: self.raw_status(),
             waited: self.exit.waited,
             nspawn_stderr: &self.task_dir.nspawn_stderr_tail(),
-            init_failure: self.init_failure(),
+            init_failure: self.exit.messages.failure.as_deref(),
             nspawn,
             killed: self.exit.killed,
             nspawn_killed: self.exit.nspawn_killed,
@@ -196,14 +196,6 @@ impl Supervisor {
         failpoint::hit(&self.task_dir, Failpoint::EndRecorded);
         self.report(Event::Exited(exit));
         failpoint::hit(&self.task_dir, Failpoint::EndTold);
-    }
-
-    /// What the image's init has said about its failure. The last line of a console is about something else if the init was asked to exit.
-    fn init_failure(&self) -> Option<&str> {
-        let messages = &self.exit.messages;
-        let last_line = messages.last_line.as_deref();
-        let last_line = last_line.filter(|_| !self.is_asked_to_end());
-        messages.failure.as_deref().or(last_line)
     }
 
     /// A system that has shut down by itself looks like one that has done its work.

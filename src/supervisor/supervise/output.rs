@@ -2,6 +2,7 @@
 //! disk, so nothing of it is lost while the log collector is slow: reading stops until the log takes more. The console is always read,
 //! because PID 1 would wait for it; what does not fit is left out and counted.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::OwnedFd;
@@ -24,10 +25,13 @@ const MAX_ENTRIES: usize = 256;
 const FINISH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the console may be silent after the exit before nothing more is expected.
 const CONSOLE_SILENCE: Duration = Duration::from_millis(50);
-/// How much of a line of the console is shown with the exit.
+/// How many lines of the console are remembered, and how much of each.
+const MAX_LAST_LINES: usize = 4;
 const MAX_SHOWN_CHARS: usize = 300;
-/// How much of what the init wrote to its journal.
+/// How much of what the init said about its failure is shown with the exit.
 const MAX_FAILURE_BYTES: usize = 500;
+/// The last line of a systemd that can't go on.
+const EXIT_LINE: &str = "Exiting PID 1...";
 /// The last lines of systemd-shutdown.
 const SHUTDOWN_LINES: [&str; 4] = [
     "Powering off.",
@@ -52,8 +56,6 @@ pub(super) struct Output {
 pub(super) struct FinalMessages {
     /// Why its init could not go on, by its own words.
     pub(super) failure: Option<String>,
-    /// The last line of its console, if it has no journal.
-    pub(super) last_line: Option<String>,
     /// How it has shut down, by its own words.
     pub(super) shutdown: Option<String>,
 }
@@ -64,8 +66,8 @@ struct Console {
     lines: ConsoleLines,
     /// Whether systemd-nspawn has closed it.
     is_closed: bool,
-    /// The last line that is not about the state of a unit.
-    last_line: Vec<u8>,
+    /// The last lines that are not about the state of a unit, as far as they can be shown.
+    last_lines: VecDeque<String>,
     /// Lines that were left out since the last one that was written.
     left_out: u64,
 }
@@ -104,7 +106,7 @@ impl Output {
             pipe: events.register(reader, Token::Console)?,
             lines: ConsoleLines::default(),
             is_closed: false,
-            last_line: Vec::new(),
+            last_lines: VecDeque::new(),
             left_out: 0,
         });
         let stdout = File::from(OwnedFd::from(writer));
@@ -165,7 +167,7 @@ impl Output {
             return console.lines.keep(line, now());
         }
         if !is_unit_status {
-            console.last_line.clone_from(&line);
+            console.remember(&line);
         }
         if self.stdout.is_full() {
             console.left_out += 1;
@@ -288,29 +290,39 @@ impl Output {
     }
 
     fn final_messages(&self) -> FinalMessages {
-        let line = self.console.as_ref().and_then(Console::last_line);
-        let journal = self.journal.as_ref();
-        let failure = journal.map(|journal| {
-            let mut text = journal.emergencies().join("; ");
-            text.truncate(text.floor_char_boundary(MAX_FAILURE_BYTES));
-            text
-        });
-        let has_no_journal = journal.is_some_and(|journal| journal.last().is_none());
+        let emergencies = self.journal.as_ref().map(FollowedJournal::emergencies);
+        let console = self.console.as_ref();
+        let mut failure = emergencies.unwrap_or_default().join("; ");
+        if failure.is_empty() {
+            failure = console.and_then(Console::failure).unwrap_or_default();
+        }
+        failure.truncate(failure.floor_char_boundary(MAX_FAILURE_BYTES));
+        let last = console.and_then(|console| console.last_lines.back());
         FinalMessages {
-            failure: failure.filter(|text| !text.is_empty()),
-            last_line: line.clone().filter(|_| has_no_journal),
-            shutdown: line.filter(|line| SHUTDOWN_LINES.contains(&&**line)),
+            failure: Some(failure).filter(|text| !text.is_empty()),
+            shutdown: last
+                .filter(|line| SHUTDOWN_LINES.contains(&line.as_str()))
+                .cloned(),
         }
     }
 }
 
 impl Console {
-    /// The last line, as far as it can be shown.
-    fn last_line(&self) -> Option<String> {
-        let text = String::from_utf8_lossy(&self.last_line);
+    fn remember(&mut self, line: &[u8]) {
+        let text = String::from_utf8_lossy(line);
         let shown = text.chars().filter(|letter| !letter.is_control());
-        let text: String = shown.take(MAX_SHOWN_CHARS).collect();
-        Some(text).filter(|text| !text.is_empty())
+        if self.last_lines.len() == MAX_LAST_LINES {
+            self.last_lines.pop_front();
+        }
+        self.last_lines
+            .push_back(shown.take(MAX_SHOWN_CHARS).collect());
+    }
+
+    /// Why systemd could not go on before it had a journal. Other inits have no such mark, and the last line of one may be about anything.
+    fn failure(&self) -> Option<String> {
+        let mut lines: Vec<_> = self.last_lines.iter().map(String::as_str).collect();
+        let last = lines.pop()?;
+        (last == EXIT_LINE).then(|| lines.join("; "))
     }
 
     /// What says how many lines are missing, if any are.

@@ -217,7 +217,12 @@ fn nomad_shows_the_exit_of_a_task() {
     let rows = [
         ("false", shell, "exit 255", "Exit Code: 255"),
         ("true", shell, "exit 133", "Exit Code: 133"),
-        ("false", shell, "echo up; reboot -f", "Exit Code: 133"),
+        (
+            "false",
+            shell,
+            "echo up; reboot -f",
+            "Exit Code: 133, Exit Message: \"the container has asked for a restart\"",
+        ),
         ("true", shell, "kill -TERM $$", "Exit Code: 143, Signal: 15"),
         ("true", shell, "kill -40 $$", "Exit Code: 168, Signal: 40"),
         (

@@ -76,14 +76,12 @@ async fn a_system_that_ends_otherwise_has_failed(
 async fn an_init_that_fails_before_its_journal_exists_says_why() {
     let stage = Stage::new();
     let tree = debian_tree(&stage, "true", "true");
-    let init = tree.join("usr/lib/systemd/systemd");
-    fs::remove_file(&init).unwrap();
-    fs::write(&init, "#!/bin/sh\necho booting; echo no way; exit 255\n").unwrap();
-    fs::set_permissions(&init, fs::Permissions::from_mode(0o755)).unwrap();
     let plugin = stage.plugin().await;
-    let running = stage.start(&plugin, booted(&stage, &tree)).await;
+    let task = booted(&stage, &tree).with("command", json!(["--log-target=bogus"]));
+    let running = stage.start(&plugin, task).await;
     let exit = running.wait(&plugin).await;
-    let message = "the image's init has failed: no way";
+    let message = "the image's init has failed: Failed to parse log target \"bogus\": Invalid argument; \
+                   [!!!!!!] Failed to parse commandline arguments.";
     assert_eq!((exit.code, exit.error.as_deref()), (255, Some(message)));
     running.destroy(&plugin).await;
     end(plugin).await;
